@@ -1,0 +1,114 @@
+"""What a plugin says of a model family."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from .errors import UserError
+
+Batch = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One residual stream of a block: what a skipped block hands on unchanged.
+
+    Args:
+        argument: name or position of the block's argument that carries the stream.
+        output: index into the block's output tuple; None when the output is the stream itself, or its first item.
+    """
+
+    argument: str | int = 0
+    output: int | None = None
+
+
+class Backbone(ABC):
+    """A model family: how to build it, and which of its blocks may go.
+
+    Implementations are frozen dataclasses: their fields are the recipe's options. Heavy libraries are
+    imported inside the methods.
+    """
+
+    #: Residual streams of every block, in no particular order.
+    streams: ClassVar[Sequence[Stream]] = (Stream(),)
+    #: Block arguments that carry the batch, as name -> batch dimension. None: found by comparing two batch sizes.
+    batched: ClassVar[Mapping[str, int] | None] = None
+
+    @abstractmethod
+    def build(self) -> nn.Module:
+        """The full-depth network with its pretrained weights, in eval mode.
+
+        Raises:
+            UserError: the checkpoint is missing, damaged or of another architecture.
+        """
+
+    @abstractmethod
+    def config(self, model: nn.Module | None = None) -> dict[str, Any]:
+        """JSON-able keywords from which `construct` rebuilds `model` as it stands, pruned or not.
+
+        Without a model: those of the network `build` would return. Reads no weights.
+        """
+
+    @classmethod
+    @abstractmethod
+    def construct(cls, config: Mapping[str, Any]) -> nn.Module:
+        """The untrained network of a `config`. Must work under `torch.device("meta")`."""
+
+    @abstractmethod
+    def blocks(self, model: nn.Module) -> Sequence[str]:
+        """The block enumerator: paths in execution order; `"blocks.*"` stands for all children of `blocks`."""
+
+    @abstractmethod
+    def after_prune(self, model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
+        """Repair in place what the module lists cannot express (depth in a config, layer indices).
+
+        Args:
+            model: the network, its lists already shortened.
+            kept: for every block list, the indices that stayed.
+        """
+
+    @abstractmethod
+    def example(self, num_rows: int) -> dict[str, Tensor]:
+        """A batch of the shapes that data for this network has, values meaningless. Used to probe and to count."""
+
+    @classmethod
+    @abstractmethod
+    def tiny(cls) -> Backbone:
+        """An instance that runs in milliseconds, every weight random and none zero; for the conformance checks."""
+
+    def source(self) -> dict[str, Any]:
+        """Where the pretrained weights come from: `checkpoint`, `sha256`, `licence`; for the record of a pruned model."""
+        return {}
+
+
+def expand(model: nn.Module, paths: Sequence[str]) -> list[str]:
+    """Replace every `"list.*"` by the paths of the list's children and check that each path leads to a module.
+
+    Raises:
+        UserError: a path does not exist, or the same block is named twice.
+    """
+    out: list[str] = []
+    for path in paths:
+        parent, star, _ = path.partition(".*")
+        try:
+            module = model.get_submodule(parent)
+        except AttributeError as e:
+            raise UserError(f"block path '{path}': {type(model).__name__} has no module '{parent}' ({e})") from None
+        out += [f"{parent}.{name}" for name, _ in module.named_children()] if star else [parent]
+    if len(set(out)) != len(out):
+        twice = sorted({p for p in out if out.count(p) > 1})
+        raise UserError(f"block path(s) named twice: {', '.join(twice)}")
+    return out
+
+
+def block_lists(blocks: Sequence[str]) -> dict[str, list[int]]:
+    """Group expanded block paths by the list that holds them: list path -> positions in `blocks`."""
+    lists: dict[str, list[int]] = {}
+    for i, path in enumerate(blocks):
+        lists.setdefault(path.rpartition(".")[0], []).append(i)
+    return lists

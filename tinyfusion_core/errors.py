@@ -1,0 +1,30 @@
+"""What can go wrong through no fault of the code."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake the user can mend: the message names the key or file, what was expected and the way on."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run was asked to stop and has saved its state.
+
+    Attributes:
+        signum: the signal that asked for it (2 for Ctrl-C, 15 for a pre-emption).
+    """
+
+    def __init__(self, message: str, signum: int) -> None:
+        super().__init__(message)
+        self.signum = signum
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'? (known: ...)`, to end a message about an unknown name."""
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    hint = f"; did you mean '{close[0]}'?" if close else ""
+    return f"{hint} (known: {', '.join(known)})" if known else hint

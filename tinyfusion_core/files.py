@@ -1,0 +1,149 @@
+"""Reading what users hand us without running it, and writing so that nothing is ever half-written."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import pickle
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .errors import UserError
+
+
+def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write beside `path`, flush to disk, then rename: readers see the old file or the new one, never a part.
+
+    Raises:
+        UserError: the folder cannot be written or the disk is full; an existing file is untouched.
+    """
+    temporary: str | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = file.name
+            write(file)  # type: ignore[arg-type]  # a BinaryIO in all but name
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError, SafetensorError) as e:
+        # torch and safetensors report a full disk as errors of their own.
+        kept = "; the file that was there is intact" if path.exists() else ""
+        raise UserError(f"{path}: cannot be written ({_reason(e)}){kept}. Free space or choose another folder") from e
+    finally:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_atomic(path, lambda file: file.write(text.encode()))
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Raises UserError when the file is missing or is not JSON."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (ValueError, OSError) as e:
+        raise UserError(f"{path}: not readable as JSON ({e})") from None
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file atomically. Tensors that share memory are refused by safetensors."""
+    ready = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+
+    def write(file: BinaryIO) -> None:
+        save_file(ready, file.name, metadata=dict(metadata or {}))
+
+    write_atomic(path, write)
+
+
+def read_weights(path: Path, containers: Sequence[str] = ("ema", "model")) -> dict[str, Tensor]:
+    """The state dict in a checkpoint file: safetensors, or a torch file read with `weights_only=True`.
+
+    Args:
+        path: the file.
+        containers: when the file holds a dict of state dicts, the entry to take: the first of these that is there.
+
+    Raises:
+        UserError: no such file, damaged, holds code, or holds no state dict.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        if path.suffix == ".safetensors":
+            return dict(load_file(path))
+        # Training scripts keep their arguments beside the weights; a Namespace holds data, not code.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as e:
+        if "global" in str(e).lower():
+            raise UserError(
+                f"{path}: refused, the file holds code besides tensors, and loading it would run that code "
+                f"({_reason(e)}). Ask its author for safetensors"
+            ) from None
+        raise UserError(f"{path}: not a checkpoint that torch can read ({_reason(e)})") from None
+    except (SafetensorError, RuntimeError, EOFError, ValueError, OSError) as e:
+        raise UserError(f"{path}: damaged or cut short ({_reason(e)}). Copy or download it again") from None
+    for name in containers:
+        if isinstance(content, dict) and isinstance(content.get(name), dict):
+            content = content[name]
+            break
+    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+        found = ", ".join(map(str, list(content)[:6])) if isinstance(content, dict) else type(content).__name__
+        raise UserError(f"{path}: holds no state dict (found: {found}; looked for {', '.join(containers)} or tensors)")
+    return content
+
+
+def load_strict(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
+    """Load a state dict that must fit exactly.
+
+    Raises:
+        UserError: names the first keys and shapes that differ.
+    """
+    own = model.state_dict()
+    problems = [f"missing {k} {list(v.shape)}" for k, v in own.items() if k not in weights]
+    problems += [f"unexpected {k} {list(v.shape)}" for k, v in weights.items() if k not in own]
+    problems += [
+        f"{k} is {list(weights[k].shape)}, expected {list(v.shape)}"
+        for k, v in own.items()
+        if k in weights and weights[k].shape != v.shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise UserError(
+            f"{path}: a checkpoint of another architecture than {type(model).__name__} as configured: "
+            f"{'; '.join(problems[:4])}{more}"
+        )
+    model.load_state_dict(dict(weights), strict=True)
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

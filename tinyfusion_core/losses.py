@@ -1,0 +1,61 @@
+"""What a plugin says of a training objective."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+from torch import Tensor, nn
+
+from .backbone import Batch
+from .errors import UserError
+from .randomness import Rng
+
+Prediction = Any
+"""A tensor, or a tuple of tensors, whatever `predict` returns and `loss` takes."""
+
+
+class LossAdapter(ABC):
+    """An objective, one number per sample.
+
+    All randomness of the examples is drawn in `prepare`, so that teacher and student see the same inputs,
+    and never from the global generator.
+    """
+
+    @abstractmethod
+    def prepare(self, batch: Batch, rng: Rng) -> dict[str, Tensor]:
+        """Draw time steps, noise, dropped labels: everything random about a batch.
+
+        Args:
+            batch: tensors with B rows, as the data gives them, on the device of the model.
+            rng: the streams to draw from; row i of the batch is row i of the streams.
+
+        Returns:
+            What `predict`, `loss` and `distance` need, tensors with B rows on the same device.
+        """
+
+    @abstractmethod
+    def predict(self, model: nn.Module, inputs: Batch) -> Prediction:
+        """Run the network on prepared inputs. The only method that calls the model."""
+
+    @abstractmethod
+    def loss(self, prediction: Prediction, inputs: Batch) -> Tensor:
+        """(B,) training losses."""
+
+    @abstractmethod
+    def distance(self, student: Prediction, teacher: Prediction, inputs: Batch) -> Tensor:
+        """(B,) distances between two predictions on the same inputs, for distillation."""
+
+    def sample(self, model: nn.Module, like: Tensor, labels: Tensor, rng: Rng) -> Tensor:
+        """Generate one example for every label.
+
+        Args:
+            model: the network, in eval mode.
+            like: (B, ...) tensor that gives shape, dtype and device of the examples.
+            labels: (B,) class labels.
+            rng: the streams to draw from.
+
+        Raises:
+            UserError: this objective cannot generate.
+        """
+        raise UserError(f"{type(self).__name__} cannot generate samples")
