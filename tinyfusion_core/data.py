@@ -40,6 +40,10 @@ class DataSource(ABC):
     def held_out(self) -> Samples:
         """Examples that no stage trains on."""
 
+    def pixels(self, x: Tensor) -> Tensor | None:
+        """(B, C, H, W) examples as a person sees them, values in [0, 1]; None when they cannot be shown."""
+        return None
+
     def feature_space(self) -> FeatureSpace | None:
         """The features in which generated examples are compared with real ones, if there are any."""
         return None

@@ -9,6 +9,7 @@ import os
 import pickle
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -134,6 +135,13 @@ def load_strict(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> 
 
 
 def sha256(path: Path) -> str:
+    """The file's hash; read once for as long as its size and time stay the same."""
+    status = path.stat()
+    return _sha256(path, status.st_mtime_ns, status.st_size)
+
+
+@cache
+def _sha256(path: Path, modified: int, size: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

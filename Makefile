@@ -1,0 +1,32 @@
+# `make demo` and `make test` set everything up by themselves; the second time they start at once.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+
+.PHONY: demo test test-all lint bench clean
+
+demo: .venv/.ready
+	$(BIN)/tinyfusion run recipes/quickstart.yaml
+
+test: .venv/.ready lint
+	$(BIN)/pytest -n 2
+
+test-all: .venv/.ready lint
+	$(BIN)/pytest -n 2 -m "slow or not slow"
+
+lint: .venv/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: .venv/.ready
+	$(BIN)/python benchmarks/gating.py
+
+# Out of date when the declared or the tested versions change.
+.venv/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info

@@ -1,0 +1,48 @@
+"""1,797 real handwritten digits, 8x8 pixels, shipped with the package.
+
+Source: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning
+Repository, 1998, doi:10.24432/C50P49, CC BY 4.0; the 1,797 images that scikit-learn's `load_digits` has.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tinyfusion_core.data import DataSource, FeatureSpace, Tensors
+from tinyfusion_core.randomness import generator
+
+NUM_HELD_OUT = 297
+
+
+@dataclass(frozen=True)
+class Digits(DataSource):
+    """8x8 grey images of the digits 0 to 9, values in [-1, 1]: 1,500 to train on, 297 held out by a fixed draw."""
+
+    def train(self) -> Tensors:
+        return self._part(slice(NUM_HELD_OUT, None))
+
+    def held_out(self) -> Tensors:
+        return self._part(slice(NUM_HELD_OUT))
+
+    def pixels(self, x: Tensor) -> Tensor:
+        return ((x + 1) / 2).clamp(0, 1)
+
+    def feature_space(self) -> FeatureSpace:
+        from .features import DigitsFeatures
+
+        return DigitsFeatures.shipped()
+
+    def _part(self, part: slice) -> Tensors:
+        order = torch.randperm(len(self._columns["y"]), generator=generator("digits", "held out"))[part]
+        return Tensors({name: column[order] for name, column in self._columns.items()})
+
+    @cached_property
+    def _columns(self) -> dict[str, Tensor]:
+        raw = load_file(Path(__file__).with_name("digits.safetensors"))
+        return {"x": raw["images"].float() / 8 - 1, "y": raw["labels"].long()}

@@ -1,0 +1,28 @@
+"""The diffusion transformers of arXiv:2212.09748: network, Gaussian diffusion, pre-encoded latents."""
+
+from __future__ import annotations
+
+from tinyfusion_core.backbone import Backbone
+from tinyfusion_core.data import DataSource
+from tinyfusion_core.hookspecs import hookimpl
+from tinyfusion_core.losses import LossAdapter
+from tinyfusion_dit.backbone import DiT
+from tinyfusion_dit.diffusion import GaussianDiffusion
+from tinyfusion_dit.latents import LatentFolders, Latents
+
+__all__ = ["DiT", "GaussianDiffusion", "LatentFolders", "Latents"]
+
+
+@hookimpl
+def tinyfusion_register_backbones() -> list[type[Backbone]]:
+    return [DiT]
+
+
+@hookimpl
+def tinyfusion_register_losses() -> list[type[LossAdapter]]:
+    return [GaussianDiffusion]
+
+
+@hookimpl
+def tinyfusion_register_data() -> list[type[DataSource]]:
+    return [Latents, LatentFolders]

@@ -1,0 +1,255 @@
+"""Data sets of images that were encoded once, by the autoencoder in whose latent space the network works."""
+
+from __future__ import annotations
+
+import os
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tinyfusion_core.data import DataSource
+from tinyfusion_core.errors import UserError
+from tinyfusion_core.files import read_json
+from tinyfusion_core.randomness import generator
+
+Indices = NDArray[np.int64]
+FORMAT_VERSION = 1
+
+
+class _Store(Protocol):
+    """Latents on disk: every image in one or several copies (itself, flipped)."""
+
+    num_images: int
+    num_copies: int
+    num_channels: int
+
+    def read(self, images: Indices, copies: Indices) -> tuple[NDArray[np.float32], Indices]:
+        """Latents (B, ...) and labels (B,) of these copies of these images."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class _LatentSource(DataSource):
+    vae: str | None = None
+    scale: float | None = None
+    kind: Literal["sample", "moments"] | None = None
+    num_held_out: int = 1000
+
+    @abstractmethod
+    def _open(self) -> tuple[_Store, dict[str, Any]]:
+        """The files and what their metadata.json says."""
+
+    def train(self) -> LatentSamples:
+        return self._split(held_out=False)
+
+    def held_out(self) -> LatentSamples:
+        return self._split(held_out=True)
+
+    def _split(self, held_out: bool) -> LatentSamples:
+        store, metadata = self._open()
+        for key in ("vae", "scale", "kind"):
+            stated, found = getattr(self, key), metadata.get(key)
+            if None not in (stated, found) and stated != found:
+                raise UserError(f"data.{key} is {stated!r} in the recipe, but the latents were made with {found!r}")
+        if not 0 < self.num_held_out < store.num_images:
+            raise UserError(f"data.num_held_out is {self.num_held_out}; expected 1 to {store.num_images - 1}")
+        kind = self.kind or metadata.get("kind", "sample")
+        if kind not in ("sample", "moments"):
+            raise UserError(f"metadata.json: kind '{kind}' is unknown (known: sample, moments)")
+        if kind == "moments" and store.num_channels % 2:
+            raise UserError(f"moments are a mean and a std, but the latents have {store.num_channels} channels")
+        order = torch.randperm(store.num_images, generator=generator("held-out images", store.num_images))
+        return LatentSamples(store, kind == "moments", order[: self.num_held_out].sort().values.numpy(), held_out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latents(_LatentSource):
+    """Encoded images in a few large files, read where they lie.
+
+    The folder holds `features.npy` (N, C, H, W), or (N, 2C, H, W) with means and then standard deviations;
+    `labels.npy` (N,), integers; optionally `flipped.npy`, the mirrored images in the shape of `features.npy`;
+    and `metadata.json` with `format_version` 1, `vae`, `scale` and `kind`. All latents are stored scaled.
+
+    A sample is `x` (C, H, W), `y` and, with moments, `x_std` like `x`. Of n images sample n + i is the flipped
+    sample i. The images held out are the same for every seed and recipe, and neither copy of them is trained on.
+
+    Args:
+        folder: the folder.
+        vae: name of the autoencoder that the latents must come from; null takes what there is.
+        scale: factor that the latents must have been multiplied by (Stable Diffusion's: 0.18215); null, any.
+        kind: "sample" or "moments"; null takes what there is.
+        num_held_out: number of images that are kept from training.
+    """
+
+    folder: str
+
+    def _open(self) -> tuple[_Store, dict[str, Any]]:
+        return _Arrays(Path(self.folder)), _metadata(Path(self.folder) / "metadata.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentFolders(_LatentSource):
+    """Encoded images in one file each, as the feature extraction of TinyFusion writes them.
+
+    A file of the features is (C, H, W), or (2, C, H, W) with the mirrored image second. Labels are in files of
+    the same names. Samples and options are those of `Latents`; `metadata.json` (in `features`) may be missing,
+    and then the recipe is believed, the latents being samples unless it says otherwise.
+
+    Args:
+        features: folder of the latents.
+        labels: folder of the labels.
+        vae: name of the autoencoder that the latents must come from; null takes what there is.
+        scale: factor that the latents must have been multiplied by (Stable Diffusion's: 0.18215); null, any.
+        kind: "sample" or "moments"; null takes what there is.
+        num_held_out: number of images that are kept from training.
+    """
+
+    features: str
+    labels: str
+
+    def _open(self) -> tuple[_Store, dict[str, Any]]:
+        path = Path(self.features) / "metadata.json"
+        return _Files(Path(self.features), Path(self.labels)), _metadata(path) if path.exists() else {}
+
+
+@dataclass(frozen=True)
+class LatentSamples:
+    """One side of a split.
+
+    Args:
+        store: the files.
+        moments: whether the channels are means and then standard deviations.
+        held: sorted indices of the images that are held out.
+        held_out: which side this is.
+    """
+
+    store: _Store
+    moments: bool
+    held: Indices
+    held_out: bool
+
+    @property
+    def num_images(self) -> int:
+        return len(self.held) if self.held_out else self.store.num_images - len(self.held)
+
+    def __len__(self) -> int:
+        return self.num_images * self.store.num_copies
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+        """Float32 `x` (and `x_std`), int64 `y`. Raises UserError when a file has vanished or is damaged."""
+        if indices and not 0 <= min(indices) <= max(indices) < len(self):
+            raise IndexError(f"sample index out of range, there are {len(self)}")
+        copies, i = np.divmod(np.array(indices, dtype=np.int64), self.num_images)
+        # The i-th image that is not held out, without a list of all images: held[j] - j of them lie before held[j].
+        images = (
+            self.held[i] if self.held_out else i + np.searchsorted(self.held - np.arange(len(self.held)), i, "right")
+        )
+        latents, labels = self.store.read(images, copies)
+        x, y = torch.from_numpy(latents), torch.from_numpy(labels)
+        if self.moments:
+            mean, std = x.chunk(2, dim=1)
+            return {"x": mean, "x_std": std, "y": y}
+        return {"x": x, "y": y}
+
+
+class _Arrays:
+    """The layout of `Latents`. Files are mapped anew for every read: cutting one that is mapped kills the process."""
+
+    def __init__(self, folder: Path) -> None:
+        self._features = [folder / "features.npy"]
+        if (folder / "flipped.npy").exists():
+            self._features.append(folder / "flipped.npy")
+        self._labels = folder / "labels.npy"
+        self._shape = _load(self._features[0]).shape
+        if len(self._shape) != 4:
+            raise UserError(f"{self._features[0]}: shape {self._shape}, expected (images, channels, height, width)")
+        self.num_images, self.num_channels = self._shape[:2]
+        self.num_copies = len(self._features)
+        for path in self._features:
+            _load(path, self._shape)
+        _load(self._labels, self._shape[:1], integers=True)
+
+    def read(self, images: Indices, copies: Indices) -> tuple[NDArray[np.float32], Indices]:
+        latents = np.empty((len(images), *self._shape[1:]), dtype=np.float32)
+        for copy, path in enumerate(self._features):
+            latents[copies == copy] = _load(path, self._shape)[images[copies == copy]]
+        return latents, _load(self._labels, self._shape[:1], integers=True)[images].astype(np.int64)
+
+
+class _Files:
+    """The layout of `LatentFolders`."""
+
+    def __init__(self, features: Path, labels: Path) -> None:
+        self._features, self._labels = features, labels
+        self._names = _names(features)
+        if len(self._names) == 0:
+            raise UserError(f"{features}: holds no .npy files")
+        if not np.array_equal(self._names, _names(labels)):
+            raise UserError(f"{features} and {labels} do not hold files of the same names")
+        self.num_images = len(self._names)
+        self._shape = _load(self._path(features, 0)).shape
+        if len(self._shape) not in (3, 4):
+            raise UserError(
+                f"{self._path(features, 0)}: shape {self._shape}, expected ([copies,] channels, height, width)"
+            )
+        self.num_copies = self._shape[0] if len(self._shape) == 4 else 1
+        self.num_channels = self._shape[-3]
+
+    def read(self, images: Indices, copies: Indices) -> tuple[NDArray[np.float32], Indices]:
+        latents = np.empty((len(images), *self._shape[-3:]), dtype=np.float32)
+        labels = np.empty(len(images), dtype=np.int64)
+        for row, (image, copy) in enumerate(zip(images, copies, strict=True)):
+            latents[row] = _load(self._path(self._features, image), self._shape).reshape(-1, *self._shape[-3:])[copy]
+            path = self._path(self._labels, image)
+            label = _load(path, integers=True)
+            if label.size != 1:
+                raise UserError(f"{path}: shape {label.shape}, expected one label")
+            labels[row] = label.item()
+        return latents, labels
+
+    def _path(self, folder: Path, image: int | np.int64) -> Path:
+        return folder / os.fsdecode(bytes(self._names[image]))
+
+
+def _names(folder: Path) -> NDArray[np.bytes_]:
+    """The .npy files of a folder in lexicographic order, as an array: a list takes ten times the memory."""
+    try:
+        return np.array(sorted(os.fsencode(entry.name) for entry in os.scandir(folder) if entry.name.endswith(".npy")))
+    except OSError as e:
+        raise UserError(f"{folder}: not a readable folder ({e.strerror})") from None
+
+
+def _load(path: Path, shape: Sequence[int] | None = None, integers: bool = False) -> NDArray[Any]:
+    """Map a .npy file of numbers.
+
+    Raises:
+        UserError: it is missing, cut short, holds anything else, or its shape is not the expected one.
+    """
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (ValueError, EOFError, OSError) as e:
+        raise UserError(f"{path}: cut short, or not a .npy file of numbers ({e})") from None
+    wanted = "iu" if integers else "f"
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in wanted:
+        found = array.dtype if isinstance(array, np.ndarray) else "an archive"
+        raise UserError(f"{path}: holds {found}, expected {'integers' if integers else 'floating point numbers'}")
+    if shape is not None and array.shape != tuple(shape):
+        raise UserError(f"{path}: shape {array.shape}, expected {tuple(shape)}")
+    return array
+
+
+def _metadata(path: Path) -> dict[str, Any]:
+    content = read_json(path)
+    if not isinstance(content, dict) or content.get("format_version") != FORMAT_VERSION:
+        found = content.get("format_version") if isinstance(content, dict) else type(content).__name__
+        raise UserError(f"{path}: format_version is {found!r}, expected {FORMAT_VERSION}")
+    return content

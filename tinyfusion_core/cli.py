@@ -1,0 +1,177 @@
+"""The command line. No logic here: every command is one call of the library."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+USER_ERROR, INTERRUPTED = 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit code: 0 done, 2 a mistake of the user's, 130 (or 143) interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    options, flags = _parser().parse_known_args(arguments)
+    if flags and options.command not in ("run", "validate"):
+        _parser().error(f"unrecognized arguments: {' '.join(flags)}")
+    from .errors import Interrupted, UserError
+
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    try:
+        code: int = _COMMANDS[options.command](options, flags)
+    except UserError as e:
+        if options.debug:
+            raise
+        print(f"error: {e}", file=sys.stderr)
+        return USER_ERROR
+    except Interrupted as e:
+        print(f"{e}. Nothing is lost; go on with the same command:\n  {_command(arguments)}", file=sys.stderr)
+        return 128 + e.signum
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tinyfusion", description="Learned depth pruning: which blocks can a transformer lose?", allow_abbrev=False
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, text: str, **kwargs: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=text, description=text, allow_abbrev=False, **kwargs)  # type: ignore[arg-type]
+
+    keys = "Any key of the recipe can be set: --search.steps 600 (values are YAML). `tinyfusion keys` lists them."
+    run = command("run", "do what a recipe says, or what is left of it", epilog=keys)
+    run.add_argument("recipe", type=Path)
+    run.add_argument("--run-dir", type=Path, help="the run folder (default: runs/NAME_OF_THE_RECIPE)")
+    run.add_argument(
+        "--restart-from",
+        choices=("train", "search", "recover", "evaluate"),
+        help="forget this stage and the later ones in the run folder, then run",
+    )
+    validate = command("validate", "plan a recipe on the meta device and print the plan", epilog=keys)
+    validate.add_argument("recipe", type=Path)
+    command("keys", "list every key that a recipe can have")
+    plugins = command("plugins", "list installed plugins and what they bring")
+    plugins.add_argument("--json", action="store_true", help="for programs")
+    show = command("show", "print the table of a finished run")
+    show.add_argument("run_dir", type=Path)
+    sample = command("sample", "generate a grid of images with a run's student")
+    sample.add_argument("run_dir", type=Path)
+    sample.add_argument("--num", type=int, default=100, help="how many images (default: 100)")
+    sample.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
+    sample.add_argument("--out", type=Path, help="the picture (default: RUN_DIR/figures/student.png)")
+    return parser
+
+
+def _run(options: argparse.Namespace, flags: list[str]) -> int:
+    from rich.console import Console
+
+    from .recipe import load_recipe
+    from .report import results_table
+    from .run import run_recipe
+    from .run_folder import RunFolder
+
+    run_dir = options.run_dir or Path("runs") / options.recipe.stem
+    command = _command(["run", str(options.recipe), *flags])
+    report = run_recipe(load_recipe(options.recipe, flags), run_dir, command, options.restart_from)
+    console = Console(highlight=False)
+    console.print(results_table(RunFolder(run_dir)))
+    console.print(f"report: {report}", soft_wrap=True)
+    return 0
+
+
+def _validate(options: argparse.Namespace, flags: list[str]) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from .errors import UserError
+    from .plan import make_plan
+    from .recipe import load_recipe
+
+    plan = make_plan(load_recipe(options.recipe, flags))
+    table = Table(title=f"{options.recipe}", title_justify="left", show_header=False)
+    for what, value in plan.rows:
+        table.add_row(what, value)
+    console = Console(highlight=False)
+    console.print(table)
+    for missing in plan.missing:
+        console.print(f"needed to run: {missing}", soft_wrap=True)
+    if plan.problems:
+        raise UserError("\n".join(f"{options.recipe}: {p}" for p in plan.problems))
+    console.print("the plan works out" + (", once these are there" if plan.missing else ""))
+    return 0
+
+
+def _keys(options: argparse.Namespace, flags: list[str]) -> int:
+    from .plugins import registry
+    from .recipe import describe_keys
+
+    registry()
+    print(describe_keys(), end="")
+    return 0
+
+
+def _plugins(options: argparse.Namespace, flags: list[str]) -> int:
+    import dataclasses
+    import json
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from .plugins import registry
+
+    plugins = registry().plugins
+    if options.json:
+        print(json.dumps([dataclasses.asdict(p) for p in plugins], indent=2))
+        return 0
+    table = Table("plugin", "kind", "brings", "module", "distribution")
+    for p in plugins:
+        for kind, name in p.brings or [("error", p.error or "nothing")]:
+            table.add_row(p.name, kind, name, p.module, p.distribution)
+    Console(highlight=False).print(table)
+    return 0
+
+
+def _show(options: argparse.Namespace, flags: list[str]) -> int:
+    from rich.console import Console
+
+    from .report import results_table
+    from .run_folder import existing_run
+
+    Console(highlight=False).print(results_table(existing_run(options.run_dir)))
+    return 0
+
+
+def _sample(options: argparse.Namespace, flags: list[str]) -> int:
+    from .run import sample_images
+    from .run_folder import existing_run
+
+    print(sample_images(existing_run(options.run_dir), options.num, options.seed, options.out))
+    return 0
+
+
+def _command(arguments: Sequence[str]) -> str:
+    import shlex
+
+    return shlex.join(["tinyfusion", *arguments])
+
+
+_COMMANDS = {
+    "run": _run,
+    "validate": _validate,
+    "keys": _keys,
+    "plugins": _plugins,
+    "show": _show,
+    "sample": _sample,
+}

@@ -1,0 +1,68 @@
+"""Progress a person can watch: a bar on a terminal, a line now and then in a log file."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+console = Console(stderr=True, highlight=False)
+
+
+class Tracker:
+    """Counts units of work; made by `track`."""
+
+    def __init__(self, name: str, total: int, bar: Progress | None) -> None:
+        self.name, self.total, self.done = name, total, 0
+        self._bar, self._started, self._told = bar, time.monotonic(), 0
+        self._task = bar.add_task(name, total=total, note="") if bar else None
+
+    def advance(self, units: int = 1, note: str = "") -> None:
+        self.done += units
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=self.done, note=note)
+        elif self.done * 10 // max(1, self.total) > self._told:
+            self._told = self.done * 10 // max(1, self.total)
+            seconds = time.monotonic() - self._started
+            console.print(f"{self.name}: {self.done}/{self.total} {note} ({seconds:.0f} s)", soft_wrap=True)
+
+
+@contextmanager
+def track(name: str, total: int, done: int = 0, show: bool = True) -> Iterator[Tracker]:
+    """Show the progress of `total` units of work.
+
+    Args:
+        name: what is being done.
+        total: units of work.
+        done: units that an earlier run has done.
+        show: False on all processes but one.
+    """
+    if not show or not console.is_terminal:
+        tracker = Tracker(name, total, None)
+        tracker.done = done
+        tracker._told = done * 10 // max(1, total) if show else 10
+        yield tracker
+        return
+    columns = (
+        TextColumn("{task.description:<24}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console) as bar:
+        tracker = Tracker(name, total, bar)
+        tracker.advance(done)
+        yield tracker

@@ -1,0 +1,263 @@
+"""From YAML and flags to the objects of a run. The schema is the signatures of the classes themselves."""
+
+from __future__ import annotations
+
+import inspect
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import docstring_parser
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+
+from . import criteria  # noqa: F401  # brings the names of its selectors
+from .backbone import Backbone
+from .data import DataSource
+from .errors import UserError, nearest
+from .evaluate import Metric
+from .losses import LossAdapter
+from .plugins import registry
+from .recover import Recover
+from .recoverability import WeightUpdate
+from .sampling import BlockSampler
+from .search import Search, Selector
+from .trainer import Trainer
+
+SECTIONS: dict[str, Any] = {
+    "backbone": Backbone,
+    "loss": LossAdapter,
+    "data": DataSource,
+    "trainer": Trainer,
+    "train": Recover,
+    "search": Selector,
+    "recover": Recover,
+    "evaluate": list[Metric],
+}
+POLYMORPHIC = (Backbone, LossAdapter, DataSource, Selector, Metric, WeightUpdate, BlockSampler)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A run, ready to go.
+
+    Attributes:
+        backbone: the model family.
+        loss: the objective.
+        data: where examples come from.
+        trainer: how every stage trains.
+        train: trains the network from random weights first; without it the backbone brings a checkpoint.
+        search: decides which blocks stay; without it nothing is pruned.
+        recover: trains the pruned network.
+        evaluate: what to measure besides sizes.
+        settings: the resolved YAML, every default filled in.
+    """
+
+    backbone: Backbone
+    loss: LossAdapter
+    data: DataSource
+    trainer: Trainer
+    train: Recover | None = None
+    search: Selector | None = None
+    recover: Recover | None = None
+    evaluate: Sequence[Metric] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+def load_recipe(path: Path | str, flags: Sequence[str] = ()) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        path: the YAML file.
+        flags: overrides as on the command line: `--search.steps 600` or `--search.steps=600`; values are YAML.
+
+    Raises:
+        UserError: the first thing wrong, with its key, what was expected and the nearest known name.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such recipe") from None
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: not readable as YAML: {e}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: a recipe is a mapping with the keys {', '.join(SECTIONS)}")
+    registry()  # plugins bring the names
+    for key, value in _overrides(flags):
+        _override(raw, key.split("."), value)
+    if isinstance(raw.get("search"), dict) and "class_path" not in raw["search"]:
+        raw["search"] = {"class_path": "Search", "init_args": raw["search"]}
+    for key in ("backbone", "loss", "data"):
+        if raw.get(key) is None:
+            raise UserError(f"{path}: the key '{key}' is missing")
+    try:
+        checked = {
+            name: _checked(name, value, SECTIONS[name]) if name in SECTIONS else _unknown(name, SECTIONS)
+            for name, value in raw.items()
+        }
+        parser = schema()
+        config = parser.parse_object(checked)
+        objects = parser.instantiate(config)
+    except UserError as e:
+        raise UserError(f"{path}: {e}") from None
+    except (ArgumentError, ValueError, TypeError) as e:
+        raise UserError(f"{path}: {_root_message(e)}") from e
+    settings = yaml.safe_load(parser.dump(config))
+    return Recipe(**{name: getattr(objects, name) for name in SECTIONS}, settings=settings)
+
+
+def schema() -> ArgumentParser:
+    """The parser of a recipe; also prints the help of every key."""
+    set_parsing_settings(subclasses_enabled=list(POLYMORPHIC))
+    parser = ArgumentParser(prog="tinyfusion run RECIPE", exit_on_error=False)
+    for name, kind in SECTIONS.items():
+        optional = kind | None if name in ("train", "search", "recover") else kind
+        default: Any = Trainer() if kind is Trainer else [] if name == "evaluate" else None
+        parser.add_argument(f"--{name}", type=optional, default=default)
+    return parser
+
+
+def flatten(settings: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested settings as dotted keys, class names and arguments under the key they belong to."""
+    if isinstance(settings, Mapping) and "class_path" in settings:
+        name = settings["class_path"].rpartition(".")[2]
+        return {prefix: name, **flatten(settings.get("init_args") or {}, prefix)}
+    if isinstance(settings, Mapping) and settings:
+        parts = [flatten(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in settings.items()]
+        return {key: value for part in parts for key, value in part.items()}
+    return {prefix: settings}
+
+
+def describe_keys() -> str:
+    """Every key of a recipe with its default and meaning, from the signatures and docstrings of the classes."""
+    lines = []
+    for section, kind in SECTIONS.items():
+        base = typing.get_args(kind)[0] if typing.get_origin(kind) is list else kind
+        lines.append(f"{section}:")
+        for name, cls in (_known(base) if base in POLYMORPHIC else {base.__name__: base}).items():
+            lines += _describe_class(name, cls)
+    for base in (WeightUpdate, BlockSampler):
+        lines.append(f"values of the type {base.__name__}:")
+        for name, cls in _known(base).items():
+            lines += _describe_class(name, cls)
+    return "\n".join(lines) + "\n"
+
+
+def _describe_class(name: str, cls: type[Any]) -> list[str]:
+    text = docstring_parser.parse(cls.__doc__ or "")
+    meaning = {p.arg_name: " ".join((p.description or "").split()) for p in text.params}
+    lines = [f"  {name}: {text.short_description or ''}"]
+    for key, parameter in inspect.signature(cls).parameters.items():
+        if not key.startswith("_") and key != "lists":
+            default = "" if parameter.default is parameter.empty else f" = {parameter.default!r}"
+            lines.append(f"    {key}{default}: {meaning.get(key, '')}")
+    return lines
+
+
+def _overrides(flags: Sequence[str]) -> list[tuple[str, Any]]:
+    out: list[tuple[str, Any]] = []
+    rest = list(flags)
+    while rest:
+        flag = rest.pop(0)
+        key, equals, text = flag.partition("=")
+        if not key.startswith("--"):
+            raise UserError(f"'{flag}': expected --section.key value, as in --search.steps 600")
+        if not equals:
+            if not rest:
+                raise UserError(f"{key}: a value is missing")
+            text = rest.pop(0)
+        out.append((key[2:], yaml.safe_load(text)))
+    return out
+
+
+def _override(config: dict[str, Any], path: list[str], value: Any) -> None:
+    """Set a dotted key; the arguments of a class stand under `init_args` without being named so."""
+    *parents, last = path
+    for name in parents:
+        inner = config.get(name)
+        if isinstance(inner, str):
+            inner = {"class_path": inner}
+        inner = dict(inner) if isinstance(inner, dict) else {}
+        config[name] = inner
+        if "class_path" in inner:
+            inner["init_args"] = dict(inner.get("init_args") or {})
+            inner = inner["init_args"]
+        config = inner
+    config[last] = value
+
+
+def _checked(key: str, value: Any, kind: Any) -> Any:
+    """The value with class names made full; raises UserError at the first unknown name."""
+    kind = _without_none(kind)
+    if typing.get_origin(kind) is list and isinstance(value, list):
+        return [_checked(f"{key}[{i}]", v, typing.get_args(kind)[0]) for i, v in enumerate(value)]
+    if value is None or not inspect.isclass(kind):
+        return value
+    if kind not in POLYMORPHIC:
+        return _checked_arguments(key, value, kind) if isinstance(value, dict) and kind in (Trainer, Recover) else value
+    if isinstance(value, str):
+        value = {"class_path": value}
+    if not isinstance(value, dict) or not isinstance(value.get("class_path"), str):
+        raise UserError(f"{key}: give the name of a class, or class_path and init_args{nearest('', _known(kind))}")
+    extra = set(value) - {"class_path", "init_args"}
+    if extra:
+        raise UserError(f"{key}: '{sorted(extra)[0]}' stands beside class_path; arguments go under init_args")
+    known = _known(kind)
+    name = value["class_path"].rpartition(".")[2]
+    if name not in known or value["class_path"] not in (name, _full(known[name])):
+        raise UserError(f"{key}: unknown class '{value['class_path']}'{nearest(name, known)}")
+    arguments = _checked_arguments(key, value.get("init_args") or {}, known[name])
+    return {"class_path": _full(known[name]), "init_args": arguments}
+
+
+def _checked_arguments(key: str, arguments: Mapping[str, Any], cls: type[Any]) -> dict[str, Any]:
+    known = [name for name in inspect.signature(cls).parameters if not name.startswith("_")]
+    hints = typing.get_type_hints(cls.__init__)
+    out = {}
+    for name, value in arguments.items():
+        if name not in known:
+            raise UserError(f"{key}.{name}: unknown key{nearest(str(name), known)}")
+        out[name] = _checked(f"{key}.{name}", value, hints.get(name, Any))
+    return out
+
+
+def _unknown(name: str, known: Mapping[str, Any]) -> typing.NoReturn:
+    raise UserError(f"{name}: unknown key{nearest(str(name), known)}")
+
+
+def _known(base: type[Any]) -> dict[str, type[Any]]:
+    """Every concrete class of a kind that has been imported, by name."""
+    found = {} if inspect.isabstract(base) else {base.__name__: base}
+    for cls in base.__subclasses__():
+        found.update(_known(cls))
+    return found
+
+
+def _full(cls: type[Any]) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _without_none(kind: Any) -> Any:
+    """The class behind `X | None`, and behind a factory `Callable[[...], X]`."""
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        kinds = [k for k in typing.get_args(kind) if k is not type(None)]
+        kind = kinds[0] if len(kinds) == 1 else Any
+    if typing.get_origin(kind) is not None and typing.get_args(kind) and inspect.isclass(typing.get_args(kind)[-1]):
+        result = typing.get_args(kind)[-1]
+        return result if result in POLYMORPHIC and typing.get_origin(kind) is not list else kind
+    return kind
+
+
+def _root_message(error: BaseException) -> str:
+    """What went wrong underneath: our own message if a class raised one, else the parser's, on one line."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, UserError):
+            return str(cause)
+        cause = cause.__cause__ or cause.__context__
+    lines = [line.strip() for line in str(error).splitlines()]
+    return "; ".join(line for line in lines if line and not line.startswith(("Given value", "Subtypes:", "Errors:")))

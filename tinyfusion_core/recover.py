@@ -1,0 +1,77 @@
+"""Recovery: train a pruned network until it is good again. A fresh network is trained the same way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+
+from .backbone import Batch
+from .losses import LossAdapter
+from .randomness import Rng
+from .run_folder import RunFolder
+from .task import Task
+from .trainer import Ema, Objective, Optimization, Trainer, cosine, decay_for
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recover:
+    """Fine-tune with the task's own loss.
+
+    Args:
+        steps: optimizer updates.
+        lr: learning rate at the start.
+        schedule: `cosine` falls to `lr_final`, `constant` stays.
+        lr_final: learning rate that the cosine ends at.
+        weight_decay: AdamW's.
+        clip: largest norm of the gradient.
+        ema: decay of the average of the weights, which is what comes out; default 1 - 10 / steps, which is the
+            paper's 0.9999 at 100,000 steps. 0 returns the last weights.
+    """
+
+    steps: int = 100_000
+    lr: float = 2e-4
+    schedule: Literal["cosine", "constant"] = "cosine"
+    lr_final: float = 1e-4
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    ema: float | None = None
+
+    def __call__(
+        self, task: Task, student: nn.Module, trainer: Trainer, run: RunFolder | None = None, stage: str = "recover"
+    ) -> nn.Module:
+        """Train `student` in place and return it, with averaged weights, in eval mode."""
+        student.to(trainer.accelerator.device).train()
+        objective = _PlainLoss(student, task.loss)
+        decay = decay_for(self.steps) if self.ema is None else self.ema
+        ema = Ema(student, decay) if decay else None
+        how = Optimization(
+            groups=[
+                {
+                    "params": [p for p in student.parameters() if p.requires_grad],
+                    "lr": self.lr,
+                    "weight_decay": self.weight_decay,
+                }
+            ],
+            steps=self.steps,
+            schedule=cosine(self.lr_final / self.lr) if self.schedule == "cosine" else lambda progress: 1.0,
+            clip=self.clip,
+            ema=ema,
+        )
+        trainer.fit(stage, objective, task.train, task.loss.prepare, how, run)
+        if ema is not None and self.steps:
+            student.load_state_dict(ema.average.module.state_dict())
+        return student.eval()
+
+
+class _PlainLoss(Objective):
+    """The mean training loss. Distillation adds its terms here."""
+
+    def __init__(self, model: nn.Module, loss: LossAdapter) -> None:
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, inputs: Batch, rng: Rng) -> tuple[Tensor, Tensor]:
+        losses = self.loss.loss(self.loss.predict(self.model, inputs), inputs)
+        return losses.mean(), losses.detach()

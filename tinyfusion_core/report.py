@@ -1,0 +1,212 @@
+"""The report of a run, from the files of its folder alone: a table for the terminal, one HTML page."""
+
+from __future__ import annotations
+
+import base64
+import html
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.table import Table
+from safetensors.torch import load_file
+
+from .decision import Decision
+from .errors import UserError
+from .figures import draw_dynamics, draw_losses, draw_samples, draw_strip
+from .files import read_json, write_text
+from .run_folder import RunFolder
+
+PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def results(folder: RunFolder) -> tuple[list[str], list[tuple[str, list[str], str, str]]]:
+    """The final table of a run.
+
+    Returns:
+        The names of the models, and rows of (measurement, a figure for each model, last against first, note).
+
+    Raises:
+        UserError: the run has not come to its evaluation.
+    """
+    path = folder / "metrics.json"
+    if not path.exists():
+        done = ", ".join(folder.finished()) or "none"
+        raise UserError(f"{folder.path}: no metrics.json: not a finished run (finished stages: {done})")
+    measurements = read_json(path)["measurements"]
+    names = list(measurements[0]["values"])
+    rows = []
+    for m in measurements:
+        values = [m["values"].get(name) for name in names]
+        cells = [_figure(v, m["unit"]) for v in values]
+        first, last = values[0], values[-1]
+        ratio = f"{last / first:.2f}x" if len(values) > 1 and first and last is not None else ""
+        rows.append((f"{m['name']} {_arrow(m['better'])}".strip(), cells, ratio, m["note"]))
+    return names, rows
+
+
+def results_table(folder: RunFolder) -> Table:
+    """The final table for a terminal."""
+    names, rows = results(folder)
+    table = Table(title=_headline(folder), title_justify="left", title_style="bold")
+    table.add_column("")
+    for name in names:
+        table.add_column(name, justify="right")
+    if len(names) > 1:
+        table.add_column(f"{names[-1]} / {names[0]}", justify="right")
+    for label, cells, ratio, _ in rows:
+        table.add_row(label, *cells, *([ratio] if len(names) > 1 else []))
+    return table
+
+
+def write_report(folder: RunFolder) -> Path:
+    """Draw the figures and write `report.html`, one page that needs no other file. Returns its path."""
+    decision = _decision(folder)
+    sections = [_table_html(folder)]
+    for name, title, caption in _draw(folder, decision):
+        image = base64.b64encode((folder / "figures" / name).read_bytes()).decode()
+        sections.append(
+            f"<section><h2>{title}</h2><figure><div class='scroll'>"
+            f"<img src='data:image/png;base64,{image}' alt='{html.escape(title)}'></div>"
+            f"<figcaption>{caption}</figcaption></figure></section>"
+        )
+    sections.append(_record_html(folder, decision))
+    title = html.escape(_headline(folder))
+    page = f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><link rel="icon" href="data:,"><style>{STYLE}</style></head>
+<body><main><header><p class="brand">tinyfusion</p><h1>{title}</h1>{_summary_html(folder, decision)}</header>
+{"".join(sections)}
+</main></body></html>
+"""
+    write_text(folder / "report.html", page)
+    return folder / "report.html"
+
+
+def _draw(folder: RunFolder, decision: Decision | None) -> list[tuple[str, str, str]]:
+    """Draw what the run has figures for; returns (file, title, caption) of each."""
+    figures = folder / "figures"
+    drawn: list[tuple[str, str, str]] = []
+    if decision is not None:
+        draw_strip(decision, figures / "blocks.png")
+        removed = ", ".join(map(str, decision.removed)) or "none"
+        drawn.append(("blocks.png", "What was kept", f"Removed: {removed}. Decided by {decision.method}."))
+    search = folder.metrics("search")
+    if decision is not None and search:
+        draw_dynamics(search, len(decision.blocks), figures / "dynamics.png")
+        caption = "The decision of the averaged gate logits at every logged step, after figure 6 of the paper."
+        drawn.append(("dynamics.png", "How the decision came about", caption))
+    samples = folder / "samples.safetensors"
+    if samples.exists():
+        images = load_file(samples)
+        labels = images.pop("labels").tolist()
+        order = [name for name in ("teacher", "pruned", "recovered") if name in images]
+        draw_samples({name: images[name] for name in order}, labels, figures / "samples.png")
+        drawn.append(("samples.png", "Samples", "The same noise and label at the same place in every grid."))
+    stages = {stage: folder.metrics(stage) for stage in ("train", "search", "recover")}
+    stages = {stage: entries for stage, entries in stages.items() if entries}
+    if stages:
+        draw_losses(stages, figures / "losses.png")
+        caption = "Means between logged steps (thin) and their running mean; a search's loss is that of sampled subnetworks."
+        drawn.append(("losses.png", "Training", caption))
+    return drawn
+
+
+def _headline(folder: RunFolder) -> str:
+    decision = _decision(folder)
+    name = folder.path.resolve().name
+    return f"{name}: {len(decision.blocks)} → {len(decision.kept)} blocks" if decision else name
+
+
+def _summary_html(folder: RunFolder, decision: Decision | None) -> str:
+    stages = folder.finished()
+    total = sum(s["seconds"] for s in stages.values())
+    times = ", ".join(f"{name} {_duration(s['seconds'])}" for name, s in stages.items())
+    facts = [f"{_duration(total)} in all ({times})"] if stages else []
+    if decision is not None and decision.confidence is not None:
+        facts.insert(0, f"confidence {decision.confidence:.2f}")
+    return f"<p class='facts'>{html.escape(' · '.join(facts))}</p>"
+
+
+def _table_html(folder: RunFolder) -> str:
+    names, rows = results(folder)
+    ratio = f"<th>{names[-1]} / {names[0]}</th>" if len(names) > 1 else ""
+    head = "".join(f"<th>{html.escape(n)}</th>" for n in names)
+    body, notes = [], []
+    for label, cells, last, note in rows:
+        mark = ""
+        if note:
+            if note not in notes:
+                notes.append(note)
+            mark = f"<sup>{notes.index(note) + 1}</sup>"
+        numbers = "".join(f"<td>{html.escape(c)}</td>" for c in cells)
+        numbers += f"<td>{last}</td>" if ratio else ""
+        body.append(f"<tr><th scope='row'>{html.escape(label)}{mark}</th>{numbers}</tr>")
+    items = "".join(f"<li>{html.escape(n)}</li>" for n in notes)
+    return (
+        f"<section><h2>Figures</h2><div class='scroll'><table><thead><tr><th></th>{head}{ratio}</tr></thead>"
+        f"<tbody>{''.join(body)}</tbody></table></div><ol class='notes'>{items}</ol></section>"
+    )
+
+
+def _record_html(folder: RunFolder, decision: Decision | None) -> str:
+    record: dict[str, Any] = read_json(folder / "run.json")
+    parts = {"versions": record["versions"]}
+    if decision is not None:
+        parts["decision"] = {"kept": list(decision.kept), **decision.provenance}
+    text = yaml.safe_dump(parts, sort_keys=False, allow_unicode=True)
+    recipe = (folder / "recipe.yaml").read_text()
+    return (
+        f"<section><h2>Record</h2><pre>{html.escape(record['command'])}</pre>"
+        f"<details><summary>Recipe, resolved</summary><pre>{html.escape(recipe)}</pre></details>"
+        f"<details><summary>Provenance</summary><pre>{html.escape(text)}</pre></details></section>"
+    )
+
+
+def _decision(folder: RunFolder) -> Decision | None:
+    path = folder / "decision.json"
+    return Decision.load(path) if path.exists() else None
+
+
+def _figure(value: float | None, unit: str) -> str:
+    if value is None:
+        return "n/a"
+    if float(value).is_integer() and abs(value) < 1e4 and not unit:
+        return str(int(value))
+    for size, prefix in PREFIXES:
+        if abs(value) >= size:
+            return f"{value / size:.3g} {prefix}{unit}".strip()
+    return f"{value:.4g} {unit}".strip()
+
+
+def _arrow(better: str) -> str:
+    return {"lower": "↓", "higher": "↑"}.get(better, "")
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+STYLE = """
+:root { color-scheme: light; --ink: #23303d; --soft: #616e7c; --line: #e4e7eb; --accent: #1b6ca8; }
+* { box-sizing: border-box; }
+body { margin: 0; background: #f5f7fa; color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
+main { max-width: 1040px; margin: 0 auto; padding: 2rem 1rem 4rem; }
+.brand { margin: 0; color: var(--accent); font-weight: 600; letter-spacing: .04em; }
+h1 { margin: .1rem 0 .3rem; font-size: 1.7rem; line-height: 1.2; }
+h2 { margin: 0 0 .8rem; font-size: 1.05rem; }
+.facts, figcaption, .notes { color: var(--soft); font-size: .875rem; }
+section { background: white; border: 1px solid var(--line); border-radius: 10px; padding: 1.2rem; margin-top: 1.2rem; }
+.scroll { overflow-x: auto; }
+figure { margin: 0; } figcaption { margin-top: .6rem; }
+img { display: block; max-width: 100%; min-width: 520px; height: auto; margin: 0 auto; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; white-space: nowrap; }
+th, td { padding: .4rem .7rem; text-align: right; border-bottom: 1px solid var(--line); }
+th:first-child { text-align: left; font-weight: 500; } thead th { color: var(--soft); font-weight: 600; }
+td:last-child { color: var(--accent); font-weight: 600; }
+sup { color: var(--soft); margin-left: .2em; } .notes { margin: .8rem 0 0; padding-left: 1.2rem; }
+pre { overflow-x: auto; background: #f5f7fa; border-radius: 6px; padding: .8rem; font-size: .8rem; margin: .5rem 0; }
+summary { cursor: pointer; margin-top: .6rem; }
+"""

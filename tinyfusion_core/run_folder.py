@@ -1,0 +1,115 @@
+"""Everything a run makes, readable without this software."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import UserError
+from .files import read_json, write_atomic, write_json, write_text
+
+
+class RunFolder:
+    """The folder of one run.
+
+    `recipe.yaml` (resolved), `metrics.jsonl` (one line a logged step), `decision.json`, `student/`,
+    `metrics.json` (the final figures), `report.html`, `figures/`, and while a stage runs `checkpoints/`.
+
+    Args:
+        path: the folder; made when missing.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe = self.path / ".writable"
+            probe.touch()
+            probe.unlink()
+        except OSError as e:
+            raise UserError(f"{self.path}: the run folder cannot be written ({e.strerror}); choose another --run-dir") from e
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    # Metrics
+
+    def log(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
+        """Append one line to `metrics.jsonl`."""
+        with (self / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"stage": stage, "step": step, **values}) + "\n")
+
+    def metrics(self, stage: str | None = None) -> list[dict[str, Any]]:
+        """The logged lines, of one stage or of all. A line that a kill cut short is left out."""
+        path = self / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        entries = [entry for line in lines if (entry := _parsed(line)) is not None]
+        return [e for e in entries if stage is None or e["stage"] == stage]
+
+    def rewind(self, stage: str, step: int) -> None:
+        """Forget the lines of a stage after `step`: they will be made again."""
+        kept = [e for e in self.metrics() if e["stage"] != stage or e["step"] <= step]
+        write_text(self / "metrics.jsonl", "".join(json.dumps(e) + "\n" for e in kept))
+
+    # Checkpoints: one a stage, replaced whole
+
+    def checkpoint_path(self, stage: str) -> Path:
+        return self / "checkpoints" / f"{stage}.pt"
+
+    def save_checkpoint(self, stage: str, state: Mapping[str, Any]) -> None:
+        write_atomic(self.checkpoint_path(stage), lambda file: torch.save(dict(state), file))
+
+    def load_checkpoint(self, stage: str) -> dict[str, Any] | None:
+        """The stage's last checkpoint, None when there is none; read with `weights_only=True`."""
+        path = self.checkpoint_path(stage)
+        if not path.exists():
+            return None
+        try:
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as e:  # whatever torch makes of a damaged file
+            raise UserError(f"{path}: damaged checkpoint ({e}); delete it to begin the stage again") from e
+        return state
+
+    def drop_checkpoint(self, stage: str) -> None:
+        self.checkpoint_path(stage).unlink(missing_ok=True)
+
+    # Finished stages
+
+    def finished(self) -> dict[str, dict[str, Any]]:
+        """What is known of the stages that ran to their end: name -> key and seconds."""
+        path = self / "stages.json"
+        stages: dict[str, dict[str, Any]] = read_json(path) if path.exists() else {}
+        return stages
+
+    def finish(self, stage: str, key: str, seconds: float) -> None:
+        write_json(self / "stages.json", {**self.finished(), stage: {"key": key, "seconds": round(seconds, 1)}})
+        self.drop_checkpoint(stage)
+
+    def restart(self, stages: list[str]) -> None:
+        """Forget these stages and what they logged."""
+        write_json(self / "stages.json", {k: v for k, v in self.finished().items() if k not in stages})
+        for stage in stages:
+            self.drop_checkpoint(stage)
+            self.rewind(stage, -1)
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    try:
+        entry: dict[str, Any] = json.loads(line)
+    except ValueError:
+        return None
+    return entry
+
+
+def existing_run(path: Path | str) -> RunFolder:
+    """The folder of a run that exists. Raises UserError when there is none."""
+    if not (Path(path) / "recipe.yaml").is_file():
+        raise UserError(f"{path}: not a run folder (no recipe.yaml in it)")
+    return RunFolder(path)

@@ -1,0 +1,292 @@
+"""Distributions over block masks, with gradients to their logits."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .errors import UserError
+from .randomness import Rng
+
+Pair = tuple[int, int]
+Pattern = Pair | list[Pair] | dict[str, Pair | list[Pair]] | str
+"""Keep N of M: one pair for every group, a list with a pair for each group, or either by block list."""
+
+MAX_OPTIONS = 20_000
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Sampled masks.
+
+    Attributes:
+        mask: (B, N) zeros and ones; carries the gradient to the logits when the estimator is pathwise.
+        log_prob: (B,) log-probability of each mask in nats, differentiable.
+    """
+
+    mask: Tensor
+    log_prob: Tensor
+
+
+class BlockSampler(nn.Module, ABC):
+    """A distribution over masks that keep a fixed budget of blocks; owns the gate logits.
+
+    Args:
+        lists: length of every block list, in execution order; the N columns of a mask follow it.
+    """
+
+    def __init__(self, lists: Mapping[str, int]) -> None:
+        super().__init__()
+        self.lists = dict(lists)
+        self.num_blocks = sum(lists.values())
+
+    def anneal(self, progress: float) -> dict[str, float]:
+        """Move temperatures to a point of the search, 0 at the first step and 1 at the last; returns them by name."""
+        return {}
+
+    @abstractmethod
+    def sample(self, num_rows: int, rng: Rng) -> Draw:
+        """Draw B masks, row i from stream i of `rng`; each obeys the budget exactly."""
+
+    def surrogate(self, draw: Draw, loss: Tensor) -> Tensor:
+        """The scalar to minimise, given the (B,) losses under the drawn masks.
+
+        By default their mean: the gradient travels through the mask. A score-function estimator adds
+        `log_prob` times an advantage.
+        """
+        return loss.mean()
+
+    @abstractmethod
+    def marginals(self) -> Tensor:
+        """(N,) probability that each block is kept."""
+
+    @abstractmethod
+    def mode(self) -> list[int]:
+        """Indices of the kept blocks in the most probable mask."""
+
+    @abstractmethod
+    def entropy(self) -> float:
+        """Entropy of the distribution in nats."""
+
+    @abstractmethod
+    def confidence(self) -> list[float]:
+        """Probability of the mode, for each independent choice; a decision is as sure as the least of them."""
+
+    @abstractmethod
+    def choices(self) -> list[list[int]]:
+        """The blocks that each independent choice is about, in the order of `confidence`."""
+
+    @property
+    @abstractmethod
+    def num_kept(self) -> int:
+        """Blocks that every mask keeps."""
+
+    @property
+    @abstractmethod
+    def num_masks(self) -> int:
+        """Size of the search space."""
+
+
+class GroupedSampler(BlockSampler):
+    """The paper's N:M groups: a categorical over the C(M, N) options of each group of consecutive blocks.
+
+    Gumbel-softmax with a straight-through estimator, one mask per sample: the forward value is the hard
+    option argmax(scaling * logits + G), the gradient that of softmax((scaling * logits + G) / tau)
+    (TinyFusion, arXiv:2412.01199, section 3.2). The law of the hard masks is softmax(scaling * logits),
+    whatever tau is.
+
+    Args:
+        lists: length of every block list, in execution order. Groups never straddle two lists.
+        pattern: `[keep, of]` for all groups; a list of such pairs, one for each group; or a mapping from
+            block list to either. `"2:4"` in quotes is understood.
+        tau: Gumbel temperature at the first and at the last step, linear in between.
+        scaling: factor on the logits at the first and at the last step, linear in between.
+        initial: initial value of all logits.
+    """
+
+    def __init__(
+        self,
+        lists: Mapping[str, int],
+        pattern: Pattern = (2, 4),
+        tau: tuple[float, float] = (4.0, 0.1),
+        scaling: tuple[float, float] = (100.0, 100.0),
+        initial: float = 0.02,
+    ) -> None:
+        super().__init__(lists)
+        self.groups = split_groups(pattern, lists)
+        self.tau_schedule, self.scaling_schedule = tau, scaling
+        self.tau, self.scaling = tau[0], scaling[0]
+        self.logits = nn.ParameterList()
+        for g, (keep, of) in enumerate(self.groups):
+            options = _options(keep, of)
+            self.register_buffer(f"options_{g}", options, persistent=False)
+            self.logits.append(nn.Parameter(torch.full((len(options),), initial)))
+
+    def anneal(self, progress: float) -> dict[str, float]:
+        self.tau = _linear(self.tau_schedule, progress)
+        self.scaling = _linear(self.scaling_schedule, progress)
+        return {"tau": self.tau, "scaling": self.scaling}
+
+    def sample(self, num_rows: int, rng: Rng) -> Draw:
+        gumbel = rng.gumbel("mask", num_rows, sum(len(logits) for logits in self.logits))
+        return self.relax(gumbel.to(self.logits[0].device))
+
+    def relax(self, gumbel: Tensor) -> Draw:
+        """The straight-through draw for given (B, sum of K) Gumbel noise, groups side by side."""
+        masks, log_prob = [], torch.zeros(len(gumbel), device=gumbel.device)
+        # Under autocast the product with the options would round the gate gradients.
+        with torch.autocast(gumbel.device.type, enabled=False):
+            noise = gumbel.split([len(logits) for logits in self.logits], dim=1)
+            for g, (logits, noise_BK) in enumerate(zip(self.logits, noise, strict=True)):
+                scores_BK = self.scaling * logits + noise_BK
+                chosen_B = scores_BK.argmax(1)
+                soft_BK = (scores_BK / self.tau).softmax(1)
+                hard_BK = nn.functional.one_hot(chosen_B, len(logits)).to(soft_BK)
+                soft_BM = soft_BK @ self._options(g)
+                # The difference is exactly zero, so that the forward value is exactly 0 or 1.
+                masks.append(hard_BK @ self._options(g) + (soft_BM - soft_BM.detach()))
+                log_prob = log_prob + (self.scaling * logits).log_softmax(0)[chosen_B]
+        return Draw(torch.cat(masks, dim=1), log_prob)
+
+    def marginals(self) -> Tensor:
+        return torch.cat([p @ self._options(g) for g, p in enumerate(self._probabilities())])
+
+    def mode(self) -> list[int]:
+        kept, start = [], 0
+        for g, p in enumerate(self._probabilities()):
+            option = self._options(g)[int(p.argmax())]
+            kept += [start + i for i in option.nonzero().flatten().tolist()]
+            start += len(option)
+        return kept
+
+    def entropy(self) -> float:
+        return sum(float(torch.special.entr(p).sum()) for p in self._probabilities())
+
+    def confidence(self) -> list[float]:
+        return [float(p.max()) for p in self._probabilities()]
+
+    def choices(self) -> list[list[int]]:
+        ends = list(itertools.accumulate(of for _, of in self.groups))
+        return [list(range(end - of, end)) for end, (_, of) in zip(ends, self.groups, strict=True)]
+
+    @property
+    def num_kept(self) -> int:
+        return sum(keep for keep, _ in self.groups)
+
+    @property
+    def num_masks(self) -> int:
+        return math.prod(math.comb(of, keep) for keep, of in self.groups)
+
+    def _options(self, g: int) -> Tensor:
+        return self.get_buffer(f"options_{g}")
+
+    def _probabilities(self) -> list[Tensor]:
+        return [(self.scaling * logits.detach()).softmax(0) for logits in self.logits]
+
+
+def split_groups(pattern: Pattern, lists: Mapping[str, int]) -> list[Pair]:
+    """The (keep, of) pair of every group, over all lists in their order.
+
+    Raises:
+        UserError: the pattern is not well formed or does not cover a list exactly; names list, depth and group.
+    """
+    if isinstance(pattern, dict):
+        unknown, left = set(pattern) - set(lists), set(lists) - set(pattern)
+        if unknown or left:
+            raise UserError(
+                f"search.pattern: names the block list(s) {', '.join(sorted(pattern))}; "
+                f"the backbone has {', '.join(lists)}: give each of them a pattern"
+            )
+        by_list = pattern
+    else:
+        by_list = dict.fromkeys(lists, pattern)
+    groups: list[Pair] = []
+    for name, depth in lists.items():
+        part = parse_pattern(by_list[name])
+        if isinstance(part, dict):
+            raise UserError(f"search.pattern: {name}: a mapping inside a mapping; give a pair or a list of pairs")
+        if isinstance(part, tuple):
+            keep, of = part
+            if depth % of:
+                raise UserError(
+                    f"search.pattern: [{keep}, {of}] does not fit '{name}' with {depth} blocks: "
+                    f"group {depth // of + 1} would need blocks {depth - depth % of} to {depth - depth % of + of - 1}. "
+                    f"{_fitting(keep, of, depth)}"
+                )
+            part = [(keep, of)] * (depth // of)
+        covered = 0
+        for g, (_, of) in enumerate(part):
+            covered += of
+            if covered > depth:
+                raise UserError(
+                    f"search.pattern: group {g + 1} of {len(part)} ends at block {covered - 1}, "
+                    f"but '{name}' has {depth} blocks"
+                )
+        if covered < depth:
+            raise UserError(
+                f"search.pattern: its {len(part)} groups cover {covered} of the {depth} blocks of '{name}'; "
+                f"add groups for blocks {covered} to {depth - 1} ([M, M] keeps M blocks for certain)"
+            )
+        groups += part
+    return groups
+
+
+def parse_pattern(value: object) -> Pattern:
+    """Check a pattern as YAML gives it.
+
+    Raises:
+        UserError: not a pattern, among others the number that YAML makes of an unquoted `2:4`.
+    """
+    if isinstance(value, str) and ":" in value:
+        value = [int(v) if v.strip().isdigit() else v for v in value.split(":")]
+    if isinstance(value, dict):
+        return {str(name): parse_pattern(part) for name, part in value.items()}  # type: ignore[misc]
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 60:
+        raise UserError(
+            f"search.pattern: got the number {value}. YAML reads an unquoted {value // 60}:{value % 60} in base 60; "
+            f"write [{value // 60}, {value % 60}]"
+        )
+    if isinstance(value, Sequence) and not isinstance(value, str) and value:
+        if all(isinstance(v, int) for v in value) and len(value) == 2:
+            keep, of = int(value[0]), int(value[1])
+            if not 0 <= keep <= of or of == 0:
+                raise UserError(f"search.pattern: [{keep}, {of}]: cannot keep {keep} of {of} blocks")
+            if math.comb(of, keep) > MAX_OPTIONS:
+                raise UserError(
+                    f"search.pattern: [{keep}, {of}] has {math.comb(of, keep):,} options in one group "
+                    f"(limit {MAX_OPTIONS:,}); use smaller groups"
+                )
+            return keep, of
+        if all(isinstance(v, (Sequence, str)) for v in value):
+            pairs = [parse_pattern(v) for v in value]
+            if all(isinstance(p, tuple) for p in pairs):
+                return pairs  # type: ignore[return-value]
+    raise UserError(
+        f"search.pattern: {value!r} is no pattern. Give [keep, of], as [2, 4]; "
+        "a list with such a pair for each group; or a mapping from block list to either"
+    )
+
+
+def _fitting(keep: int, of: int, depth: int) -> str:
+    fits = [m for m in range(2, depth + 1) if depth % m == 0]
+    best = min(fits, key=lambda m: abs(m - of), default=depth)
+    return f"Group sizes that divide {depth}: {', '.join(map(str, fits))}; nearest: [{max(1, round(keep * best / of))}, {best}]"
+
+
+def _options(keep: int, of: int) -> Tensor:
+    """(K, M) 0/1 rows, all ways to keep `keep` of `of` blocks, in lexicographic order."""
+    rows = list(itertools.combinations(range(of), keep))
+    out = torch.zeros(len(rows), of)
+    for row, kept in zip(out, rows, strict=True):
+        row[list(kept)] = 1
+    return out
+
+
+def _linear(ends: tuple[float, float], progress: float) -> float:
+    return ends[0] + (ends[1] - ends[0]) * progress

@@ -1,0 +1,148 @@
+"""The learned search: which blocks to keep so that fine-tuning can recover best (arXiv:2412.01199)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .backbone import Batch
+from .decision import Decision
+from .errors import UserError
+from .gating import Gates
+from .losses import LossAdapter
+from .randomness import Rng, seed_of
+from .recoverability import LoRA, WeightUpdate
+from .run_folder import RunFolder
+from .sampling import BlockSampler, GroupedSampler, Pattern, parse_pattern
+from .task import Task
+from .trainer import Ema, Objective, Optimization, Trainer, decay_for
+
+
+class Selector(ABC):
+    """A stage that decides which blocks stay: the learned search, or a criterion."""
+
+    @abstractmethod
+    def __call__(self, task: Task, trainer: Trainer, run: RunFolder | None = None) -> Decision:
+        """Decide. Leaves the task's network as it was."""
+
+    @abstractmethod
+    def preview(self, lists: Mapping[str, int]) -> BlockSampler:
+        """The distribution over masks it starts from, to plan with; raises UserError when it does not fit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search(Selector):
+    """Learn the gate logits together with a weight update that stands for later fine-tuning.
+
+    Args:
+        pattern: keep N of M: `[2, 4]`, a list with a pair for each group, or a mapping by block list.
+            Short for `sampler: GroupedSampler`; give one of the two.
+        tau: Gumbel temperature at the first and at the last step (with `pattern`).
+        scaling: factor on the gate logits at the first and at the last step (with `pattern`).
+        sampler: any distribution over masks.
+        steps: optimizer updates.
+        update: the co-trained weight update.
+        lr_gates: learning rate of the gate logits, which have no weight decay.
+        lr: learning rate of the weight update.
+        weight_decay: of the weight update.
+        clip: largest norm of the gradient of gates and weights together.
+        ema: decay of the average of the gate logits that decides; default 1 - 10 / steps, which is the
+            paper's 0.999 at 10,000 steps and lags as little in a short search.
+    """
+
+    pattern: Pattern | int | None = None
+    tau: tuple[float, float] = (4.0, 0.1)
+    scaling: tuple[float, float] = (100.0, 100.0)
+    sampler: Callable[[Mapping[str, int]], BlockSampler] | None = None
+    steps: int = 10_000
+    update: WeightUpdate = LoRA()
+    lr_gates: float = 1e-3
+    lr: float = 1e-4
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    ema: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.pattern is None) == (self.sampler is None):
+            raise UserError("search: give pattern or sampler, one of the two")
+        if self.pattern is not None:
+            object.__setattr__(self, "pattern", parse_pattern(self.pattern))
+
+    def preview(self, lists: Mapping[str, int]) -> BlockSampler:
+        if self.sampler is not None:
+            return self.sampler(lists)
+        assert self.pattern is not None and not isinstance(self.pattern, int)
+        return GroupedSampler(lists, self.pattern, tau=self.tau, scaling=self.scaling)
+
+    def __call__(self, task: Task, trainer: Trainer, run: RunFolder | None = None) -> Decision:
+        """Run the search. The network's weights are afterwards what they were, bit for bit."""
+        model = task.teacher.to(trainer.accelerator.device)
+        sampler = self.preview(task.lists)
+        # AveragedModel begins with the values after the first step: no bias towards the initial ones.
+        ema = Ema(sampler, decay_for(self.steps) if self.ema is None else self.ema)
+        averaged = ema.average.module
+        assert isinstance(averaged, BlockSampler)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed_of(trainer.seed, "search", "update"))  # LoRA draws its initial values
+            with (
+                self.update.applied(model, task.blocks) as weights,
+                Gates(model, task.blocks, task.batch_dim(model), task.backbone.streams) as gates,
+            ):
+                objective = _GatedLoss(model.train(), task.loss, sampler, averaged, gates)
+                groups = [
+                    {"params": list(sampler.parameters()), "lr": self.lr_gates, "weight_decay": 0.0},
+                    {"params": weights, "lr": self.lr, "weight_decay": self.weight_decay},
+                ]
+                how = Optimization(groups=groups, steps=self.steps, clip=self.clip, ema=ema)
+                trainer.fit("search", objective, task.train, task.loss.prepare, how, run)
+        model.eval()
+        return Decision(
+            blocks=tuple(task.blocks),
+            kept=tuple(averaged.mode()),
+            method=type(self).__name__,
+            pattern=self.pattern,
+            choices=tuple(map(tuple, averaged.choices())),
+            confidences=tuple(averaged.confidence()),
+            marginals=tuple(averaged.marginals().tolist()),
+            provenance={"seed": trainer.seed, "steps": self.steps, "source": task.backbone.source()},
+        )
+
+
+class _GatedLoss(Objective):
+    """Sample masks, run the gated network, return the sampler's surrogate."""
+
+    def __init__(
+        self, model: nn.Module, loss: LossAdapter, sampler: BlockSampler, averaged: BlockSampler, gates: Gates
+    ) -> None:
+        super().__init__()
+        self.model, self.sampler = model, sampler
+        # The average is not trained: out of the module's sight, so that DDP does not wait for its gradients.
+        self.outside = (loss, averaged, gates)
+        self.temperatures: dict[str, float] = {}
+
+    def forward(self, inputs: Batch, rng: Rng) -> tuple[Tensor, Tensor]:
+        loss, _, gates = self.outside
+        num_rows = len(next(iter(inputs.values())))
+        draw = self.sampler.sample(num_rows, rng)
+        gates.mask = draw.mask
+        losses = loss.loss(loss.predict(self.model, inputs), inputs)
+        return self.sampler.surrogate(draw, losses), losses.detach()
+
+    def before_step(self, progress: float) -> None:
+        self.temperatures = self.sampler.anneal(progress)
+        self.outside[1].anneal(progress)
+
+    def metrics(self) -> dict[str, Any]:
+        averaged = self.outside[1]
+        return {
+            "decision": averaged.mode(),
+            "marginals": [round(p, 5) for p in averaged.marginals().tolist()],
+            "confidence": round(min(averaged.confidence()), 5),
+            "entropy": round(averaged.entropy(), 5),
+            **self.temperatures,
+        }
