@@ -39,7 +39,11 @@ def test_option_frequencies_follow_the_softmax_whatever_tau_is() -> None:
 def patterns(draw: st.DrawFn) -> tuple[dict[str, int], dict[str, list[tuple[int, int]]]]:
     lists, by_list = {}, {}
     for name in ("encoder", "decoder")[: draw(st.integers(1, 2))]:
-        groups = draw(st.lists(st.integers(1, 6).flatmap(lambda m: st.tuples(st.integers(0, m), st.just(m))), min_size=1, max_size=4))
+        groups = draw(
+            st.lists(
+                st.integers(1, 6).flatmap(lambda m: st.tuples(st.integers(0, m), st.just(m))), min_size=1, max_size=4
+            )
+        )
         lists[name], by_list[name] = sum(m for _, m in groups), groups
     return lists, by_list
 
@@ -127,7 +131,7 @@ def test_stratified_draws_cover_every_interval_once() -> None:
 def test_order_visits_every_sample_once_in_an_epoch() -> None:
     order = Order(0, "train", num_samples=10, batch_size=4)
     steps = list(order.steps(0, 5, 0, 4))
-    assert sorted(itertools.chain.from_iterable(steps[:2] + [steps[2][:2]])) == list(range(10))
+    assert sorted(itertools.chain.from_iterable([*steps[:2], steps[2][:2]])) == list(range(10))
     resumed = list(order.steps(3, 5, 0, 4))
     assert resumed == steps[3:]
     halves = zip(order.steps(0, 5, 0, 2), order.steps(0, 5, 2, 2), strict=True)

@@ -1,6 +1,7 @@
 """What a plugin says of a model family."""
 
-from __future__ import annotations
+# No `from __future__ import annotations` here: jsonargparse evaluates the annotations of a base class in the
+# plugin's module, where the strings it would make of the ClassVars mean nothing.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -78,11 +79,11 @@ class Backbone(ABC):
 
     @classmethod
     @abstractmethod
-    def tiny(cls) -> Backbone:
+    def tiny(cls) -> "Backbone":
         """An instance that runs in milliseconds, every weight random and none zero; for the conformance checks."""
 
     def source(self) -> dict[str, Any]:
-        """Where the pretrained weights come from: `checkpoint`, `sha256`, `licence`; for the record of a pruned model."""
+        """Where the pretrained weights come from, for the record: `checkpoint`, `sha256`, `licence`."""
         return {}
 
 

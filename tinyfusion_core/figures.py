@@ -15,6 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor
 
@@ -22,7 +23,7 @@ from .decision import Decision
 from .files import write_atomic
 
 KEPT, REMOVED, ACCENT, INK = "#1b6ca8", "#e4e7eb", "#d1495b", "#23303d"
-STYLE = {
+STYLE: Any = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -47,8 +48,10 @@ def draw_strip(decision: Decision, path: Path) -> None:
         for i in range(count):
             kept = i in decision.kept
             face, edge, line = (KEPT, KEPT, "-") if kept else ("white", "#9aa5b1", "--")
-            axes.add_patch(plt.Rectangle((i + 0.06, 0), 0.88, 1, facecolor=face, edgecolor=edge, linestyle=line))
-            axes.text(i + 0.5, 0.5, str(i), ha="center", va="center", color="white" if kept else "#7b8794", weight="bold")
+            axes.add_patch(Rectangle((i + 0.06, 0), 0.88, 1, facecolor=face, edgecolor=edge, linestyle=line))
+            axes.text(
+                i + 0.5, 0.5, str(i), ha="center", va="center", color="white" if kept else "#7b8794", weight="bold"
+            )
         for blocks, confidence in zip(decision.choices, decision.confidences, strict=True):
             left, right = blocks[0] + 0.06, blocks[-1] + 0.94
             axes.plot([left, left, right, right], [1.12, 1.22, 1.22, 1.12], color=INK, linewidth=1)
@@ -71,7 +74,9 @@ def draw_dynamics(entries: Entries, num_blocks: int, path: Path) -> None:
         left.set(title="kept blocks (opacity: confidence)", xlabel="search step", ylabel="block")
         left.set(ylim=(-0.6, num_blocks - 0.4), yticks=range(0, num_blocks, 1 if num_blocks <= 16 else 2))
         marginals = np.array([e["marginals"] for e in entries]).T
-        image = right.pcolormesh(steps, np.arange(num_blocks), marginals, cmap="Blues", vmin=0, vmax=1, shading="nearest")
+        image = right.pcolormesh(
+            steps, np.arange(num_blocks), marginals, cmap="Blues", vmin=0, vmax=1, shading="nearest"
+        )
         right.set(title="probability that a block is kept", xlabel="search step", ylabel="block")
         right.set(yticks=range(0, num_blocks, 1 if num_blocks <= 16 else 2))
         figure.colorbar(image, ax=right)
@@ -81,7 +86,9 @@ def draw_dynamics(entries: Entries, num_blocks: int, path: Path) -> None:
 def draw_losses(stages: Mapping[str, Entries], path: Path) -> None:
     """One loss curve for each stage that trained."""
     with plt.rc_context(STYLE):
-        figure, panels = plt.subplots(1, len(stages), figsize=(5 * len(stages), 2.9), layout="constrained", squeeze=False)
+        figure, panels = plt.subplots(
+            1, len(stages), figsize=(5 * len(stages), 2.9), layout="constrained", squeeze=False
+        )
         for axes, (stage, entries) in zip(panels[0], stages.items(), strict=True):
             points = [(e["step"], e["loss"]) for e in entries if e["loss"] is not None]
             if points:
@@ -101,7 +108,9 @@ def draw_samples(images: Mapping[str, Tensor], labels: Sequence[int], path: Path
     """
     order = sorted(range(len(labels)), key=lambda i: labels[i])
     with plt.rc_context(STYLE):
-        figure, panels = plt.subplots(1, len(images), figsize=(3.6 * len(images), 2.1), layout="constrained", squeeze=False)
+        figure, panels = plt.subplots(
+            1, len(images), figsize=(3.6 * len(images), 2.1), layout="constrained", squeeze=False
+        )
         for axes, (name, batch) in zip(panels[0], images.items(), strict=True):
             axes.imshow(grid(batch[order], columns), cmap="gray", interpolation="nearest", vmin=0, vmax=255)
             axes.set_title(name)

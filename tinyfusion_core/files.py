@@ -27,23 +27,23 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
     Raises:
         UserError: the folder cannot be written or the disk is full; an existing file is untouched.
     """
-    temporary: str | None = None
+    temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = file.name
+            temporary = Path(file.name)
             write(file)  # type: ignore[arg-type]  # a BinaryIO in all but name
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
     except (OSError, RuntimeError, SafetensorError) as e:
         # torch and safetensors report a full disk as errors of their own.
         kept = "; the file that was there is intact" if path.exists() else ""
         raise UserError(f"{path}: cannot be written ({_reason(e)}){kept}. Free space or choose another folder") from e
     finally:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

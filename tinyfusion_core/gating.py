@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 from torch.utils._pytree import TreeSpec, tree_flatten_with_path, tree_unflatten
 
 from .backbone import Stream
@@ -105,7 +105,9 @@ class Gates:
     def _sparse(self, j: int, call: _Call, mask: Tensor) -> Any:
         inputs = [call.stream(stream, self.blocks[j]) for stream in self._streams]
         if inputs[0].shape[0] != len(mask):
-            raise ValueError(f"block '{self.blocks[j]}' got {inputs[0].shape[0]} samples, the mask has {len(mask)} rows")
+            raise ValueError(
+                f"block '{self.blocks[j]}' got {inputs[0].shape[0]} samples, the mask has {len(mask)} rows"
+            )
         kept, dropped = self._rows[j]
         # Attention code cannot take zero samples, and every parameter needs a gradient on every process.
         run, rest = (kept, dropped) if len(kept) else (dropped[:1], dropped[1:])
@@ -142,7 +144,7 @@ class _Merge(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         x: Tensor,
         ran: Tensor,
         value: Tensor | None,
@@ -162,11 +164,11 @@ class _Merge(torch.autograd.Function):
             ctx.save_for_backward(x, out, stray, value, kept, run, rest)
         else:
             ctx.save_for_backward(None, None, None, None, kept, run, rest)
-        ctx.dtypes, ctx.ran_shape = (x.dtype, mask.dtype), ran.shape  # type: ignore[attr-defined]
+        ctx.dtypes, ctx.ran_shape = (x.dtype, mask.dtype), ran.shape
         return out
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, out, stray, value, kept, run, rest = ctx.saved_tensors
         x_dtype, mask_dtype = ctx.dtypes
@@ -216,7 +218,9 @@ class _Call:
             name = self.names[name]
         x = self.kwargs[name] if isinstance(name, str) else self.args[name]
         if not isinstance(x, Tensor):
-            raise UserError(f"block '{path}': stream argument '{stream.argument}' is a {type(x).__name__}, not a tensor")
+            raise UserError(
+                f"block '{path}': stream argument '{stream.argument}' is a {type(x).__name__}, not a tensor"
+            )
         return x
 
     def run(self, rows: Tensor) -> Any:
@@ -224,9 +228,7 @@ class _Call:
         sizes = [v.shape[d] for v, d in zip(self.leaves, self.dims, strict=True) if d is not None]
         if sizes and len(rows) == sizes[0]:
             return self.plain(*self.args, **self.kwargs)
-        some = [
-            v if d is None else v.index_select(d, rows) for v, d in zip(self.leaves, self.dims, strict=True)
-        ]
+        some = [v if d is None else v.index_select(d, rows) for v, d in zip(self.leaves, self.dims, strict=True)]
         args, kwargs = tree_unflatten(some, self.spec)
         return self.plain(*args, **kwargs)
 
@@ -303,7 +305,10 @@ def _leaves(names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any])
     """The leaves of a call by name (`x`, `rotary.0`), the same whether passed by position or by name."""
     paths, spec = tree_flatten_with_path((args, kwargs))
     named: dict[str, Any] = {}
-    for (side, which, *inner), leaf in paths:
-        top = which.key if side.idx else names[which.idx] if which.idx < len(names) else f"*{which.idx}"
-        named[".".join([str(top), *(str(getattr(k, "key", getattr(k, "idx", k))) for k in inner)])] = leaf
+    for path, leaf in paths:
+        # Each step of a path is a key of a mapping or an index of a sequence.
+        steps: list[Any] = [getattr(step, "key", getattr(step, "idx", step)) for step in path]
+        side, which, *inner = steps
+        top = which if side else names[which] if which < len(names) else f"*{which}"
+        named[".".join(map(str, [top, *inner]))] = leaf
     return named, spec

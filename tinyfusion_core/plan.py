@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .backbone import block_lists, expand
+from .decision import Decision
 from .errors import UserError
 from .evaluate import count_flops
 from .prune import remove_blocks
@@ -55,8 +56,9 @@ def make_plan(recipe: Recipe) -> Plan:
             sampler = recipe.search.preview(lists)
             _search(plan, recipe, sampler)
             pruned = copy.deepcopy(model)
-            kept = {name: [i for i, b in enumerate(members) if b in sampler.mode()] for name, members in block_lists(blocks).items()}
-            remove_blocks(recipe.backbone, pruned, kept)
+            # Which blocks stay is not known yet; how many of each list is.
+            sketch = Decision(blocks=tuple(blocks), kept=tuple(sampler.mode()), method="plan")
+            remove_blocks(recipe.backbone, pruned, sketch.kept_by_list())
             _size(plan, recipe, pruned, "after")
 
     plan.attempt(network, plan.problems)
@@ -70,7 +72,9 @@ def make_plan(recipe: Recipe) -> Plan:
 
     def data() -> None:
         train, held_out = recipe.data.train(), recipe.data.held_out()
-        plan.rows.append(("data", f"{type(recipe.data).__name__}, {len(train):,} to train on, {len(held_out):,} held out"))
+        plan.rows.append(
+            ("data", f"{type(recipe.data).__name__}, {len(train):,} to train on, {len(held_out):,} held out")
+        )
 
     plan.attempt(data, plan.missing)
     return plan

@@ -43,9 +43,8 @@ def remove_blocks(backbone: Backbone, model: nn.Module, kept: Mapping[str, Seque
         kept: for every block list, the indices that stay.
     """
     for path, indices in kept.items():
-        blocks = list(model.get_submodule(path))  # type: ignore[arg-type, var-annotated]  # a ModuleList or Sequential
-        shorter = nn.ModuleList([blocks[i] for i in indices])
-        model.set_submodule(path, shorter)
+        blocks = list(model.get_submodule(path).children())
+        model.set_submodule(path, nn.ModuleList([blocks[i] for i in indices]))
     backbone.after_prune(model, kept)
 
 

@@ -24,7 +24,7 @@ from .plugins import registry
 from .recover import Recover
 from .recoverability import WeightUpdate
 from .sampling import BlockSampler
-from .search import Search, Selector
+from .search import Selector
 from .trainer import Trainer
 
 SECTIONS: dict[str, Any] = {

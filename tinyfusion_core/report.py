@@ -107,7 +107,9 @@ def _draw(folder: RunFolder, decision: Decision | None) -> list[tuple[str, str, 
     stages = {stage: entries for stage, entries in stages.items() if entries}
     if stages:
         draw_losses(stages, figures / "losses.png")
-        caption = "Means between logged steps (thin) and their running mean; a search's loss is that of sampled subnetworks."
+        caption = (
+            "Means between logged steps (thin) and their running mean; a search's loss is that of sampled subnetworks."
+        )
         drawn.append(("losses.png", "Training", caption))
     return drawn
 

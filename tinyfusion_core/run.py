@@ -32,7 +32,9 @@ STAGES = ("train", "search", "recover", "evaluate")
 NUM_SHOWN = 40
 
 
-def run_recipe(recipe: Recipe, run_dir: Path | str, command: str = "tinyfusion run", restart_from: str | None = None) -> Path:
+def run_recipe(
+    recipe: Recipe, run_dir: Path | str, command: str = "tinyfusion run", restart_from: str | None = None
+) -> Path:
     """Do what a recipe says, or what is left of it.
 
     Args:
@@ -196,7 +198,8 @@ def _claim(recipe: Recipe, folder: RunFolder, command: str, restart_from: str | 
             "backbone.checkpoint (its content)": read_json(folder / "run.json").get("checkpoint_sha256"),
         }
         changed = {k for k in before.keys() | now.keys() if before.get(k) != now.get(k)}
-        first = min((STAGES.index(k.partition(".")[0]) if k.partition(".")[0] in STAGES else 0 for k in changed), default=len(STAGES))
+        sections = {k.partition(".")[0] for k in changed}
+        first = min((STAGES.index(s) if s in STAGES else 0 for s in sections), default=len(STAGES))
         if changed and (restart_from is None or STAGES.index(restart_from) > first):
             stage = next(s for s in STAGES[first:] if settings.get(s) is not None or s == "evaluate")
             lines = [f"  {k}: {before.get(k)} -> {now.get(k)}" for k in sorted(changed)]
@@ -210,7 +213,10 @@ def _claim(recipe: Recipe, folder: RunFolder, command: str, restart_from: str | 
     if restart_from is not None:
         folder.restart(list(STAGES[STAGES.index(restart_from) :]))
     write_text(old_path, yaml.safe_dump(settings, sort_keys=False))
-    write_json(folder / "run.json", {"format_version": 1, "command": command, "checkpoint_sha256": content, "versions": versions()})
+    write_json(
+        folder / "run.json",
+        {"format_version": 1, "command": command, "checkpoint_sha256": content, "versions": versions()},
+    )
     keys, upstream = {}, _hash({k: v for k, v in now.items() if k.partition(".")[0] not in STAGES})
     for stage in STAGES:
         own = {k: v for k, v in now.items() if k.partition(".")[0] == stage}

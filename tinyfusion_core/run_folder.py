@@ -34,7 +34,9 @@ class RunFolder:
             probe.touch()
             probe.unlink()
         except OSError as e:
-            raise UserError(f"{self.path}: the run folder cannot be written ({e.strerror}); choose another --run-dir") from e
+            raise UserError(
+                f"{self.path}: the run folder cannot be written ({e.strerror}); choose another --run-dir"
+            ) from e
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name

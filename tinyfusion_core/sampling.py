@@ -7,6 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -142,7 +143,7 @@ class GroupedSampler(BlockSampler):
         masks, log_prob = [], torch.zeros(len(gumbel), device=gumbel.device)
         # Under autocast the product with the options would round the gate gradients.
         with torch.autocast(gumbel.device.type, enabled=False):
-            noise = gumbel.split([len(logits) for logits in self.logits], dim=1)
+            noise = torch.split(gumbel, [len(logits) for logits in self.logits], dim=1)
             for g, (logits, noise_BK) in enumerate(zip(self.logits, noise, strict=True)):
                 scores_BK = self.scaling * logits + noise_BK
                 chosen_B = scores_BK.argmax(1)
@@ -196,6 +197,7 @@ def split_groups(pattern: Pattern, lists: Mapping[str, int]) -> list[Pair]:
     Raises:
         UserError: the pattern is not well formed or does not cover a list exactly; names list, depth and group.
     """
+    pattern = parse_pattern(pattern)
     if isinstance(pattern, dict):
         unknown, left = set(pattern) - set(lists), set(lists) - set(pattern)
         if unknown or left:
@@ -208,9 +210,7 @@ def split_groups(pattern: Pattern, lists: Mapping[str, int]) -> list[Pair]:
         by_list = dict.fromkeys(lists, pattern)
     groups: list[Pair] = []
     for name, depth in lists.items():
-        part = parse_pattern(by_list[name])
-        if isinstance(part, dict):
-            raise UserError(f"search.pattern: {name}: a mapping inside a mapping; give a pair or a list of pairs")
+        part = by_list[name]
         if isinstance(part, tuple):
             keep, of = part
             if depth % of:
@@ -237,38 +237,48 @@ def split_groups(pattern: Pattern, lists: Mapping[str, int]) -> list[Pair]:
     return groups
 
 
-def parse_pattern(value: object) -> Pattern:
+Parsed = Pair | list[Pair] | dict[str, Pair | list[Pair]]
+
+
+def parse_pattern(value: Any) -> Parsed:
     """Check a pattern as YAML gives it.
 
     Raises:
         UserError: not a pattern, among others the number that YAML makes of an unquoted `2:4`.
     """
+    if isinstance(value, dict):
+        return {str(name): _parse_list(name, part) for name, part in value.items()}
+    return _parse_list("", value)
+
+
+def _parse_list(name: object, value: Any) -> Pair | list[Pair]:
+    """The pattern of one block list, or of all."""
+    key = f"search.pattern.{name}" if name else "search.pattern"
     if isinstance(value, str) and ":" in value:
         value = [int(v) if v.strip().isdigit() else v for v in value.split(":")]
-    if isinstance(value, dict):
-        return {str(name): parse_pattern(part) for name, part in value.items()}  # type: ignore[misc]
     if isinstance(value, int) and not isinstance(value, bool) and value >= 60:
         raise UserError(
-            f"search.pattern: got the number {value}. YAML reads an unquoted {value // 60}:{value % 60} in base 60; "
+            f"{key}: got the number {value}. YAML reads an unquoted {value // 60}:{value % 60} in base 60; "
             f"write [{value // 60}, {value % 60}]"
         )
     if isinstance(value, Sequence) and not isinstance(value, str) and value:
         if all(isinstance(v, int) for v in value) and len(value) == 2:
             keep, of = int(value[0]), int(value[1])
             if not 0 <= keep <= of or of == 0:
-                raise UserError(f"search.pattern: [{keep}, {of}]: cannot keep {keep} of {of} blocks")
+                raise UserError(f"{key}: [{keep}, {of}]: cannot keep {keep} of {of} blocks")
             if math.comb(of, keep) > MAX_OPTIONS:
                 raise UserError(
-                    f"search.pattern: [{keep}, {of}] has {math.comb(of, keep):,} options in one group "
+                    f"{key}: [{keep}, {of}] has {math.comb(of, keep):,} options in one group "
                     f"(limit {MAX_OPTIONS:,}); use smaller groups"
                 )
             return keep, of
         if all(isinstance(v, (Sequence, str)) for v in value):
-            pairs = [parse_pattern(v) for v in value]
-            if all(isinstance(p, tuple) for p in pairs):
-                return pairs  # type: ignore[return-value]
+            pairs = [_parse_list(name, v) for v in value]
+            flat = [p for p in pairs if isinstance(p, tuple)]
+            if len(flat) == len(pairs):
+                return flat
     raise UserError(
-        f"search.pattern: {value!r} is no pattern. Give [keep, of], as [2, 4]; "
+        f"{key}: {value!r} is no pattern. Give [keep, of], as [2, 4]; "
         "a list with such a pair for each group; or a mapping from block list to either"
     )
 
@@ -276,7 +286,8 @@ def parse_pattern(value: object) -> Pattern:
 def _fitting(keep: int, of: int, depth: int) -> str:
     fits = [m for m in range(2, depth + 1) if depth % m == 0]
     best = min(fits, key=lambda m: abs(m - of), default=depth)
-    return f"Group sizes that divide {depth}: {', '.join(map(str, fits))}; nearest: [{max(1, round(keep * best / of))}, {best}]"
+    nearest = [max(1, round(keep * best / of)), best]
+    return f"Group sizes that divide {depth}: {', '.join(map(str, fits))}; nearest: {nearest}"
 
 
 def _options(keep: int, of: int) -> Tensor:

@@ -59,7 +59,7 @@ class Ema:
     @cached_property
     def average(self) -> AveragedModel:
         """Holds the averaged copy in `.module`. Made when first needed, which must be outside of gating."""
-        return AveragedModel(self.source, multi_avg_fn=get_ema_multi_avg_fn(self.decay))
+        return AveragedModel(self.source, multi_avg_fn=get_ema_multi_avg_fn(self.decay))  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,9 +178,9 @@ class _Fit:
         module, optimizer = self.accelerator.prepare(objective, self.optimizer)
         first = self.accelerator.process_index * self.rows
         order = Order(self.trainer.seed, self.stage, len(self.data), self.trainer.batch_size)
-        loader = DataLoader(
+        loader: DataLoader[Any] = DataLoader(
             self.data,  # type: ignore[arg-type]  # read by lists of indices, see Samples
-            batch_sampler=order.steps(start, self.how.steps, first, self.rows),  # type: ignore[arg-type]
+            batch_sampler=order.steps(start, self.how.steps, first, self.rows),
             collate_fn=_as_is,
             num_workers=self.trainer.num_workers,
             generator=torch.Generator(),  # else the loader draws from the global generator

@@ -29,7 +29,7 @@ def main() -> None:
         images = batch["x"].roll(shift, (2, 3)) + 0.1 * torch.randn(batch["x"].shape)
         loss = nn.functional.cross_entropy(model(images)[1], batch["y"], label_smoothing=0.05)
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
     with torch.no_grad():
