@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import golden_data
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
+
+import golden_data
 from golden_data import assert_close_rel, weights
+from tinyfusion_core.errors import UserError
+from tinyfusion_core.randomness import Rng
 from tinyfusion_dit import DiT, GaussianDiffusion
 from tinyfusion_dit.diffusion import (
     Process,
@@ -22,10 +26,6 @@ from tinyfusion_dit.diffusion import (
     strided_steps,
 )
 from tinyfusion_dit.model import DiT as Network
-from torch import Tensor, nn
-
-from tinyfusion_core.errors import UserError
-from tinyfusion_core.randomness import Rng
 
 FORWARD, GRADIENT, SAMPLE = 5e-6, 2e-5, 2e-5  # float32 rounding, relative to the largest entry
 # Float64, through the network: some time steps have no stored sinusoids, and theirs differ by a unit of float32.

@@ -8,17 +8,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import golden_data
 import pytest
 import torch
-from golden_data import GOLDEN, assert_close_rel, weights
 from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import golden_data
+from golden_data import GOLDEN, assert_close_rel, weights
+from tinyfusion_core.errors import UserError
 from tinyfusion_dit import DiT, backbone
 from tinyfusion_dit.model import VARIANTS, position_table, sinusoid
 from tinyfusion_dit.model import DiT as Network
-from torch import Tensor, nn
-
-from tinyfusion_core.errors import UserError
 
 SMALL = {"input_size": 8, "hidden_size": 16, "depth": 3, "num_heads": 2, "patch_size": 2, "num_classes": 10}
 FORWARD = 5e-6  # float32 rounding, relative to the largest entry

@@ -7,11 +7,11 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
-from toys import Block, DoubleNet, Net
 
 from tinyfusion_core.backbone import Stream, expand
 from tinyfusion_core.errors import UserError
 from tinyfusion_core.gating import Gates, named_batch_dims, probed_batch_dims
+from toys import Block, DoubleNet, Net
 
 BATCH, TOKENS, WIDTH = 6, 5, 8
 LISTS = ["first.*", "second.*"]

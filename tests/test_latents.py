@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tinyfusion_dit.latents import LatentFolders, Latents, LatentSamples
 
 from tinyfusion_core.errors import UserError
+from tinyfusion_dit.latents import LatentFolders, Latents, LatentSamples
 
 NUM_IMAGES, HELD_OUT = 12, 3
 METADATA = {"format_version": 1, "vae": "sd-vae-ft-ema", "scale": 0.18215, "kind": "sample"}

@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
-from toys import Match, Planted, planted_data
 
 import tinyfusion_core as tiny
 from tinyfusion_core.errors import UserError
 from tinyfusion_core.recoverability import WeightUpdate
 from tinyfusion_core.sampling import BlockSampler, Draw, GroupedSampler
+from toys import Match, Planted, planted_data
 
 UPDATES = [tiny.Frozen(), tiny.LoRA(rank=2, alpha=4), tiny.Full()]
 WORKING = [1, 3, 4, 7]

@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     from .data import Tensors as Tensors
     from .decision import Decision as Decision
     from .errors import UserError as UserError
-    from .evaluate import Frechet as Frechet
-    from .evaluate import HeldOutLoss as HeldOutLoss
-    from .evaluate import Latency as Latency
-    from .evaluate import evaluate as evaluate
+    from .evaluation import Frechet as Frechet
+    from .evaluation import HeldOutLoss as HeldOutLoss
+    from .evaluation import Latency as Latency
+    from .evaluation import evaluate as evaluate
     from .gating import Gates as Gates
     from .losses import LossAdapter as LossAdapter
-    from .prune import load_pretrained as load_pretrained
-    from .prune import prune as prune
-    from .prune import push_to_hub as push_to_hub
-    from .prune import save_pretrained as save_pretrained
+    from .pruning import load_pretrained as load_pretrained
+    from .pruning import prune as prune
+    from .pruning import push_to_hub as push_to_hub
+    from .pruning import save_pretrained as save_pretrained
     from .randomness import Rng as Rng
     from .recipe import load_recipe as load_recipe
     from .recover import Recover as Recover
@@ -49,10 +49,10 @@ _HOMES = {
     "data": ("DataSource", "Tensors"),
     "decision": ("Decision",),
     "errors": ("UserError",),
-    "evaluate": ("Frechet", "HeldOutLoss", "Latency", "evaluate"),
+    "evaluation": ("Frechet", "HeldOutLoss", "Latency", "evaluate"),
     "gating": ("Gates",),
     "losses": ("LossAdapter",),
-    "prune": ("load_pretrained", "prune", "push_to_hub", "save_pretrained"),
+    "pruning": ("load_pretrained", "prune", "push_to_hub", "save_pretrained"),
     "randomness": ("Rng",),
     "recipe": ("load_recipe",),
     "recover": ("Recover",),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,7 +43,7 @@ def draw_strip(decision: Decision, path: Path) -> None:
     """The teacher's blocks in a row, kept and removed, groups bracketed with the confidence of their choice."""
     count = len(decision.blocks)
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(max(6.0, 0.42 * count), 1.7))
+        figure, axes = plt.subplots(figsize=(max(6.0, 0.42 * count), 1.3))
         for i in range(count):
             kept = i in decision.kept
             face, edge, line = (KEPT, KEPT, "-") if kept else ("white", "#9aa5b1", "--")
@@ -56,9 +55,8 @@ def draw_strip(decision: Decision, path: Path) -> None:
             left, right = blocks[0] + 0.06, blocks[-1] + 0.94
             axes.plot([left, left, right, right], [1.12, 1.22, 1.22, 1.12], color=INK, linewidth=1)
             axes.text((left + right) / 2, 1.32, f"{confidence:.2f}", ha="center", va="bottom", color=INK, size=9)
-        axes.set(xlim=(0, count), ylim=(-0.1, 1.9), aspect="auto")
+        axes.set(xlim=(0, count), ylim=(-0.1, 1.75), aspect="auto")
         axes.axis("off")
-        axes.set_title(f"kept {len(decision.kept)} of {count} blocks (numbers above: confidence)")
         _save(figure, path)
 
 
@@ -97,28 +95,7 @@ def draw_losses(stages: Mapping[str, Entries], path: Path) -> None:
         _save(figure, path)
 
 
-def draw_samples(images: Mapping[str, Tensor], labels: Sequence[int], path: Path, columns: int = 10) -> None:
-    """Grids of (n, C, H, W) uint8 images side by side, the same noise at the same place.
-
-    Args:
-        images: the images of each model.
-        labels: their n labels; the images are laid out in this order.
-        path: where to.
-        columns: images in a row.
-    """
-    order = sorted(range(len(labels)), key=lambda i: labels[i])
-    with plt.rc_context(STYLE):
-        figure, panels = plt.subplots(
-            1, len(images), figsize=(3.6 * len(images), 2.1), layout="constrained", squeeze=False
-        )
-        for axes, (name, batch) in zip(panels[0], images.items(), strict=True):
-            axes.imshow(grid(batch[order], columns), cmap="gray", interpolation="nearest", vmin=0, vmax=255)
-            axes.set_title(name)
-            axes.axis("off")
-        _save(figure, path)
-
-
-def grid(batch: Tensor, columns: int) -> np.ndarray[Any, Any]:
+def _grid(batch: Tensor, columns: int) -> np.ndarray[Any, Any]:
     """(n, C, H, W) uint8 images -> one (rows, width) or (rows, width, 3) picture with a pixel of space between."""
     n, channels, height, width = batch.shape
     rows = -(-n // columns)
@@ -129,9 +106,9 @@ def grid(batch: Tensor, columns: int) -> np.ndarray[Any, Any]:
     return canvas[..., 0] if channels == 1 else canvas[..., :3]
 
 
-def save_grid(batch: Tensor, path: Path) -> None:
-    """Write (n, C, H, W) uint8 images as one picture, as square as it goes, small images enlarged."""
-    picture = Image.fromarray(grid(batch, math.ceil(math.sqrt(len(batch)))))
+def draw_images(batch: Tensor, path: Path, columns: int) -> None:
+    """Write (n, C, H, W) uint8 images as one picture, small images enlarged."""
+    picture = Image.fromarray(_grid(batch, columns))
     factor = max(1, 960 // max(picture.size))
     picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
     write_atomic(path, lambda file: picture.save(file, format="png"))
@@ -150,6 +127,5 @@ def _curve(axes: Axes, steps: Sequence[int], losses: Sequence[float]) -> None:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, bbox_inches="tight", facecolor="white")
+    write_atomic(path, lambda file: figure.savefig(file, format="png", bbox_inches="tight", facecolor="white"))
     plt.close(figure)

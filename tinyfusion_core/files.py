@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -90,15 +91,14 @@ def read_weights(path: Path, containers: Sequence[str] = ("ema", "model")) -> di
         if path.suffix == ".safetensors":
             return dict(load_file(path))
         # Training scripts keep their arguments beside the weights; a Namespace holds data, not code.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on old pickle protocols; what cannot be read raises
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
-        if "global" in str(e).lower():
-            raise UserError(
-                f"{path}: refused, the file holds code besides tensors, and loading it would run that code "
-                f"({_reason(e)}). Ask its author for safetensors"
-            ) from None
-        raise UserError(f"{path}: not a checkpoint that torch can read ({_reason(e)})") from None
+        raise UserError(
+            f"{path}: refused, it is not a file of plain tensors; it may hold code, which would run while loading "
+            f"({_reason(e)}). Ask its author for safetensors"
+        ) from None
     except (SafetensorError, RuntimeError, EOFError, ValueError, OSError) as e:
         raise UserError(f"{path}: damaged or cut short ({_reason(e)}). Copy or download it again") from None
     for name in containers:

@@ -12,8 +12,8 @@ from torch import nn
 from .backbone import block_lists, expand
 from .decision import Decision
 from .errors import UserError
-from .evaluate import count_flops
-from .prune import remove_blocks
+from .evaluation import count_flops
+from .pruning import remove_blocks
 from .recipe import Recipe
 from .recover import Recover
 from .sampling import BlockSampler

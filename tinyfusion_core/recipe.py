@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from . import criteria  # noqa: F401  # brings the names of its selectors
 from .backbone import Backbone
 from .data import DataSource
 from .errors import UserError, nearest
-from .evaluate import Metric
+from .evaluation import Metric
 from .losses import LossAdapter
 from .plugins import registry
 from .recover import Recover
@@ -208,7 +209,11 @@ def _checked(key: str, value: Any, kind: Any) -> Any:
         raise UserError(f"{key}: '{sorted(extra)[0]}' stands beside class_path; arguments go under init_args")
     known = _known(kind)
     name = value["class_path"].rpartition(".")[2]
-    if name not in known or value["class_path"] not in (name, _full(known[name])):
+    # A full path may go through a package's own front door; it must be the package of the class all the same.
+    if name not in known or value["class_path"].partition(".")[0] not in (
+        name,
+        known[name].__module__.partition(".")[0],
+    ):
         raise UserError(f"{key}: unknown class '{value['class_path']}'{nearest(name, known)}")
     arguments = _checked_arguments(key, value.get("init_args") or {}, known[name])
     return {"class_path": _full(known[name]), "init_args": arguments}
@@ -259,5 +264,8 @@ def _root_message(error: BaseException) -> str:
         if isinstance(cause, UserError):
             return str(cause)
         cause = cause.__cause__ or cause.__context__
-    lines = [line.strip() for line in str(error).splitlines()]
-    return "; ".join(line for line in lines if line and not line.startswith(("Given value", "Subtypes:", "Errors:")))
+    # The parser nests its messages; the innermost one names the value, the outer ones the way to it.
+    *_, message = re.split(r'Parser key "[^"]+":', str(error))
+    key = ".".join(re.findall(r'Parser key "([^"]+)":', str(error)))
+    line = next(line.strip() for line in [*message.splitlines(), "not valid"] if line.strip())
+    return f"{key}: {line}" if key else line

@@ -8,6 +8,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from .backbone import Batch
+from .errors import UserError
 from .losses import LossAdapter
 from .randomness import Rng
 from .run_folder import RunFolder
@@ -38,6 +39,11 @@ class Recover:
     clip: float = 1.0
     ema: float | None = None
 
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.lr <= 0:
+            name, value, least = ("steps", self.steps, "at least 1") if self.steps < 1 else ("lr", self.lr, "above 0")
+            raise UserError(f"recover.{name} is {value}; expected {least}. `recover: null` leaves the stage out")
+
     def __call__(
         self, task: Task, student: nn.Module, trainer: Trainer, run: RunFolder | None = None, stage: str = "recover"
     ) -> nn.Module:
@@ -60,7 +66,7 @@ class Recover:
             ema=ema,
         )
         trainer.fit(stage, objective, task.train, task.loss.prepare, how, run)
-        if ema is not None and self.steps:
+        if ema is not None:
             student.load_state_dict(ema.average.module.state_dict())
         return student.eval()
 

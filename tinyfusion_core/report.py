@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from .decision import Decision
 from .errors import UserError
-from .figures import draw_dynamics, draw_losses, draw_samples, draw_strip
+from .figures import draw_dynamics, draw_images, draw_losses, draw_strip
 from .files import read_json, write_text
 from .run_folder import RunFolder
 
@@ -46,14 +46,14 @@ def results(folder: RunFolder) -> tuple[list[str], list[tuple[str, list[str], st
 
 
 def results_table(folder: RunFolder) -> Table:
-    """The final table for a terminal."""
+    """The final table for a terminal; the ratio is the last model's figure over the first's."""
     names, rows = results(folder)
     table = Table(title=_headline(folder), title_justify="left", title_style="bold")
     table.add_column("")
     for name in names:
         table.add_column(name, justify="right")
     if len(names) > 1:
-        table.add_column(f"{names[-1]} / {names[0]}", justify="right")
+        table.add_column("ratio", justify="right")
     for label, cells, ratio, _ in rows:
         table.add_row(label, *cells, *([ratio] if len(names) > 1 else []))
     return table
@@ -63,12 +63,11 @@ def write_report(folder: RunFolder) -> Path:
     """Draw the figures and write `report.html`, one page that needs no other file. Returns its path."""
     decision = _decision(folder)
     sections = [_table_html(folder)]
-    for name, title, caption in _draw(folder, decision):
-        image = base64.b64encode((folder / "figures" / name).read_bytes()).decode()
+    for title, caption, pictures in _draw(folder, decision):
+        panels = "".join(_picture_html(folder / "figures" / name, shown, title) for name, shown in pictures)
+        kind = "grids" if len(pictures) > 1 else "scroll"
         sections.append(
-            f"<section><h2>{title}</h2><figure><div class='scroll'>"
-            f"<img src='data:image/png;base64,{image}' alt='{html.escape(title)}'></div>"
-            f"<figcaption>{caption}</figcaption></figure></section>"
+            f"<section><h2>{title}</h2><div class='{kind}'>{panels}</div><p class='note'>{caption}</p></section>"
         )
     sections.append(_record_html(folder, decision))
     title = html.escape(_headline(folder))
@@ -83,35 +82,47 @@ def write_report(folder: RunFolder) -> Path:
     return folder / "report.html"
 
 
-def _draw(folder: RunFolder, decision: Decision | None) -> list[tuple[str, str, str]]:
-    """Draw what the run has figures for; returns (file, title, caption) of each."""
+def _draw(folder: RunFolder, decision: Decision | None) -> list[tuple[str, str, list[tuple[str, str]]]]:
+    """Draw what the run has figures for.
+
+    Returns:
+        Sections as (title, caption, pictures), a picture being (file, what it shows).
+    """
     figures = folder / "figures"
-    drawn: list[tuple[str, str, str]] = []
+    drawn: list[tuple[str, str, list[tuple[str, str]]]] = []
     if decision is not None:
         draw_strip(decision, figures / "blocks.png")
         removed = ", ".join(map(str, decision.removed)) or "none"
-        drawn.append(("blocks.png", "What was kept", f"Removed: {removed}. Decided by {decision.method}."))
+        caption = f"Removed: {removed}. Decided by {decision.method}; the numbers above are the confidence."
+        drawn.append(("What was kept", caption, [("blocks.png", "")]))
     search = folder.metrics("search")
     if decision is not None and search:
         draw_dynamics(search, len(decision.blocks), figures / "dynamics.png")
         caption = "The decision of the averaged gate logits at every logged step, after figure 6 of the paper."
-        drawn.append(("dynamics.png", "How the decision came about", caption))
+        drawn.append(("How the decision came about", caption, [("dynamics.png", "")]))
     samples = folder / "samples.safetensors"
     if samples.exists():
         images = load_file(samples)
-        labels = images.pop("labels").tolist()
-        order = [name for name in ("teacher", "pruned", "recovered") if name in images]
-        draw_samples({name: images[name] for name in order}, labels, figures / "samples.png")
-        drawn.append(("samples.png", "Samples", "The same noise and label at the same place in every grid."))
+        order = images.pop("labels").argsort(stable=True)
+        pictures: list[tuple[str, str]] = []
+        for name in [n for n in ("teacher", "pruned", "recovered") if n in images]:
+            draw_images(images[name][order], figures / f"samples_{name}.png", columns=8)
+            pictures.append((f"samples_{name}.png", name))
+        drawn.append(("Samples", "The same noise and label at the same place in every grid.", pictures))
     stages = {stage: folder.metrics(stage) for stage in ("train", "search", "recover")}
     stages = {stage: entries for stage, entries in stages.items() if entries}
     if stages:
         draw_losses(stages, figures / "losses.png")
-        caption = (
-            "Means between logged steps (thin) and their running mean; a search's loss is that of sampled subnetworks."
-        )
-        drawn.append(("losses.png", "Training", caption))
+        caption = "Means between logged steps, and a running mean. A search's loss is that of sampled subnetworks."
+        drawn.append(("Training", caption, [("losses.png", "")]))
     return drawn
+
+
+def _picture_html(path: Path, shown: str, title: str) -> str:
+    image = base64.b64encode(path.read_bytes()).decode()
+    caption = f"<figcaption>{html.escape(shown)}</figcaption>" if shown else ""
+    alt = html.escape(f"{title}: {shown}" if shown else title)
+    return f"<figure><img src='data:image/png;base64,{image}' alt='{alt}'>{caption}</figure>"
 
 
 def _headline(folder: RunFolder) -> str:
@@ -124,9 +135,14 @@ def _summary_html(folder: RunFolder, decision: Decision | None) -> str:
     stages = folder.finished()
     total = sum(s["seconds"] for s in stages.values())
     times = ", ".join(f"{name} {_duration(s['seconds'])}" for name, s in stages.items())
-    facts = [f"{_duration(total)} in all ({times})"] if stages else []
+    facts = []
+    for label, _, ratio, _ in results(folder)[1]:
+        if ratio and label.split(" ↓")[0] in ("parameters", "latency", "held-out loss"):
+            facts.append(f"{label.split(' ↓')[0]} {ratio}")
     if decision is not None and decision.confidence is not None:
-        facts.insert(0, f"confidence {decision.confidence:.2f}")
+        facts.append(f"confidence {decision.confidence:.2f}")
+    if stages:
+        facts.append(f"{_duration(total)} in all ({times})")
     return f"<p class='facts'>{html.escape(' · '.join(facts))}</p>"
 
 
@@ -146,7 +162,7 @@ def _table_html(folder: RunFolder) -> str:
         body.append(f"<tr><th scope='row'>{html.escape(label)}{mark}</th>{numbers}</tr>")
     items = "".join(f"<li>{html.escape(n)}</li>" for n in notes)
     return (
-        f"<section><h2>Figures</h2><div class='scroll'><table><thead><tr><th></th>{head}{ratio}</tr></thead>"
+        f"<section><h2>Results</h2><div class='scroll'><table><thead><tr><th></th>{head}{ratio}</tr></thead>"
         f"<tbody>{''.join(body)}</tbody></table></div><ol class='notes'>{items}</ol></section>"
     )
 
@@ -199,16 +215,24 @@ main { max-width: 1040px; margin: 0 auto; padding: 2rem 1rem 4rem; }
 .brand { margin: 0; color: var(--accent); font-weight: 600; letter-spacing: .04em; }
 h1 { margin: .1rem 0 .3rem; font-size: 1.7rem; line-height: 1.2; }
 h2 { margin: 0 0 .8rem; font-size: 1.05rem; }
-.facts, figcaption, .notes { color: var(--soft); font-size: .875rem; }
+.facts, .note, .notes, figcaption { color: var(--soft); font-size: .875rem; }
+.note { margin: .8rem 0 0; }
 section { background: white; border: 1px solid var(--line); border-radius: 10px; padding: 1.2rem; margin-top: 1.2rem; }
 .scroll { overflow-x: auto; }
-figure { margin: 0; } figcaption { margin-top: .6rem; }
-img { display: block; max-width: 100%; min-width: 520px; height: auto; margin: 0 auto; }
+.scroll img { display: block; max-width: min(100%, 900px); min-width: 480px; height: auto; }
+.grids { display: grid; grid-template-columns: repeat(auto-fit, minmax(230px, 1fr)); gap: 1rem; }
+.grids img { display: block; width: 100%; height: auto; image-rendering: pixelated; border-radius: 6px; }
+figure { margin: 0; } figcaption { margin-top: .3rem; text-align: center; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; white-space: nowrap; }
 th, td { padding: .4rem .7rem; text-align: right; border-bottom: 1px solid var(--line); }
-th:first-child { text-align: left; font-weight: 500; } thead th { color: var(--soft); font-weight: 600; }
+th:first-child { text-align: left; font-weight: 500; position: sticky; left: 0; background: white; }
+thead th { color: var(--soft); font-weight: 600; }
 td:last-child { color: var(--accent); font-weight: 600; }
 sup { color: var(--soft); margin-left: .2em; } .notes { margin: .8rem 0 0; padding-left: 1.2rem; }
 pre { overflow-x: auto; background: #f5f7fa; border-radius: 6px; padding: .8rem; font-size: .8rem; margin: .5rem 0; }
 summary { cursor: pointer; margin-top: .6rem; }
+@media (max-width: 600px) {
+  main { padding: 1rem .6rem 3rem; } section { padding: .9rem; } h1 { font-size: 1.4rem; }
+  th, td { padding: .35rem .4rem; font-size: .8rem; }
+}
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -17,11 +18,11 @@ from torch import Tensor, nn
 
 from .decision import Decision
 from .errors import UserError
-from .evaluate import evaluate, generate
-from .figures import save_grid
+from .evaluation import evaluate, generate
+from .figures import draw_images
 from .files import read_json, save_tensors, write_json, write_text
 from .plan import make_plan
-from .prune import load_pretrained, prune, save_network, save_pretrained
+from .pruning import load_pretrained, prune, save_network, save_pretrained
 from .randomness import seed_of
 from .recipe import Recipe, flatten, load_recipe
 from .report import write_report
@@ -182,7 +183,7 @@ def sample_images(folder: RunFolder, num: int, seed: int, out: Path | None = Non
     if pixels is None:
         raise UserError(f"data: {type(recipe.data).__name__} cannot show its examples as images")
     out = out or folder / "figures" / f"{name}.png"
-    save_grid((255 * pixels).round().to(torch.uint8), out)
+    draw_images((255 * pixels).round().to(torch.uint8), out, columns=math.ceil(math.sqrt(num)))
     return out
 
 

@@ -70,6 +70,8 @@ class Search(Selector):
     def __post_init__(self) -> None:
         if (self.pattern is None) == (self.sampler is None):
             raise UserError("search: give pattern or sampler, one of the two")
+        if self.steps < 1:
+            raise UserError(f"search.steps is {self.steps}; expected at least 1")
         if self.pattern is not None:
             object.__setattr__(self, "pattern", parse_pattern(self.pattern))
 

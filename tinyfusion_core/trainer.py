@@ -166,8 +166,6 @@ class _Fit:
         self.skipped, self.streak, self.before = 0, 0, 0.0
 
     def run(self) -> None:
-        if self.how.steps <= 0:
-            return
         objective = self.objective.to(self.accelerator.device)
         parameters = [p for group in self.how.groups for p in group["params"]]
         if self.how.ema is not None:
