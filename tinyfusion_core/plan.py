@@ -17,6 +17,7 @@ from .pruning import remove_blocks
 from .recipe import Recipe
 from .recover import Recover
 from .sampling import BlockSampler
+from .search import Search
 
 
 @dataclass
@@ -99,14 +100,17 @@ def _search(plan: Plan, recipe: Recipe, sampler: BlockSampler) -> None:
     groups = sampler.choices()
     sizes = ", ".join(f"{g[0]}-{g[-1]}" if len(g) > 1 else str(g[0]) for g in groups)
     plan.rows.append(("groups", f"{len(groups)} (blocks {sizes}), {sampler.num_masks:,} possible masks"))
-    steps = getattr(recipe.search, "steps", None)
-    if steps is not None:
-        plan.rows.append(("search", f"{steps:,} steps, {steps * recipe.trainer.batch_size:,} samples"))
+    if isinstance(recipe.search, Search):
+        size = recipe.search.batch_size or recipe.trainer.batch_size
+        update = type(recipe.search.update).__name__
+        samples = f"{recipe.search.steps * size:,} samples"
+        plan.rows.append(("search", f"{recipe.search.steps:,} steps of {size}, {samples}, weight update {update}"))
 
 
 def _training(recipe: Recipe, stage: Recover) -> str:
-    size = recipe.trainer.batch_size
-    return f"{stage.steps:,} steps, {stage.steps * size:,} samples, {stage.schedule} schedule from {stage.lr:g}"
+    size = stage.batch_size or recipe.trainer.batch_size
+    samples = f"{stage.steps * size:,} samples"
+    return f"{stage.steps:,} steps of {size}, {samples}, {stage.schedule} schedule from {stage.lr:g}"
 
 
 def _counts(lists: dict[str, int]) -> str:

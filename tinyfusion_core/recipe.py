@@ -268,4 +268,6 @@ def _root_message(error: BaseException) -> str:
     *_, message = re.split(r'Parser key "[^"]+":', str(error))
     key = ".".join(re.findall(r'Parser key "([^"]+)":', str(error)))
     line = next(line.strip() for line in [*message.splitlines(), "not valid"] if line.strip())
+    union = re.search(r"Subtypes: (.*)(?s:.*)Given value: (.*)", message)
+    line = f"Expected one of {union[1]}. Got value: {union[2]}" if union else line
     return f"{key}: {line}" if key else line

@@ -22,6 +22,7 @@ class Recover:
 
     Args:
         steps: optimizer updates.
+        batch_size: samples of one update; default the trainer's.
         lr: learning rate at the start.
         schedule: `cosine` falls to `lr_final`, `constant` stays.
         lr_final: learning rate that the cosine ends at.
@@ -32,6 +33,7 @@ class Recover:
     """
 
     steps: int = 100_000
+    batch_size: int | None = None
     lr: float = 2e-4
     schedule: Literal["cosine", "constant"] = "cosine"
     lr_final: float = 1e-4
@@ -48,6 +50,7 @@ class Recover:
         self, task: Task, student: nn.Module, trainer: Trainer, run: RunFolder | None = None, stage: str = "recover"
     ) -> nn.Module:
         """Train `student` in place and return it, with averaged weights, in eval mode."""
+        trainer = trainer.with_batch_size(self.batch_size)
         student.to(trainer.accelerator.device).train()
         objective = _PlainLoss(student, task.loss)
         decay = decay_for(self.steps) if self.ema is None else self.ema

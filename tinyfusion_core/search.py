@@ -46,6 +46,7 @@ class Search(Selector):
         scaling: factor on the gate logits at the first and at the last step (with `pattern`).
         sampler: any distribution over masks.
         steps: optimizer updates.
+        batch_size: samples of one update; default the trainer's.
         update: the co-trained weight update.
         lr_gates: learning rate of the gate logits, which have no weight decay.
         lr: learning rate of the weight update.
@@ -60,6 +61,7 @@ class Search(Selector):
     scaling: tuple[float, float] = (100.0, 100.0)
     sampler: Callable[[Mapping[str, int]], BlockSampler] | None = None
     steps: int = 10_000
+    batch_size: int | None = None
     update: WeightUpdate = LoRA()
     lr_gates: float = 1e-3
     lr: float = 1e-4
@@ -83,6 +85,7 @@ class Search(Selector):
 
     def __call__(self, task: Task, trainer: Trainer, run: RunFolder | None = None) -> Decision:
         """Run the search. The network's weights are afterwards what they were, bit for bit."""
+        trainer = trainer.with_batch_size(self.batch_size)
         model = task.teacher.to(trainer.accelerator.device)
         sampler = self.preview(task.lists)
         # AveragedModel begins with the values after the first step: no bias towards the initial ones.

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
@@ -111,6 +111,10 @@ class Trainer:
         if precision == "auto":
             precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
         return Accelerator(mixed_precision="no" if precision == "fp32" else precision)
+
+    def with_batch_size(self, batch_size: int | None) -> Trainer:
+        """This trainer with another batch size, or itself when none is given."""
+        return self if batch_size is None else replace(self, batch_size=batch_size)
 
     def fit(
         self,

@@ -1,0 +1,127 @@
+"""The command line answers at once and lists what there is; plugins come through one door."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tinyfusion_core.cli import main
+
+PLUGIN = """
+from tinyfusion_core.hookspecs import hookimpl
+from tinyfusion_core.data import DataSource
+
+class {name}(DataSource):
+    def train(self): ...
+    def held_out(self): ...
+
+@hookimpl
+def tinyfusion_register_data():
+    return [{name}]
+"""
+
+
+def test_help_needs_no_heavy_import() -> None:
+    code = """
+import sys
+from tinyfusion_core.cli import main
+try:
+    main(["--help"])
+except SystemExit as e:
+    assert e.code == 0
+heavy = {"torch", "numpy", "rich", "jsonargparse", "matplotlib", "yaml", "pluggy"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    for command in ("run", "validate", "plugins", "show", "sample"):
+        assert f"    {command} " in done.stdout
+
+
+def test_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "tinyfusion_core", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stdout.startswith("usage: tinyfusion")
+
+
+def test_plugins_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plugins", "--json"]) == 0
+    found = {p["name"]: p for p in json.loads(capsys.readouterr().out)}
+    assert ["backbone", "DiT"] in found["dit"]["brings"]
+    assert found["digits"]["brings"] == [["data", "Digits"]]
+    assert found["dit"]["distribution"].startswith("tinyfusion ")
+    assert main(["plugins"]) == 0
+    assert "GaussianDiffusion" in capsys.readouterr().out
+
+
+def test_every_key_is_listed_with_its_meaning(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["keys"]) == 0
+    out = capsys.readouterr().out
+    assert "    tau = (4.0, 0.1): Gumbel temperature at the first and at the last step" in out
+    for line in out.splitlines():
+        if line.startswith("    "):
+            assert not line.rstrip().endswith(":"), f"no meaning: {line}"
+
+
+def install(folder: Path, name: str, code: str) -> None:
+    """An installed distribution with one entry point, as pip would leave it."""
+    (folder / f"{name}.py").write_text(code)
+    info = folder / f"{name}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[tinyfusion]\n{name} = {name}\n")
+
+
+def plugins_with(folder: Path) -> subprocess.CompletedProcess[str]:
+    code = (
+        f"import sys; sys.path.insert(0, {str(folder)!r}); "
+        "from tinyfusion_core.cli import main; sys.exit(main(['plugins', '--json']))"
+    )
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+
+def test_a_third_party_plugin_is_found_and_a_broken_one_costs_a_warning(tmp_path: Path) -> None:
+    install(tmp_path, "goodplugin", PLUGIN.format(name="Flowers"))
+    install(tmp_path, "badplugin", "import a_module_that_does_not_exist")
+    install(tmp_path, "typoplugin", PLUGIN.format(name="Birds").replace("register_data", "register_datta"))
+    done = plugins_with(tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = {p["name"]: p for p in json.loads(done.stdout)}
+    assert found["goodplugin"]["brings"] == [["data", "Flowers"]]
+    assert "a_module_that_does_not_exist" in found["badplugin"]["error"]
+    assert "tinyfusion_register_datta" in found["typoplugin"]["error"]
+    warnings = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 2
+    assert "plugin 'badplugin' (badplugin 1.0) left out" in warnings[0]
+    assert "dit" in found
+
+
+def test_two_plugins_with_one_name_are_both_named(tmp_path: Path) -> None:
+    install(tmp_path, "otherdigits", PLUGIN.format(name="Digits"))
+    done = plugins_with(tmp_path)
+    assert done.returncode == 2
+    assert "plugins 'digits' and 'otherdigits' both bring a data named 'Digits'" in done.stderr
+
+
+def test_importing_a_plugin_is_light() -> None:
+    code = """
+import sys, tinyfusion_dit, tinyfusion_digits
+heavy = {"diffusers", "transformers", "timm", "peft", "accelerate", "matplotlib", "torchvision"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_hook_is_documented_and_used() -> None:
+    from tinyfusion_core import hookspecs, plugins
+
+    hooks = {name: f for name, f in vars(hookspecs).items() if name.startswith("tinyfusion_")}
+    assert set(hooks) == set(plugins.HOOKS.values())
+    assert all((f.__doc__ or "").strip() for f in hooks.values())
+    brought = {kind for plugin in plugins.registry().plugins for kind, _ in plugin.brings}
+    assert brought == set(plugins.HOOKS)

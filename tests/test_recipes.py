@@ -1,0 +1,82 @@
+"""Every shipped recipe parses, plans and says what it needs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import tinyfusion_core as tiny
+from tinyfusion_core.cli import main
+from tinyfusion_core.plan import make_plan
+from tinyfusion_core.recipe import flatten
+from tinyfusion_core.search import Search
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_plans_on_the_meta_device_without_weights_or_data(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["validate", str(path)]) == 0
+    assert "the plan works out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_has_its_header_and_survives_being_resolved(path: Path, tmp_path: Path) -> None:
+    text = path.read_text()
+    for word in ("Needs:", "Budget:", "Expected:", f"tinyfusion run recipes/{path.name}"):
+        assert word in text, word
+    recipe = tiny.load_recipe(path)
+    resolved = tmp_path / "recipe.yaml"
+    resolved.write_text(yaml.safe_dump(dict(recipe.settings)))
+    again = tiny.load_recipe(resolved)
+    assert flatten(again.settings) == flatten(recipe.settings)
+    assert (again.search, again.recover, again.trainer) == (recipe.search, recipe.recover, recipe.trainer)
+
+
+def test_the_full_size_recipe_has_the_settings_of_the_paper() -> None:
+    recipe = tiny.load_recipe(ROOT / "recipes" / "dit_xl_d14.yaml")
+    assert isinstance(recipe.search, Search)
+    with torch.device("meta"):
+        model = recipe.backbone.construct(recipe.backbone.config())
+    plan = dict(make_plan(recipe).rows)
+    assert plan["keeps"] == "14 of 28 blocks"
+    assert "16,384 possible masks" in plan["groups"]
+    assert plan["before pruning"].startswith("675,129,632 parameters, 237.243 GFLOP")
+    assert plan["after pruning"].startswith("340,457,504 parameters")
+    # The reference's LoRA: 6.00 M parameters, 0.889 % of the network.
+    with recipe.search.update.applied(model, [f"blocks.{i}" for i in range(28)]) as parameters:
+        adapted = sum(p.numel() for p in parameters)
+    assert adapted == 6_001_920
+
+
+def test_flags_reach_every_depth_and_keep_the_rest() -> None:
+    path = ROOT / "recipes" / "quickstart.yaml"
+    before = flatten(tiny.load_recipe(path).settings)
+    after = flatten(
+        tiny.load_recipe(path, ["--search.update.rank=4", "--trainer.seed", "7", "--recover=null"]).settings
+    )
+    changed = {k: after.get(k) for k in before.keys() | after.keys() if before.get(k) != after.get(k)}
+    assert changed.pop("search.update.rank") == 4
+    assert changed.pop("trainer.seed") == 7
+    assert all(re.match(r"recover(\.|$)", key) for key in changed)
+    full = tiny.load_recipe(path, ["--search.update", "Full", "--search.pattern", "[[2, 4], [1, 4]]"])
+    assert isinstance(full.search, Search)
+    assert full.search.update == tiny.Full()
+    assert full.search.pattern == [(2, 4), (1, 4)]
+
+
+def test_a_sampler_spelled_out_is_the_short_form() -> None:
+    path = ROOT / "recipes" / "quickstart.yaml"
+    sampler = "{class_path: GroupedSampler, init_args: {pattern: [4, 8], tau: [4.0, 0.1]}}"
+    recipe = tiny.load_recipe(path, ["--search.pattern", "null", "--search.sampler", sampler])
+    assert recipe.search is not None
+    built = recipe.search.preview({"blocks": 8})
+    assert isinstance(built, tiny.GroupedSampler)
+    assert built.groups == [(4, 8)]
+    with pytest.raises(tiny.UserError, match="one of the two"):
+        tiny.load_recipe(path, ["--search.sampler", sampler])
