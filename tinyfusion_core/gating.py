@@ -112,25 +112,23 @@ class Gates:
         # Attention code cannot take zero samples, and every parameter needs a gradient on every process.
         run, rest = (kept, dropped) if len(kept) else (dropped[:1], dropped[1:])
         learning = mask.requires_grad and torch.is_grad_enabled()
+        value = None
+        if learning and len(rest):  # before the graph of the others takes its memory
+            with torch.no_grad():
+                value = _items(call.run(rest))
         output = call.run(run)
         if len(kept) == len(mask) and not learning:
             return output
-        value = None
-        if learning and len(rest):
-            with torch.no_grad():
-                value = call.run(rest)
-        items = list(output) if isinstance(output, (tuple, list)) else [output]
-        values = list(value) if isinstance(value, (tuple, list)) else [value]
-        for stream, x in zip(self._streams, inputs, strict=True):
-            i = stream.output or 0
-            items[i] = _Merge.apply(x, items[i], values[i if len(values) > 1 else 0], mask, kept, run, rest)
-        merged = {stream.output or 0 for stream in self._streams}
+        items = _items(output)
+        merged = [stream.output or 0 for stream in self._streams]
         for i, item in enumerate(items):
             if i not in merged and isinstance(item, Tensor) and len(run) < len(mask):
                 raise UserError(
                     f"block '{self.blocks[j]}' returns a tensor at index {i} that is no declared stream; "
                     "name it in Backbone.streams"
                 )
+        for i, x in zip(merged, inputs, strict=True):
+            items[i] = _Merge.apply(x, items[i], value[i] if value else None, mask, kept, run, rest)
         return type(output)(items) if isinstance(output, (tuple, list)) else items[0]
 
 
@@ -138,8 +136,7 @@ class _Merge(torch.autograd.Function):
     """y = f(x) where kept, x where dropped; the mask's gradient is <dL/dy, f(x) - x> everywhere.
 
     `ran` are f's outputs for the rows `run` (the kept rows, or one dropped row when none is kept), `value`
-    those of the other dropped rows, without a graph. Kept rows of f(x) are read back from the output,
-    which the next block holds anyway, so only dropped values cost memory.
+    those of the other dropped rows, without a graph. Only f(x) - x is saved, neither of the two.
     """
 
     @staticmethod
@@ -159,35 +156,34 @@ class _Merge(torch.autograd.Function):
             out = x.to(ran.dtype, copy=True)
             if len(kept):
                 out.index_copy_(0, kept, ran)
-        stray = None if len(kept) else ran.detach()
-        if mask.requires_grad:
-            ctx.save_for_backward(x, out, stray, value, kept, run, rest)
-        else:
-            ctx.save_for_backward(None, None, None, None, kept, run, rest)
+        delta = None
+        if ctx.needs_input_grad[3]:
+            delta = out - x
+            for rows, f in ((rest, value), (run, None if len(kept) else ran)):
+                if f is not None:
+                    delta.index_copy_(0, rows, f - x.index_select(0, rows))
+        ctx.save_for_backward(delta, kept)
         ctx.dtypes, ctx.ran_shape = (x.dtype, mask.dtype), ran.shape
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, out, stray, value, kept, run, rest = ctx.saved_tensors
+        delta, kept = ctx.saved_tensors
         x_dtype, mask_dtype = ctx.dtypes
-        all_kept = len(kept) == len(grad)
-        grad_x = None if all_kept else grad.index_fill(0, kept, 0).to(x_dtype)
-        if all_kept:
-            grad_ran = grad
+        if len(kept) == len(grad):
+            grad_x, grad_ran = None, grad
         else:
+            grad_x = grad.index_fill(0, kept, 0).to(x_dtype)
+            # The dropped row that ran in place of kept ones gets zeros, and so do the weights.
             grad_ran = grad.index_select(0, kept) if len(kept) else grad.new_zeros(ctx.ran_shape)
-        grad_mask = None
-        if ctx.needs_input_grad[3]:
-            grad_mask = torch.zeros(len(grad), device=grad.device)
-            for rows, f in ((kept, out), (run, stray), (rest, value)):
-                if f is not None and len(rows):
-                    f = f.index_select(0, rows) if f is out else f
-                    delta = f.float() - x.index_select(0, rows).float()
-                    grad_mask[rows] = (delta * grad.index_select(0, rows)).flatten(1).sum(1)
-            grad_mask = grad_mask.to(mask_dtype)
+        # Gates are float32 whatever the stream is.
+        grad_mask = None if delta is None else (delta.float() * grad).flatten(1).sum(1).to(mask_dtype)
         return grad_x, grad_ran, None, grad_mask, None, None, None
+
+
+def _items(output: Any) -> list[Any]:
+    return list(output) if isinstance(output, (tuple, list)) else [output]
 
 
 class _Call:

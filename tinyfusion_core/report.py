@@ -172,7 +172,7 @@ def _record_html(folder: RunFolder, decision: Decision | None) -> str:
     parts = {"versions": record["versions"]}
     if decision is not None:
         parts["decision"] = {"kept": list(decision.kept), **decision.provenance}
-    text = yaml.safe_dump(parts, sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(parts, sort_keys=False, allow_unicode=True, default_flow_style=None)
     recipe = (folder / "recipe.yaml").read_text()
     return (
         f"<section><h2>Record</h2><pre>{html.escape(record['command'])}</pre>"
