@@ -120,6 +120,8 @@ class HeldOutLoss(Metric):
                     progress.advance(len(losses[-1]))
                 values[name] = float(torch.cat(losses).double().mean())
         note = f"{self.draws} fixed draws for each of {len(task.held_out)} held-out samples"
+        if "pruned" in models:
+            note += "; right after pruning it is the calibration loss"
         return [Measurement("held-out loss", values, better="lower", note=note)]
 
     def _batches(self, data: Samples) -> Iterator[tuple[dict[str, Tensor], Rng]]:

@@ -45,8 +45,12 @@ class RunFolder:
 
     def log(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
         """Append one line to `metrics.jsonl`."""
-        with (self / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"stage": stage, "step": step, **values}) + "\n")
+        path = self / "metrics.jsonl"
+        try:
+            with path.open("a") as file:
+                file.write(json.dumps({"stage": stage, "step": step, **values}) + "\n")
+        except OSError as e:
+            raise UserError(f"{path}: cannot be written ({e.strerror}). Free space, then run again to go on") from e
 
     def metrics(self, stage: str | None = None) -> list[dict[str, Any]]:
         """The logged lines, of one stage or of all. A line that a kill cut short is left out."""

@@ -1,0 +1,52 @@
+"""What README shows is what runs."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+import tinyfusion_core as tiny
+from tinyfusion_core.cli import _COMMANDS, _parser, main
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(code.replace("steps=300", "steps=3").replace("steps=400", "steps=3"), names)
+    assert len(names["decision"].kept) == 4
+    again = tiny.load_pretrained("student")
+    assert all(torch.equal(v, names["student"].state_dict()[k]) for k, v in again.state_dict().items())
+
+
+def test_the_commands_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    lines = re.findall(r"^tinyfusion (.*?)(?:  #.*)?$", README, re.MULTILINE)
+    commands = [shlex.split(line) for line in lines]
+    assert {c[0] for c in commands} == set(_COMMANDS)
+    for words in commands:
+        options, flags = _parser().parse_known_args(words)
+        if options.command in ("run", "validate"):
+            assert main(["validate", str(options.recipe), *flags]) == 0
+        else:
+            assert not flags
+
+
+def test_the_file_map_names_files_that_exist() -> None:
+    table = README.split("## Find your way")[1].split("\n\n")[1]
+    for name in re.findall(r"`([\w/.]+)`", table):
+        assert (ROOT / name).exists() or (ROOT / "tinyfusion_core" / name).exists(), name
+    named = set(re.findall(r"(\w+\.py)`", table))
+    present = {p.name for p in (ROOT / "tinyfusion_core").glob("[a-z]*.py")} - {
+        "errors.py",
+        "progress.py",
+        "plugins.py",
+    }
+    assert present <= named
