@@ -406,3 +406,26 @@ def test_show_and_sample_of_what_is_no_run(tmp_path: Path, recipe: Path, capsys)
     assert "not a finished run" in capsys.readouterr().err
     assert main(["sample", str(tmp_path)]) == 2
     assert "no student yet" in capsys.readouterr().err
+
+
+def test_a_student_is_pushed_through_the_hub_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The hub itself cannot be had in tests: what is checked is what its client is asked to do.
+    from huggingface_hub import CommitInfo, HfApi
+
+    asked: list[tuple[str, dict]] = []
+    url = "https://huggingface.co/me/student/commit/1"
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo, **how: asked.append((repo, how)))
+
+    def upload(self: HfApi, **how: str) -> CommitInfo:
+        asked.append((how["repo_id"], how))
+        return CommitInfo(commit_url=url, commit_message="", commit_description="", oid="1")
+
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    with pytest.raises(tiny.UserError, match=r"holds no config\.json"):
+        tiny.push_to_hub(tmp_path, "me/student")
+    assert not asked
+    assert tiny.push_to_hub(SHIPPED, "me/student") == url
+    assert asked == [
+        ("me/student", {"private": True, "exist_ok": True}),
+        ("me/student", {"repo_id": "me/student", "folder_path": str(SHIPPED)}),
+    ]

@@ -221,7 +221,7 @@ section { background: white; border: 1px solid var(--line); border-radius: 10px;
 .scroll { overflow-x: auto; }
 .scroll img { display: block; max-width: min(100%, 900px); min-width: 480px; height: auto; }
 .grids { display: grid; grid-template-columns: repeat(auto-fit, minmax(230px, 1fr)); gap: 1rem; }
-.grids img { display: block; width: 100%; height: auto; image-rendering: pixelated; border-radius: 6px; }
+.grids img { display: block; width: 100%; height: auto; border-radius: 6px; }
 figure { margin: 0; } figcaption { margin-top: .3rem; text-align: center; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; white-space: nowrap; }
 th, td { padding: .4rem .7rem; text-align: right; border-bottom: 1px solid var(--line); }
