@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -180,6 +181,11 @@ def test_named_batch_arguments() -> None:
         gates.mask = mask
         out = net(x, c)
     assert torch.allclose(out, dense(net, blocks, mask, x, c), atol=1e-6)
+    mask[::2, 3:] = 0
+    with Gates(net, blocks, named_batch_dims({"x": 0, "c": 0, "rotary.0": 0})) as gates:
+        gates.mask = mask
+        out = net(x, c)
+    assert torch.allclose(out, dense(net, blocks, mask, x, c), atol=1e-6)
 
 
 def test_an_argument_that_the_probe_has_not_seen_is_named() -> None:
@@ -260,3 +266,78 @@ def test_block_paths() -> None:
         expand(net, ["nowhere.*"])
     with pytest.raises(UserError, match=r"twice: first\.1"):
         expand(net, ["first.*", "first.1"])
+
+
+class InPlace(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.add_(1)
+
+
+class Named(NamedTuple):
+    hidden: Tensor
+    extra: None
+
+
+class Awkward(nn.Module):
+    """Blocks with outputs that are easily got wrong."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([block])
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.blocks[0](self.linear(x))
+        if isinstance(out, tuple):
+            out = out[0]
+        out += 1  # a model may go on in place
+        return out
+
+
+class Returns(nn.Module):
+    def __init__(self, make) -> None:
+        super().__init__()
+        self.inner, self.make = nn.Linear(WIDTH, WIDTH), make
+
+    def forward(self, x: Tensor):
+        return self.make(x + self.inner(x))
+
+
+def run_awkward(block: nn.Module, mask: list[float]) -> Tensor:
+    net = Awkward(block)
+    with Gates(net, ["blocks.0"], named_batch_dims({"x": 0})) as gates:
+        gates.mask = torch.tensor(mask)[:, None].requires_grad_()
+        out = net(torch.randn(len(mask), TOKENS, WIDTH))
+        out.square().sum().backward()
+        assert gates.mask.grad is not None
+    return out
+
+
+@pytest.mark.parametrize("mask", [[1.0, 1.0], [1.0, 0.0], [0.0, 0.0], [0.0], [1.0]])
+def test_tuples_named_or_not_and_models_that_go_on_in_place(mask: list[float]) -> None:
+    for make in (lambda y: y, lambda y: (y, None), lambda y: Named(y, None)):
+        torch.manual_seed(1)
+        out = run_awkward(Returns(make), mask)
+        torch.manual_seed(1)
+        assert torch.equal(out, run_awkward(Returns(lambda y: y), mask))
+
+
+def test_outputs_that_gating_cannot_split_are_refused() -> None:
+    with pytest.raises(UserError, match="returns a dict"):
+        run_awkward(Returns(lambda y: {"hidden": y}), [1.0, 0.0])
+    with pytest.raises(UserError, match="index 1 that is no declared stream"):
+        run_awkward(Returns(lambda y: (y, (y, y))), [1.0, 0.0])
+    with pytest.raises(UserError, match="in place"):
+        run_awkward(InPlace(), [0.0])
+
+
+def test_weight_gradients_under_autocast_equal_the_dense_formula() -> None:
+    net, blocks, dims, x, c = make()
+    mask = some_masks(len(blocks))[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = torch.autograd.grad(dense(net, blocks, mask, x, c).float().square().sum(), list(net.parameters()))
+    with Gates(net, blocks, dims) as gates, torch.autocast("cpu", dtype=torch.bfloat16):
+        gates.mask = mask.clone().requires_grad_()
+        grads = torch.autograd.grad(net(x, c).float().square().sum(), list(net.parameters()))
+    for g, e in zip(grads, expected, strict=True):
+        assert (g - e).abs().max() <= 0.05 * e.abs().max()

@@ -34,7 +34,7 @@ def folder(tmp_path: Path) -> RunFolder:
     tiny.Decision(
         blocks=blocks,
         kept=kept,
-        method="Search",
+        method="<script>alert(1)</script>",
         pattern=[1, 2],
         choices=groups,
         confidences=confidences,
@@ -70,6 +70,7 @@ def test_the_page_is_self_contained_and_says_what_was_found(folder: RunFolder) -
     assert "28 → 14 blocks" in page
     assert "deep&lt;run&gt;" in page
     assert "why &lt;not&gt;" in page
+    assert "<script>" not in page
     assert "latency 0.50x" in page
     assert "confidence 0.50" in page
     assert "1 h 1 min in all" in page

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shlex
 import signal
 import subprocess
 import sys
@@ -29,7 +30,7 @@ RECIPE = {
         "init_args": {"learn_sigma": False, "sampler": "ddim", "sampling_steps": 4, "guided_channels": None},
     },
     "data": "Digits",
-    "trainer": {"precision": "fp32", "batch_size": 8, "seed": 3, "log_every": 4, "checkpoint_every": 4},
+    "trainer": {"precision": "fp32", "batch_size": 8, "seed": 3, "log_every": 4, "checkpoint_every": 6},
     "search": {"pattern": [2, 4], "steps": 24, "lr_gates": 1e-2},
     "recover": {"steps": 24},
     "evaluate": [{"class_path": "HeldOutLoss", "init_args": {"draws": 1}}],
@@ -71,7 +72,7 @@ def test_a_run_leaves_everything_that_it_made(recipe: Path, tmp_path: Path, caps
     assert f"report: {folder / 'report.html'}" in out
     names = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
     assert names == {
-        "recipe.yaml", "run.json", "stages.json", "metrics.jsonl", "metrics.json", "decision.json",
+        ".lock", "recipe.yaml", "run.json", "stages.json", "metrics.jsonl", "metrics.json", "decision.json",
         "student/model.safetensors", "student/config.json", "student/decision.json", "student/README.md",
         "samples.safetensors", "report.html", "figures/blocks.png", "figures/dynamics.png", "figures/losses.png",
         "figures/samples_teacher.png", "figures/samples_pruned.png", "figures/samples_recovered.png",
@@ -175,22 +176,95 @@ def test_ctrl_c_saves_says_how_to_go_on_and_goes_on(recipe: Path, tmp_path: Path
     assert_same_outcome(tmp_path / "stopped", tmp_path / "whole")
 
 
-def test_changed_settings_are_named_and_a_way_on_is_offered(recipe: Path, tmp_path: Path, capsys) -> None:
+def offered(err: str) -> list[list[str]]:
+    """The two commands that a refusal offers, as arguments."""
+    lines = [line.strip() for line in err.splitlines() if line.startswith("  tinyfusion run")]
+    assert len(lines) == 2
+    return [shlex.split(line)[1:] for line in lines]
+
+
+SHORT = ["--search.steps=4", "--recover.steps=4"]
+
+
+@pytest.mark.parametrize(
+    ("flag", "named", "stage"),
+    [
+        ("--recover.steps=8", "recover.steps: 4 -> 8", "recover"),
+        ("--trainer.seed=9", "trainer.seed: 3 -> 9", "search"),
+        ("--loss.label_drop=0.2", "loss.label_drop: 0.1 -> 0.2", "search"),
+        ("--recover=null", "recover.steps: 4 -> None", "evaluate"),
+        ("--evaluate=[Latency]", "evaluate", "evaluate"),
+    ],
+)
+def test_changed_settings_are_named_and_the_way_on_works(
+    recipe: Path, tmp_path: Path, capsys, flag: str, named: str, stage: str
+) -> None:
     folder = tmp_path / "run"
-    assert run(recipe, folder) == 0
-    decision = (folder / "decision.json").read_text()
+    assert run(recipe, folder, *SHORT) == 0
     capsys.readouterr()
-    assert run(recipe, folder, "--recover.steps", "8") == 2
+    assert run(recipe, folder, *SHORT, flag) == 2
     err = capsys.readouterr().err
-    assert "recover.steps: 24 -> 8" in err
-    assert f"--recover.steps 8 --run-dir {folder}-2" in err
-    assert f"--recover.steps 8 --run-dir {folder} --restart-from recover" in err
-    assert run(recipe, folder, "--recover.steps", "8", "--restart-from", "recover") == 0
-    assert [e["step"] for e in outcome(folder)[2] if e["stage"] == "recover"] == [4, 8]
-    assert (folder / "decision.json").read_text() == decision  # the search was not run again
-    # A restart that begins after the change would mix two recipes.
-    assert run(recipe, folder, "--search.steps", "8", "--restart-from", "recover") == 2
+    assert named in err
+    new, replaced = offered(err)
+    assert replaced[-2:] == ["--restart-from", stage]
+    assert str(folder) + "-2" in new
+    assert main(replaced) == 0
+    assert main(new) == 0
+    results = [json.loads((p / "metrics.json").read_text())["measurements"] for p in (folder, Path(f"{folder}-2"))]
+    untimed = [[m for m in r if m["unit"] not in ("ms", "samples/s")] for r in results]
+    assert untimed[0] == untimed[1]
+
+
+def test_a_restart_after_the_change_would_mix_two_recipes(recipe: Path, tmp_path: Path, capsys) -> None:
+    assert run(recipe, tmp_path / "run", *SHORT) == 0
+    decision = (tmp_path / "run" / "decision.json").read_text()
+    assert run(recipe, tmp_path / "run", "--search.steps=8", "--recover.steps=4", "--restart-from", "recover") == 2
     assert "--restart-from search" in capsys.readouterr().err
+    assert (tmp_path / "run" / "decision.json").read_text() == decision
+    # What changes no number is no other setting.
+    assert run(recipe, tmp_path / "run", *SHORT, "--trainer.log_every=1", "--trainer.num_workers=1") == 0
+
+
+def test_a_restart_leaves_nothing_of_what_it_replaces(recipe: Path, tmp_path: Path, capsys) -> None:
+    folder = tmp_path / "run"
+    assert run(recipe, folder, *SHORT) == 0
+    assert run(recipe, folder, "--search=null", "--recover=null", "--restart-from=search") == 0
+    assert not (folder / "decision.json").exists()
+    assert not (folder / "student").exists()
+    capsys.readouterr()
+    assert main(["show", str(folder)]) == 0
+    assert "→" not in capsys.readouterr().out
+
+
+def test_two_runs_do_not_share_a_folder(recipe: Path, tmp_path: Path, capsys) -> None:
+    with tiny.RunFolder(tmp_path / "run").owned():
+        assert run(recipe, tmp_path / "run", *SHORT) == 2
+    assert "another run is at work" in capsys.readouterr().err
+    assert run(recipe, tmp_path / "run", *SHORT) == 0
+
+
+def test_a_student_that_diverged_is_a_finding_not_a_crash(recipe: Path, tmp_path: Path) -> None:
+    metrics = "--evaluate=[HeldOutLoss, {class_path: Frechet, init_args: {num_samples: 20}}]"
+    assert run(recipe, tmp_path / "run", *SHORT, "--recover.lr=1e9", metrics) == 0
+    rows = {m["name"]: m for m in json.loads((tmp_path / "run" / "metrics.json").read_text())["measurements"]}
+    assert rows["Fréchet distance"]["values"]["teacher"] > 0
+    loss = rows["held-out loss"]
+    assert loss["values"]["recovered"] is None or loss["values"]["recovered"] > 10
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_two_processes_share_the_work_and_one_of_them_writes(recipe: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["-m", "tinyfusion_core", "run", str(recipe), "--run-dir", str(tmp_path / "two"), *SHORT]
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("report:") == 1
+    assert run(recipe, tmp_path / "one", *SHORT) == 0
+    one, two = (load_file(tmp_path / name / "student" / "model.safetensors") for name in ("one", "two"))
+    assert all(torch.allclose(v, two[k], atol=1e-4) for k, v in one.items())
+    steps = [[(e["stage"], e["step"]) for e in outcome(tmp_path / name)[2]] for name in ("one", "two")]
+    assert steps[0] == steps[1]
 
 
 def test_another_checkpoint_under_the_same_name_is_noticed(recipe: Path, tmp_path: Path, capsys) -> None:
@@ -206,7 +280,7 @@ def test_another_checkpoint_under_the_same_name_is_noticed(recipe: Path, tmp_pat
     assert "backbone.checkpoint (its content)" in capsys.readouterr().err
 
 
-def test_a_published_decision_is_applied_to_another_checkpoint(recipe: Path, tmp_path: Path) -> None:
+def test_a_published_decision_is_applied_to_another_checkpoint(recipe: Path, tmp_path: Path, capsys) -> None:
     assert run(recipe, tmp_path / "first", "--search.steps=4", "--recover=null") == 0
     decision = tmp_path / "first" / "decision.json"
     again = yaml.safe_load(recipe.read_text())
@@ -215,6 +289,10 @@ def test_a_published_decision_is_applied_to_another_checkpoint(recipe: Path, tmp
     assert run(recipe, tmp_path / "second", "--recover=null") == 0
     kept = [tiny.Decision.load(tmp_path / name / "decision.json").kept for name in ("first", "second")]
     assert kept[0] == kept[1]
+    # The file is an input: with another content it is another run.
+    tiny.Keep([0, 1])(tiny.run.make_task(tiny.load_recipe(recipe)), tiny.Trainer(precision="fp32")).save(decision)
+    assert run(recipe, tmp_path / "second", "--recover=null") == 2
+    assert "search.decision (its content)" in capsys.readouterr().err
 
 
 def test_a_network_trained_from_scratch_is_pruned_in_the_same_run(recipe: Path, tmp_path: Path) -> None:
@@ -254,12 +332,24 @@ def wrong(recipe: Path, capsys, *flags: str, command: str = "run") -> str:
         (["--search.steps", "many"], "search.steps: Expected a <class 'int'>. Got value: many"),
         (["--search.pattern", "2:4"], "YAML reads an unquoted 2:4 in base 60; write [2, 4]"),
         (["--search.pattern", "[2, 3]"], "[2, 3] does not fit 'blocks' with 8 blocks: group 3"),
-        (["--recover.steps", "0"], "recover.steps is 0; expected at least 1"),
+        (["--recover.steps", "0"], "steps (of recover or train) is 0; expected at least 1"),
         (["--search.pattern", "null"], "search: give pattern or sampler"),
         (["--loss", "null"], "the key 'loss' is missing"),
         (["--search.steps"], "--search.steps: a value is missing"),
         (["--backbone.checkpoint", "nowhere.pt"], "backbone.checkpoint: 'nowhere.pt' does not exist"),
         (["--search", "null"], "recover: there is no search"),
+        (["--search.pattern", "[2, 4"], "'[2, 4' is not readable as YAML"),
+        (["--search.pattern", "[3:4, 2:4]"], "YAML reads an unquoted 3:4, 2:4 in base 60; write [[3, 4], [2, 4]]"),
+        (["--trainer.log_every", "0"], "trainer.log_every is 0; expected at least 1"),
+        (["--trainer", "5"], "trainer: got 5; expected a mapping"),
+        (["--search.ema", "2"], "search.ema is 2.0; expected a decay"),
+        (["--search.tau", "[4, 0]"], "search.tau is (4.0, 0.0); expected temperatures above 0"),
+        (["--search.lr_gates", "-1"], "search.lr_gates is -1.0"),
+        (["--search.update.rank", "0"], "search.update.rank is 0; expected at least 1"),
+        (["--search.update.targets", "(("], "'((' is no regular expression"),
+        (["--evaluate", "[{class_path: Latency, init_args: {rounds: 0}}]"], "Latency.rounds is 0"),
+        (["--loss.learn_sigma", "true"], "loss.learn_sigma is true, but the network has 1 output channels"),
+        (["--search", "{class_path: Keep, init_args: {blocks: [0, 1, 1]}}"], "names a block twice"),
     ],
 )
 def test_wrong_recipes(recipe: Path, capsys, flags: list[str], message: str) -> None:
@@ -282,8 +372,11 @@ def test_unquoted_ratio_in_the_file(recipe: Path, capsys) -> None:
 
 
 class Payload:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
     def __reduce__(self):
-        return (os.system, ("touch " + str(Path("/tmp") / "tinyfusion-was-here"),))
+        return (os.system, (f"touch {self.path}",))
 
 
 def small_weights() -> dict[str, torch.Tensor]:
@@ -303,14 +396,14 @@ def test_wrong_checkpoints(recipe: Path, tmp_path: Path, capsys) -> None:
     assert "damaged or cut short" in with_file("cut.safetensors")
 
     (tmp_path / "cut.pt").write_bytes(b"PK\x03\x04 and no more")
-    assert "cut.pt" in with_file("cut.pt")
+    assert "cut.pt: damaged or cut short" in with_file("cut.pt")
 
     with (tmp_path / "evil.pt").open("wb") as file:
-        pickle.dump({"model": Payload()}, file)
+        pickle.dump({"model": Payload(tmp_path / "was-here")}, file)
     assert "refused, it is not a file of plain tensors" in with_file("evil.pt")
-    torch.save({"model": small_weights(), "callback": Payload()}, tmp_path / "evil2.pt")
+    torch.save({"model": small_weights(), "callback": Payload(tmp_path / "was-here")}, tmp_path / "evil2.pt")
     assert "refused, it is not a file of plain tensors" in with_file("evil2.pt")
-    assert not Path("/tmp/tinyfusion-was-here").exists()
+    assert not (tmp_path / "was-here").exists()
 
     other = DiT(input_size=8, patch_size=2, in_channels=1, hidden_size=32, depth=8, num_heads=4, num_classes=10)
     save_file(other.state_dict(), tmp_path / "other.safetensors")
@@ -386,12 +479,12 @@ def test_saved_students_are_verified(tmp_path: Path) -> None:
     assert torch.equal(Backbone(checkpoint=str(folder)).build()(x, t, y), student(x, t, y))
 
     tiny.Keep([0, 1])(task, recipe.trainer).save(folder / "decision.json")
-    with pytest.raises(tiny.UserError, match=r"keeps 2 blocks of 'blocks', config\.json builds 3"):
+    with pytest.raises(tiny.UserError, match=r"decision\.json: not the file that config\.json was written for"):
         tiny.load_pretrained(folder)
     decision.save(folder / "decision.json")
     weights = load_file(folder / "model.safetensors")
     save_file({k: v + 1 for k, v in weights.items()}, folder / "model.safetensors")
-    with pytest.raises(tiny.UserError, match="hash"):
+    with pytest.raises(tiny.UserError, match=r"model\.safetensors: not the file"):
         tiny.load_pretrained(folder)
     (folder / "model.safetensors").unlink()
     with pytest.raises(tiny.UserError, match="no such file"):

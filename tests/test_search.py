@@ -12,7 +12,7 @@ import tinyfusion_core as tiny
 from tinyfusion_core.errors import UserError
 from tinyfusion_core.recoverability import WeightUpdate
 from tinyfusion_core.sampling import BlockSampler, Draw, GroupedSampler
-from toys import Match, Planted, planted_data
+from toys import Match, Planted, StopAt, planted_data
 
 UPDATES = [tiny.Frozen(), tiny.LoRA(rank=2, alpha=4), tiny.Full()]
 WORKING = [1, 3, 4, 7]
@@ -125,7 +125,7 @@ def test_lora_targets_are_configurable() -> None:
         assert hasattr(model.head, "lora_A")
         assert not hasattr(model.blocks[0]["b"], "lora_A")
     with (
-        pytest.raises(UserError, match="targets: 'nothing' matches no module"),
+        pytest.raises(UserError, match="targets: 'nothing' matches no layer"),
         tiny.LoRA(targets="nothing").applied(model, []),
     ):
         pass
@@ -167,6 +167,17 @@ def test_the_search_leaves_the_global_generator_alone() -> None:
     torch.manual_seed(5)
     search(steps=5)(task(), TRAINER)
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_search_that_was_stopped_in_its_last_step_decides_like_any_other(tmp_path) -> None:
+    how = search(steps=12, scaling=(1.0, 100.0))
+    whole = how(task(), TRAINER)
+    run = tiny.RunFolder(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        how(tiny.Task(backbone=Planted(), loss=StopAt(), train=planted_data(), held_out=planted_data(16)), TRAINER, run)
+    resumed = how(task(), TRAINER, run)
+    assert resumed.confidences == whole.confidences
+    assert resumed.kept == whole.kept
 
 
 def test_pattern_and_sampler_exclude_each_other() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -160,3 +162,12 @@ class Match(LossAdapter):
 
 def planted_data(num: int = 64, width: int = 8) -> Tensors:
     return Tensors({"x": torch.randn(num, width, generator=generator("planted"))})
+
+
+class StopAt(Match):
+    """Sends this process a signal while the inputs of one step are prepared."""
+
+    def prepare(self, batch, rng):
+        if rng.stage in ("search", "recover") and rng.step == 11:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().prepare(batch, rng)

@@ -70,7 +70,7 @@ class Backbone(ABC):
 
         Args:
             model: the network, its lists already shortened.
-            kept: for every block list, the indices that stayed.
+            kept: for every list that holds blocks, the indices of its children that stayed.
         """
 
     @abstractmethod

@@ -29,10 +29,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {e}", file=sys.stderr)
         return USER_ERROR
     except Interrupted as e:
-        print(f"{e}. Nothing is lost; go on with the same command:\n  {_command(arguments)}", file=sys.stderr)
+        print(f"{e}. Nothing is lost; go on with:\n  {_command(_to_go_on(arguments))}", file=sys.stderr)
         return 128 + e.signum
     except KeyboardInterrupt:
-        print(f"interrupted; go on from the last saved state with:\n  {_command(arguments)}", file=sys.stderr)
+        print(
+            f"interrupted; go on from the last saved state with:\n  {_command(_to_go_on(arguments))}", file=sys.stderr
+        )
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -48,7 +50,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, text: str, **kwargs: str) -> argparse.ArgumentParser:
-        return commands.add_parser(name, help=text, description=text, allow_abbrev=False, **kwargs)  # type: ignore[arg-type]
+        added = commands.add_parser(name, help=text, description=text, allow_abbrev=False, **kwargs)  # type: ignore[arg-type]
+        # Given before or after the command; the default must not overwrite what came before it.
+        added.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        return added
 
     keys = "Any key of the recipe can be set: --search.steps 600 (values are YAML). `tinyfusion keys` lists them."
     run = command("run", "do what a recipe says, or what is left of it", epilog=keys)
@@ -84,7 +89,10 @@ def _run(options: argparse.Namespace, flags: list[str]) -> int:
 
     run_dir = options.run_dir or Path("runs") / options.recipe.stem
     command = _command(["run", str(options.recipe), *flags])
-    report = run_recipe(load_recipe(options.recipe, flags), run_dir, command, options.restart_from)
+    recipe = load_recipe(options.recipe, flags)
+    report = run_recipe(recipe, run_dir, command, options.restart_from)
+    if not recipe.trainer.accelerator.is_main_process:
+        return 0
     console = Console(highlight=False)
     console.print(results_table(RunFolder(run_dir)))
     console.print(f"report: {report}", soft_wrap=True)
@@ -159,6 +167,16 @@ def _sample(options: argparse.Namespace, flags: list[str]) -> int:
 
     print(sample_images(existing_run(options.run_dir), options.num, options.seed, options.out))
     return 0
+
+
+def _to_go_on(arguments: list[str]) -> list[str]:
+    """The command without --restart-from, which would throw away what has just been saved."""
+    out, skip = [], False
+    for word in arguments:
+        if not skip and not word.startswith("--restart-from"):
+            out.append(word)
+        skip = word == "--restart-from"
+    return out
 
 
 def _command(arguments: Sequence[str]) -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
-from .decision import Decision
+from .decision import Decision, provenance
 from .errors import UserError
+from .files import sha256
 from .run_folder import RunFolder
 from .sampling import BlockSampler, GroupedSampler
 from .search import Selector
@@ -29,15 +31,20 @@ class Keep(Selector):
     def __post_init__(self) -> None:
         if bool(self.blocks) == (self.decision is not None):
             raise UserError("Keep: give blocks or decision, one of the two")
+        if len(set(self.blocks)) != len(self.blocks):
+            raise UserError(f"Keep: blocks {list(self.blocks)} names a block twice")
 
     def __call__(self, task: Task, trainer: Trainer, run: RunFolder | None = None) -> Decision:
-        source = {"source": task.backbone.source()}
+        source = provenance(trainer.seed, task.backbone.source())
         if self.decision is None:
             kept = tuple(sorted(self.blocks))
             return Decision(blocks=tuple(task.blocks), kept=kept, method="Keep", provenance=source)
         decision = Decision.load(self.decision)
         decision.check_fits(task.blocks, type(task.teacher).__name__)
         return replace(decision, provenance={**decision.provenance, **source, "taken_from": self.decision})
+
+    def inputs(self) -> dict[str, str]:
+        return {} if self.decision is None else {"search.decision": sha256(Path(self.decision))}
 
     def preview(self, lists: Mapping[str, int]) -> BlockSampler:
         if self.decision is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,22 @@ from .errors import UserError
 from .files import read_json, write_json
 
 FORMAT_VERSION = 1
+
+
+def provenance(seed: int, source: Mapping[str, Any]) -> dict[str, Any]:
+    """Where a decision comes from: the seed, the source checkpoint, and the versions of what decides the numbers."""
+    return {"seed": seed, "source": dict(source), "versions": versions()}
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries that decide the numbers."""
+    found = {}
+    for name in ("tinyfusion", "torch", "accelerate", "peft", "timm"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,10 @@ class UserError(Exception):
     """A mistake the user can mend: the message names the key or file, what was expected and the way on."""
 
 
+class MissingFileError(UserError):
+    """Something the run will need is not there (yet); everything else about it may be right."""
+
+
 class Interrupted(KeyboardInterrupt):
     """A run was asked to stop and has saved its state.
 
@@ -20,6 +24,12 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)
         self.signum = signum
+
+
+def require(holds: bool, key: str, value: object, expected: str) -> None:
+    """Raise UserError `key is value; expected ...` unless it holds."""
+    if not holds:
+        raise UserError(f"{key} is {value!r}; expected {expected}")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

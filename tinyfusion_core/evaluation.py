@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .backbone import Backbone, expand
-from .data import Samples
-from .errors import UserError
+from .data import DataSource, Samples
+from .errors import UserError, require
 from .losses import LossAdapter
 from .progress import track
 from .randomness import Rng
@@ -52,8 +53,8 @@ class Metric(ABC):
     def __call__(self, task: Task, models: Models, trainer: Trainer) -> list[Measurement]:
         """Measure; the networks are in eval mode on the trainer's device."""
 
-    def check(self, task: Task) -> None:
-        """Raises UserError when the task lacks what this needs."""
+    def check(self, data: DataSource) -> None:
+        """Raises UserError when the data lack what this needs."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,11 @@ class HeldOutLoss(Metric):
     """
 
     draws: int = 4
-    batch_size: int = 297
+    batch_size: int = 256
+
+    def __post_init__(self) -> None:
+        require(self.draws >= 1, "evaluate: HeldOutLoss.draws", self.draws, "at least 1")
+        require(self.batch_size >= 1, "evaluate: HeldOutLoss.batch_size", self.batch_size, "at least 1")
 
     def __call__(self, task: Task, models: Models, trainer: Trainer) -> list[Measurement]:
         total = len(models) * self.draws * len(task.held_out)
@@ -152,16 +157,22 @@ class Frechet(Metric):
     num_samples: int = 1000
     batch_size: int = 250
 
-    def check(self, task: Task) -> None:
-        if task.feature_space is None:
-            raise UserError("evaluate: Frechet needs a feature space, and this data has none; leave Frechet out")
+    def __post_init__(self) -> None:
+        require(self.num_samples >= 2, "evaluate: Frechet.num_samples", self.num_samples, "at least 2")
+        require(self.batch_size >= 1, "evaluate: Frechet.batch_size", self.batch_size, "at least 1")
+
+    def check(self, data: DataSource) -> None:
+        if data.feature_space() is None:
+            raise UserError(
+                f"evaluate: Frechet needs a feature space, and {type(data).__name__} has none; leave it out"
+            )
 
     def __call__(self, task: Task, models: Models, trainer: Trainer) -> list[Measurement]:
         from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
-        self.check(task)
         space = task.feature_space
-        assert space is not None
+        if space is None:
+            raise UserError("Frechet: the task has no feature_space")
         real = task.train.__getitems__(list(range(len(task.train))))
         reference = fid_features_to_statistics(space(real["x"])[0].cpu())
         distances: dict[str, float | None] = {}
@@ -169,11 +180,12 @@ class Frechet(Metric):
         for name, model in models.items():
             x, labels = generate(task, model, trainer, self.num_samples, self.batch_size, name=f"samples of {name}")
             features, logits = space(x)
-            statistics_ = fid_features_to_statistics(features.cpu())
-            distances[name] = float(
-                fid_statistics_to_metric(statistics_, reference, verbose=False)["frechet_inception_distance"]
-            )
-            accuracies[name] = float((logits.argmax(1).cpu() == labels.cpu()).float().mean())
+            distances[name] = accuracies[name] = None
+            if torch.isfinite(features).all():  # a network that has diverged has neither
+                generated = fid_features_to_statistics(features.cpu())
+                distance = fid_statistics_to_metric(generated, reference, verbose=False)
+                distances[name] = float(distance["frechet_inception_distance"])
+                accuracies[name] = float((logits.argmax(1).cpu() == labels.cpu()).float().mean())
         note = f"{self.num_samples} samples; features: {space.name}"
         return [
             Measurement("Fréchet distance", distances, better="lower", note=note),
@@ -218,6 +230,11 @@ class Latency(Metric):
     rounds: int = 20
     warmup: int = 3
 
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "rounds"):
+            require(getattr(self, name) >= 1, f"evaluate: Latency.{name}", getattr(self, name), "at least 1")
+        require(self.warmup >= 0, "evaluate: Latency.warmup", self.warmup, "0 or more")
+
     def __call__(self, task: Task, models: Models, trainer: Trainer) -> list[Measurement]:
         device = trainer.accelerator.device
         batch = {name: t.to(device) for name, t in task.backbone.example(self.batch_size).items()}
@@ -258,7 +275,16 @@ def evaluate(task: Task, models: Models, metrics: list[Metric], trainer: Trainer
     """Sizes first, then every metric in turn."""
     device = trainer.accelerator.device
     ready = {name: model.to(device).eval() for name, model in models.items()}
-    return [m for metric in [Size(), *metrics] for m in metric(task, ready, trainer)]
+    return [_finite(m) for metric in [Size(), *metrics] for m in metric(task, ready, trainer)]
+
+
+def _finite(measurement: Measurement) -> Measurement:
+    """A figure that is no number is a finding too: none, and a note that says so."""
+    bad = [name for name, v in measurement.values.items() if v is not None and not math.isfinite(v)]
+    if not bad:
+        return measurement
+    values = {name: None if name in bad else v for name, v in measurement.values.items()}
+    return replace(measurement, values=values, note=f"{measurement.note}; not finite: {', '.join(bad)}".lstrip("; "))
 
 
 def _synchronize(device: torch.device) -> None:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .errors import UserError
+from .errors import MissingFileError, UserError
 
 
 def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -60,14 +60,19 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise MissingFileError(f"{path}: no such file") from None
     except (ValueError, OSError) as e:
         raise UserError(f"{path}: not readable as JSON ({e})") from None
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file atomically. Tensors that share memory are refused by safetensors."""
-    ready = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    """Write a safetensors file atomically. Tensors that share memory are written once for each name."""
+    ready: dict[str, Tensor] = {}
+    storages = set()
+    for name, t in tensors.items():
+        t = t.detach().cpu().contiguous()
+        ready[name] = t.clone() if t.untyped_storage().data_ptr() in storages else t
+        storages.add(t.untyped_storage().data_ptr())
 
     def write(file: BinaryIO) -> None:
         save_file(ready, file.name, metadata=dict(metadata or {}))
@@ -86,7 +91,7 @@ def read_weights(path: Path, containers: Sequence[str] = ("ema", "model")) -> di
         UserError: no such file, damaged, holds code, or holds no state dict.
     """
     if not path.is_file():
-        raise UserError(f"{path}: no such file")
+        raise MissingFileError(f"{path}: no such file")
     try:
         if path.suffix == ".safetensors":
             return dict(load_file(path))
@@ -99,7 +104,7 @@ def read_weights(path: Path, containers: Sequence[str] = ("ema", "model")) -> di
             f"{path}: refused, it is not a file of plain tensors; it may hold code, which would run while loading "
             f"({_reason(e)}). Ask its author for safetensors"
         ) from None
-    except (SafetensorError, RuntimeError, EOFError, ValueError, OSError) as e:
+    except Exception as e:  # a damaged file makes the readers fail in any way they can
         raise UserError(f"{path}: damaged or cut short ({_reason(e)}). Copy or download it again") from None
     for name in containers:
         if isinstance(content, dict) and isinstance(content.get(name), dict):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils._pytree import TreeSpec, tree_flatten_with_path, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten_with_path, tree_leaves, tree_unflatten
 
 from .backbone import Stream
 from .errors import UserError
@@ -112,24 +112,37 @@ class Gates:
         # Attention code cannot take zero samples, and every parameter needs a gradient on every process.
         run, rest = (kept, dropped) if len(kept) else (dropped[:1], dropped[1:])
         learning = mask.requires_grad and torch.is_grad_enabled()
-        value = None
-        if learning and len(rest):  # before the graph of the others takes its memory
-            with torch.no_grad():
-                value = _items(call.run(rest))
+        versions = [x._version for x in inputs]
+        # First with the graph: older torch keeps what autocast has cast under no_grad, and its gradients are lost.
         output = call.run(run)
         if len(kept) == len(mask) and not learning:
             return output
-        items = _items(output)
+        value = None
+        if learning and len(rest):
+            with torch.no_grad():
+                value = self._items(j, call.run(rest))
+        if versions != [x._version for x in inputs]:
+            raise UserError(f"block '{self.blocks[j]}' changes its input in place, which gating cannot undo")
+        items = self._items(j, output)
         merged = [stream.output or 0 for stream in self._streams]
         for i, item in enumerate(items):
-            if i not in merged and isinstance(item, Tensor) and len(run) < len(mask):
+            if i not in merged and len(run) < len(mask) and any(isinstance(v, Tensor) for v in tree_leaves(item)):
                 raise UserError(
                     f"block '{self.blocks[j]}' returns a tensor at index {i} that is no declared stream; "
                     "name it in Backbone.streams"
                 )
         for i, x in zip(merged, inputs, strict=True):
             items[i] = _Merge.apply(x, items[i], value[i] if value else None, mask, kept, run, rest)
-        return type(output)(items) if isinstance(output, (tuple, list)) else items[0]
+        if isinstance(output, Tensor):
+            return items[0]
+        return type(output)._make(items) if hasattr(output, "_make") else type(output)(items)
+
+    def _items(self, j: int, output: Any) -> list[Any]:
+        if isinstance(output, Tensor):
+            return [output]
+        if isinstance(output, (tuple, list)):
+            return list(output)
+        raise UserError(f"block '{self.blocks[j]}' returns a {type(output).__name__}; gating takes a tensor or a tuple")
 
 
 class _Merge(torch.autograd.Function):
@@ -151,7 +164,7 @@ class _Merge(torch.autograd.Function):
         rest: Tensor,
     ) -> Tensor:
         if len(kept) == len(x):
-            out = ran.view_as(ran)
+            out = ran.detach()  # not a view: the model may go on with it in place
         else:
             out = x.to(ran.dtype, copy=True)
             if len(kept):
@@ -180,10 +193,6 @@ class _Merge(torch.autograd.Function):
         # Gates are float32 whatever the stream is.
         grad_mask = None if delta is None else (delta.float() * grad).flatten(1).sum(1).to(mask_dtype)
         return grad_x, grad_ran, None, grad_mask, None, None, None
-
-
-def _items(output: Any) -> list[Any]:
-    return list(output) if isinstance(output, (tuple, list)) else [output]
 
 
 class _Call:
@@ -230,8 +239,8 @@ class _Call:
 
 
 def named_batch_dims(names: Mapping[str, int]) -> BatchDim:
-    """Batch dimensions as a plugin states them, by argument name; arguments not named are shared."""
-    return lambda path, leaf: names.get(leaf.partition(".")[0])
+    """Batch dimensions as a plugin states them, by argument (`x`) or part of one (`rotary.0`); others are shared."""
+    return lambda path, leaf: names.get(leaf, names.get(leaf.partition(".")[0]))
 
 
 def probed_batch_dims(model: nn.Module, blocks: Sequence[str], run: Callable[[int], object]) -> BatchDim:

@@ -10,14 +10,13 @@ import torch
 from torch import nn
 
 from .backbone import block_lists, expand
-from .decision import Decision
-from .errors import UserError
+from .errors import MissingFileError, UserError
 from .evaluation import count_flops
 from .pruning import remove_blocks
+from .randomness import Rng
 from .recipe import Recipe
 from .recover import Recover
-from .sampling import BlockSampler
-from .search import Search
+from .search import Search, Selector
 
 
 @dataclass
@@ -34,84 +33,112 @@ class Plan:
     problems: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
 
-    def attempt(self, work: Callable[[], None], failures: list[str]) -> None:
-        try:
-            work()
-        except UserError as e:
-            failures.append(str(e))
-
 
 def make_plan(recipe: Recipe) -> Plan:
     """Plan a run; problems are collected, not raised."""
     plan = Plan()
-
-    def network() -> None:
-        config = recipe.backbone.config()
-        with torch.device("meta"):
-            model = recipe.backbone.construct(config)
-        blocks = expand(model, recipe.backbone.blocks(model))
-        lists = {name: len(members) for name, members in block_lists(blocks).items()}
-        plan.rows.append(("network", f"{type(recipe.backbone).__name__}, {_counts(lists)}"))
-        _size(plan, recipe, model, "before")
-        if recipe.search is not None:
-            sampler = recipe.search.preview(lists)
-            _search(plan, recipe, sampler)
-            pruned = copy.deepcopy(model)
-            # Which blocks stay is not known yet; how many of each list is.
-            sketch = Decision(blocks=tuple(blocks), kept=tuple(sampler.mode()), method="plan")
-            remove_blocks(recipe.backbone, pruned, sketch.kept_by_list())
-            _size(plan, recipe, pruned, "after")
-
-    plan.attempt(network, plan.problems)
-    for name, stage in (("train", recipe.train), ("recover", recipe.recover)):
-        if stage is not None:
-            plan.rows.append((name, _training(recipe, stage)))
-    if recipe.recover is not None and recipe.search is None:
-        plan.problems.append("recover: there is no search (or decision) before it, so nothing is pruned")
-    if recipe.train is None:
-        plan.attempt(lambda: _checkpoint(plan, recipe), plan.missing)
-
-    def data() -> None:
-        train, held_out = recipe.data.train(), recipe.data.held_out()
-        plan.rows.append(
-            ("data", f"{type(recipe.data).__name__}, {len(train):,} to train on, {len(held_out):,} held out")
-        )
-
-    plan.attempt(data, plan.missing)
+    for part in (_network, _stages, _checkpoint, _data, _metrics):
+        _attempt(plan, recipe, part)
     return plan
 
 
+def _attempt(plan: Plan, recipe: Recipe, part: Callable[[Plan, Recipe], None]) -> None:
+    try:
+        part(plan, recipe)
+    except MissingFileError as e:
+        plan.missing.append(str(e))
+    except UserError as e:
+        plan.problems.append(str(e))
+
+
+def _network(plan: Plan, recipe: Recipe) -> None:
+    with torch.device("meta"):
+        model = recipe.backbone.construct(recipe.backbone.config())
+    blocks = expand(model, recipe.backbone.blocks(model))
+    lists = {name: len(members) for name, members in block_lists(blocks).items()}
+    counts = ", ".join(f"{depth} blocks in '{name}'" for name, depth in lists.items())
+    plan.rows.append(("network", f"{type(recipe.backbone).__name__}, {counts}"))
+    _fit_together(recipe, model)
+    plan.rows.append(("before pruning", _size(recipe, model)))
+    if recipe.search is not None:
+        _search(plan, recipe, recipe.search, model, blocks, lists)
+
+
+def _search(
+    plan: Plan, recipe: Recipe, search: Selector, model: nn.Module, blocks: list[str], lists: dict[str, int]
+) -> None:
+    sampler = search.preview(lists)
+    plan.rows.append(("keeps", f"{sampler.num_kept} of {sampler.num_blocks} blocks"))
+    groups = sampler.choices()
+    ranges = ", ".join(f"{g[0]}-{g[-1]}" if len(g) > 1 else str(g[0]) for g in groups)
+    plan.rows.append(("groups", f"{len(groups)} (blocks {ranges}), {sampler.num_masks:,} possible masks"))
+    if isinstance(search, Search):
+        update = type(search.update).__name__
+        plan.rows.append(("search", f"{_budget(recipe, search)}, weight update {update}"))
+    # Which blocks stay is not known yet; how many of each list is.
+    kept = sampler.mode()
+    pruned = copy.deepcopy(model)
+    remove_blocks(recipe.backbone, pruned, [path for i, path in enumerate(blocks) if i not in kept])
+    plan.rows.append(("after pruning", _size(recipe, pruned)))
+
+
+def _stages(plan: Plan, recipe: Recipe) -> None:
+    for name, stage in (("train", recipe.train), ("recover", recipe.recover)):
+        if stage is not None:
+            plan.rows.append((name, f"{_budget(recipe, stage)}, {stage.schedule} schedule from {stage.lr:g}"))
+    if recipe.recover is not None and recipe.search is None:
+        raise UserError("recover: there is no search before it, so nothing is pruned; add one, or set recover: null")
+
+
 def _checkpoint(plan: Plan, recipe: Recipe) -> None:
+    if recipe.train is not None:
+        return
     checkpoint = recipe.backbone.source().get("checkpoint")
     if checkpoint is None:
         raise UserError("backbone: names no checkpoint, and the recipe has no train stage to make one")
     plan.rows.append(("checkpoint", str(checkpoint)))
 
 
-def _size(plan: Plan, recipe: Recipe, model: nn.Module, when: str) -> None:
+def _data(plan: Plan, recipe: Recipe) -> None:
+    train, held_out = recipe.data.train(), recipe.data.held_out()
+    counts = f"{len(train):,} to train on, {len(held_out):,} held out"
+    plan.rows.append(("data", f"{type(recipe.data).__name__}, {counts}"))
+    sample = train.__getitems__([0])
+    for name, example in recipe.backbone.example(1).items():
+        if name not in sample or sample[name].shape != example.shape:
+            found = list(sample[name].shape[1:]) if name in sample else "missing"
+            raise UserError(f"data: '{name}' of a sample is {found}, the network takes {list(example.shape[1:])}")
+
+
+def _metrics(plan: Plan, recipe: Recipe) -> None:
+    for metric in recipe.evaluate:
+        metric.check(recipe.data)
+
+
+def _fit_together(recipe: Recipe, model: nn.Module) -> None:
+    """Raise UserError when the loss cannot take what the network gives."""
+    inputs = recipe.loss.prepare(recipe.backbone.example(2), Rng(0, "plan"))
+    try:
+        # The loss on zeros of the prediction's shape: the meta device cannot look values up in tables.
+        with torch.no_grad():
+            prediction = recipe.loss.predict(model.eval(), {name: t.to("meta") for name, t in inputs.items()})
+            recipe.loss.loss(torch.zeros(prediction.shape), inputs)
+    except NotImplementedError:
+        return  # an operation without a meta kernel: the run itself will tell
+    except RuntimeError as e:
+        raise UserError(
+            f"loss: {type(recipe.loss).__name__} does not fit the network ({str(e).splitlines()[0]}); "
+            "compare their options"
+        ) from None
+
+
+def _size(recipe: Recipe, model: nn.Module) -> str:
     parameters = sum(p.numel() for p in model.parameters())
     flops = count_flops(recipe.backbone, recipe.loss, recipe.backbone.config(model))
     cost = f"{flops / 1e9:,.3f} GFLOP a sample" if isinstance(flops, int) else f"FLOPs {flops}"
-    plan.rows.append((f"{when} pruning", f"{parameters:,} parameters, {cost}"))
+    return f"{parameters:,} parameters, {cost}"
 
 
-def _search(plan: Plan, recipe: Recipe, sampler: BlockSampler) -> None:
-    plan.rows.append(("keeps", f"{sampler.num_kept} of {sampler.num_blocks} blocks"))
-    groups = sampler.choices()
-    sizes = ", ".join(f"{g[0]}-{g[-1]}" if len(g) > 1 else str(g[0]) for g in groups)
-    plan.rows.append(("groups", f"{len(groups)} (blocks {sizes}), {sampler.num_masks:,} possible masks"))
-    if isinstance(recipe.search, Search):
-        size = recipe.search.batch_size or recipe.trainer.batch_size
-        update = type(recipe.search.update).__name__
-        samples = f"{recipe.search.steps * size:,} samples"
-        plan.rows.append(("search", f"{recipe.search.steps:,} steps of {size}, {samples}, weight update {update}"))
-
-
-def _training(recipe: Recipe, stage: Recover) -> str:
+def _budget(recipe: Recipe, stage: Search | Recover) -> str:
     size = stage.batch_size or recipe.trainer.batch_size
-    samples = f"{stage.steps * size:,} samples"
-    return f"{stage.steps:,} steps of {size}, {samples}, {stage.schedule} schedule from {stage.lr:g}"
-
-
-def _counts(lists: dict[str, int]) -> str:
-    return ", ".join(f"{depth} blocks in '{name}'" for name, depth in lists.items())
+    return f"{stage.steps:,} steps of {size}, {stage.steps * size:,} samples"

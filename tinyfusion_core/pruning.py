@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from .backbone import Backbone, expand
+from .backbone import Backbone, block_lists, expand
 from .decision import Decision
 from .errors import UserError
 from .files import load_strict, read_json, read_weights, save_tensors, sha256, write_json, write_text
@@ -30,21 +30,31 @@ def prune(task: Task, decision: Decision) -> nn.Module:
     # What goes is not copied: the copy of a removed block is an empty module.
     removed = {id(task.teacher.get_submodule(task.blocks[i])): nn.Identity() for i in decision.removed}
     student = copy.deepcopy(task.teacher, memo=dict(removed))
-    remove_blocks(task.backbone, student, decision.kept_by_list())
+    remove_blocks(task.backbone, student, [task.blocks[i] for i in decision.removed])
     return student.eval()
 
 
-def remove_blocks(backbone: Backbone, model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
-    """Shorten the block lists of a network in place and let the backbone repair the rest.
+def remove_blocks(backbone: Backbone, model: nn.Module, removed: Sequence[str]) -> None:
+    """Take blocks out of a network in place and let the backbone repair the rest.
 
     Args:
         backbone: the model family.
         model: the network.
-        kept: for every block list, the indices that stay.
+        removed: paths of the blocks that go, children of a `ModuleList` or `Sequential`.
+
+    Raises:
+        UserError: a block is the child of something else.
     """
-    for path, indices in kept.items():
-        blocks = list(model.get_submodule(path).children())
-        model.set_submodule(path, nn.ModuleList([blocks[i] for i in indices]))
+    kept: dict[str, list[int]] = {}
+    for path in block_lists(expand(model, backbone.blocks(model))):
+        container = model.get_submodule(path)
+        if not isinstance(container, (nn.ModuleList, nn.Sequential)):
+            raise UserError(f"'{path or 'the network itself'}' is a {type(container).__name__}; blocks live in lists")
+        going = [i for i, name in enumerate(dict(container.named_children())) if f"{path}.{name}" in removed]
+        # Children that are no blocks stay where they are.
+        kept[path] = [i for i in range(len(container)) if i not in going]
+        for i in reversed(going):
+            del container[i]
     backbone.after_prune(model, kept)
 
 
@@ -61,29 +71,29 @@ def save_pretrained(student: nn.Module, task: Task, decision: Decision, folder: 
         The folder.
     """
     folder = Path(folder)
-    source = dict(task.backbone.source())
-    source.update(decision.provenance.get("source", {}))
-    save_network(student, task.backbone, source, folder)
+    source = task.backbone.source()
     decision.save(folder / "decision.json")
+    save_network(student, task.backbone, source, folder)
     write_text(folder / "README.md", _model_card(student, task.backbone, decision, source))
     return folder
 
 
 def save_network(model: nn.Module, backbone: Backbone, source: Mapping[str, Any], folder: Path) -> None:
-    """Write `model.safetensors` and the `config.json` from which the network is rebuilt."""
+    """Write `model.safetensors` and the `config.json` from which the network is rebuilt and verified."""
     save_tensors(folder / WEIGHTS, model.state_dict())
+    files = [name for name in (WEIGHTS, "decision.json") if (folder / name).exists()]
     config = {
         "format_version": FORMAT_VERSION,
         "backbone": type(backbone).__name__,
         "network": backbone.config(model),
-        "sha256": sha256(folder / WEIGHTS),
+        "sha256": {name: sha256(folder / name) for name in files},
         "source": dict(source),
     }
     write_json(folder / "config.json", config)
 
 
 def load_pretrained(folder: Path | str) -> nn.Module:
-    """The network that `save_pretrained` wrote, in eval mode; its weights and depth are verified.
+    """The network that `save_pretrained` wrote, in eval mode; every file is verified.
 
     Raises:
         UserError: a file is missing, damaged or does not belong with the others, or the plugin is not installed.
@@ -94,19 +104,10 @@ def load_pretrained(folder: Path | str) -> nn.Module:
         raise UserError(f"{folder / 'config.json'}: not of format_version {FORMAT_VERSION}")
     weights = folder / WEIGHTS
     tensors = read_weights(weights)
-    if sha256(weights) != config["sha256"]:
-        raise UserError(f"{weights}: its hash is not the one in config.json; the files do not belong together")
-    backbone = registry().find("backbone", config["backbone"])
-    model: nn.Module = backbone.construct(config["network"])
-    if (folder / "decision.json").exists():
-        decision = Decision.load(folder / "decision.json")
-        for path, kept in decision.kept_by_list().items():
-            depth = len(expand(model, [f"{path}.*"]))
-            if depth != len(kept):
-                raise UserError(
-                    f"{folder}: decision.json keeps {len(kept)} blocks of '{path}', config.json builds {depth}; "
-                    "the files do not belong together"
-                )
+    for name, expected in dict(config.get("sha256", {})).items():
+        if not (folder / name).is_file() or sha256(folder / name) != expected:
+            raise UserError(f"{folder / name}: not the file that config.json was written for; restore the whole folder")
+    model: nn.Module = registry().find("backbone", config["backbone"]).construct(config["network"])
     load_strict(model, tensors, weights)
     return model.eval()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import types
 import typing
@@ -18,7 +19,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from . import criteria  # noqa: F401  # brings the names of its selectors
 from .backbone import Backbone
 from .data import DataSource
-from .errors import UserError, nearest
+from .errors import MissingFileError, UserError, nearest
 from .evaluation import Metric
 from .losses import LossAdapter
 from .plugins import registry
@@ -38,6 +39,8 @@ SECTIONS: dict[str, Any] = {
     "recover": Recover,
     "evaluate": list[Metric],
 }
+BROUGHT = {"backbone": Backbone, "loss": LossAdapter, "data": DataSource}
+"""Kinds that plugins register."""
 POLYMORPHIC = (Backbone, LossAdapter, DataSource, Selector, Metric, WeightUpdate, BlockSampler)
 
 
@@ -82,12 +85,11 @@ def load_recipe(path: Path | str, flags: Sequence[str] = ()) -> Recipe:
     try:
         raw = yaml.safe_load(path.read_text())
     except FileNotFoundError:
-        raise UserError(f"{path}: no such recipe") from None
+        raise MissingFileError(f"{path}: no such recipe (it comes first: tinyfusion run RECIPE --key value)") from None
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as e:
         raise UserError(f"{path}: not readable as YAML: {e}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: a recipe is a mapping with the keys {', '.join(SECTIONS)}")
-    registry()  # plugins bring the names
     for key, value in _overrides(flags):
         _override(raw, key.split("."), value)
     if isinstance(raw.get("search"), dict) and "class_path" not in raw["search"]:
@@ -107,7 +109,7 @@ def load_recipe(path: Path | str, flags: Sequence[str] = ()) -> Recipe:
         raise UserError(f"{path}: {e}") from None
     except (ArgumentError, ValueError, TypeError) as e:
         raise UserError(f"{path}: {_root_message(e)}") from e
-    settings = yaml.safe_load(parser.dump(config))
+    settings = json.loads(json.dumps(config.as_dict()))  # tuples as the lists that YAML has
     return Recipe(**{name: getattr(objects, name) for name in SECTIONS}, settings=settings)
 
 
@@ -171,7 +173,10 @@ def _overrides(flags: Sequence[str]) -> list[tuple[str, Any]]:
             if not rest:
                 raise UserError(f"{key}: a value is missing")
             text = rest.pop(0)
-        out.append((key[2:], yaml.safe_load(text)))
+        try:
+            out.append((key[2:], yaml.safe_load(text)))
+        except yaml.YAMLError as e:
+            raise UserError(f"{key}: '{text}' is not readable as YAML: {' '.join(str(e).split())}") from None
     return out
 
 
@@ -191,17 +196,24 @@ def _override(config: dict[str, Any], path: list[str], value: Any) -> None:
     config[last] = value
 
 
-def _checked(key: str, value: Any, kind: Any) -> Any:
+def _checked(key: str, value: Any, kind: Any, default: Any = None) -> Any:
     """The value with class names made full; raises UserError at the first unknown name."""
     kind = _without_none(kind)
     if typing.get_origin(kind) is list and isinstance(value, list):
         return [_checked(f"{key}[{i}]", v, typing.get_args(kind)[0]) for i, v in enumerate(value)]
     if value is None or not inspect.isclass(kind):
         return value
+    if kind in (Trainer, Recover):
+        if not isinstance(value, dict):
+            keys = ", ".join(inspect.signature(kind).parameters)
+            raise UserError(f"{key}: got {value!r}; expected a mapping with keys among {keys}")
+        return _checked_arguments(key, value, kind)
     if kind not in POLYMORPHIC:
-        return _checked_arguments(key, value, kind) if isinstance(value, dict) and kind in (Trainer, Recover) else value
+        return value
     if isinstance(value, str):
         value = {"class_path": value}
+    if isinstance(value, dict) and "class_path" not in value and isinstance(default, kind):
+        value = {"class_path": type(default).__name__, "init_args": value}
     if not isinstance(value, dict) or not isinstance(value.get("class_path"), str):
         raise UserError(f"{key}: give the name of a class, or class_path and init_args{nearest('', _known(kind))}")
     extra = set(value) - {"class_path", "init_args"}
@@ -220,13 +232,13 @@ def _checked(key: str, value: Any, kind: Any) -> Any:
 
 
 def _checked_arguments(key: str, arguments: Mapping[str, Any], cls: type[Any]) -> dict[str, Any]:
-    known = [name for name in inspect.signature(cls).parameters if not name.startswith("_")]
+    known = {name: p for name, p in inspect.signature(cls).parameters.items() if not name.startswith("_")}
     hints = typing.get_type_hints(cls.__init__)
     out = {}
     for name, value in arguments.items():
         if name not in known:
             raise UserError(f"{key}.{name}: unknown key{nearest(str(name), known)}")
-        out[name] = _checked(f"{key}.{name}", value, hints.get(name, Any))
+        out[name] = _checked(f"{key}.{name}", value, hints.get(name, Any), known[name].default)
     return out
 
 
@@ -235,7 +247,10 @@ def _unknown(name: str, known: Mapping[str, Any]) -> typing.NoReturn:
 
 
 def _known(base: type[Any]) -> dict[str, type[Any]]:
-    """Every concrete class of a kind that has been imported, by name."""
+    """Every class of a kind, by name: what plugins bring, or what the core has."""
+    for kind, brought in BROUGHT.items():
+        if base is brought:
+            return registry().classes[kind]
     found = {} if inspect.isabstract(base) else {base.__name__: base}
     for cls in base.__subclasses__():
         found.update(_known(cls))

@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from .backbone import Batch
-from .errors import UserError
+from .errors import require
 from .losses import LossAdapter
 from .randomness import Rng
 from .run_folder import RunFolder
@@ -42,9 +42,12 @@ class Recover:
     ema: float | None = None
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.lr <= 0:
-            name, value, least = ("steps", self.steps, "at least 1") if self.steps < 1 else ("lr", self.lr, "above 0")
-            raise UserError(f"recover.{name} is {value}; expected {least}. `recover: null` leaves the stage out")
+        stage = "(of recover or train)"
+        require(self.steps >= 1, f"steps {stage}", self.steps, "at least 1; null leaves the stage out")
+        require(self.batch_size is None or self.batch_size >= 1, f"batch_size {stage}", self.batch_size, "at least 1")
+        require(self.lr > 0, f"lr {stage}", self.lr, "a rate above 0")
+        require(self.ema is None or 0 <= self.ema < 1, f"ema {stage}", self.ema, "a decay from 0 to below 1")
+        require(self.clip > 0, f"clip {stage}", self.clip, "a norm above 0")
 
     def __call__(
         self, task: Task, student: nn.Module, trainer: Trainer, run: RunFolder | None = None, stage: str = "recover"

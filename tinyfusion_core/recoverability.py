@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .errors import UserError
+from .errors import UserError, require
 
 
 class WeightUpdate(ABC):
@@ -61,13 +61,20 @@ class LoRA(WeightUpdate):
     alpha: float = 16.0
     targets: str | None = None
 
+    def __post_init__(self) -> None:
+        require(self.rank >= 1, "search.update.rank", self.rank, "at least 1")
+        try:
+            re.compile(self.targets or "")
+        except re.error as e:
+            raise UserError(f"search.update.targets: '{self.targets}' is no regular expression ({e})") from None
+
     @contextmanager
     def applied(self, model: nn.Module, blocks: Sequence[str]) -> Iterator[list[nn.Parameter]]:
         from peft import LoraConfig, LoraModel
 
         targets = self.targets or "|".join(re.escape(name) for name in _linears(model, blocks))
-        if not any(re.fullmatch(targets, name) for name, _ in model.named_modules()):
-            raise UserError(f"search.update.targets: '{targets}' matches no module of {type(model).__name__}")
+        if not any(re.fullmatch(targets, name) and not list(m.children()) for name, m in model.named_modules()):
+            raise UserError(f"search.update.targets: '{targets}' matches no layer of {type(model).__name__}")
         with _requires_grad_restored(model):
             config = LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=targets)  # type: ignore[arg-type]
             adapted = LoraModel(model, config, "recoverability")

@@ -67,7 +67,8 @@ def write_report(folder: RunFolder) -> Path:
         panels = "".join(_picture_html(folder / "figures" / name, shown, title) for name, shown in pictures)
         kind = "grids" if len(pictures) > 1 else "scroll"
         sections.append(
-            f"<section><h2>{title}</h2><div class='{kind}'>{panels}</div><p class='note'>{caption}</p></section>"
+            f"<section><h2>{title}</h2><div class='{kind}'>{panels}</div>"
+            f"<p class='note'>{html.escape(caption)}</p></section>"
         )
     sections.append(_record_html(folder, decision))
     title = html.escape(_headline(folder))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,14 @@ import torch
 
 from .errors import UserError
 from .files import read_json, write_atomic, write_json, write_text
+
+MADE_BY = {
+    "train": ("teacher",),
+    "search": ("decision.json",),
+    "recover": ("student",),
+    "evaluate": ("metrics.json", "samples.safetensors", "figures", "report.html"),
+}
+"""What each stage leaves, besides its lines of `metrics.jsonl`."""
 
 
 class RunFolder:
@@ -20,23 +31,34 @@ class RunFolder:
     `metrics.json` (the final figures), `report.html`, `figures/`, and while a stage runs `checkpoints/`.
 
     Args:
-        path: the folder; made when missing.
-
-    Raises:
-        UserError: the folder cannot be written.
+        path: the folder.
     """
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
+
+    @contextmanager
+    def owned(self) -> Iterator[None]:
+        """Make the folder and keep every other run out of it; the lock dies with this process.
+
+        Raises:
+            UserError: the folder cannot be written, or another run is at work in it.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            probe = self.path / ".writable"
-            probe.touch()
-            probe.unlink()
+            (self / ".lock").touch()
         except OSError as e:
             raise UserError(
                 f"{self.path}: the run folder cannot be written ({e.strerror}); choose another --run-dir"
             ) from e
+        with (self / ".lock").open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(
+                    f"{self.path}: another run is at work in this folder; choose another --run-dir"
+                ) from None
+            yield
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -47,6 +69,7 @@ class RunFolder:
         """Append one line to `metrics.jsonl`."""
         path = self / "metrics.jsonl"
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a") as file:
                 file.write(json.dumps({"stage": stage, "step": step, **values}) + "\n")
         except OSError as e:
@@ -98,9 +121,14 @@ class RunFolder:
         write_json(self / "stages.json", {**self.finished(), stage: {"key": key, "seconds": round(seconds, 1)}})
         self.drop_checkpoint(stage)
 
-    def restart(self, stages: list[str]) -> None:
-        """Forget these stages and what they logged."""
+    def restart(self, stages: Sequence[str]) -> None:
+        """Forget these stages, what they logged and what they made."""
         write_json(self / "stages.json", {k: v for k, v in self.finished().items() if k not in stages})
+        for name in [name for stage in stages for name in MADE_BY[stage]]:
+            if (self / name).is_dir():
+                shutil.rmtree(self / name)
+            else:
+                (self / name).unlink(missing_ok=True)
         for stage in stages:
             self.drop_checkpoint(stage)
             self.rewind(stage, -1)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import UserError
+from .errors import UserError, require
 from .randomness import Rng
 
 Pair = tuple[int, int]
@@ -120,6 +120,7 @@ class GroupedSampler(BlockSampler):
         initial: float = 0.02,
     ) -> None:
         super().__init__(lists)
+        require(min(tau) > 0, "search.tau", tau, "temperatures above 0")
         self.groups = split_groups(pattern, lists)
         self.tau_schedule, self.scaling_schedule = tau, scaling
         self.tau, self.scaling = tau[0], scaling[0]
@@ -256,10 +257,14 @@ def _parse_list(name: object, value: Any) -> Pair | list[Pair]:
     key = f"search.pattern.{name}" if name else "search.pattern"
     if isinstance(value, str) and ":" in value:
         value = [int(v) if v.strip().isdigit() else v for v in value.split(":")]
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 60:
+    numbers = [value] if isinstance(value, int) else list(value) if isinstance(value, (list, tuple)) else []
+    a_pair = len(numbers) == 2 and sorted(numbers) == numbers
+    if numbers and all(type(v) is int and v >= 60 for v in numbers) and not a_pair:
+        ratios = ", ".join(f"{v // 60}:{v % 60}" for v in numbers)
+        pairs = [[v // 60, v % 60] for v in numbers]
         raise UserError(
-            f"{key}: got the number {value}. YAML reads an unquoted {value // 60}:{value % 60} in base 60; "
-            f"write [{value // 60}, {value % 60}]"
+            f"{key}: got {value}. YAML reads an unquoted {ratios} in base 60; "
+            f"write {pairs[0] if isinstance(value, int) else pairs}"
         )
     if isinstance(value, Sequence) and not isinstance(value, str) and value:
         if all(isinstance(v, int) for v in value) and len(value) == 2:
@@ -273,9 +278,9 @@ def _parse_list(name: object, value: Any) -> Pair | list[Pair]:
                 )
             return keep, of
         if all(isinstance(v, (Sequence, str)) for v in value):
-            pairs = [_parse_list(name, v) for v in value]
-            flat = [p for p in pairs if isinstance(p, tuple)]
-            if len(flat) == len(pairs):
+            parts = [_parse_list(name, v) for v in value]
+            flat = [p for p in parts if isinstance(p, tuple)]
+            if len(flat) == len(parts):
                 return flat
     raise UserError(
         f"{key}: {value!r} is no pattern. Give [keep, of], as [2, 4]; "

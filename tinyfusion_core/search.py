@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from .backbone import Batch
-from .decision import Decision
-from .errors import UserError
+from .decision import Decision, provenance
+from .errors import UserError, require
 from .gating import Gates
 from .losses import LossAdapter
 from .randomness import Rng, seed_of
@@ -29,6 +30,10 @@ class Selector(ABC):
     @abstractmethod
     def __call__(self, task: Task, trainer: Trainer, run: RunFolder | None = None) -> Decision:
         """Decide. Leaves the task's network as it was."""
+
+    def inputs(self) -> dict[str, str]:
+        """Files that decide the outcome besides the settings, by key, as their hashes."""
+        return {}
 
     @abstractmethod
     def preview(self, lists: Mapping[str, int]) -> BlockSampler:
@@ -72,8 +77,12 @@ class Search(Selector):
     def __post_init__(self) -> None:
         if (self.pattern is None) == (self.sampler is None):
             raise UserError("search: give pattern or sampler, one of the two")
-        if self.steps < 1:
-            raise UserError(f"search.steps is {self.steps}; expected at least 1")
+        require(self.steps >= 1, "search.steps", self.steps, "at least 1")
+        require(self.batch_size is None or self.batch_size >= 1, "search.batch_size", self.batch_size, "at least 1")
+        require(self.lr_gates > 0, "search.lr_gates", self.lr_gates, "a rate above 0")
+        require(self.lr >= 0, "search.lr", self.lr, "a rate")
+        require(self.ema is None or 0 <= self.ema < 1, "search.ema", self.ema, "a decay from 0 to below 1")
+        require(self.clip > 0, "search.clip", self.clip, "a norm above 0")
         if self.pattern is not None:
             object.__setattr__(self, "pattern", parse_pattern(self.pattern))
 
@@ -92,7 +101,8 @@ class Search(Selector):
         ema = Ema(sampler, decay_for(self.steps) if self.ema is None else self.ema)
         averaged = ema.average.module
         assert isinstance(averaged, BlockSampler)
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), ExitStack() as stack:
+            stack.callback(model.eval)
             torch.manual_seed(seed_of(trainer.seed, "search", "update"))  # LoRA draws its initial values
             with (
                 self.update.applied(model, task.blocks) as weights,
@@ -105,7 +115,7 @@ class Search(Selector):
                 ]
                 how = Optimization(groups=groups, steps=self.steps, clip=self.clip, ema=ema)
                 trainer.fit("search", objective, task.train, task.loss.prepare, how, run)
-        model.eval()
+        averaged.anneal(1.0)  # a run that resumes after its last step has not been there
         return Decision(
             blocks=tuple(task.blocks),
             kept=tuple(averaged.mode()),
@@ -114,7 +124,7 @@ class Search(Selector):
             choices=tuple(map(tuple, averaged.choices())),
             confidences=tuple(averaged.confidence()),
             marginals=tuple(averaged.marginals().tolist()),
-            provenance={"seed": trainer.seed, "steps": self.steps, "source": task.backbone.source()},
+            provenance={**provenance(trainer.seed, task.backbone.source()), "steps": self.steps},
         )
 
 

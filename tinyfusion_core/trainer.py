@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from .backbone import Batch
 from .data import Samples
-from .errors import Interrupted, UserError
+from .errors import Interrupted, UserError, require
 from .progress import track
 from .randomness import Order, Rng, seed_of
 from .run_folder import RunFolder
@@ -103,6 +103,11 @@ class Trainer:
     checkpoint_every: int = 500
     max_skipped: int = 10
 
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "log_every", "checkpoint_every", "max_skipped"):
+            require(getattr(self, name) >= 1, f"trainer.{name}", getattr(self, name), "at least 1")
+        require(self.num_workers >= 0, "trainer.num_workers", self.num_workers, "0 or more")
+
     @cached_property
     def accelerator(self) -> Accelerator:
         from accelerate import Accelerator
@@ -110,7 +115,10 @@ class Trainer:
         precision = self.precision
         if precision == "auto":
             precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
-        return Accelerator(mixed_precision="no" if precision == "fp32" else precision)
+        try:
+            return Accelerator(mixed_precision="no" if precision == "fp32" else precision)
+        except ValueError as e:  # accelerate keeps one precision for each process
+            raise UserError(f"trainer.precision: {precision} cannot be had in this process: {e}") from e
 
     def with_batch_size(self, batch_size: int | None) -> Trainer:
         """This trainer with another batch size, or itself when none is given."""
@@ -194,23 +202,32 @@ class _Fit:
             track(self.stage, self.how.steps, done=start, show=self.main) as progress,
         ):
             for step, batch in enumerate(loader, start):
-                loss = self._step(step, batch, module, optimizer, parameters, first)
+                loss, asked = self._step(step, batch, module, optimizer, parameters, first, stop)
                 progress.advance(note=f"loss {loss:.4f}")
                 done = step + 1
                 if done % self.trainer.log_every == 0 or done == self.how.steps:
                     self._log(done)
-                if stop and self.folder is not None:
+                if asked and self.folder is not None:
                     self._save(done)
-                    raise Interrupted(f"stopped at step {done} of {self.how.steps} of {self.stage}", stop[0])
-                if stop:
+                    signum = stop[0] if stop else signal.SIGINT
+                    raise Interrupted(f"stopped at step {done} of {self.how.steps} of {self.stage}", signum)
+                if asked:
                     raise KeyboardInterrupt
                 if done % self.trainer.checkpoint_every == 0 and done < self.how.steps:
                     self._save(done)
         self.accelerator.free_memory()
 
     def _step(
-        self, step: int, batch: Batch, module: nn.Module, optimizer: Any, parameters: list[nn.Parameter], first: int
-    ) -> float:
+        self,
+        step: int,
+        batch: Batch,
+        module: nn.Module,
+        optimizer: Any,
+        parameters: list[nn.Parameter],
+        first: int,
+        stop: list[int],
+    ) -> tuple[float, bool]:
+        """One update. Returns the mean loss, and whether any process has been asked to stop."""
         accelerator, seed = self.accelerator, self.trainer.seed
         progress = step / max(1, self.how.steps - 1)
         for group in self.optimizer.param_groups:
@@ -223,16 +240,17 @@ class _Fit:
         loss, losses = module(self.prepare(batch, rng), rng)
         accelerator.backward(loss)
         norm = accelerator.clip_grad_norm_(parameters, self.how.clip)
-        mean = accelerator.reduce(losses.mean(), reduction="mean")
+        mine = torch.stack([losses.mean().float(), losses.new_tensor(float(bool(stop)), dtype=torch.float32)])
+        mean, asked = accelerator.reduce(mine, reduction="mean").tolist()
         # Both are the same on every process, so all of them skip or none.
-        finite = bool(torch.isfinite(mean)) and bool(torch.isfinite(torch.as_tensor(norm)))
+        finite = math.isfinite(mean) and bool(torch.isfinite(torch.as_tensor(norm)))
         if finite or accelerator.scaler is not None:  # a loss scaler must see the overflow to adapt
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if finite and self.how.ema is not None:
             self.how.ema.average.update_parameters(self.how.ema.source)
-        self._count(step, float(mean), finite)
-        return float(mean)
+        self._count(step, mean, finite)
+        return mean, asked > 0
 
     def _count(self, step: int, loss: float, finite: bool) -> None:
         if finite:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyfusion_core.backbone import Backbone
-from tinyfusion_core.errors import UserError, nearest
+from tinyfusion_core.errors import MissingFileError, UserError, nearest
 from tinyfusion_core.files import load_strict, read_json, read_weights, sha256
 from tinyfusion_core.randomness import generator
 
@@ -166,7 +166,7 @@ class DiT(Backbone):
         )
         shipped = sorted(p.parent.name for p in _SHIPPED.glob("*/config.json"))
         known = f" Included here: {', '.join(shipped)}." if shipped else ""
-        raise UserError(
+        raise MissingFileError(
             f"backbone.checkpoint: {problem}. Expected a .pt, .pth or .safetensors file, or a folder with "
             f"config.json and model.safetensors.{official}{known}"
         )

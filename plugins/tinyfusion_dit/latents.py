@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tinyfusion_core.data import DataSource
-from tinyfusion_core.errors import UserError
+from tinyfusion_core.errors import MissingFileError, UserError
 from tinyfusion_core.files import read_json
 from tinyfusion_core.randomness import generator
 
@@ -235,7 +235,7 @@ def _load(path: Path, shape: Sequence[int] | None = None, integers: bool = False
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise MissingFileError(f"{path}: no such file") from None
     except (ValueError, EOFError, OSError) as e:
         raise UserError(f"{path}: cut short, or not a .npy file of numbers ({e})") from None
     wanted = "iu" if integers else "f"
