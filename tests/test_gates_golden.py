@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from golden_data import assert_close_rel, load, weights
-from tinyfusion_core.gating import Gates, probed_batch_dims
+from tinyfusion_core.calls import probed_batch_dims
+from tinyfusion_core.gating import Gates
 from tinyfusion_core.sampling import GroupedSampler
 from tinyfusion_dit.model import DiT
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from tinyfusion_core.backbone import Stream, expand
+from tinyfusion_core.calls import named_batch_dims, probed_batch_dims
 from tinyfusion_core.errors import UserError
-from tinyfusion_core.gating import Gates, named_batch_dims, probed_batch_dims
+from tinyfusion_core.gating import Gates
 from toys import Block, DoubleNet, Net
 
 BATCH, TOKENS, WIDTH = 6, 5, 8

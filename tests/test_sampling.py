@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tinyfusion_core.errors import UserError
+from tinyfusion_core.patterns import parse_pattern, split_groups
 from tinyfusion_core.randomness import Order, Rng
-from tinyfusion_core.sampling import GroupedSampler, parse_pattern, split_groups
+from tinyfusion_core.sampling import GroupedSampler
 
 
 def with_logits(lists: dict[str, int], pattern, *logits: list[float], **options) -> GroupedSampler:

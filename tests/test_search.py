@@ -23,7 +23,7 @@ def task(**options) -> tiny.Task:
 
 
 def search(**options) -> tiny.Search:
-    return tiny.Search(**{"pattern": (4, 8), "steps": 120, "lr_gates": 1e-2, "scaling": (100.0, 100.0), **options})
+    return tiny.Search(**{"pattern": (4, 8), "steps": 120, "lr_gates": 1e-2, **options})
 
 
 TRAINER = tiny.Trainer(batch_size=16, precision="fp32", seed=0)

@@ -16,10 +16,11 @@ from .decision import Decision, provenance
 from .errors import UserError, require
 from .gating import Gates
 from .losses import LossAdapter
+from .patterns import Pattern, parse_pattern
 from .randomness import Rng, seed_of
 from .recoverability import LoRA, WeightUpdate
 from .run_folder import RunFolder
-from .sampling import BlockSampler, GroupedSampler, Pattern, parse_pattern
+from .sampling import BlockSampler, GroupedSampler
 from .task import Task
 from .trainer import Ema, Objective, Optimization, Trainer, decay_for
 
@@ -47,8 +48,8 @@ class Search(Selector):
     Args:
         pattern: keep N of M: `[2, 4]`, a list with a pair for each group, or a mapping by block list.
             Short for `sampler: GroupedSampler`; give one of the two.
-        tau: Gumbel temperature at the first and at the last step (with `pattern`).
-        scaling: factor on the gate logits at the first and at the last step (with `pattern`).
+        tau: with `pattern`: Gumbel temperature at the first and at the last step; default the sampler's.
+        scaling: with `pattern`: factor on the gate logits at the first and at the last step; default the sampler's.
         sampler: any distribution over masks.
         steps: optimizer updates.
         batch_size: samples of one update; default the trainer's.
@@ -62,8 +63,8 @@ class Search(Selector):
     """
 
     pattern: Pattern | int | None = None
-    tau: tuple[float, float] = (4.0, 0.1)
-    scaling: tuple[float, float] = (100.0, 100.0)
+    tau: tuple[float, float] | None = None
+    scaling: tuple[float, float] | None = None
     sampler: Callable[[Mapping[str, int]], BlockSampler] | None = None
     steps: int = 10_000
     batch_size: int | None = None
@@ -77,6 +78,8 @@ class Search(Selector):
     def __post_init__(self) -> None:
         if (self.pattern is None) == (self.sampler is None):
             raise UserError("search: give pattern or sampler, one of the two")
+        if self.sampler is not None and self._shorthand():
+            raise UserError(f"search.{next(iter(self._shorthand()))} goes with pattern; set it in the sampler")
         require(self.steps >= 1, "search.steps", self.steps, "at least 1")
         require(self.batch_size is None or self.batch_size >= 1, "search.batch_size", self.batch_size, "at least 1")
         require(self.lr_gates > 0, "search.lr_gates", self.lr_gates, "a rate above 0")
@@ -90,7 +93,12 @@ class Search(Selector):
         if self.sampler is not None:
             return self.sampler(lists)
         assert self.pattern is not None and not isinstance(self.pattern, int)
-        return GroupedSampler(lists, self.pattern, tau=self.tau, scaling=self.scaling)
+        return GroupedSampler(lists, self.pattern, **self._shorthand())
+
+    def _shorthand(self) -> dict[str, Any]:
+        """The options of the grouped sampler that are given here."""
+        given = {"tau": self.tau, "scaling": self.scaling}
+        return {name: value for name, value in given.items() if value is not None}
 
     def __call__(self, task: Task, trainer: Trainer, run: RunFolder | None = None) -> Decision:
         """Run the search. The network's weights are afterwards what they were, bit for bit."""

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .backbone import Backbone, block_lists, expand
+from .calls import BatchDim, named_batch_dims, probed_batch_dims
 from .data import FeatureSpace, Samples
-from .gating import BatchDim, named_batch_dims, probed_batch_dims
 from .losses import LossAdapter
 from .randomness import Rng
 

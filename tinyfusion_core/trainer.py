@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import math
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -24,6 +21,7 @@ from .errors import Interrupted, UserError, require
 from .progress import track
 from .randomness import Order, Rng, seed_of
 from .run_folder import RunFolder
+from .stopping import stop_requests
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -197,7 +195,7 @@ class _Fit:
         )
         self.started = time.monotonic()
         with (
-            _stop_requests() as stop,
+            stop_requests() as stop,
             torch.random.fork_rng(),
             track(self.stage, self.how.steps, done=start, show=self.main) as progress,
         ):
@@ -310,27 +308,6 @@ class _Fit:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.window, self.count, self.skipped, self.streak, self.before = state["counters"]
         return int(step)
-
-
-@contextmanager
-def _stop_requests() -> Iterator[list[int]]:
-    """A list that receives the signal when SIGINT or SIGTERM asks to stop; a second one stops at once."""
-    stop: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def ask(signum: int, frame: FrameType | None) -> None:
-        if stop:
-            raise KeyboardInterrupt
-        stop.append(signum)
-
-    before = {signum: signal.signal(signum, ask) for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
 
 
 def cosine(final: float) -> Callable[[float], float]:
