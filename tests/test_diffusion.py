@@ -15,7 +15,8 @@ from golden_data import assert_close_rel, weights
 from tinyfusion_core.errors import UserError
 from tinyfusion_core.randomness import Rng
 from tinyfusion_dit import DiT, GaussianDiffusion
-from tinyfusion_dit.diffusion import (
+from tinyfusion_dit.model import DiT as Network
+from tinyfusion_dit.process import (
     Process,
     approximate_cdf,
     at,
@@ -25,7 +26,6 @@ from tinyfusion_dit.diffusion import (
     normal_kl,
     strided_steps,
 )
-from tinyfusion_dit.model import DiT as Network
 
 FORWARD, GRADIENT, SAMPLE = 5e-6, 2e-5, 2e-5  # float32 rounding, relative to the largest entry
 # Float64, through the network: some time steps have no stored sinusoids, and theirs differ by a unit of float32.

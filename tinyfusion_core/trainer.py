@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -27,12 +28,12 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-class Objective(nn.Module):
+class Objective(nn.Module, ABC):
     """What a stage minimises. Everything differentiable happens in `forward`, inside what DDP or FSDP wraps."""
 
+    @abstractmethod
     def forward(self, inputs: Batch, rng: Rng) -> tuple[Tensor, Tensor]:
         """The scalar to minimise, and the (B,) losses it came from, detached."""
-        raise NotImplementedError
 
     def before_step(self, progress: float) -> None:
         """Move schedules to a point of the stage, 0 at the first step and 1 at the last."""

@@ -1,0 +1,25 @@
+"""A run that takes seconds: the shipped teacher, a handful of steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tinyfusion_core.cli import main
+
+SHIPPED = Path(__file__).parent.parent / "plugins" / "tinyfusion_dit" / "checkpoints" / "digits"
+RECIPE = {
+    "backbone": {"class_path": "DiT", "init_args": {"checkpoint": "digits"}},
+    "loss": {
+        "class_path": "GaussianDiffusion",
+        "init_args": {"learn_sigma": False, "sampler": "ddim", "sampling_steps": 4, "guided_channels": None},
+    },
+    "data": "Digits",
+    "trainer": {"precision": "fp32", "batch_size": 8, "seed": 3, "log_every": 4, "checkpoint_every": 6},
+    "search": {"pattern": [2, 4], "steps": 24, "lr_gates": 1e-2},
+    "recover": {"steps": 24},
+    "evaluate": [{"class_path": "HeldOutLoss", "init_args": {"draws": 1}}],
+}
+
+
+def run(recipe: Path, run_dir: Path, *flags: str) -> int:
+    return main(["run", str(recipe), "--run-dir", str(run_dir), *flags])
