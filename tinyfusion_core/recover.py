@@ -52,7 +52,22 @@ class Recover:
     def __call__(
         self, task: Task, student: nn.Module, trainer: Trainer, run: RunFolder | None = None, stage: str = "recover"
     ) -> nn.Module:
-        """Train `student` in place and return it, with averaged weights, in eval mode."""
+        """Train a network in place.
+
+        Args:
+            task: the objective and the data.
+            student: the network, pruned or fresh.
+            trainer: how to train.
+            run: where to log and to keep checkpoints.
+            stage: name of the stage; random streams and log lines carry it.
+
+        Returns:
+            `student` with its averaged weights, in eval mode.
+
+        Raises:
+            UserError: the loss was not finite for too long.
+            Interrupted: a signal came; the same call with the same run folder goes on.
+        """
         trainer = trainer.with_batch_size(self.batch_size)
         student.to(trainer.accelerator.device).train()
         objective = _PlainLoss(student, task.loss)

@@ -92,7 +92,7 @@ class Search(Selector):
     def preview(self, lists: Mapping[str, int]) -> BlockSampler:
         if self.sampler is not None:
             return self.sampler(lists)
-        assert self.pattern is not None and not isinstance(self.pattern, int)
+        assert self.pattern is not None and not isinstance(self.pattern, int)  # parse_pattern refuses numbers
         return GroupedSampler(lists, self.pattern, **self._shorthand())
 
     def _shorthand(self) -> dict[str, Any]:
@@ -101,7 +101,20 @@ class Search(Selector):
         return {name: value for name, value in given.items() if value is not None}
 
     def __call__(self, task: Task, trainer: Trainer, run: RunFolder | None = None) -> Decision:
-        """Run the search. The network's weights are afterwards what they were, bit for bit."""
+        """Run the search. The network's weights are afterwards what they were, bit for bit.
+
+        Args:
+            task: what to prune; its blocks are decided upon.
+            trainer: how to train.
+            run: where to log and to keep checkpoints.
+
+        Returns:
+            The most probable mask of the averaged gate logits, with its confidences and marginals.
+
+        Raises:
+            UserError: the pattern does not fit the network, or the loss was not finite for too long.
+            Interrupted: a signal came; the same call with the same run folder goes on.
+        """
         trainer = trainer.with_batch_size(self.batch_size)
         model = task.teacher.to(trainer.accelerator.device)
         sampler = self.preview(task.lists)
