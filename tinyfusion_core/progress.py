@@ -19,22 +19,27 @@ from rich.progress import (
 console = Console(stderr=True, highlight=False)
 
 
+SECONDS_BETWEEN_LINES = 10.0
+
+
 class Tracker:
     """Counts units of work; made by `track`."""
 
-    def __init__(self, name: str, total: int, bar: Progress | None) -> None:
-        self.name, self.total, self.done = name, total, 0
-        self._bar, self._started, self._told = bar, time.monotonic(), 0
-        self._task = bar.add_task(name, total=total, note="") if bar else None
+    def __init__(self, name: str, total: int, done: int, bar: Progress | None, show: bool) -> None:
+        self.name, self.total, self.done = name, total, done
+        self._bar, self._show = bar, show
+        self._started = self._told = time.monotonic()
+        self._task = bar.add_task(name, total=total, completed=done, note="") if bar else None
 
     def advance(self, units: int = 1, note: str = "") -> None:
         self.done += units
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=self.done, note=note)
-        elif self.done * 10 // max(1, self.total) > self._told:
-            self._told = self.done * 10 // max(1, self.total)
-            seconds = time.monotonic() - self._started
-            console.print(f"{self.name}: {self.done}/{self.total} {note} ({seconds:.0f} s)", soft_wrap=True)
+            return
+        now = time.monotonic()
+        if self._show and (self.done >= self.total or now - self._told >= SECONDS_BETWEEN_LINES):
+            self._told = now
+            console.print(f"{self.name}: {self.done}/{self.total} {note} ({now - self._started:.0f} s)", soft_wrap=True)
 
 
 @contextmanager
@@ -48,10 +53,7 @@ def track(name: str, total: int, done: int = 0, show: bool = True) -> Iterator[T
         show: False on all processes but one.
     """
     if not show or not console.is_terminal:
-        tracker = Tracker(name, total, None)
-        tracker.done = done
-        tracker._told = done * 10 // max(1, total) if show else 10
-        yield tracker
+        yield Tracker(name, total, done, None, show)
         return
     columns = (
         TextColumn("{task.description:<24}"),
@@ -63,6 +65,4 @@ def track(name: str, total: int, done: int = 0, show: bool = True) -> Iterator[T
         TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, console=console) as bar:
-        tracker = Tracker(name, total, bar)
-        tracker.advance(done)
-        yield tracker
+        yield Tracker(name, total, done, bar, show)
