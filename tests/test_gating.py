@@ -52,6 +52,15 @@ def some_masks(num_blocks: int) -> list[Tensor]:
     return [random, none_in_one, all_in_one, single, torch.zeros(BATCH, num_blocks), torch.ones(BATCH, num_blocks)]
 
 
+def test_in_inference_mode() -> None:
+    net, blocks, dims, x, c = make()
+    mask = some_masks(len(blocks))[0]
+    with torch.inference_mode(), Gates(net, blocks, dims) as gates:
+        gates.mask = mask
+        out = net(x + 0, c + 0)
+    assert torch.allclose(out, dense(net, blocks, mask, x, c), atol=1e-6)
+
+
 @pytest.mark.parametrize("with_grad", [True, False])
 def test_all_ones_is_the_plain_forward_bit_for_bit(with_grad: bool) -> None:
     net, blocks, dims, x, c = make()

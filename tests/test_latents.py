@@ -135,6 +135,14 @@ def test_what_the_recipe_says_must_agree_with_the_metadata(field: str, tmp_path:
         Latents(folder=folder, num_held_out=HELD_OUT, **{field: other}).held_out()
 
 
+def test_what_the_recipe_says_must_stand_in_the_metadata(tmp_path: Path) -> None:
+    folder = write_arrays(tmp_path / "latents")
+    (Path(folder) / "metadata.json").write_text('{"format_version": 1}')
+    assert len(Latents(folder=folder, num_held_out=2).train())
+    with pytest.raises(UserError, match="does not say 'vae', which the recipe states"):
+        Latents(folder=folder, vae="sd", num_held_out=2).train()
+
+
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shlex
@@ -12,6 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -20,6 +22,8 @@ from safetensors.torch import load_file, save_file
 import tinyfusion_core as tiny
 from small_run import SHIPPED, run
 from tinyfusion_core.cli import main
+from tinyfusion_core.pruning import WEIGHTS
+from tinyfusion_dit.model import DiT
 
 
 def outcome(run_dir: Path) -> tuple[dict, dict[str, torch.Tensor], list[dict]]:
@@ -168,6 +172,8 @@ SHORT = ["--search.steps=4", "--recover.steps=4"]
         ("--loss.label_drop=0.2", "loss.label_drop: 0.1 -> 0.2", "search"),
         ("--recover=null", "recover.steps: 4 -> None", "evaluate"),
         ("--evaluate=[Latency]", "evaluate", "evaluate"),
+        ("--loss.cfg_scale=2", "loss.cfg_scale: 1.0 -> 2.0", "evaluate"),
+        ("--search=null --recover=null", "search: Search -> None", "evaluate"),
     ],
 )
 def test_changed_settings_are_named_and_the_way_on_works(
@@ -176,7 +182,7 @@ def test_changed_settings_are_named_and_the_way_on_works(
     folder = tmp_path / "run"
     assert run(recipe, folder, *SHORT) == 0
     capsys.readouterr()
-    assert run(recipe, folder, *SHORT, flag) == 2
+    assert run(recipe, folder, *SHORT, *flag.split()) == 2
     err = capsys.readouterr().err
     assert named in err
     new, replaced = offered(err)
@@ -187,6 +193,11 @@ def test_changed_settings_are_named_and_the_way_on_works(
     results = [json.loads((p / "metrics.json").read_text())["measurements"] for p in (folder, Path(f"{folder}-2"))]
     untimed = [[m for m in r if m["unit"] not in ("ms", "samples/s")] for r in results]
     assert untimed[0] == untimed[1]
+    # Nothing is left of what was replaced.
+    made = [{str(p.relative_to(run)) for p in run.rglob("*")} for run in (folder, Path(f"{folder}-2"))]
+    assert made[0] == made[1]
+    stages = [{e["stage"] for e in tiny.RunFolder(run).metrics()} for run in (folder, Path(f"{folder}-2"))]
+    assert stages[0] == stages[1]
 
 
 def test_a_restart_after_the_change_would_mix_two_recipes(recipe: Path, tmp_path: Path, capsys) -> None:
@@ -208,6 +219,15 @@ def test_a_restart_leaves_nothing_of_what_it_replaces(recipe: Path, tmp_path: Pa
     capsys.readouterr()
     assert main(["show", str(folder)]) == 0
     assert "→" not in capsys.readouterr().out
+
+
+def test_a_decision_that_is_not_the_students_is_noticed(recipe: Path, tmp_path: Path, capsys) -> None:
+    folder = tmp_path / "run"
+    assert run(recipe, folder, *SHORT) == 0
+    decision = json.loads((folder / "decision.json").read_text())
+    (folder / "decision.json").write_text(json.dumps({**decision, "kept": [0]}))
+    assert run(recipe, folder, *SHORT) == 2
+    assert "not the decision that student/ was made from" in capsys.readouterr().err
 
 
 def test_two_runs_do_not_share_a_folder(recipe: Path, tmp_path: Path, capsys) -> None:
@@ -278,3 +298,35 @@ def test_a_network_trained_from_scratch_is_pruned_in_the_same_run(recipe: Path, 
     assert run(recipe, tmp_path / "run", "--search.steps=4", "--recover.steps=4") == 0
     assert len(tiny.load_pretrained(tmp_path / "run" / "teacher").blocks) == 4
     assert len(tiny.load_pretrained(tmp_path / "run" / "student").blocks) == 2
+    source = tiny.Decision.load(tmp_path / "run" / "decision.json").provenance["source"]
+    assert source["sha256"] == json.loads((tmp_path / "run" / "teacher" / "config.json").read_text())["sha256"][WEIGHTS]
+
+
+def test_latents_and_a_training_checkpoint_from_search_to_student(recipe: Path, tmp_path: Path) -> None:
+    # What a user of the full-size recipe has, in small: four channels, a learned variance, moments, EMA weights.
+    sizes = {"input_size": 8, "patch_size": 2, "hidden_size": 16, "depth": 4, "num_heads": 2, "num_classes": 10}
+    weights = DiT(**sizes).state_dict()
+    container = {"model": weights, "ema": {k: v + 0.01 for k, v in weights.items()}, "args": argparse.Namespace(lr=1)}
+    torch.save(container, tmp_path / "0007000.pt")
+    data = tmp_path / "latents"
+    data.mkdir()
+    numbers = np.random.default_rng(0)
+    for name in ("features", "flipped"):
+        np.save(data / f"{name}.npy", numbers.random((40, 8, 8, 8), dtype=np.float32))
+    np.save(data / "labels.npy", numbers.integers(0, 10, 40))
+    metadata = {"format_version": 1, "vae": "sd", "scale": 0.18215, "kind": "moments"}
+    (data / "metadata.json").write_text(json.dumps(metadata))
+    content = yaml.safe_load(recipe.read_text())
+    content["backbone"]["init_args"] = {**sizes, "checkpoint": str(tmp_path / "0007000.pt"), "licence": "cc-by-nc-4.0"}
+    content["loss"] = "GaussianDiffusion"
+    content["data"] = {
+        "class_path": "Latents",
+        "init_args": {"folder": str(data), "vae": "sd", "scale": 0.18215, "num_held_out": 8},
+    }
+    recipe.write_text(yaml.safe_dump(content))
+    assert run(recipe, tmp_path / "run", "--search.steps=8", "--recover.steps=4") == 0
+    student = tiny.load_pretrained(tmp_path / "run" / "student")
+    assert student.config["depth"] == 2
+    assert "license: cc-by-nc-4.0" in (tmp_path / "run" / "student" / "README.md").read_text()
+    assert not (tmp_path / "run" / "samples.safetensors").exists()  # latents cannot be shown
+    assert main(["sample", str(tmp_path / "run")]) == 2

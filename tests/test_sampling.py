@@ -148,6 +148,7 @@ def test_order_visits_every_sample_once_in_an_epoch() -> None:
         ([(2, 4), (3, 6)], {"blocks": 8}, "group 2 of 2 ends at block 9, but 'blocks' has 8"),
         ((5, 4), {"blocks": 8}, r"cannot keep 5 of 4"),
         ((14, 28), {"blocks": 28}, "40,116,600 options"),
+        ([124, 124], {"blocks": 8}, r"unquoted 2:4, 2:4 in base 60; write \[\[2, 4\], \[2, 4\]\]"),
         ({"blocks": (1, 2)}, {"first": 2, "second": 2}, "the backbone has first, second"),
         ("two of four", {"blocks": 8}, "is no pattern"),
         ([], {"blocks": 8}, "is no pattern"),

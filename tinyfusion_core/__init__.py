@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from .evaluation import Frechet as Frechet
     from .evaluation import HeldOutLoss as HeldOutLoss
     from .evaluation import Latency as Latency
+    from .evaluation import Measurement as Measurement
+    from .evaluation import Metric as Metric
     from .evaluation import evaluate as evaluate
     from .gating import Gates as Gates
     from .losses import LossAdapter as LossAdapter
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from .recoverability import Frozen as Frozen
     from .recoverability import Full as Full
     from .recoverability import LoRA as LoRA
+    from .recoverability import WeightUpdate as WeightUpdate
     from .run import run_recipe as run_recipe
     from .run_folder import RunFolder as RunFolder
     from .sampling import BlockSampler as BlockSampler
@@ -49,14 +52,14 @@ _HOMES = {
     "data": ("DataSource", "Tensors"),
     "decision": ("Decision",),
     "errors": ("UserError",),
-    "evaluation": ("Frechet", "HeldOutLoss", "Latency", "evaluate"),
+    "evaluation": ("Frechet", "HeldOutLoss", "Latency", "Measurement", "Metric", "evaluate"),
     "gating": ("Gates",),
     "losses": ("LossAdapter",),
     "pruning": ("load_pretrained", "prune", "push_to_hub", "save_pretrained"),
     "randomness": ("Rng",),
     "recipe": ("load_recipe",),
     "recover": ("Recover",),
-    "recoverability": ("Frozen", "Full", "LoRA"),
+    "recoverability": ("Frozen", "Full", "LoRA", "WeightUpdate"),
     "run": ("run_recipe",),
     "run_folder": ("RunFolder",),
     "sampling": ("BlockSampler", "Draw", "GroupedSampler"),

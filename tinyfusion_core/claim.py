@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +36,12 @@ def claim(recipe: Recipe, folder: RunFolder, command: str, restart_from: str | N
     record = folder / "run.json"
     before = read_json(record)["settings"] if record.exists() else now
     changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
+    forget = STAGES.index(restart_from) if restart_from else len(STAGES)
     if changed:
-        first = _first_concerned(recipe, changed)
-        if restart_from is None or STAGES.index(restart_from) > STAGES.index(first):
+        # What a removed stage left must go too, but only a stage that there is can be named.
+        earliest = min(_stage_index(recipe, key) for key in changed)
+        first = next(s for s in STAGES[earliest:] if s == "evaluate" or recipe.settings.get(s) is not None)
+        if forget > STAGES.index(first):
             lines = [f"  {key}: {before.get(key)} -> {now.get(key)}" for key in changed]
             raise UserError(
                 f"{folder.path} holds a run with other settings:\n"
@@ -48,8 +50,9 @@ def claim(recipe: Recipe, folder: RunFolder, command: str, restart_from: str | N
                 f"  {command} --run-dir {_free_name(folder.path)}\n"
                 f"  {command} --run-dir {folder.path} --restart-from {first}"
             )
+        forget = min(forget, earliest)
     if restart_from is not None:
-        folder.restart(STAGES[STAGES.index(restart_from) :])
+        folder.restart(STAGES[forget:])
     write_text(folder / "recipe.yaml", yaml.safe_dump(dict(recipe.settings), sort_keys=False))
     write_json(record, {"format_version": 1, "command": command, "versions": versions(), "settings": now})
 
@@ -57,10 +60,10 @@ def claim(recipe: Recipe, folder: RunFolder, command: str, restart_from: str | N
 def stage_keys(recipe: Recipe) -> dict[str, str]:
     """For every stage a hash of all that decides its outcome, that of the stages before it included."""
     settings = fingerprint(recipe)
-    upstream = digest({k: v for k, v in settings.items() if _section(k) not in STAGES})
-    keys = {}
-    for stage in STAGES:
-        keys[stage] = upstream = digest([upstream, {k: v for k, v in settings.items() if _section(k) == stage}])
+    upstream, keys = "", {}
+    for index, stage in enumerate(STAGES):
+        own = {k: v for k, v in settings.items() if _stage_index(recipe, k) == index}
+        keys[stage] = upstream = digest([upstream, own])
     return keys
 
 
@@ -78,15 +81,12 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _first_concerned(recipe: Recipe, changed: Sequence[str]) -> str:
-    """The first stage of the recipe that any of the changed keys concerns."""
-    sections: Mapping[str, Any] = recipe.settings
-    earliest = min(STAGES.index(_section(key)) if _section(key) in STAGES else 0 for key in changed)
-    return next(s for s in STAGES[earliest:] if s == "evaluate" or sections.get(s) is not None)
-
-
-def _section(key: str) -> str:
-    return key.partition(".")[0].partition(" ")[0]
+def _stage_index(recipe: Recipe, key: str) -> int:
+    """The first stage whose outcome a setting can change: its own section's, or all of them."""
+    section, _, name = key.partition(" ")[0].partition(".")
+    if section == "loss" and name in recipe.loss.sampling_options():
+        section = "evaluate"
+    return STAGES.index(section) if section in STAGES else 0
 
 
 def _free_name(path: Path) -> Path:

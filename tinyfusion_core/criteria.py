@@ -35,7 +35,7 @@ class Keep(Selector):
             raise UserError(f"Keep: blocks {list(self.blocks)} names a block twice")
 
     def __call__(self, task: Task, trainer: Trainer, run: RunFolder | None = None) -> Decision:
-        source = provenance(trainer.seed, task.backbone.source())
+        source = provenance(trainer.seed, task.source)
         if self.decision is None:
             kept = tuple(sorted(self.blocks))
             return Decision(blocks=tuple(task.blocks), kept=kept, method="Keep", provenance=source)

@@ -9,7 +9,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from .backbone import block_lists
 from .errors import UserError
 from .files import read_json, write_json
 
@@ -74,13 +73,6 @@ class Decision:
     def confidence(self) -> float | None:
         """Of the least sure choice."""
         return min(self.confidences, default=None)
-
-    def kept_by_list(self) -> dict[str, list[int]]:
-        """For every block list, the indices within that list that stay."""
-        return {
-            name: [local for local, i in enumerate(members) if i in self.kept]
-            for name, members in block_lists(self.blocks).items()
-        }
 
     def check_fits(self, blocks: Sequence[str], owner: str) -> None:
         """Raises UserError unless it is about exactly these blocks."""

@@ -109,7 +109,7 @@ class Gates:
         # Attention code cannot take zero samples, and every parameter needs a gradient on every process.
         run, rest = (kept, dropped) if len(kept) else (dropped[:1], dropped[1:])
         learning = mask.requires_grad and torch.is_grad_enabled()
-        versions = [x._version for x in inputs]
+        versions = [_version(x) for x in inputs]
         # First with the graph: older torch keeps what autocast has cast under no_grad, and its gradients are lost.
         output = call.run(run)
         if len(kept) == len(mask) and not learning:
@@ -118,7 +118,7 @@ class Gates:
         if learning and len(rest):
             with torch.no_grad():
                 value = self._items(j, call.run(rest))
-        if versions != [x._version for x in inputs]:
+        if versions != [_version(x) for x in inputs]:
             raise UserError(f"block '{self.blocks[j]}' changes its input in place, which gating cannot undo")
         items = self._items(j, output)
         merged = [stream.output or 0 for stream in self._streams]
@@ -140,6 +140,11 @@ class Gates:
         if isinstance(output, (tuple, list)):
             return list(output)
         raise UserError(f"block '{self.blocks[j]}' returns a {type(output).__name__}; gating takes a tensor or a tuple")
+
+
+def _version(x: Tensor) -> int:
+    """How often a tensor has been changed in place; tensors made in inference mode do not count."""
+    return 0 if x.is_inference() else x._version
 
 
 class _Merge(torch.autograd.Function):

@@ -46,6 +46,10 @@ class LossAdapter(ABC):
     def distance(self, student: Prediction, teacher: Prediction, inputs: Batch) -> Tensor:
         """(B,) distances between two predictions on the same inputs, for distillation."""
 
+    def sampling_options(self) -> frozenset[str]:
+        """Names of the options that matter for `sample` alone: changing them spoils no training."""
+        return frozenset()
+
     def sample(self, model: nn.Module, like: Tensor, labels: Tensor, rng: Rng) -> Tensor:
         """Generate one example for every label.
 

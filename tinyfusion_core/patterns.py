@@ -80,8 +80,8 @@ def _parse_list(name: object, value: Any) -> Pair | list[Pair]:
     if isinstance(value, str) and ":" in value:
         value = [int(v) if v.strip().isdigit() else v for v in value.split(":")]
     numbers = [value] if isinstance(value, int) else list(value) if isinstance(value, (list, tuple)) else []
-    in_base_60 = bool(numbers) and all(type(v) is int and v >= 60 for v in numbers)
-    if in_base_60 and not (len(numbers) == 2 and numbers[0] <= numbers[1]):
+    # No network has groups of 60 and more blocks; such numbers are what YAML makes of ratios.
+    if numbers and all(type(v) is int and v >= 60 for v in numbers):
         ratios = ", ".join(f"{v // 60}:{v % 60}" for v in numbers)
         pairs = [[v // 60, v % 60] for v in numbers]
         raise UserError(

@@ -1,4 +1,4 @@
-"""What a run would do, worked out on the meta device: no weights, no data, no GPU minute."""
+"""What a run would do, worked out on the meta device: it needs no weights, no data and no GPU."""
 
 from __future__ import annotations
 
@@ -69,10 +69,10 @@ def _search(
 ) -> None:
     sampler = search.preview(lists)
     plan.rows.append(("keeps", f"{sampler.num_kept} of {sampler.num_blocks} blocks"))
-    groups = sampler.choices()
-    ranges = ", ".join(f"{g[0]}-{g[-1]}" if len(g) > 1 else str(g[0]) for g in groups)
-    plan.rows.append(("groups", f"{len(groups)} (blocks {ranges}), {sampler.num_masks:,} possible masks"))
     if isinstance(search, Search):
+        groups = sampler.choices()
+        ranges = ", ".join(f"{g[0]}-{g[-1]}" for g in groups)
+        plan.rows.append(("groups", f"{len(groups)} (blocks {ranges}), {sampler.num_masks:,} possible masks"))
         update = type(search.update).__name__
         plan.rows.append(("search", f"{_budget(recipe, search)}, weight update {update}"))
     # Which blocks stay is not known yet; how many of each list is.
@@ -91,12 +91,17 @@ def _stages(plan: Plan, recipe: Recipe) -> None:
 
 
 def _checkpoint(plan: Plan, recipe: Recipe) -> None:
-    if recipe.train is not None:
-        return
-    checkpoint = recipe.backbone.source().get("checkpoint")
-    if checkpoint is None:
-        raise UserError("backbone: names no checkpoint, and the recipe has no train stage to make one")
-    plan.rows.append(("checkpoint", str(checkpoint)))
+    source = recipe.backbone.source()
+    if (recipe.train is None) == ("checkpoint" not in source):
+        raise UserError(
+            "backbone: names no checkpoint, and the recipe has no train stage to make one"
+            if recipe.train is None
+            else "train: begins with random weights, backbone.checkpoint would not be used; leave one of the two out"
+        )
+    if recipe.train is None:
+        licence = source.get("licence", "unknown")
+        hint = "; set backbone.licence for the model card" if licence == "unknown" else ""
+        plan.rows.append(("checkpoint", f"{source['checkpoint']} (licence: {licence}{hint})"))
 
 
 def _data(plan: Plan, recipe: Recipe) -> None:

@@ -71,7 +71,7 @@ def save_pretrained(student: nn.Module, task: Task, decision: Decision, folder: 
         The folder.
     """
     folder = Path(folder)
-    source = task.backbone.source()
+    source = task.source
     decision.save(folder / "decision.json")
     save_network(student, task.backbone, source, folder)
     write_text(folder / "README.md", _model_card(student, task.backbone, decision, source))
@@ -104,7 +104,9 @@ def load_pretrained(folder: Path | str) -> nn.Module:
         raise UserError(f"{folder / 'config.json'}: not of format_version {FORMAT_VERSION}")
     weights = folder / WEIGHTS
     tensors = read_weights(weights)
-    for name, expected in dict(config.get("sha256", {})).items():
+    if not {"backbone", "network"} <= config.keys() or WEIGHTS not in config.get("sha256", {}):
+        raise UserError(f"{folder / 'config.json'}: incomplete; expected backbone, network and the files' sha256")
+    for name, expected in config["sha256"].items():
         if not (folder / name).is_file() or sha256(folder / name) != expected:
             raise UserError(f"{folder / name}: not the file that config.json was written for; restore the whole folder")
     model: nn.Module = registry().find("backbone", config["backbone"]).construct(config["network"])

@@ -94,8 +94,9 @@ def load_recipe(path: Path | str, flags: Sequence[str] = ()) -> Recipe:
         _override(raw, key.split("."), value)
     if isinstance(raw.get("search"), dict) and "class_path" not in raw["search"]:
         raw["search"] = {"class_path": "Search", "init_args": raw["search"]}
+    raw = {key: value for key, value in raw.items() if value is not None}
     for key in ("backbone", "loss", "data"):
-        if raw.get(key) is None:
+        if key not in raw:
             raise UserError(f"{path}: the key '{key}' is missing")
     try:
         checked = {
@@ -238,6 +239,9 @@ def _checked_arguments(key: str, arguments: Mapping[str, Any], cls: type[Any]) -
     for name, value in arguments.items():
         if name not in known:
             raise UserError(f"{key}.{name}: unknown key{nearest(str(name), known)}")
+        hint = hints.get(name, Any)
+        if value is None and hint is not Any and type(None) not in typing.get_args(hint):
+            raise UserError(f"{key}.{name}: null is not allowed; expected {getattr(hint, '__name__', hint)}")
         out[name] = _checked(f"{key}.{name}", value, hints.get(name, Any), known[name].default)
     return out
 

@@ -48,6 +48,9 @@ class Recover:
         require(self.lr > 0, f"lr {stage}", self.lr, "a rate above 0")
         require(self.ema is None or 0 <= self.ema < 1, f"ema {stage}", self.ema, "a decay from 0 to below 1")
         require(self.clip > 0, f"clip {stage}", self.clip, "a norm above 0")
+        require(self.weight_decay >= 0, f"weight_decay {stage}", self.weight_decay, "0 or more")
+        falls = self.schedule != "cosine" or 0 <= self.lr_final <= self.lr
+        require(falls, f"lr_final {stage}", self.lr_final, f"a rate from 0 to lr, which is {self.lr}")
 
     def __call__(
         self, task: Task, student: nn.Module, trainer: Trainer, run: RunFolder | None = None, stage: str = "recover"

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .claim import claim, digest, stage_keys
+from .claim import claim, stage_keys
 from .decision import Decision, versions
 from .errors import UserError
 from .evaluation import evaluate, generate
 from .figures import draw_images
-from .files import save_tensors, write_json
+from .files import read_json, save_tensors, write_json
 from .plan import make_plan
-from .pruning import load_pretrained, prune, save_network, save_pretrained
+from .pruning import WEIGHTS, load_pretrained, prune, save_network, save_pretrained
 from .randomness import seed_of
 from .recipe import Recipe, load_recipe
 from .report import write_report
@@ -93,14 +93,16 @@ class _Run:
         recipe, folder = self.recipe, self.folder
         if recipe.train is not None:
             trained = self._stage("train", self._train, lambda: load_pretrained(folder / "teacher"))
-            self.task = make_task(recipe, trained)
+            made = read_json(folder / "teacher" / "config.json")
+            origin = {**made["source"], "sha256": made["sha256"][WEIGHTS]}
+            self.task = replace(self.task, model=trained, origin=origin)
         models: dict[str, nn.Module] = {"teacher": self.task.teacher}
         if recipe.search is not None:
             decision = self._stage("search", self._search, lambda: Decision.load(folder / "decision.json"))
             models["pruned"] = prune(self.task, decision)
             if recipe.recover is not None:
                 student = self._stage(
-                    "recover", lambda: self._recover(decision), lambda: load_pretrained(folder / "student")
+                    "recover", lambda: self._recover(decision), lambda: self._stored_student(decision)
                 )
                 models["recovered"] = student
             elif self.accelerator.is_main_process:
@@ -115,7 +117,9 @@ class _Run:
         result = work()
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            self.folder.finish(name, self.keys[name], time.monotonic() - start)
+            # The last logged line knows what earlier, interrupted processes spent.
+            logged = [e.get("seconds", 0.0) for e in self.folder.metrics(name)[-1:]]
+            self.folder.finish(name, self.keys[name], max([time.monotonic() - start, *logged]))
         self.accelerator.wait_for_everyone()
         return result
 
@@ -134,7 +138,7 @@ class _Run:
     def _search(self) -> Decision:
         assert self.recipe.search is not None
         decision = self.recipe.search(self.task, self.recipe.trainer, self.folder)
-        recipe_hash = {"recipe_sha256": digest(dict(self.recipe.settings))}
+        recipe_hash = {"recipe_sha256": self.keys["search"]}
         decision = replace(decision, provenance={**decision.provenance, **recipe_hash})
         if self.accelerator.is_main_process:
             decision.save(self.folder / "decision.json")
@@ -147,6 +151,14 @@ class _Run:
         if self.accelerator.is_main_process:
             save_pretrained(student, self.task, decision, self.folder / "student")
         return student
+
+    def _stored_student(self, decision: Decision) -> nn.Module:
+        if Decision.load(self.folder / "student" / "decision.json") != decision:
+            raise UserError(
+                f"{self.folder / 'decision.json'}: not the decision that student/ was made from; "
+                "restore it, or run with --restart-from recover"
+            )
+        return load_pretrained(self.folder / "student")
 
     def _evaluate(self, models: Mapping[str, nn.Module]) -> None:
         if not self.accelerator.is_main_process:

@@ -85,7 +85,10 @@ class RunFolder:
     def rewind(self, stage: str, step: int) -> None:
         """Forget the lines of a stage after `step`: they will be made again."""
         kept = [e for e in self.metrics() if e["stage"] != stage or e["step"] <= step]
-        write_text(self / "metrics.jsonl", "".join(json.dumps(e) + "\n" for e in kept))
+        if kept:
+            write_text(self / "metrics.jsonl", "".join(json.dumps(e) + "\n" for e in kept))
+        else:
+            (self / "metrics.jsonl").unlink(missing_ok=True)
 
     # Checkpoints: one a stage, replaced whole
 

@@ -7,12 +7,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .errors import require
-from .patterns import Pattern, split_groups
+from .patterns import Pattern, parse_pattern, split_groups
 from .randomness import Rng
 
 
@@ -39,6 +40,7 @@ class BlockSampler(nn.Module, ABC):
     def __init__(self, lists: Mapping[str, int]) -> None:
         super().__init__()
         self.lists = dict(lists)
+        self.pattern: Any = None  # what a decision records of the budget, if it can be said as a pattern
         self.num_blocks = sum(lists.values())
 
     def anneal(self, progress: float) -> dict[str, float]:
@@ -115,6 +117,8 @@ class GroupedSampler(BlockSampler):
     ) -> None:
         super().__init__(lists)
         require(min(tau) > 0, "search.tau", tau, "temperatures above 0")
+        require(min(scaling) > 0, "search.scaling", scaling, "factors above 0")
+        self.pattern = parse_pattern(pattern)
         self.groups = split_groups(pattern, lists)
         self.tau_schedule, self.scaling_schedule = tau, scaling
         self.tau, self.scaling = tau[0], scaling[0]

@@ -86,6 +86,7 @@ class Search(Selector):
         require(self.lr >= 0, "search.lr", self.lr, "a rate")
         require(self.ema is None or 0 <= self.ema < 1, "search.ema", self.ema, "a decay from 0 to below 1")
         require(self.clip > 0, "search.clip", self.clip, "a norm above 0")
+        require(self.weight_decay >= 0, "search.weight_decay", self.weight_decay, "0 or more")
         if self.pattern is not None:
             object.__setattr__(self, "pattern", parse_pattern(self.pattern))
 
@@ -141,11 +142,11 @@ class Search(Selector):
             blocks=tuple(task.blocks),
             kept=tuple(averaged.mode()),
             method=type(self).__name__,
-            pattern=self.pattern,
+            pattern=averaged.pattern,
             choices=tuple(map(tuple, averaged.choices())),
             confidences=tuple(averaged.confidence()),
             marginals=tuple(averaged.marginals().tolist()),
-            provenance={**provenance(trainer.seed, task.backbone.source()), "steps": self.steps},
+            provenance={**provenance(trainer.seed, task.source), "steps": self.steps},
         )
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ class Task:
         feature_space: where generated examples are compared with real ones.
         pixels: turns examples into images in [0, 1], None when they cannot be shown; see `DataSource`.
         model: the network to prune; by default the backbone builds it when it is first needed.
+        origin: where `model` comes from; by default the backbone's source.
     """
 
     backbone: Backbone
@@ -37,6 +39,12 @@ class Task:
     feature_space: FeatureSpace | None = None
     pixels: Callable[[Tensor], Tensor | None] = lambda x: None
     model: nn.Module | None = None
+    origin: Mapping[str, Any] | None = None
+
+    @property
+    def source(self) -> Mapping[str, Any]:
+        """Checkpoint, hash and licence of the teacher, for the record."""
+        return self.backbone.source() if self.origin is None else self.origin
 
     @cached_property
     def teacher(self) -> nn.Module:

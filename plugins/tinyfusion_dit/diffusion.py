@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyfusion_core.backbone import Batch
-from tinyfusion_core.errors import UserError
+from tinyfusion_core.errors import UserError, require
 from tinyfusion_core.losses import LossAdapter
 from tinyfusion_core.randomness import Rng
 from tinyfusion_dit.process import (
@@ -67,6 +67,16 @@ class GaussianDiffusion(LossAdapter):
             raise UserError(f"loss.sampling_steps is {self.sampling_steps}; expected 2 to {self.num_timesteps}")
         if not 0 <= self.label_drop <= 1:
             raise UserError(f"loss.label_drop is {self.label_drop}; expected a probability")
+        require(
+            self.guided_channels is None or self.guided_channels >= 0,
+            "loss.guided_channels",
+            self.guided_channels,
+            "a number of channels",
+        )
+        _process(self.num_timesteps, self.sampling_steps, self.spacing)  # raises when there is no such spacing
+
+    def sampling_options(self) -> frozenset[str]:
+        return frozenset({"sampler", "sampling_steps", "spacing", "clip_denoised", "cfg_scale", "guided_channels"})
 
     def prepare(self, batch: Batch, rng: Rng) -> dict[str, Tensor]:
         """Noise the latents.

@@ -91,7 +91,14 @@ class Latents(_LatentSource):
     folder: str
 
     def _open(self) -> tuple[_Store, dict[str, Any]]:
-        return _Arrays(Path(self.folder)), _metadata(Path(self.folder) / "metadata.json")
+        path = Path(self.folder) / "metadata.json"
+        metadata = _metadata(path)
+        for key in ("vae", "scale", "kind"):
+            if getattr(self, key) is not None and key not in metadata:
+                raise UserError(
+                    f"{path}: does not say '{key}', which the recipe states; add it, or set data.{key}: null"
+                )
+        return _Arrays(Path(self.folder)), metadata
 
 
 @dataclass(frozen=True, kw_only=True)
