@@ -62,6 +62,8 @@ def test_a_run_leaves_everything_that_it_made(recipe: Path, tmp_path: Path, caps
     assert provenance["source"]["sha256"] == tiny.load_recipe(recipe).backbone.source()["sha256"]
     assert len(provenance["recipe_sha256"]) == 64
     assert provenance["versions"]["torch"] == torch.__version__.partition("+")[0]
+    hardware = json.loads((folder / "run.json").read_text())["hardware"]
+    assert hardware == {"device": "cpu", "precision": "no", "processes": 1, "threads": 1}
     # The student's folder loads by itself and is the pruned teacher's architecture.
     student = tiny.load_pretrained(folder / "student")
     assert len(student.blocks) == student.config["depth"] == 4

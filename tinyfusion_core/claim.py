@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from .decision import versions
@@ -54,7 +55,17 @@ def claim(recipe: Recipe, folder: RunFolder, command: str, restart_from: str | N
     if restart_from is not None:
         folder.restart(STAGES[forget:])
     write_text(folder / "recipe.yaml", yaml.safe_dump(dict(recipe.settings), sort_keys=False))
-    write_json(record, {"format_version": 1, "command": command, "versions": versions(), "settings": now})
+    accelerator = recipe.trainer.accelerator
+    hardware = {
+        "device": str(accelerator.device),
+        "precision": accelerator.mixed_precision,
+        "processes": accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+    }
+    write_json(
+        record,
+        {"format_version": 1, "command": command, "versions": versions(), "hardware": hardware, "settings": now},
+    )
 
 
 def stage_keys(recipe: Recipe) -> dict[str, str]:

@@ -170,7 +170,7 @@ def _table_html(folder: RunFolder) -> str:
 
 def _record_html(folder: RunFolder, decision: Decision | None) -> str:
     record: dict[str, Any] = read_json(folder / "run.json")
-    parts = {"versions": record["versions"]}
+    parts = {"versions": record["versions"], "hardware": record["hardware"]}
     if decision is not None:
         parts["decision"] = {"kept": list(decision.kept), **decision.provenance}
     text = yaml.safe_dump(parts, sort_keys=False, allow_unicode=True, default_flow_style=None)
