@@ -115,7 +115,7 @@ def load_recipe(path: Path | str, flags: Sequence[str] = ()) -> Recipe:
 
 
 def schema() -> ArgumentParser:
-    """The parser of a recipe; also prints the help of every key."""
+    """The parser of a recipe, made from the signatures of its classes."""
     set_parsing_settings(subclasses_enabled=list(POLYMORPHIC))
     parser = ArgumentParser(prog="tinyfusion run RECIPE", exit_on_error=False)
     for name, kind in SECTIONS.items():
@@ -223,10 +223,8 @@ def _checked(key: str, value: Any, kind: Any, default: Any = None) -> Any:
     known = _known(kind)
     name = value["class_path"].rpartition(".")[2]
     # A full path may go through a package's own front door; it must be the package of the class all the same.
-    if name not in known or value["class_path"].partition(".")[0] not in (
-        name,
-        known[name].__module__.partition(".")[0],
-    ):
+    package = known[name].__module__.partition(".")[0] if name in known else ""
+    if name not in known or value["class_path"].partition(".")[0] not in (name, package):
         raise UserError(f"{key}: unknown class '{value['class_path']}'{nearest(name, known)}")
     arguments = _checked_arguments(key, value.get("init_args") or {}, known[name])
     return {"class_path": _full(known[name]), "init_args": arguments}
@@ -242,7 +240,7 @@ def _checked_arguments(key: str, arguments: Mapping[str, Any], cls: type[Any]) -
         hint = hints.get(name, Any)
         if value is None and hint is not Any and type(None) not in typing.get_args(hint):
             raise UserError(f"{key}.{name}: null is not allowed; expected {getattr(hint, '__name__', hint)}")
-        out[name] = _checked(f"{key}.{name}", value, hints.get(name, Any), known[name].default)
+        out[name] = _checked(f"{key}.{name}", value, hint, known[name].default)
     return out
 
 
