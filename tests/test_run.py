@@ -118,7 +118,7 @@ def wait_for_step(process: subprocess.Popen, run_dir: Path, stage: str, step: in
 
 @pytest.mark.parametrize("stages", [[("search", 8)], [("recover", 12)], [("search", 16), ("recover", 4)]])
 def test_kill_and_run_again_is_as_if_nothing_had_happened(recipe: Path, tmp_path: Path, stages: Sequence) -> None:
-    flags = ["--search.steps=200", "--recover.steps=200"]  # long enough to be hit in the middle
+    flags = ["--search.steps=300", "--recover.steps=300"]  # long enough to be hit in the middle
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     for stage, step in stages:
         process = subprocess.Popen(
@@ -135,7 +135,7 @@ def test_kill_and_run_again_is_as_if_nothing_had_happened(recipe: Path, tmp_path
 
 @pytest.mark.parametrize("stage", ["search", "recover"])
 def test_ctrl_c_saves_says_how_to_go_on_and_goes_on(recipe: Path, tmp_path: Path, stage: str) -> None:
-    flags = ["--search.steps=60", "--recover.steps=60", "--trainer.checkpoint_every=1000"]
+    flags = ["--search.steps=200", "--recover.steps=200", "--trainer.checkpoint_every=1000"]
     process = subprocess.Popen(
         command(recipe, tmp_path / "stopped", *flags),
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -148,8 +148,8 @@ def test_ctrl_c_saves_says_how_to_go_on_and_goes_on(recipe: Path, tmp_path: Path
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert f"of 60 of {stage}" in err
-    assert f"tinyfusion run {recipe} --run-dir {tmp_path / 'stopped'} --search.steps=60" in err
+    assert f"of 200 of {stage}" in err
+    assert f"tinyfusion run {recipe} --run-dir {tmp_path / 'stopped'} --search.steps=200" in err
     assert (tmp_path / "stopped" / "checkpoints" / f"{stage}.pt").exists()
     assert run(recipe, tmp_path / "stopped", *flags) == 0
     assert run(recipe, tmp_path / "whole", *flags) == 0
