@@ -88,17 +88,17 @@ def plugins_with(folder: Path) -> subprocess.CompletedProcess[str]:
 def test_a_third_party_plugin_is_found_and_a_broken_one_costs_a_warning(tmp_path: Path) -> None:
     install(tmp_path, "goodplugin", PLUGIN.format(name="Flowers"))
     install(tmp_path, "badplugin", "import a_module_that_does_not_exist")
-    install(tmp_path, "typoplugin", PLUGIN.format(name="Birds").replace("register_data", "register_datta"))
+    install(tmp_path, "aplugin", PLUGIN.format(name="Birds").replace("register_data", "register_datta"))
     done = plugins_with(tmp_path)
     assert done.returncode == 0, done.stderr
     found = {p["name"]: p for p in json.loads(done.stdout)}
     assert found["goodplugin"]["brings"] == [["data", "Flowers"]]
     assert "a_module_that_does_not_exist" in found["badplugin"]["error"]
-    assert "tinyfusion_register_datta" in found["typoplugin"]["error"]
+    assert "tinyfusion_register_datta" in found["aplugin"]["error"]
     warnings = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
     assert len(warnings) == 2
-    assert "plugin 'badplugin' (badplugin 1.0) left out" in warnings[0]
-    assert "dit" in found
+    assert "plugin 'badplugin' (badplugin 1.0) left out" in warnings[1]
+    assert found["dit"]["error"] is found["digits"]["error"] is None  # the mistakes of others are not theirs
 
 
 def test_two_plugins_with_one_name_are_both_named(tmp_path: Path) -> None:

@@ -124,6 +124,7 @@ def _record_shapes(block: nn.Module, path: str, shapes: dict[tuple[str, str], to
 
 
 def positional_names(function: Callable[..., Any]) -> list[str]:
+    """The parameters that a function takes by position, in their order."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return [name for name, p in inspect.signature(function).parameters.items() if p.kind in kinds]
 

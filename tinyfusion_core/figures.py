@@ -21,7 +21,7 @@ from torch import Tensor
 from .decision import Decision
 from .files import write_atomic
 
-KEPT, REMOVED, ACCENT, INK = "#1b6ca8", "#e4e7eb", "#d1495b", "#23303d"
+KEPT, INK = "#1b6ca8", "#23303d"
 STYLE: Any = {
     "font.size": 10,
     "axes.spines.top": False,

@@ -79,6 +79,7 @@ def _load(
     owners: dict[tuple[str, str], str],
 ) -> Plugin:
     distribution = f"{point.dist.name} {point.dist.version}" if point.dist else "unknown"
+    module = None
     try:
         module = point.load()
         manager.register(module, name=point.name)
@@ -91,6 +92,8 @@ def _load(
             for cls in implementation.function()
         ]
     except Exception as e:  # whatever a stranger's import raises must not take the command line down
+        if module is not None and manager.is_registered(module):
+            manager.unregister(module)  # else its unknown hooks would be held against the plugins after it
         return Plugin(point.name, point.value, distribution, error=f"{type(e).__name__}: {e}")
     for kind, cls in found:
         other = owners.setdefault((kind, cls.__name__), point.name)

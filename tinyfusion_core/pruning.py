@@ -28,8 +28,8 @@ def prune(task: Task, decision: Decision) -> nn.Module:
     """
     decision.check_fits(task.blocks, type(task.teacher).__name__)
     # What goes is not copied: the copy of a removed block is an empty module.
-    removed = {id(task.teacher.get_submodule(task.blocks[i])): nn.Identity() for i in decision.removed}
-    student = copy.deepcopy(task.teacher, memo=dict(removed))
+    removed: dict[int, Any] = {id(task.teacher.get_submodule(task.blocks[i])): nn.Identity() for i in decision.removed}
+    student = copy.deepcopy(task.teacher, memo=removed)
     remove_blocks(task.backbone, student, [task.blocks[i] for i in decision.removed])
     return student.eval()
 

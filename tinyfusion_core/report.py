@@ -138,8 +138,9 @@ def _summary_html(folder: RunFolder, decision: Decision | None) -> str:
     times = ", ".join(f"{name} {_duration(s['seconds'])}" for name, s in stages.items())
     facts = []
     for label, _, ratio, _ in results(folder)[1]:
-        if ratio and label.split(" ↓")[0] in ("parameters", "latency", "held-out loss"):
-            facts.append(f"{label.split(' ↓')[0]} {ratio}")
+        name = label.removesuffix(" ↓")
+        if ratio and name in ("parameters", "latency", "held-out loss"):
+            facts.append(f"{name} {ratio}")
     if decision is not None and decision.confidence is not None:
         facts.append(f"confidence {decision.confidence:.2f}")
     if stages:

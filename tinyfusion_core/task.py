@@ -49,7 +49,8 @@ class Task:
     @cached_property
     def teacher(self) -> nn.Module:
         """The full-depth network, in eval mode."""
-        return (self.model or self.backbone.build()).eval()
+        model = self.backbone.build() if self.model is None else self.model
+        return model.eval()
 
     @cached_property
     def blocks(self) -> list[str]:

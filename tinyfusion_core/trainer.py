@@ -172,7 +172,8 @@ class _Fit:
                 f"trainer.batch_size: {trainer.batch_size} cannot be split over "
                 f"{self.accelerator.num_processes} processes; use a multiple"
             )
-        # Loss and number of samples since the last logged step; finite steps and seconds so far.
+        # Sum of the losses of the finite steps since the last logged one, and their number; steps skipped in all
+        # and in a row; seconds that earlier processes spent.
         self.window, self.count = 0.0, 0
         self.skipped, self.streak, self.before = 0, 0, 0.0
 

@@ -6,6 +6,7 @@ import os
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -46,6 +47,10 @@ class _LatentSource(DataSource):
     def _open(self) -> tuple[_Store, dict[str, Any]]:
         """The files and what their metadata.json says."""
 
+    @cached_property
+    def _opened(self) -> tuple[_Store, dict[str, Any]]:
+        return self._open()  # listing the folders of a large data set takes minutes: once, not for every reader
+
     def train(self) -> LatentSamples:
         return self._split(held_out=False)
 
@@ -53,7 +58,7 @@ class _LatentSource(DataSource):
         return self._split(held_out=True)
 
     def _split(self, held_out: bool) -> LatentSamples:
-        store, metadata = self._open()
+        store, metadata = self._opened
         for key in ("vae", "scale", "kind"):
             stated, found = getattr(self, key), metadata.get(key)
             if None not in (stated, found) and stated != found:
