@@ -110,7 +110,7 @@ def test_two_plugins_with_one_name_are_both_named(tmp_path: Path) -> None:
 
 def test_importing_a_plugin_is_light() -> None:
     code = """
-import sys, tinyfusion_dit, tinyfusion_digits
+import sys, tinyfusion_dit, tinyfusion_images
 heavy = {"diffusers", "transformers", "timm", "peft", "accelerate", "matplotlib", "torchvision"} & set(sys.modules)
 assert not heavy, heavy
 """

@@ -11,8 +11,8 @@ from torch import nn
 
 import tinyfusion_core as tiny
 from tinyfusion_core.evaluation import count_flops, generate
-from tinyfusion_digits import Digits
 from tinyfusion_dit import DiT, GaussianDiffusion
+from tinyfusion_images import Digits
 from toys import Match, Planted, planted_data
 
 TRAINER = tiny.Trainer(batch_size=8, precision="fp32", seed=0)

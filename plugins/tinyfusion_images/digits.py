@@ -34,9 +34,9 @@ class Digits(DataSource):
         return ((x + 1) / 2).clamp(0, 1)
 
     def feature_space(self) -> FeatureSpace:
-        from .features import DigitsFeatures
+        from .features import shipped
 
-        return DigitsFeatures.shipped()
+        return shipped("digits")
 
     def _part(self, part: slice) -> Tensors:
         order = torch.randperm(len(self._columns["y"]), generator=generator("digits", "held out"))[part]

@@ -1,0 +1,65 @@
+"""Feature spaces: small classifiers, shipped trained, whose features define the Fréchet distance."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tinyfusion_core.files import load_strict, read_weights
+
+
+class SmallCNN(nn.Module):
+    """A small classifier of grey images into ten classes; its penultimate activations are the features.
+
+    `train_features.py` beside this file made the shipped weights.
+
+    Args:
+        side: height and width of the images, a multiple of 4.
+        num_features: F.
+        name: what the features are, for the record.
+    """
+
+    def __init__(self, side: int, num_features: int, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.body = nn.Sequential(
+            nn.Conv2d(1, 32, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(32, 64, 3, padding=1, stride=2),
+            nn.ReLU(),
+            nn.Conv2d(64, 64, 3, padding=1, stride=2),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(64 * (side // 4) ** 2, num_features),
+            nn.ReLU(),
+        )
+        self.head = nn.Linear(num_features, 10)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 1, H, W) images in [-1, 1] -> (B, F) features, (B, 10) logits."""
+        weight = self.head.weight
+        parts = [self.body(part.to(weight)) for part in images.split(1000)]
+        features = torch.cat(parts)
+        return features, self.head(features)
+
+
+SIDES = {"digits": 8, "fashion": 28}
+
+
+def fresh(name: str) -> SmallCNN:
+    """The untrained network for one of the data sets."""
+    return SmallCNN(SIDES[name], 32, f"penultimate layer (32) of a small CNN trained on {name}")
+
+
+def weights(name: str) -> Path:
+    """Where the shipped weights for one of the data sets are."""
+    return Path(__file__).with_name(f"{name}_features.safetensors")
+
+
+def shipped(name: str) -> SmallCNN:
+    """The network with the shipped weights, in eval mode."""
+    model = fresh(name).eval().requires_grad_(False)
+    load_strict(model, read_weights(weights(name)), weights(name))
+    return model

@@ -1,0 +1,53 @@
+"""Make the shipped feature spaces: `python -m tinyfusion_images.train_features fashion`. Prints the held-out accuracy."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import nn
+
+from tinyfusion_core.data import DataSource
+from tinyfusion_core.files import save_tensors
+from tinyfusion_core.randomness import Order
+
+from .digits import Digits
+from .fashion import NUM_TEST, Fashion
+from .features import fresh, weights
+
+DATA: dict[str, tuple[DataSource, int]] = {
+    "digits": (Digits(), 1500),
+    "fashion": (Fashion(num_held_out=NUM_TEST), 5000),
+}
+BATCH_SIZE, SEED = 128, 0
+
+
+def main(name: str) -> None:
+    torch.manual_seed(SEED)
+    torch.set_num_threads(1)
+    data, steps = DATA[name]
+    train, held_out = data.train(), data.held_out()
+    model = fresh(name)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    order = Order(SEED, "features", len(train), BATCH_SIZE)
+    for indices in order.steps(0, steps, 0, BATCH_SIZE):
+        batch = train.__getitems__(indices)
+        # Shifts by up to one pixel and a little noise keep the features smooth on generated images.
+        shift = [int(s) for s in torch.randint(-1, 2, (2,))]
+        images = batch["x"].roll(shift, (2, 3)) + 0.1 * torch.randn(batch["x"].shape)
+        loss = nn.functional.cross_entropy(model(images)[1], batch["y"], label_smoothing=0.05)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+    batch = held_out.__getitems__(list(range(len(held_out))))
+    with torch.no_grad():
+        logits = model.eval()(batch["x"])[1]
+    accuracy = (logits.argmax(1) == batch["y"]).float().mean()
+    save_tensors(weights(name), model.state_dict(), {"held_out_accuracy": f"{accuracy:.4f}", "licence": "Apache-2.0"})
+    print(f"held-out accuracy {accuracy:.4f} -> {weights(name)}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
