@@ -75,7 +75,8 @@ def test_a_sampler_spelled_out_is_the_short_form() -> None:
     sampler = "{class_path: GroupedSampler, init_args: {pattern: [4, 8], tau: [4.0, 0.1]}}"
     recipe = tiny.load_recipe(path, ["--search.pattern=null", "--search.tau=null", "--search.sampler", sampler])
     assert recipe.search is not None
-    built = recipe.search.preview({"blocks": 8})
+    assert isinstance(recipe.search, Search)
+    built = recipe.search.make_sampler({"blocks": 8})
     assert isinstance(built, tiny.GroupedSampler)
     assert built.groups == [(4, 8)]
     with pytest.raises(tiny.UserError, match="one of the two"):

@@ -34,20 +34,20 @@ def student(kept=(1, 3, 4)) -> nn.Module:
 
 def test_recovery_lowers_the_loss_and_returns_the_average(tmp_path: Path) -> None:
     run = tiny.RunFolder(tmp_path)
-    model = tiny.Recover(steps=200, lr=1e-2, lr_final=1e-4)(task(), student(), TRAINER, run)
+    model = tiny.Recover(steps=200, lr=1e-2, lr_final=1e-4)(task(), student(), None, TRAINER, run)
     losses = [e["loss"] for e in run.metrics("recover")]
     assert losses[-1] < 0.3 * losses[0]
     assert not model.training
-    last = tiny.Recover(steps=200, lr=1e-2, lr_final=1e-4, ema=0)(task(), student(), TRAINER)
+    last = tiny.Recover(steps=200, lr=1e-2, lr_final=1e-4, ema=0)(task(), student(), None, TRAINER)
     assert not torch.equal(last.blocks[0].linear.weight, model.blocks[0].linear.weight)
     assert torch.allclose(last.blocks[0].linear.weight, model.blocks[0].linear.weight, atol=0.1)
 
 
 def test_the_average_weighs_the_past_by_its_decay() -> None:
     # Two steps: after the first the average is the weights, after the second decay * first + (1 - decay) * second.
-    first = tiny.Recover(steps=1, lr=1e-2, schedule="constant", ema=0)(task(), student(), TRAINER)
-    second = tiny.Recover(steps=2, lr=1e-2, schedule="constant", ema=0)(task(), student(), TRAINER)
-    average = tiny.Recover(steps=2, lr=1e-2, schedule="constant", ema=0.75)(task(), student(), TRAINER)
+    first = tiny.Recover(steps=1, lr=1e-2, schedule="constant", ema=0)(task(), student(), None, TRAINER)
+    second = tiny.Recover(steps=2, lr=1e-2, schedule="constant", ema=0)(task(), student(), None, TRAINER)
+    average = tiny.Recover(steps=2, lr=1e-2, schedule="constant", ema=0.75)(task(), student(), None, TRAINER)
     for a, b, c in zip(first.parameters(), second.parameters(), average.parameters(), strict=True):
         assert torch.allclose(c, 0.75 * a + 0.25 * b, atol=1e-6)
     assert decay_for(10_000) == pytest.approx(0.999)
@@ -57,7 +57,7 @@ def test_the_average_weighs_the_past_by_its_decay() -> None:
 
 def test_the_learning_rate_follows_its_schedule(tmp_path: Path) -> None:
     trainer = tiny.Trainer(batch_size=4, precision="fp32", log_every=1)
-    tiny.Recover(steps=5, lr=2e-4, lr_final=1e-4)(task(), student(), trainer, run := tiny.RunFolder(tmp_path))
+    tiny.Recover(steps=5, lr=2e-4, lr_final=1e-4)(task(), student(), None, trainer, run := tiny.RunFolder(tmp_path))
     rates = [e["lr"][0] for e in run.metrics("recover")]
     assert rates[0] == pytest.approx(2e-4)
     assert rates[2] == pytest.approx(1.5e-4)
@@ -68,7 +68,7 @@ def test_the_learning_rate_follows_its_schedule(tmp_path: Path) -> None:
 def test_reading_in_other_processes_changes_nothing() -> None:
     models = [
         tiny.Recover(steps=6, lr=1e-2)(
-            task(), student(), tiny.Trainer(batch_size=16, precision="fp32", num_workers=workers)
+            task(), student(), None, tiny.Trainer(batch_size=16, precision="fp32", num_workers=workers)
         )
         for workers in (0, 2)
     ]
@@ -78,16 +78,16 @@ def test_reading_in_other_processes_changes_nothing() -> None:
 
 def test_a_stop_request_finishes_the_step_and_resumes_bit_for_bit(tmp_path: Path) -> None:
     how = tiny.Recover(steps=30, lr=1e-2)
-    whole = how(task(), student(), TRAINER, whole_run := tiny.RunFolder(tmp_path / "whole"))
+    whole = how(task(), student(), None, TRAINER, whole_run := tiny.RunFolder(tmp_path / "whole"))
     run = tiny.RunFolder(tmp_path / "stopped")
     stopping = tiny.Task(backbone=Planted(), loss=StopAt(), train=planted_data(), held_out=planted_data(16))
     with pytest.raises(KeyboardInterrupt, match="stopped at step 12 of 30 of recover") as caught:
-        how(stopping, student(), TRAINER, run)
+        how(stopping, student(), None, TRAINER, run)
     assert caught.value.signum == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     with (run / "metrics.jsonl").open("a") as file:  # a line beyond the checkpoint, and one cut short
         file.write(json.dumps({"stage": "recover", "step": 20, "loss": 9.0}) + '\n{"stage": "rec')
-    resumed = how(task(), student(), TRAINER, run)
+    resumed = how(task(), student(), None, TRAINER, run)
     for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -114,13 +114,13 @@ def test_dropout_resumes_bit_for_bit_too(tmp_path: Path) -> None:
         return Noisy()
 
     how = tiny.Recover(steps=30, lr=1e-2)
-    whole = how(task(), fresh(), TRAINER)
+    whole = how(task(), fresh(), None, TRAINER)
     run = tiny.RunFolder(tmp_path)
     stopping = tiny.Task(backbone=Planted(), loss=StopAt(), train=planted_data(), held_out=planted_data(16))
     with pytest.raises(KeyboardInterrupt):
-        how(stopping, fresh(), TRAINER, run)
+        how(stopping, fresh(), None, TRAINER, run)
     torch.manual_seed(77)
-    resumed = how(task(), fresh(), TRAINER, run)
+    resumed = how(task(), fresh(), None, TRAINER, run)
     for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -178,4 +178,4 @@ def test_a_batch_that_cannot_be_split_is_one_clear_error(monkeypatch: pytest.Mon
     trainer = tiny.Trainer(batch_size=3, precision="fp32")
     monkeypatch.setattr(type(trainer.accelerator), "num_processes", property(lambda self: 2))
     with pytest.raises(tiny.UserError, match=r"batch_size: 3 cannot be split over 2 processes"):
-        tiny.Recover(steps=1)(task(), student(), trainer)
+        tiny.Recover(steps=1)(task(), student(), None, trainer)

@@ -51,10 +51,12 @@ def draw_strip(decision: Decision, path: Path) -> None:
             axes.text(
                 i + 0.5, 0.5, str(i), ha="center", va="center", color="white" if kept else "#7b8794", weight="bold"
             )
-        for blocks, confidence in zip(decision.choices, decision.confidences, strict=True):
+        for blocks in decision.choices:
             left, right = blocks[0] + 0.06, blocks[-1] + 0.94
             axes.plot([left, left, right, right], [1.12, 1.22, 1.22, 1.12], color=INK, linewidth=1)
-            axes.text((left + right) / 2, 1.32, f"{confidence:.2f}", ha="center", va="bottom", color=INK, size=9)
+        for blocks, confidence in zip(decision.choices, decision.confidences, strict=False):  # a criterion has none
+            middle = (blocks[0] + blocks[-1] + 1) / 2
+            axes.text(middle, 1.32, f"{confidence:.2f}", ha="center", va="bottom", color=INK, size=9)
         axes.set(xlim=(0, count), ylim=(-0.1, 1.75), aspect="auto")
         axes.axis("off")
         _save(figure, path)

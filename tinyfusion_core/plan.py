@@ -67,18 +67,17 @@ def _network(plan: Plan, recipe: Recipe) -> None:
 def _search(
     plan: Plan, recipe: Recipe, search: Selector, model: nn.Module, blocks: list[str], lists: dict[str, int]
 ) -> None:
-    sampler = search.preview(lists)
-    plan.rows.append(("keeps", f"{sampler.num_kept} of {sampler.num_blocks} blocks"))
+    decision = search.preview(blocks)
+    plan.rows.append(("keeps", f"{len(decision.kept)} of {len(blocks)} blocks"))
     if isinstance(search, Search):
+        sampler = search.make_sampler(lists)
         groups = sampler.choices()
         ranges = ", ".join(f"{g[0]}-{g[-1]}" for g in groups)
         plan.rows.append(("groups", f"{len(groups)} (blocks {ranges}), {sampler.num_masks:,} possible masks"))
         update = type(search.update).__name__
         plan.rows.append(("search", f"{_budget(recipe, search)}, weight update {update}"))
-    # Which blocks stay is not known yet; how many of each list is.
-    kept = sampler.mode()
     pruned = copy.deepcopy(model)
-    remove_blocks(recipe.backbone, pruned, [path for i, path in enumerate(blocks) if i not in kept])
+    remove_blocks(recipe.backbone, pruned, [blocks[i] for i in decision.removed])
     plan.rows.append(("after pruning", _size(recipe, pruned)))
 
 

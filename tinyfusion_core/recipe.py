@@ -19,6 +19,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from . import criteria  # noqa: F401  # brings the names of its selectors
 from .backbone import Backbone
 from .data import DataSource
+from .distill import OutputKD
 from .errors import MissingFileError, UserError, nearest
 from .evaluation import Metric
 from .losses import LossAdapter
@@ -29,6 +30,20 @@ from .sampling import BlockSampler
 from .search import Selector
 from .trainer import Trainer
 
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """One step of progressive pruning; its student is the next round's teacher and source.
+
+    Args:
+        search: decides which blocks stay.
+        recover: trains the pruned network.
+    """
+
+    search: Selector
+    recover: Recover | None = None
+
+
 SECTIONS: dict[str, Any] = {
     "backbone": Backbone,
     "loss": LossAdapter,
@@ -37,11 +52,16 @@ SECTIONS: dict[str, Any] = {
     "train": Recover,
     "search": Selector,
     "recover": Recover,
+    "rounds": dict[str, Round],
     "evaluate": list[Metric],
 }
 BROUGHT = {"backbone": Backbone, "loss": LossAdapter, "data": DataSource}
 """Kinds that plugins register."""
-POLYMORPHIC = (Backbone, LossAdapter, DataSource, Selector, Metric, WeightUpdate, BlockSampler)
+POLYMORPHIC = (Backbone, LossAdapter, DataSource, Selector, Metric, WeightUpdate, BlockSampler, OutputKD)
+PLAIN = (Trainer, Recover, Round)
+"""Classes that a section is made of without saying so."""
+RESERVED = ("teacher", "student", "figures", "checkpoints")
+"""Names of a run folder that no round can have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +76,7 @@ class Recipe:
         train: trains the network from random weights first; without it the backbone brings a checkpoint.
         search: decides which blocks stay; without it nothing is pruned.
         recover: trains the pruned network.
+        rounds: progressive pruning, in the place of search and recover: rounds by name.
         evaluate: what to measure besides sizes.
         settings: the resolved YAML, every default filled in.
     """
@@ -67,8 +88,15 @@ class Recipe:
     train: Recover | None = None
     search: Selector | None = None
     recover: Recover | None = None
+    rounds: Mapping[str, Round] | None = None
     evaluate: Sequence[Metric] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def each_round(self) -> dict[str, Round]:
+        """The rounds by name. A search of its own is one round without a name; no search, no round."""
+        if self.search is None:
+            return dict(self.rounds or {})
+        return {"": Round(search=self.search, recover=self.recover)}
 
 
 def load_recipe(path: Path | str, flags: Sequence[str] = ()) -> Recipe:
@@ -92,12 +120,11 @@ def load_recipe(path: Path | str, flags: Sequence[str] = ()) -> Recipe:
         raise UserError(f"{path}: a recipe is a mapping with the keys {', '.join(SECTIONS)}")
     for key, value in _overrides(flags):
         _override(raw, key.split("."), value)
-    if isinstance(raw.get("search"), dict) and "class_path" not in raw["search"]:
-        raw["search"] = {"class_path": "Search", "init_args": raw["search"]}
     raw = {key: value for key, value in raw.items() if value is not None}
     for key in ("backbone", "loss", "data"):
         if key not in raw:
             raise UserError(f"{path}: the key '{key}' is missing")
+    _check_rounds(path, raw)
     try:
         checked = {
             name: _checked(name, value, SECTIONS[name]) if name in SECTIONS else _unknown(name, SECTIONS)
@@ -114,12 +141,28 @@ def load_recipe(path: Path | str, flags: Sequence[str] = ()) -> Recipe:
     return Recipe(**{name: getattr(objects, name) for name in SECTIONS}, settings=settings)
 
 
+def _check_rounds(path: Path, raw: Mapping[str, Any]) -> None:
+    rounds = raw.get("rounds")
+    if rounds is None:
+        return
+    if both := sorted({"search", "recover"} & set(raw)):
+        raise UserError(f"{path}: {both[0]} stands beside rounds; move it into one of them")
+    if not isinstance(rounds, dict) or not rounds:
+        raise UserError(f"{path}: rounds: expected a mapping of round names to search and recover")
+    for name in rounds:
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", str(name)) or name in RESERVED:
+            raise UserError(
+                f"{path}: rounds: '{name}' becomes a folder of the run; use letters, digits, - and _, "
+                f"and none of {', '.join(RESERVED)}"
+            )
+
+
 def schema() -> ArgumentParser:
     """The parser of a recipe, made from the signatures of its classes."""
     set_parsing_settings(subclasses_enabled=list(POLYMORPHIC))
     parser = ArgumentParser(prog="tinyfusion run RECIPE", exit_on_error=False)
     for name, kind in SECTIONS.items():
-        optional = kind | None if name in ("train", "search", "recover") else kind
+        optional = kind | None if name in ("train", "search", "recover", "rounds") else kind
         default: Any = Trainer() if kind is Trainer else [] if name == "evaluate" else None
         parser.add_argument(f"--{name}", type=optional, default=default)
     return parser
@@ -140,11 +183,11 @@ def describe_keys() -> str:
     """Every key of a recipe with its default and meaning, from the signatures and docstrings of the classes."""
     lines = []
     for section, kind in SECTIONS.items():
-        base = typing.get_args(kind)[0] if typing.get_origin(kind) is list else kind
+        base = typing.get_args(kind)[-1] if typing.get_origin(kind) in (list, dict) else kind
         lines.append(f"{section}:")
         for name, cls in (_known(base) if base in POLYMORPHIC else {base.__name__: base}).items():
             lines += _describe_class(name, cls)
-    for base in (WeightUpdate, BlockSampler):
+    for base in (WeightUpdate, BlockSampler, OutputKD):
         lines.append(f"values of the type {base.__name__}:")
         for name, cls in _known(base).items():
             lines += _describe_class(name, cls)
@@ -202,9 +245,11 @@ def _checked(key: str, value: Any, kind: Any, default: Any = None) -> Any:
     kind = _without_none(kind)
     if typing.get_origin(kind) is list and isinstance(value, list):
         return [_checked(f"{key}[{i}]", v, typing.get_args(kind)[0]) for i, v in enumerate(value)]
+    if typing.get_origin(kind) is dict and isinstance(value, dict):
+        return {k: _checked(f"{key}.{k}", v, typing.get_args(kind)[1]) for k, v in value.items()}
     if value is None or not inspect.isclass(kind):
         return value
-    if kind in (Trainer, Recover):
+    if kind in PLAIN:
         if not isinstance(value, dict):
             keys = ", ".join(inspect.signature(kind).parameters)
             raise UserError(f"{key}: got {value!r}; expected a mapping with keys among {keys}")
@@ -213,8 +258,9 @@ def _checked(key: str, value: Any, kind: Any, default: Any = None) -> Any:
         return value
     if isinstance(value, str):
         value = {"class_path": value}
-    if isinstance(value, dict) and "class_path" not in value and isinstance(default, kind):
-        value = {"class_path": type(default).__name__, "init_args": value}
+    usual = "Search" if kind is Selector else type(default).__name__ if isinstance(default, kind) else None
+    if isinstance(value, dict) and "class_path" not in value and usual:
+        value = {"class_path": usual, "init_args": value}
     if not isinstance(value, dict) or not isinstance(value.get("class_path"), str):
         raise UserError(f"{key}: give the name of a class, or class_path and init_args{nearest('', _known(kind))}")
     extra = set(value) - {"class_path", "init_args"}
@@ -270,7 +316,7 @@ def _without_none(kind: Any) -> Any:
         kind = kinds[0] if len(kinds) == 1 else Any
     if typing.get_origin(kind) is not None and typing.get_args(kind) and inspect.isclass(typing.get_args(kind)[-1]):
         result = typing.get_args(kind)[-1]
-        return result if result in POLYMORPHIC and typing.get_origin(kind) is not list else kind
+        return result if result in POLYMORPHIC and typing.get_origin(kind) not in (list, dict) else kind
     return kind
 
 

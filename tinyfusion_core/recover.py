@@ -8,7 +8,9 @@ from typing import Literal
 from torch import Tensor, nn
 
 from .backbone import Batch
-from .errors import require
+from .decision import Decision
+from .distill import Distilled, OutputKD
+from .errors import UserError, require
 from .losses import LossAdapter
 from .randomness import Rng
 from .run_folder import RunFolder
@@ -18,9 +20,10 @@ from .trainer import Ema, Objective, Optimization, Trainer, cosine, decay_for
 
 @dataclass(frozen=True, kw_only=True)
 class Recover:
-    """Fine-tune with the task's own loss.
+    """Fine-tune with the task's own loss, or with that of a distillation.
 
     Args:
+        kd: what to learn from the teacher besides: `OutputKD` or `MaskedKD`; null is plain fine-tuning.
         steps: optimizer updates.
         batch_size: samples of one update; default the trainer's.
         lr: learning rate at the start.
@@ -32,6 +35,7 @@ class Recover:
             paper's 0.9999 at 100,000 steps. 0 returns the last weights.
     """
 
+    kd: OutputKD | None = None
     steps: int = 100_000
     batch_size: int | None = None
     lr: float = 2e-4
@@ -53,13 +57,20 @@ class Recover:
         require(falls, f"lr_final {stage}", self.lr_final, f"a rate from 0 to lr, which is {self.lr}")
 
     def __call__(
-        self, task: Task, student: nn.Module, trainer: Trainer, run: RunFolder | None = None, stage: str = "recover"
+        self,
+        task: Task,
+        student: nn.Module,
+        decision: Decision | None,
+        trainer: Trainer,
+        run: RunFolder | None = None,
+        stage: str = "recover",
     ) -> nn.Module:
         """Train a network in place.
 
         Args:
-            task: the objective and the data.
+            task: the objective, the data and the teacher.
             student: the network, pruned or fresh.
+            decision: how the student was made of the teacher; None for a fresh network, which has none.
             trainer: how to train.
             run: where to log and to keep checkpoints.
             stage: name of the stage; random streams and log lines carry it.
@@ -68,12 +79,12 @@ class Recover:
             `student` with its averaged weights, in eval mode.
 
         Raises:
-            UserError: the loss was not finite for too long.
+            UserError: the loss was not finite for too long, or student and teacher do not go together.
             Interrupted: a signal came; the same call with the same run folder goes on.
         """
         trainer = trainer.with_batch_size(self.batch_size)
         student.to(trainer.accelerator.device).train()
-        objective = _PlainLoss(student, task.loss)
+        objective = self._objective(task, student, decision, trainer)
         decay = decay_for(self.steps) if self.ema is None else self.ema
         ema = Ema(student, decay) if decay else None
         how = Optimization(
@@ -94,9 +105,17 @@ class Recover:
             student.load_state_dict(ema.average.module.state_dict())
         return student.eval()
 
+    def _objective(self, task: Task, student: nn.Module, decision: Decision | None, trainer: Trainer) -> Objective:
+        if self.kd is None:
+            return _PlainLoss(student, task.loss)
+        if decision is None:
+            raise UserError("kd: a fresh network has no teacher to learn from; distillation goes with recover")
+        task.teacher.to(trainer.accelerator.device)
+        return Distilled(student, task, decision, self.kd)
+
 
 class _PlainLoss(Objective):
-    """The mean training loss. Distillation adds its terms here."""
+    """The mean training loss."""
 
     def __init__(self, model: nn.Module, loss: LossAdapter) -> None:
         super().__init__()

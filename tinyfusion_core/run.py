@@ -129,7 +129,7 @@ class _Run:
         with torch.random.fork_rng():
             torch.manual_seed(seed_of(recipe.trainer.seed, "train", "initial weights"))
             model = recipe.backbone.construct(recipe.backbone.config())
-        model = recipe.train(self.task, model, recipe.trainer, self.folder, stage="train")
+        model = recipe.train(self.task, model, None, recipe.trainer, self.folder, stage="train")
         if self.accelerator.is_main_process:
             made = {"checkpoint": "trained by this run", "seed": recipe.trainer.seed, "steps": recipe.train.steps}
             save_network(model, recipe.backbone, {**recipe.backbone.source(), **made}, self.folder / "teacher")
@@ -147,7 +147,7 @@ class _Run:
     def _recover(self, decision: Decision) -> nn.Module:
         assert self.recipe.recover is not None
         student = prune(self.task, decision)
-        student = self.recipe.recover(self.task, student, self.recipe.trainer, self.folder)
+        student = self.recipe.recover(self.task, student, decision, self.recipe.trainer, self.folder)
         if self.accelerator.is_main_process:
             save_pretrained(student, self.task, decision, self.folder / "student")
         return student

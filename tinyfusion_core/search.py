@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .backbone import Batch
+from .backbone import Batch, block_lists
 from .decision import Decision, provenance
 from .errors import UserError, require
 from .gating import Gates
@@ -37,8 +37,12 @@ class Selector(ABC):
         return {}
 
     @abstractmethod
-    def preview(self, lists: Mapping[str, int]) -> BlockSampler:
-        """The distribution over masks it starts from, to plan with; raises UserError when it does not fit."""
+    def preview(self, blocks: Sequence[str]) -> Decision:
+        """A decision it could come to, to plan with: budget and groups are right, which blocks stay may not be.
+
+        Raises:
+            UserError: the budget does not fit these blocks.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +94,12 @@ class Search(Selector):
         if self.pattern is not None:
             object.__setattr__(self, "pattern", parse_pattern(self.pattern))
 
-    def preview(self, lists: Mapping[str, int]) -> BlockSampler:
+    def preview(self, blocks: Sequence[str]) -> Decision:
+        lists = {name: len(members) for name, members in block_lists(blocks).items()}
+        return self._decision(self.make_sampler(lists), blocks, {})
+
+    def make_sampler(self, lists: Mapping[str, int]) -> BlockSampler:
+        """The distribution over masks that the search starts from, for block lists of these lengths."""
         if self.sampler is not None:
             return self.sampler(lists)
         assert self.pattern is not None and not isinstance(self.pattern, int)  # parse_pattern refuses numbers
@@ -118,7 +127,7 @@ class Search(Selector):
         """
         trainer = trainer.with_batch_size(self.batch_size)
         model = task.teacher.to(trainer.accelerator.device)
-        sampler = self.preview(task.lists)
+        sampler = self.make_sampler(task.lists)
         # AveragedModel begins with the values after the first step: no bias towards the initial ones.
         ema = Ema(sampler, decay_for(self.steps) if self.ema is None else self.ema)
         averaged = ema.average.module
@@ -138,15 +147,20 @@ class Search(Selector):
                 how = Optimization(groups=groups, steps=self.steps, clip=self.clip, ema=ema)
                 trainer.fit("search", objective, task.train, task.loss.prepare, how, run)
         averaged.anneal(1.0)  # a run that resumes after its last step has not been there
+        record = {**provenance(trainer.seed, task.source), "steps": self.steps}
+        return self._decision(averaged, task.blocks, record)
+
+    def _decision(self, sampler: BlockSampler, blocks: Sequence[str], record: Mapping[str, Any]) -> Decision:
+        """What a distribution over masks decides."""
         return Decision(
-            blocks=tuple(task.blocks),
-            kept=tuple(averaged.mode()),
+            blocks=tuple(blocks),
+            kept=tuple(sampler.mode()),
             method=type(self).__name__,
-            pattern=averaged.pattern,
-            choices=tuple(map(tuple, averaged.choices())),
-            confidences=tuple(averaged.confidence()),
-            marginals=tuple(averaged.marginals().tolist()),
-            provenance={**provenance(trainer.seed, task.source), "steps": self.steps},
+            pattern=sampler.pattern,
+            choices=tuple(map(tuple, sampler.choices())),
+            confidences=tuple(sampler.confidence()),
+            marginals=tuple(sampler.marginals().tolist()),
+            provenance=record,
         )
 
 

@@ -40,7 +40,7 @@ class SmallCNN(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 1, H, W) images in [-1, 1] -> (B, F) features, (B, 10) logits."""
         weight = self.head.weight
-        parts = [self.body(part.to(weight)) for part in images.split(1000)]
+        parts = [self.body(part.to(weight)) for part in torch.split(images, 1000)]
         features = torch.cat(parts)
         return features, self.head(features)
 

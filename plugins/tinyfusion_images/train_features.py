@@ -1,4 +1,4 @@
-"""Make the shipped feature spaces: `python -m tinyfusion_images.train_features fashion`. Prints the held-out accuracy."""
+"""Make a shipped feature space: `python -m tinyfusion_images.train_features fashion`. Prints its accuracy."""
 
 from __future__ import annotations
 
@@ -15,17 +15,15 @@ from .digits import Digits
 from .fashion import NUM_TEST, Fashion
 from .features import fresh, weights
 
-DATA: dict[str, tuple[DataSource, int]] = {
-    "digits": (Digits(), 1500),
-    "fashion": (Fashion(num_held_out=NUM_TEST), 5000),
-}
+DATA: dict[str, DataSource] = {"digits": Digits(), "fashion": Fashion(num_held_out=NUM_TEST)}
+STEPS = {"digits": 1500, "fashion": 5000}
 BATCH_SIZE, SEED = 128, 0
 
 
 def main(name: str) -> None:
     torch.manual_seed(SEED)
     torch.set_num_threads(1)
-    data, steps = DATA[name]
+    data, steps = DATA[name], STEPS[name]
     train, held_out = data.train(), data.held_out()
     model = fresh(name)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2)
