@@ -23,6 +23,7 @@ import tinyfusion_core as tiny
 from small_run import SHIPPED, run
 from tinyfusion_core.cli import main
 from tinyfusion_core.pruning import WEIGHTS
+from tinyfusion_core.run import make_task
 from tinyfusion_dit.model import DiT
 
 
@@ -172,7 +173,7 @@ SHORT = ["--search.steps=4", "--recover.steps=4"]
         ("--recover.steps=8", "recover.steps: 4 -> 8", "recover"),
         ("--trainer.seed=9", "trainer.seed: 3 -> 9", "search"),
         ("--loss.label_drop=0.2", "loss.label_drop: 0.1 -> 0.2", "search"),
-        ("--recover=null", "recover.steps: 4 -> None", "evaluate"),
+        ("--recover=null", "recover.steps: 4 -> None", "recover"),
         ("--evaluate=[Latency]", "evaluate", "evaluate"),
         ("--loss.cfg_scale=2", "loss.cfg_scale: 1.0 -> 2.0", "evaluate"),
         ("--search=null --recover=null", "search: Search -> None", "evaluate"),
@@ -304,12 +305,11 @@ def test_a_network_trained_from_scratch_is_pruned_in_the_same_run(recipe: Path, 
     assert source["sha256"] == json.loads((tmp_path / "run" / "teacher" / "config.json").read_text())["sha256"][WEIGHTS]
 
 
-def test_latents_and_a_training_checkpoint_from_search_to_student(recipe: Path, tmp_path: Path) -> None:
+def test_latents_and_a_training_checkpoint_from_search_to_student(recipe: Path, tmp_path: Path, capsys) -> None:
     # What a user of the full-size recipe has, in small: four channels, a learned variance, moments, EMA weights.
     sizes = {"input_size": 8, "patch_size": 2, "hidden_size": 16, "depth": 4, "num_heads": 2, "num_classes": 10}
-    weights = DiT(**sizes).state_dict()
-    container = {"model": weights, "ema": {k: v + 0.01 for k, v in weights.items()}, "args": argparse.Namespace(lr=1)}
-    torch.save(container, tmp_path / "0007000.pt")
+    network = DiT(**sizes)
+    weights = {name: value.clone() for name, value in network.state_dict().items()}
     data = tmp_path / "latents"
     data.mkdir()
     numbers = np.random.default_rng(0)
@@ -326,6 +326,14 @@ def test_latents_and_a_training_checkpoint_from_search_to_student(recipe: Path, 
         "init_args": {"folder": str(data), "vae": "sd", "scale": 0.18215, "num_held_out": 8},
     }
     recipe.write_text(yaml.safe_dump(content))
+    # A fresh network is no teacher, and the run says so; after a little training it is one.
+    torch.save({"model": weights, "ema": weights, "args": argparse.Namespace(lr=1)}, tmp_path / "0007000.pt")
+    assert run(recipe, tmp_path / "untrained", "--search.steps=8", "--recover.steps=4") == 2
+    assert "is it the right checkpoint" in capsys.readouterr().err
+    task = make_task(tiny.load_recipe(recipe), network)
+    tiny.Recover(steps=80, lr=1e-2, ema=0)(task, network, None, tiny.Trainer(precision="fp32", batch_size=16))
+    container = {"model": weights, "ema": network.state_dict(), "args": argparse.Namespace(lr=1)}
+    torch.save(container, tmp_path / "0007000.pt")
     assert run(recipe, tmp_path / "run", "--search.steps=8", "--recover.steps=4") == 0
     student = tiny.load_pretrained(tmp_path / "run" / "student")
     assert student.config["depth"] == 2

@@ -12,16 +12,27 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .backbone import Backbone as Backbone
     from .backbone import Stream as Stream
+    from .calibration import Calibrated as Calibrated
+    from .calibration import Calibration as Calibration
+    from .criteria import BKSDM as BKSDM
+    from .criteria import Criterion as Criterion
+    from .criteria import FirstN as FirstN
     from .criteria import Keep as Keep
+    from .criteria import LastN as LastN
+    from .criteria import Uniform as Uniform
     from .data import DataSource as DataSource
     from .data import Tensors as Tensors
     from .decision import Decision as Decision
+    from .distill import MaskedKD as MaskedKD
+    from .distill import OutputKD as OutputKD
+    from .distill import derive_taps as derive_taps
     from .errors import UserError as UserError
     from .evaluation import Frechet as Frechet
     from .evaluation import HeldOutLoss as HeldOutLoss
     from .evaluation import Latency as Latency
     from .evaluation import Measurement as Measurement
     from .evaluation import Metric as Metric
+    from .evaluation import check_teacher as check_teacher
     from .evaluation import evaluate as evaluate
     from .gating import Gates as Gates
     from .losses import LossAdapter as LossAdapter
@@ -43,16 +54,25 @@ if TYPE_CHECKING:
     from .sampling import GroupedSampler as GroupedSampler
     from .search import Search as Search
     from .search import Selector as Selector
+    from .sensitivity import Greedy as Greedy
+    from .sensitivity import LeaveOneOut as LeaveOneOut
+    from .sensitivity import Random as Random
+    from .sensitivity import Taylor as Taylor
+    from .similarity import BlockInfluence as BlockInfluence
+    from .similarity import InputOutputMSE as InputOutputMSE
+    from .similarity import SpanSimilarity as SpanSimilarity
     from .task import Task as Task
     from .trainer import Trainer as Trainer
 
 _HOMES = {
     "backbone": ("Backbone", "Stream"),
-    "criteria": ("Keep",),
+    "calibration": ("Calibrated", "Calibration"),
+    "criteria": ("BKSDM", "Criterion", "FirstN", "Keep", "LastN", "Uniform"),
     "data": ("DataSource", "Tensors"),
     "decision": ("Decision",),
+    "distill": ("MaskedKD", "OutputKD", "derive_taps"),
     "errors": ("UserError",),
-    "evaluation": ("Frechet", "HeldOutLoss", "Latency", "Measurement", "Metric", "evaluate"),
+    "evaluation": ("Frechet", "HeldOutLoss", "Latency", "Measurement", "Metric", "check_teacher", "evaluate"),
     "gating": ("Gates",),
     "losses": ("LossAdapter",),
     "pruning": ("load_pretrained", "prune", "push_to_hub", "save_pretrained"),
@@ -64,6 +84,8 @@ _HOMES = {
     "run_folder": ("RunFolder",),
     "sampling": ("BlockSampler", "Draw", "GroupedSampler"),
     "search": ("Search", "Selector"),
+    "sensitivity": ("Greedy", "LeaveOneOut", "Random", "Taylor"),
+    "similarity": ("BlockInfluence", "InputOutputMSE", "SpanSimilarity"),
     "task": ("Task",),
     "trainer": ("Trainer",),
 }

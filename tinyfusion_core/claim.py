@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +13,15 @@ import torch
 import yaml
 
 from .decision import versions
-from .errors import UserError
+from .errors import UserError, nearest
 from .files import read_json, write_json, write_text
 from .recipe import Recipe, flatten
-from .run_folder import MADE_BY, RunFolder
+from .run_folder import RunFolder
 
-STAGES = tuple(MADE_BY)
-# Settings that change no number.
+# Settings that change no number of a run.
 INDIFFERENT = {"trainer.num_workers", "trainer.log_every", "trainer.checkpoint_every", "trainer.max_skipped"}
+OTHER_COMMANDS = ("compare", "audit")
+"""Sections that a run does not read."""
 
 
 def claim(recipe: Recipe, folder: RunFolder, command: str, restart_from: str | None) -> None:
@@ -31,18 +34,22 @@ def claim(recipe: Recipe, folder: RunFolder, command: str, restart_from: str | N
         restart_from: forget this stage and the later ones.
 
     Raises:
-        UserError: the folder holds a run with other settings, and `restart_from` leaves results of theirs.
+        UserError: the folder holds a run with other settings, and `restart_from` leaves results of theirs, or
+            there is no such stage.
     """
     now = fingerprint(recipe)
     record = folder / "run.json"
     before = read_json(record)["settings"] if record.exists() else now
     changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
-    forget = STAGES.index(restart_from) if restart_from else len(STAGES)
+    order, present = _stages([*now, *before]), stages(recipe)
+    if restart_from is not None and restart_from not in order:
+        raise UserError(f"--restart-from: no stage '{restart_from}'{nearest(restart_from, order)}")
+    forget = order.index(restart_from) if restart_from else len(order)
     if changed:
         # What a removed stage left must go too, but only a stage that there is can be named.
-        earliest = min(_stage_index(recipe, key) for key in changed)
-        first = next(s for s in STAGES[earliest:] if s == "evaluate" or recipe.settings.get(s) is not None)
-        if forget > STAGES.index(first):
+        earliest = min(order.index(_stage(recipe, key)) for key in changed)
+        first = next(s for s in order[earliest:] if s in present)
+        if forget > order.index(first):
             lines = [f"  {key}: {before.get(key)} -> {now.get(key)}" for key in changed]
             raise UserError(
                 f"{folder.path} holds a run with other settings:\n"
@@ -53,7 +60,11 @@ def claim(recipe: Recipe, folder: RunFolder, command: str, restart_from: str | N
             )
         forget = min(forget, earliest)
     if restart_from is not None:
-        folder.restart(STAGES[forget:])
+        for stage in order[forget:]:
+            round_name, _, name = stage.rpartition(".")
+            folder.round(round_name).restart([name])
+            if round_name and stage not in present:
+                shutil.rmtree(folder / round_name, ignore_errors=True)
     write_text(folder / "recipe.yaml", yaml.safe_dump(dict(recipe.settings), sort_keys=False))
     accelerator = recipe.trainer.accelerator
     hardware = {
@@ -68,12 +79,22 @@ def claim(recipe: Recipe, folder: RunFolder, command: str, restart_from: str | N
     )
 
 
+def stages(recipe: Recipe) -> list[str]:
+    """The stages of a run in their order; those of progressive pruning are `ROUND.search` and `ROUND.recover`.
+
+    A round without recovery has the stage too: it saves the student.
+    """
+    first = [] if recipe.train is None else ["train"]
+    rounds = [f"{name}.{stage}".lstrip(".") for name in recipe.each_round() for stage in ("search", "recover")]
+    return [*first, *rounds, "evaluate"]
+
+
 def stage_keys(recipe: Recipe) -> dict[str, str]:
     """For every stage a hash of all that decides its outcome, that of the stages before it included."""
     settings = fingerprint(recipe)
     upstream, keys = "", {}
-    for index, stage in enumerate(STAGES):
-        own = {k: v for k, v in settings.items() if _stage_index(recipe, k) == index}
+    for stage in _stages(settings):
+        own = {k: v for k, v in settings.items() if _stage(recipe, k) == stage}
         keys[stage] = upstream = digest([upstream, own])
     return keys
 
@@ -81,9 +102,13 @@ def stage_keys(recipe: Recipe) -> dict[str, str]:
 def fingerprint(recipe: Recipe) -> dict[str, Any]:
     """Every setting and input file that can change a number, by key. The content of data sets is not hashed."""
     settings = {k: v for k, v in flatten(recipe.settings).items() if k not in INDIFFERENT}
-    files = {} if recipe.search is None else recipe.search.inputs()
+    settings = {k: v for k, v in settings.items() if k.partition(".")[0] not in OTHER_COMMANDS}
+    files = {}
+    for name, step in recipe.each_round().items():
+        prefix = f"rounds.{name}." if name else ""
+        files.update({f"{prefix}{key}": content for key, content in step.search.inputs().items()})
     if recipe.train is None:
-        files = {**files, "backbone.checkpoint": recipe.backbone.source().get("sha256", "")}
+        files["backbone.checkpoint"] = recipe.backbone.source().get("sha256", "")
     return {**settings, **{f"{key} (its content)": content for key, content in files.items()}}
 
 
@@ -92,12 +117,21 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _stage_index(recipe: Recipe, key: str) -> int:
+def _stages(keys: Iterable[str]) -> list[str]:
+    """Every stage that some settings can belong to, in the order in which they run."""
+    rounds = dict.fromkeys(key.split(".")[1] for key in keys if key.startswith("rounds."))
+    later = [f"{name}.{stage}" for name in rounds for stage in ("search", "recover")]
+    return ["train", "search", "recover", *later, "evaluate"]
+
+
+def _stage(recipe: Recipe, key: str) -> str:
     """The first stage whose outcome a setting can change: its own section's, or all of them."""
     section, _, name = key.partition(" ")[0].partition(".")
     if section == "loss" and name in recipe.loss.sampling_options():
-        section = "evaluate"
-    return STAGES.index(section) if section in STAGES else 0
+        return "evaluate"
+    if section == "rounds" and name:
+        return ".".join(name.split(".")[:2])
+    return {"rounds": "search"}.get(section, section if section in ("search", "recover", "evaluate") else "train")
 
 
 def _free_name(path: Path) -> Path:

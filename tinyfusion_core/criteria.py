@@ -1,16 +1,26 @@
-"""Selectors that do not learn. All return the same `Decision` as the search."""
+"""Selectors that do not learn. All return the same `Decision` as the search.
 
-from __future__ import annotations
+Here: a choice of somebody's, and positions alone. `similarity.py` and `sensitivity.py` look at data.
+"""
 
+# No `from __future__ import annotations` here: the fields of a base class are resolved in the modules of the
+# classes that inherit them, where strings would mean nothing.
+
+import math
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+from torch.utils._pytree import tree_map
+
+from .budget import Quota, make_quota
 from .decision import Decision, provenance
 from .errors import UserError
 from .files import sha256
+from .patterns import Pattern, parse_pattern
 from .run_folder import RunFolder
-from .sampling import BlockSampler, GroupedSampler
 from .search import Selector
 from .task import Task
 from .trainer import Trainer
@@ -35,30 +45,150 @@ class Keep(Selector):
             raise UserError(f"Keep: blocks {list(self.blocks)} names a block twice")
 
     def __call__(self, task: Task, trainer: Trainer, run: RunFolder | None = None) -> Decision:
-        source = provenance(trainer.seed, task.source)
-        if self.decision is None:
-            kept = tuple(sorted(self.blocks))
-            return Decision(blocks=tuple(task.blocks), kept=kept, method="Keep", provenance=source)
-        decision = Decision.load(self.decision)
-        decision.check_fits(task.blocks, type(task.teacher).__name__)
-        return replace(decision, provenance={**decision.provenance, **source, "taken_from": self.decision})
+        decision = self.preview(task.blocks)
+        source = {**decision.provenance, **provenance(trainer.seed, task.source)}
+        return replace(
+            decision, provenance=source if self.decision is None else {**source, "taken_from": self.decision}
+        )
 
     def inputs(self) -> dict[str, str]:
         return {} if self.decision is None else {"search.decision": sha256(Path(self.decision))}
 
-    def preview(self, lists: Mapping[str, int]) -> BlockSampler:
+    def preview(self, blocks: Sequence[str]) -> Decision:
         if self.decision is None:
-            kept: Sequence[int] = self.blocks
-            total = sum(lists.values())
-        else:
-            loaded = Decision.load(self.decision)
-            kept, total = loaded.kept, len(loaded.blocks)
-        if total != sum(lists.values()) or any(not 0 <= i < total for i in kept):
-            raise UserError(f"Keep: blocks {list(kept)} of {total} do not fit {sum(lists.values())} blocks")
-        # A group of one block that is kept or not, for each block.
-        flags = [(int(i in kept), 1) for i in range(total)]
-        pattern, start = {}, 0
-        for name, depth in lists.items():
-            pattern[name] = flags[start : start + depth]
-            start += depth
-        return GroupedSampler(lists, pattern)  # type: ignore[arg-type]
+            return Decision(blocks=tuple(blocks), kept=tuple(sorted(self.blocks)), method="Keep")
+        decision = Decision.load(self.decision)
+        decision.check_fits(blocks, "the network")
+        return decision
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a criterion has found.
+
+    Attributes:
+        kept: indices of the blocks that stay.
+        evaluations: sample forward passes it took.
+        findings: what it was decided by, for the record.
+    """
+
+    kept: Sequence[int]
+    evaluations: int = 0
+    findings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Criterion(Selector):
+    """A heuristic that keeps as many blocks as it is told to.
+
+    Args:
+        keep: how many blocks stay: of all together, or a number for every block list.
+        pattern: keep N of every M blocks instead, as in `Search`. Give one of the two.
+        protect: indices of blocks that must stay.
+    """
+
+    keep: int | dict[str, int] | None = None
+    pattern: Pattern | int | None = None
+    protect: Sequence[int] = field(default_factory=tuple)
+
+    def __post_init__(self) -> None:
+        if (self.keep is None) == (self.pattern is None):
+            raise UserError(f"search: {type(self).__name__} takes keep or pattern; give one of the two")
+        if self.pattern is not None:
+            object.__setattr__(self, "pattern", parse_pattern(self.pattern))
+
+    def __call__(self, task: Task, trainer: Trainer, run: RunFolder | None = None) -> Decision:
+        quota = self.quota(task.blocks)
+        verdict = self.decide(quota, task, trainer)
+        found = tree_map(_recorded, {"evaluations": verdict.evaluations, **verdict.findings})
+        where = {**provenance(trainer.seed, task.source), **found}
+        return self._decision(task.blocks, quota, verdict.kept, where)
+
+    def preview(self, blocks: Sequence[str]) -> Decision:
+        quota = self.quota(blocks)
+        return self._decision(blocks, quota, self.guess(quota), {})
+
+    def quota(self, blocks: Sequence[str]) -> Quota:
+        """What the decision must obey."""
+        assert not isinstance(self.pattern, int)  # parse_pattern refuses numbers
+        return make_quota(blocks, self.keep, self.pattern, self.protected(blocks))
+
+    def protected(self, blocks: Sequence[str]) -> Sequence[int]:
+        """Indices of the blocks that must stay."""
+        return self.protect
+
+    @abstractmethod
+    def decide(self, quota: Quota, task: Task, trainer: Trainer) -> Verdict:
+        """Choose blocks that obey the quota; the network comes back as it was."""
+
+    def guess(self, quota: Quota) -> Sequence[int]:
+        """Blocks that obey the quota, found without a network."""
+        return quota.top([0.0] * quota.num_blocks)
+
+    def _decision(self, blocks: Sequence[str], quota: Quota, kept: Sequence[int], where: Mapping[str, Any]) -> Decision:
+        return Decision(
+            blocks=tuple(blocks),
+            kept=tuple(sorted(kept)),
+            method=type(self).__name__,
+            pattern=self.pattern,
+            choices=() if self.pattern is None else tuple(choice.blocks for choice in quota.choices),
+            provenance=where,
+        )
+
+
+def _recorded(value: Any) -> Any:
+    """Six digits of a number; JSON has no infinity."""
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.6g}") if math.isfinite(value) else None
+
+
+class Positions(Criterion):
+    """Keep the blocks at certain positions of every choice.
+
+    A choice is a group of the pattern, a block list, or with one number for all lists their concatenation.
+    Where protected blocks take places, those go that are farthest from a wanted position.
+    """
+
+    @abstractmethod
+    def positions(self, num_kept: int, size: int) -> Sequence[int]:
+        """The wanted positions among `size` blocks."""
+
+    def guess(self, quota: Quota) -> Sequence[int]:
+        scores = [0.0] * quota.num_blocks
+        for choice in quota.choices:
+            wanted = self.positions(choice.num_kept, len(choice.blocks))
+            for position, block in enumerate(choice.blocks):
+                scores[block] = -min((abs(position - w) for w in wanted), default=0)
+        return quota.top(scores)
+
+    def decide(self, quota: Quota, task: Task, trainer: Trainer) -> Verdict:
+        return Verdict(self.guess(quota))
+
+
+class Uniform(Positions):
+    """Keep evenly spaced blocks: the last of each of k equal segments (of 8 blocks 1, 3, 5, 7)."""
+
+    def positions(self, num_kept: int, size: int) -> Sequence[int]:
+        return [(i + 1) * size // num_kept - 1 for i in range(num_kept)]
+
+
+class FirstN(Positions):
+    """Keep the first blocks."""
+
+    def positions(self, num_kept: int, size: int) -> Sequence[int]:
+        return range(num_kept)
+
+
+class LastN(Positions):
+    """Keep the last blocks."""
+
+    def positions(self, num_kept: int, size: int) -> Sequence[int]:
+        return range(size - num_kept, size)
+
+
+class BKSDM(Positions):
+    """Keep evenly spaced blocks from the first to the last (BK-SDM, arXiv:2305.15798; of 8 blocks 0, 2, 5, 7)."""
+
+    def positions(self, num_kept: int, size: int) -> Sequence[int]:
+        return [round(i * (size - 1) / max(1, num_kept - 1)) for i in range(num_kept)]

@@ -148,7 +148,7 @@ class Distilled(Objective):
             compared = [feature_loss(s, t, self.kd.sigma, self.kd.mask) for s, t in pairs]
             terms["feature"], terms["masked"] = (torch.stack(parts).mean(0) for parts in zip(*compared, strict=True))
             total = total + self.beta * terms["feature"]
-        self.terms = {name: term.detach().mean() for name, term in terms.items()}
+        self.terms = {name: term.detach() for name, term in terms.items()}
         return total.mean(), total.detach()
 
     def before_step(self, progress: float) -> None:
@@ -157,7 +157,7 @@ class Distilled(Objective):
             self.beta = first + (last - first) * progress
 
     def metrics(self) -> dict[str, Any]:
-        values = {name: round(float(term), 6) for name, term in self.terms.items()}
+        values = {name: round(float(term.mean()), 6) for name, term in self.terms.items()}
         return {**values, "beta": self.beta} if isinstance(self.kd, MaskedKD) else values
 
 
@@ -173,14 +173,15 @@ def feature_loss(student: Tensor, teacher: Tensor, sigma: float | None, mask: st
     Returns:
         (B,) mean squared differences, and (B,) fractions of the activations that were left out of it.
     """
-    s, t = student.flatten(1).float(), teacher.flatten(1).float()
+    precision = torch.promote_types(student.dtype, torch.float32)  # squares of half precision overflow
+    s, t = student.flatten(1).to(precision), teacher.flatten(1).to(precision)
     if sigma is None:
         return (s - t).square().mean(1), s.new_zeros(len(s))
     keep_s, keep_t = _usual(s, sigma), _usual(t, sigma)
     if mask == "joint":
         keep = keep_s & keep_t
-        return ((s - t) * keep).square().sum(1) / keep.sum(1).clamp(min=1), 1 - keep.float().mean(1)
-    left_out = 1 - (keep_s.float() + keep_t.float()).mean(1) / 2
+        return ((s - t) * keep).square().sum(1) / keep.sum(1).clamp(min=1), 1 - keep.to(s).mean(1)
+    left_out = 1 - (keep_s.to(s) + keep_t.to(s)).mean(1) / 2
     return (s * keep_s - t * keep_t).square().mean(1), left_out
 
 

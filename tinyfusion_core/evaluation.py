@@ -125,7 +125,7 @@ class HeldOutLoss(Metric):
                     progress.advance(len(losses[-1]))
                 values[name] = float(torch.cat(losses).double().mean())
         note = f"{self.draws} fixed draws for each of {len(task.held_out)} held-out samples"
-        if "pruned" in models:
+        if any(name.endswith("pruned") for name in models):
             note += "; right after pruning it is the calibration loss"
         return [Measurement("held-out loss", values, better="lower", note=note)]
 
@@ -191,6 +191,34 @@ class Frechet(Metric):
             Measurement("Fréchet distance", distances, better="lower", note=note),
             Measurement("conditional accuracy", accuracies, better="higher", note=note),
         ]
+
+
+def check_teacher(task: Task, trainer: Trainer) -> None:
+    """Make sure that the teacher knows its objective, on up to 256 held-out samples.
+
+    Raises:
+        UserError: its loss is not below 0.9 of that of a network that has learned nothing; see `LossAdapter.trivial`.
+    """
+    device = trainer.accelerator.device
+    num = min(256, len(task.held_out))
+    model, learned, trivial = task.teacher.to(device), 0.0, 0.0
+    for first in range(0, num, 32):
+        batch = task.held_out.__getitems__(list(range(first, min(first + 32, num))))
+        rng = Rng(0, "held out", 0, first, strata=num)
+        inputs = task.loss.prepare({name: t.to(device) for name, t in batch.items()}, rng)
+        with torch.no_grad(), trainer.accelerator.autocast():
+            prediction = task.loss.predict(model, inputs)
+            nothing = task.loss.trivial(prediction, inputs)
+            if nothing is None:
+                return
+            learned += float(task.loss.loss(prediction, inputs).sum()) / num
+            trivial += float(task.loss.loss(nothing, inputs).sum()) / num
+    if not learned < 0.9 * trivial:
+        raise UserError(
+            f"the teacher's held-out loss is {learned:.4g}, that of a network that has learned nothing {trivial:.4g}: "
+            "is it the right checkpoint for this backbone, this loss (noise or velocity, its time steps) and this "
+            "data (scale of the latents, order of the labels)?"
+        )
 
 
 def generate(

@@ -5,7 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from .backbone import Batch
 from .errors import UserError
@@ -34,6 +36,14 @@ class LossAdapter(ABC):
             What `predict`, `loss` and `distance` need, tensors with B rows on the same device.
         """
 
+    def prepare_clean(self, batch: Batch, rng: Rng) -> dict[str, Tensor]:
+        """Inputs without noise, as the published block-influence script feeds them: for `predict` alone.
+
+        Raises:
+            UserError: this objective has none.
+        """
+        raise UserError(f"{type(self).__name__} has no inputs without noise; set reference to false")
+
     @abstractmethod
     def predict(self, model: nn.Module, inputs: Batch) -> Prediction:
         """Run the network on prepared inputs. The only method that calls the model."""
@@ -45,6 +55,14 @@ class LossAdapter(ABC):
     @abstractmethod
     def distance(self, student: Prediction, teacher: Prediction, inputs: Batch) -> Tensor:
         """(B,) distances between two predictions on the same inputs, for distillation."""
+
+    def trivial(self, prediction: Prediction, inputs: Batch) -> Prediction | None:
+        """What a network that has learned nothing would predict, in the place of `prediction`.
+
+        A teacher whose held-out loss is not clearly below this one's is taken for a mistake. By default zeros: no
+        noise, no velocity, all tokens alike. None when the objective has no such prediction: nothing is checked.
+        """
+        return tree_map(lambda x: torch.zeros_like(x) if isinstance(x, Tensor) else x, prediction)
 
     def sampling_options(self) -> frozenset[str]:
         """Names of the options that matter for `sample` alone: changing them spoils no training."""

@@ -14,9 +14,9 @@ from .errors import MissingFileError, UserError
 from .evaluation import count_flops
 from .pruning import remove_blocks
 from .randomness import Rng
-from .recipe import Recipe
+from .recipe import Recipe, Round
 from .recover import Recover
-from .search import Search, Selector
+from .search import Search
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Plan:
 def make_plan(recipe: Recipe) -> Plan:
     """Plan a run; problems are collected, not raised."""
     plan = Plan()
-    for part in (_network, _stages, _checkpoint, _data, _metrics):
+    for part in (_network, _checkpoint, _data, _metrics):
         _attempt(plan, recipe, part)
     return plan
 
@@ -60,33 +60,47 @@ def _network(plan: Plan, recipe: Recipe) -> None:
     plan.rows.append(("network", f"{type(recipe.backbone).__name__}, {counts}"))
     _fit_together(recipe, model)
     plan.rows.append(("before pruning", _size(recipe, model)))
-    if recipe.search is not None:
-        _search(plan, recipe, recipe.search, model, blocks, lists)
+    if recipe.train is not None:
+        plan.rows.append(("train", _training(recipe, recipe.train)))
+    if recipe.train is not None and recipe.train.kd is not None:
+        plan.problems.append("train.kd: a fresh network has no teacher to learn from; distillation goes with recover")
+    if recipe.recover is not None and recipe.search is None:
+        plan.problems.append(
+            "recover: there is no search before it, so nothing is pruned; add one, or set recover: null"
+        )
+    for name, step in recipe.each_round().items():
+        model = _round(plan, recipe, f"{name}: " if name else "", step, model)
 
 
-def _search(
-    plan: Plan, recipe: Recipe, search: Selector, model: nn.Module, blocks: list[str], lists: dict[str, int]
-) -> None:
-    decision = search.preview(blocks)
-    plan.rows.append(("keeps", f"{len(decision.kept)} of {len(blocks)} blocks"))
-    if isinstance(search, Search):
-        sampler = search.make_sampler(lists)
+def _round(plan: Plan, recipe: Recipe, prefix: str, step: Round, model: nn.Module) -> nn.Module:
+    """Plan one search and recovery; returns the pruned network."""
+    blocks = expand(model, recipe.backbone.blocks(model))
+    decision = step.search.preview(blocks)
+    plan.rows.append((f"{prefix}keeps", f"{len(decision.kept)} of {len(blocks)} blocks"))
+    if isinstance(step.search, Search):
+        lists = {name: len(members) for name, members in block_lists(blocks).items()}
+        sampler = step.search.make_sampler(lists)
         groups = sampler.choices()
         ranges = ", ".join(f"{g[0]}-{g[-1]}" for g in groups)
-        plan.rows.append(("groups", f"{len(groups)} (blocks {ranges}), {sampler.num_masks:,} possible masks"))
-        update = type(search.update).__name__
-        plan.rows.append(("search", f"{_budget(recipe, search)}, weight update {update}"))
+        plan.rows.append((f"{prefix}groups", f"{len(groups)} (blocks {ranges}), {sampler.num_masks:,} possible masks"))
+        update = type(step.search.update).__name__
+        plan.rows.append((f"{prefix}search", f"{_budget(recipe, step.search)}, weight update {update}"))
     pruned = copy.deepcopy(model)
     remove_blocks(recipe.backbone, pruned, [blocks[i] for i in decision.removed])
-    plan.rows.append(("after pruning", _size(recipe, pruned)))
+    plan.rows.append((f"{prefix}after pruning", _size(recipe, pruned)))
+    if step.recover is not None:
+        plan.rows.append((f"{prefix}recover", _training(recipe, step.recover)))
+        if step.recover.kd is not None and (taps := step.recover.kd.taps_for(decision)):
+            table = ", ".join(f"{student} ↔ {teacher}" for student, teacher in taps)
+            # Groups say where the taps are, whichever of their blocks stay.
+            given = "" if decision.choices else f", if blocks {', '.join(map(str, decision.kept))} stay"
+            plan.rows.append((f"{prefix}taps", f"student ↔ teacher: {table}{given}"))
+    return pruned
 
 
-def _stages(plan: Plan, recipe: Recipe) -> None:
-    for name, stage in (("train", recipe.train), ("recover", recipe.recover)):
-        if stage is not None:
-            plan.rows.append((name, f"{_budget(recipe, stage)}, {stage.schedule} schedule from {stage.lr:g}"))
-    if recipe.recover is not None and recipe.search is None:
-        raise UserError("recover: there is no search before it, so nothing is pruned; add one, or set recover: null")
+def _training(recipe: Recipe, stage: Recover) -> str:
+    kd = "" if stage.kd is None else f", {type(stage.kd).__name__}"
+    return f"{_budget(recipe, stage)}, {stage.schedule} schedule from {stage.lr:g}{kd}"
 
 
 def _checkpoint(plan: Plan, recipe: Recipe) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,21 +62,21 @@ def results_table(folder: RunFolder) -> Table:
 
 def write_report(folder: RunFolder) -> Path:
     """Draw the figures and write `report.html`, one page that needs no other file. Returns its path."""
-    decision = _decision(folder)
+    decisions = _decisions(folder)
     sections = [_table_html(folder)]
-    for title, caption, pictures in _draw(folder, decision):
+    for title, caption, pictures in _draw(folder, decisions):
         panels = "".join(_picture_html(folder / "figures" / name, shown, title) for name, shown in pictures)
         kind = "grids" if len(pictures) > 1 else "scroll"
         sections.append(
             f"<section><h2>{title}</h2><div class='{kind}'>{panels}</div>"
             f"<p class='note'>{html.escape(caption)}</p></section>"
         )
-    sections.append(_record_html(folder, decision))
+    sections.append(_record_html(folder, decisions))
     title = html.escape(_headline(folder))
     page = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title><link rel="icon" href="data:,"><style>{STYLE}</style></head>
-<body><main><header><p class="brand">tinyfusion</p><h1>{title}</h1>{_summary_html(folder, decision)}</header>
+<body><main><header><p class="brand">tinyfusion</p><h1>{title}</h1>{_summary_html(folder, decisions)}</header>
 {"".join(sections)}
 </main></body></html>
 """
@@ -83,7 +84,7 @@ def write_report(folder: RunFolder) -> Path:
     return folder / "report.html"
 
 
-def _draw(folder: RunFolder, decision: Decision | None) -> list[tuple[str, str, list[tuple[str, str]]]]:
+def _draw(folder: RunFolder, decisions: Mapping[str, Decision]) -> list[tuple[str, str, list[tuple[str, str]]]]:
     """Draw what the run has figures for.
 
     Returns:
@@ -91,30 +92,37 @@ def _draw(folder: RunFolder, decision: Decision | None) -> list[tuple[str, str, 
     """
     figures = folder / "figures"
     drawn: list[tuple[str, str, list[tuple[str, str]]]] = []
-    if decision is not None:
-        draw_strip(decision, figures / "blocks.png")
+    curves = {"train": folder.metrics("train")}
+    for name, decision in decisions.items():
+        made, prefix = folder.round(name), f"{name}_" if name else ""
+        of = f": {name}" if name else ""
+        draw_strip(decision, figures / f"{prefix}blocks.png")
         removed = ", ".join(map(str, decision.removed)) or "none"
-        caption = f"Removed: {removed}. Decided by {decision.method}; the numbers above are the confidence."
-        drawn.append(("What was kept", caption, [("blocks.png", "")]))
-    search = folder.metrics("search")
-    if decision is not None and search:
-        draw_dynamics(search, len(decision.blocks), figures / "dynamics.png")
-        caption = "The decision of the averaged gate logits at every logged step, after figure 6 of the paper."
-        drawn.append(("How the decision came about", caption, [("dynamics.png", "")]))
+        sure = "; the numbers above are the confidence" if decision.confidences else ""
+        caption = f"Removed: {removed}. Decided by {decision.method}{sure}."
+        drawn.append((f"What was kept{of}", caption, [(f"{prefix}blocks.png", "")]))
+        search = made.metrics("search")
+        if search:
+            draw_dynamics(search, len(decision.blocks), figures / f"{prefix}dynamics.png")
+            caption = "The decision of the averaged gate logits at every logged step, after figure 6 of the paper."
+            drawn.append((f"How the decision came about{of}", caption, [(f"{prefix}dynamics.png", "")]))
+        curves |= {f"{name} {stage}".strip(): made.metrics(stage) for stage in ("search", "recover")}
     samples = folder / "samples.safetensors"
     if samples.exists():
         images = load_file(samples)
         order = images.pop("labels").argsort(stable=True)
         pictures: list[tuple[str, str]] = []
-        for name in [n for n in ("teacher", "pruned", "recovered") if n in images]:
-            draw_images(images[name][order], figures / f"samples_{name}.png", columns=8)
-            pictures.append((f"samples_{name}.png", name))
+        for name in [n for n in results(folder)[0] if n in images]:
+            file = f"samples_{name.replace(' ', '_')}.png"
+            draw_images(images[name][order], figures / file, columns=8)
+            pictures.append((file, name))
         drawn.append(("Samples", "The same noise and label at the same place in every grid.", pictures))
-    stages = {stage: folder.metrics(stage) for stage in ("train", "search", "recover")}
-    stages = {stage: entries for stage, entries in stages.items() if entries}
-    if stages:
-        draw_losses(stages, figures / "losses.png")
+    curves = {stage: entries for stage, entries in curves.items() if entries}
+    if curves:
+        draw_losses(curves, figures / "losses.png")
         caption = "Means between logged steps, and a running mean. A search's loss is that of sampled subnetworks."
+        if any("kd" in entry for entries in curves.values() for entry in entries[-1:]):
+            caption += " A distillation's is the weighted sum of its terms."
         drawn.append(("Training", caption, [("losses.png", "")]))
     return drawn
 
@@ -127,13 +135,16 @@ def _picture_html(path: Path, shown: str, title: str) -> str:
 
 
 def _headline(folder: RunFolder) -> str:
-    decision = _decision(folder)
+    decisions = list(_decisions(folder).values())
+    depths = [len(d.blocks) for d in decisions[:1]] + [len(d.kept) for d in decisions]
     name = folder.path.resolve().name
-    return f"{name}: {len(decision.blocks)} → {len(decision.kept)} blocks" if decision else name
+    return f"{name}: {' → '.join(map(str, depths))} blocks" if depths else name
 
 
-def _summary_html(folder: RunFolder, decision: Decision | None) -> str:
-    stages = folder.finished()
+def _summary_html(folder: RunFolder, decisions: Mapping[str, Decision]) -> str:
+    stages = dict(folder.finished())
+    for name in filter(None, decisions):
+        stages |= {f"{name} {stage}": entry for stage, entry in folder.round(name).finished().items()}
     total = sum(s["seconds"] for s in stages.values())
     times = ", ".join(f"{name} {_duration(s['seconds'])}" for name, s in stages.items())
     facts = []
@@ -141,8 +152,9 @@ def _summary_html(folder: RunFolder, decision: Decision | None) -> str:
         name = label.removesuffix(" ↓")
         if ratio and name in ("parameters", "latency", "held-out loss"):
             facts.append(f"{name} {ratio}")
-    if decision is not None and decision.confidence is not None:
-        facts.append(f"confidence {decision.confidence:.2f}")
+    confidences = [d.confidence for d in decisions.values() if d.confidence is not None]
+    if confidences:
+        facts.append(f"confidence {', '.join(f'{c:.2f}' for c in confidences)}")
     if stages:
         facts.append(f"{_duration(total)} in all ({times})")
     return f"<p class='facts'>{html.escape(' · '.join(facts))}</p>"
@@ -169,11 +181,11 @@ def _table_html(folder: RunFolder) -> str:
     )
 
 
-def _record_html(folder: RunFolder, decision: Decision | None) -> str:
+def _record_html(folder: RunFolder, decisions: Mapping[str, Decision]) -> str:
     record: dict[str, Any] = read_json(folder / "run.json")
     parts = {"versions": record["versions"], "hardware": record["hardware"]}
-    if decision is not None:
-        parts["decision"] = {"kept": list(decision.kept), **decision.provenance}
+    for name, decision in decisions.items():
+        parts[f"decision {name}".strip()] = {"kept": list(decision.kept), **decision.provenance}
     text = yaml.safe_dump(parts, sort_keys=False, allow_unicode=True, default_flow_style=None)
     recipe = (folder / "recipe.yaml").read_text()
     return (
@@ -183,9 +195,11 @@ def _record_html(folder: RunFolder, decision: Decision | None) -> str:
     )
 
 
-def _decision(folder: RunFolder) -> Decision | None:
-    path = folder / "decision.json"
-    return Decision.load(path) if path.exists() else None
+def _decisions(folder: RunFolder) -> dict[str, Decision]:
+    """What the rounds of a run have decided, by name; a search of its own is the round without a name."""
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    paths = {name: folder.round(name) / "decision.json" for name in recipe.get("rounds") or [""]}
+    return {name: Decision.load(path) for name, path in paths.items() if path.exists()}
 
 
 def _figure(value: float | None, unit: str) -> str:

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from .claim import claim, stage_keys
 from .decision import Decision, versions
 from .errors import UserError
-from .evaluation import evaluate, generate
+from .evaluation import check_teacher, evaluate, generate
 from .figures import draw_images
 from .files import read_json, save_tensors, write_json
 from .plan import make_plan
 from .pruning import WEIGHTS, load_pretrained, prune, save_network, save_pretrained
 from .randomness import seed_of
-from .recipe import Recipe, load_recipe
+from .recipe import Recipe, Round, load_recipe
 from .report import write_report
 from .run_folder import RunFolder
 from .task import Task
@@ -93,33 +93,42 @@ class _Run:
         recipe, folder = self.recipe, self.folder
         if recipe.train is not None:
             trained = self._stage("train", self._train, lambda: load_pretrained(folder / "teacher"))
-            made = read_json(folder / "teacher" / "config.json")
-            origin = {**made["source"], "sha256": made["sha256"][WEIGHTS]}
-            self.task = replace(self.task, model=trained, origin=origin)
+            self.task = replace(self.task, model=trained, origin=_origin(folder / "teacher"))
         models: dict[str, nn.Module] = {"teacher": self.task.teacher}
-        if recipe.search is not None:
-            decision = self._stage("search", self._search, lambda: Decision.load(folder / "decision.json"))
-            models["pruned"] = prune(self.task, decision)
-            if recipe.recover is not None:
-                student = self._stage(
-                    "recover", lambda: self._recover(decision), lambda: self._stored_student(decision)
-                )
-                models["recovered"] = student
-            elif self.accelerator.is_main_process:
-                save_pretrained(models["pruned"], self.task, decision, folder / "student")
+        for name, step in recipe.each_round().items():
+            models.update(self._round(name, step))
         self._stage("evaluate", lambda: self._evaluate(models), lambda: None)
+
+    def _round(self, name: str, step: Round) -> dict[str, nn.Module]:
+        """Search, prune, recover; the student becomes the task's network. Returns what there is to measure."""
+        folder, before, prefix = self.folder.round(name), self.task, f"{name}." if name else ""
+        decision = self._stage(
+            f"{prefix}search", lambda: self._search(step, name), lambda: Decision.load(folder / "decision.json")
+        )
+        pruned = prune(before, decision)
+        student = self._stage(
+            f"{prefix}recover",
+            lambda: self._recover(step, folder, decision),
+            lambda: _stored_student(folder, decision),
+        )
+        if name:  # alone, it keeps the teacher as the task's network
+            self.task = replace(before, model=student, origin=_origin(folder / "student"))
+        made = {f"{name} pruned".strip(): pruned}
+        return made if step.recover is None else {**made, name or "recovered": student}
 
     def _stage(self, name: str, work: Callable[[], Any], stored: Callable[[], Any]) -> Any:
         """The stage's result: read back when it has finished before, else made and marked as finished."""
-        if self.folder.finished().get(name, {}).get("key") == self.keys[name]:
+        round_name, _, local = name.rpartition(".")
+        folder = self.folder.round(round_name)
+        if folder.finished().get(local, {}).get("key") == self.keys[name]:
             return stored()
         start = time.monotonic()
         result = work()
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             # The last logged line knows what earlier, interrupted processes spent.
-            logged = [e.get("seconds", 0.0) for e in self.folder.metrics(name)[-1:]]
-            self.folder.finish(name, self.keys[name], max([time.monotonic() - start, *logged]))
+            logged = [e.get("seconds", 0.0) for e in folder.metrics(local)[-1:]]
+            folder.finish(local, self.keys[name], max([time.monotonic() - start, *logged]))
         self.accelerator.wait_for_everyone()
         return result
 
@@ -135,30 +144,24 @@ class _Run:
             save_network(model, recipe.backbone, {**recipe.backbone.source(), **made}, self.folder / "teacher")
         return model
 
-    def _search(self) -> Decision:
-        assert self.recipe.search is not None
-        decision = self.recipe.search(self.task, self.recipe.trainer, self.folder)
-        recipe_hash = {"recipe_sha256": self.keys["search"]}
+    def _search(self, step: Round, name: str) -> Decision:
+        if self.recipe.train is None and self.task.origin is None:
+            check_teacher(self.task, self.recipe.trainer)
+        folder = self.folder.round(name)
+        decision = step.search(self.task, self.recipe.trainer, folder)
+        recipe_hash = {"recipe_sha256": self.keys[f"{name}.search".lstrip(".")]}
         decision = replace(decision, provenance={**decision.provenance, **recipe_hash})
         if self.accelerator.is_main_process:
-            decision.save(self.folder / "decision.json")
+            decision.save(folder / "decision.json")
         return decision
 
-    def _recover(self, decision: Decision) -> nn.Module:
-        assert self.recipe.recover is not None
+    def _recover(self, step: Round, folder: RunFolder, decision: Decision) -> nn.Module:
         student = prune(self.task, decision)
-        student = self.recipe.recover(self.task, student, decision, self.recipe.trainer, self.folder)
+        if step.recover is not None:
+            student = step.recover(self.task, student, decision, self.recipe.trainer, folder)
         if self.accelerator.is_main_process:
-            save_pretrained(student, self.task, decision, self.folder / "student")
+            save_pretrained(student, self.task, decision, folder / "student")
         return student
-
-    def _stored_student(self, decision: Decision) -> nn.Module:
-        if Decision.load(self.folder / "student" / "decision.json") != decision:
-            raise UserError(
-                f"{self.folder / 'decision.json'}: not the decision that student/ was made from; "
-                "restore it, or run with --restart-from recover"
-            )
-        return load_pretrained(self.folder / "student")
 
     def _evaluate(self, models: Mapping[str, nn.Module]) -> None:
         if not self.accelerator.is_main_process:
@@ -177,6 +180,21 @@ class _Run:
         )
 
 
+def _stored_student(folder: RunFolder, decision: Decision) -> nn.Module:
+    if Decision.load(folder / "student" / "decision.json") != decision:
+        raise UserError(
+            f"{folder / 'decision.json'}: not the decision that student/ was made from; "
+            "restore it, or run with --restart-from recover"
+        )
+    return load_pretrained(folder / "student")
+
+
+def _origin(saved: Path) -> dict[str, Any]:
+    """Where a network comes from that this run made."""
+    made = read_json(saved / "config.json")
+    return {**made["source"], "sha256": made["sha256"][WEIGHTS]}
+
+
 def sample_images(folder: RunFolder, num: int, seed: int, out: Path | None = None) -> Path:
     """Generate images with a run's student, or with its teacher when it pruned nothing.
 
@@ -193,8 +211,10 @@ def sample_images(folder: RunFolder, num: int, seed: int, out: Path | None = Non
         UserError: no network has been saved there yet, or its data cannot be shown.
     """
     recipe = load_recipe(folder / "recipe.yaml")
-    name = "student" if recipe.search is not None else "teacher"
+    rounds = list(recipe.each_round())
+    name = "student" if rounds else "teacher"
     out = out or folder / "figures" / f"{name}.png"
+    folder = folder.round(rounds[-1]) if rounds else folder
     if not (folder / name / "config.json").exists():
         raise UserError(f"{folder.path}: no {name} yet; let the run finish first")
     if num < 1 or out.suffix != ".png":

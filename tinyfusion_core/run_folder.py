@@ -29,6 +29,7 @@ class RunFolder:
 
     `recipe.yaml` (resolved), `metrics.jsonl` (one line a logged step), `decision.json`, `student/`,
     `metrics.json` (the final figures), `report.html`, `figures/`, and while a stage runs `checkpoints/`.
+    Progressive pruning has one such folder for each round in it, with what the round's search and recovery made.
 
     Args:
         path: the folder.
@@ -62,6 +63,10 @@ class RunFolder:
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
+
+    def round(self, name: str) -> RunFolder:
+        """The folder of a round; a search of its own is the round without a name, in the run folder itself."""
+        return RunFolder(self / name) if name else self
 
     # Metrics
 

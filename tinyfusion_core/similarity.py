@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .budget import Quota
-from .calibration import Calibrated, Measure
-from .criteria import Verdict, rounded
+from .calibration import Calibrated, Measure, Span
+from .criteria import Verdict
+from .errors import UserError
 from .task import Task
 from .trainer import Trainer
 
@@ -83,14 +85,14 @@ class BlockInfluence(Calibrated):
 
     reference: bool = False
 
-    def quota(self, blocks: Sequence[str]) -> Quota:
-        return self.limit(blocks, [*self.protect, len(blocks) - 1] if self.reference else self.protect)
+    def protected(self, blocks: Sequence[str]) -> Sequence[int]:
+        return [*self.protect, len(blocks) - 1] if self.reference else self.protect
 
     def decide(self, quota: Quota, task: Task, trainer: Trainer) -> Verdict:
         calibration = self.calibration(task, trainer)
         spans = [(i, i) for i in range(quota.num_blocks)]
         scores = [1 - similarity for similarity in calibration.compare(spans, cosine, clean=self.reference)]
-        return Verdict(quota.top(scores), calibration.evaluations, {"scores": rounded(scores)})
+        return Verdict(quota.top(scores), calibration.evaluations, {"scores": scores})
 
 
 class InputOutputMSE(Calibrated):
@@ -99,4 +101,55 @@ class InputOutputMSE(Calibrated):
     def decide(self, quota: Quota, task: Task, trainer: Trainer) -> Verdict:
         calibration = self.calibration(task, trainer)
         scores = calibration.compare([(i, i) for i in range(quota.num_blocks)], squared_error)
-        return Verdict(quota.top(scores), calibration.evaluations, {"scores": rounded(scores)})
+        return Verdict(quota.top(scores), calibration.evaluations, {"scores": scores})
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpanSimilarity(Calibrated):
+    """Remove blocks that follow each other: the run of them that changes its input least (arXiv:2403.17887).
+
+    One run goes of every group of a pattern or every block list with its own number; with one number for all
+    lists it is the best run inside any of them.
+
+    Args:
+        measure: mean cosine of the tokens before and after, which ranks like the paper's angular distance for
+            single tokens; or linear CKA, which sees the whole set of tokens up to rotation and scale.
+    """
+
+    measure: Literal["cosine", "cka"] = "cosine"
+
+    def guess(self, quota: Quota) -> Sequence[int]:
+        return _without(quota, [spans[0] for spans in self._candidates(quota)])
+
+    def decide(self, quota: Quota, task: Task, trainer: Trainer) -> Verdict:
+        candidates = self._candidates(quota)
+        spans = [span for some in candidates for span in some]
+        calibration = self.calibration(task, trainer)
+        values = calibration.compare(spans, cosine if self.measure == "cosine" else LinearCKA)
+        similarity = dict(zip(spans, values, strict=True))
+        kept = _without(quota, [max(some, key=similarity.__getitem__) for some in candidates])
+        found = {"spans": [{"first": i, "last": j, "similarity": value} for (i, j), value in similarity.items()]}
+        return Verdict(kept, calibration.evaluations, found)
+
+    def _candidates(self, quota: Quota) -> list[list[Span]]:
+        """The runs that may go, for every choice that has to lose blocks."""
+        candidates = []
+        for choice in quota.choices:
+            size = len(choice.blocks) - choice.num_kept
+            if not size:
+                continue
+            runs = [run[i : i + size] for run in choice.lists for i in range(len(run) - size + 1)]
+            # Lists may take turns in the order of execution.
+            runs = [run for run in runs if run[-1] - run[0] == size - 1 and not quota.protected & set(run)]
+            if not runs:
+                raise UserError(
+                    f"SpanSimilarity: {choice.name} has no {size} blocks in a row inside one block list that could go "
+                    f"(protected: {sorted(quota.protected & set(choice.blocks))}); keep more, protect fewer, "
+                    "or give search.keep a number for every block list"
+                )
+            candidates.append([(run[0], run[-1]) for run in runs])
+        return candidates
+
+
+def _without(quota: Quota, spans: Sequence[Span]) -> list[int]:
+    return [i for i in range(quota.num_blocks) if not any(first <= i <= last for first, last in spans)]

@@ -89,14 +89,21 @@ class GaussianDiffusion(LossAdapter):
         Returns:
             `x_start`, `noise`, `x_t` like `x`; `t`, `y`, `drop` (whether to drop the label) of shape (B,).
         """
-        x_start, num_rows = batch["x"], len(batch["x"])
-        if "x_std" in batch:
-            x_start = x_start + batch["x_std"] * rng.normal("latent", x_start)
+        x_start, num_rows = _latents(batch, rng), len(batch["x"])
         t = rng.integers("time", self.num_timesteps, num_rows).to(x_start.device)
         drop = (rng.uniform("label_drop", num_rows) < self.label_drop).to(x_start.device)
         noise = rng.normal("noise", x_start)
         x_t = self._process.diffuse(x_start, t, noise)
         return {"x_start": x_start, "noise": noise, "x_t": x_t, "t": t, "y": batch["y"], "drop": drop}
+
+    def prepare_clean(self, batch: Batch, rng: Rng) -> dict[str, Tensor]:
+        """Latents without noise or dropped labels, at time steps from the first 250.
+
+        The script counts the 250 steps of a respaced process and feeds the counts to the network as they are.
+        """
+        x, num_rows = _latents(batch, rng), len(batch["x"])
+        t = rng.integers("time", min(250, self.num_timesteps), num_rows).to(x.device)
+        return {"x_t": x, "t": t, "y": batch["y"], "drop": torch.zeros_like(t, dtype=torch.bool)}
 
     def predict(self, model: nn.Module, inputs: Batch) -> Tensor:
         """`model(x_t, t, y)`, y being `model.null_class` where dropped -> (B, C or 2C, H, W)."""
@@ -195,6 +202,13 @@ class GaussianDiffusion(LossAdapter):
 def _process(num_timesteps: int, count: int, spacing: str) -> Process:
     split = even_steps if spacing == "even" else strided_steps
     return Process.respaced(linear_betas(num_timesteps), split(num_timesteps, count))
+
+
+def _latents(batch: Batch, rng: Rng) -> Tensor:
+    """The clean latents; drawn where the data give their means and deviations."""
+    if "x_std" not in batch:
+        return batch["x"]
+    return batch["x"] + batch["x_std"] * rng.normal("latent", batch["x"])
 
 
 def _mean(x: Tensor) -> Tensor:

@@ -1,0 +1,211 @@
+"""Look at a network through calibration samples, the same inputs for every criterion of a run."""
+
+# No `from __future__ import annotations` here: the fields of a base class are resolved in the modules of the
+# classes that inherit them, where strings would mean nothing.
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .backbone import Stream
+from .calls import BatchDim, Call, positional_names
+from .criteria import Criterion
+from .errors import UserError, require
+from .gating import Gates
+from .progress import Tracker, track
+from .randomness import Order, Rng
+from .task import Task
+from .trainer import Trainer
+
+Span = tuple[int, int]
+"""First and last of some blocks that follow each other."""
+
+
+class Measure(Protocol):
+    """A comparison of two streams, gathered over batches without keeping them."""
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Take in (..., D) tensors of one shape; the last dimension holds the features."""
+
+    def value(self) -> float: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibrated(Criterion):
+    """A heuristic that looks at training samples.
+
+    Args:
+        samples: how many; the whole data set when it has fewer.
+        batch_size: samples at once; changes nothing but speed and memory.
+    """
+
+    samples: int = 256
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.samples >= 1, "search.samples", self.samples, "at least 1")
+        require(self.batch_size >= 1, "search.batch_size", self.batch_size, "at least 1")
+
+    def calibration(self, task: Task, trainer: Trainer) -> "Calibration":
+        return Calibration(task, trainer, self.samples, self.batch_size, name=type(self).__name__)
+
+
+class Calibration:
+    """A task's network and the samples that it is judged by. Every method leaves the network as it was.
+
+    Args:
+        task: the network, its objective and data.
+        trainer: device, precision and seed.
+        samples: how many training samples to use, at most.
+        batch_size: samples at once.
+        name: what is being done, to show with the progress.
+
+    Attributes:
+        evaluations: sample forward passes so far.
+    """
+
+    def __init__(self, task: Task, trainer: Trainer, samples: int, batch_size: int, name: str = "calibration") -> None:
+        self.task, self.trainer, self.batch_size, self.name = task, trainer, batch_size, name
+        self.num_samples = min(samples, len(task.train))
+        self.evaluations = 0
+        self.device = trainer.accelerator.device
+
+    def losses(self, masks: Tensor, note: str = "") -> list[float]:
+        """The calibration loss under each of (K, N) masks of zeros and ones; infinite where it is not finite.
+
+        `note` goes behind the name of the progress.
+        """
+        totals = torch.zeros(len(masks), dtype=torch.float64)
+        with self._open(len(masks), note) as progress, torch.no_grad(), self._gates() as gates:
+            for inputs, num_rows in self._batches():
+                for k, mask in enumerate(masks.to(self.device)):
+                    gates.mask = mask.expand(num_rows, -1)
+                    totals[k] += float(self._losses(inputs).cpu().double().sum())
+                    self._advance(progress, num_rows)
+        means: list[float] = (totals / self.num_samples).nan_to_num(nan=torch.inf, neginf=torch.inf).tolist()
+        return means
+
+    def gradients(self) -> list[float]:
+        """For every block, the mean over samples of |dL/dm|, m being the block's mask, at m = 1."""
+        model = self.task.teacher
+        total = torch.zeros(len(self.task.blocks), device=self.device)
+        with self._open(1) as progress, torch.enable_grad(), _frozen(model), self._gates() as gates:
+            for inputs, num_rows in self._batches():
+                gates.mask = mask = torch.ones(num_rows, len(total), device=self.device, requires_grad=True)
+                (gradient,) = torch.autograd.grad(self._losses(inputs).sum(), mask)
+                total += gradient.abs().sum(0)
+                self._advance(progress, num_rows)
+        return self.finite((total / self.num_samples).tolist())
+
+    def compare(self, spans: Sequence[Span], measure: Callable[[], Measure], clean: bool = False) -> list[float]:
+        """Compare the residual stream before and after each span, averaged over the streams.
+
+        Args:
+            spans: no two with the same first block or the same last block.
+            measure: makes the measure of one span and stream.
+            clean: feed inputs without noise, as the published block-influence script does.
+        """
+        model, paths, streams = self.task.teacher, self.task.blocks, self.task.backbone.streams
+        measures = {span: [measure() for _ in streams] for span in spans}
+        with self._open(1) as progress, torch.no_grad(), ExitStack() as hooks:
+            for span in spans:
+                before, after = _watch(measures[span], streams, model.get_submodule(paths[span[0]]), paths[span[0]])
+                first, last = (model.get_submodule(paths[i]) for i in span)
+                hooks.callback(first.register_forward_pre_hook(before, with_kwargs=True).remove)
+                hooks.callback(last.register_forward_hook(after).remove)
+            for inputs, num_rows in self._batches(clean):
+                with self.trainer.accelerator.autocast():
+                    self.task.loss.predict(model, inputs)
+                self._advance(progress, num_rows)
+        return self.finite([sum(m.value() for m in measures[span]) / len(streams) for span in spans])
+
+    def finite(self, values: list[float]) -> list[float]:
+        """The values; raises UserError when one is not finite."""
+        if not all(map(math.isfinite, values)):
+            raise UserError(
+                f"{self.name}: what the calibration samples give is not finite; check the checkpoint and the data, "
+                "or use precision bf16 or fp32"
+            )
+        return values
+
+    def _batches(self, clean: bool = False) -> Iterator[tuple[dict[str, Tensor], int]]:
+        """Prepared inputs and their number of rows. What row i draws does not depend on the batch size."""
+        task, seed = self.task, self.trainer.seed
+        prepare = task.loss.prepare_clean if clean else task.loss.prepare
+        order = Order(seed, "calibration", len(task.train), self.num_samples)
+        for first in range(0, self.num_samples, self.batch_size):
+            indices = [order[i] for i in range(first, min(first + self.batch_size, self.num_samples))]
+            batch = {name: t.to(self.device) for name, t in task.train.__getitems__(indices).items()}
+            yield prepare(batch, Rng(seed, "calibration", first=first, strata=self.num_samples)), len(indices)
+
+    def _losses(self, inputs: dict[str, Tensor]) -> Tensor:
+        with self.trainer.accelerator.autocast():
+            return self.task.loss.loss(self.task.loss.predict(self.task.teacher, inputs), inputs)
+
+    def _gates(self) -> Gates:
+        return Gates(self.task.teacher, self.task.blocks, self._batch_dim, self.task.backbone.streams)
+
+    @cached_property
+    def _batch_dim(self) -> BatchDim:
+        return self.task.batch_dim(self.task.teacher)
+
+    @contextmanager
+    def _open(self, passes: int, note: str = "") -> Iterator[Tracker]:
+        """The network in eval mode on the device, and the progress of some passes over the samples."""
+        model = self.task.teacher.to(self.device)
+        training = [module for module in model.modules() if module.training]
+        show = self.trainer.accelerator.is_main_process
+        try:
+            model.eval()
+            with track(self.name + note, passes * self.num_samples, show=show) as progress:
+                yield progress
+        finally:
+            for module in training:
+                module.training = True
+
+    def _advance(self, progress: Tracker, num_rows: int) -> None:
+        self.evaluations += num_rows
+        progress.advance(num_rows)
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No gradients for the weights."""
+    learning = [p for p in model.parameters() if p.requires_grad]
+    try:
+        model.requires_grad_(False)
+        yield
+    finally:
+        for p in learning:
+            p.requires_grad_(True)
+
+
+def _watch(
+    measures: Sequence[Measure], streams: Sequence[Stream], first: nn.Module, path: str
+) -> tuple[Callable[..., None], Callable[..., None]]:
+    """Hooks for before the first and after the last block of a span."""
+    names = positional_names(first.forward)
+    entered: list[Tensor] = []
+
+    def before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = Call(block.forward, names, args, kwargs, lambda leaf: None)
+        # Copies: the model may go on in place.
+        entered[:] = [call.stream(stream, path).clone() for stream in streams]
+
+    def after(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        for measure, stream, x in zip(measures, streams, entered, strict=True):
+            y = output if isinstance(output, Tensor) else output[stream.output or 0]
+            # In full precision: bf16 cannot tell two blocks apart that are nearly the identity.
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            with torch.autocast(x.device.type, enabled=False):
+                measure.add(x.to(dtype), y.to(dtype))
+        entered.clear()
+
+    return before, after
