@@ -69,7 +69,10 @@ def _network(plan: Plan, recipe: Recipe) -> None:
             "recover: there is no search before it, so nothing is pruned; add one, or set recover: null"
         )
     for name, step in recipe.each_round().items():
-        model = _round(plan, recipe, f"{name}: " if name else "", step, model)
+        try:
+            model = _round(plan, recipe, f"{name}: " if name else "", step, model)
+        except UserError as e:
+            raise UserError(f"rounds.{name}: {e}" if name else str(e)) from e
 
 
 def _round(plan: Plan, recipe: Recipe, prefix: str, step: Round, model: nn.Module) -> nn.Module:
