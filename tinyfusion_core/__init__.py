@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from .backbone import Stream as Stream
     from .calibration import Calibrated as Calibrated
     from .calibration import Calibration as Calibration
+    from .comparison import Audit as Audit
+    from .comparison import Compare as Compare
+    from .comparison_report import write_comparison as write_comparison
     from .criteria import BKSDM as BKSDM
     from .criteria import Criterion as Criterion
     from .criteria import FirstN as FirstN
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
     from .evaluation import Metric as Metric
     from .evaluation import check_teacher as check_teacher
     from .evaluation import evaluate as evaluate
+    from .findings import Findings as Findings
     from .gating import Gates as Gates
     from .losses import LossAdapter as LossAdapter
     from .pruning import load_pretrained as load_pretrained
@@ -67,12 +71,15 @@ if TYPE_CHECKING:
 _HOMES = {
     "backbone": ("Backbone", "Stream"),
     "calibration": ("Calibrated", "Calibration"),
+    "comparison": ("Audit", "Compare"),
+    "comparison_report": ("write_comparison",),
     "criteria": ("BKSDM", "Criterion", "FirstN", "Keep", "LastN", "Uniform"),
     "data": ("DataSource", "Tensors"),
     "decision": ("Decision",),
     "distill": ("MaskedKD", "OutputKD", "derive_taps"),
     "errors": ("UserError",),
     "evaluation": ("Frechet", "HeldOutLoss", "Latency", "Measurement", "Metric", "check_teacher", "evaluate"),
+    "findings": ("Findings",),
     "gating": ("Gates",),
     "losses": ("LossAdapter",),
     "pruning": ("load_pretrained", "prune", "push_to_hub", "save_pretrained"),

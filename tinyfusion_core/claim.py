@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,12 +12,11 @@ import yaml
 
 from .decision import versions
 from .errors import UserError, nearest
-from .files import read_json, write_json, write_text
+from .files import digest, read_json, write_json, write_text
 from .recipe import Recipe, flatten
 from .run_folder import RunFolder
+from .trainer import INDIFFERENT
 
-# Settings that change no number of a run.
-INDIFFERENT = {"trainer.num_workers", "trainer.log_every", "trainer.checkpoint_every", "trainer.max_skipped"}
 OTHER_COMMANDS = ("compare", "audit")
 """Sections that a run does not read."""
 
@@ -101,7 +98,7 @@ def stage_keys(recipe: Recipe) -> dict[str, str]:
 
 def fingerprint(recipe: Recipe) -> dict[str, Any]:
     """Every setting and input file that can change a number, by key. The content of data sets is not hashed."""
-    settings = {k: v for k, v in flatten(recipe.settings).items() if k not in INDIFFERENT}
+    settings = {k: v for k, v in flatten(recipe.settings).items() if k.removeprefix("trainer.") not in INDIFFERENT}
     settings = {k: v for k, v in settings.items() if k.partition(".")[0] not in OTHER_COMMANDS}
     files = {}
     for name, step in recipe.each_round().items():
@@ -110,11 +107,6 @@ def fingerprint(recipe: Recipe) -> dict[str, Any]:
     if recipe.train is None:
         files["backbone.checkpoint"] = recipe.backbone.source().get("sha256", "")
     return {**settings, **{f"{key} (its content)": content for key, content in files.items()}}
-
-
-def digest(value: Any) -> str:
-    """A hash of anything that JSON can hold."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _stages(keys: Iterable[str]) -> list[str]:

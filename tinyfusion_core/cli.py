@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0 done, 2 a mistake of the user's, 130 (or 143) interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     options, flags = _parser().parse_known_args(arguments)
-    if flags and options.command not in ("run", "validate"):
+    if flags and options.command not in ("run", "validate", "compare", "audit"):
         _parser().error(f"unrecognized arguments: {' '.join(flags)}")
     from .errors import Interrupted, UserError
 
@@ -61,11 +61,18 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--run-dir", type=Path, help="the run folder (default: runs/NAME_OF_THE_RECIPE)")
     run.add_argument(
         "--restart-from",
-        choices=("train", "search", "recover", "evaluate"),
-        help="forget this stage and the later ones in the run folder, then run",
+        metavar="STAGE",
+        help="forget this stage (train, search, recover, evaluate; ROUND.search ...) and the later ones, then run",
     )
     validate = command("validate", "plan a recipe on the meta device and print the plan", epilog=keys)
     validate.add_argument("recipe", type=Path)
+    for name, text in (
+        ("compare", "prune with every criterion, recover all alike, and set them beside random subsets"),
+        ("audit", "heal many random subsets and see how well cheap scores foretell the healed loss"),
+    ):
+        comparison = command(name, text, epilog=keys)
+        comparison.add_argument("recipe", type=Path)
+        comparison.add_argument("--run-dir", type=Path, help=f"default: runs/NAME_OF_THE_RECIPE-{name}")
     command("keys", "list every key that a recipe can have")
     plugins = command("plugins", "list installed plugins and what they bring")
     plugins.add_argument("--json", action="store_true", help="for programs")
@@ -96,6 +103,20 @@ def _run(options: argparse.Namespace, flags: list[str]) -> int:
     console = Console(highlight=False)
     console.print(results_table(RunFolder(run_dir)))
     console.print(f"report: {report}", soft_wrap=True)
+    return 0
+
+
+def _compare(options: argparse.Namespace, flags: list[str]) -> int:
+    from .comparison_report import compare_recipe, print_tables
+    from .recipe import load_recipe
+
+    run_dir = options.run_dir or Path("runs") / f"{options.recipe.stem}-{options.command}"
+    command = _command([options.command, str(options.recipe), *flags])
+    recipe = load_recipe(options.recipe, flags)
+    findings, report = compare_recipe(recipe, options.command, run_dir, command)
+    if recipe.trainer.accelerator.is_main_process:
+        print_tables(findings)
+        print(f"report: {report}")
     return 0
 
 
@@ -187,6 +208,8 @@ def _command(arguments: Sequence[str]) -> str:
 
 _COMMANDS = {
     "run": _run,
+    "compare": _compare,
+    "audit": _compare,
     "validate": _validate,
     "keys": _keys,
     "plugins": _plugins,

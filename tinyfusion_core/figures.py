@@ -59,7 +59,7 @@ def draw_strip(decision: Decision, path: Path) -> None:
             axes.text(middle, 1.32, f"{confidence:.2f}", ha="center", va="bottom", color=INK, size=9)
         axes.set(xlim=(0, count), ylim=(-0.1, 1.75), aspect="auto")
         axes.axis("off")
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def draw_dynamics(entries: Entries, num_blocks: int, path: Path) -> None:
@@ -80,7 +80,7 @@ def draw_dynamics(entries: Entries, num_blocks: int, path: Path) -> None:
         right.set(title="probability that a block is kept", xlabel="search step", ylabel="block")
         right.set(yticks=range(0, num_blocks, 1 if num_blocks <= 16 else 2))
         figure.colorbar(image, ax=right)
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def draw_losses(stages: Mapping[str, Entries], path: Path) -> None:
@@ -94,7 +94,7 @@ def draw_losses(stages: Mapping[str, Entries], path: Path) -> None:
             if points:
                 _curve(axes, *zip(*points, strict=True))
             axes.set(title=f"training loss: {stage}", xlabel="step")
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def _grid(batch: Tensor, columns: int) -> np.ndarray[Any, Any]:
@@ -128,6 +128,6 @@ def _curve(axes: Axes, steps: Sequence[int], losses: Sequence[float]) -> None:
     axes.set_ylim(low - margin, high + margin)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
     write_atomic(path, lambda file: figure.savefig(file, format="png", bbox_inches="tight", facecolor="white"))
     plt.close(figure)

@@ -160,3 +160,8 @@ def _umask() -> int:
 def _reason(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__
+
+
+def digest(value: Any) -> str:
+    """A hash of anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

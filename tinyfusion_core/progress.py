@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from rich.console import Console
 from rich.progress import (
@@ -25,21 +25,42 @@ SECONDS_BETWEEN_LINES = 10.0
 class Tracker:
     """Counts units of work; made by `track`."""
 
-    def __init__(self, name: str, total: int, done: int, bar: Progress | None, show: bool) -> None:
+    def __init__(
+        self, name: str, total: int, done: int, bar: Progress | None, show: bool, outer: Tracker | None
+    ) -> None:
         self.name, self.total, self.done = name, total, done
-        self._bar, self._show = bar, show
+        self._bar, self._show, self._outer = bar, show, outer
         self._started = self._told = time.monotonic()
         self._task = bar.add_task(name, total=total, completed=done, note="") if bar else None
+        self._note = ""
 
     def advance(self, units: int = 1, note: str = "") -> None:
         self.done += units
+        self._tell(note)
+
+    def tell(self, note: str) -> None:
+        """Say what is being done now; the work inside adds how far it is."""
+        self._note = note
+        self._tell(note)
+
+    def _tell(self, note: str) -> None:
+        if self._outer is not None:
+            self._outer._tell(f"{self._outer._note} ({self.name} {self.done}/{self.total} {note}".rstrip() + ")")
+            return
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=self.done, note=note)
             return
         now = time.monotonic()
         if self._show and (self.done >= self.total or now - self._told >= SECONDS_BETWEEN_LINES):
             self._told = now
-            console.print(f"{self.name}: {self.done}/{self.total} {note} ({now - self._started:.0f} s)", soft_wrap=True)
+            spent = f"({now - self._started:.0f} s)"
+            console.print(
+                " ".join(filter(None, (f"{self.name}: {self.done}/{self.total}", note, spent))), soft_wrap=True
+            )
+
+
+_shown: list[Tracker] = []
+"""The tracker that is on the screen; work inside work does not get a bar of its own."""
 
 
 @contextmanager
@@ -52,17 +73,22 @@ def track(name: str, total: int, done: int = 0, show: bool = True) -> Iterator[T
         done: units that an earlier run has done.
         show: False on all processes but one.
     """
-    if not show or not console.is_terminal:
-        yield Tracker(name, total, done, None, show)
-        return
-    columns = (
-        TextColumn("{task.description:<24}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=console) as bar:
-        yield Tracker(name, total, done, bar, show)
+    with ExitStack() as stack:
+        if not show or _shown or not console.is_terminal:
+            tracker = Tracker(name, total, done, None, show, _shown[0] if show and _shown else None)
+        else:
+            columns = (
+                TextColumn("{task.description:<24}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+            )
+            bar = stack.enter_context(Progress(*columns, console=console))
+            tracker = Tracker(name, total, done, bar, show, None)
+        if show and not _shown:
+            _shown.append(tracker)
+            stack.callback(_shown.clear)
+        yield tracker

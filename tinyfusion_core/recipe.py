@@ -18,6 +18,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from . import criteria  # noqa: F401  # brings the names of its selectors
 from .backbone import Backbone
+from .comparison import Audit, Compare
 from .data import DataSource
 from .distill import OutputKD
 from .errors import MissingFileError, UserError, nearest
@@ -54,12 +55,15 @@ SECTIONS: dict[str, Any] = {
     "recover": Recover,
     "rounds": dict[str, Round],
     "evaluate": list[Metric],
+    "compare": Compare,
+    "audit": Audit,
 }
 BROUGHT = {"backbone": Backbone, "loss": LossAdapter, "data": DataSource}
 """Kinds that plugins register."""
 POLYMORPHIC = (Backbone, LossAdapter, DataSource, Selector, Metric, WeightUpdate, BlockSampler, OutputKD)
-PLAIN = (Trainer, Recover, Round)
+PLAIN = (Trainer, Recover, Round, Compare, Audit)
 """Classes that a section is made of without saying so."""
+OPTIONAL = ("train", "search", "recover", "rounds", "compare", "audit")
 RESERVED = ("teacher", "student", "figures", "checkpoints")
 """Names of a run folder that no round can have."""
 
@@ -78,6 +82,8 @@ class Recipe:
         recover: trains the pruned network.
         rounds: progressive pruning, in the place of search and recover: rounds by name.
         evaluate: what to measure besides sizes.
+        compare: how `tinyfusion compare` sets criteria beside each other; a run does not read it.
+        audit: how `tinyfusion audit` does.
         settings: the resolved YAML, every default filled in.
     """
 
@@ -90,6 +96,8 @@ class Recipe:
     recover: Recover | None = None
     rounds: Mapping[str, Round] | None = None
     evaluate: Sequence[Metric] = ()
+    compare: Compare | None = None
+    audit: Audit | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def each_round(self) -> dict[str, Round]:
@@ -162,7 +170,7 @@ def schema() -> ArgumentParser:
     set_parsing_settings(subclasses_enabled=list(POLYMORPHIC))
     parser = ArgumentParser(prog="tinyfusion run RECIPE", exit_on_error=False)
     for name, kind in SECTIONS.items():
-        optional = kind | None if name in ("train", "search", "recover", "rounds") else kind
+        optional = kind | None if name in OPTIONAL else kind
         default: Any = Trainer() if kind is Trainer else [] if name == "evaluate" else None
         parser.add_argument(f"--{name}", type=optional, default=default)
     return parser

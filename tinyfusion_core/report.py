@@ -65,7 +65,7 @@ def write_report(folder: RunFolder) -> Path:
     decisions = _decisions(folder)
     sections = [_table_html(folder)]
     for title, caption, pictures in _draw(folder, decisions):
-        panels = "".join(_picture_html(folder / "figures" / name, shown, title) for name, shown in pictures)
+        panels = "".join(picture_html(folder / "figures" / name, shown, title) for name, shown in pictures)
         kind = "grids" if len(pictures) > 1 else "scroll"
         sections.append(
             f"<section><h2>{title}</h2><div class='{kind}'>{panels}</div>"
@@ -127,7 +127,7 @@ def _draw(folder: RunFolder, decisions: Mapping[str, Decision]) -> list[tuple[st
     return drawn
 
 
-def _picture_html(path: Path, shown: str, title: str) -> str:
+def picture_html(path: Path, shown: str, title: str) -> str:
     image = base64.b64encode(path.read_bytes()).decode()
     caption = f"<figcaption>{html.escape(shown)}</figcaption>" if shown else ""
     alt = html.escape(f"{title}: {shown}" if shown else title)

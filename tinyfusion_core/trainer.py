@@ -27,6 +27,9 @@ from .stopping import stop_requests
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+INDIFFERENT = ("num_workers", "log_every", "checkpoint_every", "max_skipped")
+"""Settings of the trainer that change no number."""
+
 
 class Objective(nn.Module, ABC):
     """What a stage minimises. Everything differentiable happens in `forward`, inside what DDP or FSDP wraps."""

@@ -1,0 +1,215 @@
+"""The parts of a comparison, each a small file that is named by a hash of all that decides it: computed once."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import inspect
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .data import Samples
+from .decision import Decision
+from .evaluation import Frechet, HeldOutLoss
+from .files import digest, read_json, write_json
+from .findings import Trial
+from .progress import Tracker
+from .pruning import prune
+from .recover import Recover
+from .run_folder import RunFolder
+from .search import Search, Selector
+from .task import Task
+from .trainer import INDIFFERENT, Trainer
+
+
+class Cells:
+    """What has been computed, as files; and the way to compute the rest.
+
+    Args:
+        task: what to prune.
+        recover: how to heal.
+        trainer: how to train, whatever its seed.
+        folder: holds `cells/`.
+        progress: moves on with every cell that is asked for.
+        metrics: what to measure.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        recover: Recover,
+        trainer: Trainer,
+        folder: RunFolder,
+        progress: Tracker,
+        metrics: tuple[HeldOutLoss, Frechet | None],
+    ) -> None:
+        self.task, self.recover, self.trainer, self.folder, self.progress = task, recover, trainer, folder, progress
+        self.held_out, self.frechet = metrics
+        self.accelerator = trainer.accelerator
+        loss = _described(task.loss)
+        self.sampling = {name: loss.pop(name) for name in task.loss.sampling_options() if name in loss}
+        config = task.backbone.config(task.teacher)
+        network = [_described(task.backbone), _described(config), _weights(task.teacher)]
+        self.training = {"network": network, "loss": loss, "data": _identity(task.train)}
+        self.measuring = {
+            "network": network,
+            "loss": loss,
+            "data": _identity(task.held_out),
+            "metric": _described(self.held_out),
+            "precision": self.accelerator.mixed_precision,
+        }
+
+    def decide(self, name: str, selector: Selector, seed: int) -> Trial:
+        """Let a candidate choose. The trial has no losses yet."""
+        trainer = replace(self.trainer, seed=seed)
+
+        def work(folder: RunFolder) -> dict[str, Any]:
+            start = time.monotonic()
+            decision = selector(self.task, trainer, folder)
+            # The last logged line knows what earlier, interrupted processes spent.
+            logged = [e.get("seconds", 0.0) for e in folder.metrics()[-1:]]
+            cost = decision.provenance.get("evaluations", 0)
+            if isinstance(selector, Search):
+                cost = selector.steps * (selector.batch_size or trainer.batch_size)
+            scores = decision.provenance.get("scores")
+            scores = None if scores is None else [_finite(s) for s in scores]
+            seconds = max([time.monotonic() - start, *logged])
+            return {"kept": list(decision.kept), "scores": scores, "seconds": seconds, "evaluations": cost}
+
+        key = {**self.training, "trainer": _trainer(trainer), "selector": _described(selector), **selector.inputs()}
+        made = self._cell("decision", key, f"{name}, seed {seed}: choosing", work)
+        self.progress.advance()
+        kept, scores = tuple(made.pop("kept")), made.pop("scores")
+        return Trial(name, seed, kept, scores=None if scores is None else tuple(scores), **made)
+
+    def calibrate(self, kept: Sequence[int]) -> float | None:
+        """The held-out loss of the network with these blocks alone, without any recovery."""
+
+        def work(folder: RunFolder) -> dict[str, Any]:
+            return {"loss": self._loss(prune(self.task, self._decision(kept)))}
+
+        key = {**self.measuring, "kept": list(kept)}
+        loss: float | None = self._cell("calibration", key, "loss right after pruning", work)["loss"]
+        return loss
+
+    def heal(self, trial: Trial, full: bool = False) -> Trial:
+        """Prune and recover as the trial says; with `full`, measure the Fréchet distance too."""
+        calibration = self.calibrate(trial.kept)
+        trainer = replace(self.trainer, seed=trial.seed)
+        extra = self.frechet if full else None
+        # What a change of the sampling changes is the distance alone.
+        name = digest([_described(extra), self.sampling]) if extra is not None else "loss"
+
+        def work(folder: RunFolder) -> dict[str, Any]:
+            decision = self._decision(trial.kept)
+            student = self.recover(self.task, prune(self.task, decision), decision, trainer, folder)
+            figures = {"loss": self._loss(student)}
+            if extra is not None and self.accelerator.is_main_process:
+                distance = extra(self.task, {"recovered": student}, trainer)[0].values["recovered"]
+                figures[name] = _finite(distance)
+            return figures
+
+        key = {
+            **{f"training {k}": v for k, v in self.training.items()},
+            **self.measuring,
+            "trainer": _trainer(trainer),
+            "recover": _described(self.recover),
+            "kept": list(trial.kept),
+        }
+        what = f"{trial.method or 'random subset'}, seed {trial.seed}: recovering"
+        figures = self._cell("healing", key, what, work, needs=name)
+        self.progress.advance()
+        return replace(
+            trial, calibration=calibration, healed=figures["loss"], frechet=figures[name] if extra is not None else None
+        )
+
+    def _cell(
+        self, kind: str, key: Mapping[str, Any], what: str, work: Callable[[RunFolder], dict[str, Any]], needs: str = ""
+    ) -> dict[str, Any]:
+        """The content of a cell; computed in a folder of its own, where checkpoints outlive a kill, if it is missing.
+
+        Args:
+            kind: first part of the file's name.
+            key: all that decides the content.
+            what: to show while it is computed.
+            work: computes it.
+            needs: an entry without which it has to be computed again.
+        """
+        name = f"{kind}-{digest(key)[:24]}"
+        path, scratch = self.folder / "cells" / f"{name}.json", RunFolder(self.folder / "cells" / name)
+        before = read_json(path) if path.exists() else None
+        there = before is not None and (not needs or needs in before)
+        self.accelerator.wait_for_everyone()  # nobody writes before everybody has looked
+        if not there:
+            self.progress.tell(what)
+            made = work(scratch)
+            if self.accelerator.is_main_process:
+                write_json(path, {**(before or {}), **made, "of": dict(key)})
+        if self.accelerator.is_main_process:
+            shutil.rmtree(scratch.path, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        content: dict[str, Any] = read_json(path)
+        del content["of"]
+        return content
+
+    def _decision(self, kept: Sequence[int]) -> Decision:
+        """Says nothing of groups, so that taps, and with them the recovery, follow from the kept blocks alone."""
+        return Decision(blocks=tuple(self.task.blocks), kept=tuple(kept), method="comparison")
+
+    def _loss(self, model: nn.Module) -> float | None:
+        if not self.accelerator.is_main_process:
+            return None
+        model.to(self.accelerator.device)
+        return _finite(self.held_out(self.task, {"model": model}, self.trainer)[0].values["model"])
+
+
+def _described(value: Any) -> Any:
+    """Settings as JSON. Of an object that has none that can be told, its address: never the same in another process."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        own = {f.name: _described(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"class": _described(type(value)), **own}
+    if isinstance(value, functools.partial):
+        return [_described(v) for v in (value.func, value.args, value.keywords)]
+    if isinstance(value, type) or (inspect.isfunction(value) and value.__qualname__.isidentifier()):
+        return f"{value.__module__}.{value.__qualname__}"
+    if isinstance(value, Mapping):
+        return {str(k): _described(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_described(v) for v in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else repr(value)
+
+
+def _trainer(trainer: Trainer) -> dict[str, Any]:
+    settings = {k: v for k, v in _described(trainer).items() if k not in INDIFFERENT}
+    return {**settings, "precision": trainer.accelerator.mixed_precision}
+
+
+def _weights(model: nn.Module) -> str:
+    return _hash(sorted(model.state_dict().items()))
+
+
+def _identity(data: Samples) -> list[Any]:
+    """What tells a data set from others: its length and some of its samples."""
+    size = len(data)
+    some = sorted({i * (size - 1) // 15 for i in range(16)}) if size else []
+    return [size, _hash(sorted(data.__getitems__(some).items()))]
+
+
+def _hash(tensors: Sequence[tuple[str, Tensor]]) -> str:
+    found = hashlib.sha256()
+    for name, t in tensors:
+        found.update(f"{name} {list(t.shape)} {t.dtype}".encode())
+        found.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
