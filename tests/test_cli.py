@@ -52,7 +52,7 @@ def test_plugins_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plugins", "--json"]) == 0
     found = {p["name"]: p for p in json.loads(capsys.readouterr().out)}
     assert ["backbone", "DiT"] in found["dit"]["brings"]
-    assert found["digits"]["brings"] == [["data", "Digits"]]
+    assert found["images"]["brings"] == [["data", "Digits"], ["data", "Fashion"]]
     assert found["dit"]["distribution"].startswith("tinyfusion ")
     assert main(["plugins"]) == 0
     assert "GaussianDiffusion" in capsys.readouterr().out
@@ -98,14 +98,14 @@ def test_a_third_party_plugin_is_found_and_a_broken_one_costs_a_warning(tmp_path
     warnings = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
     assert len(warnings) == 2
     assert "plugin 'badplugin' (badplugin 1.0) left out" in warnings[1]
-    assert found["dit"]["error"] is found["digits"]["error"] is None  # the mistakes of others are not theirs
+    assert found["dit"]["error"] is found["images"]["error"] is None  # the mistakes of others are not theirs
 
 
 def test_two_plugins_with_one_name_are_both_named(tmp_path: Path) -> None:
     install(tmp_path, "otherdigits", PLUGIN.format(name="Digits"))
     done = plugins_with(tmp_path)
     assert done.returncode == 2
-    assert "plugins 'digits' and 'otherdigits' both bring a data named 'Digits'" in done.stderr
+    assert "plugins 'images' and 'otherdigits' both bring a data named 'Digits'" in done.stderr
 
 
 def test_importing_a_plugin_is_light() -> None:

@@ -84,7 +84,7 @@ class Comparison:
             Interrupted: a signal came; the same call goes on.
         """
         candidates, left_out = self._candidates(search, task.blocks)
-        budget = _common_budget(self.view, candidates, task.blocks)
+        budget = common_budget(self.view, candidates, task.blocks)
         folder, main = RunFolder(run_dir), trainer.accelerator.is_main_process
         seeds = tuple(trainer.seed + i for i in range(self.seeds))
         num_random, num_seeds = self.reference()
@@ -196,7 +196,7 @@ class Audit(Comparison):
         return super()._metrics(evaluate)[0], None
 
 
-def _common_budget(view: str, candidates: Mapping[str, Selector], blocks: Sequence[str]) -> dict[str, int]:
+def common_budget(view: str, candidates: Mapping[str, Selector], blocks: Sequence[str]) -> dict[str, int]:
     """How many blocks of each list all candidates keep. Raises UserError unless they agree."""
     problems, budgets = [], {}
     for name, candidate in candidates.items():

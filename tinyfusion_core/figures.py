@@ -93,6 +93,10 @@ def draw_losses(stages: Mapping[str, Entries], path: Path) -> None:
             points = [(e["step"], e["loss"]) for e in entries if e["loss"] is not None]
             if points:
                 _curve(axes, *zip(*points, strict=True))
+            if entries and "gt" in entries[-1]:  # a distillation's loss is a sum of several
+                steps, plain = zip(*((e["step"], e["gt"]) for e in entries), strict=True)
+                axes.plot(steps, plain, color="#9aa5b1", linewidth=1, label="without the teacher's terms")
+                axes.legend(frameon=False, fontsize=8)
             axes.set(title=f"training loss: {stage}", xlabel="step")
         save_figure(figure, path)
 

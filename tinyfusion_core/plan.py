@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .backbone import block_lists, expand
+from .comparison import common_budget
 from .errors import MissingFileError, UserError
 from .evaluation import count_flops
 from .pruning import remove_blocks
@@ -68,6 +69,11 @@ def _network(plan: Plan, recipe: Recipe) -> None:
         plan.problems.append(
             "recover: there is no search before it, so nothing is pruned; add one, or set recover: null"
         )
+    for comparison in filter(None, (recipe.compare, recipe.audit)):
+        if comparison.candidates is not None:
+            common_budget(comparison.view, comparison.candidates, expand(model, recipe.backbone.blocks(model)))
+            counts = f"{len(comparison.candidates)} candidates, {comparison.seeds} seeds"
+            plan.rows.append((comparison.view, counts))
     for name, step in recipe.each_round().items():
         try:
             model = _round(plan, recipe, f"{name}: " if name else "", step, model)

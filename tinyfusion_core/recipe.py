@@ -203,9 +203,10 @@ def describe_keys() -> str:
 
 
 def _describe_class(name: str, cls: type[Any]) -> list[str]:
-    text = docstring_parser.parse(cls.__doc__ or "")
-    meaning = {p.arg_name: " ".join((p.description or "").split()) for p in text.params}
-    lines = [f"  {name}: {text.short_description or ''}"]
+    # Inherited options are explained where they are declared.
+    texts = [docstring_parser.parse(part.__doc__ or "") for part in cls.__mro__[-2::-1]]
+    meaning = {p.arg_name: " ".join((p.description or "").split()) for text in texts for p in text.params}
+    lines = [f"  {name}: {texts[-1].short_description or ''}"]
     for key, parameter in inspect.signature(cls).parameters.items():
         if not key.startswith("_") and key != "lists":
             default = "" if parameter.default is parameter.empty else f" = {parameter.default!r}"
@@ -339,6 +340,6 @@ def _root_message(error: BaseException) -> str:
     *_, message = re.split(r'Parser key "[^"]+":', str(error))
     key = ".".join(re.findall(r'Parser key "([^"]+)":', str(error)))
     line = next(line.strip() for line in [*message.splitlines(), "not valid"] if line.strip())
-    union = re.search(r"Subtypes: (.*)(?s:.*)Given value: (.*)", message)
+    union = re.search(r"Subtypes: (.*)(?s:.*?)Given value: (.*)", message)
     line = f"Expected one of {union[1]}. Got value: {union[2]}" if union else line
     return f"{key}: {line}" if key else line
