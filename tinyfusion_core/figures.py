@@ -90,13 +90,7 @@ def draw_losses(stages: Mapping[str, Entries], path: Path) -> None:
             1, len(stages), figsize=(5 * len(stages), 2.9), layout="constrained", squeeze=False
         )
         for axes, (stage, entries) in zip(panels[0], stages.items(), strict=True):
-            points = [(e["step"], e["loss"]) for e in entries if e["loss"] is not None]
-            if points:
-                _curve(axes, *zip(*points, strict=True))
-            if entries and "gt" in entries[-1]:  # a distillation's loss is a sum of several
-                steps, plain = zip(*((e["step"], e["gt"]) for e in entries), strict=True)
-                axes.plot(steps, plain, color="#9aa5b1", linewidth=1, label="without the teacher's terms")
-                axes.legend(frameon=False, fontsize=8)
+            _curves(axes, [e for e in entries if e["loss"] is not None])
             axes.set(title=f"training loss: {stage}", xlabel="step")
         save_figure(figure, path)
 
@@ -120,14 +114,21 @@ def draw_images(batch: Tensor, path: Path, columns: int) -> None:
     write_atomic(path, lambda file: picture.save(file, format="png"))
 
 
-def _curve(axes: Axes, steps: Sequence[int], losses: Sequence[float]) -> None:
-    """The logged means, and a running mean over them when they are many."""
+def _curves(axes: Axes, entries: Entries) -> None:
+    """The logged means, a running mean when they are many, and of a distillation the training loss alone."""
+    if not entries:
+        return
+    steps, losses = [e["step"] for e in entries], [e["loss"] for e in entries]
     axes.plot(steps, losses, color=KEPT, alpha=0.35, linewidth=1)
     width = max(1, len(losses) // 20)
     if width > 1:
         smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
         axes.plot(steps[width - 1 :], smooth, color=KEPT, linewidth=1.8)
-    low, high = np.percentile(losses, [0, 95])
+    plain = [e["gt"] for e in entries if "gt" in e]
+    if plain:
+        axes.plot(steps, plain, color="#9aa5b1", linewidth=1, label="without the teacher's terms")
+        axes.legend(frameon=False, fontsize=8)
+    low, high = np.percentile([*losses, *plain], [0, 95])
     margin = 0.15 * (high - low) + 1e-9
     axes.set_ylim(low - margin, high + margin)
 
