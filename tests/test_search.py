@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 import torch
@@ -142,7 +144,21 @@ def test_every_logged_step_tells_the_state_of_the_search(tmp_path) -> None:
     assert last["confidence"] == pytest.approx(decision.confidence, abs=1e-4)
     assert last["tau"] == pytest.approx(0.1)
     assert all(math.isfinite(e["loss"]) for e in lines)
-    assert lines[0]["lr"] == [1e-2, 1e-4]
+    assert lines[0]["lr"] == [1e-2, 1e-3]
+
+
+@pytest.mark.parametrize(("given", "steps", "expected"), [(None, 2, 1e-3), (None, 2000, 5e-4), (1e-4, 2, 1e-4)])
+def test_a_short_search_moves_the_weights_faster(tmp_path, given: float | None, steps: int, expected: float) -> None:
+    class FirstStep(Match):
+        def prepare(self, batch, rng):
+            if rng.step > 1:
+                raise KeyboardInterrupt
+            return super().prepare(batch, rng)
+
+    run, trainer = tiny.RunFolder(tmp_path), replace(TRAINER, log_every=1)
+    with suppress(KeyboardInterrupt):
+        search(steps=steps, lr=given)(replace(task(), loss=FirstStep()), trainer, run)
+    assert run.metrics("search")[0]["lr"] == [1e-2, expected]
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path) -> None:

@@ -173,21 +173,24 @@ class Audit(Comparison):
     Args:
         candidates: searches and criteria by name, all with the same budget; by default the recipe's search and
             every criterion.
-        seeds: how often everything is decided and healed: with the trainer's seed, the next one, and so on.
+        seeds: how often each candidate decides and heals: with the trainer's seed, the next one, and so on.
         masks: random subsets within the budget; all of them when there are no more.
+        healings: how many of the seeds the random subsets are healed with.
         steps: of every recovery, in the place of the recipe's.
     """
 
     masks: int = 100
+    healings: int = 1
     steps: int = 100
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.masks >= 3, "audit.masks", self.masks, "at least 3")
+        require(1 <= self.healings <= self.seeds, "audit.healings", self.healings, f"1 to audit.seeds ({self.seeds})")
         require(self.steps >= 1, "audit.steps", self.steps, "at least 1")
 
     def reference(self) -> tuple[int, int]:
-        return self.masks, self.seeds
+        return self.masks, self.healings
 
     def recovery(self, recover: Recover) -> Recover:
         return replace(recover, steps=self.steps)

@@ -117,7 +117,7 @@ def _placed(findings: Findings) -> Table:
         notes=(
             *_common_notes(findings),
             "rank: 1 and the number of random subsets that heal better; from the best: healed loss less that of "
-            "the best random subset, healed with the same seed",
+            "the best random subset, healed with the same seed if it was, else with the first",
         ),
     )
 

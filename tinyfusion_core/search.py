@@ -59,7 +59,8 @@ class Search(Selector):
         batch_size: samples of one update; default the trainer's.
         update: the co-trained weight update.
         lr_gates: learning rate of the gate logits, which have no weight decay.
-        lr: learning rate of the weight update.
+        lr: learning rate of the weight update; default 1 / steps but at most 1e-3, which is the paper's 1e-4 at
+            10,000 steps. A short search has to move the weights faster, or it looks for what hurts least at once.
         weight_decay: of the weight update.
         clip: largest norm of the gradient of gates and weights together.
         ema: decay of the average of the gate logits that decides; default 1 - 10 / steps, which is the
@@ -74,7 +75,7 @@ class Search(Selector):
     batch_size: int | None = None
     update: WeightUpdate = LoRA()
     lr_gates: float = 1e-3
-    lr: float = 1e-4
+    lr: float | None = None
     weight_decay: float = 0.0
     clip: float = 1.0
     ema: float | None = None
@@ -87,7 +88,7 @@ class Search(Selector):
         require(self.steps >= 1, "search.steps", self.steps, "at least 1")
         require(self.batch_size is None or self.batch_size >= 1, "search.batch_size", self.batch_size, "at least 1")
         require(self.lr_gates > 0, "search.lr_gates", self.lr_gates, "a rate above 0")
-        require(self.lr >= 0, "search.lr", self.lr, "a rate")
+        require(self.lr is None or self.lr >= 0, "search.lr", self.lr, "a rate")
         require(self.ema is None or 0 <= self.ema < 1, "search.ema", self.ema, "a decay from 0 to below 1")
         require(self.clip > 0, "search.clip", self.clip, "a norm above 0")
         require(self.weight_decay >= 0, "search.weight_decay", self.weight_decay, "0 or more")
@@ -126,6 +127,7 @@ class Search(Selector):
             Interrupted: a signal came; the same call with the same run folder goes on.
         """
         trainer = trainer.with_batch_size(self.batch_size)
+        rate = min(1e-3, 1 / self.steps) if self.lr is None else self.lr
         model = task.teacher.to(trainer.accelerator.device)
         sampler = self.make_sampler(task.lists)
         # AveragedModel begins with the values after the first step: no bias towards the initial ones.
@@ -142,7 +144,7 @@ class Search(Selector):
                 objective = _GatedLoss(model.train(), task.loss, sampler, averaged, gates)
                 groups = [
                     {"params": list(sampler.parameters()), "lr": self.lr_gates, "weight_decay": 0.0},
-                    {"params": weights, "lr": self.lr, "weight_decay": self.weight_decay},
+                    {"params": weights, "lr": rate, "weight_decay": self.weight_decay},
                 ]
                 how = Optimization(groups=groups, steps=self.steps, clip=self.clip, ema=ema)
                 trainer.fit("search", objective, task.train, task.loss.prepare, how, run)

@@ -1,0 +1,62 @@
+"""Place every choice of an audit that healed all masks: `python benchmarks/placed.py RUN_DIR`.
+
+A mask's healed loss is its mean over the seeds it was healed with, whoever chose it; the noise is the standard
+deviation between seeds, pooled over the masks. A choice counts as good as the best when it is within two of them.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+from tinyfusion_core.findings import Findings
+from tinyfusion_core.ranking import spearman
+
+
+def main(run_dir: str) -> None:
+    findings = Findings.load(Path(run_dir) / "findings.json")
+    healed: dict[tuple[int, ...], dict[int, float]] = defaultdict(dict)
+    calibration: dict[tuple[int, ...], float] = {}
+    for trial in (*findings.masks, *findings.trials):
+        assert trial.healed is not None and trial.calibration is not None
+        healed[trial.kept][trial.seed] = trial.healed
+        calibration[trial.kept] = trial.calibration
+    if len(healed) != findings.num_masks:
+        sys.exit(f"{run_dir}: {len(healed)} of {findings.num_masks} masks were healed; this needs all of them")
+    means = {kept: statistics.fmean(by_seed.values()) for kept, by_seed in healed.items()}
+    spreads = [statistics.variance(by_seed.values()) for by_seed in healed.values() if len(by_seed) > 1]
+    noise = statistics.fmean(spreads) ** 0.5 if spreads else float("nan")
+    order = sorted(means, key=means.__getitem__)
+    best, worst = order[0], order[-1]
+    median = statistics.median(means.values())
+    print(
+        f"{len(findings.blocks)} -> {len(best)}, {findings.steps} steps, all {len(order)} masks: best {_say(best)} "
+        f"{means[best]:.4f}, median {median:.4f}, worst {_say(worst)} {means[worst]:.4f}; "
+        f"s.d. between healing seeds {noise:.4f}; teacher {findings.teacher:.4f}"
+    )
+    rho = spearman([calibration[k] for k in order], [means[k] for k in order])
+    print(f"Spearman's rho of calibration loss and healed loss: {rho:.2f}\n")
+    print("| choice | kept (seeds) | healed | rank | from the best, in s.d. (worst seed) | within 2 s.d. |")
+    print("|---|---|---|---|---|---|")
+    chosen: dict[str, list[tuple[int, ...]]] = defaultdict(list)
+    for trial in findings.trials:
+        chosen[trial.method].append(trial.kept)
+    for name, kept in sorted(chosen.items(), key=lambda item: statistics.fmean(means[k] for k in item[1])):
+        counts = {k: kept.count(k) for k in dict.fromkeys(kept)}
+        said = ", ".join(f"{_say(k)}{f' x{n}' if len(kept) > 1 else ''}" for k, n in counts.items())
+        ranks = ", ".join(str(1 + order.index(k)) for k in counts)
+        away = [(means[k] - means[best]) / noise for k in kept]
+        value = statistics.fmean(means[k] for k in kept)
+        print(
+            f"| {name} | {said} | {value:.4f} | {ranks} | {max(away):.1f} | {sum(a <= 2 for a in away)} of {len(kept)} |"
+        )
+
+
+def _say(kept: tuple[int, ...]) -> str:
+    return " ".join(map(str, kept))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
