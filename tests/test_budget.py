@@ -35,11 +35,11 @@ def quotas(draw: st.DrawFn) -> Quota:
     )
     pairs = st.sampled_from([(0, 2), (1, 2), (2, 2)])
     pattern: Any = {"first": draw(st.lists(pairs, min_size=2, max_size=2)), "second": draw(pairs)}
-    loose = make_quota(BLOCKS, keep, None if keep else pattern, [])
+    loose = make_quota(BLOCKS, keep, None if keep else pattern, [], "Greedy")
     protect: set[int] = set()
     for choice in loose.choices:
         protect |= draw(st.sets(st.sampled_from(choice.blocks), max_size=choice.num_kept))
-    return make_quota(BLOCKS, keep, None if keep else pattern, sorted(protect))
+    return make_quota(BLOCKS, keep, None if keep else pattern, sorted(protect), "Greedy")
 
 
 @settings(max_examples=60, deadline=None)
@@ -69,7 +69,7 @@ def test_draws_obey(quota: Quota, seed: int) -> None:
 
 
 def test_draws_are_uniform() -> None:
-    quota = make_quota(BLOCKS, {"first": 2, "second": 1}, None, [1])
+    quota = make_quota(BLOCKS, {"first": 2, "second": 1}, None, [1], "Greedy")
     source = torch.Generator().manual_seed(0)
     counts = dict.fromkeys(possible(quota), 0)
     for _ in range(1200):
@@ -81,7 +81,7 @@ def test_draws_are_uniform() -> None:
 
 def test_groups_follow_lists_that_take_turns() -> None:
     blocks = ["a.0", "b.0", "a.1", "b.1"]
-    quota = make_quota(blocks, None, (1, 2), [])
+    quota = make_quota(blocks, None, (1, 2), [], "Greedy")
     assert [choice.blocks for choice in quota.choices] == [(0, 2), (1, 3)]
     assert quota.top([0, 1, 2, 3]) == (2, 3)
     assert math.prod(len(choice.blocks) for choice in quota.choices) == quota.num_masks
@@ -105,4 +105,4 @@ def test_groups_follow_lists_that_take_turns() -> None:
 )
 def test_budgets_that_do_not_fit(keep: Any, pattern: Any, protect: list[int], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        make_quota(BLOCKS, keep, pattern, protect)
+        make_quota(BLOCKS, keep, pattern, protect, "Greedy")

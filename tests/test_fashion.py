@@ -47,12 +47,20 @@ def test_missing_files_say_how_to_get_them(tmp_path: Path) -> None:
         Fashion(folder=str(tmp_path)).train()
 
 
-@pytest.mark.parametrize("damage", ["cut", "magic", "empty", "not gzip"])
+@pytest.mark.parametrize("damage", ["cut", "magic", "empty", "not gzip", "broken gzip"])
 def test_a_damaged_file_is_named(folder: Path, damage: str) -> None:
     path = folder / "train-labels-idx1-ubyte"
     content = path.read_bytes()
-    damaged = {"cut": content[:-1], "magic": b"\1" + content[1:], "empty": b"", "not gzip": content}[damage]
-    if damage == "not gzip":
+    broken = bytearray(gzip.compress(content))
+    broken[12:20] = b"\xff" * 8
+    damaged = {
+        "cut": content[:-1],
+        "magic": b"\1" + content[1:],
+        "empty": b"",
+        "not gzip": content,
+        "broken gzip": bytes(broken),
+    }[damage]
+    if "gzip" in damage:
         path.unlink()
         path = path.with_name(path.name + ".gz")
     path.write_bytes(damaged)

@@ -127,6 +127,8 @@ def test_a_changed_round_spoils_itself_and_the_later_ones(rounds: Path, tmp_path
         ({"search": {"pattern": [1, 2]}}, "search stands beside rounds"),
         ({"rounds": {"student": ROUNDS["d4"]}}, "'student' becomes a folder of the run"),
         ({"rounds": {"a/b": ROUNDS["d4"]}}, "'a/b' becomes a folder of the run"),
+        ({"rounds": {4: ROUNDS["d4"]}}, "4 becomes a folder of the run"),
+        ({"rounds": {"d4": {}}}, "rounds.d4.search: missing"),
         ({"rounds": {}}, "expected a mapping of round names"),
         ({"rounds": {"d4": {"recover": None}}}, "search"),
         (
@@ -168,3 +170,32 @@ def test_the_small_progressive_recipe(tmp_path: Path) -> None:
     loss = measured["held-out loss"]
     assert loss["d4"] < loss["d4 pruned"]
     assert loss["d2"] < 0.5 * loss["d2 pruned"]
+
+
+def test_rounds_in_another_order_are_another_run(rounds: Path, tmp_path: Path, capsys) -> None:
+    content = yaml.safe_load(rounds.read_text())
+    content["rounds"] = {"a": ROUNDS["d4"], "b": {**ROUNDS["d4"], "recover": None}}
+    rounds.write_text(yaml.safe_dump(content, sort_keys=False))
+    assert run(rounds, tmp_path / "run") == 0
+    content["rounds"] = dict(reversed(content["rounds"].items()))
+    rounds.write_text(yaml.safe_dump(content, sort_keys=False))
+    capsys.readouterr()
+    assert run(rounds, tmp_path / "run") == 2
+    err = capsys.readouterr().err
+    assert "rounds.a.search (comes after): None -> b" in err
+    assert "--restart-from b.search" in err
+
+
+def test_a_round_is_restarted_by_its_own_name(rounds: Path, tmp_path: Path, capsys) -> None:
+    folder = tmp_path / "run"
+    assert run(rounds, folder) == 0
+    path = folder / "d2" / "decision.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "kept": [0]}))
+    capsys.readouterr()
+    assert run(rounds, folder) == 2
+    assert "--restart-from d2.recover" in capsys.readouterr().err
+    # Stages of other recipes are no stages of this one: nothing is forgotten.
+    for stage in ("recover", "train"):
+        assert run(rounds, folder, "--restart-from", stage) == 2
+        assert f"no stage '{stage}'" in capsys.readouterr().err
+    assert (folder / "d4" / "student" / "config.json").exists()

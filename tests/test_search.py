@@ -161,6 +161,17 @@ def test_a_short_search_moves_the_weights_faster(tmp_path, given: float | None, 
     assert run.metrics("search")[0]["lr"] == [1e-2, expected]
 
 
+def test_the_gates_wait_for_the_warmup(tmp_path) -> None:
+    run = tiny.RunFolder(tmp_path)
+    decision = search(warmup=0.5, steps=160)(task(), TRAINER, run)
+    assert list(decision.kept) == WORKING
+    entropies = [e["entropy"] for e in run.metrics("search")]
+    assert entropies[:8] == [entropies[0]] * 8  # uniform over the 70 options up to step 80
+    assert entropies[0] == pytest.approx(math.log(70), abs=1e-4)
+    assert entropies[-1] < 0.5 * entropies[0]
+    assert [e["tau"] for e in run.metrics("search")][:8] == [4.0] * 8
+
+
 def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path) -> None:
     run = tiny.RunFolder(tmp_path)
     decision = search(steps=120)(task(explode_at=(3, 4, 50)), TRAINER, run)

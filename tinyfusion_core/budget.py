@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,16 @@ import torch
 from .backbone import block_lists
 from .errors import UserError, nearest, require
 from .patterns import Pattern, split_groups
+
+Budget = int | Mapping[str, int]
+"""How many blocks stay: of all together, or of every block list."""
+
+
+def spoken(budget: Budget) -> str:
+    """As it stands in a sentence."""
+    if isinstance(budget, int):
+        return str(budget)
+    return " + ".join(f"{num} of '{name}'" for name, num in budget.items())
 
 
 @dataclass(frozen=True)
@@ -78,6 +89,16 @@ class Quota:
             kept |= {free[i] for i in torch.randperm(len(free), generator=generator)[:num].tolist()}
         return tuple(sorted(kept))
 
+    def distinct(self, num: int, generator: torch.Generator) -> list[tuple[int, ...]]:
+        """Drawn decisions, no two alike: the first of a larger number; all there are, in order, if there are no more."""
+        if num >= self.num_masks:
+            parts = [itertools.combinations(*self._free(choice)) for choice in self.choices]
+            return [tuple(sorted(itertools.chain(self.protected, *kept))) for kept in itertools.product(*parts)]
+        drawn: dict[tuple[int, ...], None] = {}  # a set that remembers the order
+        while len(drawn) < num:
+            drawn[self.draw(generator)] = None
+        return list(drawn)
+
     def _free(self, choice: Choice) -> tuple[list[int], int]:
         """The blocks that are not protected, and how many of them stay."""
         free = [i for i in choice.blocks if i not in self.protected]
@@ -85,29 +106,38 @@ class Quota:
 
 
 def make_quota(
-    blocks: Sequence[str], keep: int | Mapping[str, int] | None, pattern: Pattern | None, protect: Collection[int]
+    blocks: Sequence[str], keep: Budget | None, pattern: Pattern | None, protect: Collection[int], owner: str
 ) -> Quota:
     """Apply a budget to a network; either `keep` or `pattern` is given.
+
+    Args:
+        blocks: paths of the network's blocks.
+        keep: how many of them stay.
+        pattern: how many of every group stay.
+        protect: indices of blocks that must stay.
+        owner: whose options these are, for messages.
 
     Raises:
         UserError: it does not fit the network, or protects more than it keeps.
     """
     lists = block_lists(blocks)
     bad = [i for i in protect if not 0 <= i < len(blocks)]
-    require(not bad, "search.protect", list(protect), f"indices from 0 to {len(blocks) - 1}")
+    require(not bad, f"{owner}.protect", list(protect), f"indices from 0 to {len(blocks) - 1}")
     if pattern is not None:
         choices = _groups(lists, pattern)
     elif isinstance(keep, Mapping):
-        choices = _by_list(lists, keep)
+        choices = _by_list(lists, keep, owner)
     else:
-        require(keep is not None and 1 <= keep <= len(blocks), "search.keep", keep, f"1 to {len(blocks)} blocks")
+        require(keep is not None and 1 <= keep <= len(blocks), f"{owner}.keep", keep, f"1 to {len(blocks)} blocks")
         assert keep is not None
         choices = [Choice("the network", tuple(map(tuple, lists.values())), keep)]
+    if not any(choice.num_kept for choice in choices):
+        raise UserError(f"{owner}.{'keep' if pattern is None else 'pattern'}: keeps no block at all")
     for choice in choices:
         protected = sorted(set(protect) & set(choice.blocks))
         if len(protected) > choice.num_kept:
             raise UserError(
-                f"search.protect: {choice.name} keeps {choice.num_kept} of its {len(choice.blocks)} blocks, but "
+                f"{owner}.protect: {choice.name} keeps {choice.num_kept} of its {len(choice.blocks)} blocks, but "
                 f"{len(protected)} are protected ({', '.join(map(str, protected))}); protect fewer or keep more"
             )
     return Quota(tuple(choices), frozenset(protect))
@@ -125,13 +155,13 @@ def _groups(lists: Mapping[str, Sequence[int]], pattern: Pattern) -> list[Choice
     return choices
 
 
-def _by_list(lists: Mapping[str, Sequence[int]], keep: Mapping[str, int]) -> list[Choice]:
+def _by_list(lists: Mapping[str, Sequence[int]], keep: Mapping[str, int], owner: str) -> list[Choice]:
     for name in keep:
         if name not in lists:
-            raise UserError(f"search.keep: the network has no block list '{name}'{nearest(name, lists)}")
+            raise UserError(f"{owner}.keep: the network has no block list '{name}'{nearest(name, lists)}")
     missing = [name for name in lists if name not in keep]
     if missing:
-        raise UserError(f"search.keep: says nothing of the block list(s) {', '.join(missing)}; give each a number")
+        raise UserError(f"{owner}.keep: says nothing of the block list(s) {', '.join(missing)}; give each a number")
     for name, members in lists.items():
-        require(1 <= keep[name] <= len(members), f"search.keep.{name}", keep[name], f"1 to {len(members)} blocks")
+        require(0 <= keep[name] <= len(members), f"{owner}.keep.{name}", keep[name], f"0 to {len(members)} blocks")
     return [Choice(f"list '{name}'", (tuple(members),), keep[name]) for name, members in lists.items()]

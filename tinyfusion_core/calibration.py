@@ -50,8 +50,8 @@ class Calibrated(Criterion):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.samples >= 1, "search.samples", self.samples, "at least 1")
-        require(self.batch_size >= 1, "search.batch_size", self.batch_size, "at least 1")
+        for name in ("samples", "batch_size"):
+            require(getattr(self, name) >= 1, f"{type(self).__name__}.{name}", getattr(self, name), "at least 1")
 
     def calibration(self, task: Task, trainer: Trainer) -> "Calibration":
         return Calibration(task, trainer, self.samples, self.batch_size, name=type(self).__name__)
@@ -108,7 +108,7 @@ class Calibration:
         """Compare the residual stream before and after each span, averaged over the streams.
 
         Args:
-            spans: no two with the same first block or the same last block.
+            spans: they may overlap.
             measure: makes the measure of one span and stream.
             clean: feed inputs without noise, as the published block-influence script does.
         """

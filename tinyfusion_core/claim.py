@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +38,16 @@ def claim(recipe: Recipe, folder: RunFolder, command: str, restart_from: str | N
     record = folder / "run.json"
     before = read_json(record)["settings"] if record.exists() else now
     changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
-    order, present = _stages([*now, *before]), stages(recipe)
+    if not record.exists() and any((folder / name).exists() for name in ("findings.json", "cells")):
+        raise UserError(f"{folder.path}: holds a comparison; choose another --run-dir")
+    present = _stages(now)
+    order = _stages({k: now.get(k) or before.get(k) for k in [*now, *before]})
     if restart_from is not None and restart_from not in order:
         raise UserError(f"--restart-from: no stage '{restart_from}'{nearest(restart_from, order)}")
     forget = order.index(restart_from) if restart_from else len(order)
     if changed:
         # What a removed stage left must go too, but only a stage that there is can be named.
-        earliest = min(order.index(_stage(recipe, key)) for key in changed)
+        earliest = min(order.index(_stage(recipe, key, order)) for key in changed)
         first = next(s for s in order[earliest:] if s in present)
         if forget > order.index(first):
             lines = [f"  {key}: {before.get(key)} -> {now.get(key)}" for key in changed]
@@ -76,22 +79,12 @@ def claim(recipe: Recipe, folder: RunFolder, command: str, restart_from: str | N
     )
 
 
-def stages(recipe: Recipe) -> list[str]:
-    """The stages of a run in their order; those of progressive pruning are `ROUND.search` and `ROUND.recover`.
-
-    A round without recovery has the stage too: it saves the student.
-    """
-    first = [] if recipe.train is None else ["train"]
-    rounds = [f"{name}.{stage}".lstrip(".") for name in recipe.each_round() for stage in ("search", "recover")]
-    return [*first, *rounds, "evaluate"]
-
-
 def stage_keys(recipe: Recipe) -> dict[str, str]:
     """For every stage a hash of all that decides its outcome, that of the stages before it included."""
     settings = fingerprint(recipe)
-    upstream, keys = "", {}
-    for stage in _stages(settings):
-        own = {k: v for k, v in settings.items() if _stage(recipe, k) == stage}
+    upstream, keys, stages = "", {}, _stages(settings)
+    for stage in stages:
+        own = {k: v for k, v in settings.items() if _stage(recipe, k, stages) == stage}
         keys[stage] = upstream = digest([upstream, own])
     return keys
 
@@ -100,30 +93,38 @@ def fingerprint(recipe: Recipe) -> dict[str, Any]:
     """Every setting and input file that can change a number, by key. The content of data sets is not hashed."""
     settings = {k: v for k, v in flatten(recipe.settings).items() if k.removeprefix("trainer.") not in INDIFFERENT}
     settings = {k: v for k, v in settings.items() if k.partition(".")[0] not in OTHER_COMMANDS}
-    files = {}
+    files, before = {}, ""
     for name, step in recipe.each_round().items():
         prefix = f"rounds.{name}." if name else ""
         files.update({f"{prefix}{key}": content for key, content in step.search.inputs().items()})
+        if before:
+            settings[f"{prefix}search (comes after)"] = before
+        before = name
     if recipe.train is None:
         files["backbone.checkpoint"] = recipe.backbone.source().get("sha256", "")
     return {**settings, **{f"{key} (its content)": content for key, content in files.items()}}
 
 
-def _stages(keys: Iterable[str]) -> list[str]:
-    """Every stage that some settings can belong to, in the order in which they run."""
-    rounds = dict.fromkeys(key.split(".")[1] for key in keys if key.startswith("rounds."))
-    later = [f"{name}.{stage}" for name in rounds for stage in ("search", "recover")]
-    return ["train", "search", "recover", *later, "evaluate"]
+def _stages(settings: Mapping[str, Any]) -> list[str]:
+    """The stages of a run in their order; those of progressive pruning are `ROUND.search` and `ROUND.recover`.
+
+    A round without recovery has the stage too: it saves the student.
+    """
+    given = [key.partition(" ")[0].split(".") for key, value in settings.items() if value is not None]
+    sections = {path[0] for path in given}
+    rounds = dict.fromkeys(path[1] for path in given if path[0] == "rounds")
+    stages = ["train"] if "train" in sections else []
+    stages += ["search", "recover"] if "search" in sections else []
+    return [*stages, *(f"{name}.{stage}" for name in rounds for stage in ("search", "recover")), "evaluate"]
 
 
-def _stage(recipe: Recipe, key: str) -> str:
+def _stage(recipe: Recipe, key: str, stages: Sequence[str]) -> str:
     """The first stage whose outcome a setting can change: its own section's, or all of them."""
     section, _, name = key.partition(" ")[0].partition(".")
     if section == "loss" and name in recipe.loss.sampling_options():
         return "evaluate"
-    if section == "rounds" and name:
-        return ".".join(name.split(".")[:2])
-    return {"rounds": "search"}.get(section, section if section in ("search", "recover", "evaluate") else "train")
+    own = ".".join(name.split(".")[:2]) if section == "rounds" else section
+    return own if own in stages else stages[0]
 
 
 def _free_name(path: Path) -> Path:

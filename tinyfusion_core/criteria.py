@@ -82,7 +82,7 @@ class Criterion(Selector):
     """A heuristic that keeps as many blocks as it is told to.
 
     Args:
-        keep: how many blocks stay: of all together, or a number for every block list.
+        keep: how many blocks stay: of all together, or a number for every block list, which may be 0.
         pattern: keep N of every M blocks instead, as in `Search`. Give one of the two.
         protect: indices of blocks that must stay.
     """
@@ -93,7 +93,7 @@ class Criterion(Selector):
 
     def __post_init__(self) -> None:
         if (self.keep is None) == (self.pattern is None):
-            raise UserError(f"search: {type(self).__name__} takes keep or pattern; give one of the two")
+            raise UserError(f"{type(self).__name__}: give keep or pattern, one of the two")
         if self.pattern is not None:
             object.__setattr__(self, "pattern", parse_pattern(self.pattern))
 
@@ -111,7 +111,7 @@ class Criterion(Selector):
     def quota(self, blocks: Sequence[str]) -> Quota:
         """What the decision must obey."""
         assert not isinstance(self.pattern, int)  # parse_pattern refuses numbers
-        return make_quota(blocks, self.keep, self.pattern, self.protected(blocks))
+        return make_quota(blocks, self.keep, self.pattern, self.protected(blocks), type(self).__name__)
 
     def protected(self, blocks: Sequence[str]) -> Sequence[int]:
         """Indices of the blocks that must stay."""

@@ -58,6 +58,7 @@ class OutputKD:
     def __post_init__(self) -> None:
         for name in ("alpha_kd", "alpha_gt"):
             require(getattr(self, name) >= 0, f"recover.kd.{name}", getattr(self, name), "0 or more")
+        require(self.alpha_kd + self.alpha_gt > 0, "recover.kd.alpha_kd", self.alpha_kd, "it or alpha_gt above 0")
 
     def taps_for(self, decision: Decision) -> list[Tap]:
         """The blocks whose outputs are compared: none."""
@@ -140,10 +141,12 @@ class Distilled(Objective):
             target = loss.predict(teacher, inputs)
         with captured(self.model, self.paths[0], streams) as ours:
             prediction = loss.predict(self.model, inputs)
-        _check_shapes(prediction, target)
+        _check_shapes(prediction, target, "the student predicts", "the teacher")
         terms = {"kd": loss.distance(prediction, target, inputs), "gt": loss.loss(prediction, inputs)}
         total = self.kd.alpha_kd * terms["kd"] + self.kd.alpha_gt * terms["gt"]
         if isinstance(self.kd, MaskedKD):
+            for tap, s, t in zip(self.taps, ours, theirs, strict=True):
+                _check_shapes(s, t, f"block {tap[0]} of the student gives", f"block {tap[1]} of the teacher")
             pairs = [(s, t) for tap in zip(ours, theirs, strict=True) for s, t in zip(*tap, strict=True)]
             compared = [feature_loss(s, t, self.kd.sigma, self.kd.mask) for s, t in pairs]
             terms["feature"], terms["masked"] = (torch.stack(parts).mean(0) for parts in zip(*compared, strict=True))
@@ -192,12 +195,18 @@ def _usual(x: Tensor, sigma: float) -> Tensor:
 
 @contextmanager
 def captured(model: nn.Module, paths: Sequence[str], streams: Sequence[Stream]) -> Iterator[list[list[Tensor]]]:
-    """Keep what these blocks give out while the context is open: for every path, the tensor of each stream."""
+    """Keep what these blocks give out while the context is open: for every path, the tensor of each stream.
+
+    Raises:
+        UserError: the model goes on in place with what a block gave out, so that it is no longer that.
+    """
     values: list[list[Tensor]] = [[] for _ in paths]
+    versions: dict[str, list[int]] = {}
 
     def keep(slot: int, output: Any) -> None:
         items = [output] if isinstance(output, Tensor) else output
         values[slot][:] = [items[stream.output or 0] for stream in streams]
+        versions[paths[slot]] = [t._version for t in values[slot]]
 
     handles = [
         model.get_submodule(path).register_forward_hook(lambda _m, _args, output, slot=slot: keep(slot, output))
@@ -208,12 +217,14 @@ def captured(model: nn.Module, paths: Sequence[str], streams: Sequence[Stream]) 
     finally:
         for handle in handles:
             handle.remove()
+    for path, tensors in zip(paths, values, strict=True):
+        if tensors and versions[path] != [t._version for t in tensors]:
+            raise UserError(f"the network changes the output of '{path}' in place; distil with OutputKD, or other taps")
 
 
-def _check_shapes(student: Any, teacher: Any) -> None:
-    ours, theirs = ([tuple(x.shape) for x in tree_leaves(p) if isinstance(x, Tensor)] for p in (student, teacher))
-    if ours != theirs:
+def _check_shapes(student: Any, teacher: Any, ours: str, theirs: str) -> None:
+    shapes = [[tuple(x.shape) for x in tree_leaves(p) if isinstance(x, Tensor)] for p in (student, teacher)]
+    if shapes[0] != shapes[1]:
         raise UserError(
-            f"recover.kd: the student predicts {ours}, the teacher {theirs}; distillation needs a teacher whose "
-            "predictions have the same shape"
+            f"recover.kd: {ours} {shapes[0]}, {theirs} {shapes[1]}; distillation compares what has the same shape"
         )

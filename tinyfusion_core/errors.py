@@ -10,6 +10,10 @@ class UserError(Exception):
     """A mistake the user can mend: the message names the key or file, what was expected and the way on."""
 
 
+class Diverged(UserError):
+    """A training whose loss or gradient was not finite for too long."""
+
+
 class MissingFileError(UserError):
     """Something the run will need is not there (yet); everything else about it may be right."""
 

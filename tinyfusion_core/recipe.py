@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import re
 import types
 import typing
@@ -146,6 +147,9 @@ def load_recipe(path: Path | str, flags: Sequence[str] = ()) -> Recipe:
     except (ArgumentError, ValueError, TypeError) as e:
         raise UserError(f"{path}: {_root_message(e)}") from e
     settings = json.loads(json.dumps(config.as_dict()))  # tuples as the lists that YAML has
+    for key, value in flatten(settings).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{path}: {key} is {value}; expected a finite number")
     return Recipe(**{name: getattr(objects, name) for name in SECTIONS}, settings=settings)
 
 
@@ -158,10 +162,10 @@ def _check_rounds(path: Path, raw: Mapping[str, Any]) -> None:
     if not isinstance(rounds, dict) or not rounds:
         raise UserError(f"{path}: rounds: expected a mapping of round names to search and recover")
     for name in rounds:
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", str(name)) or name in RESERVED:
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name in RESERVED:
             raise UserError(
-                f"{path}: rounds: '{name}' becomes a folder of the run; use letters, digits, - and _, "
-                f"and none of {', '.join(RESERVED)}"
+                f"{path}: rounds: {name!r} becomes a folder of the run; use a name of letters, digits, - and _ "
+                f"(a number in quotes), and none of {', '.join(RESERVED)}"
             )
 
 
@@ -287,6 +291,9 @@ def _checked(key: str, value: Any, kind: Any, default: Any = None) -> Any:
 
 def _checked_arguments(key: str, arguments: Mapping[str, Any], cls: type[Any]) -> dict[str, Any]:
     known = {name: p for name, p in inspect.signature(cls).parameters.items() if not name.startswith("_")}
+    for name, parameter in known.items():
+        if parameter.default is parameter.empty and name not in arguments and cls in PLAIN:
+            raise UserError(f"{key}.{name}: missing")
     hints = typing.get_type_hints(cls.__init__)
     out = {}
     for name, value in arguments.items():
@@ -342,4 +349,5 @@ def _root_message(error: BaseException) -> str:
     line = next(line.strip() for line in [*message.splitlines(), "not valid"] if line.strip())
     union = re.search(r"Subtypes: (.*)(?s:.*?)Given value: (.*)", message)
     line = f"Expected one of {union[1]}. Got value: {union[2]}" if union else line
+    line = line.replace("a <class 'tuple'>", "a list")
     return f"{key}: {line}" if key else line

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,16 +72,28 @@ def write_report(folder: RunFolder) -> Path:
             f"<p class='note'>{html.escape(caption)}</p></section>"
         )
     sections.append(_record_html(folder, decisions))
-    title = html.escape(_headline(folder))
-    page = f"""<!doctype html>
+    write_text(folder / "report.html", page(_headline(folder), _summary_html(folder, decisions), sections))
+    return folder / "report.html"
+
+
+def page(title: str, facts: str, sections: Sequence[str], brand: str = "tinyfusion", style: str = "") -> str:
+    """A page that needs no other file.
+
+    Args:
+        title: plain text.
+        facts: HTML to stand under the title.
+        sections: HTML.
+        brand: plain text to stand above the title.
+        style: CSS on top of the common one.
+    """
+    name = html.escape(title)
+    return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title><link rel="icon" href="data:,"><style>{STYLE}</style></head>
-<body><main><header><p class="brand">tinyfusion</p><h1>{title}</h1>{_summary_html(folder, decisions)}</header>
+<title>{name}</title><link rel="icon" href="data:,"><style>{STYLE}{style}</style></head>
+<body><main><header><p class="brand">{html.escape(brand)}</p><h1>{name}</h1>{facts}</header>
 {"".join(sections)}
 </main></body></html>
 """
-    write_text(folder / "report.html", page)
-    return folder / "report.html"
 
 
 def _draw(folder: RunFolder, decisions: Mapping[str, Decision]) -> list[tuple[str, str, list[tuple[str, str]]]]:

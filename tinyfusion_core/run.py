@@ -109,7 +109,7 @@ class _Run:
         student = self._stage(
             f"{prefix}recover",
             lambda: self._recover(step, folder, decision),
-            lambda: _stored_student(folder, decision),
+            lambda: _stored_student(folder, decision, f"{prefix}recover"),
         )
         if name:  # alone, it keeps the teacher as the task's network
             self.task = replace(before, model=student, origin=_origin(folder / "student"))
@@ -180,11 +180,11 @@ class _Run:
         )
 
 
-def _stored_student(folder: RunFolder, decision: Decision) -> nn.Module:
+def _stored_student(folder: RunFolder, decision: Decision, stage: str) -> nn.Module:
     if Decision.load(folder / "student" / "decision.json") != decision:
         raise UserError(
             f"{folder / 'decision.json'}: not the decision that student/ was made from; "
-            "restore it, or run with --restart-from recover"
+            f"restore it, or run with --restart-from {stage}"
         )
     return load_pretrained(folder / "student")
 

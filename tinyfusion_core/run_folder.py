@@ -152,6 +152,8 @@ def _parsed(line: str) -> dict[str, Any] | None:
 
 def existing_run(path: Path | str) -> RunFolder:
     """The folder of a run that exists. Raises UserError when there is none."""
+    if (Path(path) / "findings.json").exists():
+        raise UserError(f"{path}: a comparison, not a run; its page is {Path(path) / 'report.html'}")
     if not (Path(path) / "recipe.yaml").is_file():
         raise UserError(f"{path}: not a run folder (no recipe.yaml in it)")
     return RunFolder(path)

@@ -57,6 +57,8 @@ class Search(Selector):
         sampler: any distribution over masks.
         steps: optimizer updates.
         batch_size: samples of one update; default the trainer's.
+        warmup: fraction of the steps in which the weight update trains under the initial masks, before the gates
+            learn: their first gradients then come from weights that have begun to adapt. The paper has none.
         update: the co-trained weight update.
         lr_gates: learning rate of the gate logits, which have no weight decay.
         lr: learning rate of the weight update; default 1 / steps but at most 1e-3, which is the paper's 1e-4 at
@@ -73,6 +75,7 @@ class Search(Selector):
     sampler: Callable[[Mapping[str, int]], BlockSampler] | None = None
     steps: int = 10_000
     batch_size: int | None = None
+    warmup: float = 0.0
     update: WeightUpdate = LoRA()
     lr_gates: float = 1e-3
     lr: float | None = None
@@ -87,6 +90,7 @@ class Search(Selector):
             raise UserError(f"search.{next(iter(self._shorthand()))} goes with pattern; set it in the sampler")
         require(self.steps >= 1, "search.steps", self.steps, "at least 1")
         require(self.batch_size is None or self.batch_size >= 1, "search.batch_size", self.batch_size, "at least 1")
+        require(0 <= self.warmup < 1, "search.warmup", self.warmup, "a fraction from 0 to below 1")
         require(self.lr_gates > 0, "search.lr_gates", self.lr_gates, "a rate above 0")
         require(self.lr is None or self.lr >= 0, "search.lr", self.lr, "a rate")
         require(self.ema is None or 0 <= self.ema < 1, "search.ema", self.ema, "a decay from 0 to below 1")
@@ -141,7 +145,7 @@ class Search(Selector):
                 self.update.applied(model, task.blocks) as weights,
                 Gates(model, task.blocks, task.batch_dim(model), task.backbone.streams) as gates,
             ):
-                objective = _GatedLoss(model.train(), task.loss, sampler, averaged, gates)
+                objective = _GatedLoss(model.train(), task.loss, sampler, averaged, gates, self.warmup)
                 groups = [
                     {"params": list(sampler.parameters()), "lr": self.lr_gates, "weight_decay": 0.0},
                     {"params": weights, "lr": rate, "weight_decay": self.weight_decay},
@@ -170,25 +174,37 @@ class _GatedLoss(Objective):
     """Sample masks, run the gated network, return the sampler's surrogate."""
 
     def __init__(
-        self, model: nn.Module, loss: LossAdapter, sampler: BlockSampler, averaged: BlockSampler, gates: Gates
+        self,
+        model: nn.Module,
+        loss: LossAdapter,
+        sampler: BlockSampler,
+        averaged: BlockSampler,
+        gates: Gates,
+        warmup: float,
     ) -> None:
         super().__init__()
-        self.model, self.sampler = model, sampler
+        self.model, self.sampler, self.warmup = model, sampler, warmup
         # The average is not trained: out of the module's sight, so that DDP does not wait for its gradients.
         self.outside = (loss, averaged, gates)
+        self.learning = True
         self.temperatures: dict[str, float] = {}
 
     def forward(self, inputs: Batch, rng: Rng) -> tuple[Tensor, Tensor]:
         loss, _, gates = self.outside
         num_rows = len(next(iter(inputs.values())))
         draw = self.sampler.sample(num_rows, rng)
-        gates.mask = draw.mask
+        gates.mask = draw.mask if self.learning else draw.mask.detach()
         losses = loss.loss(loss.predict(self.model, inputs), inputs)
-        return self.sampler.surrogate(draw, losses), losses.detach()
+        if self.learning:
+            return self.sampler.surrogate(draw, losses), losses.detach()
+        # A zero gradient, never none: distributed processes wait for it.
+        return losses.mean() + 0 * (draw.mask.sum() + draw.log_prob.sum()), losses.detach()
 
     def before_step(self, progress: float) -> None:
-        self.temperatures = self.sampler.anneal(progress)
-        self.outside[1].anneal(progress)
+        self.learning = progress >= self.warmup
+        learned = max(0.0, (progress - self.warmup) / (1 - self.warmup))
+        self.temperatures = self.sampler.anneal(learned)
+        self.outside[1].anneal(learned)
 
     def metrics(self) -> dict[str, Any]:
         averaged = self.outside[1]

@@ -32,14 +32,11 @@ class Random(Calibrated):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.draws >= 1, "search.draws", self.draws, "at least 1")
+        require(self.draws >= 1, "Random.draws", self.draws, "at least 1")
 
     def decide(self, quota: Quota, task: Task, trainer: Trainer) -> Verdict:
         source = generator(trainer.seed, "random", self.seed)
-        drawn: dict[tuple[int, ...], None] = {}  # a set that remembers the order
-        while len(drawn) < min(self.draws, quota.num_masks):
-            drawn[quota.draw(source)] = None
-        masks = list(drawn)
+        masks = quota.distinct(self.draws, source)
         if len(masks) == 1:
             return Verdict(masks[0])
         calibration = self.calibration(task, trainer)

@@ -145,7 +145,7 @@ class SpanSimilarity(Calibrated):
                 raise UserError(
                     f"SpanSimilarity: {choice.name} has no {size} blocks in a row inside one block list that could go "
                     f"(protected: {sorted(quota.protected & set(choice.blocks))}); keep more, protect fewer, "
-                    "or give search.keep a number for every block list"
+                    "or give keep a number for every block list"
                 )
             candidates.append([(run[0], run[-1]) for run in runs])
         return candidates

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from .backbone import Batch
 from .data import Samples
-from .errors import Interrupted, UserError, require
+from .errors import Diverged, Interrupted, UserError, require
 from .progress import track
 from .randomness import Order, Rng, seed_of
 from .run_folder import RunFolder
@@ -261,7 +261,7 @@ class _Fit:
             return
         self.skipped, self.streak = self.skipped + 1, self.streak + 1
         if self.streak >= self.trainer.max_skipped:
-            raise UserError(
+            raise Diverged(
                 f"{self.stage}: loss or gradient not finite in {self.streak} steps in a row (up to step {step + 1}). "
                 "Lower the learning rate, use precision bf16 or fp32, or check the checkpoint and the data; "
                 "trainer.max_skipped sets the patience"

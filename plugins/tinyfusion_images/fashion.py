@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import math
 import struct
+import zlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -87,7 +88,7 @@ def read_idx(path: Path) -> Tensor:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         magic, dims = raw[:3], raw[3]
         shape = struct.unpack(f">{dims}I", raw[4 : 4 + 4 * dims])
-    except (OSError, EOFError, IndexError, struct.error) as e:
+    except (OSError, EOFError, IndexError, struct.error, zlib.error) as e:
         raise UserError(f"{path}: not a readable IDX file ({e})") from None
     values = raw[4 + 4 * dims :]
     if magic != b"\0\0\x08" or len(values) != math.prod(shape):
