@@ -18,7 +18,7 @@ from tinyfusion_core.sampling import GroupedSampler
 
 
 def with_logits(lists: dict[str, int], pattern, *logits: list[float], **options) -> GroupedSampler:
-    sampler = GroupedSampler(lists, pattern, **options)
+    sampler = GroupedSampler(lists, pattern, **{"scaling": (100.0, 100.0), **options})
     for parameter, values in zip(sampler.logits, logits, strict=True):
         parameter.data = torch.tensor(values)
     return sampler

@@ -103,7 +103,8 @@ class GroupedSampler(BlockSampler):
         pattern: `[keep, of]` for all groups; a list of such pairs, one for each group; or a mapping from
             block list to either. `"2:4"` in quotes is understood.
         tau: Gumbel temperature at the first and at the last step, linear in between.
-        scaling: factor on the logits at the first and at the last step, linear in between.
+        scaling: factor on the logits at the first and at the last step, linear in between. A small one at first
+            keeps all options in play for longer; the paper's is 100 throughout.
         initial: initial value of all logits.
     """
 
@@ -112,7 +113,7 @@ class GroupedSampler(BlockSampler):
         lists: Mapping[str, int],
         pattern: Pattern = (2, 4),
         tau: tuple[float, float] = (4.0, 0.1),
-        scaling: tuple[float, float] = (100.0, 100.0),
+        scaling: tuple[float, float] = (10.0, 100.0),
         initial: float = 0.02,
     ) -> None:
         super().__init__(lists)

@@ -58,7 +58,8 @@ class Search(Selector):
         steps: optimizer updates.
         batch_size: samples of one update; default the trainer's.
         warmup: fraction of the steps in which the weight update trains under the initial masks, before the gates
-            learn: their first gradients then come from weights that have begun to adapt. The paper has none.
+            learn: their first gradients then come from weights that have begun to adapt. The paper's is 0; what it
+            is good for is measured in `benchmarks/RESULTS.md`.
         update: the co-trained weight update.
         lr_gates: learning rate of the gate logits, which have no weight decay.
         lr: learning rate of the weight update; default 1 / steps but at most 1e-3, which is the paper's 1e-4 at
@@ -75,7 +76,7 @@ class Search(Selector):
     sampler: Callable[[Mapping[str, int]], BlockSampler] | None = None
     steps: int = 10_000
     batch_size: int | None = None
-    warmup: float = 0.0
+    warmup: float = 0.3
     update: WeightUpdate = LoRA()
     lr_gates: float = 1e-3
     lr: float | None = None
