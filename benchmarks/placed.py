@@ -49,9 +49,8 @@ def main(run_dir: str) -> None:
         ranks = ", ".join(str(1 + order.index(k)) for k in counts)
         away = [(means[k] - means[best]) / noise for k in kept]
         value = statistics.fmean(means[k] for k in kept)
-        print(
-            f"| {name} | {said} | {value:.4f} | {ranks} | {max(away):.1f} | {sum(a <= 2 for a in away)} of {len(kept)} |"
-        )
+        within = f"{sum(a <= 2 for a in away)} of {len(kept)}"
+        print(f"| {name} | {said} | {value:.4f} | {ranks} | {max(away):.1f} | {within} |")
 
 
 def _say(kept: tuple[int, ...]) -> str:

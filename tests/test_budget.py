@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tinyfusion_core.budget import Quota, make_quota
@@ -30,11 +30,11 @@ def possible(quota: Quota) -> list[tuple[int, ...]]:
 @st.composite
 def quotas(draw: st.DrawFn) -> Quota:
     """By total, by list or by group; protected blocks that fit."""
-    keep: Any = draw(
-        st.none() | st.integers(1, 6) | st.fixed_dictionaries({"first": st.integers(1, 4), "second": st.integers(1, 2)})
-    )
+    by_list = st.fixed_dictionaries({"first": st.integers(0, 4), "second": st.integers(0, 2)})
+    keep: Any = draw(st.none() | st.integers(1, 6) | by_list.filter(lambda keep: any(keep.values())))
     pairs = st.sampled_from([(0, 2), (1, 2), (2, 2)])
     pattern: Any = {"first": draw(st.lists(pairs, min_size=2, max_size=2)), "second": draw(pairs)}
+    assume(keep or any(num for num, _ in [*pattern["first"], pattern["second"]]))
     loose = make_quota(BLOCKS, keep, None if keep else pattern, [], "Greedy")
     protect: set[int] = set()
     for choice in loose.choices:
@@ -68,6 +68,19 @@ def test_draws_obey(quota: Quota, seed: int) -> None:
     assert quota.draw(torch.Generator().manual_seed(seed)) in possible(quota)
 
 
+@settings(max_examples=40, deadline=None)
+@given(quotas(), st.integers(1, 30))
+def test_distinct_draws(quota: Quota, num: int) -> None:
+    def draw(num: int) -> list[tuple[int, ...]]:
+        return quota.distinct(num, torch.Generator().manual_seed(0))
+
+    drawn = draw(num)
+    assert len(drawn) == len(set(drawn)) == min(num, quota.num_masks)
+    assert set(drawn) <= set(possible(quota))
+    assert drawn[:-1] == draw(num - 1) or num >= quota.num_masks
+    assert sorted(draw(100)) == sorted(possible(quota))
+
+
 def test_draws_are_uniform() -> None:
     quota = make_quota(BLOCKS, {"first": 2, "second": 1}, None, [1], "Greedy")
     source = torch.Generator().manual_seed(0)
@@ -90,14 +103,16 @@ def test_groups_follow_lists_that_take_turns() -> None:
 @pytest.mark.parametrize(
     ("keep", "pattern", "protect", "message"),
     [
-        (0, None, [], r"search\.keep is 0; expected 1 to 6 blocks"),
-        (7, None, [], r"search\.keep is 7; expected 1 to 6 blocks"),
-        ({"first": 5, "second": 1}, None, [], r"search\.keep\.first is 5; expected 1 to 4 blocks"),
+        (0, None, [], r"Greedy\.keep is 0; expected 1 to 6 blocks"),
+        (7, None, [], r"Greedy\.keep is 7; expected 1 to 6 blocks"),
+        ({"first": 5, "second": 1}, None, [], r"Greedy\.keep\.first is 5; expected 0 to 4 blocks"),
         ({"frist": 2, "second": 1}, None, [], r"no block list 'frist'; did you mean 'first'\?"),
         ({"first": 2}, None, [], r"says nothing of the block list\(s\) second"),
+        ({"first": 0, "second": 0}, None, [], r"Greedy\.keep: keeps no block at all"),
+        (None, {"first": (0, 4), "second": (0, 2)}, [], r"Greedy\.pattern: keeps no block at all"),
         (None, (2, 3), [], r"search\.pattern: \[2, 3\] does not fit 'first' with 4 blocks"),
-        (3, None, [6], r"search\.protect is \[6\]; expected indices from 0 to 5"),
-        (3, None, [-1], r"search\.protect is \[-1\]"),
+        (3, None, [6], r"Greedy\.protect is \[6\]; expected indices from 0 to 5"),
+        (3, None, [-1], r"Greedy\.protect is \[-1\]"),
         (2, None, [0, 3, 5], r"the network keeps 2 of its 6 blocks, but 3 are protected \(0, 3, 5\)"),
         ({"first": 3, "second": 1}, None, [4, 5], r"list 'second' keeps 1 of its 2 blocks, but 2 are protected"),
         (None, (1, 2), [2, 3], r"group 2 \(blocks 2 to 3\) keeps 1 of its 2 blocks, but 2 are protected \(2, 3\)"),

@@ -362,6 +362,7 @@ def test_two_block_lists(criterion: type[Criterion]) -> None:
     assert len(criterion(keep=4)(task, TRAINER).kept) == 4
     by_list = criterion(keep={"first": 3, "second": 1})(task, TRAINER).kept
     assert (len(by_list), sum(i < 4 for i in by_list)) == (4, 3)
+    assert criterion(keep={"first": 0, "second": 1})(task, TRAINER).kept[0] in (4, 5)
     by_group = criterion(pattern={"first": (1, 2), "second": (2, 2)})(task, TRAINER).kept
     assert [len({i // 2 for i in by_group}), by_group[-2:]] == [3, (4, 5)]
 
@@ -511,13 +512,14 @@ def test_a_loss_that_is_never_finite_is_an_error(criterion: type[Criterion]) -> 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Uniform(), "Uniform takes keep or pattern; give one of the two"),
-        (lambda: Taylor(keep=4, pattern=(2, 4)), "Taylor takes keep or pattern; give one of the two"),
-        (lambda: Greedy(keep=4, samples=0), r"search\.samples is 0; expected at least 1"),
-        (lambda: Greedy(keep=4, batch_size=0), r"search\.batch_size is 0; expected at least 1"),
-        (lambda: Random(keep=4, draws=0), r"search\.draws is 0; expected at least 1"),
+        (lambda: Uniform(), "Uniform: give keep or pattern, one of the two"),
+        (lambda: Taylor(keep=4, pattern=(2, 4)), "Taylor: give keep or pattern, one of the two"),
+        (lambda: Greedy(keep=4, samples=0), r"Greedy\.samples is 0; expected at least 1"),
+        (lambda: Greedy(keep=4, batch_size=0), r"Greedy\.batch_size is 0; expected at least 1"),
+        (lambda: Random(keep=4, draws=0), r"Random\.draws is 0; expected at least 1"),
         (lambda: Greedy(pattern=124), r"YAML reads an unquoted 2:4 in base 60; write \[2, 4\]"),
-        (lambda: Greedy(keep=9)(planted(), TRAINER), r"search\.keep is 9; expected 1 to 8 blocks"),
+        (lambda: Greedy(keep=9)(planted(), TRAINER), r"Greedy\.keep is 9; expected 1 to 8 blocks"),
+        (lambda: Uniform(pattern=(0, 8))(planted(), TRAINER), r"Uniform\.pattern: keeps no block at all"),
         (lambda: Greedy(keep=2, protect=[1, 3, 4])(planted(), TRAINER), "keeps 2 of its 8 blocks, but 3 are protected"),
         (
             lambda: SpanSimilarity(pattern=(1, 4), protect=[5])(planted(), TRAINER),

@@ -73,7 +73,9 @@ def test_a_score_function_sampler_needs_no_change_to_the_search() -> None:
     def leave_one_out(lists: dict[str, int]) -> BlockSampler:
         return LeaveOneOut(lists, (4, 8), scaling=(1.0, 1.0))
 
-    how = search(pattern=None, sampler=leave_one_out, update=tiny.LoRA(rank=2), lr_gates=0.1, steps=200, warmup=0.0, lr=1e-4)
+    how = search(
+        pattern=None, sampler=leave_one_out, update=tiny.LoRA(rank=2), lr_gates=0.1, steps=200, warmup=0.0, lr=1e-4
+    )
     assert list(how(task(), TRAINER).kept) == WORKING
 
 

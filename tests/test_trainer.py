@@ -151,7 +151,7 @@ assert trainer.accelerator.num_processes == int(sys.argv[3])
 run = tiny.RunFolder(sys.argv[2])
 search = tiny.Search(pattern=[[1, 2], [1, 2], [2, 4]], steps=20, update=tiny.Full())
 decision = search(task, trainer, run)
-student = tiny.Recover(steps=20, lr=1e-3)(task, tiny.prune(task, decision), trainer, run)
+student = tiny.Recover(steps=20, lr=1e-3)(task, tiny.prune(task, decision), decision, trainer, run)
 if trainer.accelerator.is_main_process:
     torch.save({"weights": student.state_dict(), "marginals": decision.marginals}, sys.argv[2] + "/out.pt")
 """

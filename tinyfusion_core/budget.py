@@ -90,7 +90,7 @@ class Quota:
         return tuple(sorted(kept))
 
     def distinct(self, num: int, generator: torch.Generator) -> list[tuple[int, ...]]:
-        """Drawn decisions, no two alike: the first of a larger number; all there are, in order, if there are no more."""
+        """Drawn decisions, no two alike; a larger number begins with them. All in order if there are no more."""
         if num >= self.num_masks:
             parts = [itertools.combinations(*self._free(choice)) for choice in self.choices]
             return [tuple(sorted(itertools.chain(self.protected, *kept))) for kept in itertools.product(*parts)]

@@ -9,15 +9,21 @@ import inspect
 import math
 import shutil
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .data import Samples
+from .calibration import Calibrated
+from .data import FeatureSpace, Samples
 from .decision import Decision
+from .errors import Diverged, UserError
 from .evaluation import Frechet, HeldOutLoss
 from .files import digest, read_json, write_json
 from .findings import Trial
@@ -54,26 +60,30 @@ class Cells:
         self.task, self.recover, self.trainer, self.folder, self.progress = task, recover, trainer, folder, progress
         self.held_out, self.frechet = metrics
         self.accelerator = trainer.accelerator
+        self.features = _features(task.feature_space) if self.frechet is not None else None
         loss = _described(task.loss)
         self.sampling = {name: loss.pop(name) for name in task.loss.sampling_options() if name in loss}
         config = task.backbone.config(task.teacher)
         network = [_described(task.backbone), _described(config), _weights(task.teacher)]
-        self.training = {"network": network, "loss": loss, "data": _identity(task.train)}
+        self.training = {"network": network, "loss": loss, "data": _identity(task.train, 256)}
         self.measuring = {
             "network": network,
             "loss": loss,
-            "data": _identity(task.held_out),
-            "metric": _described(self.held_out),
+            "data": _identity(task.held_out, len(task.held_out)),
+            "metric": _described(self.held_out, "batch_size"),
             "precision": self.accelerator.mixed_precision,
         }
 
     def decide(self, name: str, selector: Selector, seed: int) -> Trial:
-        """Let a candidate choose. The trial has no losses yet."""
+        """Let a candidate choose. The trial has no losses yet. Raises UserError, naming the candidate, if it cannot."""
         trainer = replace(self.trainer, seed=seed)
 
         def work(folder: RunFolder) -> dict[str, Any]:
             start = time.monotonic()
-            decision = selector(self.task, trainer, folder)
+            try:
+                decision = selector(self.task, trainer, folder)
+            except UserError as e:
+                raise UserError(f"candidate '{name}', seed {seed}: {e}") from e
             # The last logged line knows what earlier, interrupted processes spent.
             logged = [e.get("seconds", 0.0) for e in folder.metrics()[-1:]]
             cost = decision.provenance.get("evaluations", 0)
@@ -84,7 +94,7 @@ class Cells:
             seconds = max([time.monotonic() - start, *logged])
             return {"kept": list(decision.kept), "scores": scores, "seconds": seconds, "evaluations": cost}
 
-        key = {**self.training, "trainer": _trainer(trainer), "selector": _described(selector), **selector.inputs()}
+        key = {**self.training, **_stage(selector, trainer), **selector.inputs()}
         made = self._cell("decision", key, f"{name}, seed {seed}: choosing", work)
         self.progress.advance()
         kept, scores = tuple(made.pop("kept")), made.pop("scores")
@@ -101,16 +111,19 @@ class Cells:
         return loss
 
     def heal(self, trial: Trial, full: bool = False) -> Trial:
-        """Prune and recover as the trial says; with `full`, measure the Fréchet distance too."""
+        """Prune and recover as the trial says; with `full`, measure the Fréchet distance too. None if it diverges."""
         calibration = self.calibrate(trial.kept)
         trainer = replace(self.trainer, seed=trial.seed)
         extra = self.frechet if full else None
-        # What a change of the sampling changes is the distance alone.
-        name = digest([_described(extra), self.sampling]) if extra is not None else "loss"
+        # What a change of the sampling or of the features changes is the distance alone.
+        name = "loss" if extra is None else digest([_described(extra, "batch_size"), self.sampling, self.features])
 
         def work(folder: RunFolder) -> dict[str, Any]:
             decision = self._decision(trial.kept)
-            student = self.recover(self.task, prune(self.task, decision), decision, trainer, folder)
+            try:
+                student = self.recover(self.task, prune(self.task, decision), decision, trainer, folder)
+            except Diverged:
+                return {"loss": None, name: None}
             figures = {"loss": self._loss(student)}
             if extra is not None and self.accelerator.is_main_process:
                 distance = extra(self.task, {"recovered": student}, trainer)[0].values["recovered"]
@@ -120,8 +133,8 @@ class Cells:
         key = {
             **{f"training {k}": v for k, v in self.training.items()},
             **self.measuring,
-            "trainer": _trainer(trainer),
-            "recover": _described(self.recover),
+            **_stage(self.recover, trainer),
+            "patience": trainer.max_skipped,  # decides what has diverged
             "kept": list(trial.kept),
         }
         what = f"{trial.method or 'random subset'}, seed {trial.seed}: recovering"
@@ -143,7 +156,9 @@ class Cells:
             work: computes it.
             needs: an entry without which it has to be computed again.
         """
-        name = f"{kind}-{digest(key)[:24]}"
+        from accelerate.utils import broadcast_object_list
+
+        (name,) = broadcast_object_list([f"{kind}-{digest(key)[:24]}"])  # a description can differ between processes
         path, scratch = self.folder / "cells" / f"{name}.json", RunFolder(self.folder / "cells" / name)
         before = read_json(path) if path.exists() else None
         there = before is not None and (not needs or needs in before)
@@ -171,36 +186,57 @@ class Cells:
         return _finite(self.held_out(self.task, {"model": model}, self.trainer)[0].values["model"])
 
 
-def _described(value: Any) -> Any:
-    """Settings as JSON. Of an object that has none that can be told, its address: never the same in another process."""
+def _described(value: Any, *but: str) -> Any:
+    """Settings as JSON, those of these names left out. What cannot be told is never described in the same way twice."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        own = {f.name: _described(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        own = {f.name: _described(getattr(value, f.name)) for f in dataclasses.fields(value) if f.name not in but}
         return {"class": _described(type(value)), **own}
     if isinstance(value, functools.partial):
         return [_described(v) for v in (value.func, value.args, value.keywords)]
-    if isinstance(value, type) or (inspect.isfunction(value) and value.__qualname__.isidentifier()):
+    if isinstance(value, type) and "<locals>" not in value.__qualname__:
         return f"{value.__module__}.{value.__qualname__}"
+    if inspect.isfunction(value) and value.__qualname__.isidentifier() and value.__closure__ is None:
+        with suppress(OSError):
+            return [f"{value.__module__}.{value.__qualname__}", digest(inspect.getsource(value))]
     if isinstance(value, Mapping):
         return {str(k): _described(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_described(v) for v in value]
-    return value if value is None or isinstance(value, (bool, int, float, str)) else repr(value)
+    if isinstance(value, (float, Path, Enum, torch.dtype, torch.device)):
+        return repr(value)  # JSON has no infinity
+    return value if value is None or isinstance(value, (bool, int, str)) else uuid.uuid4().hex
 
 
-def _trainer(trainer: Trainer) -> dict[str, Any]:
-    settings = {k: v for k, v in _described(trainer).items() if k not in INDIFFERENT}
-    return {**settings, "precision": trainer.accelerator.mixed_precision}
+def _stage(stage: Selector | Recover, trainer: Trainer) -> dict[str, Any]:
+    """A stage and how it trains, but for what changes no number; of two batch sizes the one that counts."""
+    own, but = getattr(stage, "batch_size", None), list(INDIFFERENT)
+    if isinstance(stage, Calibrated):
+        own, but = None, [*INDIFFERENT, "batch_size"]
+    how = _described(trainer.with_batch_size(own), *but)
+    how["precision"] = trainer.accelerator.mixed_precision
+    return {"stage": _described(stage, "batch_size"), "trainer": how}
+
+
+def _features(space: FeatureSpace | None) -> Any:
+    """What tells a feature space from others, as far as it can be seen from outside."""
+    if space is None:
+        return None
+    weights = _weights(space) if isinstance(space, nn.Module) else None
+    own = {k: v for k, v in vars(space).items() if k != "training" and isinstance(v, (int, float, str))}
+    return [_described(type(space)), space.name, weights, _described(own)]
 
 
 def _weights(model: nn.Module) -> str:
     return _hash(sorted(model.state_dict().items()))
 
 
-def _identity(data: Samples) -> list[Any]:
-    """What tells a data set from others: its length and some of its samples."""
+def _identity(data: Samples, most: int) -> list[Any]:
+    """What tells a data set from others: its length and some of its samples, evenly spaced, or all of them."""
     size = len(data)
-    some = sorted({i * (size - 1) // 15 for i in range(16)}) if size else []
-    return [size, _hash(sorted(data.__getitems__(some).items()))]
+    num = min(size, most)
+    some = [i * (size - 1) // max(1, num - 1) for i in range(num)]
+    parts = [some[first : first + 256] for first in range(0, num, 256)]
+    return [size, digest([_hash(sorted(data.__getitems__(part).items())) for part in parts])]
 
 
 def _hash(tensors: Sequence[tuple[str, Tensor]]) -> str:

@@ -128,7 +128,7 @@ def _validate(options: argparse.Namespace, flags: list[str]) -> int:
     from .plan import make_plan
     from .recipe import load_recipe
 
-    plan = make_plan(load_recipe(options.recipe, flags))
+    plan = make_plan(load_recipe(options.recipe, flags), comparisons=True)
     table = Table(title=f"{options.recipe}", title_justify="left", show_header=False)
     for what, value in plan.rows:
         table.add_row(what, value)

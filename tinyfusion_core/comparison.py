@@ -6,22 +6,22 @@ cell is never computed again (see `cells.py`).
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .backbone import block_lists
-from .budget import Quota, make_quota
+from .budget import Budget, make_quota, spoken
 from .cells import Cells
 from .criteria import BKSDM, Criterion, FirstN, LastN, Uniform
-from .decision import Decision
 from .errors import UserError, require
 from .evaluation import Frechet, HeldOutLoss, Metric
+from .files import read_json
 from .findings import Findings, Trial
 from .progress import track
 from .randomness import generator
+from .ranking import RANDOM
 from .recover import Recover
 from .run_folder import RunFolder
 from .search import Search, Selector
@@ -37,6 +37,21 @@ CRITERIA: tuple[type[Criterion], ...] = (
 """All but the random one, which is what they are judged by."""
 
 
+@dataclass(frozen=True)
+class Lineup:
+    """What is compared.
+
+    Attributes:
+        candidates: searches and criteria by name.
+        budget: how many blocks each of them keeps.
+        left_out: criteria that cannot be had at this budget, with the reason.
+    """
+
+    candidates: Mapping[str, Selector]
+    budget: Budget
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
     """What `compare` and `audit` share."""
@@ -47,6 +62,9 @@ class Comparison:
     def __post_init__(self) -> None:
         require(self.seeds >= 1, f"{self.view}.seeds", self.seeds, "at least 1")
         require(self.candidates != {}, f"{self.view}.candidates", {}, "at least one; null takes every criterion")
+        for name in self.candidates or {}:
+            named = isinstance(name, str) and name.strip() not in ("", RANDOM)
+            require(named, f"{self.view}.candidates: the name of one", name, f"a text, and not '{RANDOM}'")
 
     @property
     def view(self) -> str:
@@ -59,6 +77,30 @@ class Comparison:
     def recovery(self, recover: Recover) -> Recover:
         """How to heal."""
         return recover
+
+    def lineup(self, search: Selector | None, blocks: Sequence[str]) -> Lineup:
+        """What would be compared in a network with these blocks.
+
+        Raises:
+            UserError: candidates do not fit or differ in their budget, all of them are named; or there is nothing.
+        """
+        if self.candidates is not None:
+            return Lineup(self.candidates, _common_budget(self.view, self.candidates, blocks))
+        if search is None:
+            raise UserError(f"{self.view}: give candidates, or a search to compare the criteria with")
+        budget = _budget(search, blocks)
+        keep = budget if isinstance(budget, int) else dict(budget)
+        candidates: dict[str, Selector] = {"search": search}
+        left_out = {}
+        for criterion in CRITERIA:
+            try:
+                candidate = criterion(keep=keep)
+                candidate.preview(blocks)
+            except UserError as e:
+                left_out[criterion.__name__] = str(e)
+            else:
+                candidates[criterion.__name__] = candidate
+        return Lineup(candidates, budget, left_out)
 
     def __call__(
         self,
@@ -80,16 +122,18 @@ class Comparison:
             evaluate: a `HeldOutLoss` and, for `compare`, a `Frechet` with options of their own.
 
         Raises:
-            UserError: candidates do not fit the network or differ in their budget; all of them are named.
+            UserError: candidates do not fit the network or differ in their budget, all of them are named; one cannot
+                decide, or not as it has promised; or the folder holds a run or the other view's findings.
             Interrupted: a signal came; the same call goes on.
         """
-        candidates, left_out = self._candidates(search, task.blocks)
-        budget = common_budget(self.view, candidates, task.blocks)
+        lineup = self.lineup(search, task.blocks)
+        candidates, budget = lineup.candidates, lineup.budget
         folder, main = RunFolder(run_dir), trainer.accelerator.is_main_process
+        self._check_folder(folder)
         seeds = tuple(trainer.seed + i for i in range(self.seeds))
         num_random, num_seeds = self.reference()
-        quota = make_quota(task.blocks, budget, None, ())
-        subsets = _subsets(quota, num_random, trainer.seed)
+        quota = make_quota(task.blocks, budget, None, (), self.view)
+        subsets = quota.distinct(num_random, generator(trainer.seed, "comparison", "random subsets"))
         work = 2 * len(candidates) * len(seeds) + len(subsets) * num_seeds
         with ExitStack() as stack:
             if main:
@@ -99,6 +143,13 @@ class Comparison:
             cells = Cells(task, self.recovery(recover), trainer, folder, progress, self._metrics(evaluate))
             teacher = cells.calibrate(range(len(task.blocks)))
             decided = [cells.decide(name, c, seed) for seed in seeds for name, c in candidates.items()]
+            for trial in decided:
+                kept = len(trial.kept) if isinstance(budget, int) else _by_list(trial.kept, task.blocks)
+                if kept != budget:
+                    raise UserError(
+                        f"{self.view}: with seed {trial.seed} {trial.method} keeps {spoken(kept)}, "
+                        f"where its preview keeps {spoken(budget)} of the blocks"
+                    )
             trials = tuple(cells.heal(trial, full=True) for trial in decided)
             masks = tuple(cells.heal(Trial("", seed, kept)) for seed in seeds[:num_seeds] for kept in subsets)
             findings = Findings(
@@ -112,33 +163,20 @@ class Comparison:
                 learned=tuple(name for name, c in candidates.items() if isinstance(c, Search)),
                 trials=trials,
                 masks=masks,
-                left_out=left_out,
+                left_out=lineup.left_out,
                 note=f"draws for each of {len(task.held_out)} held-out samples: {cells.held_out.draws}",
             )
             if main:
                 findings.save(folder / FINDINGS)
         return findings
 
-    def _candidates(
-        self, search: Selector | None, blocks: Sequence[str]
-    ) -> tuple[Mapping[str, Selector], dict[str, str]]:
-        """What is compared, and criteria that cannot be had at the budget, with the reason."""
-        if self.candidates is not None:
-            return self.candidates, {}
-        if search is None:
-            raise UserError(f"{self.view}: give candidates, or a search to compare the criteria with")
-        keep = _budget(search.preview(blocks))
-        candidates: dict[str, Selector] = {"search": search}
-        left_out = {}
-        for criterion in CRITERIA:
-            try:
-                candidate = criterion(keep=keep)
-                candidate.preview(blocks)
-            except UserError as e:
-                left_out[criterion.__name__] = str(e)
-            else:
-                candidates[criterion.__name__] = candidate
-        return candidates, left_out
+    def _check_folder(self, folder: RunFolder) -> None:
+        """Raise UserError when the folder holds something that this would overwrite."""
+        what = "a run" if (folder / "run.json").exists() else ""
+        if (folder / FINDINGS).exists() and (view := read_json(folder / FINDINGS).get("view")) != self.view:
+            what = f"the findings of another command ({view})"
+        if what:
+            raise UserError(f"{folder.path}: holds {what}; choose another --run-dir")
 
     def _metrics(self, evaluate: Sequence[Metric]) -> tuple[HeldOutLoss, Frechet | None]:
         loss = next((m for m in evaluate if isinstance(m, HeldOutLoss)), HeldOutLoss())
@@ -176,7 +214,8 @@ class Audit(Comparison):
         seeds: how often each candidate decides and heals: with the trainer's seed, the next one, and so on.
         masks: random subsets within the budget; all of them when there are no more.
         healings: how many of the seeds the random subsets are healed with.
-        steps: of every recovery, in the place of the recipe's.
+        steps: of every recovery, in the place of the recipe's. The average of the weights goes with them: of
+            `recover.ema` only 0 counts, another decay would still be at the first weights.
     """
 
     masks: int = 100
@@ -193,24 +232,26 @@ class Audit(Comparison):
         return self.masks, self.healings
 
     def recovery(self, recover: Recover) -> Recover:
-        return replace(recover, steps=self.steps)
+        return replace(recover, steps=self.steps, ema=None if recover.ema else recover.ema)
 
     def _metrics(self, evaluate: Sequence[Metric]) -> tuple[HeldOutLoss, Frechet | None]:
         return super()._metrics(evaluate)[0], None
 
 
-def common_budget(view: str, candidates: Mapping[str, Selector], blocks: Sequence[str]) -> dict[str, int]:
-    """How many blocks of each list all candidates keep. Raises UserError unless they agree."""
+def _common_budget(view: str, candidates: Mapping[str, Selector], blocks: Sequence[str]) -> Budget:
+    """How many blocks all candidates keep. Raises UserError unless they agree, in total if that is all one promises."""
     problems, budgets = [], {}
     for name, candidate in candidates.items():
         try:
-            budgets[name] = _budget(candidate.preview(blocks))
+            budgets[name] = _budget(candidate, blocks)
         except UserError as e:
             problems.append(f"{view}.candidates.{name}: {e}")
-    if len({tuple(budget.items()) for budget in budgets.values()}) > 1:
+    if any(isinstance(budget, int) for budget in budgets.values()):
+        budgets = {name: b if isinstance(b, int) else sum(b.values()) for name, b in budgets.items()}
+    if any(budget != other for budget in budgets.values() for other in budgets.values()):
         problems.append(
             f"{view}.candidates: not the same budget: "
-            + "; ".join(f"{name} keeps {_spoken(budget)}" for name, budget in budgets.items())
+            + "; ".join(f"{name} keeps {spoken(budget)}" for name, budget in budgets.items())
             + ". Only the same budget tells which choice is better"
         )
     if problems:
@@ -218,23 +259,17 @@ def common_budget(view: str, candidates: Mapping[str, Selector], blocks: Sequenc
     return next(iter(budgets.values()))
 
 
-def _budget(decision: Decision) -> dict[str, int]:
-    lists = block_lists(decision.blocks)
-    return {name: len(set(members) & set(decision.kept)) for name, members in lists.items()}
+def _budget(candidate: Selector, blocks: Sequence[str]) -> Budget:
+    """How many blocks of each list it keeps, or of all where lists share a choice."""
+    decision = candidate.preview(blocks)
+    choices = decision.choices
+    if isinstance(candidate, Criterion):
+        choices = tuple(choice.blocks for choice in candidate.quota(blocks).choices)
+    lists = [set(members) for members in block_lists(blocks).values()]
+    shared = len(lists) == 1 or not all(any(members.issuperset(choice) for members in lists) for choice in choices)
+    return len(decision.kept) if shared else _by_list(decision.kept, blocks)
 
 
-def _spoken(budget: Mapping[str, int]) -> str:
-    if len(budget) == 1:
-        return str(sum(budget.values()))
-    return " + ".join(f"{num} of '{name}'" for name, num in budget.items())
-
-
-def _subsets(quota: Quota, num: int, seed: int) -> list[tuple[int, ...]]:
-    """Distinct random subsets within the budget, all of them if there are no more; a larger `num` only adds to them."""
-    if num >= quota.num_masks:
-        parts = [itertools.combinations(choice.blocks, choice.num_kept) for choice in quota.choices]
-        return [tuple(sorted(itertools.chain(*kept))) for kept in itertools.product(*parts)]
-    source, drawn = generator(seed, "comparison", "random subsets"), dict[tuple[int, ...], None]()
-    while len(drawn) < num:
-        drawn[quota.draw(source)] = None
-    return list(drawn)
+def _by_list(kept: Sequence[int], blocks: Sequence[str]) -> dict[str, int]:
+    """How many blocks of each list are kept."""
+    return {name: len(set(members) & set(kept)) for name, members in block_lists(blocks).items()}

@@ -61,8 +61,8 @@ def draw_kept(fractions: Mapping[str, Sequence[float]], path: Path) -> None:
         figure, axes = plt.subplots(figsize=(8.4, 0.7 + 0.27 * len(names)))
         shades = LinearSegmentedColormap.from_list("kept", ["#eef1f5", KEPT])
         axes.pcolormesh(values, cmap=shades, vmin=0, vmax=1, edgecolors="white", linewidth=2)
-        axes.set(yticks=np.arange(len(names)) + 0.5, yticklabels=names, xlabel="block")
-        axes.set(xticks=np.arange(count) + 0.5, xticklabels=range(count))
+        axes.set_yticks(np.arange(len(names)) + 0.5, names, parse_math=False)
+        axes.set(xlabel="block", xticks=np.arange(count) + 0.5, xticklabels=range(count))
         axes.invert_yaxis()
         axes.tick_params(length=0)
         for spine in axes.spines.values():
@@ -93,7 +93,8 @@ def draw_distribution(
             color = KEPT if name in learned else INK
             bottom.axhline(row, color="#e4e7eb", linewidth=0.8, zorder=0)
             bottom.scatter(choices[name], [row] * len(choices[name]), s=34, color=color, alpha=0.75, linewidths=0)
-        bottom.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.4, -0.6))
+        bottom.set_yticks(range(len(names)), names, parse_math=False)
+        bottom.set_ylim(len(names) - 0.4, -0.6)
         bottom.set(xlabel="healed loss (held out, after recovery)")
         bottom.tick_params(axis="y", length=0)
         for axes in (top, bottom):
@@ -126,4 +127,5 @@ def _label_at_the_side(axes: Axes, marks: Mapping[str, Point], learned: Sequence
             fontweight="bold" if name in learned else "normal",
             arrowprops={"arrowstyle": "-", "color": color, "alpha": 0.35, "linewidth": 0.8, "shrinkB": 4},
             annotation_clip=False,
+            parse_math=False,
         )

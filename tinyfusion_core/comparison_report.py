@@ -11,17 +11,17 @@ import rich.table
 import yaml
 from rich.console import Console
 
-from .comparison import FINDINGS, Audit, Compare
+from .comparison import FINDINGS, Audit, Compare, Comparison
 from .comparison_figures import draw_distribution, draw_kept, draw_scatter
 from .comparison_tables import Table, table_csv, tables, trials_csv
 from .errors import UserError
 from .evaluation import check_teacher
 from .files import write_text
 from .findings import Findings
-from .plan import make_plan
+from .plan import make_comparison_plan
 from .ranking import guides, reference, rows
 from .recipe import Recipe
-from .report import STYLE, picture_html
+from .report import page, picture_html
 from .run import make_task
 
 
@@ -31,7 +31,7 @@ def compare_recipe(
     """Do what a recipe's `compare` or `audit` says, or what is left of it.
 
     Args:
-        recipe: has a search and a recovery, and the checkpoint of a trained network.
+        recipe: has a recovery, a search or candidates, and the checkpoint of a trained network.
         view: the section that counts; without it its defaults do.
         run_dir: where cells are kept and the report is written.
         command: what the user typed, for the record.
@@ -43,21 +43,11 @@ def compare_recipe(
         UserError: the plan does not work out, or candidates do not fit or differ in their budget.
         Interrupted: a signal came; the same call goes on.
     """
-    stage = {"compare": recipe.compare or Compare(), "audit": recipe.audit or Audit()}[view]
-    if recipe.rounds:
-        raise UserError(
-            f"{view}: takes one search and one recovery; write a recipe of the round you want to compare in"
-        )
-    if recipe.search is None or recipe.recover is None:
-        raise UserError(f"{view}: needs search (for the budget) and recover (for the healing) in the recipe")
-    if recipe.train is not None:
-        raise UserError(
-            f"{view}: needs a trained network; run the recipe's train stage first, give the checkpoint to the backbone "
-            "and set train: null"
-        )
-    plan = make_plan(recipe)
+    stage: Comparison = recipe.compare or Compare() if view == "compare" else recipe.audit or Audit()
+    plan = make_comparison_plan(recipe, stage)
     if plan.problems or plan.missing:
         raise UserError("\n".join(plan.problems + plan.missing))
+    assert recipe.recover is not None  # else the plan has a problem
     task = make_task(recipe)
     check_teacher(task, recipe.trainer)
     findings = stage(task, recipe.recover, recipe.trainer, run_dir, recipe.search, recipe.evaluate)
@@ -88,15 +78,8 @@ def write_comparison(run_dir: Path | str, command: str = "") -> Path:
         record += f"<details><summary>Recipe, resolved</summary><pre>{text}</pre></details>"
     if record:
         sections.append(f"<section><h2>Record</h2>{record}</section>")
-    title = html.escape(folder.resolve().name)
-    page = f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title><link rel="icon" href="data:,"><style>{STYLE}{OWN_STYLE}</style></head>
-<body><main><header><p class="brand">tinyfusion {findings.view}</p><h1>{title}</h1></header>
-{"".join(sections)}
-</main></body></html>
-"""
-    write_text(folder / "report.html", page)
+    text = page(folder.resolve().name, "", sections, brand=f"tinyfusion {findings.view}", style=OWN_STYLE)
+    write_text(folder / "report.html", text)
     return folder / "report.html"
 
 

@@ -7,6 +7,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from .budget import spoken
 from .findings import Findings
 from .ranking import RANDOM, Mean, Row, guides, reference, rows
 
@@ -135,10 +136,7 @@ def _guided(findings: Findings) -> Table:
 
 
 def _task(findings: Findings) -> str:
-    keeps = " + ".join(
-        str(num) if len(findings.budget) == 1 else f"{num} of '{name}'" for name, num in findings.budget.items()
-    )
-    return f"{len(findings.blocks)} → {keeps} blocks"
+    return f"{len(findings.blocks)} → {spoken(findings.budget)} blocks"
 
 
 def _recovery(findings: Findings) -> str:

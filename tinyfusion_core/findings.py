@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .budget import Budget
 from .errors import UserError
 from .files import read_json, write_json
 
@@ -23,7 +24,7 @@ class Trial:
         seed: of the choice and of the healing.
         kept: indices of the blocks that stay.
         calibration: held-out loss right after pruning; None where a loss is not finite.
-        healed: held-out loss after recovery.
+        healed: held-out loss after recovery; None where it has diverged.
         frechet: Fréchet distance after recovery, where it is measured.
         scores: what the candidate gave each block, if it scores blocks; higher stays, None is not finite.
         seconds: that the choice took.
@@ -48,7 +49,7 @@ class Findings:
     Attributes:
         view: `compare` or `audit`.
         blocks: paths of the blocks, in execution order.
-        budget: how many blocks of each list stay.
+        budget: how many blocks stay: of all together, or of every block list.
         num_masks: how many subsets there are within the budget.
         steps: of every recovery.
         seeds: that every candidate was tried with.
@@ -62,7 +63,7 @@ class Findings:
 
     view: str
     blocks: tuple[str, ...]
-    budget: Mapping[str, int]
+    budget: Budget
     num_masks: int
     steps: int
     seeds: tuple[int, ...]

@@ -1,16 +1,18 @@
-"""What a run would do, worked out on the meta device: it needs no weights, no data and no GPU."""
+"""What a run or a comparison would do, worked out on the meta device: it needs no weights, no data and no GPU."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
 
 from .backbone import block_lists, expand
-from .comparison import common_budget
+from .budget import spoken
+from .comparison import Comparison
 from .errors import MissingFileError, UserError
 from .evaluation import count_flops
 from .pruning import remove_blocks
@@ -22,12 +24,12 @@ from .search import Search
 
 @dataclass
 class Plan:
-    """The plan of a run.
+    """The plan of a run, or of a comparison.
 
     Attributes:
         rows: what would happen, as (what, value).
-        problems: what makes the run impossible.
-        missing: files that the run will need and that are not there.
+        problems: what makes it impossible.
+        missing: files that it will need and that are not there.
     """
 
     rows: list[tuple[str, str]] = field(default_factory=list)
@@ -35,32 +37,48 @@ class Plan:
     missing: list[str] = field(default_factory=list)
 
 
-def make_plan(recipe: Recipe) -> Plan:
-    """Plan a run; problems are collected, not raised."""
+Part = Callable[[Plan, Recipe], None]
+
+
+def make_plan(recipe: Recipe, comparisons: bool = False) -> Plan:
+    """Plan a run; problems are collected, not raised.
+
+    Args:
+        recipe: what to do.
+        comparisons: plan too what `compare` and `audit` would do, if the recipe has sections for them.
+    """
+    stages = [stage for stage in (recipe.compare, recipe.audit) if stage is not None and comparisons]
+    return _make(recipe, [_network, _stages, _checkpoint, _data, _metrics, *(partial(_comparison, s) for s in stages)])
+
+
+def make_comparison_plan(recipe: Recipe, stage: Comparison) -> Plan:
+    """Plan a comparison in the same way."""
+    return _make(recipe, [_network, _checkpoint, _data, _metrics, partial(_comparison, stage)])
+
+
+def _make(recipe: Recipe, parts: Sequence[Part]) -> Plan:
     plan = Plan()
-    for part in (_network, _checkpoint, _data, _metrics):
-        _attempt(plan, recipe, part)
+    for part in parts:
+        try:
+            part(plan, recipe)
+        except UserError as e:
+            found = plan.missing if isinstance(e, MissingFileError) else plan.problems
+            if str(e) not in found:  # of a network that cannot be built, more than one part says so
+                found.append(str(e))
     return plan
 
 
-def _attempt(plan: Plan, recipe: Recipe, part: Callable[[Plan, Recipe], None]) -> None:
-    try:
-        part(plan, recipe)
-    except MissingFileError as e:
-        plan.missing.append(str(e))
-    except UserError as e:
-        plan.problems.append(str(e))
-
-
 def _network(plan: Plan, recipe: Recipe) -> None:
-    with torch.device("meta"):
-        model = recipe.backbone.construct(recipe.backbone.config())
-    blocks = expand(model, recipe.backbone.blocks(model))
+    model, blocks = _on_meta(recipe)
     lists = {name: len(members) for name, members in block_lists(blocks).items()}
     counts = ", ".join(f"{depth} blocks in '{name}'" for name, depth in lists.items())
     plan.rows.append(("network", f"{type(recipe.backbone).__name__}, {counts}"))
     _fit_together(recipe, model)
     plan.rows.append(("before pruning", _size(recipe, model)))
+
+
+def _stages(plan: Plan, recipe: Recipe) -> None:
+    model, _ = _on_meta(recipe)
     if recipe.train is not None:
         plan.rows.append(("train", _training(recipe, recipe.train)))
     if recipe.train is not None and recipe.train.kd is not None:
@@ -69,11 +87,6 @@ def _network(plan: Plan, recipe: Recipe) -> None:
         plan.problems.append(
             "recover: there is no search before it, so nothing is pruned; add one, or set recover: null"
         )
-    for comparison in filter(None, (recipe.compare, recipe.audit)):
-        if comparison.candidates is not None:
-            common_budget(comparison.view, comparison.candidates, expand(model, recipe.backbone.blocks(model)))
-            counts = f"{len(comparison.candidates)} candidates, {comparison.seeds} seeds"
-            plan.rows.append((comparison.view, counts))
     for name, step in recipe.each_round().items():
         try:
             model = _round(plan, recipe, f"{name}: " if name else "", step, model)
@@ -105,6 +118,30 @@ def _round(plan: Plan, recipe: Recipe, prefix: str, step: Round, model: nn.Modul
             given = "" if decision.choices else f", if blocks {', '.join(map(str, decision.kept))} stay"
             plan.rows.append((f"{prefix}taps", f"student ↔ teacher: {table}{given}"))
     return pruned
+
+
+def _comparison(stage: Comparison, plan: Plan, recipe: Recipe) -> None:
+    if recipe.rounds:
+        raise UserError(
+            f"{stage.view}: takes one search and one recovery; write a recipe of the round you want to compare in"
+        )
+    if recipe.recover is None:
+        raise UserError(f"{stage.view}: needs recover, to heal what was pruned")
+    if recipe.train is not None:
+        raise UserError(
+            f"{stage.view}: needs a trained network; run the recipe's train stage first, give the checkpoint to the "
+            "backbone and set train: null"
+        )
+    lineup = stage.lineup(recipe.search, _on_meta(recipe)[1])
+    counts = f"{len(lineup.candidates)} candidates that keep {spoken(lineup.budget)} blocks, {stage.seeds} seeds"
+    plan.rows.append((stage.view, counts))
+
+
+def _on_meta(recipe: Recipe) -> tuple[nn.Module, list[str]]:
+    """The network and the paths of its blocks."""
+    with torch.device("meta"):
+        model = recipe.backbone.construct(recipe.backbone.config())
+    return model, expand(model, recipe.backbone.blocks(model))
 
 
 def _training(recipe: Recipe, stage: Recover) -> str:
