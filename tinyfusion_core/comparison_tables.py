@@ -96,7 +96,7 @@ def _placed(findings: Findings) -> Table:
             row.calibration.text(),
             row.healed.text(),
             *(
-                (row.rank.text(".3g"), _percent(row.better), row.to_best.text("+.2g"))
+                (row.rank.text(".3g"), _percent(row.better), Mean(row.to_best.mean).text("+.2g"))
                 if row.name != RANDOM
                 else [""] * 3
             ),
