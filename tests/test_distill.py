@@ -56,7 +56,8 @@ def test_losses_and_gradients_are_the_references(mode: str, precision: str, monk
         backbone=DiT(**sizes), loss=GaussianDiffusion(), train=planted_data(), held_out=planted_data(), model=teacher
     )
     decision = decided([0, 2, 4], 6, [(0, 1), (2, 3), (4, 5)])
-    kd = tiny.MaskedKD(alpha_kd=config["alpha_kd"], alpha_gt=1 - config["alpha_kd"], beta=(config["beta_feat"], 0.0))
+    alpha = config["alpha_kd"]
+    kd = tiny.MaskedKD(alpha_kd=alpha, alpha_gt=1 - alpha, beta=(config["beta_feat"], 0.0), sigma=2.0, mask="separate")
     objective = Distilled(student, whole, decision, kd)
     assert objective.taps == [tuple(pair) for pair in config["layer_map"]]
     objective.before_step(0.0)
@@ -244,7 +245,7 @@ def test_the_teacher_runs_once_a_step_without_graph_in_eval_mode_on_the_same_inp
 def test_beta_falls_with_the_steps_and_the_terms_are_logged(tmp_path: Path) -> None:
     decision = decided([1, 3, 4])
     whole, run = task(), tiny.RunFolder(tmp_path)
-    how = tiny.Recover(steps=5, lr=1e-4, kd=tiny.MaskedKD(beta=(0.4, 0.0), mask="joint"))
+    how = tiny.Recover(steps=5, lr=1e-4, kd=tiny.MaskedKD(beta=(0.4, 0.0), sigma=2.0))
     how(whole, tiny.prune(whole, decision), decision, TRAINER, run)
     lines = run.metrics("recover")
     assert [line["beta"] for line in lines] == pytest.approx([0.4, 0.3, 0.2, 0.1, 0.0])
