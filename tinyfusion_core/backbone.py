@@ -27,6 +27,11 @@ class Stream:
     argument: str | int = 0
     output: int | None = None
 
+    def of(self, output: Any) -> Tensor:
+        """The stream in what a block gives out: a tensor, or a tuple of which it is an item."""
+        found: Tensor = output if isinstance(output, Tensor) else output[self.output or 0]
+        return found
+
 
 class Backbone(ABC):
     """A model family: how to build it, and which of its blocks may go.
@@ -113,3 +118,8 @@ def block_lists(blocks: Sequence[str]) -> dict[str, list[int]]:
     for i, path in enumerate(blocks):
         lists.setdefault(path.rpartition(".")[0], []).append(i)
     return lists
+
+
+def list_lengths(blocks: Sequence[str]) -> dict[str, int]:
+    """How many of some expanded block paths every list holds: list path -> number."""
+    return {name: len(members) for name, members in block_lists(blocks).items()}

@@ -201,7 +201,7 @@ def _watch(
 
     def after(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         for measure, stream, x in zip(measures, streams, entered, strict=True):
-            y = output if isinstance(output, Tensor) else output[stream.output or 0]
+            y = stream.of(output)
             # In full precision: bf16 cannot tell two blocks apart that are nearly the identity.
             dtype = torch.promote_types(x.dtype, torch.float32)
             with torch.autocast(x.device.type, enabled=False):

@@ -84,14 +84,12 @@ class Cells:
                 decision = selector(self.task, trainer, folder)
             except UserError as e:
                 raise UserError(f"candidate '{name}', seed {seed}: {e}") from e
-            # The last logged line knows what earlier, interrupted processes spent.
-            logged = [e.get("seconds", 0.0) for e in folder.metrics()[-1:]]
+            seconds = folder.spent(time.monotonic() - start)
             cost = decision.provenance.get("evaluations", 0)
             if isinstance(selector, Search):
                 cost = selector.steps * (selector.batch_size or trainer.batch_size)
             scores = decision.provenance.get("scores")
             scores = None if scores is None else [_finite(s) for s in scores]
-            seconds = max([time.monotonic() - start, *logged])
             return {"kept": list(decision.kept), "scores": scores, "seconds": seconds, "evaluations": cost}
 
         key = {**self.training, **_stage(selector, trainer), **selector.inputs()}

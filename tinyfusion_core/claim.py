@@ -14,7 +14,7 @@ from .decision import versions
 from .errors import UserError, nearest
 from .files import digest, read_json, write_json, write_text
 from .recipe import Recipe, flatten
-from .run_folder import RunFolder
+from .run_folder import FINDINGS, RunFolder
 from .trainer import INDIFFERENT
 
 OTHER_COMMANDS = ("compare", "audit")
@@ -38,7 +38,7 @@ def claim(recipe: Recipe, folder: RunFolder, command: str, restart_from: str | N
     record = folder / "run.json"
     before = read_json(record)["settings"] if record.exists() else now
     changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
-    if not record.exists() and any((folder / name).exists() for name in ("findings.json", "cells")):
+    if not record.exists() and any((folder / name).exists() for name in (FINDINGS, "cells")):
         raise UserError(f"{folder.path}: holds a comparison; choose another --run-dir")
     present = _stages(now)
     order = _stages({k: now.get(k) or before.get(k) for k in [*now, *before]})

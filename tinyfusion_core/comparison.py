@@ -23,14 +23,13 @@ from .progress import track
 from .randomness import generator
 from .ranking import RANDOM
 from .recover import Recover
-from .run_folder import RunFolder
+from .run_folder import FINDINGS, RunFolder
 from .search import Search, Selector
 from .sensitivity import Greedy, LeaveOneOut, Taylor
 from .similarity import BlockInfluence, InputOutputMSE, SpanSimilarity
 from .task import Task
 from .trainer import Trainer
 
-FINDINGS = "findings.json"
 CRITERIA: tuple[type[Criterion], ...] = (
     Uniform, FirstN, LastN, BKSDM, BlockInfluence, InputOutputMSE, SpanSimilarity, LeaveOneOut, Greedy, Taylor
 )  # fmt: skip
@@ -72,7 +71,7 @@ class Comparison:
 
     def reference(self) -> tuple[int, int]:
         """How many random subsets to heal, and with how many seeds."""
-        raise NotImplementedError
+        raise NotImplementedError  # under ABC, jsonargparse would write sections as class_path and init_args
 
     def recovery(self, recover: Recover) -> Recover:
         """How to heal."""

@@ -11,7 +11,7 @@ import rich.table
 import yaml
 from rich.console import Console
 
-from .comparison import FINDINGS, Audit, Compare, Comparison
+from .comparison import Audit, Compare, Comparison
 from .comparison_figures import draw_distribution, draw_kept, draw_scatter
 from .comparison_tables import Table, table_csv, tables, trials_csv
 from .errors import UserError
@@ -23,6 +23,7 @@ from .ranking import guides, reference, rows
 from .recipe import Recipe
 from .report import page, picture_html
 from .run import make_task
+from .run_folder import FINDINGS
 
 
 def compare_recipe(

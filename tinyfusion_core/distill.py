@@ -206,8 +206,7 @@ def captured(model: nn.Module, paths: Sequence[str], streams: Sequence[Stream]) 
     versions: dict[str, list[int]] = {}
 
     def keep(slot: int, output: Any) -> None:
-        items = [output] if isinstance(output, Tensor) else output
-        values[slot][:] = [items[stream.output or 0] for stream in streams]
+        values[slot][:] = [stream.of(output) for stream in streams]
         versions[paths[slot]] = [t._version for t in values[slot]]
 
     handles = [

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .backbone import Backbone, expand
-from .data import DataSource, Samples
+from .data import DataSource
 from .errors import UserError, require
 from .losses import LossAdapter
 from .progress import track
@@ -120,27 +120,27 @@ class HeldOutLoss(Metric):
             values: dict[str, float | None] = {}
             for name, model in models.items():
                 losses = []
-                for batch, rng in self._batches(task.held_out):
-                    losses.append(self._losses(task, model, batch, rng, trainer))
-                    progress.advance(len(losses[-1]))
+                for draw in range(self.draws):
+                    for inputs in _held_out(task, trainer, len(task.held_out), self.batch_size, draw):
+                        with torch.no_grad(), trainer.accelerator.autocast():
+                            loss = task.loss.loss(task.loss.predict(model, inputs), inputs)
+                        losses.append(loss.float().cpu())
+                        progress.advance(len(loss))
                 values[name] = float(torch.cat(losses).double().mean())
         note = f"{self.draws} fixed draws for each of {len(task.held_out)} held-out samples"
         if any(name.endswith("pruned") for name in models):
             note += "; right after pruning it is the calibration loss"
         return [Measurement("held-out loss", values, better="lower", note=note)]
 
-    def _batches(self, data: Samples) -> Iterator[tuple[dict[str, Tensor], Rng]]:
-        for draw in range(self.draws):
-            for first in range(0, len(data), self.batch_size):
-                indices = list(range(first, min(first + self.batch_size, len(data))))
-                # Time steps spread evenly over the samples: a far smaller variance for the same mean.
-                yield data.__getitems__(indices), Rng(0, "held out", draw, first, strata=len(data))
 
-    def _losses(self, task: Task, model: nn.Module, batch: dict[str, Tensor], rng: Rng, trainer: Trainer) -> Tensor:
-        device = trainer.accelerator.device
-        inputs = task.loss.prepare({name: t.to(device) for name, t in batch.items()}, rng)
-        with torch.no_grad(), trainer.accelerator.autocast():
-            return task.loss.loss(task.loss.predict(model, inputs), inputs).float().cpu()
+def _held_out(task: Task, trainer: Trainer, num: int, batch_size: int, draw: int = 0) -> Iterator[dict[str, Tensor]]:
+    """The first held-out samples, prepared on the trainer's device: the same for every model and every run."""
+    device = trainer.accelerator.device
+    for first in range(0, num, batch_size):
+        batch = task.held_out.__getitems__(list(range(first, min(first + batch_size, num))))
+        # Time steps spread evenly over the samples: a far smaller variance for the same mean.
+        rng = Rng(0, "held out", draw, first, strata=num)
+        yield task.loss.prepare({name: t.to(device) for name, t in batch.items()}, rng)
 
 
 @dataclass(frozen=True)
@@ -199,13 +199,9 @@ def check_teacher(task: Task, trainer: Trainer) -> None:
     Raises:
         UserError: its loss is not below 0.9 of that of a network that has learned nothing; see `LossAdapter.trivial`.
     """
-    device = trainer.accelerator.device
     num = min(256, len(task.held_out))
-    model, learned, trivial = task.teacher.to(device), 0.0, 0.0
-    for first in range(0, num, 32):
-        batch = task.held_out.__getitems__(list(range(first, min(first + 32, num))))
-        rng = Rng(0, "held out", 0, first, strata=num)
-        inputs = task.loss.prepare({name: t.to(device) for name, t in batch.items()}, rng)
+    model, learned, trivial = task.teacher.to(trainer.accelerator.device), 0.0, 0.0
+    for inputs in _held_out(task, trainer, num, batch_size=32):
         with torch.no_grad(), trainer.accelerator.autocast():
             prediction = task.loss.predict(model, inputs)
             nothing = task.loss.trivial(prediction, inputs)

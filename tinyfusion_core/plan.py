@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from .backbone import block_lists, expand
+from .backbone import expand, list_lengths
 from .budget import spoken
 from .comparison import Comparison
 from .errors import MissingFileError, UserError
@@ -70,8 +70,7 @@ def _make(recipe: Recipe, parts: Sequence[Part]) -> Plan:
 
 def _network(plan: Plan, recipe: Recipe) -> None:
     model, blocks = _on_meta(recipe)
-    lists = {name: len(members) for name, members in block_lists(blocks).items()}
-    counts = ", ".join(f"{depth} blocks in '{name}'" for name, depth in lists.items())
+    counts = ", ".join(f"{depth} blocks in '{name}'" for name, depth in list_lengths(blocks).items())
     plan.rows.append(("network", f"{type(recipe.backbone).__name__}, {counts}"))
     _fit_together(recipe, model)
     plan.rows.append(("before pruning", _size(recipe, model)))
@@ -100,8 +99,7 @@ def _round(plan: Plan, recipe: Recipe, prefix: str, step: Round, model: nn.Modul
     decision = step.search.preview(blocks)
     plan.rows.append((f"{prefix}keeps", f"{len(decision.kept)} of {len(blocks)} blocks"))
     if isinstance(step.search, Search):
-        lists = {name: len(members) for name, members in block_lists(blocks).items()}
-        sampler = step.search.make_sampler(lists)
+        sampler = step.search.make_sampler(list_lengths(blocks))
         groups = sampler.choices()
         ranges = ", ".join(f"{g[0]}-{g[-1]}" for g in groups)
         plan.rows.append((f"{prefix}groups", f"{len(groups)} (blocks {ranges}), {sampler.num_masks:,} possible masks"))

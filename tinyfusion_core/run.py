@@ -126,9 +126,7 @@ class _Run:
         result = work()
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            # The last logged line knows what earlier, interrupted processes spent.
-            logged = [e.get("seconds", 0.0) for e in folder.metrics(local)[-1:]]
-            folder.finish(local, self.keys[name], max([time.monotonic() - start, *logged]))
+            folder.finish(local, self.keys[name], folder.spent(time.monotonic() - start, local))
         self.accelerator.wait_for_everyone()
         return result
 

@@ -22,6 +22,8 @@ MADE_BY = {
     "evaluate": ("metrics.json", "samples.safetensors", "figures", "report.html"),
 }
 """What each stage leaves, besides its lines of `metrics.jsonl`."""
+FINDINGS = "findings.json"
+"""What a comparison leaves in its folder, and a run never does."""
 
 
 class RunFolder:
@@ -86,6 +88,11 @@ class RunFolder:
         lines = path.read_text().splitlines() if path.exists() else []
         entries = [entry for line in lines if (entry := _parsed(line)) is not None]
         return [e for e in entries if stage is None or e["stage"] == stage]
+
+    def spent(self, seconds: float, stage: str | None = None) -> float:
+        """Seconds that some work took: its last logged line knows what earlier, interrupted processes spent too."""
+        logged: list[float] = [e.get("seconds", 0.0) for e in self.metrics(stage)[-1:]]
+        return max([seconds, *logged])
 
     def rewind(self, stage: str, step: int) -> None:
         """Forget the lines of a stage after `step`: they will be made again."""
@@ -152,7 +159,7 @@ def _parsed(line: str) -> dict[str, Any] | None:
 
 def existing_run(path: Path | str) -> RunFolder:
     """The folder of a run that exists. Raises UserError when there is none."""
-    if (Path(path) / "findings.json").exists():
+    if (Path(path) / FINDINGS).exists():
         raise UserError(f"{path}: a comparison, not a run; its page is {Path(path) / 'report.html'}")
     if not (Path(path) / "recipe.yaml").is_file():
         raise UserError(f"{path}: not a run folder (no recipe.yaml in it)")

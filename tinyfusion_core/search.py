@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .backbone import Batch, block_lists
+from .backbone import Batch, list_lengths
 from .decision import Decision, provenance
 from .errors import UserError, require
 from .gating import Gates
@@ -101,8 +101,7 @@ class Search(Selector):
             object.__setattr__(self, "pattern", parse_pattern(self.pattern))
 
     def preview(self, blocks: Sequence[str]) -> Decision:
-        lists = {name: len(members) for name, members in block_lists(blocks).items()}
-        return self._decision(self.make_sampler(lists), blocks, {})
+        return self._decision(self.make_sampler(list_lengths(blocks)), blocks, {})
 
     def make_sampler(self, lists: Mapping[str, int]) -> BlockSampler:
         """The distribution over masks that the search starts from, for block lists of these lengths."""

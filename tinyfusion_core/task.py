@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .backbone import Backbone, block_lists, expand
+from .backbone import Backbone, expand, list_lengths
 from .calls import BatchDim, named_batch_dims, probed_batch_dims
 from .data import FeatureSpace, Samples
 from .losses import LossAdapter
@@ -60,7 +60,7 @@ class Task:
     @property
     def lists(self) -> dict[str, int]:
         """Length of every block list."""
-        return {name: len(members) for name, members in block_lists(self.blocks).items()}
+        return list_lengths(self.blocks)
 
     def batch_dim(self, model: nn.Module) -> BatchDim:
         """Which block arguments carry the batch, as the backbone says or as a probe finds."""
