@@ -16,9 +16,9 @@ from torch import Tensor, nn
 import golden_data
 from golden_data import GOLDEN, assert_close_rel, weights
 from tinyfusion_core.errors import UserError
-from tinyfusion_dit import DiT, backbone
-from tinyfusion_dit.model import VARIANTS, position_table, sinusoid
+from tinyfusion_dit import DiT
 from tinyfusion_dit.model import DiT as Network
+from tinyfusion_dit.model import position_table, sinusoid
 
 SMALL = {"input_size": 8, "hidden_size": 16, "depth": 3, "num_heads": 2, "patch_size": 2, "num_classes": 10}
 FORWARD = 5e-6  # float32 rounding, relative to the largest entry
@@ -132,7 +132,7 @@ def test_variants_are_the_published_sizes(size: str) -> None:
     config = json.loads((GOLDEN / f"manifests/DiT-{size}-2_256.json").read_text())["config"]
     assert DiT(variant=f"{size}/2").config().items() >= config.items()
     for patch in (4, 8):
-        assert VARIANTS[f"{size}/{patch}"] == VARIANTS[f"{size}/2"] | {"patch_size": patch}
+        assert DiT.variants[f"{size}/{patch}"] == DiT.variants[f"{size}/2"] | {"patch_size": patch}
 
 
 def test_starts_as_the_identity_with_output_zero() -> None:
@@ -240,7 +240,7 @@ def test_checkpoint_folder(tmp_path: Path) -> None:
 def test_shipped_checkpoints_go_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = DiT.tiny()
     save_folder(tmp_path / "shipped" / "toy", tiny.build(), tiny.config())
-    monkeypatch.setattr(backbone, "_SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(DiT, "shipped", tmp_path / "shipped")
     (tmp_path / "toy").mkdir()
     monkeypatch.chdir(tmp_path)
     assert_same_weights(DiT(checkpoint="toy").build(), tiny.build())

@@ -52,18 +52,18 @@ class Rng:
         """Standard normal numbers with the shape (B, ...), dtype and device of `like`."""
         return self._rows(purpose, like.shape, Tensor.normal_).to(like)
 
-    def uniform(self, purpose: str, num_rows: int) -> Tensor:
-        """(B,) numbers in [0, 1), float64 on the CPU, stratified when `strata` is set."""
-        u = self._rows(purpose, torch.Size([num_rows]), Tensor.uniform_, torch.float64)
-        if self.strata:
+    def uniform(self, purpose: str, num_rows: int, *shape: int) -> Tensor:
+        """(B, *shape) numbers in [0, 1), float64 on the CPU; scalar ones stratified when `strata` is set."""
+        u = self._rows(purpose, torch.Size([num_rows, *shape]), Tensor.uniform_, torch.float64)
+        if self.strata and not shape:
             order = torch.randperm(self.strata, generator=self.batch(purpose))
             rows = torch.arange(self.first, self.first + num_rows)
             u = (order[rows % self.strata] + u) / self.strata
         return u
 
-    def integers(self, purpose: str, high: int, num_rows: int) -> Tensor:
-        """(B,) integers in [0, high), int64 on the CPU."""
-        return (self.uniform(purpose, num_rows) * high).long()
+    def integers(self, purpose: str, high: int, num_rows: int, *shape: int) -> Tensor:
+        """(B, *shape) integers in [0, high), int64 on the CPU."""
+        return (self.uniform(purpose, num_rows, *shape) * high).long()
 
     def gumbel(self, purpose: str, num_rows: int, num_columns: int) -> Tensor:
         """(B, K) standard Gumbel numbers, `-ln E` with E ~ Exp(1), float32 on the CPU."""

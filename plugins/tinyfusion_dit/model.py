@@ -17,13 +17,6 @@ from torch import Tensor, nn
 
 from tinyfusion_core.errors import UserError, nearest
 
-_SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
-#: Constructor keywords of the published sizes (table 1 of the paper), by name: "XL/2" is size XL with patches of 2.
-VARIANTS: dict[str, dict[str, int]] = {
-    f"{size}/{patch}": {"hidden_size": width, "depth": depth, "num_heads": heads, "patch_size": patch}
-    for size, (width, depth, heads) in _SIZES.items()
-    for patch in (2, 4, 8)
-}
 _ACTIVATIONS: dict[str, Any] = {"gelu_tanh": partial(nn.GELU, approximate="tanh"), "silu": nn.SiLU}
 _NUM_FREQUENCIES = 128
 

@@ -95,6 +95,14 @@ def linear_betas(num_timesteps: int) -> Table:
     return np.linspace(0.1 / num_timesteps, 20 / num_timesteps, num_timesteps)
 
 
+def cosine_betas(num_timesteps: int) -> Table:
+    """Variances that let A fall like a squared cosine; at most 0.999, which the last one would exceed."""
+    u = np.arange(num_timesteps + 1) / num_timesteps
+    a = np.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+    out: Table = np.minimum(1 - a[1:] / a[:-1], 0.999)
+    return out
+
+
 def even_steps(num_timesteps: int, *counts: int) -> list[int]:
     """Cut the steps into equal parts and keep counts[i] of the i-th, evenly and with both of its ends.
 

@@ -1,0 +1,21 @@
+"""The masked autoregressive transformers of arXiv:2406.11838: network, masked-token diffusion, generation."""
+
+from __future__ import annotations
+
+from tinyfusion_core.backbone import Backbone
+from tinyfusion_core.hookspecs import hookimpl
+from tinyfusion_core.losses import LossAdapter
+from tinyfusion_mar.backbone import MAR
+from tinyfusion_mar.masked import MaskedTokenDiffusion
+
+__all__ = ["MAR", "MaskedTokenDiffusion"]
+
+
+@hookimpl
+def tinyfusion_register_backbones() -> list[type[Backbone]]:
+    return [MAR]
+
+
+@hookimpl
+def tinyfusion_register_losses() -> list[type[LossAdapter]]:
+    return [MaskedTokenDiffusion]

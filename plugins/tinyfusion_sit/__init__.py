@@ -1,0 +1,21 @@
+"""The interpolant transformers of arXiv:2401.08740: DiT's network in continuous time, and flow matching."""
+
+from __future__ import annotations
+
+from tinyfusion_core.backbone import Backbone
+from tinyfusion_core.hookspecs import hookimpl
+from tinyfusion_core.losses import LossAdapter
+from tinyfusion_sit.backbone import SiT
+from tinyfusion_sit.flow import FlowMatching
+
+__all__ = ["FlowMatching", "SiT"]
+
+
+@hookimpl
+def tinyfusion_register_backbones() -> list[type[Backbone]]:
+    return [SiT]
+
+
+@hookimpl
+def tinyfusion_register_losses() -> list[type[LossAdapter]]:
+    return [FlowMatching]
