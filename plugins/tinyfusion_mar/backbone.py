@@ -84,9 +84,9 @@ class MAR(CheckpointBackbone):
 
         return model.MAR
 
-    def official(self) -> str:
+    def official(self) -> str | None:
         links = _OFFICIAL if self.variant is None else {self.variant: _OFFICIAL[self.variant]}
-        return f"The official weights (of the same name for every size): {', '.join(links.values())}."
+        return f"the official weights ({', '.join(f'of {name}: {link}' for name, link in links.items())})"
 
     def blocks(self, model: nn.Module) -> Sequence[str]:
         return ["encoder_blocks.*", "decoder_blocks.*"]

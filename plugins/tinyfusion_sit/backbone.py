@@ -48,5 +48,5 @@ class SiT(DiT):
 
         return Network
 
-    def official(self) -> str:
-        return f"The official weights exist for XL/2 at 256x256 alone: save {_OFFICIAL} as SiT-XL-2-256x256.pt."
+    def official(self) -> str | None:
+        return f"the official weights (of XL/2 at 256x256 alone: {_OFFICIAL})"
