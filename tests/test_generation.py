@@ -58,12 +58,8 @@ def test_a_checkpoint_of_the_other_time_is_noticed(backbone: type[DiT], other: t
     data, trainer = Digits(), tiny.Trainer(batch_size=8)
 
     def check(checkpoint: str) -> None:
-        task = tiny.Task(
-            backbone=backbone(checkpoint=checkpoint),
-            loss=DIGITS[backbone],
-            train=data.train(),
-            held_out=data.held_out(),
-        )
+        network = backbone(checkpoint=checkpoint)
+        task = tiny.Task(backbone=network, loss=DIGITS[backbone], train=data.train(), held_out=data.held_out())
         check_teacher(task, trainer)
 
     with pytest.raises(tiny.UserError, match="is it the right checkpoint for this backbone, this loss"):
