@@ -38,7 +38,6 @@ class DiT(CheckpointBackbone):
         num_classes: number of labels.
         learn_sigma: whether the network predicts a variance too.
         mlp_act: activation of the MLPs, "gelu_tanh" or "silu".
-        licence: licence of the checkpoint, for the model card.
     """
 
     #: Table 1 of the paper; "XL/2" is size XL with patches of 2.

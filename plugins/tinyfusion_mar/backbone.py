@@ -46,7 +46,6 @@ class MAR(CheckpointBackbone):
         buffer_size: slots in front of the tokens that hold the label.
         head_width: width of the diffusion head.
         head_depth: number of residual blocks of the diffusion head.
-        licence: licence of the checkpoint, for the model card.
     """
 
     variants = {
