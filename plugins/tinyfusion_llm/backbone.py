@@ -163,6 +163,7 @@ class CausalLM(Backbone):
                 tokenizer.save_pretrained(made)
             written = sorted(p.name for p in Path(made).iterdir() if p.is_file())
             for name in written:
+                Path(made, name).chmod(0o644)  # transformers keeps weights to their owner
                 Path(made, name).replace(folder / name)
         return written
 
@@ -272,7 +273,8 @@ def _check_causal(model: Any) -> None:
     tokens = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]]) % _vocabulary(_as_json(model.config))
     with torch.no_grad():
         logits = model.eval()(input_ids=tokens, use_cache=False).logits[:, :3].float()
-    if (logits[0] - logits[1]).abs().max() > 1e-2 * logits.abs().max():
+    rounding = max(1e-5, 4 * torch.finfo(model.dtype).eps)
+    if (logits[0] - logits[1]).abs().max() > rounding * logits.abs().max():
         raise UserError(
             f"backbone.model: {type(model).__name__} is not decoder-only: its predictions depend on later tokens"
         )

@@ -118,15 +118,20 @@ def _edits(config: Settings, depth: int, kept: Sequence[int]) -> dict[str, Any]:
 def verify(model: nn.Module, path: str) -> str:
     """What differs between a model's layers and those that its config builds; empty when nothing does.
 
-    Built on the meta device: no memory, no random numbers. Compared are the kinds of all modules, the shapes of
-    their parameters and every plain setting they hold, such as windows, rotary switches and scales.
+    Built on the meta device: no memory, no random numbers. Compared are the shapes of all weights, and for the
+    layers the kinds of their modules and every plain setting in them, such as windows, rotary switches and scales.
     """
     try:
         fresh = construct(model.config.to_dict())  # type: ignore[union-attr, operator]
     except (ValueError, IndexError, KeyError) as e:
         return f"transformers refuses it ({e})"
-    for position, (ours, built) in enumerate(zip(model.get_submodule(path), fresh.get_submodule(path), strict=True)):  # type: ignore[call-overload]
-        have, would = _described(ours), _described(built)
+    shapes, built = ({name: tuple(t.shape) for name, t in m.state_dict().items()} for m in (model, fresh))
+    for key in [*shapes, *built]:
+        if shapes.get(key) != built.get(key):
+            return f"{key} has the shape {shapes.get(key)}, the config makes it {built.get(key)}"
+    layers: Any = zip(model.get_submodule(path).children(), fresh.get_submodule(path).children(), strict=True)
+    for position, described in enumerate(map(_described, pair) for pair in layers):
+        have, would = described
         for key in [*have, *would]:
             if have.get(key) != would.get(key):
                 return f"layer {position} has {key} = {have.get(key)}, the config makes it {would.get(key)}"
@@ -151,7 +156,6 @@ def _described(layer: nn.Module) -> dict[str, Any]:
             plain = value is None or isinstance(value, (bool, int, float, str))
             if plain and not key.startswith("_") and key not in ("training", "layer_idx"):
                 found[f"{name}.{key}".lstrip(".")] = value
-    found.update({f"the shape of {name}": tuple(p.shape) for name, p in layer.named_parameters()})
     return found
 
 

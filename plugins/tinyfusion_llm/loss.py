@@ -133,7 +133,7 @@ class NextToken(LossAdapter):
         for first in range(0, targets.shape[1], width):
             some = slice(first, first + width)
             inner = [*(x[:, :-1][:, some] for x in states), targets[:, some]]
-            if torch.is_grad_enabled():
+            if torch.is_grad_enabled() and width < targets.shape[1]:  # one piece is held anyway
                 # Nothing in a head is random, and no state needs saving for it.
                 values = checkpoint(piece, *inner, use_reentrant=False, preserve_rng_state=False)
             else:
