@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -168,7 +169,7 @@ def test_bad_folders(tmp_path: Path) -> None:
 
 
 def test_gguf_without_its_package_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
+    monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(tiny.UserError, match="pip install gguf"):
         CausalLM(model=str(tmp_path), gguf_file="model.gguf").build()
 

@@ -106,6 +106,14 @@ class Backbone(ABC):
         save_tensors(folder / WEIGHTS, model.state_dict())
         return [WEIGHTS]
 
+    def export(self, model: nn.Module, library: str, folder: Path) -> None:
+        """Write a network as a folder of another library, `transformers` or `diffusers`.
+
+        Raises:
+            UserError: that library has no such network.
+        """
+        raise UserError(f"--to {library}: {type(self).__name__} has no form in {library}")
+
     @classmethod
     def load(cls, folder: Path, config: Mapping[str, Any]) -> nn.Module:
         """The network that `save` wrote, whose `config` was this one.

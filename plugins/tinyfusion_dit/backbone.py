@@ -131,6 +131,13 @@ class DiT(Backbone):
             licence = saved if licence == "unknown" else licence
         return {"checkpoint": self.checkpoint, "sha256": sha256(self._weights()), "licence": licence}
 
+    def export(self, model: nn.Module, library: str, folder: Path) -> None:
+        if library != "diffusers":
+            super().export(model, library, folder)
+        from .convert import to_diffusers
+
+        to_diffusers(model, _settings(model)).save_pretrained(folder)
+
     def _given(self) -> dict[str, Any]:
         """The network settings that the recipe names, directly or through the variant."""
         from .model import VARIANTS
