@@ -47,7 +47,7 @@ def to_diffusers(model: nn.Module, settings: Mapping[str, Any]) -> Any:
             f"mlp_ratio {settings['mlp_ratio']} and class_dropout_prob {settings['class_dropout_prob']}"
         )
     table = position_table(width, settings["input_size"] // settings["patch_size"]).float()
-    if not torch.allclose(model.pos_embed.cpu().view_as(table), table, atol=1e-4):  # type: ignore[operator, union-attr]
+    if not torch.allclose(model.pos_embed.cpu().view_as(table), table, atol=1e-4):  # type: ignore[operator]
         raise UserError("--to diffusers: its DiT computes the position table, this network has another one")
     made = kind(
         num_attention_heads=heads,
@@ -60,6 +60,7 @@ def to_diffusers(model: nn.Module, settings: Mapping[str, Any]) -> Any:
         activation_fn=_ACTIVATIONS[settings["mlp_act"]],
         num_embeds_ada_norm=settings["num_classes"],
         norm_type="ada_norm_zero",
+        norm_eps=1e-6,
     )
     weights = _renamed(model.state_dict(), settings["depth"])
     made.load_state_dict(weights, strict=True)
