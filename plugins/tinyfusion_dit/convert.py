@@ -33,6 +33,9 @@ _ACTIVATIONS = {"gelu_tanh": "gelu-approximate", "silu": "linear-silu"}
 def to_diffusers(model: nn.Module, settings: Mapping[str, Any]) -> Any:
     """The same network as a `DiTTransformer2DModel`.
 
+    But for the frequencies of its time embedding, which diffusers spaces by 1/127 where DiT has 1/128, also for the
+    official weights: predictions differ a little.
+
     Raises:
         UserError: diffusers is not installed, or has no such network.
     """

@@ -73,6 +73,7 @@ class CausalLM(Backbone):
         from transformers import AutoModelForCausalLM
 
         config = self._pretrained_config()
+        self._agreed(config)
         given: dict[str, Any] = {} if self.gguf_file else {"config": config, "use_safetensors": True}
         with torch.random.fork_rng(), _named(self.model):
             found: Any = AutoModelForCausalLM.from_pretrained(
@@ -96,16 +97,9 @@ class CausalLM(Backbone):
             return _as_json(model.config)
         if self.model is None:
             return dict(self.network or {})
-        try:
-            found = _as_json(self._pretrained_config())
-        except MissingFileError:
-            if self.network is None:
-                raise
-            return dict(self.network)
-        for key, value in (self.network or {}).items():
-            if found.get(key, value) != value:
-                raise UserError(f"backbone.network: {key} is {value!r}, in {self.model} it is {found[key]!r}")
-        return found
+        if self.network is not None and not Path(self.model).is_dir():
+            return dict(self.network)  # planning asks no hub
+        return self._agreed(self._pretrained_config())
 
     @classmethod
     def construct(cls, config: Mapping[str, Any]) -> nn.Module:
@@ -196,6 +190,14 @@ class CausalLM(Backbone):
 
     def _where(self) -> dict[str, Any]:
         return {"revision": self.revision or "main", **({"gguf_file": self.gguf_file} if self.gguf_file else {})}
+
+    def _agreed(self, config: Any) -> dict[str, Any]:
+        """The config as JSON. Raises UserError when `network` says otherwise."""
+        found = _as_json(config)
+        for key, value in (self.network or {}).items():
+            if found.get(key, value) != value:
+                raise UserError(f"backbone.network: {key} is {value!r}, in {self.model} it is {found[key]!r}")
+        return found
 
     def _pretrained_config(self) -> Any:
         from transformers import AutoConfig
