@@ -170,7 +170,7 @@ def test_bad_folders(tmp_path: Path) -> None:
 
 def test_gguf_without_its_package_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(tiny.UserError, match="pip install gguf"):
+    with pytest.raises(tiny.UserError, match="pip install 'gguf'"):
         CausalLM(model=str(tmp_path), gguf_file="model.gguf").build()
 
 
@@ -186,3 +186,41 @@ def test_tiny_runs_and_none_of_its_weights_is_zero() -> None:
     model = CausalLM.tiny().build()
     assert all((p != 0).all() for p in model.parameters())
     assert torch.equal(logits(model), logits(CausalLM.tiny().build()))
+
+
+def test_a_gguf_file_becomes_a_model_that_can_be_pruned_and_saved(tmp_path: Path) -> None:
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(tmp_path / "tiny.gguf", "llama")
+    for add, value in [
+        (writer.add_context_length, 64), (writer.add_embedding_length, 32), (writer.add_block_count, 6),
+        (writer.add_feed_forward_length, 48), (writer.add_head_count, 4), (writer.add_head_count_kv, 4),
+        (writer.add_layer_norm_rms_eps, 1e-5), (writer.add_vocab_size, VOCABULARY), (writer.add_rope_freq_base, 1e4),
+    ]:  # fmt: skip
+        add(value)
+    shapes = {
+        "attn_q": (32, 32), "attn_k": (32, 32), "attn_v": (32, 32), "attn_output": (32, 32), "ffn_gate": (48, 32),
+        "ffn_up": (48, 32), "ffn_down": (32, 48), "attn_norm": (32,), "ffn_norm": (32,),
+    }  # fmt: skip
+    whole = {f"blk.{i}.{name}": shape for i in range(6) for name, shape in shapes.items()}
+    rng = torch.Generator().manual_seed(0)
+    values: dict[str, Tensor] = {}
+    for name, shape in {
+        "token_embd": (VOCABULARY, 32),
+        "output_norm": (32,),
+        "output": (VOCABULARY, 32),
+        **whole,
+    }.items():
+        values[name] = torch.randn(shape, generator=rng)
+        writer.add_tensor(f"{name}.weight", values[name].numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    task = task_of(tmp_path, gguf_file="tiny.gguf", dtype="float32")
+    assert torch.equal(task.teacher.get_submodule(task.blocks[3]).mlp.up_proj.weight, values["blk.3.ffn_up"])
+    student = tiny.prune(task, decide(task))
+    tiny.save_pretrained(student, task, decide(task), tmp_path / "student")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    assert torch.equal(logits(again), logits(student))
+    assert "quantization_config" not in json.loads((tmp_path / "student" / "config.json").read_text())

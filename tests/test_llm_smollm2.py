@@ -1,4 +1,4 @@
-"""The real model, when `make smollm2` has fetched it: a short run of its recipe, from the text to a student that writes."""
+"""The real model, once `make smollm2` has fetched it: a short run of its recipe, up to a student that writes."""
 
 from __future__ import annotations
 

@@ -12,5 +12,5 @@ def need(module: str, package: str, key: str) -> Any:
     """Import a module, or raise UserError that names what needs it and the package to install."""
     try:
         return importlib.import_module(module)
-    except ImportError:
-        raise UserError(f"{key} needs the package '{package}': pip install {package}") from None
+    except ImportError as e:
+        raise UserError(f"{key} needs the package '{package}' ({e}): pip install '{package}'") from None
