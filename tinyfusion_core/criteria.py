@@ -32,7 +32,8 @@ class Keep(Selector):
 
     Args:
         blocks: indices of the blocks that stay.
-        decision: path of a `decision.json`, made for a checkpoint of the same architecture.
+        decision: path of a `decision.json`, made for a checkpoint of the same architecture; or of a mergekit YAML, a
+            list of indices or of peft's `layer_replication`, or a `--prune-layers` argument of llama.cpp.
     """
 
     blocks: Sequence[int] = field(default_factory=tuple)
@@ -57,9 +58,7 @@ class Keep(Selector):
     def preview(self, blocks: Sequence[str]) -> Decision:
         if self.decision is None:
             return Decision(blocks=tuple(blocks), kept=tuple(sorted(self.blocks)), method="Keep")
-        decision = Decision.load(self.decision)
-        decision.check_fits(blocks, "the network")
-        return decision
+        return Decision.from_file(self.decision, blocks)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
+from .exchange import read_kept
 from .files import read_json, write_json
 
 FORMAT_VERSION = 1
@@ -107,3 +108,16 @@ class Decision:
             )
         except (KeyError, TypeError) as e:
             raise UserError(f"{path}: not a complete decision ({e!r})") from None
+
+    @classmethod
+    def from_file(cls, path: Path | str, blocks: Sequence[str]) -> Decision:
+        """A decision about these blocks from a `decision.json`, or from the file of another tool; see `exchange`.
+
+        Raises:
+            UserError: the file is missing, of no known form, or about another network.
+        """
+        if Path(path).suffix == ".json" and isinstance(read_json(Path(path)), dict):
+            decision = cls.load(path)
+            decision.check_fits(blocks, "the network")
+            return decision
+        return cls(blocks=tuple(blocks), kept=tuple(read_kept(Path(path), len(blocks))), method="Keep")

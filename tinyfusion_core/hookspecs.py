@@ -9,6 +9,7 @@ naming both owners, when two plugins bring classes of the same name.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pluggy
 
@@ -33,3 +34,8 @@ def tinyfusion_register_losses() -> Sequence[type[LossAdapter]]:  # type: ignore
 @hookspec
 def tinyfusion_register_data() -> Sequence[type[DataSource]]:  # type: ignore[empty-body]
     """Return the data sources, for `data:` in a recipe."""
+
+
+@hookspec
+def tinyfusion_register_metrics() -> Sequence[type[Any]]:  # type: ignore[empty-body]
+    """Return measurements, subclasses of `tinyfusion_core.evaluation.Metric`, for `evaluate:` in a recipe."""

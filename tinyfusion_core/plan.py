@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .backbone import expand, list_lengths
 from .budget import spoken
@@ -181,10 +182,13 @@ def _fit_together(recipe: Recipe, model: nn.Module) -> None:
     """Raise UserError when the loss cannot take what the network gives."""
     inputs = recipe.loss.prepare(recipe.backbone.example(2), Rng(0, "plan"))
     try:
-        # The loss on zeros of the prediction's shape: the meta device cannot look values up in tables.
         with torch.no_grad():
-            prediction = recipe.loss.predict(model.eval(), {name: t.to("meta") for name, t in inputs.items()})
-            recipe.loss.loss(torch.zeros(prediction.shape), inputs)
+            on_meta = {name: t.to("meta") for name, t in inputs.items()}
+            prediction = recipe.loss.predict(model.eval(), on_meta)
+            if all(isinstance(leaf, Tensor) for leaf in tree_leaves(prediction)):
+                # The loss on zeros of the prediction's shape: the meta device cannot look values up in tables.
+                prediction, on_meta = tree_map(lambda x: torch.zeros(x.shape), prediction), inputs
+            recipe.loss.loss(prediction, on_meta)
     except NotImplementedError:
         return  # an operation without a meta kernel: the run itself will tell
     except RuntimeError as e:

@@ -19,6 +19,7 @@ HOOKS = {
     "backbone": "tinyfusion_register_backbones",
     "loss": "tinyfusion_register_losses",
     "data": "tinyfusion_register_data",
+    "metric": "tinyfusion_register_metrics",
 }
 
 

@@ -59,8 +59,8 @@ SECTIONS: dict[str, Any] = {
     "compare": Compare,
     "audit": Audit,
 }
-BROUGHT = {"backbone": Backbone, "loss": LossAdapter, "data": DataSource}
-"""Kinds that plugins register."""
+BROUGHT = {"backbone": Backbone, "loss": LossAdapter, "data": DataSource, "metric": Metric}
+"""Kinds that plugins register. The core has metrics of its own besides."""
 POLYMORPHIC = (Backbone, LossAdapter, DataSource, Selector, Metric, WeightUpdate, BlockSampler, OutputKD)
 PLAIN = (Trainer, Recover, Round, Compare, Audit)
 """Classes that a section is made of without saying so."""
@@ -312,13 +312,13 @@ def _unknown(name: str, known: Mapping[str, Any]) -> typing.NoReturn:
 
 def _known(base: type[Any]) -> dict[str, type[Any]]:
     """Every class of a kind, by name: what plugins bring, or what the core has."""
-    for kind, brought in BROUGHT.items():
-        if base is brought:
-            return registry().classes[kind]
+    kind = next((kind for kind, brought in BROUGHT.items() if base is brought), "")
+    if kind and base is not Metric:
+        return registry().classes[kind]
     found = {} if inspect.isabstract(base) else {base.__name__: base}
     for cls in base.__subclasses__():
         found.update(_known(cls))
-    return found
+    return {**found, **registry().classes[kind]} if kind else found
 
 
 def _full(cls: type[Any]) -> str:

@@ -86,6 +86,13 @@ class DiT(CheckpointBackbone):
             "y": torch.arange(num_rows) % config["num_classes"],
         }
 
+    def export(self, model: nn.Module, library: str, folder: Path) -> None:
+        if library != "diffusers":
+            super().export(model, library, folder)
+        from .convert import to_diffusers
+
+        to_diffusers(model, settings(model)).save_pretrained(folder)
+
     @classmethod
     def tiny(cls) -> Self:
         return cls.random(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
+from tinyfusion_core.checkpoints import CheckpointBackbone
 from tinyfusion_dit.backbone import DiT
 
 _OFFICIAL = (
@@ -30,6 +31,10 @@ class SiT(DiT):
         from .model import SiT as Network
 
         return Network
+
+    def export(self, model: nn.Module, library: str, folder: Path) -> None:
+        # diffusers' DiT has the same layers, but takes time steps from 0 to 999 and gives out noise.
+        CheckpointBackbone.export(self, model, library, folder)
 
     def official(self) -> str | None:
         return f"the official weights (of XL/2 at 256x256 alone: {_OFFICIAL})"

@@ -1,0 +1,36 @@
+"""Decoder-only language models of Hugging Face transformers: any family, one backbone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tinyfusion_core.backbone import Backbone
+from tinyfusion_core.data import DataSource
+from tinyfusion_core.hookspecs import hookimpl
+from tinyfusion_core.losses import LossAdapter
+from tinyfusion_llm.backbone import CausalLM
+from tinyfusion_llm.loss import NextToken
+from tinyfusion_llm.metrics import Generation, LmEval, Perplexity
+from tinyfusion_llm.text import TextTokens
+
+__all__ = ["CausalLM", "Generation", "LmEval", "NextToken", "Perplexity", "TextTokens"]
+
+
+@hookimpl
+def tinyfusion_register_backbones() -> list[type[Backbone]]:
+    return [CausalLM]
+
+
+@hookimpl
+def tinyfusion_register_losses() -> list[type[LossAdapter]]:
+    return [NextToken]
+
+
+@hookimpl
+def tinyfusion_register_data() -> list[type[DataSource]]:
+    return [TextTokens]
+
+
+@hookimpl
+def tinyfusion_register_metrics() -> list[type[Any]]:
+    return [Perplexity, Generation, LmEval]

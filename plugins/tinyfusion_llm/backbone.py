@@ -1,0 +1,318 @@
+"""Any decoder-only language model of transformers as a backbone; its students are plain transformers folders."""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tinyfusion_core.backbone import Backbone
+from tinyfusion_core.errors import MissingFileError, UserError, require
+from tinyfusion_core.files import digest, sha256
+from tinyfusion_core.randomness import generator
+from tinyfusion_llm.layers import construct, find_layers, shorten
+from tinyfusion_llm.optional import need
+
+
+@dataclass(frozen=True, kw_only=True)
+class CausalLM(Backbone):
+    """A decoder-only language model that `AutoModelForCausalLM` of transformers loads.
+
+    A student is saved as such a model with fewer layers: config, weights, generation config and tokenizer, in the
+    dtype that it was loaded in.
+
+    Args:
+        model: a folder, or the id of a model on the Hugging Face hub; its weights must be safetensors or GGUF.
+        revision: branch, tag or commit of a model on the hub.
+        gguf_file: name of a GGUF file in it, to read instead; it is expanded to `dtype`.
+        dtype: of the weights; `auto` is what they were saved in. Full-precision training wants float32.
+        context: tokens of one example, as in the data's option of that name; decides FLOPs and latency alone.
+        network: the model's config, to plan with where the model is not at hand, or to train a fresh one. With a
+            model, whatever it says must hold for that.
+        licence: licence of the checkpoint, for the model card.
+    """
+
+    library: ClassVar[str] = "transformers"
+    loading: ClassVar[str] = (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")'
+    )
+
+    model: str | None = None
+    revision: str | None = None
+    gguf_file: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    context: int = 512
+    network: dict[str, Any] | None = None
+    licence: str = "unknown"
+    _random_seed: int | None = None  # set by `tiny`, which has no checkpoint
+
+    def __post_init__(self) -> None:
+        require(self.context >= 2, "backbone.context", self.context, "at least 2 tokens")
+        if self.model is None and self.network is None:
+            raise UserError("backbone: give model, a folder or hub id; or network, a config, to train a fresh one")
+        if self.network is not None and "model_type" not in self.network:
+            raise UserError("backbone.network: a transformers config names its model_type")
+
+    def build(self) -> nn.Module:
+        """Draws nothing from the global generator.
+
+        Raises:
+            UserError: no such model, not a decoder-only one, or weights that do not fit its config.
+        """
+        if self.model is None:
+            return self._random()
+        from transformers import AutoModelForCausalLM
+
+        config = self._pretrained_config()
+        self._agreed(config)
+        given: dict[str, Any] = {} if self.gguf_file else {"config": config, "use_safetensors": True}
+        with torch.random.fork_rng(), _named(self.model):
+            found: Any = AutoModelForCausalLM.from_pretrained(
+                self.model, **self._where(), **given, dtype=self.dtype, output_loading_info=True
+            )
+        model, loading = found
+        if loading["missing_keys"] or loading["mismatched_keys"]:
+            problem = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))
+            raise UserError(
+                f"backbone.model: the weights in {self.model} do not fit its config: {', '.join(problem[:4])}"
+            )
+        if self.gguf_file:
+            model = _plain(model)
+        _check_causal(model)
+        find_layers(model)
+        return _evaluating(model)
+
+    def config(self, model: nn.Module | None = None) -> dict[str, Any]:
+        """The transformers config. Raises UserError when neither a model nor `network` says what it is."""
+        if model is not None:
+            return _as_json(model.config)
+        if self.model is None:
+            return dict(self.network or {})
+        if self.network is not None and not Path(self.model).is_dir():
+            return dict(self.network)  # planning asks no hub
+        return self._agreed(self._pretrained_config())
+
+    @classmethod
+    def construct(cls, config: Mapping[str, Any]) -> nn.Module:
+        """Raises UserError when `config` is of no decoder-only model."""
+        from transformers import AutoConfig
+
+        kind = config.get("model_type")
+        try:
+            made = AutoConfig.for_model(**{k: v for k, v in config.items() if k != "transformers_version"})
+        except (ValueError, TypeError) as e:
+            raise UserError(
+                f"backbone: transformers cannot read a config of model_type '{kind}': {_first(e)}"
+            ) from None
+        _check_kind(made, str(kind))
+        model: nn.Module = construct(config, str(torch.get_default_device()))
+        return model
+
+    def blocks(self, model: nn.Module) -> Sequence[str]:
+        return [f"{find_layers(model)}.*"]
+
+    def after_prune(self, model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
+        ((path, indices),) = kept.items()
+        shorten(model, path, indices)
+
+    def example(self, num_rows: int) -> dict[str, Tensor]:
+        """Token numbers `tokens` (num_rows, T), and `labels`, the same."""
+        tokens = torch.arange(num_rows * self.context).view(num_rows, -1) % min(100, _vocabulary(self.config()))
+        return {"tokens": tokens, "labels": tokens.clone()}
+
+    @classmethod
+    def tiny(cls) -> CausalLM:
+        network = {
+            "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "vocab_size": 97,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+        }  # fmt: skip
+        return cls(network=network, context=16, _random_seed=0)
+
+    def source(self) -> dict[str, Any]:
+        if self.model is None:
+            return {"licence": self.licence}
+        found = {"checkpoint": self.model, "licence": self.licence}
+        folder = Path(self.model)
+        if not folder.is_dir():  # on the hub, where a revision says what it is
+            return {**found, "revision": self.revision or "main"}
+        files = [folder / self.gguf_file] if self.gguf_file else [*folder.glob("*.safetensors"), folder / "config.json"]
+        return {**found, "sha256": digest({path.name: sha256(path) for path in sorted(files) if path.is_file()})}
+
+    def save(self, model: nn.Module, folder: Path) -> list[str]:
+        """A transformers folder: config, weights as its checkpoints name them, generation config, tokenizer."""
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving") as made:
+            model.save_pretrained(made)  # type: ignore[operator]
+            tokenizer = self.tokenizer()
+            if tokenizer is not None:
+                tokenizer.save_pretrained(made)
+            written = sorted(p.name for p in Path(made).iterdir() if p.is_file())
+            for name in written:
+                Path(made, name).chmod(0o644)  # transformers keeps weights to their owner
+                Path(made, name).replace(folder / name)
+        return written
+
+    def export(self, model: nn.Module, library: str, folder: Path) -> None:
+        if library != "transformers":
+            super().export(model, library, folder)
+        self.save(model, folder)
+
+    @classmethod
+    def load(cls, folder: Path, config: Mapping[str, Any]) -> nn.Module:
+        return cls(model=str(folder)).build()
+
+    def tokenizer(self) -> Any:
+        """The model's tokenizer; None when it comes without one."""
+        return None if self.model is None else load_tokenizer(self.model, self.revision, self.gguf_file, required=False)
+
+    def _random(self) -> nn.Module:
+        if self._random_seed is None:
+            raise UserError("backbone.model: not set; a fresh network has to be trained first, add a train stage")
+        model: Any = construct(self.network or {}).to_empty(device="cpu")
+        fresh: Any = construct(self.network or {}, "cpu")  # for the tables that are no parameters
+        model.load_state_dict(fresh.state_dict())
+        for (_, buffer), (_, made) in zip(model.named_buffers(), fresh.named_buffers(), strict=True):
+            buffer.copy_(made)
+        rng = generator(self._random_seed, "tiny language model")
+        with torch.no_grad():
+            for p in model.parameters():
+                p.normal_(std=0.2, generator=rng)
+        return _evaluating(model)
+
+    def _where(self) -> dict[str, Any]:
+        return {"revision": self.revision or "main", **({"gguf_file": self.gguf_file} if self.gguf_file else {})}
+
+    def _agreed(self, config: Any) -> dict[str, Any]:
+        """The config as JSON. Raises UserError when `network` says otherwise."""
+        found = _as_json(config)
+        for key, value in (self.network or {}).items():
+            if found.get(key, value) != value:
+                raise UserError(f"backbone.network: {key} is {value!r}, in {self.model} it is {found[key]!r}")
+        return found
+
+    def _pretrained_config(self) -> Any:
+        from transformers import AutoConfig
+
+        assert self.model is not None
+        if self.gguf_file:
+            need("gguf", "gguf", "backbone.gguf_file")
+        with _named(self.model):
+            config = AutoConfig.from_pretrained(self.model, **self._where())
+        _check_kind(config, self.model)
+        return config
+
+
+def load_tokenizer(name: str, revision: str | None, gguf_file: str | None, required: bool = True) -> Any:
+    """The tokenizer of a model.
+
+    Args:
+        name: folder or hub id.
+        revision: on the hub.
+        gguf_file: name of a GGUF file that holds it.
+        required: whether it has to be there.
+
+    Raises:
+        UserError: it is not there though required.
+    """
+    from transformers import AutoTokenizer
+
+    if gguf_file:
+        need("gguf", "gguf", "gguf_file")
+    more = {"gguf_file": gguf_file} if gguf_file else {}
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision or "main", **more)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        if not required:
+            return None
+        raise MissingFileError(
+            f"data.tokenizer: no tokenizer in '{name}' ({_first(e)}); expected tokenizer.json or what "
+            "AutoTokenizer of transformers reads. Copy the original model's tokenizer files there"
+        ) from None
+
+
+class _named:  # noqa: N801  # a context, like those of contextlib
+    """Turn what transformers raises about a model into a message that says what to do."""
+
+    def __init__(self, model: str) -> None:
+        self.model = model
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, UserError) or not isinstance(error, Exception):
+            return
+        local = Path(self.model).is_dir()
+        if isinstance(error, OSError) and not local:
+            raise MissingFileError(
+                f"backbone.model: '{self.model}' is no folder, and the Hugging Face hub does not give it "
+                f"({_first(error)}). Give a folder, or an id that you have access to (`hf auth login`)"
+            ) from None
+        expected = "expected config.json and model.safetensors as save_pretrained of transformers writes them"
+        raise UserError(f"backbone.model: '{self.model}' cannot be read ({_first(error)}); {expected}") from None
+
+
+def _check_kind(config: Any, name: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(
+            f"backbone.model: '{name}' ({config.model_type}) is an encoder-decoder; expected a decoder-only model"
+        )
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise UserError(
+            f"backbone.model: '{name}' ({config.model_type}) is not a decoder-only language model; "
+            "AutoModelForCausalLM of transformers has none for it"
+        )
+
+
+def _check_causal(model: Any) -> None:
+    """Raise UserError when a token sees later ones: BERT and its like load as causal models too."""
+    tokens = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]]) % _vocabulary(_as_json(model.config))
+    with torch.no_grad():
+        logits = model.eval()(input_ids=tokens, use_cache=False).logits[:, :3].float()
+    rounding = max(1e-5, 4 * torch.finfo(model.dtype).eps)
+    if (logits[0] - logits[1]).abs().max() > rounding * logits.abs().max():
+        raise UserError(
+            f"backbone.model: {type(model).__name__} is not decoder-only: its predictions depend on later tokens"
+        )
+
+
+def _plain(model: Any) -> Any:
+    """A model read from a GGUF file as one that knows nothing of it, so that it can be trained and saved."""
+    config = {k: v for k, v in _as_json(model.config).items() if k != "quantization_config"}
+    with torch.random.fork_rng():
+        plain = construct(config, "cpu").to(model.dtype)
+    plain.load_state_dict({name: t.to(model.dtype) for name, t in model.state_dict().items()}, strict=True)
+    plain.config.dtype = model.dtype
+    plain.generation_config = model.generation_config
+    return plain
+
+
+def _evaluating(model: Any) -> nn.Module:
+    evaluating: nn.Module = model.eval()
+    return evaluating
+
+
+def _as_json(config: Any) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    return {key: value for key, value in found.items() if key not in ("_name_or_path", "transformers_version")}
+
+
+def _vocabulary(config: Mapping[str, Any]) -> int:
+    sizes = [config, config.get("text_config") or {}]
+    return int(next((part["vocab_size"] for part in sizes if "vocab_size" in part), 100))
+
+
+def _first(error: Exception) -> str:
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return re.sub(r"\s+", " ", line)[:200]

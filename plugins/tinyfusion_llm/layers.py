@@ -1,0 +1,163 @@
+"""Depth surgery on a transformers decoder: where its layers are, and a config that says what is left of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from tinyfusion_core.errors import UserError
+
+Settings = Mapping[str, Any]
+
+
+def find_layers(model: nn.Module) -> str:
+    """The path of the decoder's `ModuleList` of `num_hidden_layers` blocks.
+
+    Raises:
+        UserError: there is none, or more than one.
+    """
+    decoder: Any = model.get_decoder()  # type: ignore[operator]
+    depth = text_config(model).num_hidden_layers
+    start = next(name for name, module in model.named_modules() if module is decoder)
+    lists = [
+        f"{start}.{name}".strip(".")
+        for name, module in decoder.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth
+    ]
+    # A layer may hold lists too, of experts say: those inside of another list are not meant.
+    outer = [path for path in lists if not any(path.startswith(f"{other}.") for other in lists)]
+    if len(outer) != 1:
+        found = ", ".join(outer) or "none"
+        raise UserError(
+            f"backbone: expected one list of {depth} layers in {type(model).__name__} (its num_hidden_layers), "
+            f"found: {found}; depth pruning needs a decoder whose blocks are one ModuleList"
+        )
+    return outer[0]
+
+
+def text_config(model: nn.Module) -> Any:
+    """The part of a model's config that its decoder was built from."""
+    return model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
+
+
+def shorten(model: nn.Module, path: str, kept: Sequence[int]) -> None:
+    """Make config and layers say that only these layers are left; the list itself is already short.
+
+    Lists in the config with one entry per layer are filtered, and lists of layer indices renumbered. Then the config
+    is held against the layers, see `verify`.
+
+    Args:
+        model: the network.
+        path: of the list of layers.
+        kept: indices of the layers that stayed.
+
+    Raises:
+        UserError: the config cannot say what the remaining layers are.
+    """
+    layers, config = model.get_submodule(path), text_config(model)
+    depth = config.num_hidden_layers
+    for position, layer in enumerate(layers.children()):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):  # the slot in the key-value cache
+                module.layer_idx = position  # type: ignore[assignment]
+    edits = _edits(config.to_dict(), depth, kept)
+    config.num_hidden_layers = len(kept)
+    for key, value in edits.items():
+        setattr(config, key, value)
+    problem = verify(model, path) and _count_anew(model, path, depth, kept)
+    if problem:
+        rules = [key for key, value in config.to_dict().items() if _is_int(value) and re.search(_RULE, key)]
+        named = f"; the rule is among {', '.join(rules)}" if rules else ""
+        raise UserError(
+            f"backbone: the config of a '{config.model_type}' cannot express the layers {list(kept)} of {depth}: "
+            f"{problem}{named}. Its kinds of layers follow from their positions; keep whole periods, or other layers"
+        )
+
+
+def _count_anew(model: nn.Module, path: str, depth: int, kept: Sequence[int]) -> str:
+    """Find the setting that counts the special layers at the beginning, such as `first_k_dense_replace`, and mend it.
+
+    Returns:
+        What still differs; empty when nothing does.
+    """
+    config = text_config(model)
+    for key, value in config.to_dict().items():
+        counts = _is_int(value) and 0 < value <= depth and re.search(_COUNTS, key) and not re.search(_RULE, key)
+        if counts and key != config.attribute_map.get("num_hidden_layers", "num_hidden_layers"):
+            setattr(config, key, sum(i < value for i in kept))
+            if not verify(model, path):
+                return ""
+            setattr(config, key, value)
+    return verify(model, path)
+
+
+_RULE = r"period|offset|interval|step|freq|pattern|every"
+_COUNTS = r"first|dense|layer"
+_NO_LAYERS = r"token_ids?$|^architectures$"
+_INDICES = r"layer|idx|indices"
+
+
+def _edits(config: Settings, depth: int, kept: Sequence[int]) -> dict[str, Any]:
+    """New values for everything in a config that has an entry for each layer, or names layers by index."""
+    edits: dict[str, Any] = {}
+    for key, value in config.items():
+        if not isinstance(value, (list, tuple)) or not value or re.search(_NO_LAYERS, key):
+            continue
+        indices = all(map(_is_int, value)) and sorted(set(value)) == list(value) and 0 <= value[0] <= value[-1] < depth
+        if len(value) == depth and not (indices and depth > 2):
+            edits[key] = type(value)(value[i] for i in kept)
+        elif indices and re.search(_INDICES, key):
+            edits[key] = type(value)(j for j, i in enumerate(kept) if i in value)
+    return edits
+
+
+def verify(model: nn.Module, path: str) -> str:
+    """What differs between a model's layers and those that its config builds; empty when nothing does.
+
+    Built on the meta device: no memory, no random numbers. Compared are the shapes of all weights, and for the
+    layers the kinds of their modules and every plain setting in them, such as windows, rotary switches and scales.
+    """
+    try:
+        fresh = construct(model.config.to_dict())  # type: ignore[union-attr, operator]
+    except (ValueError, IndexError, KeyError) as e:
+        return f"transformers refuses it ({e})"
+    shapes, built = ({name: tuple(t.shape) for name, t in m.state_dict().items()} for m in (model, fresh))
+    for key in [*shapes, *built]:
+        if shapes.get(key) != built.get(key):
+            return f"{key} has the shape {shapes.get(key)}, the config makes it {built.get(key)}"
+    layers: Any = zip(model.get_submodule(path).children(), fresh.get_submodule(path).children(), strict=True)
+    for position, described in enumerate(map(_described, pair) for pair in layers):
+        have, would = described
+        for key in [*have, *would]:
+            if have.get(key) != would.get(key):
+                return f"layer {position} has {key} = {have.get(key)}, the config makes it {would.get(key)}"
+    return ""
+
+
+def construct(config: Settings, device: str = "meta") -> Any:
+    """The untrained network of a config as a dict."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = {key: value for key, value in config.items() if key != "transformers_version"}
+    made = AutoConfig.for_model(**settings)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(made, dtype=made.dtype)  # type: ignore[no-untyped-call]
+
+
+def _described(layer: nn.Module) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, module in layer.named_modules():
+        found[f"the kind of '{name}'"] = type(module).__name__
+        for key, value in vars(module).items():
+            plain = value is None or isinstance(value, (bool, int, float, str))
+            if plain and not key.startswith("_") and key not in ("training", "layer_idx"):
+                found[f"{name}.{key}".lstrip(".")] = value
+    return found
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

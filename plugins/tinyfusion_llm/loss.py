@@ -1,0 +1,180 @@
+"""Next-token prediction, in pieces of the text: logits of a whole batch are never held."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from tinyfusion_core.backbone import Batch
+from tinyfusion_core.errors import require
+from tinyfusion_core.losses import LossAdapter
+from tinyfusion_core.randomness import Rng
+from tinyfusion_llm.layers import find_layers
+
+IGNORED = -100
+"""The label of tokens that no loss counts."""
+
+
+class Hidden(NamedTuple):
+    """What a language model predicts, one step before its head.
+
+    Attributes:
+        states: (B, T, D) final hidden states.
+        head: the model's own way from (B, t, D) hidden states to (B, t, V) logits.
+    """
+
+    states: Tensor
+    head: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NextToken(LossAdapter):
+    """Cross-entropy of the next token, in nats, the mean over a sample's counted tokens.
+
+    The distance of distillation is the forward KL divergence KL(teacher | student) at a temperature, times its square,
+    the mean over the same tokens.
+
+    Args:
+        temperature: of both distributions in the distance.
+        top_k: compare the teacher's most probable tokens and the rest as one, instead of the whole vocabulary: a
+            lower bound of the divergence that keeps k numbers a token for the backward pass; null compares all.
+        chunk: tokens whose logits are held at a time, over all samples of the batch.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    chunk: int = 1024
+
+    def __post_init__(self) -> None:
+        require(self.temperature > 0, "loss.temperature", self.temperature, "a number above 0")
+        require(self.top_k is None or self.top_k >= 1, "loss.top_k", self.top_k, "at least 1, or null")
+        require(self.chunk >= 1, "loss.chunk", self.chunk, "at least 1 token")
+
+    def prepare(self, batch: Batch, rng: Rng) -> dict[str, Tensor]:
+        """Nothing here is random.
+
+        Args:
+            batch: `tokens` (B, T) and `labels` (B, T): the token itself where it counts, else -100.
+            rng: not drawn from.
+
+        Returns:
+            `tokens` (B, T), and `targets` (B, T - 1): the label of the token that follows.
+        """
+        return {"tokens": batch["tokens"], "targets": batch["labels"][:, 1:]}
+
+    def prepare_clean(self, batch: Batch, rng: Rng) -> dict[str, Tensor]:
+        return self.prepare(batch, rng)
+
+    def predict(self, model: nn.Module, inputs: Batch) -> Hidden:
+        """The final hidden states; of the head only what the last token needs is run.
+
+        Raises:
+            UserError: the data's token numbers are not the model's.
+        """
+        tokens = inputs["tokens"]
+        if not model.training and not tokens.is_meta:  # once the teacher has been checked, the data are known to fit
+            size = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+            require(
+                int(tokens.max()) < size, "data.tokenizer: a token", int(tokens.max()), f"below {size}, the model's"
+            )
+        # Transformers looks at values to find a mask, which the meta device has not: there it is given.
+        mask = {"attention_mask": tokens.new_ones(len(tokens), 1, tokens.shape[1], tokens.shape[1], dtype=torch.bool)}
+        try:
+            with _watched(model) as outputs:
+                model(input_ids=tokens, use_cache=False, logits_to_keep=1, **(mask if tokens.is_meta else {}))
+        except (RuntimeError, ValueError, TypeError) as e:
+            if not tokens.is_meta:
+                raise
+            raise NotImplementedError(f"{type(model).__name__}: {e}") from e
+        below, output = outputs[-1]  # the outermost one returns last
+        return Hidden(output[0], lambda states: _head(model, below, type(output), states))
+
+    def loss(self, prediction: Hidden, inputs: Batch) -> Tensor:
+        def piece(states: Tensor, targets: Tensor) -> Tensor:
+            logits = prediction.head(states).float()
+            return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORED)
+
+        return self._mean(piece, inputs["targets"], prediction.states)
+
+    def distance(self, student: Hidden, teacher: Hidden, inputs: Batch) -> Tensor:
+        def piece(ours: Tensor, theirs: Tensor, targets: Tensor) -> Tensor:
+            with torch.no_grad():
+                target = (teacher.head(theirs).float() / self.temperature).log_softmax(-1)
+            found = (student.head(ours).float() / self.temperature).log_softmax(-1)
+            if self.top_k is not None and self.top_k < target.shape[-1]:
+                target, chosen = target.topk(self.top_k)
+                target, found = _with_rest(target), _with_rest(found.gather(-1, chosen))
+            kl = (target.exp() * (target - found)).sum(-1)
+            return self.temperature**2 * kl.masked_fill(targets == IGNORED, 0)
+
+        return self._mean(piece, inputs["targets"], student.states, teacher.states)
+
+    def _mean(self, piece: Callable[..., Tensor], targets: Tensor, *states: Tensor) -> Tensor:
+        """The mean over the counted tokens of a quantity that is worked out in pieces, and again for the gradient.
+
+        Args:
+            piece: (B, t, D) states, one or several, and (B, t) targets -> a number for each token, 0 if not counted.
+            targets: (B, T - 1).
+            states: (B, T, D) each.
+
+        Returns:
+            (B,); 0 for a sample without counted tokens.
+        """
+        num_rows = len(targets)
+        width = max(1, self.chunk // num_rows)
+        total = states[0].new_zeros(num_rows, dtype=torch.float32)
+        for first in range(0, targets.shape[1], width):
+            some = slice(first, first + width)
+            inner = [*(x[:, :-1][:, some] for x in states), targets[:, some]]
+            if torch.is_grad_enabled() and width < targets.shape[1]:  # one piece is held anyway
+                # Nothing in a head is random, and no state needs saving for it.
+                values = checkpoint(piece, *inner, use_reentrant=False, preserve_rng_state=False)
+            else:
+                values = piece(*inner)
+            total = total + values.view(num_rows, -1).sum(1)
+        return total / (targets != IGNORED).sum(1).clamp(min=1)
+
+
+def _with_rest(log_p: Tensor) -> Tensor:
+    """Append what is left of a distribution to the log-probabilities of some of its outcomes."""
+    rest = (1 - log_p.exp().sum(-1, keepdim=True)).clamp(min=1e-7)
+    return torch.cat([log_p, rest.log()], dim=-1)
+
+
+def _below(model: nn.Module) -> list[nn.Module]:
+    """The modules around the layers, one of which the model calls and gives to its head."""
+    *parents, _ = find_layers(model).split(".")
+    return [model.get_submodule(".".join(parents[: i + 1])) for i in range(len(parents))]
+
+
+@contextmanager
+def _watched(model: nn.Module) -> Iterator[list[tuple[nn.Module, Any]]]:
+    """What these modules return, in the order in which they do."""
+    outputs: list[tuple[nn.Module, Any]] = []
+    with ExitStack() as hooks:
+        for module in _below(model):
+            handle = module.register_forward_hook(lambda m, _args, output: outputs.append((m, output)))
+            hooks.callback(handle.remove)
+        yield outputs
+
+
+def _head(model: nn.Module, below: nn.Module, kind: type[Any], states: Tensor) -> Tensor:
+    """Run the model with `below` returning these states: its own head, with whatever caps and scales it applies."""
+    before = below.__dict__.get("forward")
+    below.forward = lambda *args, **kwargs: kind(last_hidden_state=states)
+    try:
+        tokens = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)
+        logits: Tensor = model(input_ids=tokens, use_cache=False).logits
+    finally:
+        if before is None:
+            del below.__dict__["forward"]
+        else:
+            below.__dict__["forward"] = before
+    return logits

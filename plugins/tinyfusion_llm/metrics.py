@@ -1,0 +1,213 @@
+"""What a language model is worth: perplexity, the speed of reading and writing, tasks of lm-eval."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tinyfusion_core.data import DataSource
+from tinyfusion_core.errors import UserError, require
+from tinyfusion_core.evaluation import Measurement, Metric, Models
+from tinyfusion_core.randomness import Rng
+from tinyfusion_core.task import Task
+from tinyfusion_core.trainer import Trainer
+from tinyfusion_llm.backbone import CausalLM
+from tinyfusion_llm.loss import IGNORED, NextToken
+from tinyfusion_llm.optional import need
+from tinyfusion_llm.text import Rows, TextTokens
+
+
+@dataclass(frozen=True)
+class Perplexity(Metric):
+    """exp of the mean cross-entropy over all tokens of the held-out text, read through a sliding window.
+
+    Args:
+        stride: tokens from one window to the next; each window counts the tokens that the one before did not.
+            Default: the whole window, so that tokens at its beginning have little to go by.
+        window: tokens of a window; default the data's context.
+        batch_size: windows at once.
+    """
+
+    stride: int | None = None
+    window: int | None = None
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        for name in ("stride", "window", "batch_size"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"evaluate: Perplexity.{name}", value, "at least 1")
+
+    def check(self, data: DataSource) -> None:
+        if not isinstance(data, TextTokens) or not data.pack:
+            raise UserError("evaluate: Perplexity needs running text: data TextTokens with pack; leave it out")
+
+    def __call__(self, task: Task, models: Models, trainer: Trainer) -> list[Measurement]:
+        rows, loss = task.held_out, task.loss
+        if not isinstance(rows, Rows) or not isinstance(loss, NextToken):
+            raise UserError("evaluate: Perplexity goes with the loss NextToken and the data TextTokens")
+        size = len(rows) * rows.context
+        window = min(self.window or rows.context, size)
+        stride = self.stride or window
+        require(stride < window or self.stride is None, "evaluate: Perplexity.stride", stride, f"below {window}")
+        firsts = [*range(0, size - window, stride), size - window]
+        values: dict[str, float | None] = {}
+        for name, model in models.items():
+            total, count = 0.0, 0
+            for i in range(0, len(firsts), self.batch_size):
+                some = firsts[i : i + self.batch_size]
+                # Of the first window everything counts, then what lies beyond the window before.
+                ends = [firsts[j - 1] + window if j else 0 for j in range(i, i + len(some))]
+                batch = _stack([_from(rows, first, window, end) for first, end in zip(some, ends, strict=True)])
+                inputs = loss.prepare(
+                    {k: t.to(trainer.accelerator.device) for k, t in batch.items()}, Rng(0, "perplexity")
+                )
+                counted = (inputs["targets"] != IGNORED).sum(1)
+                with torch.no_grad(), trainer.accelerator.autocast():
+                    means = loss.loss(loss.predict(model, inputs), inputs)
+                total += float((means.double() * counted).sum())
+                count += int(counted.sum())
+            values[name] = math.exp(total / count) if math.isfinite(total) and total / count < 700 else None
+        note = f"{count:,} held-out tokens, windows of {window}, stride {stride}"
+        return [Measurement("perplexity", values, better="lower", note=note)]
+
+
+def _from(rows: Rows, first: int, window: int, end: int) -> tuple[Tensor, Tensor]:
+    tokens, labels = rows.span(first, first + window)
+    labels[: max(0, end - first)] = IGNORED
+    return tokens, labels
+
+
+def _stack(pairs: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    return {"tokens": torch.stack([t for t, _ in pairs]), "labels": torch.stack([labels for _, labels in pairs])}
+
+
+@dataclass(frozen=True)
+class Generation(Metric):
+    """Tokens a second when reading a prompt and when writing, one by one, with a key-value cache; and the memory.
+
+    Args:
+        prompt: tokens of the prompt.
+        new_tokens: tokens to write.
+        batch_size: texts at once.
+        rounds: turns of each model, after one that is not counted; the medians count.
+    """
+
+    prompt: int = 128
+    new_tokens: int = 32
+    batch_size: int = 1
+    rounds: int = 5
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "new_tokens", "batch_size", "rounds"):
+            require(getattr(self, name) >= 1, f"evaluate: Generation.{name}", getattr(self, name), "at least 1")
+
+    def __call__(self, task: Task, models: Models, trainer: Trainer) -> list[Measurement]:
+        device = trainer.accelerator.device
+        found: dict[str, list[tuple[float, float, int]]] = {name: [] for name in models}
+        for turn in range(self.rounds + 1):
+            for name, model in models.items():
+                with torch.no_grad(), trainer.accelerator.autocast():
+                    measured = self._turn(model, device)
+                if turn:
+                    found[name].append(measured)
+        threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+        note = f"median of {self.rounds}, batch {self.batch_size}, {device.type}{threads}"
+        medians = {
+            name: [statistics.median(column) for column in zip(*turns, strict=True)] for name, turns in found.items()
+        }
+        read, written = self.batch_size * self.prompt, self.batch_size * self.new_tokens
+        return [
+            Measurement(
+                "prefill", {n: read / m[0] for n, m in medians.items()}, "tokens/s", "higher",
+                f"prompt of {self.prompt}, {note}",
+            ),
+            Measurement(
+                "decode", {n: written / m[1] for n, m in medians.items()}, "tokens/s", "higher",
+                f"{self.new_tokens} tokens after a prompt of {self.prompt}, {note}",
+            ),
+            Measurement(
+                "memory", {n: m[2] / 2**20 for n, m in medians.items()}, "MiB", "lower",
+                f"weights and the cache of {self.prompt + self.new_tokens} tokens",
+            ),
+        ]  # fmt: skip
+
+    def _turn(self, model: Any, device: torch.device) -> tuple[float, float, int]:
+        """Seconds of reading, seconds of writing, bytes of the weights and the cache."""
+        tokens = torch.arange(self.batch_size * self.prompt, device=device).view(self.batch_size, -1) % 50
+        start = _now(device)
+        output = model(input_ids=tokens, use_cache=True, logits_to_keep=1)
+        read = _now(device)
+        for _ in range(self.new_tokens):
+            following = output.logits[:, -1:].argmax(-1)
+            output = model(input_ids=following, past_key_values=output.past_key_values, use_cache=True)
+        done = _now(device)
+        return read - start, done - read, _bytes(model) + _cache_bytes(output.past_key_values)
+
+
+def _now(device: torch.device) -> float:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
+def _bytes(model: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())  # tied weights are listed once
+
+
+def _cache_bytes(cache: Any) -> int:
+    tensors = [t for layer in cache.layers for t in vars(layer).values() if isinstance(t, Tensor)]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+@dataclass(frozen=True)
+class LmEval(Metric):
+    """Tasks of EleutherAI's lm-evaluation-harness, which the package lm-eval brings; the tasks bring their own data.
+
+    Args:
+        tasks: names of tasks or of YAML files that define some.
+        num_fewshot: examples in the prompt; default the task's own.
+        limit: examples of each task; default all.
+        batch_size: requests at once.
+    """
+
+    tasks: list[str] = field(default_factory=lambda: ["lambada_openai"])
+    num_fewshot: int | None = None
+    limit: int | None = None
+    batch_size: int = 8
+
+    def check(self, data: DataSource) -> None:
+        need("lm_eval", "lm-eval[hf]", "evaluate: LmEval")
+
+    def __call__(self, task: Task, models: Models, trainer: Trainer) -> list[Measurement]:
+        harness = need("lm_eval", "lm-eval[hf]", "evaluate: LmEval")
+        adapter = need("lm_eval.models.huggingface", "lm-eval[hf]", "evaluate: LmEval").HFLM
+        tokenizer = task.backbone.tokenizer() if isinstance(task.backbone, CausalLM) else None
+        if tokenizer is None:
+            raise UserError("evaluate: LmEval needs the backbone CausalLM of a model that comes with its tokenizer")
+        found: dict[tuple[str, str], dict[str, float | None]] = {}
+        better: dict[tuple[str, str], str] = {}
+        for name, model in models.items():
+            results = harness.simple_evaluate(
+                model=adapter(pretrained=model, tokenizer=tokenizer, batch_size=self.batch_size),
+                tasks=self.tasks,
+                num_fewshot=self.num_fewshot,
+                limit=self.limit,
+            )
+            for what, figures in results["results"].items():
+                for key, value in figures.items():
+                    figure = key.partition(",")[0]
+                    if isinstance(value, float) and not figure.endswith("_stderr"):
+                        found.setdefault((what, figure), dict.fromkeys(models))[name] = value
+                        higher = results.get("higher_is_better", {}).get(what, {}).get(figure)
+                        better[what, figure] = {True: "higher", False: "lower"}.get(higher, "")
+        note = "lm-eval" + (f", first {self.limit} examples" if self.limit else "")
+        return [
+            Measurement(f"{what} {figure}", v, better=better[what, figure], note=note)
+            for (what, figure), v in found.items()
+        ]

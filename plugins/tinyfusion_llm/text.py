@@ -1,0 +1,315 @@
+"""Text as rows of tokens: tokenised once, kept in files that are mapped into memory, in an order that a seed gives."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tinyfusion_core.data import DataSource
+from tinyfusion_core.errors import MissingFileError, UserError, require
+from tinyfusion_core.files import digest, sha256
+from tinyfusion_core.randomness import generator
+from tinyfusion_llm.backbone import load_tokenizer
+from tinyfusion_llm.loss import IGNORED
+from tinyfusion_llm.optional import need
+
+KINDS = (".txt", ".md", ".jsonl", ".parquet")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Tokenised documents, one after the other, mapped into memory.
+
+    Attributes:
+        tokens: (n,) token numbers.
+        counted: (n,) ones where a loss counts the token; None when it counts all.
+        bounds: (documents + 1,) where each document begins, and the end.
+        filler: token number to pad with.
+    """
+
+    tokens: Any
+    counted: Any
+    bounds: Any
+    filler: int
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Documents of a corpus as samples of T tokens; see `TextTokens`.
+
+    Attributes:
+        corpus: all documents.
+        starts: where the pieces that the rows are made of begin in it, in order.
+        lengths: of the pieces.
+        context: T.
+        pack: rows run on over the ends of pieces; otherwise each piece is a row, padded.
+        most: rows there are at most.
+    """
+
+    corpus: Corpus
+    starts: Any
+    lengths: Any
+    context: int
+    pack: bool
+    most: int | None = None
+
+    def __len__(self) -> int:
+        num = int(self.lengths.sum()) // self.context if self.pack else len(self.lengths)
+        return num if self.most is None else min(num, self.most)
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+        rows = [self._row(i) for i in indices]
+        return {"tokens": torch.stack([t for t, _ in rows]), "labels": torch.stack([labels for _, labels in rows])}
+
+    def span(self, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """Tokens and labels at these positions of the packed text."""
+        where = np.arange(first, last)
+        piece = np.searchsorted(self._ends, where, side="right")
+        at = self.starts[piece] + where - (self._ends[piece] - self.lengths[piece])
+        tokens = torch.from_numpy(self.corpus.tokens[at].astype(np.int64))
+        labels = tokens.clone()
+        if self.corpus.counted is not None:
+            labels[torch.from_numpy(self.corpus.counted[at] == 0)] = IGNORED
+        return tokens, labels
+
+    @cached_property
+    def _ends(self) -> Any:
+        return np.cumsum(self.lengths)
+
+    def _row(self, i: int) -> tuple[Tensor, Tensor]:
+        if self.pack:
+            return self.span(i * self.context, (i + 1) * self.context)
+        first = int(self._ends[i] - self.lengths[i])
+        tokens, labels = self.span(first, int(self._ends[i]))
+        short = self.context - len(tokens)
+        return (
+            torch.cat([tokens, tokens.new_full((short,), self.corpus.filler)]),
+            torch.cat([labels, labels.new_full((short,), IGNORED)]),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextTokens(DataSource):
+    """Documents as rows of T = `context` tokens: `tokens` (T,), and `labels` (T,) with -100 where no loss counts.
+
+    A document is a text file, a line of a JSONL file, or a row of a Parquet file or of a data set of the library
+    `datasets`. Each ends with the tokenizer's end-of-text token. Documents are held out whole.
+
+    Args:
+        tokenizer: folder or hub id of a model that comes with one.
+        gguf_file: name of a GGUF file in it that holds the tokenizer.
+        files: `.txt`, `.md`, `.jsonl` and `.parquet` files, and folders that are searched for them.
+        dataset: in the place of files: what `datasets.load_dataset` takes, a name or `name:configuration`.
+        split: of the data set.
+        text_field: key or column of the text.
+        prompt_field: key or column of a prompt, which comes before the text and is not counted in any loss.
+        context: tokens of a row.
+        pack: cut rows out of all documents in a seeded order, one after the other: nothing is padded, and a row may see
+            the end of the document before. false gives every document rows of its own, padded at the end.
+        held_out_fraction: of the documents, for no stage to train on.
+        held_out_files: documents to hold out, in the place of a fraction of `files`.
+        max_held_out: rows to evaluate on at most, the first of the held-out documents' order; null takes all.
+        seed: of the choice and the order of the documents.
+        cache: folder to keep the tokens in; by default `tinyfusion/tokens` in the user's cache.
+    """
+
+    tokenizer: str
+    gguf_file: str | None = None
+    files: list[str] | None = None
+    dataset: str | None = None
+    split: str = "train"
+    text_field: str = "text"
+    prompt_field: str | None = None
+    context: int = 512
+    pack: bool = True
+    held_out_fraction: float = 0.1
+    held_out_files: list[str] | None = None
+    max_held_out: int | None = None
+    seed: int = 0
+    cache: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.files is None) == (self.dataset is None):
+            raise UserError("data: give files or dataset, one of the two")
+        require(self.context >= 2, "data.context", self.context, "at least 2 tokens")
+        fraction, most = self.held_out_fraction, self.max_held_out
+        require(0 < fraction < 1, "data.held_out_fraction", fraction, "a number between 0 and 1")
+        require(most is None or most >= 1, "data.max_held_out", most, "at least 1 row, or null")
+
+    def train(self) -> Rows:
+        return self._parts[0]
+
+    def held_out(self) -> Rows:
+        return self._parts[1]
+
+    @cached_property
+    def _parts(self) -> tuple[Rows, Rows]:
+        corpus = self._corpus(self.files)
+        num = len(corpus.bounds) - 1
+        order = torch.randperm(num, generator=generator(self.seed, "documents")).numpy()
+        if self.held_out_files is not None:
+            other = self._corpus(self.held_out_files)
+            return self._rows(corpus, order, "train"), self._rows(other, np.arange(len(other.bounds) - 1), "held out")
+        if num < 2:
+            raise UserError(
+                f"data: {self._named} holds one document, and documents are held out whole; give more of them, or "
+                "held_out_files"
+            )
+        held_out = min(num - 1, max(1, round(self.held_out_fraction * num)))
+        return self._rows(corpus, order[held_out:], "train"), self._rows(corpus, order[:held_out], "held out")
+
+    @property
+    def _named(self) -> str:
+        return self.dataset or ", ".join(self.files or [])
+
+    def _rows(self, corpus: Corpus, documents: Any, part: str) -> Rows:
+        starts, ends = corpus.bounds[documents], corpus.bounds[documents + 1]
+        if not self.pack:
+            size = self.context
+            cuts = [(a, min(a + size, e)) for s, e in zip(starts, ends, strict=True) for a in range(s, e, size)]
+            # One token alone predicts nothing.
+            starts, ends = np.array([c for c in cuts if c[1] - c[0] > 1], dtype=np.int64).reshape(-1, 2).T
+        most = self.max_held_out if part == "held out" else None
+        rows = Rows(corpus, starts, ends - starts, self.context, self.pack, most)
+        if not len(rows):
+            raise UserError(
+                f"data: the {len(documents)} documents to {part.replace('held out', 'hold out')} have "
+                f"{int((ends - starts).sum())} tokens, fewer than a row of data.context {self.context}; "
+                "give more text, or a shorter context (backbone.context must be the same)"
+            )
+        return rows
+
+    def _corpus(self, files: Sequence[str] | None) -> Corpus:
+        """The tokens of some files or of the data set, from the cache if they have been made before."""
+        found = None if files is None else find_files(files)
+        tokenizer = load_tokenizer(self.tokenizer, None, self.gguf_file)
+        if found is None:
+            of: Any = [self.dataset, self.split]
+        else:
+            of = {str(path): sha256(path) for path in found}
+        key = digest([of, self.text_field, self.prompt_field, _identity(tokenizer)])[:32]
+        base = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "tinyfusion", "tokens")
+        folder = Path(self.cache or base).expanduser() / key
+        if not folder.is_dir():
+            self._tokenise(tokenizer, self._documents(found), folder)
+        bounds = np.fromfile(folder / "bounds", dtype=np.int64)
+        if len(bounds) < 2:
+            raise UserError(f"data: {self._named} holds no text")
+        counted = None if self.prompt_field is None else np.memmap(folder / "counted", dtype=np.uint8, mode="r")
+        tokens = np.memmap(folder / "tokens", dtype=np.uint32, mode="r")
+        return Corpus(tokens, counted, bounds, _filler(tokenizer))
+
+    def _tokenise(self, tokenizer: Any, documents: Iterator[tuple[str, str]], folder: Path) -> None:
+        """Write tokens, what counts of them, and where documents begin; the folder appears when it is complete."""
+        end, bounds = tokenizer.eos_token_id, [0]
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".making"))
+        try:
+            with (made / "tokens").open("wb") as tokens, (made / "counted").open("wb") as counted:
+                while some := list(islice(documents, 64)):
+                    prompts = _encode(tokenizer, [prompt for prompt, _ in some], special=True)
+                    texts = _encode(tokenizer, [text for _, text in some], special=self.prompt_field is None)
+                    for prompt, text in zip(prompts if self.prompt_field else [[]] * len(some), texts, strict=True):
+                        text = [*text, *([end] if end is not None and text[-1:] != [end] else [])]
+                        _write(tokens, [*prompt, *text], np.uint32)
+                        _write(counted, [0] * len(prompt) + [1] * len(text), np.uint8)
+                        bounds.append(bounds[-1] + len(prompt) + len(text))
+            with (made / "bounds").open("wb") as file:
+                _write(file, bounds, np.int64)
+            made.chmod(0o755)
+            if not folder.is_dir():  # another process may have been faster
+                made.rename(folder)
+        except OSError as e:
+            if not folder.is_dir():
+                raise UserError(
+                    f"data.cache: {folder.parent} cannot be written ({e}); free space or name another"
+                ) from e
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+
+    def _documents(self, files: Sequence[Path] | None) -> Iterator[tuple[str, str]]:
+        """Prompt and text of every document that is not empty."""
+        if files is None:
+            datasets = need("datasets", "datasets", "data.dataset")
+            name, _, configuration = (self.dataset or "").partition(":")
+            rows = datasets.load_dataset(name, configuration or None, split=self.split)
+            yield from self._fields(rows, f"data.dataset {self.dataset}")
+        for path in files or []:
+            if path.suffix == ".parquet":
+                parquet = need("pyarrow.parquet", "pyarrow", f"data.files: {path}")
+                batches = parquet.ParquetFile(path).iter_batches()
+                yield from self._fields((row for batch in batches for row in batch.to_pylist()), str(path))
+            elif path.suffix == ".jsonl":
+                yield from self._fields(_lines(path), str(path))
+            elif text := path.read_text(encoding="utf-8", errors="replace").strip():
+                yield "", text
+
+    def _fields(self, rows: Any, where: str) -> Iterator[tuple[str, str]]:
+        for number, row in enumerate(rows, 1):
+            for field in filter(None, (self.text_field, self.prompt_field)):
+                if not isinstance(row, dict) or not isinstance(row.get(field), str):
+                    found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+                    raise UserError(
+                        f"{where}: row {number} has no text '{field}' (found: {found}); set data.text_field or "
+                        "data.prompt_field"
+                    )
+            if row[self.text_field].strip():
+                yield row[self.prompt_field] if self.prompt_field else "", row[self.text_field]
+
+
+def find_files(names: Sequence[str]) -> list[Path]:
+    """The files that are meant, folders searched through.
+
+    Raises:
+        UserError: one is missing, or holds no text.
+    """
+    found: list[Path] = []
+    for name in names:
+        path = Path(name)
+        if not path.exists():
+            raise MissingFileError(f"data.files: no {path}; give {', '.join(KINDS)} files or a folder of them")
+        inside = sorted(p for p in path.rglob("*") if p.suffix in KINDS) if path.is_dir() else [path]
+        if not inside:
+            raise UserError(f"data.files: {path} holds no {', '.join(KINDS)} file")
+        found += inside
+    return found
+
+
+def _lines(path: Path) -> Iterator[Any]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield json.loads(line)
+            except ValueError as e:
+                raise UserError(f"{path}: line {number} is no JSON ({e})") from None
+
+
+def _encode(tokenizer: Any, texts: Sequence[str], special: bool) -> list[list[int]]:
+    encoded: list[list[int]] = tokenizer(list(texts), add_special_tokens=special, verbose=False)["input_ids"]
+    return encoded
+
+
+def _identity(tokenizer: Any) -> str:
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    return digest([fast.to_str() if fast is not None else tokenizer.get_vocab(), tokenizer.eos_token_id])
+
+
+def _filler(tokenizer: Any) -> int:
+    numbers = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(number for number in numbers if number is not None)
+
+
+def _write(file: BinaryIO, numbers: Sequence[int], kind: Any) -> None:
+    file.write(np.asarray(numbers, dtype=kind).tobytes())

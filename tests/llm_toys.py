@@ -1,0 +1,78 @@
+"""Random decoders of many families, small enough to run in milliseconds, each as a folder that users would have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+VOCABULARY = 97
+COMMON = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": VOCABULARY, "max_position_embeddings": 64, "pad_token_id": 0,
+    "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+EXPERTS = {"num_experts": 4, "moe_intermediate_size": 16, "num_experts_per_tok": 2}
+LATENT = {
+    "num_key_value_heads": 4, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
+    "qk_nope_head_dim": 8,
+}  # fmt: skip
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"tie_word_embeddings": True},
+    "mistral": {"sliding_window": 5},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 3},
+    "qwen3": {"head_dim": 8},
+    "gemma2": {"head_dim": 8, "sliding_window": 5, "query_pre_attn_scalar": 8},
+    "gemma3_text": {"head_dim": 8, "sliding_window": 5, "query_pre_attn_scalar": 8},
+    "phi3": {},
+    "gpt2": {"attn_pdrop": 0.0},
+    "gpt_neox": {},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 16},
+    "mixtral": {"num_local_experts": 4},
+    "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 16, "mlp_only_layers": [1, 3]},
+    "qwen3_moe": {**EXPERTS, "head_dim": 8},
+    "deepseek_v3": {
+        **LATENT, "first_k_dense_replace": 2, "n_routed_experts": 4, "moe_intermediate_size": 16,
+        "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1,
+    },
+    "smollm3": {"no_rope_layer_interval": 3},
+    "granite": {"logits_scaling": 3.0},
+    "lfm2": {"full_attn_idxs": [1, 3]},
+    "qwen3_next": {
+        **EXPERTS, "head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8, "shared_expert_intermediate_size": 16,
+        "layer_types": ["linear_attention", "linear_attention", "full_attention"] * 2,
+    },
+}  # fmt: skip
+
+
+def settings(family: str, **more: Any) -> dict[str, Any]:
+    return {"model_type": family, **COMMON, **FAMILIES.get(family, {}), **more}
+
+
+def folder(path: Path, family: str, dtype: torch.dtype = torch.float32, **more: Any) -> Path:
+    """A folder with a random model, no weight of which is zero."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings(family, **more)))
+    rng = torch.Generator().manual_seed(1)
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.2, generator=rng)
+    model.generation_config.temperature, model.generation_config.do_sample = 0.5, True
+    model.to(dtype).save_pretrained(path)
+    return path
+
+
+def tokenizer(path: Path) -> Path:
+    """Words, one number each, for the words of this file."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, VOCABULARY)}}
+    fast = Tokenizer(models.WordLevel(words, unk_token="w3"))
+    fast.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made = PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="</s>", bos_token="<s>", pad_token="<pad>")
+    made.save_pretrained(path)
+    return path
