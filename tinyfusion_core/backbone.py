@@ -33,6 +33,15 @@ class Stream:
         return found
 
 
+Streams = Sequence[Stream] | Mapping[str, Sequence[Stream]]
+"""The residual streams of all blocks, or those of every block list by its path."""
+
+
+def streams_of(streams: Streams, path: str) -> Sequence[Stream]:
+    """The streams of the block at a path."""
+    return streams[path.rpartition(".")[0]] if isinstance(streams, Mapping) else streams
+
+
 class Backbone(ABC):
     """A model family: how to build it, and which of its blocks may go.
 
@@ -40,8 +49,8 @@ class Backbone(ABC):
     imported inside the methods.
     """
 
-    #: Residual streams of every block, in no particular order.
-    streams: ClassVar[Sequence[Stream]] = (Stream(),)
+    #: Residual streams of a block, in no particular order; by block list where lists differ.
+    streams: ClassVar[Streams] = (Stream(),)
     #: Block arguments that carry the batch, as name -> batch dimension. None: found by comparing two batch sizes.
     batched: ClassVar[Mapping[str, int] | None] = None
 
