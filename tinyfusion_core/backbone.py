@@ -6,13 +6,16 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from .errors import UserError
+from .files import load_strict, read_weights, save_tensors
 
 Batch = Mapping[str, Tensor]
+WEIGHTS = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,9 @@ class Backbone(ABC):
     streams: ClassVar[Streams] = (Stream(),)
     #: Block arguments that carry the batch, as name -> batch dimension. None: found by comparing two batch sizes.
     batched: ClassVar[Mapping[str, int] | None] = None
+    #: For the model card of a saved folder: the library that reads it, and how.
+    library: ClassVar[str] = "tinyfusion"
+    loading: ClassVar[str] = 'import tinyfusion_core as tiny\n\nmodel = tiny.load_pretrained("path/to/this/folder")'
 
     @abstractmethod
     def build(self) -> nn.Module:
@@ -99,6 +105,27 @@ class Backbone(ABC):
     def source(self) -> dict[str, Any]:
         """Where the pretrained weights come from, for the record: `checkpoint`, `sha256`, `licence`."""
         return {}
+
+    def save(self, model: nn.Module, folder: Path) -> list[str]:
+        """Write a network into a folder and return the names of the files, which `load` reads and the core verifies.
+
+        By default `model.safetensors`. A family that other software reads writes that software's files; if
+        `config.json` is one of them, the core's record of the folder is `tinyfusion.json`.
+        """
+        save_tensors(folder / WEIGHTS, model.state_dict())
+        return [WEIGHTS]
+
+    @classmethod
+    def load(cls, folder: Path, config: Mapping[str, Any]) -> nn.Module:
+        """The network that `save` wrote, whose `config` was this one.
+
+        Raises:
+            UserError: the weights are not those of such a network.
+        """
+        tensors = read_weights(folder / WEIGHTS)
+        model = cls.construct(config)
+        load_strict(model, tensors, folder / WEIGHTS)
+        return model
 
 
 def expand(model: nn.Module, paths: Sequence[str]) -> list[str]:

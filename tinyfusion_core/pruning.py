@@ -9,15 +9,16 @@ from typing import Any
 
 from torch import nn
 
-from .backbone import Backbone, block_lists, expand
+from .backbone import WEIGHTS, Backbone, block_lists, expand
 from .decision import Decision
-from .errors import UserError
-from .files import load_strict, read_json, read_weights, save_tensors, sha256, write_json, write_text
+from .errors import MissingFileError, UserError
+from .files import digest, read_json, sha256, write_json, write_text
 from .plugins import registry
 from .task import Task
 
 FORMAT_VERSION = 1
-WEIGHTS = "model.safetensors"
+RECORDS = ("tinyfusion.json", "config.json")
+"""What a saved folder holds: the second, unless the family has a file of that name itself."""
 
 
 def prune(task: Task, decision: Decision) -> nn.Module:
@@ -59,7 +60,7 @@ def remove_blocks(backbone: Backbone, model: nn.Module, removed: Sequence[str]) 
 
 
 def save_pretrained(student: nn.Module, task: Task, decision: Decision, folder: Path | str) -> Path:
-    """Write `model.safetensors`, `config.json`, `decision.json` and a model card.
+    """Write the network, its record, `decision.json` and a model card.
 
     Args:
         student: the pruned network.
@@ -79,17 +80,40 @@ def save_pretrained(student: nn.Module, task: Task, decision: Decision, folder: 
 
 
 def save_network(model: nn.Module, backbone: Backbone, source: Mapping[str, Any], folder: Path) -> None:
-    """Write `model.safetensors` and the `config.json` from which the network is rebuilt and verified."""
-    save_tensors(folder / WEIGHTS, model.state_dict())
-    files = [name for name in (WEIGHTS, "decision.json") if (folder / name).exists()]
-    config = {
+    """Write the network, and the record from which it is rebuilt and verified."""
+    files = backbone.save(model, folder)
+    record = folder / (RECORDS[0] if "config.json" in files else RECORDS[1])
+    files += ["decision.json"] if (folder / "decision.json").exists() else []
+    content = {
         "format_version": FORMAT_VERSION,
         "backbone": type(backbone).__name__,
         "network": backbone.config(model),
         "sha256": {name: sha256(folder / name) for name in files},
         "source": dict(source),
     }
-    write_json(folder / "config.json", config)
+    write_json(record, content)
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What `save_network` wrote down: format_version, backbone, network, sha256 by file, source.
+
+    Raises:
+        UserError: it is missing, damaged or incomplete.
+    """
+    path = next((folder / name for name in RECORDS if (folder / name).exists()), folder / RECORDS[-1])
+    record = read_json(path)
+    if not isinstance(record, dict) or record.get("format_version") != FORMAT_VERSION:
+        raise UserError(f"{path}: not of format_version {FORMAT_VERSION}")
+    if not {"backbone", "network"} <= record.keys() or not record.get("sha256"):
+        raise UserError(f"{path}: incomplete; expected backbone, network and the files' sha256")
+    return record
+
+
+def origin(folder: Path) -> dict[str, Any]:
+    """Where a network comes from that was saved there: the record's source, with the hash of its own weights."""
+    record = read_record(folder)
+    hashes = record["sha256"]
+    return {**record["source"], "sha256": hashes.get(WEIGHTS) or digest(hashes)}
 
 
 def load_pretrained(folder: Path | str) -> nn.Module:
@@ -99,18 +123,13 @@ def load_pretrained(folder: Path | str) -> nn.Module:
         UserError: a file is missing, damaged or does not belong with the others, or the plugin is not installed.
     """
     folder = Path(folder)
-    config = read_json(folder / "config.json")
-    if not isinstance(config, dict) or config.get("format_version") != FORMAT_VERSION:
-        raise UserError(f"{folder / 'config.json'}: not of format_version {FORMAT_VERSION}")
-    weights = folder / WEIGHTS
-    tensors = read_weights(weights)
-    if not {"backbone", "network"} <= config.keys() or WEIGHTS not in config.get("sha256", {}):
-        raise UserError(f"{folder / 'config.json'}: incomplete; expected backbone, network and the files' sha256")
-    for name, expected in config["sha256"].items():
-        if not (folder / name).is_file() or sha256(folder / name) != expected:
-            raise UserError(f"{folder / name}: not the file that config.json was written for; restore the whole folder")
-    model: nn.Module = registry().find("backbone", config["backbone"]).construct(config["network"])
-    load_strict(model, tensors, weights)
+    record = read_record(folder)
+    for name, expected in record["sha256"].items():
+        if not (folder / name).is_file():
+            raise MissingFileError(f"{folder / name}: no such file")
+        if sha256(folder / name) != expected:
+            raise UserError(f"{folder / name}: not the file that {folder} was saved with; restore the whole folder")
+    model: nn.Module = registry().find("backbone", record["backbone"]).load(folder, record["network"])
     return model.eval()
 
 
@@ -135,7 +154,7 @@ def _model_card(student: nn.Module, backbone: Backbone, decision: Decision, sour
     parameters = sum(p.numel() for p in student.parameters())
     return f"""---
 license: {licence}
-library_name: tinyfusion
+library_name: {backbone.library}
 tags: [pruned, depth-pruning, tinyfusion]
 ---
 
@@ -150,8 +169,6 @@ The licence is that of the source checkpoint: **{licence}**.
 - sha256 of the source checkpoint: {source.get("sha256", "none")}
 
 ```python
-import tinyfusion_core as tiny
-
-model = tiny.load_pretrained("path/to/this/folder")
+{backbone.loading}
 ```
 """

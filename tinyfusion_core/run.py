@@ -18,9 +18,9 @@ from .decision import Decision, versions
 from .errors import UserError
 from .evaluation import check_teacher, evaluate, generate
 from .figures import draw_images
-from .files import read_json, save_tensors, write_json
+from .files import save_tensors, write_json
 from .plan import make_plan
-from .pruning import WEIGHTS, load_pretrained, prune, save_network, save_pretrained
+from .pruning import load_pretrained, origin, prune, save_network, save_pretrained
 from .randomness import seed_of
 from .recipe import Recipe, Round, load_recipe
 from .report import write_report
@@ -93,7 +93,7 @@ class _Run:
         recipe, folder = self.recipe, self.folder
         if recipe.train is not None:
             trained = self._stage("train", self._train, lambda: load_pretrained(folder / "teacher"))
-            self.task = replace(self.task, model=trained, origin=_origin(folder / "teacher"))
+            self.task = replace(self.task, model=trained, origin=origin(folder / "teacher"))
         models: dict[str, nn.Module] = {"teacher": self.task.teacher}
         for name, step in recipe.each_round().items():
             models.update(self._round(name, step))
@@ -112,7 +112,7 @@ class _Run:
             lambda: _stored_student(folder, decision, f"{prefix}recover"),
         )
         if name:  # alone, it keeps the teacher as the task's network
-            self.task = replace(before, model=student, origin=_origin(folder / "student"))
+            self.task = replace(before, model=student, origin=origin(folder / "student"))
         made = {f"{name} pruned".strip(): pruned}
         return made if step.recover is None else {**made, name or "recovered": student}
 
@@ -166,7 +166,7 @@ class _Run:
             return
         recipe, task = self.recipe, self.task
         measurements = evaluate(task, models, list(recipe.evaluate), recipe.trainer)
-        if task.pixels(task.backbone.example(1)["x"]) is not None:
+        if _shows(task):
             shown: dict[str, Tensor] = {}
             for name, model in models.items():
                 x, shown["labels"] = generate(task, model, recipe.trainer, NUM_SHOWN, NUM_SHOWN, f"pictures of {name}")
@@ -185,12 +185,6 @@ def _stored_student(folder: RunFolder, decision: Decision, stage: str) -> nn.Mod
             f"restore it, or run with --restart-from {stage}"
         )
     return load_pretrained(folder / "student")
-
-
-def _origin(saved: Path) -> dict[str, Any]:
-    """Where a network comes from that this run made."""
-    made = read_json(saved / "config.json")
-    return {**made["source"], "sha256": made["sha256"][WEIGHTS]}
 
 
 def sample_images(folder: RunFolder, num: int, seed: int, out: Path | None = None) -> Path:
@@ -219,12 +213,18 @@ def sample_images(folder: RunFolder, num: int, seed: int, out: Path | None = Non
         raise UserError("expected --num of at least 1 and an --out that ends in .png")
     model = load_pretrained(folder / name)
     task = make_task(recipe, model)
-    if task.pixels(task.backbone.example(1)["x"]) is None:
+    if not _shows(task):
         raise UserError(f"data: {type(recipe.data).__name__} cannot show its examples as images")
     trainer = replace(recipe.trainer, seed=seed)
     x, labels = generate(task, model.to(trainer.accelerator.device), trainer, num, 250)
     draw_images(_bytes(task, x[labels.argsort(stable=True)]), out, columns=math.ceil(math.sqrt(num)))
     return out
+
+
+def _shows(task: Task) -> bool:
+    """Whether its examples are pictures."""
+    x = task.backbone.example(1).get("x")
+    return x is not None and task.pixels(x) is not None
 
 
 def _bytes(task: Task, x: Tensor) -> Tensor:
