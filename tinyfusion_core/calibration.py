@@ -118,7 +118,9 @@ class Calibration:
         measures = {span: [measure() for _ in streams[span]] for span in spans}
         with self._open(1) as progress, torch.no_grad(), ExitStack() as hooks:
             for span in spans:
-                before, after = _watch(measures[span], streams[span], model.get_submodule(paths[span[0]]), paths[span[0]])
+                before, after = _watch(
+                    measures[span], streams[span], model.get_submodule(paths[span[0]]), paths[span[0]]
+                )
                 first, last = (model.get_submodule(paths[i]) for i in span)
                 hooks.callback(first.register_forward_pre_hook(before, with_kwargs=True).remove)
                 hooks.callback(last.register_forward_hook(after).remove)
