@@ -47,7 +47,8 @@ FAMILIES = {
     "FluxTransformer2DModel": Family(
         {
             **HEADS, "patch_size": 1, "in_channels": 16, "num_layers": 3, "num_single_layers": 3,
-            "joint_attention_dim": 12, "pooled_projection_dim": 10, "axes_dims_rope": [2, 2, 4], "guidance_embeds": True,
+            "joint_attention_dim": 12, "pooled_projection_dim": 10, "axes_dims_rope": [2, 2, 4],
+            "guidance_embeds": True,
         },
         RectifiedFlow(guidance=3.5),
         [4, 4],

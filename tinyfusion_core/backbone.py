@@ -39,6 +39,9 @@ class Stream:
 Streams = Sequence[Stream] | Mapping[str, Sequence[Stream]]
 """The residual streams of all blocks, or those of every block list by its path."""
 
+FIRST: Streams = (Stream(),)
+"""One stream: a block's first argument, and its output."""
+
 
 def streams_of(streams: Streams, path: str) -> Sequence[Stream]:
     """The streams of the block at a path."""
@@ -53,7 +56,7 @@ class Backbone(ABC):
     """
 
     #: Residual streams of a block, in no particular order; by block list where lists differ.
-    streams: ClassVar[Streams] = (Stream(),)
+    streams: ClassVar[Streams] = FIRST
     #: Block arguments that carry the batch, as name -> batch dimension. None: found by comparing two batch sizes.
     batched: ClassVar[Mapping[str, int] | None] = None
     #: For the model card of a saved folder: the library that reads it, and how.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_leaves
 
-from .backbone import Stream, Streams, streams_of
+from .backbone import FIRST, Streams, streams_of
 from .calls import BatchDim, Call, positional_names
 from .errors import UserError
 
@@ -47,7 +47,7 @@ class Gates:
         model: nn.Module,
         blocks: Sequence[str],
         batch_dim: BatchDim,
-        streams: Streams = (Stream(),),
+        streams: Streams = FIRST,
     ) -> None:
         self.blocks = list(blocks)
         self._modules = [model.get_submodule(path) for path in blocks]

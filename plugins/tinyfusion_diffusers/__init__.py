@@ -1,4 +1,4 @@
-"""The transformers of diffusers: any of them as a backbone, their objectives, latents and prompts encoded beforehand."""
+"""The transformers of diffusers as backbones, their objectives, latents and prompts encoded beforehand."""
 
 from __future__ import annotations
 

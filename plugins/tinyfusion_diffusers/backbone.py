@@ -46,7 +46,7 @@ class DiffusersTransformer(Backbone):
 
     Args:
         model: a pipeline's folder or the transformer's own, or the id of a pipeline on the Hugging Face hub.
-        subfolder: where the transformer is in it.
+        subfolder: where the transformer is in it; empty on the hub where it stands alone.
         revision: branch, tag or commit on the hub.
         dtype: of the weights; `auto` is what most of them were saved in. Full-precision training wants float32.
         latent: height and width of the latents, of a video frames, height and width; default what the network's
@@ -192,11 +192,7 @@ class DiffusersTransformer(Backbone):
         return prepared(model)
 
     def _stored_config(self) -> dict[str, Any]:
-        if self.model is None:
-            raise UserError(
-                "backbone.model: not set; expected a folder, or the id of a pipeline on the Hugging Face hub"
-            )
-        shipped = None if Path(self.model).is_dir() else _shipped(self.model)
+        shipped = None if self.model is None or Path(self.model).is_dir() else _shipped(self.model)
         return _network(self._fetched("config.json") / "config.json") if shipped is None else shipped
 
     def _fetched(self, *patterns: str) -> Path:
@@ -209,14 +205,13 @@ class DiffusersTransformer(Backbone):
             return self._folder(Path(self.model))
         from huggingface_hub import snapshot_download
 
-        wanted = [f"{part}{pattern}" for pattern in patterns for part in (f"{self.subfolder}/", "")]
+        wanted = [f"{self.subfolder}/{pattern}".lstrip("/") for pattern in patterns]
         try:
-            # Files at the top are the transformer's where it stands alone.
             root = snapshot_download(self.model, revision=self.revision, allow_patterns=wanted)
         except (OSError, ValueError) as e:
             raise MissingFileError(
-                f"backbone.model: '{self.model}' is no folder, and the Hugging Face hub does not give it ({_first(e)}). "
-                "Give a folder, or an id that you have access to (`hf auth login`)"
+                f"backbone.model: '{self.model}' is no folder, and the Hugging Face hub does not give it "
+                f"({_first(e)}). Give a folder, or an id that you have access to (`hf auth login`)"
             ) from None
         return self._folder(Path(root))
 
@@ -226,8 +221,8 @@ class DiffusersTransformer(Backbone):
         folder = inner if (inner / "config.json").is_file() else root
         if not (folder / "config.json").is_file():
             raise MissingFileError(
-                f"backbone.model: neither {inner} nor {root} holds a config.json; expected a pipeline's folder, with the "
-                f"transformer in '{self.subfolder}' (set backbone.subfolder if it is elsewhere)"
+                f"backbone.model: neither {inner} nor {root} holds a config.json; expected a pipeline's folder, with "
+                f"the transformer in '{self.subfolder}' (set backbone.subfolder if it is elsewhere)"
             )
         return folder
 

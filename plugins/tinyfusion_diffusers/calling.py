@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -60,7 +59,6 @@ FLOWS: Mapping[str, Flow] = {
 """No signature and no config says it: diffusers' pipelines do."""
 
 
-@cache
 def parameters(cls: type[nn.Module]) -> Mapping[str, inspect.Parameter]:
     """The arguments of a network's forward."""
     return inspect.signature(cls.forward).parameters
@@ -120,7 +118,7 @@ def run(model: nn.Module, x: Tensor, timestep: Tensor, inputs: Batch, guidance: 
     call.update({name: make(x, call, config) for name, make in DERIVED.items() if name in takes})
     if bool(config.get("guidance_embeds")) != (guidance is not None):
         raise UserError(
-            f"loss.guidance: {cls.__name__} is guidance-distilled and takes a scale; set loss.guidance (FLUX.1-dev: 3.5)"
+            f"loss.guidance: {cls.__name__} as configured takes a guidance scale; set it (FLUX.1-dev's is 3.5)"
             if guidance is None
             else f"loss.guidance is {guidance}, but {cls.__name__} as configured takes no guidance; set it to null"
         )
@@ -142,8 +140,8 @@ def unpack(cls: type[nn.Module], out: Tensor, like: Tensor) -> Tensor:
     """A prediction in the shape of the latents."""
     if takes_patches(cls):
         height, width = like.shape[-2:]
-        return nn.functional.pixel_shuffle(out.transpose(1, 2).unflatten(2, (height // 2, width // 2)), 2)
-    return out.transpose(1, 2).unflatten(2, like.shape[2:]) if takes_voxels(cls) else out
+        return nn.functional.pixel_shuffle(out.transpose(1, 2).reshape(len(out), -1, height // 2, width // 2), 2)
+    return out.transpose(1, 2).reshape(len(out), -1, *like.shape[2:]) if takes_voxels(cls) else out
 
 
 def _image_ids(x: Tensor, call: Mapping[str, Any], config: Mapping[str, Any]) -> Tensor:
@@ -172,19 +170,19 @@ def _video_rotary(x: Tensor, call: Mapping[str, Any], config: Mapping[str, Any])
     if not config.get("use_rotary_positional_embeddings"):
         return None
     from diffusers.models.embeddings import get_3d_rotary_pos_embed
-    from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
+    from diffusers.pipelines.cogvideo import pipeline_cogvideox as pipeline
 
     frames, (height, width) = x.shape[1], (n // config["patch_size"] for n in x.shape[-2:])
     base = config["sample_height"] // config["patch_size"], config["sample_width"] // config["patch_size"]
     if (step := config.get("patch_size_t")) is None:
-        crops = get_resize_crop_region_for_grid((height, width), base[1], base[0])
+        crops: Any = pipeline.get_resize_crop_region_for_grid((height, width), base[1], base[0])  # type: ignore[no-untyped-call]
         more: dict[str, Any] = {"crops_coords": crops, "temporal_size": frames}
     else:
         more = {"crops_coords": None, "temporal_size": math.ceil(frames / step), "grid_type": "slice", "max_size": base}
-    tables: tuple[Tensor, Tensor] = get_3d_rotary_pos_embed(
+    tables: Any = get_3d_rotary_pos_embed(
         embed_dim=config["attention_head_dim"], grid_size=(height, width), device=x.device, **more
     )
-    return tables
+    return tables[0], tables[1]
 
 
 DERIVED: Mapping[str, Callable[[Tensor, Mapping[str, Any], Mapping[str, Any]], Any]] = {
@@ -202,7 +200,7 @@ DERIVED: Mapping[str, Callable[[Tensor, Mapping[str, Any], Mapping[str, Any]], A
 
 
 def example(
-    config: Mapping[str, Any], cls: type[nn.Module], num_rows: int, latent: Any, tokens: int
+    config: Mapping[str, Any], cls: type[nn.Module], num_rows: int, latent: Sequence[int] | None, tokens: int
 ) -> dict[str, Tensor]:
     """A batch of the shapes that a network's data have, values meaningless.
 

@@ -1,4 +1,4 @@
-"""Training objectives of the published pipelines: noise or v on a scheduler's process, velocities of a rectified flow."""
+"""Training objectives of the published pipelines: noise or v on a scheduler's process, and rectified flow."""
 
 from __future__ import annotations
 

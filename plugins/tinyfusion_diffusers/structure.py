@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -29,10 +29,10 @@ DECLARED: Mapping[str, tuple[Stream, ...]] = {
 """Streams of blocks that diffusers' registry does not know and that give more than one tensor."""
 
 
-def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+def block_lists(model: nn.Module) -> dict[str, list[Any]]:
     """The lists of blocks, by path, in the order in which a network declares them."""
     found = {path: child for path, child in model.named_children() if path in DEPTHS}
-    return {path: child for path, child in found.items() if isinstance(child, nn.ModuleList) and len(child)}
+    return {path: list(child) for path, child in found.items() if isinstance(child, nn.ModuleList) and len(child)}
 
 
 def free_blocks(model: nn.Module) -> list[str]:
@@ -86,7 +86,7 @@ def streams_of_block(block: nn.Module) -> tuple[Stream, ...]:
     # Private, and pinned by a test: what diffusers' own caching hooks go by.
     from diffusers.hooks._helpers import TransformerBlockRegistry
 
-    TransformerBlockRegistry._register()
+    TransformerBlockRegistry._register()  # type: ignore[no-untyped-call]
     kind = type(block)
     known = TransformerBlockRegistry._registry.get(kind)
     if known is not None:
@@ -116,7 +116,8 @@ def shorten(model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
     Raises:
         UserError: the config cannot say it.
     """
-    config, edits = settings(model), {}
+    config = settings(model)
+    edits: dict[str, Any] = {}
     for path, indices in kept.items():
         key = depth_key(path, config)
         assert key is not None  # streams_by_list has seen it
@@ -154,12 +155,11 @@ def completed(config: Mapping[str, Any]) -> dict[str, Any]:
 def network_class(config: Mapping[str, Any]) -> type[nn.Module]:
     """Raises UserError when diffusers has no model of that name."""
     library, name = diffusers(), str(config.get("_class_name"))
-    cls = getattr(library, name, None)
+    cls: Any = getattr(library, name, None)
     if not (inspect.isclass(cls) and issubclass(cls, library.ModelMixin)):
         known = [n for n in dir(library) if "Transformer" in n and n.endswith("Model")]
         raise UserError(f"backbone: diffusers {library.__version__} has no model '{name}'{nearest(name, known)}")
-    found: type[nn.Module] = cls
-    return found
+    return cast(type[nn.Module], cls)
 
 
 def construct(config: Mapping[str, Any]) -> nn.Module:
@@ -219,7 +219,7 @@ def settings(model: nn.Module) -> dict[str, Any]:
     return {"_class_name": type(model).__name__, **{k: v for k, v in config.items() if not k.startswith("_")}}
 
 
-def _conditioner(blocks: nn.ModuleList) -> Any:
+def _conditioner(blocks: Sequence[Any]) -> Any:
     """The embedder that the first of some blocks owns, if such blocks own one."""
     embedder = getattr(getattr(blocks[0], "norm1", None), "emb", None)
     return embedder if isinstance(embedder, nn.Module) else None
