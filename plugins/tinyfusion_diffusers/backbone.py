@@ -146,9 +146,9 @@ class DiffusersTransformer(Backbone):
         if not Path(self.model).is_dir():  # on the hub, where a revision says what it is
             return {**found, "revision": self.revision or "main"}
         folder = self._folder(Path(self.model))
-        weights = sorted(folder.glob("*.safetensors"))
+        weights = _weights(folder, "safetensors") or _weights(folder, "bin")
         if not weights:
-            raise MissingFileError(f"{folder}: holds no {WEIGHTS}, nor parts of it; pickled weights are not read")
+            raise MissingFileError(f"{folder}: holds no {WEIGHTS}, nor parts of it, nor a .bin file of that name")
         return {**found, "sha256": digest({path.name: sha256(path) for path in [folder / "config.json", *weights]})}
 
     def save(self, model: nn.Module, folder: Path) -> list[str]:
@@ -172,6 +172,9 @@ class DiffusersTransformer(Backbone):
 
     def _pretrained(self) -> Any:
         folder = self._fetched("*.safetensors", "*.json")
+        pickled = not _weights(folder, "safetensors")
+        if pickled:
+            folder = self._fetched("*.bin", "*.json")
         config = _network(folder / "config.json")
         if self.model is not None and (shipped := _shipped(self.model)) is not None:
             _agree(shipped, config, folder / "config.json")
@@ -181,7 +184,11 @@ class DiffusersTransformer(Backbone):
         try:
             with torch.random.fork_rng():
                 model, loading = cls.from_pretrained(  # type: ignore[attr-defined]
-                    folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+                    folder,
+                    torch_dtype=dtype,
+                    use_safetensors=not pickled,  # the others are read as plain tensors, without running code
+                    local_files_only=True,
+                    output_loading_info=True,
                 )
         except Exception as e:  # a damaged file makes the readers fail in any way they can
             raise UserError(f"{folder}: the transformer's weights cannot be read ({_first(e)})") from None
@@ -241,18 +248,25 @@ def _shipped(model: str) -> dict[str, Any] | None:
 
 
 def _agree(shipped: Mapping[str, Any], found: Mapping[str, Any], path: Path) -> None:
-    for key, value in shipped.items():
-        if not key.startswith("__") and key != "_diffusers_version" and found.get(key, value) != value:
+    planned, there = completed(shipped), completed(found)
+    for key, value in planned.items():
+        if there.get(key) != value:
             raise UserError(
-                f"{path}: {key} is {found[key]!r}, the published model's, which the recipe was planned with, {value!r}"
+                f"{path}: {key} is {there.get(key)!r}; the published model's, which the recipe was planned with, is "
+                f"{value!r}. Give the model another name than the published one's"
             )
 
 
+def _weights(folder: Path, kind: str) -> list[Path]:
+    """The weights in a folder, whole or in parts."""
+    return sorted(folder.glob(f"diffusion_pytorch_model*.{kind}"))
+
+
 def _saved_dtype(folder: Path) -> torch.dtype:
-    """What most of the numbers in a folder's weights are."""
+    """What most of the numbers in a folder's weights are; float32 if they are pickled."""
     names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
     counts = Counter({torch.float32: 0})
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in _weights(folder, "safetensors"):
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118  # no mapping

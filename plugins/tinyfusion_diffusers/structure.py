@@ -139,17 +139,14 @@ def shorten(model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
 
 
 def completed(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config with the defaults of the network's class filled in; its own notes, which begin with _, left out.
+    """A config with the defaults of the network's class filled in, and without what the class does not take.
 
-    Raises:
-        UserError: diffusers has no such class, or the class no such setting.
+    Published configs hold more than their class takes, as diffusers knows: older ones name the class that DiT's and
+    PixArt's came from. Raises UserError when diffusers has no such class.
     """
     cls = network_class(config)
     defaults = {k: p.default for k, p in inspect.signature(cls.__init__).parameters.items() if k != "self"}
-    given = {key: value for key, value in config.items() if not key.startswith("_")}
-    if unknown := sorted(given.keys() - defaults.keys()):
-        raise UserError(f"backbone: {cls.__name__} has no setting '{unknown[0]}'{nearest(unknown[0], defaults)}")
-    return {"_class_name": cls.__name__, **defaults, **given}
+    return {"_class_name": cls.__name__, **{key: config.get(key, value) for key, value in defaults.items()}}
 
 
 def network_class(config: Mapping[str, Any]) -> type[nn.Module]:
@@ -159,6 +156,11 @@ def network_class(config: Mapping[str, Any]) -> type[nn.Module]:
     if not (inspect.isclass(cls) and issubclass(cls, library.ModelMixin)):
         known = [n for n in dir(library) if "Transformer" in n and n.endswith("Model")]
         raise UserError(f"backbone: diffusers {library.__version__} has no model '{name}'{nearest(name, known)}")
+    from diffusers.models.model_loading_utils import _fetch_remapped_cls_from_config
+    from diffusers.models.modeling_utils import LegacyModelMixin
+
+    if issubclass(cls, LegacyModelMixin):
+        cls = _fetch_remapped_cls_from_config(config, cls)  # type: ignore[no-untyped-call]
     return cast(type[nn.Module], cls)
 
 
