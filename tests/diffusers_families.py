@@ -15,8 +15,9 @@ class Family:
     loss: LossAdapter
     latent: list[int] | None = None
 
-    def backbone(self, name: str) -> DiffusersTransformer:
-        return DiffusersTransformer.random({"_class_name": name, **self.config}, latent=self.latent, text_length=5)
+    def backbone(self, name: str, **changes: Any) -> DiffusersTransformer:
+        config = {"_class_name": name, **self.config, **changes}
+        return DiffusersTransformer.random(config, latent=self.latent, text_length=5)
 
 
 HEADS = {"num_attention_heads": 2, "attention_head_dim": 8}

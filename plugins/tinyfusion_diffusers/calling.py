@@ -158,7 +158,8 @@ def _rope_scale(x: Tensor, call: Mapping[str, Any], config: Mapping[str, Any]) -
 
 def _sizes(x: Tensor, call: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Tensor | None]:
     """What PixArt-alpha's largest network is told of the image: its sides in pixels, and their ratio."""
-    if not config.get("use_additional_conditions"):
+    wanted = config.get("use_additional_conditions")
+    if not (config.get("sample_size") == 128 if wanted is None else wanted):
         return {"resolution": None, "aspect_ratio": None}
     height, width = (8 * n for n in x.shape[-2:])
     resolution = torch.tensor([[height, width]], dtype=torch.float32, device=x.device).expand(len(x), -1)
