@@ -184,7 +184,7 @@ class DiffusersTransformer(Backbone):
         try:
             with torch.random.fork_rng():
                 model, loading = cls.from_pretrained(  # type: ignore[attr-defined]
-                    folder,
+                    str(folder),
                     torch_dtype=dtype,
                     use_safetensors=not pickled,  # the others are read as plain tensors, without running code
                     local_files_only=True,

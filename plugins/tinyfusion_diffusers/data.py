@@ -69,7 +69,9 @@ class EncodedPrompts(DataSource):
             )
         for column in columns.values():
             if column.shape[:1] != columns["x"].shape[:1]:
-                raise UserError(f"{column.path}: '{column.name}' has {column.shape[:1]} rows, 'x' {len(columns['x'])}")
+                raise UserError(
+                    f"{column.path}: '{column.name}' has shape {list(column.shape)}, 'x' has {len(columns['x'])} rows"
+                )
         return columns
 
 
