@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .backbone import Stream as Stream
     from .calibration import Calibrated as Calibrated
     from .calibration import Calibration as Calibration
+    from .checkpoints import CheckpointBackbone as CheckpointBackbone
     from .comparison import Audit as Audit
     from .comparison import Compare as Compare
     from .comparison_report import write_comparison as write_comparison
@@ -71,6 +72,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "backbone": ("Backbone", "Stream"),
     "calibration": ("Calibrated", "Calibration"),
+    "checkpoints": ("CheckpointBackbone",),
     "comparison": ("Audit", "Compare"),
     "comparison_report": ("write_comparison",),
     "criteria": ("BKSDM", "Criterion", "FirstN", "Keep", "LastN", "Uniform"),

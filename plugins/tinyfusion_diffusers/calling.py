@@ -116,6 +116,9 @@ def run(model: nn.Module, x: Tensor, timestep: Tensor, inputs: Batch, guidance: 
         elif argument in takes and takes[argument].default is inspect.Parameter.empty:
             raise UserError(f"data: {cls.__name__} takes '{name}' ({argument}), which the samples do not have")
     call.update({name: make(x, call, config) for name, make in DERIVED.items() if name in takes})
+    needed = [name for name, p in takes.items() if p.default is inspect.Parameter.empty and name not in call]
+    if unknown := [name for name in needed if name not in ("self", "hidden_states", "kwargs", "args")]:
+        raise UserError(f"loss: {cls.__name__} takes '{unknown[0]}', and this package does not know what that is")
     if bool(config.get("guidance_embeds")) != (guidance is not None):
         raise UserError(
             f"loss.guidance: {cls.__name__} as configured takes a guidance scale; set it (FLUX.1-dev's is 3.5)"
@@ -213,8 +216,20 @@ def example(
         tokens: L, of the prompts.
 
     Raises:
-        UserError: the size of the latents is needed, or has another number of dimensions.
+        UserError: the size of the latents is needed, or has another number of dimensions; or the config does not say
+            what the network takes.
     """
+    try:
+        return _example(config, cls, num_rows, latent, tokens)
+    except KeyError as e:
+        raise UserError(
+            f"backbone: the config of {cls.__name__} has no {e}; it is not known what its data look like"
+        ) from None
+
+
+def _example(
+    config: Mapping[str, Any], cls: type[nn.Module], num_rows: int, latent: Sequence[int] | None, tokens: int
+) -> dict[str, Tensor]:
     takes, channels = parameters(cls), config["in_channels"] // (4 if takes_patches(cls) else 1)
     size = tuple(latent or _latent(config))
     video = takes_voxels(cls) or frames_first(config) or isinstance(config.get("patch_size"), (list, tuple))
@@ -227,8 +242,8 @@ def example(
     if "class_labels" in takes:
         batch["y"] = torch.arange(num_rows) % config["num_embeds_ada_norm"]
     if "encoder_hidden_states" in takes:
-        width = next(config[key] for key in TEXT_WIDTHS if config.get(key))
-        batch["text"] = torch.zeros(num_rows, tokens, width)
+        key = next((key for key in TEXT_WIDTHS if config.get(key)), TEXT_WIDTHS[0])
+        batch["text"] = torch.zeros(num_rows, tokens, config[key])
     if {"encoder_attention_mask", "encoder_hidden_states_mask"} & takes.keys():
         # Of different lengths, so that whoever looks at shapes sees the masks that real prompts bring.
         lengths = torch.tensor([tokens if i == 0 else max(1, tokens // 2) for i in range(num_rows)])

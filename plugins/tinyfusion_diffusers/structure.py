@@ -160,7 +160,7 @@ def network_class(config: Mapping[str, Any]) -> type[nn.Module]:
     from diffusers.models.modeling_utils import LegacyModelMixin
 
     if issubclass(cls, LegacyModelMixin):
-        cls = _fetch_remapped_cls_from_config(config, cls)  # type: ignore[no-untyped-call]
+        cls = _fetch_remapped_cls_from_config({"norm_type": None, **config}, cls)  # type: ignore[no-untyped-call]
     return cast(type[nn.Module], cls)
 
 
