@@ -312,6 +312,28 @@ def test_a_config_that_cannot_say_what_is_left_is_refused() -> None:
         shorten(task.teacher, {"transformer_blocks": [0, 1, 2, 3]})
 
 
+def test_networks_without_a_table() -> None:
+    # A relative of Wan that nothing here names: its list, streams, data and depth can be told all the same.
+    config = FAMILIES["WanTransformer3DModel"].config
+    backbone = DiffusersTransformer.random(
+        {"_class_name": "SkyReelsV2Transformer3DModel", **config}, latent=[2, 4, 4], text_length=5
+    )
+    data = Tensors(backbone.example(ROWS))
+    loss = RectifiedFlow(scale=1000.0)
+    task = tiny.Task(backbone=backbone, loss=loss, train=data, held_out=data)
+    inputs = loss.prepare(data.columns, Rng(0, "test"))
+    student = tiny.prune(task, tiny.Keep([0, 3])(task, tiny.Trainer()))
+    with torch.no_grad(), gated(task) as gates:
+        gates.mask = torch.tensor([1.0, 0, 0, 1]).repeat(ROWS, 1)
+        assert torch.equal(loss.predict(task.teacher, inputs), loss.predict(student, inputs))
+    wants_more = DiffusersTransformer.random({"_class_name": "WanVACETransformer3DModel", **config, "vace_layers": [0]})
+    with pytest.raises(tiny.UserError, match="WanVACETransformer3DModel cannot be called with latents"):
+        loss.predict(wants_more.build(), inputs)
+    assert "it is no block that takes `hidden_states` and gives one tensor" in refusal(
+        {"_class_name": "LongCatImageTransformer2DModel", "num_layers": 1, "num_single_layers": 1}
+    )
+
+
 def test_only_blocks_that_are_known_are_offered() -> None:
     task, _ = make("Lumina2Transformer2DModel")
     assert task.lists == {"layers": 4}  # not the refiners, whose depth is one setting for two lists
@@ -433,7 +455,7 @@ def test_bad_input(tmp_path: Path) -> None:
     with pytest.raises(tiny.UserError, match=r"takes 'text' \(encoder_hidden_states\), which the samples do not have"):
         other.loss.predict(other.teacher, {k: v for k, v in told.items() if k != "text"})
     dit, told = make("DiTTransformer2DModel")
-    with pytest.raises(tiny.UserError, match="RectifiedFlow does not know how DiTTransformer2DModel counts time"):
+    with pytest.raises(tiny.UserError, match="not known how DiTTransformer2DModel counts time; set loss.scale"):
         RectifiedFlow().predict(dit.teacher, told)
 
 

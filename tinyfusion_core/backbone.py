@@ -44,8 +44,13 @@ FIRST: Streams = (Stream(),)
 
 
 def streams_of(streams: Streams, path: str) -> Sequence[Stream]:
-    """The streams of the block at a path."""
-    return streams[path.rpartition(".")[0]] if isinstance(streams, Mapping) else streams
+    """The streams of the block at a path. Raises UserError when none are declared for its list."""
+    if not isinstance(streams, Mapping):
+        return streams
+    name = path.rpartition(".")[0]
+    if name not in streams:
+        raise UserError(f"no streams are declared for the block list '{name}'; name them in Backbone.streams")
+    return streams[name]
 
 
 class Backbone(ABC):

@@ -29,7 +29,9 @@ GIVEN = {
 }
 """Arguments of a forward, and the data that they are."""
 
-TEXT_WIDTHS = ("joint_attention_dim", "caption_channels", "text_dim", "text_embed_dim", "cap_feat_dim")
+TEXT_WIDTHS = (
+    "joint_attention_dim", "caption_channels", "text_dim", "text_embed_dim", "cap_feat_dim", "cross_attention_dim",
+)  # fmt: skip
 """Config keys that say how wide `text` is, best first."""
 
 
@@ -79,15 +81,20 @@ def frames_first(config: Mapping[str, Any]) -> bool:
     return "sample_frames" in config
 
 
-def flow_of(model: nn.Module) -> Flow:
-    """Raises UserError when it is not known how the network counts time."""
+def flow_of(model: nn.Module, scale: float | None) -> Flow:
+    """How a network counts time, `scale` being what the user says that it is fed at pure noise.
+
+    Raises:
+        UserError: it is not known.
+    """
     name = type(model).__name__
-    if name not in FLOWS:
+    if name not in FLOWS and scale is None:
         raise UserError(
-            f"loss: RectifiedFlow does not know how {name} counts time (known: {', '.join(FLOWS)}); "
-            "use ScheduledDiffusion if it was trained on a discrete schedule"
+            f"loss: it is not known how {name} counts time; set loss.scale to what its pipeline feeds it at pure noise "
+            "(1 or 1000). If it was trained on a discrete schedule, use ScheduledDiffusion"
         )
-    return FLOWS[name]
+    known = FLOWS.get(name, Flow(1.0))
+    return known if scale is None else Flow(scale, known.reverse)
 
 
 def run(model: nn.Module, x: Tensor, timestep: Tensor, inputs: Batch, guidance: float | None) -> Tensor:
@@ -128,7 +135,13 @@ def run(model: nn.Module, x: Tensor, timestep: Tensor, inputs: Batch, guidance: 
     if guidance is not None:
         scale = guidance * config.get("guidance_embeds_scale", 1.0)
         call["guidance"] = torch.full((len(x),), scale, dtype=torch.float32, device=x.device)
-    out: Tensor = model(pack(cls, x.to(weights.dtype)), **call)[0]
+    try:
+        out: Tensor = model(pack(cls, x.to(weights.dtype)), **call)[0]
+    except (AttributeError, TypeError, ValueError) as e:  # networks that want more than their signatures say
+        raise UserError(
+            f"loss: {cls.__name__} cannot be called with latents {list(x.shape)} and {', '.join(call)} ({e}); "
+            "docs/diffusers.md lists the networks that are known"
+        ) from e
     return unpack(cls, out, x)
 
 

@@ -148,17 +148,20 @@ class RectifiedFlow(_Denoising):
         mean: of the normal number.
         std: of the normal number.
         shift: moves times towards noise, t -> shift t / (1 + (shift - 1) t), as the pipeline's scheduler does.
+        scale: what the network is fed at pure noise; default known for the families named above.
     """
 
     time: Literal["logit_normal", "uniform"] = "logit_normal"
     mean: float = 0.0
     std: float = 1.0
     shift: float = 1.0
+    scale: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.std > 0, "loss.std", self.std, "a deviation above 0")
         require(self.shift > 0, "loss.shift", self.shift, "a factor above 0")
+        require(self.scale is None or self.scale > 0, "loss.scale", self.scale, "a time above 0, or null")
 
     def _place(self, x: Tensor, noise: Tensor, rng: Rng) -> dict[str, Tensor]:
         t = rng.uniform("time", len(x))
@@ -170,7 +173,7 @@ class RectifiedFlow(_Denoising):
         return {"x_t": (1 - along) * x + along * noise, "target": noise - x, "t": t.to(x)}
 
     def predict(self, model: nn.Module, inputs: Batch) -> Tensor:
-        flow = calling.flow_of(model)
+        flow = calling.flow_of(model, self.scale)
         t = inputs["t"]
         # Sana's pipeline multiplies the time by what its config says.
         most = flow.most * settings(model).get("timestep_scale", 1.0)
