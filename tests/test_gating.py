@@ -58,11 +58,11 @@ class TwoKinds(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.double = DoubleNet(WIDTH, depth=2)
+        self.pair = DoubleNet(WIDTH, depth=2)
         self.single = nn.ModuleList(Block(WIDTH) for _ in range(2))
 
     def forward(self, hidden: Tensor, encoder: Tensor) -> Tensor:
-        x = self.double(hidden, encoder)
+        x = self.pair(hidden, encoder)
         for block in self.single:
             x = block(x, encoder.mean(1))
         return x
@@ -70,8 +70,8 @@ class TwoKinds(nn.Module):
 
 def test_lists_may_have_streams_of_their_own() -> None:
     net = TwoKinds()
-    blocks = expand(net, ["double.blocks.*", "single.*"])
-    streams = {"double.blocks": (Stream("hidden", 1), Stream("encoder", 0)), "single": (Stream("x"),)}
+    blocks = expand(net, ["pair.blocks.*", "single.*"])
+    streams = {"pair.blocks": (Stream("hidden", 1), Stream("encoder", 0)), "single": (Stream("x"),)}
     hidden, encoder = torch.randn(BATCH, TOKENS, WIDTH), torch.randn(BATCH, 3, WIDTH)
     dims = probed_batch_dims(net, blocks, lambda n: net(hidden[:n], encoder[:n]))
     plain = net(hidden, encoder)
@@ -84,9 +84,9 @@ def test_lists_may_have_streams_of_their_own() -> None:
         net(hidden, encoder)
     assert [t.shape[1] for t in first] == [TOKENS, 3]
     assert [t.shape[1] for t in last] == [TOKENS + 3]
-    del net.double.blocks[1], net.single[1]
+    del net.pair.blocks[1], net.single[1]
     assert torch.equal(net(hidden, encoder), gated)
-    with pytest.raises(UserError, match="no streams are declared for the block list 'double.blocks'"):
+    with pytest.raises(UserError, match="no streams are declared for the block list 'pair.blocks'"):
         Gates(net, blocks[:1], dims, {"single": (Stream("x"),)})
 
 
