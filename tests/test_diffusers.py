@@ -334,6 +334,14 @@ def test_networks_without_a_table() -> None:
     )
 
 
+def test_sharding_may_put_a_class_of_its_own_before_the_networks() -> None:
+    task, inputs = make("FluxTransformer2DModel")
+    plain, config = task.loss.predict(task.teacher, inputs), task.backbone.config(task.teacher)
+    task.teacher.__class__ = type("FSDPFlux", (type(task.teacher),), {})  # as fully_shard does
+    assert torch.equal(task.loss.predict(task.teacher, inputs), plain)
+    assert task.backbone.config(task.teacher) == config
+
+
 def test_only_blocks_that_are_known_are_offered() -> None:
     task, _ = make("Lumina2Transformer2DModel")
     assert task.lists == {"layers": 4}  # not the refiners, whose depth is one setting for two lists

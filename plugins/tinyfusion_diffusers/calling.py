@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tinyfusion_core.backbone import Batch
 from tinyfusion_core.errors import UserError
-from tinyfusion_diffusers.structure import settings
+from tinyfusion_diffusers.structure import class_of, settings
 
 GIVEN = {
     "class_labels": "y",
@@ -87,7 +87,7 @@ def flow_of(model: nn.Module, scale: float | None) -> Flow:
     Raises:
         UserError: it is not known.
     """
-    name = type(model).__name__
+    name = class_of(model).__name__
     if name not in FLOWS and scale is None:
         raise UserError(
             f"loss: it is not known how {name} counts time; set loss.scale to what its pipeline feeds it at pure noise "
@@ -113,7 +113,8 @@ def run(model: nn.Module, x: Tensor, timestep: Tensor, inputs: Batch, guidance: 
     Raises:
         UserError: the data lack something, or guidance is missing, or not taken.
     """
-    cls, takes, config = type(model), parameters(type(model)), settings(model)
+    cls, config = class_of(model), settings(model)
+    takes = parameters(cls)
     weights = next(model.parameters())
     call: dict[str, Any] = {"timestep": timestep, "return_dict": False}
     for argument, name in GIVEN.items():

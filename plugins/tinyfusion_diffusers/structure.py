@@ -215,10 +215,15 @@ def check_copies(model: nn.Module, where: str) -> None:
                     )
 
 
+def class_of(model: nn.Module) -> type[nn.Module]:
+    """The class that diffusers has for a network; sharding puts one of its own before it."""
+    return next(cls for cls in type(model).__mro__ if cls.__module__.startswith("diffusers."))
+
+
 def settings(model: nn.Module) -> dict[str, Any]:
     """A transformer's config: its class and constructor keywords."""
     config: Mapping[str, Any] = model.config  # type: ignore[assignment]
-    return {"_class_name": type(model).__name__, **{k: v for k, v in config.items() if not k.startswith("_")}}
+    return {"_class_name": class_of(model).__name__, **{k: v for k, v in config.items() if not k.startswith("_")}}
 
 
 def _conditioner(blocks: Sequence[Any]) -> Any:
