@@ -196,7 +196,7 @@ def test_saved_students_are_verified(tmp_path: Path) -> None:
     assert torch.equal(Backbone(checkpoint=str(folder)).build()(x, t, y), student(x, t, y))
 
     tiny.Keep([0, 1])(task, recipe.trainer).save(folder / "decision.json")
-    with pytest.raises(tiny.UserError, match=r"decision\.json: not the file that config\.json was written for"):
+    with pytest.raises(tiny.UserError, match=r"decision\.json: not the file that .* was saved with"):
         tiny.load_pretrained(folder)
     decision.save(folder / "decision.json")
     weights = load_file(folder / "model.safetensors")

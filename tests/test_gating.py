@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tinyfusion_core.backbone import Stream, expand
 from tinyfusion_core.calls import named_batch_dims, probed_batch_dims
+from tinyfusion_core.distill import captured
 from tinyfusion_core.errors import UserError
 from tinyfusion_core.gating import Gates
 from toys import Block, DoubleNet, Net
@@ -50,6 +51,43 @@ def some_masks(num_blocks: int) -> list[Tensor]:
     none_in_one[:, 1], all_in_one[:, 3] = 0, 1
     single[:, 0], single[2, 0] = 0, 1
     return [random, none_in_one, all_in_one, single, torch.zeros(BATCH, num_blocks), torch.ones(BATCH, num_blocks)]
+
+
+class TwoKinds(nn.Module):
+    """A list of blocks with two streams, then one of blocks with a single stream of both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pair = DoubleNet(WIDTH, depth=2)
+        self.single = nn.ModuleList(Block(WIDTH) for _ in range(2))
+
+    def forward(self, hidden: Tensor, encoder: Tensor) -> Tensor:
+        x = self.pair(hidden, encoder)
+        for block in self.single:
+            x = block(x, encoder.mean(1))
+        return x
+
+
+def test_lists_may_have_streams_of_their_own() -> None:
+    net = TwoKinds()
+    blocks = expand(net, ["pair.blocks.*", "single.*"])
+    streams = {"pair.blocks": (Stream("hidden", 1), Stream("encoder", 0)), "single": (Stream("x"),)}
+    hidden, encoder = torch.randn(BATCH, TOKENS, WIDTH), torch.randn(BATCH, 3, WIDTH)
+    dims = probed_batch_dims(net, blocks, lambda n: net(hidden[:n], encoder[:n]))
+    plain = net(hidden, encoder)
+    with Gates(net, blocks, dims, streams) as gates:
+        gates.mask = torch.ones(BATCH, 4)
+        assert torch.equal(net(hidden, encoder), plain)
+        gates.mask = torch.tensor([1.0, 0, 1, 0]).repeat(BATCH, 1)
+        gated = net(hidden, encoder)
+    with captured(net, [blocks[0], blocks[3]], streams) as (first, last):
+        net(hidden, encoder)
+    assert [t.shape[1] for t in first] == [TOKENS, 3]
+    assert [t.shape[1] for t in last] == [TOKENS + 3]
+    del net.pair.blocks[1], net.single[1]
+    assert torch.equal(net(hidden, encoder), gated)
+    with pytest.raises(UserError, match="no streams are declared for the block list 'pair.blocks'"):
+        Gates(net, blocks[:1], dims, {"single": (Stream("x"),)})
 
 
 def test_in_inference_mode() -> None:

@@ -36,6 +36,23 @@ class Stream:
         return found
 
 
+Streams = Sequence[Stream] | Mapping[str, Sequence[Stream]]
+"""The residual streams of all blocks, or those of every block list by its path."""
+
+FIRST: Streams = (Stream(),)
+"""One stream: a block's first argument, and its output."""
+
+
+def streams_of(streams: Streams, path: str) -> Sequence[Stream]:
+    """The streams of the block at a path. Raises UserError when none are declared for its list."""
+    if not isinstance(streams, Mapping):
+        return streams
+    name = path.rpartition(".")[0]
+    if name not in streams:
+        raise UserError(f"no streams are declared for the block list '{name}'; name them in Backbone.streams")
+    return streams[name]
+
+
 class Backbone(ABC):
     """A model family: how to build it, and which of its blocks may go.
 
@@ -43,8 +60,8 @@ class Backbone(ABC):
     imported inside the methods.
     """
 
-    #: Residual streams of every block, in no particular order.
-    streams: ClassVar[Sequence[Stream]] = (Stream(),)
+    #: Residual streams of a block, in no particular order; by block list where lists differ.
+    streams: ClassVar[Streams] = FIRST
     #: Block arguments that carry the batch, as name -> batch dimension. None: found by comparing two batch sizes.
     batched: ClassVar[Mapping[str, int] | None] = None
     #: For the model card of a saved folder: the library that reads it, and how.

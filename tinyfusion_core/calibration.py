@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .backbone import Stream
+from .backbone import Stream, streams_of
 from .calls import BatchDim, Call, positional_names
 from .criteria import Criterion
 from .errors import UserError, require
@@ -112,11 +112,15 @@ class Calibration:
             measure: makes the measure of one span and stream.
             clean: feed inputs without noise, as the published block-influence script does.
         """
-        model, paths, streams = self.task.teacher, self.task.blocks, self.task.backbone.streams
-        measures = {span: [measure() for _ in streams] for span in spans}
+        model, paths, declared = self.task.teacher, self.task.blocks, self.task.backbone.streams
+        # No span reaches over two lists.
+        streams = {span: streams_of(declared, paths[span[0]]) for span in spans}
+        measures = {span: [measure() for _ in streams[span]] for span in spans}
         with self._open(1) as progress, torch.no_grad(), ExitStack() as hooks:
             for span in spans:
-                before, after = _watch(measures[span], streams, model.get_submodule(paths[span[0]]), paths[span[0]])
+                before, after = _watch(
+                    measures[span], streams[span], model.get_submodule(paths[span[0]]), paths[span[0]]
+                )
                 first, last = (model.get_submodule(paths[i]) for i in span)
                 hooks.callback(first.register_forward_pre_hook(before, with_kwargs=True).remove)
                 hooks.callback(last.register_forward_hook(after).remove)
@@ -124,7 +128,7 @@ class Calibration:
                 with self.trainer.accelerator.autocast():
                     self.task.loss.predict(model, inputs)
                 self._advance(progress, num_rows)
-        return self.finite([sum(m.value() for m in measures[span]) / len(streams) for span in spans])
+        return self.finite([sum(m.value() for m in measures[span]) / len(streams[span]) for span in spans])
 
     def finite(self, values: list[float]) -> list[float]:
         """The values; raises UserError when one is not finite."""

@@ -171,6 +171,7 @@ def _plugins(options: argparse.Namespace, flags: list[str]) -> int:
         print(json.dumps([dataclasses.asdict(p) for p in plugins], indent=2))
         return 0
     table = Table("plugin", "kind", "brings", "module", "distribution")
+    table.columns[2].no_wrap = True  # names to copy
     for p in plugins:
         for kind, name in p.brings or [("error", p.error or "nothing")]:
             table.add_row(p.name, kind, name, p.module, p.distribution)

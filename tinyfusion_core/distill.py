@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .backbone import Batch, Stream, block_lists, expand
+from .backbone import Batch, Streams, block_lists, expand, streams_of
 from .decision import Decision
 from .errors import UserError, require
 from .randomness import Rng
@@ -196,7 +196,7 @@ def _usual(x: Tensor, sigma: float) -> Tensor:
 
 
 @contextmanager
-def captured(model: nn.Module, paths: Sequence[str], streams: Sequence[Stream]) -> Iterator[list[list[Tensor]]]:
+def captured(model: nn.Module, paths: Sequence[str], streams: Streams) -> Iterator[list[list[Tensor]]]:
     """Keep what these blocks give out while the context is open: for every path, the tensor of each stream.
 
     Raises:
@@ -206,7 +206,7 @@ def captured(model: nn.Module, paths: Sequence[str], streams: Sequence[Stream]) 
     versions: dict[str, list[int]] = {}
 
     def keep(slot: int, output: Any) -> None:
-        values[slot][:] = [stream.of(output) for stream in streams]
+        values[slot][:] = [stream.of(output) for stream in streams_of(streams, paths[slot])]
         versions[paths[slot]] = [t._version for t in values[slot]]
 
     handles = [

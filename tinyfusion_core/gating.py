@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_leaves
 
-from .backbone import Stream
+from .backbone import FIRST, Streams, streams_of
 from .calls import BatchDim, Call, positional_names
 from .errors import UserError
 
@@ -38,7 +38,7 @@ class Gates:
     Args:
         model: the network.
         blocks: paths of the N blocks, in the order of the mask's columns.
-        streams: the blocks' residual streams.
+        streams: the blocks' residual streams, by block list where they differ.
         batch_dim: which arguments carry the batch; see `probed_batch_dims` and `named_batch_dims`.
     """
 
@@ -47,11 +47,12 @@ class Gates:
         model: nn.Module,
         blocks: Sequence[str],
         batch_dim: BatchDim,
-        streams: Sequence[Stream] = (Stream(),),
+        streams: Streams = FIRST,
     ) -> None:
         self.blocks = list(blocks)
         self._modules = [model.get_submodule(path) for path in blocks]
-        self._batch_dim, self._streams = batch_dim, list(streams)
+        self._batch_dim = batch_dim
+        self._streams = [list(streams_of(streams, path)) for path in blocks]
         self._mask: Tensor | None = None
         self._rows: list[tuple[Tensor, Tensor]] = []
         self._before: list[tuple[nn.Module, Any]] = []
@@ -100,7 +101,7 @@ class Gates:
         return forward
 
     def _sparse(self, j: int, call: Call, mask: Tensor) -> Any:
-        inputs = [call.stream(stream, self.blocks[j]) for stream in self._streams]
+        inputs = [call.stream(stream, self.blocks[j]) for stream in self._streams[j]]
         if inputs[0].shape[0] != len(mask):
             raise ValueError(
                 f"block '{self.blocks[j]}' got {inputs[0].shape[0]} samples, the mask has {len(mask)} rows"
@@ -121,7 +122,7 @@ class Gates:
         if versions != [_version(x) for x in inputs]:
             raise UserError(f"block '{self.blocks[j]}' changes its input in place, which gating cannot undo")
         items = self._items(j, output)
-        merged = [stream.output or 0 for stream in self._streams]
+        merged = [stream.output or 0 for stream in self._streams[j]]
         for i, item in enumerate(items):
             if i not in merged and len(run) < len(mask) and any(isinstance(v, Tensor) for v in tree_leaves(item)):
                 raise UserError(

@@ -1,0 +1,28 @@
+"""The transformers of diffusers as backbones, their objectives, latents and prompts encoded beforehand."""
+
+from __future__ import annotations
+
+from tinyfusion_core.backbone import Backbone
+from tinyfusion_core.data import DataSource
+from tinyfusion_core.hookspecs import hookimpl
+from tinyfusion_core.losses import LossAdapter
+from tinyfusion_diffusers.backbone import DiffusersTransformer
+from tinyfusion_diffusers.data import EncodedPrompts
+from tinyfusion_diffusers.objectives import RectifiedFlow, ScheduledDiffusion
+
+__all__ = ["DiffusersTransformer", "EncodedPrompts", "RectifiedFlow", "ScheduledDiffusion"]
+
+
+@hookimpl
+def tinyfusion_register_backbones() -> list[type[Backbone]]:
+    return [DiffusersTransformer]
+
+
+@hookimpl
+def tinyfusion_register_losses() -> list[type[LossAdapter]]:
+    return [ScheduledDiffusion, RectifiedFlow]
+
+
+@hookimpl
+def tinyfusion_register_data() -> list[type[DataSource]]:
+    return [EncodedPrompts]

@@ -1,0 +1,282 @@
+"""Transformers of the diffusers library as backbones: found on the hub or in a folder, pruned, saved as such."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from tinyfusion_core.backbone import Backbone, Stream
+from tinyfusion_core.errors import MissingFileError, UserError, require
+from tinyfusion_core.files import digest, read_json, save_tensors, sha256, write_json
+from tinyfusion_core.randomness import generator
+from tinyfusion_diffusers import calling
+from tinyfusion_diffusers.library import diffusers
+from tinyfusion_diffusers.structure import (
+    check_copies,
+    completed,
+    construct,
+    free_blocks,
+    network_class,
+    prepared,
+    settings,
+    shorten,
+    streams_by_list,
+)
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+SHIPPED = Path(__file__).parent / "configs"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusersTransformer(Backbone):
+    """The transformer of a diffusers pipeline; `docs/diffusers.md` lists the families that are tested.
+
+    A student is a folder that the transformer's class reads, and that can take the place of `transformer/` in the
+    folder of the pipeline.
+
+    Args:
+        model: a pipeline's folder or the transformer's own, or the id of a pipeline on the Hugging Face hub.
+        subfolder: where the transformer is in it; empty on the hub where it stands alone.
+        revision: branch, tag or commit on the hub.
+        dtype: of the weights; `auto` is what most of them were saved in. Full-precision training wants float32.
+        latent: height and width of the latents, of a video frames, height and width; default what the network's
+            config says.
+        text_length: tokens of a prompt, as the data have them.
+        gradient_checkpointing: compute blocks again in the backward pass instead of keeping what they made.
+        licence: licence of the checkpoint, for the model card.
+    """
+
+    library: ClassVar[str] = "diffusers"
+    loading: ClassVar[str] = (
+        "from diffusers import AutoModel\n\n"
+        'transformer = AutoModel.from_pretrained("path/to/this/folder")  # pipeline(..., transformer=transformer)'
+    )
+
+    model: str | None = None
+    subfolder: str = "transformer"
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    latent: list[int] | None = None
+    text_length: int = 77
+    gradient_checkpointing: bool = False
+    licence: str = "unknown"
+    _random: str | None = None  # a config as JSON, set by `random`, which has no checkpoint
+
+    def __post_init__(self) -> None:
+        require(self.text_length >= 1, "backbone.text_length", self.text_length, "at least 1")
+        require(
+            self.latent is None or (len(self.latent) in (2, 3) and min(self.latent) >= 1),
+            "backbone.latent",
+            self.latent,
+            "[height, width] or [frames, height, width] of the latents",
+        )
+
+    def build(self) -> nn.Module:
+        """Draws nothing from the global generator.
+
+        Raises:
+            UserError: no such transformer, its weights do not fit its config, or its blocks cannot be removed.
+        """
+        model = self._pretrained() if self._random is None else self._fresh()
+        if self.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
+        evaluating: nn.Module = model.eval()
+        return evaluating
+
+    def config(self, model: nn.Module | None = None) -> dict[str, Any]:
+        """The transformer's diffusers config. Reads that of the model, or the one that comes with this package."""
+        if model is not None:
+            found = settings(model)
+        elif self._random is not None:
+            found = json.loads(self._random)
+        else:
+            found = self._stored_config()
+        plain: dict[str, Any] = json.loads(json.dumps(completed(found)))  # tuples as the lists that JSON has
+        return plain
+
+    @classmethod
+    def construct(cls, config: Mapping[str, Any]) -> nn.Module:
+        """Raises UserError when diffusers has no such network."""
+        return construct(config)
+
+    @cached_property
+    def streams(self) -> Mapping[str, Sequence[Stream]]:  # type: ignore[override]  # not every network has the same
+        with torch.device("meta"):
+            return streams_by_list(construct(self.config()))
+
+    def blocks(self, model: nn.Module) -> Sequence[str]:
+        return free_blocks(model)
+
+    def after_prune(self, model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
+        shorten(model, kept)
+
+    def example(self, num_rows: int) -> dict[str, Tensor]:
+        """Clean latents `x`, and what the network is told of them: `y` (B,), or `text` (B, L, D), `mask`, `pooled`."""
+        config = self.config()
+        return calling.example(config, network_class(config), num_rows, self.latent, self.text_length)
+
+    @classmethod
+    def tiny(cls) -> Self:
+        sizes = {
+            "patch_size": 1, "in_channels": 16, "num_layers": 3, "num_single_layers": 3, "attention_head_dim": 8,
+            "num_attention_heads": 2, "joint_attention_dim": 12, "pooled_projection_dim": 10,
+            "axes_dims_rope": [2, 2, 4],
+        }  # fmt: skip
+        return cls.random({"_class_name": "FluxTransformer2DModel", **sizes}, latent=[4, 4], text_length=5)
+
+    @classmethod
+    def random(cls, config: Mapping[str, Any], **options: Any) -> Self:
+        """A backbone whose network has random weights, none of them zero."""
+        return cls(_random=json.dumps(config), **options)
+
+    def source(self) -> dict[str, Any]:
+        if self.model is None:
+            return {"licence": self.licence}
+        found = {"checkpoint": self.model, "licence": self.licence}
+        if not Path(self.model).is_dir():  # on the hub, where a revision says what it is
+            return {**found, "revision": self.revision or "main"}
+        folder = self._folder(Path(self.model))
+        weights = _weights(folder, "safetensors") or _weights(folder, "bin")
+        if not weights:
+            raise MissingFileError(f"{folder}: holds no {WEIGHTS}, nor parts of it, nor a .bin file of that name")
+        return {**found, "sha256": digest({path.name: sha256(path) for path in [folder / "config.json", *weights]})}
+
+    def save(self, model: nn.Module, folder: Path) -> list[str]:
+        write_json(folder / "config.json", {**self.config(model), "_diffusers_version": diffusers().__version__})
+        save_tensors(folder / WEIGHTS, model.state_dict(), {"format": "pt"})
+        return ["config.json", WEIGHTS]
+
+    @classmethod
+    def load(cls, folder: Path, config: Mapping[str, Any]) -> nn.Module:
+        return cls(model=str(folder)).build()
+
+    def _fresh(self) -> Any:
+        assert self._random is not None
+        with torch.random.fork_rng():
+            model = construct(json.loads(self._random))
+        rng = generator(0, "random transformer")
+        with torch.no_grad():
+            for p in model.parameters():
+                p.normal_(std=p[0].numel() ** -0.5 if p.ndim > 1 else 0.2, generator=rng)
+        return model
+
+    def _pretrained(self) -> Any:
+        folder = self._fetched("*.safetensors", "*.json")
+        pickled = not _weights(folder, "safetensors")
+        if pickled:
+            folder = self._fetched("*.bin", "*.json")
+        config = _network(folder / "config.json")
+        if self.model is not None and (shipped := _shipped(self.model)) is not None:
+            _agree(shipped, config, folder / "config.json")
+        with torch.device("meta"):
+            cls = type(construct(config))  # says what is wrong with the config before anything is read
+        dtype = _saved_dtype(folder) if self.dtype == "auto" else getattr(torch, self.dtype)
+        try:
+            with torch.random.fork_rng():
+                model, loading = cls.from_pretrained(  # type: ignore[attr-defined]
+                    str(folder),
+                    torch_dtype=dtype,
+                    use_safetensors=not pickled,  # the others are read as plain tensors, without running code
+                    local_files_only=True,
+                    output_loading_info=True,
+                )
+        except Exception as e:  # a damaged file makes the readers fail in any way they can
+            raise UserError(f"{folder}: the transformer's weights cannot be read ({_first(e)})") from None
+        wrong = [str(key) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in loading[kind]]
+        if wrong:
+            raise UserError(f"{folder}: the weights do not fit the config: {', '.join(sorted(wrong)[:4])}")
+        check_copies(model, str(folder))
+        return prepared(model)
+
+    def _stored_config(self) -> dict[str, Any]:
+        shipped = None if self.model is None or Path(self.model).is_dir() else _shipped(self.model)
+        return _network(self._fetched("config.json") / "config.json") if shipped is None else shipped
+
+    def _fetched(self, *patterns: str) -> Path:
+        """The folder with these files of the transformer, fetched from the hub where necessary."""
+        if self.model is None:
+            raise UserError(
+                "backbone.model: not set; expected a folder, or the id of a pipeline on the Hugging Face hub"
+            )
+        if Path(self.model).is_dir():
+            return self._folder(Path(self.model))
+        from huggingface_hub import snapshot_download
+
+        wanted = [f"{self.subfolder}/{pattern}".lstrip("/") for pattern in patterns]
+        try:
+            root = snapshot_download(self.model, revision=self.revision, allow_patterns=wanted)
+        except (OSError, ValueError) as e:
+            raise MissingFileError(
+                f"backbone.model: '{self.model}' is no folder, and the Hugging Face hub does not give it "
+                f"({_first(e)}). Give a folder, or an id that you have access to (`hf auth login`)"
+            ) from None
+        return self._folder(Path(root))
+
+    def _folder(self, root: Path) -> Path:
+        """Where the transformer is in a pipeline's folder, or that folder if it is the transformer's own."""
+        inner = root / self.subfolder
+        folder = inner if (inner / "config.json").is_file() else root
+        if not (folder / "config.json").is_file():
+            raise MissingFileError(
+                f"backbone.model: neither {inner} nor {root} holds a config.json; expected a pipeline's folder, with "
+                f"the transformer in '{self.subfolder}' (set backbone.subfolder if it is elsewhere)"
+            )
+        return folder
+
+
+def _network(path: Path) -> dict[str, Any]:
+    content = read_json(path)
+    if not isinstance(content, dict) or "_class_name" not in content:
+        raise UserError(f"{path}: names no _class_name; expected the config of a diffusers transformer")
+    return content
+
+
+def _shipped(model: str) -> dict[str, Any] | None:
+    """The config of a hub model that comes with this package, to plan with: nothing has to be fetched for that."""
+    path = SHIPPED / f"{model.replace('/', '--')}.json"
+    return _network(path) if path.is_file() else None
+
+
+def _agree(shipped: Mapping[str, Any], found: Mapping[str, Any], path: Path) -> None:
+    planned, there = completed(shipped), completed(found)
+    for key, value in planned.items():
+        if there.get(key) != value:
+            raise UserError(
+                f"{path}: {key} is {there.get(key)!r}; the published model's, which the recipe was planned with, is "
+                f"{value!r}. Give the model another name than the published one's"
+            )
+
+
+def _weights(folder: Path, kind: str) -> list[Path]:
+    """The weights in a folder, whole or in parts."""
+    return sorted(folder.glob(f"diffusion_pytorch_model*.{kind}"))
+
+
+def _saved_dtype(folder: Path) -> torch.dtype:
+    """What most of the numbers in a folder's weights are; float32 if they are pickled."""
+    names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    counts = Counter({torch.float32: 0})
+    for path in _weights(folder, "safetensors"):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118  # no mapping
+                    entry = file.get_slice(name)
+                    counts[names.get(entry.get_dtype(), torch.float32)] += math.prod(entry.get_shape())
+        except (OSError, SafetensorError) as e:
+            raise UserError(f"{path}: damaged or cut short ({_first(e)}). Copy or download it again") from None
+    return counts.most_common(1)[0][0]
+
+
+def _first(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

@@ -1,0 +1,276 @@
+"""What a transformer of diffusers is called with: told by the arguments of its forward, as far as they tell it.
+
+Data have short names: `x` latents as the autoencoder gives them, `y` class labels, `text` token embeddings of a
+prompt, `mask` which of its tokens count, `pooled` the pooled embedding. Networks that take tokens get them here, and
+their predictions come back in the shape of `x`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tinyfusion_core.backbone import Batch
+from tinyfusion_core.errors import UserError
+from tinyfusion_diffusers.structure import class_of, settings
+
+GIVEN = {
+    "class_labels": "y",
+    "encoder_hidden_states": "text",
+    "encoder_attention_mask": "mask",
+    "encoder_hidden_states_mask": "mask",
+    "pooled_projections": "pooled",
+}
+"""Arguments of a forward, and the data that they are."""
+
+TEXT_WIDTHS = (
+    "joint_attention_dim", "caption_channels", "text_dim", "text_embed_dim", "cap_feat_dim", "cross_attention_dim",
+)  # fmt: skip
+"""Config keys that say how wide `text` is, best first."""
+
+
+@dataclass(frozen=True)
+class Flow:
+    """How a rectified flow counts time.
+
+    Attributes:
+        most: what the network is fed at pure noise.
+        reverse: whether time runs from noise (0) to data, and the prediction points there.
+    """
+
+    most: float
+    reverse: bool = False
+
+
+FLOWS: Mapping[str, Flow] = {
+    "AuraFlowTransformer2DModel": Flow(1.0),
+    "FluxTransformer2DModel": Flow(1.0),
+    "LTXVideoTransformer3DModel": Flow(1000.0),
+    "Lumina2Transformer2DModel": Flow(1.0, reverse=True),
+    "QwenImageTransformer2DModel": Flow(1.0),
+    "SD3Transformer2DModel": Flow(1000.0),
+    "SanaTransformer2DModel": Flow(1000.0),
+    "WanTransformer3DModel": Flow(1000.0),
+}
+"""No signature and no config says it: diffusers' pipelines do."""
+
+
+def parameters(cls: type[nn.Module]) -> Mapping[str, inspect.Parameter]:
+    """The arguments of a network's forward."""
+    return inspect.signature(cls.forward).parameters
+
+
+def takes_patches(cls: type[nn.Module]) -> bool:
+    """Whether the network takes squares of 2 x 2 latents as tokens, which are packed outside of it."""
+    return bool({"img_ids", "img_shapes"} & parameters(cls).keys())
+
+
+def takes_voxels(cls: type[nn.Module]) -> bool:
+    """Whether the network takes every position of a video's latent as a token."""
+    return "num_frames" in parameters(cls)
+
+
+def frames_first(config: Mapping[str, Any]) -> bool:
+    """Whether latents of a video are (frames, channels, height, width) rather than (channels, frames, ...)."""
+    return "sample_frames" in config
+
+
+def flow_of(model: nn.Module, scale: float | None) -> Flow:
+    """How a network counts time, `scale` being what the user says that it is fed at pure noise.
+
+    Raises:
+        UserError: it is not known.
+    """
+    name = class_of(model).__name__
+    if name not in FLOWS and scale is None:
+        raise UserError(
+            f"loss: it is not known how {name} counts time; set loss.scale to what its pipeline feeds it at pure noise "
+            "(1 or 1000). If it was trained on a discrete schedule, use ScheduledDiffusion"
+        )
+    known = FLOWS.get(name, Flow(1.0))
+    return known if scale is None else Flow(scale, known.reverse)
+
+
+def run(model: nn.Module, x: Tensor, timestep: Tensor, inputs: Batch, guidance: float | None) -> Tensor:
+    """The network's prediction.
+
+    Args:
+        model: the network.
+        x: (B, ...) noisy latents.
+        timestep: (B,) as the network counts.
+        inputs: `y`, `text`, `mask`, `pooled`, those that it takes.
+        guidance: the scale that a guidance-distilled network is told.
+
+    Returns:
+        Like `x`, maybe with twice its channels.
+
+    Raises:
+        UserError: the data lack something, or guidance is missing, or not taken.
+    """
+    cls, config = class_of(model), settings(model)
+    takes = parameters(cls)
+    weights = next(model.parameters())
+    call: dict[str, Any] = {"timestep": timestep, "return_dict": False}
+    for argument, name in GIVEN.items():
+        if argument in takes and name in inputs:
+            value = inputs[name]
+            call[argument] = value.to(weights.dtype) if value.is_floating_point() and name != "mask" else value
+        elif argument in takes and takes[argument].default is inspect.Parameter.empty:
+            raise UserError(f"data: {cls.__name__} takes '{name}' ({argument}), which the samples do not have")
+    call.update({name: make(x, call, config) for name, make in DERIVED.items() if name in takes})
+    needed = [name for name, p in takes.items() if p.default is inspect.Parameter.empty and name not in call]
+    if unknown := [name for name in needed if name not in ("self", "hidden_states", "kwargs", "args")]:
+        raise UserError(f"loss: {cls.__name__} takes '{unknown[0]}', and this package does not know what that is")
+    if bool(config.get("guidance_embeds")) != (guidance is not None):
+        raise UserError(
+            f"loss.guidance: {cls.__name__} as configured takes a guidance scale; set it (FLUX.1-dev's is 3.5)"
+            if guidance is None
+            else f"loss.guidance is {guidance}, but {cls.__name__} as configured takes no guidance; set it to null"
+        )
+    if guidance is not None:
+        scale = guidance * config.get("guidance_embeds_scale", 1.0)
+        call["guidance"] = torch.full((len(x),), scale, dtype=torch.float32, device=x.device)
+    try:
+        out: Tensor = model(pack(cls, x.to(weights.dtype)), **call)[0]
+    except (AttributeError, TypeError, ValueError) as e:  # networks that want more than their signatures say
+        raise UserError(
+            f"loss: {cls.__name__} cannot be called with latents {list(x.shape)} and {', '.join(call)} ({e}); "
+            "docs/diffusers.md lists the networks that are known"
+        ) from e
+    return unpack(cls, out, x)
+
+
+def pack(cls: type[nn.Module], x: Tensor) -> Tensor:
+    """Latents as a network takes them: (B, tokens, channels) where it takes tokens."""
+    if takes_patches(cls):
+        return nn.functional.pixel_unshuffle(x, 2).flatten(2).transpose(1, 2)
+    return x.flatten(2).transpose(1, 2) if takes_voxels(cls) else x
+
+
+def unpack(cls: type[nn.Module], out: Tensor, like: Tensor) -> Tensor:
+    """A prediction in the shape of the latents."""
+    if takes_patches(cls):
+        height, width = like.shape[-2:]
+        return nn.functional.pixel_shuffle(out.transpose(1, 2).reshape(len(out), -1, height // 2, width // 2), 2)
+    return out.transpose(1, 2).reshape(len(out), -1, *like.shape[2:]) if takes_voxels(cls) else out
+
+
+def _image_ids(x: Tensor, call: Mapping[str, Any], config: Mapping[str, Any]) -> Tensor:
+    """Row and column of every token, behind a zero: (tokens, 3)."""
+    rows, columns = (torch.arange(n // 2, device=x.device, dtype=torch.float32) for n in x.shape[-2:])
+    grid = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1).flatten(0, 1)
+    return nn.functional.pad(grid, (1, 0))
+
+
+def _rope_scale(x: Tensor, call: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[float, float, float]:
+    """Seconds and pixels of a latent's step, at 25 frames a second: LTX-Video's autoencoder takes 8 x 32 x 32."""
+    return 8 / 25, 32.0, 32.0
+
+
+def _sizes(x: Tensor, call: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Tensor | None]:
+    """What PixArt-alpha's largest network is told of the image: its sides in pixels, and their ratio."""
+    wanted = config.get("use_additional_conditions")
+    if not (config.get("sample_size") == 128 if wanted is None else wanted):
+        return {"resolution": None, "aspect_ratio": None}
+    height, width = (8 * n for n in x.shape[-2:])
+    resolution = torch.tensor([[height, width]], dtype=torch.float32, device=x.device).expand(len(x), -1)
+    return {"resolution": resolution, "aspect_ratio": resolution[:, :1] / resolution[:, 1:]}
+
+
+def _video_rotary(x: Tensor, call: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
+    """CogVideoX's tables of positions, made outside of the network."""
+    if not config.get("use_rotary_positional_embeddings"):
+        return None
+    from diffusers.models.embeddings import get_3d_rotary_pos_embed
+    from diffusers.pipelines.cogvideo import pipeline_cogvideox as pipeline
+
+    frames, (height, width) = x.shape[1], (n // config["patch_size"] for n in x.shape[-2:])
+    base = config["sample_height"] // config["patch_size"], config["sample_width"] // config["patch_size"]
+    if (step := config.get("patch_size_t")) is None:
+        crops: Any = pipeline.get_resize_crop_region_for_grid((height, width), base[1], base[0])  # type: ignore[no-untyped-call]
+        more: dict[str, Any] = {"crops_coords": crops, "temporal_size": frames}
+    else:
+        more = {"crops_coords": None, "temporal_size": math.ceil(frames / step), "grid_type": "slice", "max_size": base}
+    tables: Any = get_3d_rotary_pos_embed(
+        embed_dim=config["attention_head_dim"], grid_size=(height, width), device=x.device, **more
+    )
+    return tables[0], tables[1]
+
+
+DERIVED: Mapping[str, Callable[[Tensor, Mapping[str, Any], Mapping[str, Any]], Any]] = {
+    "img_ids": _image_ids,
+    "txt_ids": lambda x, call, config: x.new_zeros(call["encoder_hidden_states"].shape[1], 3, dtype=torch.float32),
+    "img_shapes": lambda x, call, config: [[(1, x.shape[-2] // 2, x.shape[-1] // 2)]] * len(x),
+    "num_frames": lambda x, call, config: x.shape[2],
+    "height": lambda x, call, config: x.shape[3],
+    "width": lambda x, call, config: x.shape[4],
+    "rope_interpolation_scale": _rope_scale,
+    "added_cond_kwargs": _sizes,
+    "image_rotary_emb": _video_rotary,
+}
+"""Arguments that follow from the shapes: noisy latents, what is given already, config -> value."""
+
+
+def example(
+    config: Mapping[str, Any], cls: type[nn.Module], num_rows: int, latent: Sequence[int] | None, tokens: int
+) -> dict[str, Tensor]:
+    """A batch of the shapes that a network's data have, values meaningless.
+
+    Args:
+        config: of the network.
+        cls: its class.
+        num_rows: B.
+        latent: (H, W) or (F, H, W) of the latents; None: what the config says.
+        tokens: L, of the prompts.
+
+    Raises:
+        UserError: the size of the latents is needed, or has another number of dimensions; or the config does not say
+            what the network takes.
+    """
+    try:
+        return _example(config, cls, num_rows, latent, tokens)
+    except KeyError as e:
+        raise UserError(
+            f"backbone: the config of {cls.__name__} has no {e}; it is not known what its data look like"
+        ) from None
+
+
+def _example(
+    config: Mapping[str, Any], cls: type[nn.Module], num_rows: int, latent: Sequence[int] | None, tokens: int
+) -> dict[str, Tensor]:
+    takes, channels = parameters(cls), config["in_channels"] // (4 if takes_patches(cls) else 1)
+    size = tuple(latent or _latent(config))
+    video = takes_voxels(cls) or frames_first(config) or isinstance(config.get("patch_size"), (list, tuple))
+    if len(size) != (3 if video else 2):
+        wanted = "[frames, height, width]" if video else "[height, width]"
+        found = list(size) or "not set, and the config does not say"
+        raise UserError(f"backbone.latent: {found}; {cls.__name__} takes {wanted} of the latents")
+    shape = (size[0], channels, *size[1:]) if frames_first(config) else (channels, *size)
+    batch = {"x": torch.zeros(num_rows, *shape)}
+    if "class_labels" in takes:
+        batch["y"] = torch.arange(num_rows) % config["num_embeds_ada_norm"]
+    if "encoder_hidden_states" in takes:
+        key = next((key for key in TEXT_WIDTHS if config.get(key)), TEXT_WIDTHS[0])
+        batch["text"] = torch.zeros(num_rows, tokens, config[key])
+    if {"encoder_attention_mask", "encoder_hidden_states_mask"} & takes.keys():
+        # Of different lengths, so that whoever looks at shapes sees the masks that real prompts bring.
+        lengths = torch.tensor([tokens if i == 0 else max(1, tokens // 2) for i in range(num_rows)])
+        batch["mask"] = torch.arange(tokens) < lengths[:, None]
+    if "pooled_projections" in takes:
+        batch["pooled"] = torch.zeros(num_rows, config["pooled_projection_dim"])
+    return batch
+
+
+def _latent(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """The size of the latents that a network was made for, as far as its config says."""
+    if frames_first(config):
+        frames = (config["sample_frames"] - 1) // config["temporal_compression_ratio"] + 1
+        return frames, config["sample_height"], config["sample_width"]
+    side = config.get("sample_size")
+    return (side, side) if isinstance(side, int) else ()

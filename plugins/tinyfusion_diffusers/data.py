@@ -1,0 +1,148 @@
+"""Latents and prompts that were encoded once, read where they lie."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from tinyfusion_core.data import DataSource
+from tinyfusion_core.errors import MissingFileError, UserError, require
+from tinyfusion_core.randomness import generator
+
+NAMES = ("x", "x_std", "y", "text", "mask", "pooled")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedPrompts(DataSource):
+    """Latents with the embeddings of their prompts, in one file for each name or one for all.
+
+    The folder holds `.npy` files or `.safetensors` files. The tensors are called `x` (N, ...), latents as the
+    network takes them, scaled and shifted as its pipeline does; `text` (N, L, D), `mask` (N, L), `pooled` (N, D), `y`
+    (N,), those that the network takes; `x_std` like `x`, if `x` are means. A `.npy` file is called like its tensor;
+    a safetensors file may hold several. Only the rows of a batch are read.
+
+    Args:
+        folder: the folder.
+        num_held_out: rows that are kept from training, the same for every seed.
+    """
+
+    folder: str
+    num_held_out: int = 256
+
+    def train(self) -> EncodedSamples:
+        return self._part(held_out=False)
+
+    def held_out(self) -> EncodedSamples:
+        return self._part(held_out=True)
+
+    def _part(self, held_out: bool) -> EncodedSamples:
+        files = self._files
+        rows = len(files["x"])
+        require(1 <= self.num_held_out < rows, "data.num_held_out", self.num_held_out, f"1 to {rows - 1}")
+        order = torch.randperm(rows, generator=generator("held-out prompts", rows))
+        some = order[: self.num_held_out] if held_out else order[self.num_held_out :]
+        return EncodedSamples(files, some.sort().values)
+
+    @cached_property
+    def _files(self) -> dict[str, _Column]:
+        folder = Path(self.folder)
+        columns: dict[str, _Column] = {}
+        for path in sorted([*folder.glob("*.npy"), *folder.glob("*.safetensors")]):
+            for column in _columns(path):
+                if column.name not in NAMES:
+                    raise UserError(f"{path}: holds '{column.name}'; expected {', '.join(NAMES)}")
+                if column.name in columns:
+                    raise UserError(f"{path}: '{column.name}' is in {columns[column.name].path.name} too; keep one")
+                columns[column.name] = column
+        if "x" not in columns:
+            raise MissingFileError(
+                f"data.folder: no x.npy, and no .safetensors file with an 'x', in {folder}; expected latents, and "
+                f"beside them those of {', '.join(NAMES[1:])} that the network takes"
+            )
+        for column in columns.values():
+            if column.shape[:1] != columns["x"].shape[:1]:
+                raise UserError(
+                    f"{column.path}: '{column.name}' has shape {list(column.shape)}, 'x' has {len(columns['x'])} rows"
+                )
+        return columns
+
+
+@dataclass(frozen=True)
+class EncodedSamples:
+    """Some rows of the files.
+
+    Args:
+        columns: by name.
+        rows: which, sorted.
+    """
+
+    columns: Mapping[str, _Column]
+    rows: Tensor
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+        """Raises UserError when a file has vanished or is damaged."""
+        rows = self.rows[indices].tolist()
+        return {name: column.read(rows) for name, column in self.columns.items()}
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A tensor in a file. It is opened anew for every read: cutting a file that is mapped kills the process."""
+
+    name: str
+    path: Path
+    shape: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def read(self, rows: list[int]) -> Tensor:
+        """Float32, or int64, or bool, whichever it is."""
+        if self.path.suffix == ".npy":
+            array = _mapped(self.path)
+            if array.shape != self.shape:
+                raise UserError(f"{self.path}: has changed to shape {array.shape}; put the old one back, or start anew")
+            found = torch.from_numpy(array[rows])
+        else:
+            try:
+                with safe_open(self.path, framework="pt") as file:
+                    part = file.get_slice(self.name)
+                    found = torch.cat([part[row : row + 1] for row in rows])
+            except (OSError, SafetensorError) as e:
+                raise UserError(f"{self.path}: damaged or cut short ({e}). Copy or make it again") from None
+        if found.is_floating_point():
+            return found.float()
+        return found if found.dtype == torch.bool else found.long()
+
+
+def _columns(path: Path) -> list[_Column]:
+    if path.suffix == ".npy":
+        return [_Column(path.stem, path, _mapped(path).shape)]
+    try:
+        with safe_open(path, framework="pt") as file:
+            return [_Column(name, path, tuple(file.get_slice(name).get_shape())) for name in file.keys()]  # noqa: SIM118
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"{path}: damaged or cut short ({e}). Copy or make it again") from None
+
+
+def _mapped(path: Path) -> np.ndarray[Any, Any]:
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise MissingFileError(f"{path}: no such file") from None
+    except (ValueError, EOFError, OSError) as e:
+        raise UserError(f"{path}: cut short, or not a .npy file of numbers ({e})") from None
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiub" or not array.ndim:
+        raise UserError(f"{path}: holds no array of numbers with a row for each sample")
+    return array

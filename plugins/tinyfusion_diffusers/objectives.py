@@ -1,0 +1,186 @@
+"""Training objectives of the published pipelines: noise or v on a scheduler's process, and rectified flow."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tinyfusion_core.backbone import Batch
+from tinyfusion_core.errors import UserError, nearest, require
+from tinyfusion_core.losses import LossAdapter
+from tinyfusion_core.randomness import Rng
+from tinyfusion_diffusers import calling
+from tinyfusion_diffusers.library import diffusers
+from tinyfusion_diffusers.structure import settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Denoising(LossAdapter):
+    """A target for noised latents, regressed.
+
+    Args:
+        label_drop: probability of replacing a class label by the null class. Prompts are embedded beforehand: data
+            that should be without one now and then have the embedding of the empty prompt in some of the rows.
+        guidance: the scale that a guidance-distilled network is told; null for networks that take none.
+    """
+
+    label_drop: float = 0.0
+    guidance: float | None = None
+
+    def __post_init__(self) -> None:
+        require(0 <= self.label_drop <= 1, "loss.label_drop", self.label_drop, "a probability")
+        require(self.guidance is None or self.guidance >= 0, "loss.guidance", self.guidance, "a scale, or null")
+
+    @abstractmethod
+    def _place(self, x: Tensor, noise: Tensor, rng: Rng) -> dict[str, Tensor]:
+        """Draw a time for each sample: `t` (B,), `x_t` and `target` like `x`."""
+
+    def prepare(self, batch: Batch, rng: Rng) -> dict[str, Tensor]:
+        """Noise the latents.
+
+        Args:
+            batch: `x` (B, ...) clean, what the network is told of them (`y`, `text`, `mask`, `pooled`); optionally
+                `x_std` like `x`: then `x` is the mean of a latent that is drawn here.
+            rng: streams "latent", "time", "noise" and "label_drop".
+
+        Returns:
+            `x_t` and `target` like `x`; `t` and `drop` (whether to drop the label) of shape (B,); what it is told.
+        """
+        told = {name: value for name, value in batch.items() if name not in ("x", "x_std")}
+        x = batch["x"]
+        if "x_std" in batch:
+            x = x + batch["x_std"] * rng.normal("latent", x)
+        if "y" in told:
+            told["drop"] = (rng.uniform("label_drop", len(x)) < self.label_drop).to(x.device)
+        return {**self._place(x, rng.normal("noise", x), rng), **told}
+
+    def loss(self, prediction: Tensor, inputs: Batch) -> Tensor:
+        """Mean squared error, over the channels of the target: a variance that is predicted too is not trained."""
+        return self._error(prediction[:, : inputs["target"].shape[1]], inputs["target"])
+
+    def distance(self, student: Tensor, teacher: Tensor, inputs: Batch) -> Tensor:
+        """Mean squared difference, over all channels: a learned variance is to be the teacher's."""
+        return self._error(student, teacher)
+
+    def _error(self, a: Tensor, b: Tensor) -> Tensor:
+        return (a.float() - b.float()).square().flatten(1).mean(1)
+
+    def _run(self, model: nn.Module, x: Tensor, timestep: Tensor, inputs: Batch) -> Tensor:
+        if "drop" in inputs:
+            null = settings(model)["num_embeds_ada_norm"]
+            inputs = {**inputs, "y": inputs["y"].masked_fill(inputs["drop"], null)}
+        return calling.run(model, x, timestep, inputs, self.guidance)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduledDiffusion(_Denoising):
+    """Noise or v-prediction on the process of a diffusers scheduler: DiT, PixArt, CogVideoX.
+
+    A variance that the network predicts beside the noise is not trained by the data: distil such networks, which
+    compares it too.
+
+    Args:
+        label_drop: probability of replacing a class label by the null class. Prompts are embedded beforehand: data
+            that should be without one now and then have the embedding of the empty prompt in some of the rows.
+        guidance: the scale that a guidance-distilled network is told; null for networks that take none.
+        scheduler: a class of diffusers with `alphas_cumprod`: DDPMScheduler, CogVideoXDDIMScheduler and so on.
+        settings: its options, as in the pipeline's scheduler_config.json.
+        prediction: what the network gives; default the scheduler's `prediction_type`.
+    """
+
+    scheduler: str = "DDPMScheduler"
+    settings: dict[str, Any] = field(default_factory=dict)
+    prediction: Literal["epsilon", "v_prediction"] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _ = self._process  # raises when there is no such scheduler
+
+    @cached_property
+    def _process(self) -> tuple[Tensor, str]:
+        """(T,) A, the cumulative product of 1 - beta, and what is predicted."""
+        library = diffusers()
+        cls = getattr(library, self.scheduler, None)
+        if cls is None or not self.scheduler.endswith("Scheduler"):
+            known = [name for name in dir(library) if name.endswith("Scheduler")]
+            raise UserError(
+                f"loss.scheduler: diffusers {library.__version__} has no '{self.scheduler}'"
+                f"{nearest(self.scheduler, known)}"
+            )
+        try:
+            made = cls(**self.settings)
+        except (TypeError, ValueError, NotImplementedError) as e:
+            raise UserError(f"loss.settings: {self.scheduler} refuses them: {e}") from None
+        if not isinstance(getattr(made, "alphas_cumprod", None), Tensor):
+            raise UserError(f"loss.scheduler: {self.scheduler} has no alphas_cumprod; for a flow use RectifiedFlow")
+        kind = self.prediction or made.config.get("prediction_type", "epsilon")
+        require(kind in ("epsilon", "v_prediction"), "loss.prediction", kind, "epsilon or v_prediction")
+        return made.alphas_cumprod.double(), kind
+
+    def _place(self, x: Tensor, noise: Tensor, rng: Rng) -> dict[str, Tensor]:
+        table, kind = self._process
+        t = rng.integers("time", len(table), len(x))
+        signal, rest = (_beside(v[t].sqrt(), x) for v in (table, 1 - table))
+        target = noise if kind == "epsilon" else signal * noise - rest * x
+        return {"x_t": signal * x + rest * noise, "target": target, "t": t.to(x.device)}
+
+    def predict(self, model: nn.Module, inputs: Batch) -> Tensor:
+        return self._run(model, inputs["x_t"], inputs["t"], inputs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RectifiedFlow(_Denoising):
+    """The velocity on straight lines from data to noise: SD3, Flux, AuraFlow, Sana, Wan, Qwen-Image, LTX, Lumina 2.
+
+    x_t = (1 - t) x + t noise, and the target is noise - x (arXiv:2209.03003, 2403.03206).
+
+    Args:
+        label_drop: probability of replacing a class label by the null class. Prompts are embedded beforehand: data
+            that should be without one now and then have the embedding of the empty prompt in some of the rows.
+        guidance: the scale that a guidance-distilled network is told; null for networks that take none.
+        time: how times are drawn: "logit_normal" (SD3: the sigmoid of a normal number) or "uniform".
+        mean: of the normal number.
+        std: of the normal number.
+        shift: moves times towards noise, t -> shift t / (1 + (shift - 1) t), as the pipeline's scheduler does.
+        scale: what the network is fed at pure noise; default known for the families named above.
+    """
+
+    time: Literal["logit_normal", "uniform"] = "logit_normal"
+    mean: float = 0.0
+    std: float = 1.0
+    shift: float = 1.0
+    scale: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.std > 0, "loss.std", self.std, "a deviation above 0")
+        require(self.shift > 0, "loss.shift", self.shift, "a factor above 0")
+        require(self.scale is None or self.scale > 0, "loss.scale", self.scale, "a time above 0, or null")
+
+    def _place(self, x: Tensor, noise: Tensor, rng: Rng) -> dict[str, Tensor]:
+        t = rng.uniform("time", len(x))
+        if self.time == "logit_normal":
+            normal = math.sqrt(2) * torch.erfinv(2 * t - 1)  # of a uniform number, which may be stratified
+            t = torch.sigmoid(self.mean + self.std * normal)
+        t = self.shift * t / (1 + (self.shift - 1) * t)
+        along = _beside(t, x)
+        return {"x_t": (1 - along) * x + along * noise, "target": noise - x, "t": t.to(x)}
+
+    def predict(self, model: nn.Module, inputs: Batch) -> Tensor:
+        flow = calling.flow_of(model, self.scale)
+        t = inputs["t"]
+        # Sana's pipeline multiplies the time by what its config says.
+        most = flow.most * settings(model).get("timestep_scale", 1.0)
+        velocity = self._run(model, inputs["x_t"], (1 - t if flow.reverse else t) * most, inputs)
+        return -velocity if flow.reverse else velocity
+
+
+def _beside(values: Tensor, x: Tensor) -> Tensor:
+    """(B,) as (B, 1, ..., 1), with the dtype and device of `x`."""
+    return values.to(x).view(-1, *[1] * (x.ndim - 1))
