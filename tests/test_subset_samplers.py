@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 import tinyfusion_core as tiny
+from tinyfusion_core.cli import main
+from tinyfusion_core.costs import block_costs, whole
 from tinyfusion_core.gating import Gates
 from tinyfusion_core.rules import Rules
 from tinyfusion_core.sampling import GroupedSampler
@@ -63,7 +65,7 @@ def a_loss(masks: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("masks", [2, 4])
 def test_the_score_function_is_unbiased(masks: int) -> None:
-    sampler = ScoreFunction({"blocks": 5}, Rules(keep=2), masks=masks)
+    sampler = ScoreFunction({"blocks": 5}, Rules(keep=2), masks=masks, entropy=(0.0, 0.0))
     with torch.no_grad():
         sampler.logits.copy_(torch.tensor([0.5, -0.3, 0.2, 0.0, -1.0]))
     every = torch.tensor([m for m in itertools.product((0.0, 1.0), repeat=5) if sum(m) == 2])
@@ -221,3 +223,48 @@ def test_dropped_blocks_are_not_run_by_the_score_function() -> None:
 def test_options_without_a_meaning(make, message: str) -> None:
     with pytest.raises(tiny.UserError, match=message):
         make()
+
+
+def test_the_final_heals_the_best_masks_and_keeps_the_winner() -> None:
+    """A search that has learned nothing, and a final that has."""
+    planted = task()
+    blind = tiny.Search(keep=4, steps=1, update=tiny.Frozen(), start=tiny.Keep([0, 1, 3, 4]), start_strength=1.0)
+    assert list(blind(planted, TRAINER).kept) == [0, 1, 3, 4]
+    before = {name: value.clone() for name, value in planted.teacher.state_dict().items()}
+    final = tiny.Finals(search=blind, masks=20, steps=4, samples=64)
+    decision = final(planted, TRAINER)
+    assert list(decision.kept) == WORKING
+    assert decision.method == "Finals"
+    assert all(torch.equal(value, before[name]) for name, value in planted.teacher.state_dict().items())
+    assert final.preview(planted.blocks).kept == blind.preview(planted.blocks).kept
+    with pytest.raises(tiny.UserError, match=r"search\.masks is 0"):
+        tiny.Finals(search=blind, masks=0)
+
+
+def test_costs_of_blocks() -> None:
+    planted = task()
+    costs = block_costs(planted, TRAINER, batch_size=4, rounds=5)
+    assert costs["parameters"] == [72.0] * 8
+    assert costs["FLOPs"] == [2.0 * 8 * 8] * 8
+    assert len(costs["latency"]) == 8
+    assert min(costs["latency"]) > 0
+    assert whole([1.0, 2.0, 0.001]) == [50, 100, 1]
+
+
+def test_rules_and_samplers_in_a_recipe(recipe, capsys) -> None:
+    rules = "{costs: [2, 2, 2, 2, 2, 2, 2, 4], budget: 8, protect: [0], max_run: 3}"
+    sampler = f"{{class_path: ScoreFunction, init_args: {{rules: {rules}, masks: 2}}}}"
+    flags = ["--search.pattern=null", "--search.lr_gates=null", f"--search.sampler={sampler}", "--search.steps=6"]
+    assert main(["validate", str(recipe), *flags]) == 0
+    assert "any within the budget" in capsys.readouterr().out
+    assert main(["run", str(recipe), "--run-dir", str(recipe.parent / "run"), *flags]) == 0
+    kept = tiny.Decision.load(recipe.parent / "run" / "decision.json").kept
+    assert 0 in kept
+    assert sum(4 if i == 7 else 2 for i in kept) in (7, 8)
+    assert main(["costs", str(recipe)]) == 0
+    assert "half of the latency: rules: {costs: [" in capsys.readouterr().out
+    final = "{class_path: Finals, init_args: {search: {keep: 4, steps: 6}, masks: 2, steps: 2}}"
+    assert main(["run", str(recipe), "--run-dir", str(recipe.parent / "final"), f"--search={final}"]) == 0
+    impossible = sampler.replace("max_run: 3", "max_run: 0")
+    assert main(["validate", str(recipe), *flags[:2], "--search.sampler", impossible]) == 2
+    assert "no mask of 8 blocks obeys costs" in capsys.readouterr().err

@@ -99,7 +99,7 @@ class ScoreFunction(SubsetSampler):
     """
 
     def __init__(
-        self, lists: Mapping[str, int], rules: Rules, masks: int = 4, entropy: tuple[float, float] = (0.0, 0.0)
+        self, lists: Mapping[str, int], rules: Rules, masks: int = 4, entropy: tuple[float, float] = (0.3, 0.0)
     ) -> None:
         super().__init__(lists, rules)
         require(masks >= 2, "search.sampler.masks", masks, "at least 2")
