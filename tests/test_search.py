@@ -165,7 +165,7 @@ def test_a_short_search_moves_the_weights_faster(tmp_path, given: float | None, 
 
 def test_the_gates_wait_for_the_warmup(tmp_path) -> None:
     run = tiny.RunFolder(tmp_path)
-    decision = search(warmup=0.5, steps=240, update=tiny.Frozen())(task(), TRAINER, run)
+    decision = search(warmup=0.5, steps=240, update=tiny.LoRA(rank=2))(task(), TRAINER, run)
     assert list(decision.kept) == WORKING
     entropies = [e["entropy"] for e in run.metrics("search")]
     assert entropies[:12] == [entropies[0]] * 12  # uniform over the 70 options up to step 120
@@ -210,9 +210,9 @@ def test_a_search_that_was_stopped_in_its_last_step_decides_like_any_other(tmp_p
 
 
 def test_pattern_and_sampler_exclude_each_other() -> None:
-    with pytest.raises(UserError, match="pattern or sampler, one of the two"):
+    with pytest.raises(UserError, match="pattern or keep or sampler, one of the three"):
         tiny.Search()
-    with pytest.raises(UserError, match="pattern or sampler, one of the two"):
+    with pytest.raises(UserError, match="pattern or keep or sampler, one of the three"):
         tiny.Search(pattern=(1, 2), sampler=lambda lists: GroupedSampler(lists))
 
 

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from .evaluation import check_teacher as check_teacher
     from .evaluation import evaluate as evaluate
     from .export import export_run as export_run
+    from .finals import Finals as Finals
     from .findings import Findings as Findings
     from .gating import Gates as Gates
     from .losses import LossAdapter as LossAdapter
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from .recoverability import Full as Full
     from .recoverability import LoRA as LoRA
     from .recoverability import WeightUpdate as WeightUpdate
+    from .rules import Rules as Rules
     from .run import run_recipe as run_recipe
     from .run_folder import RunFolder as RunFolder
     from .sampling import BlockSampler as BlockSampler
@@ -67,6 +69,9 @@ if TYPE_CHECKING:
     from .similarity import BlockInfluence as BlockInfluence
     from .similarity import InputOutputMSE as InputOutputMSE
     from .similarity import SpanSimilarity as SpanSimilarity
+    from .subset_samplers import ExactK as ExactK
+    from .subset_samplers import GumbelTopK as GumbelTopK
+    from .subset_samplers import ScoreFunction as ScoreFunction
     from .task import Task as Task
     from .trainer import Trainer as Trainer
 
@@ -83,6 +88,7 @@ _HOMES = {
     "errors": ("UserError",),
     "evaluation": ("Frechet", "HeldOutLoss", "Latency", "Measurement", "Metric", "check_teacher", "evaluate"),
     "export": ("export_run",),
+    "finals": ("Finals",),
     "findings": ("Findings",),
     "gating": ("Gates",),
     "losses": ("LossAdapter",),
@@ -93,10 +99,12 @@ _HOMES = {
     "recoverability": ("Frozen", "Full", "LoRA", "WeightUpdate"),
     "run": ("run_recipe",),
     "run_folder": ("RunFolder",),
+    "rules": ("Rules",),
     "sampling": ("BlockSampler", "Draw", "GroupedSampler"),
     "search": ("Search", "Selector"),
     "sensitivity": ("Greedy", "LeaveOneOut", "Random", "Taylor"),
     "similarity": ("BlockInfluence", "InputOutputMSE", "SpanSimilarity"),
+    "subset_samplers": ("ExactK", "GumbelTopK", "ScoreFunction"),
     "task": ("Task",),
     "trainer": ("Trainer",),
 }

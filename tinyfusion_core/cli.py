@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0 done, 2 a mistake of the user's, 130 (or 143) interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     options, flags = _parser().parse_known_args(arguments)
-    if flags and options.command not in ("run", "validate", "compare", "audit"):
+    if flags and options.command not in ("run", "validate", "costs", "compare", "audit"):
         _parser().error(f"unrecognized arguments: {' '.join(flags)}")
     from .errors import Interrupted, UserError
 
@@ -73,6 +73,8 @@ def _parser() -> argparse.ArgumentParser:
         comparison = command(name, text, epilog=keys)
         comparison.add_argument("recipe", type=Path)
         comparison.add_argument("--run-dir", type=Path, help=f"default: runs/NAME_OF_THE_RECIPE-{name}")
+    costs = command("costs", "measure what every block costs, for a budget in parameters, FLOPs or time", epilog=keys)
+    costs.add_argument("recipe", type=Path)
     command("keys", "list every key that a recipe can have")
     plugins = command("plugins", "list installed plugins and what they bring")
     plugins.add_argument("--json", action="store_true", help="for programs")
@@ -145,6 +147,28 @@ def _validate(options: argparse.Namespace, flags: list[str]) -> int:
     if plan.problems:
         raise UserError("\n".join(f"{options.recipe}: {p}" for p in plan.problems))
     console.print("the plan works out" + (", once these are there" if plan.missing else ""))
+    return 0
+
+
+def _costs(options: argparse.Namespace, flags: list[str]) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from .costs import block_costs, whole
+    from .recipe import load_recipe
+    from .run import make_task
+
+    recipe = load_recipe(options.recipe, flags)
+    task = make_task(recipe)
+    costs = block_costs(task, recipe.trainer)
+    table = Table("block", "parameters", "FLOPs", "ms")
+    for path, parameters, flops, ms in zip(task.blocks, *costs.values(), strict=True):
+        table.add_row(path, f"{parameters:,.0f}", f"{flops:,.0f}", f"{ms:.3f}")
+    console = Console(highlight=False)
+    console.print(table)
+    for name, values in costs.items():
+        rules = f"costs: {whole(values)}, budget: {round(sum(whole(values)) / 2)}"
+        console.print(f"half of the {name}: rules: {{{rules}}}", soft_wrap=True)
     return 0
 
 
@@ -226,6 +250,7 @@ _COMMANDS = {
     "compare": _compare,
     "audit": _compare,
     "validate": _validate,
+    "costs": _costs,
     "keys": _keys,
     "plugins": _plugins,
     "show": _show,

@@ -67,10 +67,11 @@ def draw_dynamics(entries: Entries, num_blocks: int, path: Path) -> None:
     steps = [e["step"] for e in entries]
     with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(10, 0.9 + 0.17 * max(14, num_blocks)), layout="constrained")
-        kept = np.array([e["decision"] for e in entries])
         opacity = np.clip([e["confidence"] for e in entries], 0.08, 1)
-        for slot in range(kept.shape[1]):
-            left.scatter(steps, kept[:, slot], s=26, marker="s", color=KEPT, alpha=opacity, linewidths=0)
+        counts = [len(e["decision"]) for e in entries]  # under a budget of cost, not always the same
+        kept = [block for e in entries for block in e["decision"]]
+        x, alpha = np.repeat(steps, counts), np.repeat(opacity, counts)
+        left.scatter(x, kept, s=26, marker="s", color=KEPT, alpha=alpha, linewidths=0)
         left.set(title="kept blocks (opacity: confidence)", xlabel="search step", ylabel="block")
         left.set(ylim=(-0.6, num_blocks - 0.4), yticks=range(0, num_blocks, 1 if num_blocks <= 16 else 2))
         marginals = np.array([e["marginals"] for e in entries]).T

@@ -54,7 +54,8 @@ class Gates:
         self._batch_dim = batch_dim
         self._streams = [list(streams_of(streams, path)) for path in blocks]
         self._mask: Tensor | None = None
-        self._rows: list[tuple[Tensor, Tensor]] = []
+        self._weights: Tensor | None = None
+        self._rows: list[tuple[Tensor, ...]] = []
         self._before: list[tuple[nn.Module, Any]] = []
 
     @property
@@ -63,6 +64,14 @@ class Gates:
 
     @mask.setter
     def mask(self, mask: Tensor | None) -> None:
+        self.set(mask)
+
+    def set(self, mask: Tensor | None, weights: Tensor | None = None) -> None:
+        """Set the mask, and weights (B, N) for the part of its gradient that comes from dropped samples.
+
+        A dropped sample whose weight is zero is not run at all; with weights of mean one that do not depend on the
+        values, the mask's gradient keeps its mean. None weighs all by one.
+        """
         if mask is not None:
             # One copy to the host for all blocks, instead of one synchronisation per block.
             hard = mask.detach().cpu()
@@ -70,9 +79,12 @@ class Gates:
                 raise ValueError(f"mask must be (B, {len(self.blocks)}), got {tuple(hard.shape)}")
             if not bool(((hard == 0) | (hard == 1)).all()):
                 raise ValueError("mask must hold zeros and ones only")
-            rows = [(column.nonzero().flatten(), (column == 0).nonzero().flatten()) for column in hard.unbind(1)]
-            self._rows = [(kept.to(mask.device), dropped.to(mask.device)) for kept, dropped in rows]
-        self._mask = mask
+            used = torch.ones_like(hard) if weights is None else weights.cpu()
+            self._rows = [
+                tuple(rows.to(mask.device) for rows in _split(*columns))
+                for columns in zip(hard.unbind(1), used.unbind(1), strict=True)
+            ]
+        self._mask, self._weights = mask, weights
 
     def __enter__(self) -> Gates:
         for j, block in enumerate(self._modules):
@@ -106,9 +118,8 @@ class Gates:
             raise ValueError(
                 f"block '{self.blocks[j]}' got {inputs[0].shape[0]} samples, the mask has {len(mask)} rows"
             )
-        kept, dropped = self._rows[j]
-        # Attention code cannot take zero samples, and every parameter needs a gradient on every process.
-        run, rest = (kept, dropped) if len(kept) else (dropped[:1], dropped[1:])
+        kept, run, rest = self._rows[j]
+        weight = None if self._weights is None else self._weights[:, j]
         learning = mask.requires_grad and torch.is_grad_enabled()
         versions = [_version(x) for x in inputs]
         # First with the graph: older torch keeps what autocast has cast under no_grad, and its gradients are lost.
@@ -130,7 +141,7 @@ class Gates:
                     "name it in Backbone.streams"
                 )
         for i, x in zip(merged, inputs, strict=True):
-            items[i] = _Merge.apply(x, items[i], value[i] if value else None, mask, kept, run, rest)
+            items[i] = _Merge.apply(x, items[i], value[i] if value else None, mask, kept, run, rest, weight)
         if isinstance(output, Tensor):
             return items[0]
         return type(output)._make(items) if hasattr(output, "_make") else type(output)(items)
@@ -148,11 +159,22 @@ def _version(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
 
 
+def _split(mask: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of one block the rows that are kept, those to run with the graph, and the others whose values are needed.
+
+    Attention code cannot take zero samples, and every parameter needs a gradient on every process: where nothing is
+    kept, the first dropped row is run with the graph.
+    """
+    kept, dropped = mask.nonzero().flatten(), (mask == 0).nonzero().flatten()
+    run, rest = (kept, dropped) if len(kept) else (dropped[:1], dropped[1:])
+    return kept, run, rest[weight[rest] > 0]
+
+
 class _Merge(torch.autograd.Function):
     """y = f(x) where kept, x where dropped; the mask's gradient is <dL/dy, f(x) - x> everywhere.
 
     `ran` are f's outputs for the rows `run` (the kept rows, or one dropped row when none is kept), `value`
-    those of the other dropped rows, without a graph. Only f(x) - x is saved, neither of the two.
+    those of the other dropped rows that are needed, without a graph. Only f(x) - x is saved, neither of the two.
     """
 
     @staticmethod
@@ -165,6 +187,7 @@ class _Merge(torch.autograd.Function):
         kept: Tensor,
         run: Tensor,
         rest: Tensor,
+        weight: Tensor | None,
     ) -> Tensor:
         if len(kept) == len(x):
             out = ran.detach()  # not a view: the model may go on with it in place
@@ -177,7 +200,10 @@ class _Merge(torch.autograd.Function):
             delta = out - x
             for rows, f in ((rest, value), (run, None if len(kept) else ran)):
                 if f is not None:
-                    delta.index_copy_(0, rows, f - x.index_select(0, rows))
+                    change = f - x.index_select(0, rows)
+                    if weight is not None:
+                        change = change * weight.index_select(0, rows).view(-1, *[1] * (x.ndim - 1)).to(change)
+                    delta.index_copy_(0, rows, change)
         ctx.save_for_backward(delta, kept)
         ctx.dtypes, ctx.ran_shape = (x.dtype, mask.dtype), ran.shape
         return out
@@ -195,4 +221,4 @@ class _Merge(torch.autograd.Function):
             grad_ran = grad.index_select(0, kept) if len(kept) else grad.new_zeros(ctx.ran_shape)
         # Gates are float32 whatever the stream is.
         grad_mask = None if delta is None else (delta.float() * grad).flatten(1).sum(1).to(mask_dtype)
-        return grad_x, grad_ran, None, grad_mask, None, None, None
+        return grad_x, grad_ran, None, grad_mask, None, None, None, None

@@ -101,9 +101,12 @@ def _round(plan: Plan, recipe: Recipe, prefix: str, step: Round, model: nn.Modul
     plan.rows.append((f"{prefix}keeps", f"{len(decision.kept)} of {len(blocks)} blocks"))
     if isinstance(step.search, Search):
         sampler = step.search.make_sampler(list_lengths(blocks))
-        groups = sampler.choices()
-        ranges = ", ".join(f"{g[0]}-{g[-1]}" for g in groups)
-        plan.rows.append((f"{prefix}groups", f"{len(groups)} (blocks {ranges}), {sampler.num_masks:,} possible masks"))
+        masks = f"{sampler.num_masks:,} possible masks"
+        if groups := sampler.choices():
+            ranges = ", ".join(f"{g[0]}-{g[-1]}" for g in groups)
+            plan.rows.append((f"{prefix}groups", f"{len(groups)} (blocks {ranges}), {masks}"))
+        else:
+            plan.rows.append((f"{prefix}masks", f"any within the budget, {masks}"))
         update = type(step.search.update).__name__
         plan.rows.append((f"{prefix}search", f"{_budget(recipe, step.search)}, weight update {update}"))
     pruned = copy.deepcopy(model)

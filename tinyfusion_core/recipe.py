@@ -17,7 +17,7 @@ import docstring_parser
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
-from . import criteria  # noqa: F401  # brings the names of its selectors
+from . import criteria, finals  # noqa: F401  # bring the names of their selectors
 from .backbone import Backbone
 from .comparison import Audit, Compare
 from .data import DataSource
@@ -28,6 +28,7 @@ from .losses import LossAdapter
 from .plugins import registry
 from .recover import Recover
 from .recoverability import WeightUpdate
+from .rules import Rules
 from .sampling import BlockSampler
 from .search import Selector
 from .trainer import Trainer
@@ -62,7 +63,7 @@ SECTIONS: dict[str, Any] = {
 BROUGHT = {"backbone": Backbone, "loss": LossAdapter, "data": DataSource, "metric": Metric}
 """Kinds that plugins register. The core has metrics of its own besides."""
 POLYMORPHIC = (Backbone, LossAdapter, DataSource, Selector, Metric, WeightUpdate, BlockSampler, OutputKD)
-PLAIN = (Trainer, Recover, Round, Compare, Audit)
+PLAIN = (Trainer, Recover, Round, Rules, Compare, Audit)
 """Classes that a section is made of without saying so."""
 OPTIONAL = ("train", "search", "recover", "rounds", "compare", "audit")
 RESERVED = ("teacher", "student", "figures", "checkpoints")

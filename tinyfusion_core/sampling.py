@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ class Draw:
 
     Attributes:
         mask: (B, N) zeros and ones; carries the gradient to the logits when the estimator is pathwise.
-        log_prob: (B,) log-probability of each mask in nats, differentiable.
+        log_prob: (B,) log-probability of each draw in nats, differentiable.
     """
 
     mask: Tensor
@@ -36,6 +36,11 @@ class BlockSampler(nn.Module, ABC):
     Args:
         lists: length of every block list, in execution order; the N columns of a mask follow it.
     """
+
+    #: Learning rate of the logits that suits them, unless a search says otherwise.
+    lr_gates: ClassVar[float] = 1e-3
+    #: Masks that every sample runs under; the rows of a draw come in runs of that many.
+    masks_per_sample: int = 1
 
     def __init__(self, lists: Mapping[str, int]) -> None:
         super().__init__()
@@ -50,6 +55,10 @@ class BlockSampler(nn.Module, ABC):
     @abstractmethod
     def sample(self, num_rows: int, rng: Rng) -> Draw:
         """Draw B masks, row i from stream i of `rng`; each obeys the budget exactly."""
+
+    @abstractmethod
+    def prefer(self, kept: Sequence[int], strength: float) -> None:
+        """Start from a mask: its blocks have log-odds `strength`, the others `-strength`."""
 
     def surrogate(self, draw: Draw, loss: Tensor) -> Tensor:
         """The scalar to minimise, given the (B,) losses under the drawn masks.
@@ -68,6 +77,10 @@ class BlockSampler(nn.Module, ABC):
         """Indices of the kept blocks in the most probable mask."""
 
     @abstractmethod
+    def best(self, count: int) -> list[tuple[int, ...]]:
+        """The kept blocks of the most probable masks, best first; fewer when there are no more."""
+
+    @abstractmethod
     def entropy(self) -> float:
         """Entropy of the distribution in nats."""
 
@@ -77,12 +90,7 @@ class BlockSampler(nn.Module, ABC):
 
     @abstractmethod
     def choices(self) -> list[list[int]]:
-        """The blocks that each independent choice is about, in the order of `confidence`."""
-
-    @property
-    @abstractmethod
-    def num_kept(self) -> int:
-        """Blocks that every mask keeps."""
+        """The blocks that each independent choice is about, in the order of `confidence`; none when it is one."""
 
     @property
     @abstractmethod
@@ -106,6 +114,8 @@ class GroupedSampler(BlockSampler):
         scaling: factor on the logits at the first and at the last step, linear in between. A small one at first
             keeps all options in play for longer; the paper's is 100 throughout.
         initial: initial value of all logits.
+        estimator: "straight-through", as the paper has it, or "reinmax" (arXiv 2304.08612), its second-order
+            correction, which has no use for `tau`.
     """
 
     def __init__(
@@ -115,12 +125,14 @@ class GroupedSampler(BlockSampler):
         tau: tuple[float, float] = (4.0, 0.1),
         scaling: tuple[float, float] = (10.0, 100.0),
         initial: float = 0.02,
+        estimator: Literal["straight-through", "reinmax"] = "straight-through",
     ) -> None:
         super().__init__(lists)
         require(min(tau) > 0, "search.tau", tau, "temperatures above 0")
         require(min(scaling) > 0, "search.scaling", scaling, "factors above 0")
         self.pattern = parse_pattern(pattern)
         self.groups = split_groups(pattern, lists)
+        self.estimator = estimator
         self.tau_schedule, self.scaling_schedule = tau, scaling
         self.tau, self.scaling = tau[0], scaling[0]
         self.logits = nn.ParameterList()
@@ -130,8 +142,8 @@ class GroupedSampler(BlockSampler):
             self.logits.append(nn.Parameter(torch.full((len(options),), initial)))
 
     def anneal(self, progress: float) -> dict[str, float]:
-        self.tau = _linear(self.tau_schedule, progress)
-        self.scaling = _linear(self.scaling_schedule, progress)
+        self.tau = linear(self.tau_schedule, progress)
+        self.scaling = linear(self.scaling_schedule, progress)
         return {"tau": self.tau, "scaling": self.scaling}
 
     def sample(self, num_rows: int, rng: Rng) -> Draw:
@@ -147,8 +159,11 @@ class GroupedSampler(BlockSampler):
             for g, (logits, noise_BK) in enumerate(zip(self.logits, noise, strict=True)):
                 scores_BK = self.scaling * logits + noise_BK
                 chosen_B = scores_BK.argmax(1)
-                soft_BK = (scores_BK / self.tau).softmax(1)
-                hard_BK = nn.functional.one_hot(chosen_B, len(logits)).to(soft_BK)
+                hard_BK = nn.functional.one_hot(chosen_B, len(logits)).to(scores_BK)
+                if self.estimator == "reinmax":
+                    soft_BK = _reinmax(self.scaling * logits, hard_BK)
+                else:
+                    soft_BK = (scores_BK / self.tau).softmax(1)
                 soft_BM = soft_BK @ self._options(g)
                 # The difference is exactly zero, so that the forward value is exactly 0 or 1.
                 masks.append(hard_BK @ self._options(g) + (soft_BM - soft_BM.detach()))
@@ -166,6 +181,24 @@ class GroupedSampler(BlockSampler):
             start += len(option)
         return kept
 
+    def prefer(self, kept: Sequence[int], strength: float) -> None:
+        signs = torch.full((self.num_blocks,), -1.0).index_fill(0, torch.tensor(kept), 1.0)
+        with torch.no_grad():
+            for logits, members, g in zip(self.logits, self.choices(), itertools.count(), strict=False):
+                logits += strength / self.scaling * (self._options(g) @ signs[members].to(logits))
+
+    def best(self, count: int) -> list[tuple[int, ...]]:
+        found: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
+        for p, members, g in zip(self._probabilities(), self.choices(), itertools.count(), strict=False):
+            top = p.log().topk(min(count, len(p)))
+            options = [
+                (value, tuple(members[i] for i in self._options(g)[option].nonzero().flatten().tolist()))
+                for value, option in zip(top.values.tolist(), top.indices.tolist(), strict=True)
+            ]
+            both = [(a + b, (*left, *right)) for a, left in found for b, right in options]
+            found = sorted(both, key=lambda item: (-item[0], item[1]))[:count]
+        return [kept for _, kept in found]
+
     def entropy(self) -> float:
         return sum(float(torch.special.entr(p).sum()) for p in self._probabilities())
 
@@ -175,10 +208,6 @@ class GroupedSampler(BlockSampler):
     def choices(self) -> list[list[int]]:
         ends = list(itertools.accumulate(of for _, of in self.groups))
         return [list(range(end - of, end)) for end, (_, of) in zip(ends, self.groups, strict=True)]
-
-    @property
-    def num_kept(self) -> int:
-        return sum(keep for keep, _ in self.groups)
 
     @property
     def num_masks(self) -> int:
@@ -200,5 +229,20 @@ def _options(keep: int, of: int) -> Tensor:
     return out
 
 
-def _linear(ends: tuple[float, float], progress: float) -> float:
+def _reinmax(scores_K: Tensor, hard_BK: Tensor) -> Tensor:
+    """(B, K) whose gradient is ReinMax's: twice that of a softmax at the mean of draw and law, less half of the law's.
+
+    Liu et al., "Bridging discrete and backpropagation" (arXiv 2304.08612, section 3): a trapezoid in the place of the
+    straight-through estimator's Euler step. Only the gradient means anything.
+    """
+    law = scores_K.detach().softmax(0)
+
+    def linearised(p: Tensor) -> Tensor:
+        return p * (scores_K - (p * scores_K).sum(-1, keepdim=True))
+
+    return 2 * linearised((hard_BK + law) / 2) - linearised(law) / 2
+
+
+def linear(ends: tuple[float, float], progress: float) -> float:
+    """The value at a progress from 0 to 1 between two ends."""
     return ends[0] + (ends[1] - ends[0]) * progress

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,8 +19,10 @@ from .losses import LossAdapter
 from .patterns import Pattern, parse_pattern
 from .randomness import Rng, seed_of
 from .recoverability import LoRA, WeightUpdate
+from .rules import Rules
 from .run_folder import RunFolder
 from .sampling import BlockSampler, GroupedSampler
+from .subset_samplers import ScoreFunction
 from .task import Task
 from .trainer import Ema, Objective, Optimization, Trainer, decay_for
 
@@ -51,7 +53,9 @@ class Search(Selector):
 
     Args:
         pattern: keep N of M: `[2, 4]`, a list with a pair for each group, or a mapping by block list.
-            Short for `sampler: GroupedSampler`; give one of the two.
+            Short for `sampler: GroupedSampler`.
+        keep: how many blocks stay, of all or by block list, wherever they are. Short for `sampler: ScoreFunction` with
+            that rule; give one of the three.
         tau: with `pattern`: Gumbel temperature at the first and at the last step; default the sampler's.
         scaling: with `pattern`: factor on the gate logits at the first and at the last step; default the sampler's.
         sampler: any distribution over masks.
@@ -61,16 +65,23 @@ class Search(Selector):
             learn: their first gradients then come from weights that have begun to adapt. The paper's is 0; what it
             is good for is measured in `benchmarks/RESULTS.md`.
         update: the co-trained weight update.
-        lr_gates: learning rate of the gate logits, which have no weight decay.
+        lr_gates: learning rate of the gate logits, which have no weight decay; default the sampler's.
         lr: learning rate of the weight update; default 1 / steps but at most 1e-3, which is the paper's 1e-4 at
             10,000 steps. A short search has to move the weights faster, or it looks for what hurts least at once.
         weight_decay: of the weight update.
         clip: largest norm of the gradient of gates and weights together.
         ema: decay of the average of the gate logits that decides; default 1 - 10 / steps, which is the
             paper's 0.999 at 10,000 steps and lags as little in a short search.
+        start: a criterion whose choice the gates begin with, instead of indifference.
+        start_strength: log-odds that it gives to the blocks it keeps, and against those it drops.
+        dropped_values: the fraction of the samples that drop a block for which the block is run all the same, because a
+            pathwise gradient needs its value; weighed so that the gate's gradient keeps its mean. Less is faster
+            and noisier. A score function needs none.
+        confident: stop when the decision's confidence reaches this, after the warm-up at the earliest.
     """
 
     pattern: Pattern | int | None = None
+    keep: int | Mapping[str, int] | None = None
     tau: tuple[float, float] | None = None
     scaling: tuple[float, float] | None = None
     sampler: Callable[[Mapping[str, int]], BlockSampler] | None = None
@@ -78,21 +89,30 @@ class Search(Selector):
     batch_size: int | None = None
     warmup: float = 0.3
     update: WeightUpdate = LoRA()
-    lr_gates: float = 1e-3
+    lr_gates: float | None = None
     lr: float | None = None
     weight_decay: float = 0.0
     clip: float = 1.0
     ema: float | None = None
+    start: Selector | None = None
+    start_strength: float = 1.0
+    dropped_values: float = 1.0
+    confident: float | None = None
 
     def __post_init__(self) -> None:
-        if (self.pattern is None) == (self.sampler is None):
-            raise UserError("search: give pattern or sampler, one of the two")
-        if self.sampler is not None and self._shorthand():
+        if sum(given is not None for given in (self.pattern, self.keep, self.sampler)) != 1:
+            raise UserError("search: give pattern or keep or sampler, one of the three")
+        if self.pattern is None and self._shorthand():
             raise UserError(f"search.{next(iter(self._shorthand()))} goes with pattern; set it in the sampler")
         require(self.steps >= 1, "search.steps", self.steps, "at least 1")
         require(self.batch_size is None or self.batch_size >= 1, "search.batch_size", self.batch_size, "at least 1")
         require(0 <= self.warmup < 1, "search.warmup", self.warmup, "a fraction from 0 to below 1")
-        require(self.lr_gates > 0, "search.lr_gates", self.lr_gates, "a rate above 0")
+        require(self.lr_gates is None or self.lr_gates > 0, "search.lr_gates", self.lr_gates, "a rate above 0")
+        require(self.start_strength > 0, "search.start_strength", self.start_strength, "above 0")
+        share = 0 < self.dropped_values <= 1
+        require(share, "search.dropped_values", self.dropped_values, "a fraction above 0, at most 1")
+        sure = self.confident is None or 0 < self.confident < 1
+        require(sure, "search.confident", self.confident, "a probability")
         require(self.lr is None or self.lr >= 0, "search.lr", self.lr, "a rate")
         require(self.ema is None or 0 <= self.ema < 1, "search.ema", self.ema, "a decay from 0 to below 1")
         require(self.clip > 0, "search.clip", self.clip, "a norm above 0")
@@ -107,6 +127,8 @@ class Search(Selector):
         """The distribution over masks that the search starts from, for block lists of these lengths."""
         if self.sampler is not None:
             return self.sampler(lists)
+        if self.keep is not None:
+            return ScoreFunction(lists, Rules(keep=self.keep))
         assert self.pattern is not None and not isinstance(self.pattern, int)  # parse_pattern refuses numbers
         return GroupedSampler(lists, self.pattern, **self._shorthand())
 
@@ -130,10 +152,21 @@ class Search(Selector):
             UserError: the pattern does not fit the network, or the loss was not finite for too long.
             Interrupted: a signal came; the same call with the same run folder goes on.
         """
+        return self.decide(self.learn(task, trainer, run), task, trainer)
+
+    def decide(self, sampler: BlockSampler, task: Task, trainer: Trainer) -> Decision:
+        """What a distribution that was learned decides."""
+        record = {**provenance(trainer.seed, task.source), "steps": self.steps}
+        return self._decision(sampler, task.blocks, record)
+
+    def learn(self, task: Task, trainer: Trainer, run: RunFolder | None = None) -> BlockSampler:
+        """The search without the decision: the distribution with the averaged gate logits. Arguments as for a call."""
         trainer = trainer.with_batch_size(self.batch_size)
         rate = min(1e-3, 1 / self.steps) if self.lr is None else self.lr
         model = task.teacher.to(trainer.accelerator.device)
         sampler = self.make_sampler(task.lists)
+        if self.start is not None:
+            sampler.prefer(self.start(task, trainer).kept, self.start_strength)
         # AveragedModel begins with the values after the first step: no bias towards the initial ones.
         ema = Ema(sampler, decay_for(self.steps) if self.ema is None else self.ema)
         averaged = ema.average.module
@@ -145,16 +178,17 @@ class Search(Selector):
                 self.update.applied(model, task.blocks) as weights,
                 Gates(model, task.blocks, task.batch_dim(model), task.backbone.streams) as gates,
             ):
-                objective = _GatedLoss(model.train(), task.loss, sampler, averaged, gates, self.warmup)
+                warmup = self.warmup if weights else 0.0  # weights that do not move need none
+                objective = _GatedLoss(model.train(), task.loss, sampler, averaged, gates, self, warmup)
+                gate_rate = self.lr_gates or sampler.lr_gates
                 groups = [
-                    {"params": list(sampler.parameters()), "lr": self.lr_gates, "weight_decay": 0.0},
+                    {"params": list(sampler.parameters()), "lr": gate_rate, "weight_decay": 0.0},
                     {"params": weights, "lr": rate, "weight_decay": self.weight_decay},
                 ]
                 how = Optimization(groups=groups, steps=self.steps, clip=self.clip, ema=ema)
                 trainer.fit("search", objective, task.train, task.loss.prepare, how, run)
-        averaged.anneal(1.0)  # a run that resumes after its last step has not been there
-        record = {**provenance(trainer.seed, task.source), "steps": self.steps}
-        return self._decision(averaged, task.blocks, record)
+        averaged.anneal(1.0)  # a run that resumes after its last step, or stops early, has not been there
+        return averaged.cpu()
 
     def _decision(self, sampler: BlockSampler, blocks: Sequence[str], record: Mapping[str, Any]) -> Decision:
         """What a distribution over masks decides."""
@@ -180,10 +214,11 @@ class _GatedLoss(Objective):
         sampler: BlockSampler,
         averaged: BlockSampler,
         gates: Gates,
+        search: Search,
         warmup: float,
     ) -> None:
         super().__init__()
-        self.model, self.sampler, self.warmup = model, sampler, warmup
+        self.model, self.sampler, self.search, self.warmup = model, sampler, search, warmup
         # The average is not trained: out of the module's sight, so that DDP does not wait for its gradients.
         self.outside = (loss, averaged, gates)
         self.learning = True
@@ -191,20 +226,35 @@ class _GatedLoss(Objective):
 
     def forward(self, inputs: Batch, rng: Rng) -> tuple[Tensor, Tensor]:
         loss, _, gates = self.outside
+        copies = self.sampler.masks_per_sample
+        if copies > 1:  # on identical draws
+            inputs = {name: value.repeat_interleave(copies, 0) for name, value in inputs.items()}
+            rng = replace(rng, first=rng.first * copies)
         num_rows = len(next(iter(inputs.values())))
         draw = self.sampler.sample(num_rows, rng)
-        gates.mask = draw.mask if self.learning else draw.mask.detach()
+        gates.set(draw.mask if self.learning else draw.mask.detach(), self._weights(draw.mask, rng))
         losses = loss.loss(loss.predict(self.model, inputs), inputs)
         if self.learning:
             return self.sampler.surrogate(draw, losses), losses.detach()
         # A zero gradient, never none: distributed processes wait for it.
         return losses.mean() + 0 * (draw.mask.sum() + draw.log_prob.sum()), losses.detach()
 
+    def _weights(self, mask: Tensor, rng: Rng) -> Tensor | None:
+        """(B, N) weights of the values of dropped blocks, zero where they are left out; None for all alike."""
+        share = self.search.dropped_values
+        if share == 1 or not mask.requires_grad:
+            return None
+        return (rng.uniform("dropped values", *mask.shape) < share).to(mask) / share
+
     def before_step(self, progress: float) -> None:
         self.learning = progress >= self.warmup
         learned = max(0.0, (progress - self.warmup) / (1 - self.warmup))
         self.temperatures = self.sampler.anneal(learned)
         self.outside[1].anneal(learned)
+
+    def finished(self) -> bool:
+        confident, averaged = self.search.confident, self.outside[1]
+        return confident is not None and self.learning and min(averaged.confidence()) >= confident
 
     def metrics(self) -> dict[str, Any]:
         averaged = self.outside[1]

@@ -41,6 +41,10 @@ class Objective(nn.Module, ABC):
     def before_step(self, progress: float) -> None:
         """Move schedules to a point of the stage, 0 at the first step and 1 at the last."""
 
+    def finished(self) -> bool:
+        """Whether to stop before the last step; asked after every one, the same answer on every process."""
+        return False
+
     def metrics(self) -> dict[str, Any]:
         """What to record at a logged step, besides the loss."""
         return {}
@@ -207,9 +211,11 @@ class _Fit:
             for step, batch in enumerate(loader, start):
                 loss, asked = self._step(step, batch, module, optimizer, parameters, first, stop)
                 progress.advance(note=f"loss {loss:.4f}")
-                done = step + 1
-                if done % self.trainer.log_every == 0 or done == self.how.steps:
+                done, finished = step + 1, self.objective.finished()
+                if done % self.trainer.log_every == 0 or done == self.how.steps or finished:
                     self._log(done)
+                if finished:
+                    break
                 if asked and self.folder is not None:
                     self._save(done)
                     signum = stop[0] if stop else signal.SIGINT

@@ -1,0 +1,190 @@
+"""Gradient estimators of the expected loss against the truth, and searches against the masks that heal best.
+
+python benchmarks/estimators.py runs/samplers_d4-audit [--searches]
+
+The digits' teacher, 4 of its 8 blocks: all 70 masks are run on a fixed population of prepared samples, so the expected
+loss under any distribution over masks, and its gradient, are known. Every estimator draws batches from that population.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import matplotlib
+import torch
+from torch import Tensor
+
+import tinyfusion_core as tiny
+from tinyfusion_core.findings import Findings
+from tinyfusion_core.sampling import BlockSampler
+from tinyfusion_dit import DiT, GaussianDiffusion
+from tinyfusion_images import Digits
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+KEEP, POPULATION, ROWS, ESTIMATES = 4, 256, 64, 100
+LISTS = {"blocks": 8}
+MASKS = torch.tensor([m for m in itertools.product((0.0, 1.0), repeat=8) if sum(m) == KEEP])
+GROUP = {"pattern": (KEEP, 8), "scaling": (1.0, 1.0)}
+RULES = tiny.Rules(keep=KEEP)
+#: Name, sampler, fraction of the dropped values that are computed.
+ESTIMATORS: dict[str, tuple[Callable[..., BlockSampler], float]] = {
+    "straight-through, tau 4": (partial(tiny.GroupedSampler, tau=(4.0, 4.0), **GROUP), 1.0),
+    "straight-through, tau 1": (partial(tiny.GroupedSampler, tau=(1.0, 1.0), **GROUP), 1.0),
+    "straight-through, tau 0.1": (partial(tiny.GroupedSampler, tau=(0.1, 0.1), **GROUP), 1.0),
+    "straight-through, tau 1, a third of the values": (partial(tiny.GroupedSampler, tau=(1.0, 1.0), **GROUP), 1 / 3),
+    "ReinMax": (partial(tiny.GroupedSampler, estimator="reinmax", **GROUP), 1.0),
+    "exact marginals": (partial(tiny.ExactK, rules=RULES), 1.0),
+    "score function, 2 masks": (partial(tiny.ScoreFunction, rules=RULES, masks=2, entropy=(0.0, 0.0)), 1.0),
+    "score function, 4 masks": (partial(tiny.ScoreFunction, rules=RULES, masks=4, entropy=(0.0, 0.0)), 1.0),
+    "score function, 8 masks": (partial(tiny.ScoreFunction, rules=RULES, masks=8, entropy=(0.0, 0.0)), 1.0),
+}
+#: Where the gates stand: log-odds of blocks that are preferred to the others.
+POINTS = {
+    "undecided": ([], 0.0),
+    "half-way to the first four": ([0, 1, 2, 3], 0.5),
+    "to the last four": ([4, 5, 6, 7], 0.5),
+}
+
+
+class Truth:
+    """Losses of all masks on a fixed population."""
+
+    def __init__(self, task: tiny.Task) -> None:
+        self.task, self.model = task, task.teacher.requires_grad_(False)
+        batch = task.train.__getitems__(list(range(POPULATION)))
+        self.inputs = task.loss.prepare(batch, tiny.Rng(0, "estimators", strata=POPULATION))
+        self.batch_dim = task.batch_dim(self.model)
+        with torch.no_grad():
+            self.losses = torch.stack([self.run(slice(None), mask.expand(POPULATION, -1)) for mask in MASKS])
+
+    def run(self, rows: slice | Tensor, mask: Tensor, weights: Tensor | None = None) -> Tensor:
+        inputs = {name: value[rows] for name, value in self.inputs.items()}
+        with tiny.Gates(self.model, self.task.blocks, self.batch_dim) as gates:
+            gates.set(mask, weights)
+            return self.task.loss.loss(self.task.loss.predict(self.model, inputs), inputs)
+
+    def gradient(self, sampler: BlockSampler) -> Tensor:
+        """Of the expected loss, in the sampler's logits."""
+        logits = next(sampler.parameters())
+        # Options of one group are in lexicographic order of the kept blocks, the subsets' law is linear in the mask.
+        scores = logits if len(logits) == len(MASKS) else _options() @ logits
+        masks = _options()
+        losses = torch.stack([self.losses[int((mask == MASKS).all(1).nonzero())].mean() for mask in masks])
+        (out,) = torch.autograd.grad((scores.softmax(0) * losses).sum(), logits)
+        return out
+
+    def estimate(self, sampler: BlockSampler, share: float, i: int) -> Tensor:
+        """One estimate of it, from a batch of `ROWS` network rows."""
+        rng, copies = tiny.Rng(1, "estimate", i), sampler.masks_per_sample
+        rows = torch.randperm(POPULATION, generator=rng.batch("rows"))[: ROWS // copies].repeat_interleave(copies)
+        draw = sampler.sample(ROWS, rng)
+        weights = None
+        if share < 1:
+            weights = (rng.uniform("values", *draw.mask.shape) < share).float() / share
+        loss = self.run(rows, draw.mask, weights)
+        if not loss.requires_grad:
+            loss = loss.requires_grad_()
+        (out,) = torch.autograd.grad(sampler.surrogate(draw, loss), next(sampler.parameters()))
+        return out
+
+
+def _options() -> Tensor:
+    """All masks in lexicographic order of the kept blocks."""
+    rows = torch.zeros(len(MASKS), 8)
+    for row, kept in zip(rows, itertools.combinations(range(8), KEEP), strict=True):
+        row[list(kept)] = 1
+    return rows
+
+
+def gradients(truth: Truth) -> list[dict[str, str | float]]:
+    """Bias and deviation of every estimator at every point, relative to the gradient's length."""
+    table: list[dict[str, str | float]] = []
+    for point, (kept, strength) in POINTS.items():
+        for name, (make, share) in ESTIMATORS.items():
+            sampler = make(LISTS)
+            if kept:
+                sampler.prefer(kept, strength)
+            exact = truth.gradient(sampler)
+            start = time.perf_counter()
+            estimates = torch.stack([truth.estimate(sampler, share, i) for i in range(ESTIMATES)])
+            seconds = (time.perf_counter() - start) / ESTIMATES
+            mean, spread = estimates.mean(0), estimates.std(0).norm()
+            # The mean of so many estimates has an error of its own, which is no bias.
+            noise = spread / ESTIMATES**0.5
+            table.append(
+                {
+                    "point": point,
+                    "estimator": name,
+                    "bias": float(((mean - exact).square().sum() - noise**2).clamp(min=0).sqrt() / exact.norm()),
+                    "deviation": float(spread / exact.norm()),
+                    "cosine of the mean": float(torch.cosine_similarity(mean, exact, dim=0)),
+                    "seconds": seconds,
+                    "deviation at equal seconds": float(spread / exact.norm()) * seconds**0.5,
+                }
+            )
+            print(*(f"{v:.3f}" if isinstance(v, float) else v for v in table[-1].values()), sep=" | ", flush=True)
+    return table
+
+
+def searches(task: tiny.Task, healed: dict[tuple[int, ...], float]) -> list[dict[str, str | float]]:
+    """Rank of the mask that a search of some length finds, among all that were healed."""
+    ranked = sorted(healed, key=lambda kept: healed[kept])
+    table: list[dict[str, str | float]] = []
+    for name, options in {
+        "score function": {"keep": KEEP, "batch_size": ROWS // 4},
+        "one group, straight-through": {"pattern": (KEEP, 8), "batch_size": ROWS},
+        "exact marginals": {"sampler": partial(tiny.ExactK, rules=RULES), "batch_size": ROWS},
+    }.items():
+        for steps, seed in itertools.product((30, 100, 300), range(5)):
+            start = time.perf_counter()
+            decision = tiny.Search(steps=steps, **options)(task, tiny.Trainer(seed=seed, precision="fp32"))
+            seconds, rank = time.perf_counter() - start, ranked.index(decision.kept) + 1
+            row = {"search": name, "steps": steps, "seed": seed, "rank": rank, "seconds": seconds}
+            table.append(row | {"regret": healed[decision.kept] - healed[ranked[0]]})
+            print(*table[-1].values(), sep=" | ", flush=True)
+    return table
+
+
+def draw(table: Sequence[dict[str, str | float]], path: Path) -> None:
+    """Bias against deviation, a panel for each point."""
+    figure, axes = plt.subplots(1, len(POINTS), figsize=(13, 4.2), sharex=True, sharey=True, layout="constrained")
+    for axis, point in zip(axes, POINTS, strict=True):
+        for i, row in enumerate(r for r in table if r["point"] == point):
+            axis.scatter(row["bias"], row["deviation at equal seconds"], s=60, color=f"C{i}", label=row["estimator"])
+        axis.set(title=point, xlabel="bias / gradient", xscale="symlog", yscale="log")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("deviation x sqrt(seconds) / gradient")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("audit", type=Path, help="the run folder of `tinyfusion audit benchmarks/samplers_d4.yaml`")
+    parser.add_argument("--searches", action="store_true", help="also run 45 searches and look their masks up")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    data = Digits()
+    loss = GaussianDiffusion(learn_sigma=False)
+    task = tiny.Task(backbone=DiT(checkpoint="digits"), loss=loss, train=data.train(), held_out=data.held_out())
+    table = gradients(Truth(task))
+    draw(table, Path(__file__).parent / "figures" / "estimators.png")
+    if options.searches:
+        task.teacher.requires_grad_(True)
+        findings = Findings.load(options.audit / "findings.json")
+        healed: dict[tuple[int, ...], list[float]] = {}
+        for trial in (*findings.masks, *findings.trials):
+            healed.setdefault(trial.kept, []).append(trial.healed)
+        searches(task, {kept: statistics.fmean(values) for kept, values in healed.items()})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,270 @@
+"""Samplers over all masks within the rules: planted truth, unbiased gradients, what a search does with them."""
+
+from __future__ import annotations
+
+import itertools
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+import tinyfusion_core as tiny
+from tinyfusion_core.cli import main
+from tinyfusion_core.costs import block_costs, whole
+from tinyfusion_core.gating import Gates
+from tinyfusion_core.rules import Rules
+from tinyfusion_core.sampling import GroupedSampler
+from tinyfusion_core.subset_samplers import ExactK, GumbelTopK, ScoreFunction
+from toys import Match, Planted, planted_data
+
+WORKING = [1, 3, 4, 7]
+TRAINER = tiny.Trainer(batch_size=16, seed=0, log_every=10)
+LISTS = {"blocks": 8}
+SAMPLERS = {
+    "exact": partial(ExactK, rules=Rules(keep=4)),
+    "score": partial(ScoreFunction, rules=Rules(keep=4), masks=2),
+    "score, four masks and entropy": partial(ScoreFunction, rules=Rules(keep=4), masks=4, entropy=(0.3, 0.0)),
+    "top-k": partial(GumbelTopK, keep=4),
+    "reinmax": partial(GroupedSampler, pattern=(4, 8), scaling=(1.0, 1.0), estimator="reinmax"),
+    "straight-through": partial(GroupedSampler, pattern=(4, 8)),
+}
+
+
+def task(scales: tuple[float, ...] = Planted.scales) -> tiny.Task:
+    data = planted_data()
+    return tiny.Task(backbone=Planted(scales=scales), loss=Match(), train=data, held_out=data)
+
+
+def search(sampler, **options) -> tiny.Search:
+    how = {"steps": 160, "update": tiny.Frozen(), **options}
+    return tiny.Search(sampler=sampler, **how)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_sampler_finds_the_blocks_that_work(name: str) -> None:
+    rate = {"reinmax": 0.1}.get(name)
+    decision = search(SAMPLERS[name], lr_gates=rate)(task(), TRAINER)
+    assert list(decision.kept) == WORKING
+    assert decision.confidence > 0.3
+    assert len(decision.marginals) == 8
+
+
+@pytest.mark.parametrize("name", ["exact", "score", "top-k"])
+def test_where_all_blocks_do_nothing_none_is_preferred(name: str) -> None:
+    decision = search(SAMPLERS[name])(task((0.0,) * 8), TRAINER)
+    assert decision.confidence < 0.1
+    assert all(0.3 < p < 0.7 for p in decision.marginals)
+
+
+def a_loss(masks: Tensor) -> Tensor:
+    """Of masks, with interactions: what no estimator can take for linear."""
+    weights = torch.linspace(-1, 1, masks.shape[1])
+    return masks @ weights + 6 * masks[:, 0] * masks[:, 3] - 4 * masks[:, 1] * masks[:, 2] + 0.5
+
+
+@pytest.mark.parametrize("masks", [2, 4])
+def test_the_score_function_is_unbiased(masks: int) -> None:
+    sampler = ScoreFunction({"blocks": 5}, Rules(keep=2), masks=masks, entropy=(0.0, 0.0))
+    with torch.no_grad():
+        sampler.logits.copy_(torch.tensor([0.5, -0.3, 0.2, 0.0, -1.0]))
+    every = torch.tensor([m for m in itertools.product((0.0, 1.0), repeat=5) if sum(m) == 2])
+    expected = ((every @ sampler.logits).softmax(0) * a_loss(every)).sum()
+    (exact,) = torch.autograd.grad(expected, sampler.logits)
+    rows = 40_000 * masks
+    draw = sampler.sample(rows, tiny.Rng(0, "test"))
+    losses = a_loss(draw.mask).requires_grad_()
+    (estimate,) = torch.autograd.grad(sampler.surrogate(draw, losses), sampler.logits)
+    assert torch.allclose(estimate, exact, atol=0.02)
+    # The straight-through estimate on the exact marginals is not, where the loss is not linear in the gates.
+    biased = ExactK({"blocks": 5}, Rules(keep=2))
+    biased.load_state_dict(sampler.state_dict())
+    draw = biased.sample(40_000, tiny.Rng(0, "test"))
+    (simple,) = torch.autograd.grad(biased.surrogate(draw, a_loss(draw.mask)), biased.logits)
+    assert (simple - exact).abs().max() > 0.05
+
+
+def test_the_straight_through_marginals_are_exact_for_a_linear_loss() -> None:
+    sampler = ExactK({"blocks": 5}, Rules(keep=2))
+    with torch.no_grad():
+        sampler.logits.copy_(torch.tensor([0.5, -0.3, 0.2, 0.0, -1.0]))
+    weights = torch.linspace(-1, 1, 5)
+    every = torch.tensor([m for m in itertools.product((0.0, 1.0), repeat=5) if sum(m) == 2])
+    (exact,) = torch.autograd.grad(((every @ sampler.logits).softmax(0) * (every @ weights)).sum(), sampler.logits)
+    draw = sampler.sample(16, tiny.Rng(0, "test"))
+    assert ((draw.mask == 0) | (draw.mask == 1)).all()
+    (estimate,) = torch.autograd.grad((draw.mask @ weights).mean(), sampler.logits)
+    assert torch.allclose(estimate, exact, atol=1e-6)
+
+
+def test_reinmax_is_exact_for_a_quadratic_loss_of_two_options() -> None:
+    """A second-order rule integrates a quadratic without error; the straight-through rule does not."""
+    logits = torch.tensor([0.7, -0.2])
+    every = torch.eye(2)
+
+    def loss(x: Tensor) -> Tensor:
+        return 3 * x[:, 0].square() - x[:, 0] * x[:, 1] + x[:, 1]
+
+    def gradient(estimator: str) -> Tensor:
+        sampler = GroupedSampler({"blocks": 2}, (1, 2), tau=(1, 1), scaling=(1, 1), estimator=estimator)
+        with torch.no_grad():
+            sampler.logits[0].copy_(logits)
+        draw = sampler.sample(100_000, tiny.Rng(0, "test"))
+        # Options of 1:2 in lexicographic order keep the first or the second block.
+        (out,) = torch.autograd.grad(loss(draw.mask).mean(), sampler.logits[0])
+        return out
+
+    theta = logits.clone().requires_grad_()
+    options = every.flip(0) if GroupedSampler({"blocks": 2}, (1, 2)).get_buffer("options_0")[0, 0] == 0 else every
+    (exact,) = torch.autograd.grad((theta.softmax(0) * loss(options)).sum(), theta)
+    assert torch.allclose(gradient("reinmax"), exact, atol=0.02)
+    assert (gradient("straight-through") - exact).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_rows_are_drawn_from_their_own_streams_and_the_best_begin_with_the_mode(name: str) -> None:
+    sampler = SAMPLERS[name](LISTS)
+    sampler.prefer([0, 2, 4, 6], 1.5)
+    assert sampler.mode() == [0, 2, 4, 6]
+    whole, half = (sampler.sample(n, tiny.Rng(0, "test", first=f)) for n, f in ((12, 0), (4, 8)))
+    assert torch.equal(whole.mask[8:], half.mask)
+    assert torch.allclose(whole.log_prob[8:], half.log_prob)
+    best = sampler.best(6)
+    assert list(best[0]) == [0, 2, 4, 6]
+    assert len(set(best)) == 6
+    assert all(len(kept) == 4 for kept in best)
+    strong, weak = sampler.marginals()[[0, 2, 4, 6]], sampler.marginals()[[1, 3, 5, 7]]
+    assert strong.min() > weak.max()
+
+
+def test_gates_that_leave_out_values_keep_their_mean_gradient() -> None:
+    planted = task((1.0, 0.8, 0.6, 1.0))
+    model = planted.teacher.requires_grad_(False)
+    x = planted.train.__getitems__(list(range(8)))["x"]
+    mask = (torch.rand(8, 4, generator=torch.Generator().manual_seed(0)) > 0.5).float()
+    mask[:, 2] = 0  # nobody keeps it
+
+    def gradient(weights: Tensor | None) -> Tensor:
+        leaf = mask.clone().requires_grad_()
+        with Gates(model, planted.blocks, planted.batch_dim(model)) as gates:
+            gates.set(leaf, weights)
+            model(x).square().sum().backward()
+        return leaf.grad
+
+    whole = gradient(None)
+    assert torch.equal(gradient(torch.ones(8, 4)), whole)
+    rng = torch.Generator().manual_seed(1)
+    estimates = torch.stack([gradient((torch.rand(8, 4, generator=rng) < 0.3).float() / 0.3) for _ in range(800)])
+    assert torch.equal(estimates[0][mask == 1], whole[mask == 1])
+    error = (estimates.mean(0) - whole).abs() / (estimates.std(0) / 800**0.5 + 1e-6)
+    assert error[mask == 0].max() < 5
+    assert (estimates[0][mask == 0] == 0).any()
+
+
+def test_a_search_with_few_values_still_finds_the_blocks() -> None:
+    decision = search(SAMPLERS["straight-through"], dropped_values=0.3)(task(), TRAINER)
+    assert list(decision.kept) == WORKING
+
+
+def test_keep_is_short_for_the_score_function() -> None:
+    short = tiny.Search(keep=4, steps=80, update=tiny.Frozen())
+    sampler = short.make_sampler(LISTS)
+    assert isinstance(sampler, ScoreFunction)
+    assert list(short(task(), TRAINER).kept) == WORKING
+    by_list = tiny.Search(keep={"a": 1, "b": 2}, steps=1).preview([f"a.{i}" for i in range(3)] + ["b.0", "b.1", "b.2"])
+    assert [sum(i < 3 for i in by_list.kept), sum(i >= 3 for i in by_list.kept)] == [1, 2]
+    with pytest.raises(tiny.UserError, match=r"search\.tau goes with pattern"):
+        tiny.Search(keep=4, tau=(1.0, 1.0))
+
+
+def test_a_start_is_where_the_gates_begin_and_no_more(tmp_path) -> None:
+    run = tiny.RunFolder(tmp_path)
+    how = tiny.Search(keep=4, steps=200, update=tiny.Frozen(), start=tiny.LastN(keep=4), start_strength=0.5)
+    decision = how(task(), TRAINER, run)
+    assert run.metrics("search")[0]["marginals"][0] < 0.45 < 0.55 < run.metrics("search")[0]["marginals"][7]
+    assert list(decision.kept) == WORKING
+
+
+def test_a_confident_search_stops_early(tmp_path) -> None:
+    run = tiny.RunFolder(tmp_path)
+    decision = tiny.Search(keep=4, steps=1000, update=tiny.Frozen(), confident=0.9, ema=0.5)(task(), TRAINER, run)
+    steps = run.metrics("search")[-1]["step"]
+    assert steps < 500
+    assert decision.confidence >= 0.9
+    assert list(decision.kept) == WORKING
+
+
+def test_dropped_blocks_are_not_run_by_the_score_function() -> None:
+    planted = task()
+    rows: list[int] = []
+    model = planted.teacher
+    for block in model.blocks:
+        block.linear.register_forward_hook(lambda _module, args, _out: rows.append(len(args[0])))
+    planted.batch_dim(model)
+    rows.clear()
+    search(SAMPLERS["score"], steps=5)(planted, TRAINER)
+    probe = sum(rows[: 2 * 8 * 2])
+    assert sum(rows) <= probe + 5 * (16 * 2 * 4 + 8)  # 4 of 8 blocks, 2 masks each; a block nobody keeps runs one row
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ScoreFunction(LISTS, Rules(keep=4), masks=1), r"search\.sampler\.masks is 1; expected at least 2"),
+        (lambda: ScoreFunction(LISTS, Rules(keep=4), entropy=(-1.0, 0.0)), r"search\.sampler\.entropy"),
+        (lambda: GumbelTopK(LISTS, keep=9), r"search\.sampler\.keep is 9"),
+        (lambda: GumbelTopK(LISTS, keep=4, tau=(0.0, 1.0)), r"search\.sampler\.tau"),
+        (lambda: tiny.Search(keep=4, dropped_values=0.0), r"search\.dropped_values is 0\.0"),
+        (lambda: tiny.Search(keep=4, confident=1.5), r"search\.confident is 1\.5"),
+        (lambda: tiny.Search(keep=4, start_strength=-1.0), r"search\.start_strength is -1\.0"),
+        (lambda: tiny.Search(keep=4, pattern=(2, 4)), "one of the three"),
+    ],
+)
+def test_options_without_a_meaning(make, message: str) -> None:
+    with pytest.raises(tiny.UserError, match=message):
+        make()
+
+
+def test_the_final_heals_the_best_masks_and_keeps_the_winner() -> None:
+    """A search that has learned nothing, and a final that has."""
+    planted = task()
+    blind = tiny.Search(keep=4, steps=1, update=tiny.Frozen(), start=tiny.Keep([0, 1, 3, 4]), start_strength=1.0)
+    assert list(blind(planted, TRAINER).kept) == [0, 1, 3, 4]
+    before = {name: value.clone() for name, value in planted.teacher.state_dict().items()}
+    final = tiny.Finals(search=blind, masks=20, steps=4, samples=64)
+    decision = final(planted, TRAINER)
+    assert list(decision.kept) == WORKING
+    assert decision.method == "Finals"
+    assert all(torch.equal(value, before[name]) for name, value in planted.teacher.state_dict().items())
+    assert final.preview(planted.blocks).kept == blind.preview(planted.blocks).kept
+    with pytest.raises(tiny.UserError, match=r"search\.masks is 0"):
+        tiny.Finals(search=blind, masks=0)
+
+
+def test_costs_of_blocks() -> None:
+    planted = task()
+    costs = block_costs(planted, TRAINER, batch_size=4, rounds=5)
+    assert costs["parameters"] == [72.0] * 8
+    assert costs["FLOPs"] == [2.0 * 8 * 8] * 8
+    assert len(costs["latency"]) == 8
+    assert min(costs["latency"]) > 0
+    assert whole([1.0, 2.0, 0.001]) == [50, 100, 1]
+
+
+def test_rules_and_samplers_in_a_recipe(recipe, capsys) -> None:
+    rules = "{costs: [2, 2, 2, 2, 2, 2, 2, 4], budget: 8, protect: [0], max_run: 3}"
+    sampler = f"{{class_path: ScoreFunction, init_args: {{rules: {rules}, masks: 2}}}}"
+    flags = ["--search.pattern=null", "--search.lr_gates=null", f"--search.sampler={sampler}", "--search.steps=6"]
+    assert main(["validate", str(recipe), *flags]) == 0
+    assert "any within the budget" in capsys.readouterr().out
+    assert main(["run", str(recipe), "--run-dir", str(recipe.parent / "run"), *flags]) == 0
+    kept = tiny.Decision.load(recipe.parent / "run" / "decision.json").kept
+    assert 0 in kept
+    assert sum(4 if i == 7 else 2 for i in kept) in (7, 8)
+    assert main(["costs", str(recipe)]) == 0
+    assert "half of the latency: rules: {costs: [" in capsys.readouterr().out
+    final = "{class_path: Finals, init_args: {search: {keep: 4, steps: 6}, masks: 2, steps: 2}}"
+    assert main(["run", str(recipe), "--run-dir", str(recipe.parent / "final"), f"--search={final}"]) == 0
+    impossible = sampler.replace("max_run: 3", "max_run: 0")
+    assert main(["validate", str(recipe), *flags[:2], "--search.sampler", impossible]) == 2
+    assert "no mask of 8 blocks obeys costs" in capsys.readouterr().err

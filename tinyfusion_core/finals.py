@@ -1,0 +1,73 @@
+"""The best masks of a search, healed for a few steps each."""
+
+# No `from __future__ import annotations` here, for the reason given in criteria.py.
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from .calibration import Calibration
+from .decision import Decision
+from .errors import require
+from .progress import track
+from .pruning import prune
+from .recover import Recover
+from .run_folder import RunFolder
+from .search import Search, Selector
+from .task import Task
+from .trainer import Trainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finals(Selector):
+    """A search, and then successive halving (arXiv 1502.07943) of its most probable masks.
+
+    All finalists are healed for some steps; the better half of them, by the loss on calibration samples, for as many
+    again, until one is left. It repairs a search that could not tell its best masks apart.
+
+    Args:
+        search: the search.
+        masks: how many of its most probable masks are healed.
+        steps: updates of a finalist in each round.
+        lr: learning rate of the healing.
+        batch_size: samples of one update; default the trainer's.
+        samples: training samples that judge a healed network.
+    """
+
+    search: Search
+    masks: int = 4
+    steps: int = 25
+    lr: float = 1e-3
+    batch_size: int | None = None
+    samples: int = 256
+
+    def __post_init__(self) -> None:
+        for name in ("masks", "samples"):
+            require(getattr(self, name) >= 1, f"search.{name}", getattr(self, name), "at least 1")
+        self._healing()  # raises when there is none
+
+    def preview(self, blocks: Sequence[str]) -> Decision:
+        return self.search.preview(blocks)
+
+    def __call__(self, task: Task, trainer: Trainer, run: RunFolder | None = None) -> Decision:
+        sampler = self.search.learn(task, trainer, run)
+        decision = replace(self.search.decide(sampler, task, trainer), method=type(self).__name__)
+        students = {kept: prune(task, replace(decision, kept=kept)) for kept in sampler.best(self.masks)}
+        number = 0
+        while len(students) > 1:
+            number += 1
+            losses = {}
+            show = trainer.accelerator.is_main_process
+            with track(f"finals, round {number}", len(students), show=show) as progress:
+                for kept, student in students.items():
+                    self._healing()(task, student, None, trainer, stage=f"finals {number}")
+                    healed = Calibration(replace(task, model=student), trainer, self.samples, 64, "finals")
+                    (losses[kept],) = healed.losses(torch.ones(1, len(kept)))
+                    progress.advance()
+            best = sorted(losses, key=lambda kept: losses[kept])[: (len(students) + 1) // 2]
+            students = {kept: students[kept] for kept in best}
+        return replace(decision, kept=next(iter(students)))
+
+    def _healing(self) -> Recover:
+        return Recover(steps=self.steps, batch_size=self.batch_size, lr=self.lr, schedule="constant", ema=0.0)

@@ -1,0 +1,209 @@
+"""Samplers that choose any mask within the rules, not one option for each group."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .errors import require
+from .randomness import Rng
+from .rules import Rules, build
+from .sampling import BlockSampler, Draw, linear
+from .subsets import Subsets
+
+
+def _prefer(logits: nn.Parameter, kept: Sequence[int], strength: float) -> None:
+    with torch.no_grad():
+        logits.fill_(-strength)
+        logits[list(kept)] = strength
+
+
+class SubsetSampler(BlockSampler):
+    """The conditional Poisson distribution over all masks that obey the rules; one gate logit a block."""
+
+    lr_gates = 0.05
+
+    def __init__(self, lists: Mapping[str, int], rules: Rules) -> None:
+        super().__init__(lists)
+        self.automaton = build(rules, lists)
+        self.logits = nn.Parameter(torch.zeros(self.num_blocks))
+
+    def prefer(self, kept: Sequence[int], strength: float) -> None:
+        _prefer(self.logits, kept, strength)
+
+    def marginals(self) -> Tensor:
+        return self._subsets(self.logits.detach()).marginals().float()
+
+    def mode(self) -> list[int]:
+        return self._subsets(self.logits.detach()).mode().nonzero().flatten().tolist()
+
+    def best(self, count: int) -> list[tuple[int, ...]]:
+        return [kept for _, kept in self._subsets(self.logits.detach()).best(count)]
+
+    def entropy(self) -> float:
+        return float(self._subsets(self.logits.detach()).entropy())
+
+    def confidence(self) -> list[float]:
+        subsets = self._subsets(self.logits.detach())
+        return [float(subsets.log_prob(subsets.mode()[None]).exp())]
+
+    def choices(self) -> list[list[int]]:
+        return []
+
+    @property
+    def num_masks(self) -> int:
+        return self.automaton.num_masks
+
+    def _subsets(self, logits: Tensor) -> Subsets:
+        """On the CPU: a hundred tiny steps would wait for a GPU's launches."""
+        return Subsets(self.automaton, logits.double().cpu())
+
+    def _masks(self, subsets: Subsets, num_rows: int, rng: Rng) -> Tensor:
+        return subsets.sample(rng.uniform("mask", num_rows, self.num_blocks))
+
+
+class ExactK(SubsetSampler):
+    """Any mask within the rules, straight through the exact marginals (SIMPLE, arXiv 2210.01941).
+
+    The forward value is a hard mask, the gradient that of the marginals. It is biased where the loss is not linear in
+    the gates; `ScoreFunction` is not.
+
+    Args:
+        lists: length of every block list, in execution order.
+        rules: what every mask obeys: `{keep: 14}`.
+    """
+
+    def sample(self, num_rows: int, rng: Rng) -> Draw:
+        subsets = self._subsets(self.logits)
+        masks, soft = self._masks(subsets, num_rows, rng), subsets.marginals()
+        through = (masks + (soft - soft.detach())).to(self.logits)
+        return Draw(through, subsets.log_prob(masks).to(self.logits))
+
+
+class ScoreFunction(SubsetSampler):
+    """Any mask within the rules, by the score function with a leave-one-out baseline (arXiv 1901.11512, 2407.16058).
+
+    Every sample runs under several masks, on identical draws; a mask's log-probability is weighed by how much lower its
+    loss is than the mean of the others'. Unbiased, needs no gradient through the blocks, and blocks that are dropped
+    are not run at all.
+
+    Args:
+        lists: length of every block list, in execution order.
+        rules: what every mask obeys: `{keep: 14}`.
+        masks: masks for every sample; a step costs that many times the batch.
+        entropy: weight of the entropy, in units of the mean difference between the losses of a sample's masks, at the
+            first and at the last step, linear in between: how long the search stays open.
+    """
+
+    def __init__(
+        self, lists: Mapping[str, int], rules: Rules, masks: int = 4, entropy: tuple[float, float] = (0.3, 0.0)
+    ) -> None:
+        super().__init__(lists, rules)
+        require(masks >= 2, "search.sampler.masks", masks, "at least 2")
+        require(min(entropy) >= 0, "search.sampler.entropy", entropy, "weights of 0 or more")
+        self.masks_per_sample = masks
+        self.entropy_schedule, self.entropy_weight = entropy, entropy[0]
+
+    def anneal(self, progress: float) -> dict[str, float]:
+        self.entropy_weight = linear(self.entropy_schedule, progress)
+        return {"entropy weight": self.entropy_weight} if max(self.entropy_schedule) else {}
+
+    def sample(self, num_rows: int, rng: Rng) -> Draw:
+        subsets = self._subsets(self.logits)
+        masks = self._masks(subsets, num_rows, rng)
+        return Draw(masks.to(self.logits), subsets.log_prob(masks).to(self.logits))
+
+    def surrogate(self, draw: Draw, loss: Tensor) -> Tensor:
+        losses = loss.detach().float().view(-1, self.masks_per_sample)
+        others = (losses.sum(1, keepdim=True) - losses) / (self.masks_per_sample - 1)
+        advantage = losses - others
+        total = (advantage.flatten() * draw.log_prob).mean()
+        if self.entropy_weight:
+            entropy = self._subsets(self.logits).entropy().to(total)
+            total = total - self.entropy_weight * advantage.abs().mean() * entropy
+        # The weights see the plain mean; both parts reach disjoint parameters.
+        return loss.mean() + total
+
+
+class GumbelTopK(BlockSampler):
+    """The k blocks with the highest perturbed logits, relaxed by k softmaxes (arXiv 1901.10517): a baseline.
+
+    Its marginals have no closed form: what is reported is estimated from fixed draws. The log-probability is that of
+    the order in which the blocks were drawn.
+
+    Args:
+        lists: length of every block list, in execution order.
+        keep: how many blocks stay, of all together.
+        tau: temperature of the relaxation at the first and at the last step, linear in between.
+    """
+
+    lr_gates = 0.05
+    _NUM_DRAWS = 2000
+
+    def __init__(self, lists: Mapping[str, int], keep: int, tau: tuple[float, float] = (1.0, 0.1)) -> None:
+        super().__init__(lists)
+        require(1 <= keep <= self.num_blocks, "search.sampler.keep", keep, f"1 to {self.num_blocks} blocks")
+        require(min(tau) > 0, "search.sampler.tau", tau, "temperatures above 0")
+        self.keep, self.tau_schedule, self.tau = keep, tau, tau[0]
+        self.logits = nn.Parameter(torch.zeros(self.num_blocks))
+
+    def prefer(self, kept: Sequence[int], strength: float) -> None:
+        _prefer(self.logits, kept, strength)
+
+    def anneal(self, progress: float) -> dict[str, float]:
+        self.tau = linear(self.tau_schedule, progress)
+        return {"tau": self.tau}
+
+    def sample(self, num_rows: int, rng: Rng) -> Draw:
+        scores = self.logits + rng.gumbel("mask", num_rows, self.num_blocks).to(self.logits)
+        order = scores.topk(self.keep, dim=1).indices
+        hard = torch.zeros_like(scores).scatter(1, order, 1.0)
+        soft, left = torch.zeros_like(scores), scores / self.tau
+        for _ in range(self.keep):
+            share = left.softmax(1)
+            soft = soft + share
+            left = left + (1 - share).clamp(min=1e-6).log() / self.tau
+        return Draw(hard + (soft - soft.detach()), self._log_prob(order))
+
+    def _log_prob(self, order: Tensor) -> Tensor:
+        """Of drawing these blocks one after the other (Plackett-Luce)."""
+        chosen = self.logits[order]
+        taken = torch.zeros(len(order), self.num_blocks, device=order.device).scatter(1, order, 1.0).bool()
+        rest = self.logits.expand(len(order), -1).masked_fill(taken, -torch.inf).logsumexp(1, keepdim=True)
+        later = chosen.flip(1).logcumsumexp(1).flip(1)
+        return (chosen - torch.logaddexp(later, rest)).sum(1)
+
+    def marginals(self) -> Tensor:
+        return self._fixed_draws().mean(0)
+
+    def mode(self) -> list[int]:
+        return sorted(self.logits.detach().topk(self.keep).indices.tolist())
+
+    def best(self, count: int) -> list[tuple[int, ...]]:
+        masks, counts = torch.unique(self._fixed_draws(), dim=0, return_counts=True)
+        order = counts.argsort(descending=True, stable=True)[:count]
+        return [tuple(masks[i].nonzero().flatten().tolist()) for i in order.tolist()]
+
+    def entropy(self) -> float:
+        counts = torch.unique(self._fixed_draws(), dim=0, return_counts=True)[1]
+        return float(torch.special.entr(counts / counts.sum()).sum())
+
+    def confidence(self) -> list[float]:
+        mode = torch.zeros(self.num_blocks)
+        mode[self.mode()] = 1
+        return [float((self._fixed_draws() == mode).all(1).float().mean())]
+
+    def choices(self) -> list[list[int]]:
+        return []
+
+    @property
+    def num_masks(self) -> int:
+        return math.comb(self.num_blocks, self.keep)
+
+    def _fixed_draws(self) -> Tensor:
+        noise = Rng(0, "report").gumbel("mask", self._NUM_DRAWS, self.num_blocks)
+        order = (self.logits.detach().cpu() + noise).topk(self.keep, dim=1).indices
+        return torch.zeros_like(noise).scatter(1, order, 1.0)
