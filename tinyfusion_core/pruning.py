@@ -100,13 +100,17 @@ def read_record(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: it is missing, damaged or incomplete.
     """
-    path = next((folder / name for name in RECORDS if (folder / name).exists()), folder / RECORDS[-1])
+    path = _record(folder)
     record = read_json(path)
     if not isinstance(record, dict) or record.get("format_version") != FORMAT_VERSION:
         raise UserError(f"{path}: not of format_version {FORMAT_VERSION}")
     if not {"backbone", "network"} <= record.keys() or not record.get("sha256"):
         raise UserError(f"{path}: incomplete; expected backbone, network and the files' sha256")
     return record
+
+
+def _record(folder: Path) -> Path:
+    return next((folder / name for name in RECORDS if (folder / name).exists()), folder / RECORDS[-1])
 
 
 def origin(folder: Path) -> dict[str, Any]:
@@ -128,7 +132,9 @@ def load_pretrained(folder: Path | str) -> nn.Module:
         if not (folder / name).is_file():
             raise MissingFileError(f"{folder / name}: no such file")
         if sha256(folder / name) != expected:
-            raise UserError(f"{folder / name}: not the file that {folder} was saved with; restore the whole folder")
+            raise UserError(
+                f"{folder / name}: not the file that {_record(folder).name} was written for; restore the whole folder"
+            )
     model: nn.Module = registry().find("backbone", record["backbone"]).load(folder, record["network"])
     return model.eval()
 
