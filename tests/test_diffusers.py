@@ -458,6 +458,8 @@ def test_bad_input(tmp_path: Path) -> None:
     with pytest.raises(tiny.UserError, match=r"loss\.guidance: FluxTransformer2DModel as configured takes a guidance"):
         RectifiedFlow().predict(task.teacher, inputs)
     other, told = make("SanaTransformer2DModel")
+    labelled = {**told, "y": torch.arange(ROWS), "drop": torch.ones(ROWS, dtype=torch.bool)}  # of no use to it
+    assert torch.equal(other.loss.predict(other.teacher, labelled), other.loss.predict(other.teacher, told))
     with pytest.raises(tiny.UserError, match=r"loss\.guidance is 3\.5, but SanaTransformer2DModel"):
         RectifiedFlow(guidance=3.5).predict(other.teacher, told)
     with pytest.raises(tiny.UserError, match=r"takes 'text' \(encoder_hidden_states\), which the samples do not have"):

@@ -72,8 +72,8 @@ class _Denoising(LossAdapter):
         return (a.float() - b.float()).square().flatten(1).mean(1)
 
     def _run(self, model: nn.Module, x: Tensor, timestep: Tensor, inputs: Batch) -> Tensor:
-        if "drop" in inputs:
-            null = settings(model)["num_embeds_ada_norm"]
+        null = settings(model).get("num_embeds_ada_norm")  # labels that the network does not take are not looked at
+        if "drop" in inputs and null is not None:
             inputs = {**inputs, "y": inputs["y"].masked_fill(inputs["drop"], null)}
         return calling.run(model, x, timestep, inputs, self.guidance)
 
@@ -86,9 +86,6 @@ class ScheduledDiffusion(_Denoising):
     compares it too.
 
     Args:
-        label_drop: probability of replacing a class label by the null class. Prompts are embedded beforehand: data
-            that should be without one now and then have the embedding of the empty prompt in some of the rows.
-        guidance: the scale that a guidance-distilled network is told; null for networks that take none.
         scheduler: a class of diffusers with `alphas_cumprod`: DDPMScheduler, CogVideoXDDIMScheduler and so on.
         settings: its options, as in the pipeline's scheduler_config.json.
         prediction: what the network gives; default the scheduler's `prediction_type`.
@@ -141,9 +138,6 @@ class RectifiedFlow(_Denoising):
     x_t = (1 - t) x + t noise, and the target is noise - x (arXiv:2209.03003, 2403.03206).
 
     Args:
-        label_drop: probability of replacing a class label by the null class. Prompts are embedded beforehand: data
-            that should be without one now and then have the embedding of the empty prompt in some of the rows.
-        guidance: the scale that a guidance-distilled network is told; null for networks that take none.
         time: how times are drawn: "logit_normal" (SD3: the sigmoid of a normal number) or "uniform".
         mean: of the normal number.
         std: of the normal number.
