@@ -15,6 +15,8 @@ import yaml
 
 from small_run import RECIPE
 
+pytest_plugins = ["pytester"]
+
 
 @pytest.fixture(autouse=True)
 def _reproducible() -> None:

@@ -76,6 +76,8 @@ def _parser() -> argparse.ArgumentParser:
     command("keys", "list every key that a recipe can have")
     plugins = command("plugins", "list installed plugins and what they bring")
     plugins.add_argument("--json", action="store_true", help="for programs")
+    check = command("check-plugin", "check that what a plugin brings holds to the contract")
+    check.add_argument("name", help="of the plugin, as `tinyfusion plugins` lists it")
     show = command("show", "print the table of a finished run")
     show.add_argument("run_dir", type=Path)
     sample = command("sample", "generate a grid of images with a run's student")
@@ -172,6 +174,26 @@ def _plugins(options: argparse.Namespace, flags: list[str]) -> int:
     return 0
 
 
+def _check_plugin(options: argparse.Namespace, flags: list[str]) -> int:
+    from .errors import UserError
+    from .testing import check_plugin
+
+    verdicts, pair = [], ""
+    for verdict in check_plugin(options.name):
+        verdicts.append(verdict)
+        if verdict.pair != pair:
+            pair = verdict.pair
+            print(pair)
+        print(f"  {'FAIL' if verdict.error else 'ok  '}  {verdict.check:22} {verdict.meaning}", flush=True)
+        if verdict.error:
+            print(f"        {verdict.error}")
+    failed = [verdict.check for verdict in verdicts if verdict.error]
+    if failed:
+        raise UserError(f"plugin '{options.name}': {len(failed)} of {len(verdicts)} checks failed")
+    print(f"all {len(verdicts)} checks hold")
+    return 0
+
+
 def _show(options: argparse.Namespace, flags: list[str]) -> int:
     from rich.console import Console
 
@@ -213,6 +235,7 @@ _COMMANDS = {
     "validate": _validate,
     "keys": _keys,
     "plugins": _plugins,
+    "check-plugin": _check_plugin,
     "show": _show,
     "sample": _sample,
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +67,11 @@ class LossAdapter(ABC):
     def sampling_options(self) -> frozenset[str]:
         """Names of the options that matter for `sample` alone: changing them spoils no training."""
         return frozenset()
+
+    @classmethod
+    def tiny(cls) -> Self:
+        """An instance that fits the tiny networks of the backbones it is for; for the conformance checks."""
+        return cls()
 
     def sample(self, model: nn.Module, like: Tensor, labels: Tensor, rng: Rng) -> Tensor:
         """Generate one example for every label.

@@ -92,8 +92,12 @@ def save_network(model: nn.Module, backbone: Backbone, source: Mapping[str, Any]
     write_json(folder / "config.json", config)
 
 
-def load_pretrained(folder: Path | str) -> nn.Module:
+def load_pretrained(folder: Path | str, backbone: type[Backbone] | None = None) -> nn.Module:
     """The network that `save_pretrained` wrote, in eval mode; every file is verified.
+
+    Args:
+        folder: that holds it.
+        backbone: its model family; by default looked up by the recorded name among what plugins bring.
 
     Raises:
         UserError: a file is missing, damaged or does not belong with the others, or the plugin is not installed.
@@ -109,7 +113,8 @@ def load_pretrained(folder: Path | str) -> nn.Module:
     for name, expected in config["sha256"].items():
         if not (folder / name).is_file() or sha256(folder / name) != expected:
             raise UserError(f"{folder / name}: not the file that config.json was written for; restore the whole folder")
-    model: nn.Module = registry().find("backbone", config["backbone"]).construct(config["network"])
+    family = registry().find("backbone", config["backbone"]) if backbone is None else backbone
+    model: nn.Module = family.construct(config["network"])
     load_strict(model, tensors, weights)
     return model.eval()
 
