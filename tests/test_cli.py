@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -53,7 +54,9 @@ def test_plugins_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     found = {p["name"]: p for p in json.loads(capsys.readouterr().out)}
     assert ["backbone", "DiT"] in found["dit"]["brings"]
     assert found["images"]["brings"] == [["data", "Digits"], ["data", "Fashion"]]
-    assert found["dit"]["distribution"].startswith("tinyfusion ")
+    assert found["dit"]["distribution"] == "tinyfusion"
+    assert found["dit"]["version"] == importlib.metadata.version("tinyfusion")
+    assert found["dit"]["module"] == "tinyfusion_dit"
     assert main(["plugins"]) == 0
     assert "GaussianDiffusion" in capsys.readouterr().out
 

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .backbone import Backbone as Backbone
+    from .backbone import Batch as Batch
     from .backbone import Stream as Stream
     from .calibration import Calibrated as Calibrated
     from .calibration import Calibration as Calibration
+    from .checkpoints import CheckpointBackbone as CheckpointBackbone
     from .comparison import Audit as Audit
     from .comparison import Compare as Compare
     from .comparison_report import write_comparison as write_comparison
@@ -39,7 +41,10 @@ if TYPE_CHECKING:
     from .evaluation import evaluate as evaluate
     from .findings import Findings as Findings
     from .gating import Gates as Gates
+    from .hookspecs import API_VERSION as API_VERSION
+    from .hookspecs import hookimpl as hookimpl
     from .losses import LossAdapter as LossAdapter
+    from .plugins import load_plugin as load_plugin
     from .pruning import load_pretrained as load_pretrained
     from .pruning import prune as prune
     from .pruning import push_to_hub as push_to_hub
@@ -69,8 +74,9 @@ if TYPE_CHECKING:
     from .trainer import Trainer as Trainer
 
 _HOMES = {
-    "backbone": ("Backbone", "Stream"),
+    "backbone": ("Backbone", "Batch", "Stream"),
     "calibration": ("Calibrated", "Calibration"),
+    "checkpoints": ("CheckpointBackbone",),
     "comparison": ("Audit", "Compare"),
     "comparison_report": ("write_comparison",),
     "criteria": ("BKSDM", "Criterion", "FirstN", "Keep", "LastN", "Uniform"),
@@ -81,7 +87,9 @@ _HOMES = {
     "evaluation": ("Frechet", "HeldOutLoss", "Latency", "Measurement", "Metric", "check_teacher", "evaluate"),
     "findings": ("Findings",),
     "gating": ("Gates",),
+    "hookspecs": ("API_VERSION", "hookimpl"),
     "losses": ("LossAdapter",),
+    "plugins": ("load_plugin",),
     "pruning": ("load_pretrained", "prune", "push_to_hub", "save_pretrained"),
     "randomness": ("Rng",),
     "recipe": ("load_recipe",),

@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     plugins = command("plugins", "list installed plugins and what they bring")
     plugins.add_argument("--json", action="store_true", help="for programs")
     check = command("check-plugin", "check that what a plugin brings holds to the contract")
-    check.add_argument("name", help="of the plugin, as `tinyfusion plugins` lists it")
+    check.add_argument("name", help="of the plugin, as `tinyfusion plugins` lists it, or its Python file")
     show = command("show", "print the table of a finished run")
     show.add_argument("run_dir", type=Path)
     sample = command("sample", "generate a grid of images with a run's student")
@@ -166,10 +166,10 @@ def _plugins(options: argparse.Namespace, flags: list[str]) -> int:
     if options.json:
         print(json.dumps([dataclasses.asdict(p) for p in plugins], indent=2))
         return 0
-    table = Table("plugin", "kind", "brings", "module", "distribution")
+    table = Table("plugin", "kind", "brings", "module", "distribution", "version")
     for p in plugins:
         for kind, name in p.brings or [("error", p.error or "nothing")]:
-            table.add_row(p.name, kind, name, p.module, p.distribution)
+            table.add_row(p.name, kind, name, p.module, p.distribution, p.version)
     Console(highlight=False).print(table)
     return 0
 

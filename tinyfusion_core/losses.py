@@ -68,6 +68,11 @@ class LossAdapter(ABC):
         """Names of the options that matter for `sample` alone: changing them spoils no training."""
         return frozenset()
 
+    @property
+    def generates(self) -> bool:
+        """Whether `sample` can make examples."""
+        return type(self).sample is not LossAdapter.sample
+
     @classmethod
     def tiny(cls) -> Self:
         """An instance that fits the tiny networks of the backbones it is for; for the conformance checks."""

@@ -13,7 +13,7 @@ from .backbone import Backbone, block_lists, expand
 from .decision import Decision
 from .errors import UserError
 from .files import load_strict, read_json, read_weights, save_tensors, sha256, write_json, write_text
-from .plugins import registry
+from .plugins import record_of, registry
 from .task import Task
 
 FORMAT_VERSION = 1
@@ -88,6 +88,7 @@ def save_network(model: nn.Module, backbone: Backbone, source: Mapping[str, Any]
         "network": backbone.config(model),
         "sha256": {name: sha256(folder / name) for name in files},
         "source": dict(source),
+        "plugin": record_of(type(backbone)),
     }
     write_json(folder / "config.json", config)
 
@@ -113,7 +114,7 @@ def load_pretrained(folder: Path | str, backbone: type[Backbone] | None = None) 
     for name, expected in config["sha256"].items():
         if not (folder / name).is_file() or sha256(folder / name) != expected:
             raise UserError(f"{folder / name}: not the file that config.json was written for; restore the whole folder")
-    family = registry().find("backbone", config["backbone"]) if backbone is None else backbone
+    family = backbone or registry().find("backbone", config["backbone"], config.get("plugin"))
     model: nn.Module = family.construct(config["network"])
     load_strict(model, tensors, weights)
     return model.eval()

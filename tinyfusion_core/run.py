@@ -166,7 +166,7 @@ class _Run:
             return
         recipe, task = self.recipe, self.task
         measurements = evaluate(task, models, list(recipe.evaluate), recipe.trainer)
-        if task.pixels(task.backbone.example(1)["x"]) is not None:
+        if _shows(task) and task.loss.generates:
             shown: dict[str, Tensor] = {}
             for name, model in models.items():
                 x, shown["labels"] = generate(task, model, recipe.trainer, NUM_SHOWN, NUM_SHOWN, f"pictures of {name}")
@@ -219,12 +219,18 @@ def sample_images(folder: RunFolder, num: int, seed: int, out: Path | None = Non
         raise UserError("expected --num of at least 1 and an --out that ends in .png")
     model = load_pretrained(folder / name)
     task = make_task(recipe, model)
-    if task.pixels(task.backbone.example(1)["x"]) is None:
+    if not _shows(task):
         raise UserError(f"data: {type(recipe.data).__name__} cannot show its examples as images")
     trainer = replace(recipe.trainer, seed=seed)
     x, labels = generate(task, model.to(trainer.accelerator.device), trainer, num, 250)
     draw_images(_bytes(task, x[labels.argsort(stable=True)]), out, columns=math.ceil(math.sqrt(num)))
     return out
+
+
+def _shows(task: Task) -> bool:
+    """Whether its examples are pictures."""
+    x = task.backbone.example(1).get("x")
+    return x is not None and task.pixels(x) is not None
 
 
 def _bytes(task: Task, x: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ from .distill import captured, derive_taps
 from .errors import UserError, nearest
 from .gating import Gates
 from .losses import LossAdapter, Prediction
-from .plugins import Registry, registry
+from .plugins import Registry, load_plugin, registry
 from .pruning import load_pretrained, remove_blocks, save_network
 from .randomness import Rng, generator
 from .task import Task
@@ -563,12 +563,12 @@ def check_plugin(name: str) -> Iterator[Verdict]:
     the backbones of the others in the same way.
 
     Args:
-        name: of its entry point, or of its file.
+        name: of its entry point, or the path of a plugin that is one Python file, which is loaded.
 
     Raises:
         UserError: there is no such plugin, it could not be loaded, or nothing that it brings can be paired.
     """
-    for pair in pairs_of(name, registry()):
+    for pair in pairs_of(load_plugin(name).name if name.endswith(".py") else name, registry()):
         for check in CHECKS:
             error = None
             try:
