@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .distill import MaskedKD as MaskedKD
     from .distill import OutputKD as OutputKD
     from .distill import derive_taps as derive_taps
+    from .embedding import wrap as wrap
     from .errors import UserError as UserError
     from .evaluation import Frechet as Frechet
     from .evaluation import HeldOutLoss as HeldOutLoss
@@ -83,6 +84,7 @@ _HOMES = {
     "data": ("DataSource", "Tensors"),
     "decision": ("Decision",),
     "distill": ("MaskedKD", "OutputKD", "derive_taps"),
+    "embedding": ("wrap",),
     "errors": ("UserError",),
     "evaluation": ("Frechet", "HeldOutLoss", "Latency", "Measurement", "Metric", "check_teacher", "evaluate"),
     "findings": ("Findings",),

@@ -78,6 +78,9 @@ def _parser() -> argparse.ArgumentParser:
     plugins.add_argument("--json", action="store_true", help="for programs")
     check = command("check-plugin", "check that what a plugin brings holds to the contract")
     check.add_argument("name", help="of the plugin, as `tinyfusion plugins` lists it, or its Python file")
+    new = command("new-plugin", "write a small package that brings a backbone and a loss, to begin with")
+    new.add_argument("name", help="of the package: my-backbone")
+    new.add_argument("--into", type=Path, default=Path(), help="the folder that gets it (default: this one)")
     show = command("show", "print the table of a finished run")
     show.add_argument("run_dir", type=Path)
     sample = command("sample", "generate a grid of images with a run's student")
@@ -194,6 +197,14 @@ def _check_plugin(options: argparse.Namespace, flags: list[str]) -> int:
     return 0
 
 
+def _new_plugin(options: argparse.Namespace, flags: list[str]) -> int:
+    from .new_plugin import new_plugin
+
+    folder = new_plugin(options.name, options.into)
+    print(f"{folder}: README.md says how to go on")
+    return 0
+
+
 def _show(options: argparse.Namespace, flags: list[str]) -> int:
     from rich.console import Console
 
@@ -236,6 +247,7 @@ _COMMANDS = {
     "keys": _keys,
     "plugins": _plugins,
     "check-plugin": _check_plugin,
+    "new-plugin": _new_plugin,
     "show": _show,
     "sample": _sample,
 }

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from .backbone import Backbone, block_lists, expand
+from .backbone import Backbone, block_lists
 from .decision import Decision
 from .errors import UserError
 from .files import load_strict, read_json, read_weights, save_tensors, sha256, write_json, write_text
@@ -46,7 +46,7 @@ def remove_blocks(backbone: Backbone, model: nn.Module, removed: Sequence[str]) 
         UserError: a block is the child of something else.
     """
     kept: dict[str, list[int]] = {}
-    for path in block_lists(expand(model, backbone.blocks(model))):
+    for path in block_lists(backbone.paths(model)):
         container = model.get_submodule(path)
         if not isinstance(container, (nn.ModuleList, nn.Sequential)):
             raise UserError(f"'{path or 'the network itself'}' is a {type(container).__name__}; blocks live in lists")

@@ -194,7 +194,7 @@ class _GatedLoss(Objective):
         num_rows = len(next(iter(inputs.values())))
         draw = self.sampler.sample(num_rows, rng)
         gates.mask = draw.mask if self.learning else draw.mask.detach()
-        losses = loss.loss(loss.predict(self.model, inputs), inputs)
+        losses = loss.losses(self.model, inputs)
         if self.learning:
             return self.sampler.surrogate(draw, losses), losses.detach()
         # A zero gradient, never none: distributed processes wait for it.

@@ -1,0 +1,62 @@
+"""A residual network that reads handwritten digits, and what tinyfusion has to know to prune it."""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from torch import arange, nn, zeros
+
+import tinyfusion_core as tiny
+
+tinyfusion_api = 1  # the version of the plugin interface that this is written for
+
+
+class Block(nn.Sequential):
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+class Network(nn.Sequential):
+    def __init__(self, width=64, depth=8):
+        blocks = nn.Sequential(*(Block(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU()) for _ in range(depth)))
+        super().__init__(
+            OrderedDict(x=nn.Flatten(), first=nn.Linear(64, width), blocks=blocks, last=nn.Linear(width, 10))
+        )
+        self.config = {"width": width, "depth": depth}  # the keywords that build it again
+
+
+@dataclass(frozen=True, kw_only=True)
+class MyBackbone(tiny.CheckpointBackbone):
+    width: int | None = None
+    depth: int | None = None
+
+    @classmethod
+    def network(cls):
+        return Network
+
+    def blocks(self, model):
+        return ["blocks.*"]
+
+    def after_prune(self, model, kept):
+        model.config["depth"] = len(kept["blocks"])
+
+    def example(self, num_rows):
+        return {"x": zeros(num_rows, 1, 8, 8), "y": arange(num_rows) % 10}
+
+
+@dataclass(frozen=True)
+class MyBackboneLoss(tiny.LossAdapter):
+    def predict(self, model, inputs):
+        return model(inputs["x"])
+
+    def loss(self, prediction, inputs):
+        return nn.functional.cross_entropy(prediction, inputs["y"], reduction="none")
+
+
+@tiny.hookimpl
+def tinyfusion_register_backbones():
+    return [MyBackbone]
+
+
+@tiny.hookimpl
+def tinyfusion_register_losses():
+    return [MyBackboneLoss]
