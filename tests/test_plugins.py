@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,57 +20,76 @@ from small_run import run
 from test_cli import PLUGIN, install
 from tinyfusion_core import hookspecs, plugins
 from tinyfusion_core.cli import main
-from tinyfusion_core.new_plugin import TEMPLATE
+from tinyfusion_core.new_plugin import TEMPLATE, new_plugin
 
 EXAMPLE = (TEMPLATE / "my_backbone.py").read_text()
 DOCS = Path(__file__).parent.parent / "docs" / "writing-a-plugin.md"
 
 
 @pytest.fixture(autouse=True)
-def _own_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test sees the plugin files of another."""
+def _own_plugins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No test sees the plugins of another."""
     monkeypatch.setattr(plugins, "_files", {})
+    yield
+    monkeypatch.undo()
+    plugins._installed.cache_clear()
 
 
-def tinyfusion(*words: str, path: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The command line in a process of its own, with what is installed in `path` besides."""
-    where = os.pathsep.join(([str(path)] if path else []) + [p for p in sys.path if p])
-    return subprocess.run(
-        [sys.executable, "-m", "tinyfusion_core", *words],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "PYTHONPATH": where, **environment},
-        cwd=path,
-    )
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder whose packages count as installed."""
+    (tmp_path / "site").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    plugins._installed.cache_clear()
+    return tmp_path / "site"
+
+
+def listed(capsys: pytest.CaptureFixture[str]) -> dict[str, dict]:
+    assert main(["plugins", "--json"]) == 0
+    return {p["name"]: p for p in json.loads(capsys.readouterr().out)}
 
 
 # Listing, and switches
 
 
-def test_switches(tmp_path: Path) -> None:
-    install(tmp_path, "flowers", PLUGIN.format(name="Flowers"))
-    done = tinyfusion("plugins", "--json", path=tmp_path, TINYFUSION_BLOCK="flowers,mar,ditt")
-    found = {p["name"]: p for p in json.loads(done.stdout)}
+def test_switches(site: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    install(site, "flowers", PLUGIN.format(name="Flowers"))
+    monkeypatch.setenv("TINYFUSION_BLOCK", "flowers,mar,ditt")
+    with pytest.warns(UserWarning, match="TINYFUSION_BLOCK") as warned:
+        found = listed(capsys)
+    assert [str(w.message) for w in warned] == [
+        f"TINYFUSION_BLOCK: no plugin 'ditt' is installed; did you mean 'dit'? (known: {', '.join(sorted(found))})"
+    ]
     assert found["flowers"]["error"] == found["mar"]["error"] == "switched off by TINYFUSION_BLOCK"
     assert not found["flowers"]["brings"]
     assert found["dit"]["brings"]
-    assert done.stderr == "warning: TINYFUSION_BLOCK: no plugin 'ditt' is installed; did you mean 'dit'? " + (
-        f"(known: {', '.join(sorted(found))})\n"
-    )
-    only = tinyfusion("plugins", "--json", path=tmp_path, TINYFUSION_PLUGINS="flowers, dit")
-    assert {p["name"] for p in json.loads(only.stdout) if not p["error"]} == {"flowers", "dit"}
-    assert not only.stderr
     assert set(found["flowers"]) == {"name", "module", "distribution", "version", "brings", "error"}
     assert (found["flowers"]["distribution"], found["flowers"]["version"]) == ("flowers", "1.0")
+    monkeypatch.delenv("TINYFUSION_BLOCK")
+    monkeypatch.setenv("TINYFUSION_PLUGINS", "flowers, dit")
+    plugins._installed.cache_clear()
+    assert {name for name, p in listed(capsys).items() if not p["error"]} == {"flowers", "dit"}
+    assert main(["plugins"]) == 0
+    assert "switched off by" in capsys.readouterr().out
 
 
-def test_a_name_of_two_is_refused_until_one_is_switched_off(tmp_path: Path) -> None:
-    install(tmp_path, "otherdigits", PLUGIN.format(name="Digits"))
-    done = tinyfusion("plugins", path=tmp_path)
-    assert done.returncode == 2
-    assert "plugins 'images' and 'otherdigits' both bring a data named 'Digits'; switch one of them off" in done.stderr
-    assert tinyfusion("plugins", path=tmp_path, TINYFUSION_BLOCK="otherdigits").returncode == 0
+def test_a_name_of_two_is_refused_until_one_is_switched_off(
+    site: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install(site, "otherdigits", PLUGIN.format(name="Digits"))
+    assert main(["plugins"]) == 2
+    message = "plugins 'images' and 'otherdigits' both bring a data named 'Digits'; switch one of them off"
+    assert message in capsys.readouterr().err
+    monkeypatch.setenv("TINYFUSION_BLOCK", "otherdigits")
+    assert listed(capsys)["images"]["brings"]
+
+
+def test_two_packages_with_a_plugin_of_one_name(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    install(site, "dit", PLUGIN.format(name="Flowers"))
+    assert main(["plugins"]) == 2
+    err = capsys.readouterr().err
+    assert "two plugins are named 'dit', of " in err
+    assert "tinyfusion 0.1.0" in err and "dit 1.0" in err
 
 
 # Bad input: hooks
@@ -118,16 +138,16 @@ def test_a_file_without_hooks_or_with_names_of_others(tmp_path: Path) -> None:
         tiny.load_plugin(tmp_path / "no_such.py")
 
 
-def test_an_installed_plugin_with_a_wrong_hook_costs_one_warning(tmp_path: Path) -> None:
-    install(tmp_path, "wronghook", EXAMPLE.replace("return [MyBackbone]", "return [MyBackbone()]"))
-    done = tinyfusion("plugins", "--json", path=tmp_path)
-    assert done.returncode == 0
-    (line,) = done.stderr.splitlines()
-    assert line.startswith(
-        "warning: plugin 'wronghook' (wronghook 1.0) left out: tinyfusion_register_backbones returns an"
-    )
-    checked = tinyfusion("check-plugin", "wronghook", path=tmp_path)
-    assert "error: plugin 'wronghook' could not be loaded: tinyfusion_register_backbones returns" in checked.stderr
+def test_an_installed_plugin_with_a_wrong_hook_costs_one_warning(
+    site: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install(site, "wronghook", EXAMPLE.replace("return [MyBackbone]", "return [MyBackbone()]"))
+    with pytest.warns(UserWarning, match="wronghook") as warned:
+        assert listed(capsys)["wronghook"]["error"].startswith(f"{HOOK} returns an instance of MyBackbone")
+    (warning,) = warned
+    assert str(warning.message).startswith(f"plugin 'wronghook' (wronghook 1.0) left out: {HOOK} returns an instance")
+    assert main(["check-plugin", "wronghook"]) == 2
+    assert f"error: plugin 'wronghook' could not be loaded: {HOOK} returns" in capsys.readouterr().err
 
 
 # Bad input: what hooks brought
@@ -209,7 +229,7 @@ def test_a_recipe_runs_with_a_file_beside_it(tmp_path: Path, capsys: pytest.Capt
 
     # An edited file is another run.
     capsys.readouterr()
-    (home / "my_backbone.py").write_text(EXAMPLE.replace("width=64", "width=48"))
+    (home / "my_backbone.py").write_text(EXAMPLE.replace("size=64", "size=48"))
     assert run(home / "mine.yaml", away, *short) == 2
     assert "plugins.my_backbone.py (its content): " in capsys.readouterr().err
 
@@ -254,7 +274,7 @@ def test_a_file_is_run_once_and_takes_the_place_of_its_elder(tmp_path: Path) -> 
     tiny.load_plugin(path)
     second = plugins.registry().classes["backbone"]["MyBackbone"]
     assert second is not first
-    assert second().config() == {"width": 64, "depth": 6}
+    assert second().config() == {"size": 64, "depth": 6}
     assert plugins.record_of(first) == {}
     (listed,) = (p for p in plugins.registry().plugins if p.name == "mine.py")
     assert (listed.distribution, listed.module) == ("file", str(path))
@@ -284,25 +304,21 @@ def test_every_hook_is_documented() -> None:
         assert tests.count(name) >= 1, name
 
 
-def test_a_new_plugin_installs_and_passes_its_own_tests(tmp_path: Path) -> None:
-    done = tinyfusion("new-plugin", "my-backbone", "--into", str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    folder, site = tmp_path / "my-backbone", tmp_path / "site"
+def test_a_new_plugin_installs_and_passes_its_own_tests(
+    tmp_path: Path, site: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["new-plugin", "my-backbone", "--into", str(tmp_path)]) == 0
+    folder = tmp_path / "my-backbone"
     assert (folder / "my_backbone.py").read_text() == EXAMPLE
     pip_install(folder, site)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), *(p for p in sys.path if p)])}
-    tested = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"],
-        cwd=folder, env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert tested.returncode == 0, tested.stdout
-    assert "18 passed" in tested.stdout
-    listed = tinyfusion("plugins", "--json", path=site)
-    (plugin,) = (p for p in json.loads(listed.stdout) if p["name"] == "my-backbone")
+    assert "18 passed" in own_tests(folder, site)
+    capsys.readouterr()
+    plugin = listed(capsys)["my-backbone"]
     assert plugin["brings"] == [["backbone", "MyBackbone"], ["loss", "MyBackboneLoss"]]
     assert (plugin["distribution"], plugin["version"]) == ("my-backbone", "0.1.0")
-    again = tinyfusion("new-plugin", "my-backbone", "--into", str(tmp_path))
-    assert "my-backbone exists; choose another name" in again.stderr
+    assert main(["new-plugin", "my-backbone2", "--into", str(tmp_path)]) == 0
+    assert main(["new-plugin", "my-backbone2", "--into", str(tmp_path)]) == 2
+    assert "my-backbone2 exists; choose another name" in capsys.readouterr().err
 
 
 def pip_install(folder: Path, site: Path) -> None:
@@ -317,20 +333,25 @@ def pip_install(folder: Path, site: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def own_tests(folder: Path, site: Path) -> str:
+    """What pytest says of a package's own tests, in a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), *(p for p in sys.path if p)])}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 @pytest.mark.parametrize(
     ("name", "message"), [("My Backbone", "use small letters"), ("torch", "installed already"), ("class", "use small")]
 )
 def test_names_that_a_new_plugin_cannot_have(name: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(tiny.UserError, match=message):
-        from tinyfusion_core.new_plugin import new_plugin
-
         new_plugin(name, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_the_words_of_a_new_plugin(tmp_path: Path) -> None:
-    from tinyfusion_core.new_plugin import new_plugin
-
     folder = new_plugin("tiny-unet2", tmp_path)
     text = "".join(p.read_text() for p in folder.rglob("*") if p.is_file())
     assert "my" not in {

@@ -1,6 +1,5 @@
 """A residual network that reads handwritten digits, and what tinyfusion has to know to prune it."""
 
-from collections import OrderedDict
 from dataclasses import dataclass
 
 from torch import arange, nn, zeros
@@ -15,18 +14,17 @@ class Block(nn.Sequential):
         return x + super().forward(x)
 
 
-class Network(nn.Sequential):
-    def __init__(self, width=64, depth=8):
-        blocks = nn.Sequential(*(Block(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU()) for _ in range(depth)))
-        super().__init__(
-            OrderedDict(x=nn.Flatten(), first=nn.Linear(64, width), blocks=blocks, last=nn.Linear(width, 10))
-        )
-        self.config = {"width": width, "depth": depth}  # the keywords that build it again
+class Network(nn.Sequential):  # runs its modules in the order in which they are set
+    def __init__(self, size=64, depth=8):
+        super().__init__(nn.Flatten(), nn.Linear(64, size))
+        self.blocks = nn.Sequential(*(Block(nn.RMSNorm(size), nn.Linear(size, size), nn.GELU()) for _ in range(depth)))
+        self.last = nn.Linear(size, 10)
+        self.config = {"size": size, "depth": depth}  # the keywords that build it again
 
 
 @dataclass(frozen=True, kw_only=True)
 class MyBackbone(tiny.CheckpointBackbone):
-    width: int | None = None
+    size: int | None = None
     depth: int | None = None
 
     @classmethod
