@@ -35,7 +35,7 @@ def wrong(recipe: Path, capsys, *flags: str, command: str = "run") -> str:
         (["--search.stepz", "3"], "search.stepz: unknown key; did you mean 'steps'?"),
         (["--serch.steps", "3"], "serch: unknown key; did you mean 'search'?"),
         (["--trainer.batchsize", "3"], "trainer.batchsize: unknown key; did you mean 'batch_size'?"),
-        (["--backbone", "DiTT"], "backbone: unknown class 'DiTT'; did you mean 'DiT'? (known: DiT)"),
+        (["--backbone", "DiTT"], "backbone: unknown class 'DiTT'; did you mean 'DiT'? (known: DiT, "),
         (["--search.update", "Lora"], "search.update: unknown class 'Lora'; did you mean 'LoRA'?"),
         (["--data", "os.system"], "data: unknown class 'os.system'"),
         (["--evaluate", "[HeldOut]"], "evaluate[0]: unknown class 'HeldOut'; did you mean 'HeldOutLoss'?"),

@@ -119,13 +119,3 @@ assert not heavy, heavy
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-
-
-def test_every_hook_is_documented_and_used() -> None:
-    from tinyfusion_core import hookspecs, plugins
-
-    hooks = {name: f for name, f in vars(hookspecs).items() if name.startswith("tinyfusion_")}
-    assert set(hooks) == set(plugins.HOOKS.values())
-    assert all((f.__doc__ or "").strip() for f in hooks.values())
-    brought = {kind for plugin in plugins.registry().plugins for kind, _ in plugin.brings}
-    assert brought == set(plugins.HOOKS)

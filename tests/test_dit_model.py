@@ -22,7 +22,7 @@ from tinyfusion_dit.model import position_table, sinusoid
 
 SMALL = {"input_size": 8, "hidden_size": 16, "depth": 3, "num_heads": 2, "patch_size": 2, "num_classes": 10}
 FORWARD = 5e-6  # float32 rounding, relative to the largest entry
-MANIFESTS = sorted(GOLDEN.glob("manifests/*_*.json"))
+MANIFESTS = sorted(GOLDEN.glob("manifests/*DiT-*_*.json"))
 
 
 def load_dit(dtype: torch.dtype = torch.float32) -> tuple[Network, dict[str, Tensor], dict[str, Any]]:
@@ -277,11 +277,13 @@ def test_a_folder_of_something_else(tmp_path: Path) -> None:
 
 
 def test_no_checkpoint() -> None:
-    with pytest.raises(UserError, match=r"backbone\.checkpoint: not set.*DiT-XL-2-256x256\.pt from https://dl\.fb"):
+    with pytest.raises(
+        UserError, match=r"backbone\.checkpoint: not set.*official weights .*https://dl\.fb.*DiT-XL-2-256x256\.pt"
+    ):
         DiT(variant="XL/2").build()
     with pytest.raises(UserError, match=r"backbone\.checkpoint: 'a\.pt' does not exist.*DiT-XL-2-512x512\.pt"):
         DiT(variant="XL/2", input_size=64, checkpoint="a.pt").build()
-    with pytest.raises(UserError, match=r"backbone\.checkpoint: not set.*Official weights exist for XL/2 alone"):
+    with pytest.raises(UserError, match=r"backbone\.checkpoint: not set.*official weights \(of XL/2 alone"):
         DiT().build()
 
 

@@ -171,7 +171,7 @@ def test_both_sides_need_images(count: int, tmp_path: Path) -> None:
 def test_missing_files(name: str, tmp_path: Path) -> None:
     folder = write_arrays(tmp_path / "data")
     (tmp_path / "data" / name).unlink()
-    with pytest.raises(UserError, match=f"{name}: no such file"):
+    with pytest.raises(UserError, match=f"data.folder: .* lacks {name}. Put there"):
         Latents(folder=folder, num_held_out=HELD_OUT).train()
 
 

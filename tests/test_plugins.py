@@ -21,6 +21,7 @@ from test_cli import PLUGIN, install
 from tinyfusion_core import hookspecs, plugins
 from tinyfusion_core.cli import main
 from tinyfusion_core.new_plugin import TEMPLATE, new_plugin
+from tinyfusion_core.testing import CHECKS, name_of
 
 EXAMPLE = (TEMPLATE / "my_backbone.py").read_text()
 DOCS = Path(__file__).parent.parent / "docs" / "writing-a-plugin.md"
@@ -70,7 +71,7 @@ def test_switches(site: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     plugins._installed.cache_clear()
     assert {name for name, p in listed(capsys).items() if not p["error"]} == {"flowers", "dit"}
     assert main(["plugins"]) == 0
-    assert "switched off by" in capsys.readouterr().out
+    assert "\nmar: switched off by TINYFUSION_PLUGINS\n" in capsys.readouterr().out
 
 
 def test_a_name_of_two_is_refused_until_one_is_switched_off(
@@ -294,14 +295,39 @@ def test_the_page_shows_the_example_as_it_is() -> None:
     assert len(EXAMPLE.splitlines()) <= 60
 
 
-def test_every_hook_is_documented() -> None:
-    hooks = {name: f for name, f in vars(hookspecs).items() if name.startswith("tinyfusion_")}
-    assert set(hooks) == set(plugins.HOOKS.values())
-    page, tests = DOCS.read_text(), "".join(p.read_text() for p in Path(__file__).parent.rglob("*.py"))
-    for name, f in hooks.items():
+HOOKS = {name: f for name, f in vars(hookspecs).items() if name.startswith("tinyfusion_")}
+
+
+def test_every_hook_is_documented_and_has_a_user() -> None:
+    assert set(HOOKS) == set(plugins.HOOKS.values())
+    root = DOCS.parent.parent
+    users = [*root.glob("plugins/*/__init__.py"), *root.glob("tests/third_party/*/*.py")]
+    code, page = "".join(p.read_text() for p in users), DOCS.read_text()
+    for name, f in HOOKS.items():
         assert (f.__doc__ or "").strip().startswith("Return "), name
         assert f"`{name}`" in page, name
-        assert tests.count(name) >= 1, name
+        assert f"def {name}(" in code, name
+    assert "18 checks" in page
+    for check in CHECKS:
+        assert f"| `{name_of(check)}` | {' '.join((check.__doc__ or '').split())} |" in page
+
+
+@pytest.mark.parametrize("kind", plugins.HOOKS)
+def test_every_hook_brings_its_classes_under_their_names(kind: str, tmp_path: Path) -> None:
+    base = {"backbone": "Planted", "loss": "Match", "data": "DataSource", "metric": "Latency"}[kind]
+    body = "def train(self): ...\n    def held_out(self): ..." if kind == "data" else "pass"
+    (tmp_path / "mine.py").write_text(
+        "import tinyfusion_core as tiny\nfrom tinyfusion_core.data import DataSource\n"
+        "from tinyfusion_core.evaluation import Latency\nfrom toys import Match, Planted\n"
+        f"class Mine({base}):\n    {body}\n"
+        f"@tiny.hookimpl\ndef {plugins.HOOKS[kind]}():\n    return [Mine]\n"
+    )
+    tiny.load_plugin(tmp_path / "mine.py")
+    found = plugins.registry()
+    assert found.find(kind, "Mine").__module__ == "plugin_file_mine"
+    assert (kind, "Mine") in next(p for p in found.plugins if p.name == "mine.py").brings
+    with pytest.raises(tiny.UserError, match="no plugin brings 'Mime'; did you mean 'Mine'"):
+        found.find(kind, "Mime")
 
 
 def test_a_new_plugin_installs_and_passes_its_own_tests(

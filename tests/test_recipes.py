@@ -54,6 +54,42 @@ def test_the_full_size_recipe_has_the_settings_of_the_paper() -> None:
     assert adapted == 6_001_920
 
 
+@pytest.mark.parametrize(
+    ("name", "kept", "before", "after"),
+    [
+        ("sit_xl", "14 of 28 blocks", "675,129,632 parameters, 237.243 GFLOP", "340,457,504 parameters"),
+        ("mar_large_d16", "16 of 32 blocks", "478,326,304 parameters", "276,786,720 parameters"),
+    ],
+)
+def test_the_other_backbones_of_the_paper(name: str, kept: str, before: str, after: str, capsys) -> None:
+    path = ROOT / "recipes" / f"{name}.yaml"
+    recipe = tiny.load_recipe(path)
+    plan = dict(make_plan(recipe).rows)
+    assert plan["keeps"] == kept
+    assert plan["before pruning"].startswith(before)
+    assert plan["after pruning"].startswith(after)
+    assert main(["run", str(path)]) == 2
+    message = capsys.readouterr().err
+    assert message.count("error: ") == 1
+    folder = recipe.settings["data"]["init_args"]["folder"]
+    for part in (
+        "'weights/", "does not exist. Put there the official weights (of ", "https://www.d",
+        f"data.folder: '{folder}' lacks features.npy, labels.npy, metadata.json. Put there the training images",
+    ):  # fmt: skip
+        assert part in message
+
+
+def test_the_weight_update_of_the_reference_reaches_every_linear_of_mar() -> None:
+    recipe = tiny.load_recipe(ROOT / "recipes" / "mar_large_d16.yaml")
+    assert isinstance(recipe.search, Search)
+    assert isinstance(recipe.search.update, tiny.LoRA)
+    with torch.device("meta"):
+        model = recipe.backbone.construct(recipe.backbone.config())
+    linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    assert len(linears) > 100
+    assert all(re.fullmatch(recipe.search.update.targets or "", name) for name in linears)
+
+
 def test_flags_reach_every_depth_and_keep_the_rest() -> None:
     path = ROOT / "recipes" / "quickstart.yaml"
     before = flatten(tiny.load_recipe(path).settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -9,11 +10,13 @@ import torch
 from torch import Tensor
 
 import golden_data
-from golden_data import assert_close_rel, weights
+from golden_data import GOLDEN, assert_close_rel, weights
 from test_dit_model import record
-from tinyfusion_dit.conditional import guided_network
+from tinyfusion_core.errors import UserError
+from tinyfusion_core.randomness import Rng
+from tinyfusion_dit.conditional import guided_network, sample_mean
 from tinyfusion_dit.model import sinusoid
-from tinyfusion_sit import FlowMatching
+from tinyfusion_sit import FlowMatching, SiT
 from tinyfusion_sit.model import SiT as Network
 from tinyfusion_sit.path import coefficients
 
@@ -146,6 +149,101 @@ def test_samplers_are_the_references(kind: str, monkeypatch: pytest.MonkeyPatch)
     assert_close_rel(double, tensors[f"f64.ode.{kind}.euler_final"], 1e-6)
     fine = samples("heun", 200, kind == "cfg", torch.float64)[-1]
     assert_close_rel(fine, tensors[f"f64.ode.{kind}.ref_dopri5_tight"], 1e-3)
+
+
+@pytest.mark.parametrize("size", ["S", "B", "L", "XL"])
+def test_full_size_names_and_shapes(size: str) -> None:
+    manifest = json.loads((GOLDEN / f"manifests/SiT-{size}-2_256.json").read_text())
+    backbone = SiT(variant=f"{size}/2")
+    assert backbone.config().items() >= manifest["config"].items()
+    with torch.device("meta"):
+        model = SiT.construct(backbone.config())
+    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert shapes == manifest["state_dict"]
+    assert sum(p.numel() for p in model.parameters()) == manifest["num_parameters"]
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_heun_converges_faster_than_euler_and_all_paths_end_at_the_data(guided: bool) -> None:
+    _, tensors, _ = load_sit()
+    exact = tensors[f"f64.ode.{'cfg' if guided else 'plain'}.ref_dopri5_tight"]
+    error = {s: (samples(s, 16, guided, torch.float64)[-1] - exact).abs().max() for s in ("euler", "heun")}
+    assert error["heun"] < error["euler"] / 5
+
+
+GAUSS_STD = 0.5
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("prediction", ["velocity", "noise", "score"])
+@pytest.mark.parametrize("sampler", ["heun", "sde"])
+def test_the_exact_network_of_gaussian_data_is_sampled_exactly(path: str, prediction: str, sampler: str) -> None:
+    """Data N(1, 1/4): the best prediction is known, and so is what every sampler must arrive at."""
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        along = coefficients(path, t.double().view(-1, 1, 1, 1))
+        variance = (along.alpha * GAUSS_STD).square() + along.sigma.square()
+        residual = (x - along.alpha) / variance
+        if prediction == "score":
+            return -residual
+        if prediction == "noise":
+            return along.sigma * residual
+        data = 1 + along.alpha * GAUSS_STD**2 * residual
+        return along.d_alpha * data + along.d_sigma * along.sigma * residual
+
+    adapter = FlowMatching(path=path, prediction=prediction, sampler=sampler, sampling_steps=250)
+    rng = Rng(0, "test")
+    start = rng.normal("x_0", torch.empty(64, 1, 8, 8, dtype=torch.float64))
+    with torch.no_grad():
+        *_, last = adapter.trajectory(network, start, lambda i: rng.normal(f"{i}", start))
+    assert abs(last.mean() - 1) < 0.03
+    # The SDE's last step, a mean, makes the samples a little too alike.
+    assert abs(last.std() - GAUSS_STD) < (0.06 if sampler == "sde" else 0.02)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    ("prediction", "weighting"), [("velocity", "none"), ("noise", "velocity"), ("score", "velocity")]
+)
+def test_a_velocity_weighted_error_is_the_error_of_the_velocity(path: str, prediction: str, weighting: str) -> None:
+    torch.manual_seed(0)
+    data, noise, output, t = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2), torch.rand(3)
+    t = 0.1 + 0.8 * t
+    adapter = FlowMatching(path=path, prediction=prediction, weighting=weighting)
+    inputs = adapter.place(data, noise, t)
+    along = coefficients(path, t.view(-1, 1, 1, 1))
+    velocity = along.velocity(prediction, output, inputs["x_t"])
+    target = along.d_alpha * data + along.d_sigma * noise
+    assert_close_rel(adapter.loss(output, inputs), sample_mean((velocity - target).square()), 1e-4)
+
+
+def test_times_stay_inside_of_the_published_intervals() -> None:
+    batch = {"x": torch.zeros(4000, 1, 1, 1), "y": torch.zeros(4000, dtype=torch.long)}
+    for path, prediction, low, high in (
+        ("linear", "velocity", 0, 1), ("vp", "velocity", 0, 1 - 1e-5), ("gvp", "noise", 1e-3, 1 - 1e-3)
+    ):  # fmt: skip
+        adapter = FlowMatching(path=path, prediction=prediction)
+        inputs = adapter.prepare(batch, Rng(0, "times"))
+        assert low <= inputs["t"].min() < low + 2e-3
+        assert high - 2e-3 < inputs["t"].max() <= high
+        assert all(torch.isfinite(value).all() for value in inputs.values())
+        assert abs(inputs["drop"].float().mean() - 0.1) < 0.03
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weighting": "velocity"}, r"loss\.weighting is 'velocity'; expected none with prediction: velocity"),
+        ({"sampling_steps": 1}, r"loss\.sampling_steps is 1; expected at least 2"),
+        ({"sampling_steps": 0, "sampler": "euler"}, r"loss\.sampling_steps is 0; expected at least 1"),
+        ({"last_step": 1.0}, r"loss\.last_step is 1\.0"),
+        ({"label_drop": -1.0}, r"loss\.label_drop is -1\.0"),
+        ({"guided_channels": -1}, r"loss\.guided_channels is -1"),
+    ],
+)
+def test_impossible_settings(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        FlowMatching(**options)
 
 
 def test_euler_is_that_of_diffusers() -> None:

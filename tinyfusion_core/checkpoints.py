@@ -52,9 +52,9 @@ class CheckpointBackbone(Backbone):
     def network(cls) -> type[nn.Module]:
         """The network's class; imported here, so that listing plugins stays fast."""
 
-    def official(self) -> str:
-        """A sentence that says which file of published weights to get, and where."""
-        return ""
+    def official(self) -> str | None:
+        """What to call the published weights that fit the backbone, and where they are."""
+        return None
 
     def build(self) -> nn.Module:
         """Draws nothing from the global generator."""
@@ -141,12 +141,12 @@ class CheckpointBackbone(Backbone):
             return folder / "model.safetensors"
         if self.checkpoint is not None and Path(self.checkpoint).is_file():
             return Path(self.checkpoint)
-        problem = "not set" if self.checkpoint is None else f"'{self.checkpoint}' does not exist"
-        included = sorted(p.parent.name for p in self.shipped.glob("*/config.json")) if self.shipped else []
+        problem = "not set. Name" if self.checkpoint is None else f"'{self.checkpoint}' does not exist. Put there"
+        official = f"{self.official()}, or any other" if self.official() else "a"
+        names = ", ".join(sorted(p.parent.name for p in self.shipped.glob("*/config.json"))) if self.shipped else ""
         raise MissingFileError(
-            f"backbone.checkpoint: {problem}. Expected a .pt, .pth or .safetensors file, or a folder with "
-            f"config.json and model.safetensors. {self.official()}"
-            + (f" Included here: {', '.join(included)}." if included else "")
+            f"backbone.checkpoint: {problem} {official} .pt, .pth or .safetensors file, or a folder with config.json "
+            f"and model.safetensors.{f' Included here: {names}.' if names else ''}"
         )
 
     def _saved(self, folder: Path, key: str) -> dict[str, Any]:

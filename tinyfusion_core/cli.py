@@ -169,11 +169,15 @@ def _plugins(options: argparse.Namespace, flags: list[str]) -> int:
     if options.json:
         print(json.dumps([dataclasses.asdict(p) for p in plugins], indent=2))
         return 0
-    table = Table("plugin", "kind", "brings", "module", "distribution", "version")
+    table = Table("plugin", "kind", "brings", "module", "distribution")
     for p in plugins:
-        for kind, name in p.brings or [("error", p.error or "nothing")]:
-            table.add_row(p.name, kind, name, p.module, p.distribution, p.version)
-    Console(highlight=False).print(table)
+        for kind, name in p.brings or [("left out", "")]:
+            table.add_row(p.name, kind, name, p.module, f"{p.distribution} {p.version}")
+    console = Console(highlight=False)
+    console.print(table)
+    for p in plugins:
+        if p.error:
+            console.print(f"{p.name}: {p.error}", soft_wrap=True, markup=False)
     return 0
 
 

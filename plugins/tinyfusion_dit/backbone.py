@@ -38,7 +38,6 @@ class DiT(CheckpointBackbone):
         num_classes: number of labels.
         learn_sigma: whether the network predicts a variance too.
         mlp_act: activation of the MLPs, "gelu_tanh" or "silu".
-        licence: licence of the checkpoint, for the model card.
     """
 
     #: Table 1 of the paper; "XL/2" is size XL with patches of 2.
@@ -68,11 +67,9 @@ class DiT(CheckpointBackbone):
 
         return Network
 
-    def official(self) -> str:
-        side = {None: "256x256", 32: "256x256", 64: "512x512"}.get(self.input_size)
-        if self.variant == "XL/2" and side:
-            return f"The official weights are the file DiT-XL-2-{side}.pt from {_OFFICIAL}."
-        return f"Official weights exist for XL/2 alone (DiT-XL-2-256x256.pt from {_OFFICIAL})."
+    def official(self) -> str | None:
+        side = "512x512" if self.input_size == 64 else "256x256"
+        return f"the official weights (of XL/2 alone: {_OFFICIAL}DiT-XL-2-{side}.pt)"
 
     def blocks(self, model: nn.Module) -> Sequence[str]:
         return ["blocks.*"]

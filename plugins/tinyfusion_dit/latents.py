@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -22,6 +23,9 @@ from tinyfusion_core.randomness import generator
 
 Indices = NDArray[np.int64]
 FORMAT_VERSION = 1
+_NEEDED = ("features.npy", "labels.npy")
+_STATED = ("vae", "scale", "kind")
+"""What metadata.json says of the latents, and the recipe may state too."""
 
 
 class _Store(Protocol):
@@ -59,7 +63,7 @@ class _LatentSource(DataSource):
 
     def _split(self, held_out: bool) -> LatentSamples:
         store, metadata = self._opened
-        for key in ("vae", "scale", "kind"):
+        for key in _STATED:
             stated, found = getattr(self, key), metadata.get(key)
             if None not in (stated, found) and stated != found:
                 raise UserError(f"data.{key} is {stated!r} in the recipe, but the latents were made with {found!r}")
@@ -97,8 +101,17 @@ class Latents(_LatentSource):
 
     def _open(self) -> tuple[_Store, dict[str, Any]]:
         path = Path(self.folder) / "metadata.json"
+        if missing := [name for name in (*_NEEDED, path.name) if not (path.parent / name).is_file()]:
+            made = f" of {self.vae}" if self.vae else ""
+            stated = {"vae": self.vae, "scale": self.scale, "kind": self.kind or "sample"}
+            raise MissingFileError(
+                f"data.folder: '{self.folder}' lacks {', '.join(missing)}. Put there the training images, encoded once "
+                f"by the autoencoder{made}: features.npy (images, channels, height, width), labels.npy (images,), for "
+                "mirrored images flipped.npy, and metadata.json: "
+                + json.dumps({"format_version": FORMAT_VERSION, **stated})
+            )
         metadata = _metadata(path)
-        for key in ("vae", "scale", "kind"):
+        for key in _STATED:
             if getattr(self, key) is not None and key not in metadata:
                 raise UserError(
                     f"{path}: does not say '{key}', which the recipe states; add it, or set data.{key}: null"

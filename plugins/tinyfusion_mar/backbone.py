@@ -46,7 +46,6 @@ class MAR(CheckpointBackbone):
         buffer_size: slots in front of the tokens that hold the label.
         head_width: width of the diffusion head.
         head_depth: number of residual blocks of the diffusion head.
-        licence: licence of the checkpoint, for the model card.
     """
 
     variants = {
@@ -84,9 +83,9 @@ class MAR(CheckpointBackbone):
 
         return model.MAR
 
-    def official(self) -> str:
+    def official(self) -> str | None:
         links = _OFFICIAL if self.variant is None else {self.variant: _OFFICIAL[self.variant]}
-        return f"The official weights (of the same name for every size): {', '.join(links.values())}."
+        return f"the official weights ({', '.join(f'of {name}: {link}' for name, link in links.items())})"
 
     def blocks(self, model: nn.Module) -> Sequence[str]:
         return ["encoder_blocks.*", "decoder_blocks.*"]
