@@ -19,6 +19,7 @@ import tinyfusion_core as tiny
 from small_run import run
 from test_cli import PLUGIN, install
 from tinyfusion_core import hookspecs, plugins
+from tinyfusion_core.cells import _described
 from tinyfusion_core.cli import main
 from tinyfusion_core.new_plugin import TEMPLATE, new_plugin
 from tinyfusion_core.testing import CHECKS, name_of
@@ -79,7 +80,7 @@ def test_a_name_of_two_is_refused_until_one_is_switched_off(
 ) -> None:
     install(site, "otherdigits", PLUGIN.format(name="Digits"))
     assert main(["plugins"]) == 2
-    message = "plugins 'images' and 'otherdigits' both bring a data named 'Digits'; switch one of them off"
+    message = "plugins 'images' and 'otherdigits' both bring a data named 'Digits' (tinyfusion_register_data); switch"
     assert message in capsys.readouterr().err
     monkeypatch.setenv("TINYFUSION_BLOCK", "otherdigits")
     assert listed(capsys)["images"]["brings"]
@@ -134,7 +135,7 @@ def test_hooks_that_are_wrong(before: str, after: str, message: str, tmp_path: P
 def test_a_file_without_hooks_or_with_names_of_others(tmp_path: Path) -> None:
     assert "has none of the hooks tinyfusion_register_backbones" in wrong("x = 1", tmp_path)
     message = wrong(EXAMPLE.replace("MyBackboneLoss", "FlowMatching"), tmp_path)
-    assert "plugins 'sit' and 'wrong.py' both bring a loss named 'FlowMatching'" in message
+    assert "plugins 'sit' and 'wrong.py' both bring a loss named 'FlowMatching' (tinyfusion_register_losses)" in message
     with pytest.raises(tiny.UserError, match=r"no_such\.py: No such file"):
         tiny.load_plugin(tmp_path / "no_such.py")
 
@@ -277,6 +278,7 @@ def test_a_file_is_run_once_and_takes_the_place_of_its_elder(tmp_path: Path) -> 
     assert second is not first
     assert second().config() == {"size": 64, "depth": 6}
     assert plugins.record_of(first) == {}
+    assert _described(second) == ["plugin_file_mine.MyBackbone", plugins.record_of(second)["sha256"]]  # for compare
     (listed,) = (p for p in plugins.registry().plugins if p.name == "mine.py")
     assert (listed.distribution, listed.module) == ("file", str(path))
     path.write_text("raise RuntimeError('half-written')")

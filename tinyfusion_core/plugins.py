@@ -274,7 +274,7 @@ def _joined(found: Registry, plugin: Plugin, classes: Mapping[str, Mapping[str, 
         for kind, name in plugin.brings:
             if (kind, name) in other.brings:
                 raise UserError(
-                    f"plugins '{other.name}' and '{plugin.name}' both bring a {kind} named '{name}'; "
+                    f"plugins '{other.name}' and '{plugin.name}' both bring a {kind} named '{name}' ({HOOKS[kind]}); "
                     f"switch one of them off ({BLOCKED}={other.name}), uninstall it, or rename the class"
                 )
     merged = {kind: {**known, **classes.get(kind, {})} for kind, known in found.classes.items()}
