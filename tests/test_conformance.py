@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from tinyfusion_core.backbone import Backbone
 from tinyfusion_core.cli import main
+from tinyfusion_core.conformance import CHECKS, check_light_import
 from tinyfusion_core.errors import UserError
 from tinyfusion_core.losses import LossAdapter
 from tinyfusion_core.plugins import registry
-from tinyfusion_core.testing import CHECKS, check_light_import, name_of, pairs_of, parametrize_with_checks, run_check
+from tinyfusion_core.testing import name_of, pairs_of, parametrize_with_checks, run_check
 from toys import Chain, Match, Planted
 
 WORKING = Planted(scales=(1, 1, 1, 1))

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from tinyfusion_core.backbone import Stream, expand
 from tinyfusion_core.calls import named_batch_dims, probed_batch_dims
+from tinyfusion_core.conformance import dense_formula
 from tinyfusion_core.errors import UserError
 from tinyfusion_core.gating import Gates
-from tinyfusion_core.testing import dense_formula
 from toys import Block, DoubleNet, Net
 
 BATCH, TOKENS, WIDTH = 6, 5, 8

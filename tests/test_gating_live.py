@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from tinyfusion_core.backbone import Stream, expand
 from tinyfusion_core.calls import probed_batch_dims
+from tinyfusion_core.conformance import dense_formula
 from tinyfusion_core.gating import Gates
-from tinyfusion_core.testing import dense_formula
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of other libraries
 

@@ -21,8 +21,9 @@ from test_cli import PLUGIN, install
 from tinyfusion_core import hookspecs, plugins
 from tinyfusion_core.cells import _described
 from tinyfusion_core.cli import main
+from tinyfusion_core.conformance import CHECKS
 from tinyfusion_core.new_plugin import TEMPLATE, new_plugin
-from tinyfusion_core.testing import CHECKS, name_of
+from tinyfusion_core.testing import name_of
 
 EXAMPLE = (TEMPLATE / "my_backbone.py").read_text()
 DOCS = Path(__file__).parent.parent / "docs" / "writing-a-plugin.md"
