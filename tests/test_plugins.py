@@ -24,6 +24,7 @@ from tinyfusion_core.cli import main
 from tinyfusion_core.conformance import CHECKS
 from tinyfusion_core.new_plugin import TEMPLATE, new_plugin
 from tinyfusion_core.testing import name_of
+from tinyfusion_dit import DiT
 
 EXAMPLE = (TEMPLATE / "my_backbone.py").read_text()
 DOCS = Path(__file__).parent.parent / "docs" / "writing-a-plugin.md"
@@ -83,8 +84,10 @@ def test_a_name_of_two_is_refused_until_one_is_switched_off(
     assert main(["plugins"]) == 2
     message = "plugins 'images' and 'otherdigits' both bring a data named 'Digits' (tinyfusion_register_data); switch"
     assert message in capsys.readouterr().err
+    assert plugins.record_of(DiT) == {}  # a network can be saved all the same
     monkeypatch.setenv("TINYFUSION_BLOCK", "otherdigits")
     assert listed(capsys)["images"]["brings"]
+    assert plugins.record_of(DiT)["distribution"] == "tinyfusion"
 
 
 def test_two_packages_with_a_plugin_of_one_name(site: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -87,7 +87,7 @@ class Backbone(ABC):
     def tiny(cls) -> "Backbone":
         """An instance that runs in milliseconds, every weight random and none zero; for the conformance checks."""
 
-    def paths(self, model: nn.Module) -> list[str]:
+    def block_paths(self, model: nn.Module) -> list[str]:
         """Paths of all blocks in execution order: what `blocks` says, written out and checked.
 
         Raises:

@@ -93,13 +93,13 @@ class Subject:
     def pruned(self, removed: Sequence[int]) -> nn.Module:
         """The network without these blocks."""
         model = self.backbone.build()
-        blocks = self.backbone.paths(model)
+        blocks = self.backbone.block_paths(model)
         remove_blocks(self.backbone, model, [blocks[i] for i in removed])
         return model.eval()
 
     def every_other(self) -> list[int]:
         """Indices of blocks that can all be removed together: every second one, the first stays."""
-        return list(range(1, len(self.backbone.paths(self.backbone.build())), 2))
+        return list(range(1, len(self.backbone.block_paths(self.backbone.build())), 2))
 
 
 Check = Callable[[Subject], None]
@@ -121,7 +121,7 @@ def check_tiny(subject: Subject) -> None:
 def check_blocks(subject: Subject) -> None:
     """Blocks exist, are children of lists, each named once, none inside another, in the order in which they run."""
     model = subject.backbone.build()
-    blocks, name = subject.backbone.paths(model), f"{type(subject.backbone).__name__}.blocks"
+    blocks, name = subject.backbone.block_paths(model), f"{type(subject.backbone).__name__}.blocks"
     _hold(len(blocks) >= 2, f"{name} names {len(blocks)} block(s) of the tiny network; it needs 2 or more")
     for path in blocks:
         parent = model.get_submodule(path.rpartition(".")[0])
@@ -142,7 +142,7 @@ def check_streams(subject: Subject) -> None:
     """Every block gives its streams back in the shape and dtype in which they came."""
     model = subject.backbone.build()
 
-    with watched_streams(model, subject.backbone.paths(model), subject.backbone.streams) as seen:
+    with watched_streams(model, subject.backbone.block_paths(model), subject.backbone.streams) as seen:
         _no_grad_losses(subject, model)
     for passage in seen:
         _hold(passage.before == passage.after, str(passage))
@@ -165,7 +165,7 @@ def check_hard_gated_is_pruned(subject: Subject) -> None:
     """Skipping blocks by a mask gives what removing them and `after_prune` give: each alone, and every second one."""
     model, inputs = subject.backbone.build(), subject.inputs()
     alone = [
-        [i] for members in block_lists(subject.backbone.paths(model)).values() if len(members) > 1 for i in members
+        [i] for members in block_lists(subject.backbone.block_paths(model)).values() if len(members) > 1 for i in members
     ]
     for removed in [*alone, subject.every_other()]:
         with subject.gates(model) as gates, torch.no_grad():
@@ -202,10 +202,10 @@ def check_nobody_keeps_a_block(subject: Subject) -> None:
     model, inputs = subject.backbone.build(), subject.inputs()
     subject.loss.losses(model, inputs).sum().backward()  # type: ignore[no-untyped-call]
     trained = {id(p) for p in model.parameters() if p.grad is not None}
-    for j, path in enumerate(subject.backbone.paths(model)):
+    for j, path in enumerate(subject.backbone.block_paths(model)):
         own = _own_parameters(model, path)
         for learning in (True, False):
-            mask = _random_mask(len(subject.backbone.paths(model)))
+            mask = _random_mask(len(subject.backbone.block_paths(model)))
             mask[:, j - 1], mask[:, j] = 1, 0
             model.zero_grad(set_to_none=True)
             with subject.gates(model) as gates:
@@ -228,7 +228,7 @@ def check_every_block_learns(subject: Subject) -> None:
         subject.loss.losses(model, inputs).sum().backward()  # type: ignore[no-untyped-call]
         of_gates = gates.mask.grad
     assert of_gates is not None
-    for j, path in enumerate(subject.backbone.paths(model)):
+    for j, path in enumerate(subject.backbone.block_paths(model)):
         grads = [p.grad for p in model.get_submodule(path).parameters() if p.grad is not None]
         _hold(any(bool(g.any()) for g in grads), f"the loss gives no weight of block '{path}' a gradient")
         _hold(bool(of_gates[:, j].any()), f"the loss does not depend on whether block '{path}' is kept")
@@ -237,7 +237,7 @@ def check_every_block_learns(subject: Subject) -> None:
 def check_sparse_is_dense(subject: Subject) -> None:
     """Losses, weight and gate gradients are those of the dense formula `m * f(x) + (1 - m) * x`."""
     model, inputs = subject.backbone.build(), subject.inputs()
-    blocks = subject.backbone.paths(model)
+    blocks = subject.backbone.block_paths(model)
     mask = (
         (torch.rand(NUM_ROWS, len(blocks), generator=generator("conformance", "mask")) < 0.5).float().requires_grad_()
     )
@@ -314,7 +314,7 @@ def check_same_inputs(subject: Subject) -> None:
     teacher, student = subject.backbone.build(), subject.pruned(subject.every_other())
     inputs, name = subject.inputs(), f"{type(subject.loss).__name__}.predict"
     before = copy.deepcopy(inputs)
-    path = subject.backbone.paths(teacher)[0]  # which both have, with nothing removed before it
+    path = subject.backbone.block_paths(teacher)[0]  # which both have, with nothing removed before it
 
     def entering(model: nn.Module, seed: int) -> list[Tensor]:
         _seed_everything(seed)
@@ -382,10 +382,10 @@ def check_meta_device(subject: Subject) -> None:
 def check_taps(subject: Subject) -> None:
     """The outputs of matched blocks of teacher and student can be had, and have the same shapes."""
     teacher, removed = subject.backbone.build(), subject.every_other()
-    blocks, student, inputs = subject.backbone.paths(teacher), subject.pruned(removed), subject.inputs()
+    blocks, student, inputs = subject.backbone.block_paths(teacher), subject.pruned(removed), subject.inputs()
     kept = tuple(i for i in range(len(blocks)) if i not in removed)
     taps = derive_taps(Decision(blocks=tuple(blocks), kept=kept, method="Keep"))
-    ours = subject.backbone.paths(student)
+    ours = subject.backbone.block_paths(student)
     with torch.no_grad(), captured(student, [ours[s] for s, _ in taps], subject.backbone.streams) as found:
         subject.loss.predict(student, inputs)
     with torch.no_grad(), captured(teacher, [blocks[t] for _, t in taps], subject.backbone.streams) as expected:

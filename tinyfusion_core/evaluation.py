@@ -67,7 +67,7 @@ class Size(Metric):
         flops: dict[str, float | None] = {}
         note = "one forward pass, one sample; counted by torch on the meta device"
         for name, model in models.items():
-            blocks[name] = len(task.backbone.paths(model))
+            blocks[name] = len(task.backbone.block_paths(model))
             parameters[name] = sum(p.numel() for p in model.parameters())
             count = count_flops(task.backbone, task.loss, task.backbone.config(model))
             flops[name] = count if isinstance(count, int) else None

@@ -33,19 +33,31 @@ hookimpl = pluggy.HookimplMarker("tinyfusion")
 
 @hookspec
 def tinyfusion_register_backbones() -> Sequence[type[Backbone]]:  # type: ignore[empty-body]
-    """Return the model families, for `backbone:` in a recipe."""
+    """Return the model families, subclasses of `Backbone`, for `backbone:` in a recipe.
+
+    Fires once, without arguments, when plugins are loaded. See above for what the host raises.
+    """
 
 
 @hookspec
 def tinyfusion_register_losses() -> Sequence[type[LossAdapter]]:  # type: ignore[empty-body]
-    """Return the objectives, for `loss:` in a recipe."""
+    """Return the objectives, subclasses of `LossAdapter`, for `loss:` in a recipe.
+
+    Fires once, without arguments, when plugins are loaded. See above for what the host raises.
+    """
 
 
 @hookspec
 def tinyfusion_register_data() -> Sequence[type[DataSource]]:  # type: ignore[empty-body]
-    """Return the data sources, for `data:` in a recipe."""
+    """Return the data sources, subclasses of `DataSource`, for `data:` in a recipe.
+
+    Fires once, without arguments, when plugins are loaded. See above for what the host raises.
+    """
 
 
 @hookspec
 def tinyfusion_register_metrics() -> Sequence[type[Any]]:  # type: ignore[empty-body]
-    """Return measurements, subclasses of `tinyfusion_core.evaluation.Metric`, for `evaluate:` in a recipe."""
+    """Return measurements, subclasses of `tinyfusion_core.evaluation.Metric`, for `evaluate:` in a recipe.
+
+    Fires once, without arguments, when plugins are loaded. See above for what the host raises.
+    """

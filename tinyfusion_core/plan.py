@@ -97,7 +97,7 @@ def _stages(plan: Plan, recipe: Recipe) -> None:
 
 def _round(plan: Plan, recipe: Recipe, prefix: str, step: Round, model: nn.Module) -> nn.Module:
     """Plan one search and recovery; returns the pruned network."""
-    blocks = recipe.backbone.paths(model)
+    blocks = recipe.backbone.block_paths(model)
     decision = step.search.preview(blocks)
     plan.rows.append((f"{prefix}keeps", f"{len(decision.kept)} of {len(blocks)} blocks"))
     if isinstance(step.search, Search):
@@ -141,7 +141,7 @@ def _on_meta(recipe: Recipe) -> tuple[nn.Module, list[str]]:
     """The network and the paths of its blocks."""
     with torch.device("meta"):
         model = recipe.backbone.construct(recipe.backbone.config())
-    return model, recipe.backbone.paths(model)
+    return model, recipe.backbone.block_paths(model)
 
 
 def _training(recipe: Recipe, stage: Recover) -> str:
@@ -182,7 +182,7 @@ def _metrics(plan: Plan, recipe: Recipe) -> None:
 def _fit_together(recipe: Recipe, model: nn.Module) -> None:
     """Raise UserError when the loss cannot take what the network gives."""
     inputs = recipe.loss.prepare(recipe.backbone.example(2), Rng(0, "plan"))
-    blocks = recipe.backbone.paths(model)
+    blocks = recipe.backbone.block_paths(model)
     try:
         with torch.no_grad():
             on_meta = {name: t.to("meta") for name, t in inputs.items()}

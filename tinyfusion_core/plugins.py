@@ -173,8 +173,12 @@ def record_of(cls: type[Any]) -> dict[str, str]:
     for file, _, classes in _files.values():
         if any(cls in named.values() for named in classes.values()):
             return {"file": file.name, "sha256": file.sha256}
-    for plugin in _installed().plugins:
-        if any(_installed().classes[kind].get(name) is cls for kind, name in plugin.brings):
+    try:
+        installed = _installed()
+    except UserError:  # names that collide are no reason to lose a network that is about to be saved
+        return {}
+    for plugin in installed.plugins:
+        if any(installed.classes[kind].get(name) is cls for kind, name in plugin.brings):
             return {"distribution": plugin.distribution, "version": plugin.version}
     return {}
 

@@ -46,7 +46,7 @@ def remove_blocks(backbone: Backbone, model: nn.Module, removed: Sequence[str]) 
         UserError: a block is the child of something else.
     """
     kept: dict[str, list[int]] = {}
-    for path in block_lists(backbone.paths(model)):
+    for path in block_lists(backbone.block_paths(model)):
         container = model.get_submodule(path)
         if not isinstance(container, (nn.ModuleList, nn.Sequential)):
             raise UserError(f"'{path or 'the network itself'}' is a {type(container).__name__}; blocks live in lists")

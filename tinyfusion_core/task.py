@@ -55,7 +55,7 @@ class Task:
     @cached_property
     def blocks(self) -> list[str]:
         """Paths of all blocks, in execution order."""
-        return self.backbone.paths(self.teacher)
+        return self.backbone.block_paths(self.teacher)
 
     @property
     def lists(self) -> dict[str, int]:
