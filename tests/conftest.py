@@ -15,6 +15,9 @@ import yaml
 
 from small_run import RECIPE
 
+pytest_plugins = ["pytester"]
+collect_ignore = ["third_party"]  # packages of their own, tested where they are installed
+
 
 @pytest.fixture(autouse=True)
 def _reproducible() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tinyfusion_core.backbone import Stream, expand
 from tinyfusion_core.calls import named_batch_dims, probed_batch_dims
+from tinyfusion_core.conformance import dense_formula
 from tinyfusion_core.distill import captured
 from tinyfusion_core.errors import UserError
 from tinyfusion_core.gating import Gates
@@ -29,20 +30,8 @@ def make(batch: int = BATCH, tokens: int = TOKENS, **options):
 
 
 def dense(net: Net, blocks: list[str], mask: Tensor, x: Tensor, c: Tensor) -> Tensor:
-    """The formula of the paper, by forward hooks: every block computed, x*(1-m) + f(x)*m."""
-    hooks = []
-    for j, path in enumerate(blocks):
-
-        def hook(module, args, kwargs, output, m=mask[:, j]):
-            before = kwargs.get("x", args[0] if args else None)
-            m = m.view(-1, *[1] * (before.ndim - 1))
-            return output * m + before * (1 - m)
-
-        hooks.append(net.get_submodule(path).register_forward_hook(hook, with_kwargs=True))
-    out = net(x, c)
-    for h in hooks:
-        h.remove()
-    return out
+    with dense_formula(net, blocks, mask):
+        return net(x, c)
 
 
 def some_masks(num_blocks: int) -> list[Tensor]:

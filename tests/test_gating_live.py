@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from tinyfusion_core.backbone import Stream, expand
 from tinyfusion_core.calls import probed_batch_dims
+from tinyfusion_core.conformance import dense_formula
 from tinyfusion_core.gating import Gates
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of other libraries
@@ -34,7 +35,7 @@ def llama():
         mask[0, :2] = 0  # padding, so that the layers get a mask with a batch dimension
         return model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
 
-    return model, expand(model, ["model.layers.*"]), run, [Stream("hidden_states")], (0,)
+    return model, expand(model, ["model.layers.*"]), run, [Stream("hidden_states")]
 
 
 def flux():
@@ -59,31 +60,12 @@ def flux():
         ).sample
 
     streams = [Stream("hidden_states", 1), Stream("encoder_hidden_states", 0)]
-    return model, expand(model, ["transformer_blocks.*", "single_transformer_blocks.*"]), run, streams, (1, 0)
-
-
-def dense(model: nn.Module, blocks: list[str], mask: Tensor, run, streams: list[Stream], outputs: tuple[int, ...]):
-    """The published formula by forward hooks, for one stream or two."""
-    hooks = []
-    for j, path in enumerate(blocks):
-
-        def hook(module, args, kwargs, output, m=mask[:, j, None, None]):
-            before = [kwargs.get(s.argument, args[0] if args else None) for s in streams]
-            after = list(output) if isinstance(output, tuple) else [output]
-            for x, i in zip(before, outputs, strict=True):
-                after[i] = after[i] * m + x * (1 - m)
-            return tuple(after) if isinstance(output, tuple) else after[0]
-
-        hooks.append(model.get_submodule(path).register_forward_hook(hook, with_kwargs=True))
-    out = run(len(mask))
-    for h in hooks:
-        h.remove()
-    return out
+    return model, expand(model, ["transformer_blocks.*", "single_transformer_blocks.*"]), run, streams
 
 
 @pytest.mark.parametrize("make", [llama, flux])
 def test_identities(make) -> None:
-    model, blocks, run, streams, outputs = make()
+    model, blocks, run, streams = make()
     # 21 rows: as many as Flux has tokens, whose rotary tables have no batch dimension.
     rows = 21
     dims = probed_batch_dims(model, blocks, run)
@@ -92,9 +74,8 @@ def test_identities(make) -> None:
     mask[:, 1], mask[:, 2] = 0, 1
     mask.requires_grad_()
     parameters = [p for path in blocks for p in model.get_submodule(path).parameters()]
-    expected = torch.autograd.grad(
-        dense(model, blocks, mask, run, streams, outputs).square().mean(), [mask, *parameters], allow_unused=True
-    )
+    with dense_formula(model, blocks, mask, streams):
+        expected = torch.autograd.grad(run(rows).square().mean(), [mask, *parameters], allow_unused=True)
     hard = [float(i % 2 == 0) for i in range(len(blocks))]
     with Gates(model, blocks, dims, streams) as gates:
         gates.mask = torch.ones(rows, len(blocks))

@@ -24,7 +24,7 @@ from tinyfusion_dit.diffusion import GaussianDiffusion
 from tinyfusion_dit.process import Process, cosine_betas, even_steps, strided_steps
 from tinyfusion_mar import MAR, MaskedTokenDiffusion
 from tinyfusion_mar import model as networks
-from tinyfusion_mar.model import patchify, take, unpatchify
+from tinyfusion_mar.tokens import patchify, take, unpatchify
 
 ONE_PASS, MULTI_STEP = 1e-5, 2e-5
 OFFICIAL_NAMES = {

@@ -8,22 +8,43 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import tinyfusion_core as tiny
 from tinyfusion_core.cli import _COMMANDS, _parser, main
+from toys import Residual
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(Residual(8, 1.0) for _ in range(4)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+
+def test_the_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, own = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     names: dict = {}
-    exec(code.replace("steps=300", "steps=3").replace("steps=400", "steps=3"), names)
+    short = {"steps=300": "steps=3", "steps=400": "steps=3"}
+    for text, less in short.items():
+        whole, own = whole.replace(text, less), own.replace(text, less)
+    exec(whole, names)
     assert len(names["decision"].kept) == 4
     again = tiny.load_pretrained("student")
     assert all(torch.equal(v, names["student"].state_dict()[k]) for k, v in again.state_dict().items())
+
+    # The second goes on from the first, with a network of the reader's.
+    assert len(own.strip().splitlines()) <= 12
+    names |= {"model": Stack(), "x": torch.randn(128, 8), "y": torch.arange(128) % 8}
+    exec(own, names)
+    assert len(names["student"].layers) == 2
+    assert len(names["model"].layers) == 4
 
 
 def test_the_commands_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .backbone import Backbone as Backbone
+    from .backbone import Batch as Batch
     from .backbone import Stream as Stream
     from .calibration import Calibrated as Calibrated
     from .calibration import Calibration as Calibration
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from .distill import MaskedKD as MaskedKD
     from .distill import OutputKD as OutputKD
     from .distill import derive_taps as derive_taps
+    from .embedding import wrap as wrap
     from .errors import UserError as UserError
     from .evaluation import Frechet as Frechet
     from .evaluation import HeldOutLoss as HeldOutLoss
@@ -42,7 +44,10 @@ if TYPE_CHECKING:
     from .finals import Finals as Finals
     from .findings import Findings as Findings
     from .gating import Gates as Gates
+    from .hookspecs import API_VERSION as API_VERSION
+    from .hookspecs import hookimpl as hookimpl
     from .losses import LossAdapter as LossAdapter
+    from .plugins import load_plugin as load_plugin
     from .pruning import load_pretrained as load_pretrained
     from .pruning import prune as prune
     from .pruning import push_to_hub as push_to_hub
@@ -76,7 +81,7 @@ if TYPE_CHECKING:
     from .trainer import Trainer as Trainer
 
 _HOMES = {
-    "backbone": ("Backbone", "Stream"),
+    "backbone": ("Backbone", "Batch", "Stream"),
     "calibration": ("Calibrated", "Calibration"),
     "checkpoints": ("CheckpointBackbone",),
     "comparison": ("Audit", "Compare"),
@@ -85,13 +90,16 @@ _HOMES = {
     "data": ("DataSource", "Tensors"),
     "decision": ("Decision",),
     "distill": ("MaskedKD", "OutputKD", "derive_taps"),
+    "embedding": ("wrap",),
     "errors": ("UserError",),
     "evaluation": ("Frechet", "HeldOutLoss", "Latency", "Measurement", "Metric", "check_teacher", "evaluate"),
     "export": ("export_run",),
     "finals": ("Finals",),
     "findings": ("Findings",),
     "gating": ("Gates",),
+    "hookspecs": ("API_VERSION", "hookimpl"),
     "losses": ("LossAdapter",),
+    "plugins": ("load_plugin",),
     "pruning": ("load_pretrained", "prune", "push_to_hub", "save_pretrained"),
     "randomness": ("Rng",),
     "recipe": ("load_recipe",),

@@ -110,6 +110,17 @@ class Backbone(ABC):
     def tiny(cls) -> "Backbone":
         """An instance that runs in milliseconds, every weight random and none zero; for the conformance checks."""
 
+    def block_paths(self, model: nn.Module) -> list[str]:
+        """Paths of all blocks in execution order: what `blocks` says, written out and checked.
+
+        Raises:
+            UserError: a path does not exist, is named twice or lies inside of another.
+        """
+        try:
+            return expand(model, self.blocks(model))
+        except UserError as e:
+            raise UserError(f"{owner(self)}: blocks: {e}") from None
+
     def source(self) -> dict[str, Any]:
         """Where the pretrained weights come from, for the record: `checkpoint`, `sha256`, `licence`."""
         return {}
@@ -144,11 +155,16 @@ class Backbone(ABC):
         return model
 
 
+def owner(thing: object) -> str:
+    """The class of a backbone or a loss and the module of the plugin that brings it, to begin a message with."""
+    return f"{type(thing).__name__} (of {type(thing).__module__})"
+
+
 def expand(model: nn.Module, paths: Sequence[str]) -> list[str]:
     """Replace every `"list.*"` by the paths of the list's children and check that each path leads to a module.
 
     Raises:
-        UserError: a path does not exist, or the same block is named twice.
+        UserError: a path does not exist, the same block is named twice, or one lies inside of another.
     """
     out: list[str] = []
     for path in paths:
@@ -156,11 +172,16 @@ def expand(model: nn.Module, paths: Sequence[str]) -> list[str]:
         try:
             module = model.get_submodule(parent)
         except AttributeError as e:
-            raise UserError(f"block path '{path}': {type(model).__name__} has no module '{parent}' ({e})") from None
+            raise UserError(
+                f"block path '{path}': {type(model).__name__} has no module '{parent}' ({e}); name one that it has"
+            ) from None
         out += [f"{parent}.{name}" for name, _ in module.named_children()] if star else [parent]
     if len(set(out)) != len(out):
         twice = sorted({p for p in out if out.count(p) > 1})
-        raise UserError(f"block path(s) named twice: {', '.join(twice)}")
+        raise UserError(f"block path(s) named twice: {', '.join(twice)}; name every block once")
+    for path in out:
+        if inside := [other for other in out if other.startswith(f"{path}.")]:
+            raise UserError(f"block path '{inside[0]}' lies inside of '{path}'; name one of the two")
     return out
 
 

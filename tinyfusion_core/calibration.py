@@ -151,7 +151,7 @@ class Calibration:
 
     def _losses(self, inputs: dict[str, Tensor]) -> Tensor:
         with self.trainer.accelerator.autocast():
-            return self.task.loss.loss(self.task.loss.predict(self.task.teacher, inputs), inputs)
+            return self.task.loss.losses(self.task.teacher, inputs)
 
     def _gates(self) -> Gates:
         return Gates(self.task.teacher, self.task.blocks, self._batch_dim, self.task.backbone.streams)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten_with_path, tree_unflatten
 
-from .backbone import Stream
+from .backbone import Stream, Streams, streams_of
 from .errors import UserError
 
 BatchDim = Callable[[str, str], "int | None"]
@@ -58,6 +61,56 @@ class Call:
         some = [v if d is None else v.index_select(d, rows) for v, d in zip(self.leaves, self.dims, strict=True)]
         args, kwargs = tree_unflatten(some, self.spec)
         return self.plain(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Passage:
+    """What a block makes of one of its streams.
+
+    Attributes:
+        path: of the block.
+        before: shape and dtype of the stream as it enters.
+        after: as it leaves.
+    """
+
+    path: str
+    before: tuple[tuple[int, ...], torch.dtype]
+    after: tuple[tuple[int, ...], torch.dtype]
+
+    def __str__(self) -> str:
+        before, after = (
+            f"{list(shape)} {str(dtype).removeprefix('torch.')}" for shape, dtype in (self.before, self.after)
+        )
+        return (
+            f"block '{self.path}' makes {after} of a stream of {before}, so it cannot be skipped; leave it out of "
+            "Backbone.blocks, or correct Backbone.streams"
+        )
+
+
+def entering(
+    block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], streams: Streams, path: str
+) -> list[tuple[Stream, Tensor]]:
+    """The streams as they enter a block, for forward hooks."""
+    call = Call(block.forward, positional_names(block.forward), args, kwargs, lambda leaf: None)
+    return [(stream, call.stream(stream, path)) for stream in streams_of(streams, path)]
+
+
+@contextmanager
+def watched_streams(model: nn.Module, blocks: Sequence[str], streams: Streams) -> Iterator[list[Passage]]:
+    """Note what every call of a block makes of its streams while the context is open."""
+    seen: list[Passage] = []
+
+    def note(path: str, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        for stream, x in entering(block, args, kwargs, streams, path):
+            y = stream.of(output)
+            seen.append(Passage(path, (tuple(x.shape), x.dtype), (tuple(y.shape), y.dtype)))
+
+    hooks = [model.get_submodule(path).register_forward_hook(partial(note, path), with_kwargs=True) for path in blocks]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def named_batch_dims(names: Mapping[str, int]) -> BatchDim:

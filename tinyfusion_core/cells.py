@@ -27,6 +27,7 @@ from .errors import Diverged, UserError
 from .evaluation import Frechet, HeldOutLoss
 from .files import digest, read_json, write_json
 from .findings import Trial
+from .plugins import record_of
 from .progress import Tracker
 from .pruning import prune
 from .recover import Recover
@@ -192,7 +193,8 @@ def _described(value: Any, *but: str) -> Any:
     if isinstance(value, functools.partial):
         return [_described(v) for v in (value.func, value.args, value.keywords)]
     if isinstance(value, type) and "<locals>" not in value.__qualname__:
-        return f"{value.__module__}.{value.__qualname__}"
+        name, plugin = f"{value.__module__}.{value.__qualname__}", record_of(value)
+        return [name, plugin["sha256"]] if "file" in plugin else name
     if inspect.isfunction(value) and value.__qualname__.isidentifier() and value.__closure__ is None:
         with suppress(OSError):
             return [f"{value.__module__}.{value.__qualname__}", digest(inspect.getsource(value))]

@@ -108,6 +108,11 @@ class CheckpointBackbone(Backbone):
         """A backbone whose network has random weights, none of them zero; for `tiny`."""
         return cls(**sizes, _random_seed=0)
 
+    @classmethod
+    def tiny(cls) -> Self:
+        """The network with its constructor's defaults; where those are not small, a backbone has sizes of its own."""
+        return cls.random()
+
     def _given(self) -> dict[str, Any]:
         """The network settings that the recipe names, directly or through the variant."""
         if self.variant is not None and self.variant not in self.variants:

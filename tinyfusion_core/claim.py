@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from .decision import versions
 from .errors import UserError, nearest
-from .files import digest, read_json, write_json, write_text
+from .files import digest, read_json, write_json
 from .recipe import Recipe, flatten
 from .run_folder import FINDINGS, RunFolder
 from .trainer import INDIFFERENT
@@ -65,7 +64,7 @@ def claim(recipe: Recipe, folder: RunFolder, command: str, restart_from: str | N
             folder.round(round_name).restart([name])
             if round_name and stage not in present:
                 shutil.rmtree(folder / round_name, ignore_errors=True)
-    write_text(folder / "recipe.yaml", yaml.safe_dump(dict(recipe.settings), sort_keys=False))
+    recipe.save(folder.path)
     accelerator = recipe.trainer.accelerator
     hardware = {
         "device": str(accelerator.device),
@@ -93,7 +92,7 @@ def fingerprint(recipe: Recipe) -> dict[str, Any]:
     """Every setting and input file that can change a number, by key. The content of data sets is not hashed."""
     settings = {k: v for k, v in flatten(recipe.settings).items() if k.removeprefix("trainer.") not in INDIFFERENT}
     settings = {k: v for k, v in settings.items() if k.partition(".")[0] not in OTHER_COMMANDS}
-    files, before = {}, ""
+    files, before = {f"plugins.{file.name}": file.sha256 for file in recipe.plugins}, ""
     for name, step in recipe.each_round().items():
         prefix = f"rounds.{name}." if name else ""
         files.update({f"{prefix}{key}": content for key, content in step.search.inputs().items()})

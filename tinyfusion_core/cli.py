@@ -78,6 +78,11 @@ def _parser() -> argparse.ArgumentParser:
     command("keys", "list every key that a recipe can have")
     plugins = command("plugins", "list installed plugins and what they bring")
     plugins.add_argument("--json", action="store_true", help="for programs")
+    check = command("check-plugin", "check that what a plugin brings holds to the contract")
+    check.add_argument("name", help="of the plugin, as `tinyfusion plugins` lists it, or its Python file")
+    new = command("new-plugin", "write a small package that brings a backbone and a loss, to begin with")
+    new.add_argument("name", help="of the package: my-backbone")
+    new.add_argument("--into", type=Path, default=Path(), help="the folder that gets it (default: this one)")
     show = command("show", "print the table of a finished run")
     show.add_argument("run_dir", type=Path)
     export = command("export", "hand a run's student, or which blocks it kept, to other software")
@@ -197,9 +202,41 @@ def _plugins(options: argparse.Namespace, flags: list[str]) -> int:
     table = Table("plugin", "kind", "brings", "module", "distribution")
     table.columns[2].no_wrap = True  # names to copy
     for p in plugins:
-        for kind, name in p.brings or [("error", p.error or "nothing")]:
-            table.add_row(p.name, kind, name, p.module, p.distribution)
-    Console(highlight=False).print(table)
+        for kind, name in p.brings or [("left out", "")]:
+            table.add_row(p.name, kind, name, p.module, f"{p.distribution} {p.version}")
+    console = Console(highlight=False)
+    console.print(table)
+    for p in plugins:
+        if p.error:
+            console.print(f"{p.name}: {p.error}", soft_wrap=True, markup=False)
+    return 0
+
+
+def _check_plugin(options: argparse.Namespace, flags: list[str]) -> int:
+    from .errors import UserError
+    from .testing import check_plugin
+
+    verdicts, pair = [], ""
+    for verdict in check_plugin(options.name):
+        verdicts.append(verdict)
+        if verdict.pair != pair:
+            pair = verdict.pair
+            print(pair)
+        print(f"  {'FAIL' if verdict.error else 'ok  '}  {verdict.check:22} {verdict.meaning}", flush=True)
+        if verdict.error:
+            print(f"        {verdict.error}")
+    failed = [verdict.check for verdict in verdicts if verdict.error]
+    if failed:
+        raise UserError(f"plugin '{options.name}': {len(failed)} of {len(verdicts)} checks failed")
+    print(f"all {len(verdicts)} checks hold")
+    return 0
+
+
+def _new_plugin(options: argparse.Namespace, flags: list[str]) -> int:
+    from .new_plugin import new_plugin
+
+    folder = new_plugin(options.name, options.into)
+    print(f"{folder}: README.md says how to go on")
     return 0
 
 
@@ -253,6 +290,8 @@ _COMMANDS = {
     "costs": _costs,
     "keys": _keys,
     "plugins": _plugins,
+    "check-plugin": _check_plugin,
+    "new-plugin": _new_plugin,
     "show": _show,
     "export": _export,
     "sample": _sample,

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Literal
 
 import rich.table
-import yaml
 from rich.console import Console
 
 from .comparison import Audit, Compare, Comparison
@@ -54,7 +53,7 @@ def compare_recipe(
     findings = stage(task, recipe.recover, recipe.trainer, run_dir, recipe.search, recipe.evaluate)
     report = Path(run_dir) / "report.html"
     if recipe.trainer.accelerator.is_main_process:
-        write_text(Path(run_dir) / "recipe.yaml", yaml.safe_dump(dict(recipe.settings), sort_keys=False))
+        recipe.save(Path(run_dir))
         report = write_comparison(run_dir, command)
     return findings, report
 

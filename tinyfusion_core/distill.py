@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .backbone import Batch, Streams, block_lists, expand, streams_of
+from .backbone import Batch, Streams, block_lists, streams_of
 from .decision import Decision
 from .errors import UserError, require
 from .randomness import Rng
@@ -130,7 +130,7 @@ class Distilled(Objective):
         super().__init__()
         self.model, self.kd = student, kd
         self.taps = kd.taps_for(decision)
-        ours = expand(student, task.backbone.blocks(student))
+        ours = task.backbone.block_paths(student)
         self.paths = [ours[s] for s, _ in self.taps], [task.blocks[t] for _, t in self.taps]
         # The teacher is not trained: out of the module's sight, so that nobody shards, averages or saves it.
         self.outside = task.loss, task.teacher, task.backbone.streams

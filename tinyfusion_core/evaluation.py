@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .backbone import Backbone, expand
+from .backbone import Backbone
 from .data import DataSource
 from .errors import UserError, require
 from .losses import LossAdapter
@@ -67,7 +67,7 @@ class Size(Metric):
         flops: dict[str, float | None] = {}
         note = "one forward pass, one sample; counted by torch on the meta device"
         for name, model in models.items():
-            blocks[name] = len(expand(model, task.backbone.blocks(model)))
+            blocks[name] = len(task.backbone.block_paths(model))
             parameters[name] = sum(p.numel() for p in model.parameters())
             count = count_flops(task.backbone, task.loss, task.backbone.config(model))
             flops[name] = count if isinstance(count, int) else None
@@ -123,7 +123,7 @@ class HeldOutLoss(Metric):
                 for draw in range(self.draws):
                     for inputs in _held_out(task, trainer, len(task.held_out), self.batch_size, draw):
                         with torch.no_grad(), trainer.accelerator.autocast():
-                            loss = task.loss.loss(task.loss.predict(model, inputs), inputs)
+                            loss = task.loss.losses(model, inputs)
                         losses.append(loss.float().cpu())
                         progress.advance(len(loss))
                 values[name] = float(torch.cat(losses).double().mean())

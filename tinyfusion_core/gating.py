@@ -141,6 +141,11 @@ class Gates:
                     "name it in Backbone.streams"
                 )
         for i, x in zip(merged, inputs, strict=True):
+            if items[i].shape[1:] != x.shape[1:]:
+                raise UserError(
+                    f"block '{self.blocks[j]}' makes {list(items[i].shape[1:])} of a stream of {list(x.shape[1:])} a "
+                    "sample, so it cannot be skipped; leave it out of Backbone.blocks"
+                )
             items[i] = _Merge.apply(x, items[i], value[i] if value else None, mask, kept, run, rest, weight)
         if isinstance(output, Tensor):
             return items[0]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from .backbone import Batch
+from .backbone import Batch, owner
 from .errors import UserError
 from .randomness import Rng
 
@@ -24,9 +24,8 @@ class LossAdapter(ABC):
     and never from the global generator.
     """
 
-    @abstractmethod
     def prepare(self, batch: Batch, rng: Rng) -> dict[str, Tensor]:
-        """Draw time steps, noise, dropped labels: everything random about a batch.
+        """Draw time steps, noise, dropped labels: everything random about a batch. By default there is nothing.
 
         Args:
             batch: tensors with B rows, as the data gives them, on the device of the model.
@@ -35,6 +34,7 @@ class LossAdapter(ABC):
         Returns:
             What `predict`, `loss` and `distance` need, tensors with B rows on the same device.
         """
+        return dict(batch)
 
     def prepare_clean(self, batch: Batch, rng: Rng) -> dict[str, Tensor]:
         """Inputs without noise, as the published block-influence script feeds them: for `predict` alone.
@@ -52,9 +52,31 @@ class LossAdapter(ABC):
     def loss(self, prediction: Prediction, inputs: Batch) -> Tensor:
         """(B,) training losses."""
 
-    @abstractmethod
     def distance(self, student: Prediction, teacher: Prediction, inputs: Batch) -> Tensor:
-        """(B,) distances between two predictions on the same inputs, for distillation."""
+        """(B,) distances between two predictions on the same inputs, for distillation.
+
+        Raises:
+            UserError: this objective has none.
+        """
+        raise UserError(f"{owner(self)}: distance: not written, and distillation needs it; set recover.kd to null")
+
+    def losses(self, model: nn.Module, inputs: Batch) -> Tensor:
+        """(B,) training losses of a network, checked.
+
+        Raises:
+            UserError: `loss` gives no single number for every sample.
+        """
+        return self.per_sample(self.loss(self.predict(model, inputs), inputs), inputs)
+
+    def per_sample(self, found: Tensor, inputs: Batch) -> Tensor:
+        """What `loss` found, if it is one number for every sample. Raises UserError when it is not."""
+        num_rows = len(next(iter(inputs.values())))
+        if found.shape != (num_rows,):
+            raise UserError(
+                f"{owner(self)}: loss: returns the shape {list(found.shape)} for {num_rows} samples; return one number "
+                f"for each, [{num_rows}]: the mean over everything but the batch"
+            )
+        return found
 
     def trivial(self, prediction: Prediction, inputs: Batch) -> Prediction | None:
         """What a network that has learned nothing would predict, in the place of `prediction`.
@@ -67,6 +89,16 @@ class LossAdapter(ABC):
     def sampling_options(self) -> frozenset[str]:
         """Names of the options that matter for `sample` alone: changing them spoils no training."""
         return frozenset()
+
+    @property
+    def generates(self) -> bool:
+        """Whether `sample` can make examples."""
+        return type(self).sample is not LossAdapter.sample
+
+    @classmethod
+    def tiny(cls) -> Self:
+        """An instance that fits the tiny networks of the backbones it is for; for the conformance checks."""
+        return cls()
 
     def sample(self, model: nn.Module, like: Tensor, labels: Tensor, rng: Rng) -> Tensor:
         """Generate one example for every label.

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .backbone import expand, list_lengths
+from .backbone import list_lengths, owner
 from .budget import spoken
+from .calls import watched_streams
 from .comparison import Comparison
 from .errors import MissingFileError, UserError
 from .evaluation import count_flops
@@ -96,7 +97,7 @@ def _stages(plan: Plan, recipe: Recipe) -> None:
 
 def _round(plan: Plan, recipe: Recipe, prefix: str, step: Round, model: nn.Module) -> nn.Module:
     """Plan one search and recovery; returns the pruned network."""
-    blocks = expand(model, recipe.backbone.blocks(model))
+    blocks = recipe.backbone.block_paths(model)
     decision = step.search.preview(blocks)
     plan.rows.append((f"{prefix}keeps", f"{len(decision.kept)} of {len(blocks)} blocks"))
     if isinstance(step.search, Search):
@@ -143,7 +144,7 @@ def _on_meta(recipe: Recipe) -> tuple[nn.Module, list[str]]:
     """The network and the paths of its blocks."""
     with torch.device("meta"):
         model = recipe.backbone.construct(recipe.backbone.config())
-    return model, expand(model, recipe.backbone.blocks(model))
+    return model, recipe.backbone.block_paths(model)
 
 
 def _training(recipe: Recipe, stage: Recover) -> str:
@@ -184,14 +185,19 @@ def _metrics(plan: Plan, recipe: Recipe) -> None:
 def _fit_together(recipe: Recipe, model: nn.Module) -> None:
     """Raise UserError when the loss cannot take what the network gives."""
     inputs = recipe.loss.prepare(recipe.backbone.example(2), Rng(0, "plan"))
+    blocks = recipe.backbone.block_paths(model)
     try:
         with torch.no_grad():
             on_meta = {name: t.to("meta") for name, t in inputs.items()}
-            prediction = recipe.loss.predict(model.eval(), on_meta)
+            with watched_streams(model, blocks, recipe.backbone.streams) as seen:
+                prediction = recipe.loss.predict(model.eval(), on_meta)
+            for passage in seen:
+                if passage.before[0] != passage.after[0]:
+                    raise UserError(f"{owner(recipe.backbone)}: blocks: {passage}")
             if all(isinstance(leaf, Tensor) for leaf in tree_leaves(prediction)):
                 # The loss on zeros of the prediction's shape: the meta device cannot look values up in tables.
                 prediction, on_meta = tree_map(lambda x: torch.zeros(x.shape), prediction), inputs
-            recipe.loss.loss(prediction, on_meta)
+            recipe.loss.per_sample(recipe.loss.loss(prediction, on_meta), on_meta)
     except NotImplementedError:
         return  # an operation without a meta kernel: the run itself will tell
     except RuntimeError as e:

@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from .backbone import WEIGHTS, Backbone, block_lists, expand
+from .backbone import WEIGHTS, Backbone, block_lists
 from .decision import Decision
 from .errors import MissingFileError, UserError
 from .files import digest, read_json, sha256, write_json, write_text
-from .plugins import registry
+from .plugins import record_of, registry
 from .task import Task
 
 FORMAT_VERSION = 1
@@ -47,7 +47,7 @@ def remove_blocks(backbone: Backbone, model: nn.Module, removed: Sequence[str]) 
         UserError: a block is the child of something else.
     """
     kept: dict[str, list[int]] = {}
-    for path in block_lists(expand(model, backbone.blocks(model))):
+    for path in block_lists(backbone.block_paths(model)):
         container = model.get_submodule(path)
         if not isinstance(container, (nn.ModuleList, nn.Sequential)):
             raise UserError(f"'{path or 'the network itself'}' is a {type(container).__name__}; blocks live in lists")
@@ -90,6 +90,7 @@ def save_network(model: nn.Module, backbone: Backbone, source: Mapping[str, Any]
         "network": backbone.config(model),
         "sha256": {name: sha256(folder / name) for name in files},
         "source": dict(source),
+        "plugin": record_of(type(backbone)),
     }
     write_json(record, content)
 
@@ -120,8 +121,12 @@ def origin(folder: Path) -> dict[str, Any]:
     return {**record["source"], "sha256": hashes.get(WEIGHTS) or digest(hashes)}
 
 
-def load_pretrained(folder: Path | str) -> nn.Module:
+def load_pretrained(folder: Path | str, backbone: type[Backbone] | None = None) -> nn.Module:
     """The network that `save_pretrained` wrote, in eval mode; every file is verified.
+
+    Args:
+        folder: that holds it.
+        backbone: its model family; by default looked up by the recorded name among what plugins bring.
 
     Raises:
         UserError: a file is missing, damaged or does not belong with the others, or the plugin is not installed.
@@ -135,7 +140,8 @@ def load_pretrained(folder: Path | str) -> nn.Module:
             raise UserError(
                 f"{folder / name}: not the file that {_record(folder).name} was written for; restore the whole folder"
             )
-    model: nn.Module = registry().find("backbone", record["backbone"]).load(folder, record["network"])
+    family = backbone or registry().find("backbone", record["backbone"], record.get("plugin"))
+    model: nn.Module = family.load(folder, record["network"])
     return model.eval()
 
 

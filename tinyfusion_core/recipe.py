@@ -8,7 +8,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,9 @@ from .data import DataSource
 from .distill import OutputKD
 from .errors import MissingFileError, UserError, nearest
 from .evaluation import Metric
+from .files import write_atomic, write_text
 from .losses import LossAdapter
-from .plugins import registry
+from .plugins import PluginFile, load_plugin, registry
 from .recover import Recover
 from .recoverability import WeightUpdate
 from .rules import Rules
@@ -60,6 +61,7 @@ SECTIONS: dict[str, Any] = {
     "compare": Compare,
     "audit": Audit,
 }
+KEYS = ("plugins", *SECTIONS)
 BROUGHT = {"backbone": Backbone, "loss": LossAdapter, "data": DataSource, "metric": Metric}
 """Kinds that plugins register. The core has metrics of its own besides."""
 POLYMORPHIC = (Backbone, LossAdapter, DataSource, Selector, Metric, WeightUpdate, BlockSampler, OutputKD)
@@ -87,6 +89,7 @@ class Recipe:
         compare: how `tinyfusion compare` sets criteria beside each other; a run does not read it.
         audit: how `tinyfusion audit` does.
         settings: the resolved YAML, every default filled in.
+        plugins: the plugin files that the recipe names.
     """
 
     backbone: Backbone
@@ -101,6 +104,13 @@ class Recipe:
     compare: Compare | None = None
     audit: Audit | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    plugins: Sequence[PluginFile] = ()
+
+    def save(self, folder: Path) -> None:
+        """Write the resolved `recipe.yaml`, and beside it the plugin files that it names, which it needs to be read."""
+        write_text(folder / "recipe.yaml", yaml.safe_dump(dict(self.settings), sort_keys=False))
+        for file in self.plugins:
+            write_atomic(folder / file.name, lambda out, file=file: out.write(file.content))  # type: ignore[misc]
 
     def each_round(self) -> dict[str, Round]:
         """The rounds by name. A search of its own is one round without a name; no search, no round."""
@@ -127,17 +137,18 @@ def load_recipe(path: Path | str, flags: Sequence[str] = ()) -> Recipe:
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as e:
         raise UserError(f"{path}: not readable as YAML: {e}") from None
     if not isinstance(raw, dict):
-        raise UserError(f"{path}: a recipe is a mapping with the keys {', '.join(SECTIONS)}")
+        raise UserError(f"{path}: a recipe is a mapping with the keys {', '.join(KEYS)}")
     for key, value in _overrides(flags):
         _override(raw, key.split("."), value)
     raw = {key: value for key, value in raw.items() if value is not None}
+    files = _load_plugins(path, raw.pop("plugins", []))
     for key in ("backbone", "loss", "data"):
         if key not in raw:
             raise UserError(f"{path}: the key '{key}' is missing")
     _check_rounds(path, raw)
     try:
         checked = {
-            name: _checked(name, value, SECTIONS[name]) if name in SECTIONS else _unknown(name, SECTIONS)
+            name: _checked(name, value, SECTIONS[name]) if name in SECTIONS else _unknown(name, KEYS)
             for name, value in raw.items()
         }
         parser = schema()
@@ -151,7 +162,21 @@ def load_recipe(path: Path | str, flags: Sequence[str] = ()) -> Recipe:
     for key, value in flatten(settings).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{path}: {key} is {value}; expected a finite number")
-    return Recipe(**{name: getattr(objects, name) for name in SECTIONS}, settings=settings)
+    if files:
+        settings = {"plugins": [file.name for file in files], **settings}
+    return Recipe(**{name: getattr(objects, name) for name in SECTIONS}, settings=settings, plugins=files)
+
+
+def _load_plugins(path: Path, names: Any) -> list[PluginFile]:
+    """Load the plugin files that a recipe names."""
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path}: plugins: expected a list of Python files beside the recipe: [my_backbone.py]")
+    if len({Path(name).name for name in names}) < len(names):
+        raise UserError(f"{path}: plugins: two files have the same name; rename one")
+    try:
+        return [load_plugin(path.parent / name) for name in names]
+    except UserError as e:
+        raise type(e)(f"{path}: {e}") from e
 
 
 def _check_rounds(path: Path, raw: Mapping[str, Any]) -> None:
@@ -194,7 +219,9 @@ def flatten(settings: Any, prefix: str = "") -> dict[str, Any]:
 
 def describe_keys() -> str:
     """Every key of a recipe with its default and meaning, from the signatures and docstrings of the classes."""
-    lines = []
+    lines = [
+        "plugins: Python files beside the recipe that bring backbones, losses, data or metrics; their code is run",
+    ]
     for section, kind in SECTIONS.items():
         base = typing.get_args(kind)[-1] if typing.get_origin(kind) in (list, dict) else kind
         lines.append(f"{section}:")
@@ -307,7 +334,7 @@ def _checked_arguments(key: str, arguments: Mapping[str, Any], cls: type[Any]) -
     return out
 
 
-def _unknown(name: str, known: Mapping[str, Any]) -> typing.NoReturn:
+def _unknown(name: str, known: Iterable[str]) -> typing.NoReturn:
     raise UserError(f"{name}: unknown key{nearest(str(name), known)}")
 
 

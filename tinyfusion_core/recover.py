@@ -122,5 +122,5 @@ class _PlainLoss(Objective):
         self.model, self.loss = model, loss
 
     def forward(self, inputs: Batch, rng: Rng) -> tuple[Tensor, Tensor]:
-        losses = self.loss.loss(self.loss.predict(self.model, inputs), inputs)
+        losses = self.loss.losses(self.model, inputs)
         return losses.mean(), losses.detach()

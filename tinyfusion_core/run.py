@@ -166,7 +166,7 @@ class _Run:
             return
         recipe, task = self.recipe, self.task
         measurements = evaluate(task, models, list(recipe.evaluate), recipe.trainer)
-        if _shows(task):
+        if _shows(task) and task.loss.generates:
             shown: dict[str, Tensor] = {}
             for name, model in models.items():
                 x, shown["labels"] = generate(task, model, recipe.trainer, NUM_SHOWN, NUM_SHOWN, f"pictures of {name}")

@@ -233,7 +233,7 @@ class _GatedLoss(Objective):
         num_rows = len(next(iter(inputs.values())))
         draw = self.sampler.sample(num_rows, rng)
         gates.set(draw.mask if self.learning else draw.mask.detach(), self._weights(draw.mask, rng))
-        losses = loss.loss(loss.predict(self.model, inputs), inputs)
+        losses = loss.losses(self.model, inputs)
         if self.learning:
             return self.sampler.surrogate(draw, losses), losses.detach()
         # A zero gradient, never none: distributed processes wait for it.

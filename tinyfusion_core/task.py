@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .backbone import Backbone, expand, list_lengths
+from .backbone import Backbone, list_lengths
 from .calls import BatchDim, named_batch_dims, probed_batch_dims
 from .data import FeatureSpace, Samples
 from .losses import LossAdapter
@@ -55,7 +55,7 @@ class Task:
     @cached_property
     def blocks(self) -> list[str]:
         """Paths of all blocks, in execution order."""
-        return expand(self.teacher, self.backbone.blocks(self.teacher))
+        return self.backbone.block_paths(self.teacher)
 
     @property
     def lists(self) -> dict[str, int]:

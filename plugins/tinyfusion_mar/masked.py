@@ -23,7 +23,7 @@ from tinyfusion_core.losses import LossAdapter
 from tinyfusion_core.randomness import Rng
 from tinyfusion_dit.conditional import check_options, draw_label_drop, draw_latents
 from tinyfusion_dit.diffusion import GaussianDiffusion
-from tinyfusion_mar.model import patchify, take, unpatchify
+from tinyfusion_mar.tokens import patchify, take, unpatchify
 
 _RATE_DEVIATION = 0.25  # of the normal distribution around 1 whose lower part the mask rate is drawn from
 

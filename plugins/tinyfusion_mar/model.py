@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tinyfusion_core.errors import UserError
 from tinyfusion_dit.model import FinalLayer, TimestepEmbedder
+from tinyfusion_mar.tokens import index, take
 
 _norm: Any = partial(nn.LayerNorm, eps=1e-6)  # as all published sizes have it
 
@@ -138,7 +139,7 @@ class MAR(nn.Module):
         """(B, b + V, D_e) -> (B, L, D_d); a learned token stands wherever none is visible."""
         buffer, seen = self._split(self.decoder_embed(x))
         empty = self.mask_token.to(seen.dtype).expand(len(x), self.num_tokens, -1)
-        x = torch.cat([buffer, empty.scatter(1, _index(visible, seen), seen)], dim=1)
+        x = torch.cat([buffer, empty.scatter(1, index(visible, seen), seen)], dim=1)
         x = x + self.decoder_pos_embed_learned
         for block in self.decoder_blocks:
             x = block(x)
@@ -202,25 +203,6 @@ class ResidualBlock(nn.Module):
         shift, scale, gate = self.adaLN_modulation(y).chunk(3, dim=-1)
         out: Tensor = h + gate * self.mlp(self.in_ln(h) * (1 + scale) + shift)
         return out
-
-
-def take(x: Tensor, positions: Tensor) -> Tensor:
-    """Of x (B, L, D) the rows at the positions (B, V) -> (B, V, D). Works on the meta device, where masks do not."""
-    return x.gather(1, _index(positions, x))
-
-
-def patchify(x: Tensor, patch_size: int) -> Tensor:
-    """(B, C, H, W) latents -> (B, L, C * p * p) tokens in raster order, each (channel, row, column)."""
-    return nn.functional.unfold(x, patch_size, stride=patch_size).transpose(1, 2)
-
-
-def unpatchify(tokens: Tensor, like: Tensor, patch_size: int) -> Tensor:
-    """The inverse of `patchify`, in the shape of `like`."""
-    return nn.functional.fold(tokens.transpose(1, 2), like.shape[2:], patch_size, stride=patch_size)
-
-
-def _index(positions: Tensor, like: Tensor) -> Tensor:
-    return positions[..., None].expand(-1, -1, like.shape[-1])
 
 
 def _blocks(width: int, depth: int, num_heads: int, mlp_ratio: float) -> nn.ModuleList:
