@@ -558,6 +558,9 @@ def test_a_run_ends_in_a_folder_that_diffusers_loads(tmp_path: Path) -> None:
     assert (student.config.num_layers, student.config.num_single_layers) == (2, 1)
     again = tiny.load_pretrained(tmp_path / "run" / "student")
     assert torch.equal(task.loss.predict(student, inputs), task.loss.predict(again, inputs))
+    assert main(["export", str(tmp_path / "run"), "--to", "diffusers"]) == 0
+    exported = diffusers.AutoModel.from_pretrained(str(tmp_path / "run" / "export" / "diffusers"))
+    assert torch.equal(task.loss.predict(exported, inputs), task.loss.predict(again, inputs))
     card = (tmp_path / "run" / "student" / "README.md").read_text()
     assert "library_name: diffusers" in card and "from diffusers import AutoModel" in card
     # The same command finds everything done; the student is a model to prune on.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -244,6 +245,11 @@ def test_times_stay_inside_of_the_published_intervals() -> None:
 def test_impossible_settings(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         FlowMatching(**options)
+
+
+def test_a_sit_is_no_dit_of_diffusers(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--to diffusers: SiT has no form in diffusers"):
+        SiT.tiny().export(SiT.tiny().build(), "diffusers", tmp_path)
 
 
 def test_euler_is_that_of_diffusers() -> None:

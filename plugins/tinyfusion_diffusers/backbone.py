@@ -156,6 +156,11 @@ class DiffusersTransformer(Backbone):
         save_tensors(folder / WEIGHTS, model.state_dict(), {"format": "pt"})
         return ["config.json", WEIGHTS]
 
+    def export(self, model: nn.Module, library: str, folder: Path) -> None:
+        if library != "diffusers":
+            super().export(model, library, folder)
+        self.save(model, folder)
+
     @classmethod
     def load(cls, folder: Path, config: Mapping[str, Any]) -> nn.Module:
         return cls(model=str(folder)).build()
