@@ -16,6 +16,7 @@ from torch import Tensor
 import golden_data
 import tinyfusion_core as tiny
 from golden_data import GOLDEN, assert_close_rel, weights
+from tinyfusion_core.calibration import Calibration
 from tinyfusion_core.errors import UserError
 from tinyfusion_core.gating import Gates
 from tinyfusion_core.randomness import Rng
@@ -274,6 +275,26 @@ def test_what_is_prepared() -> None:
     half = {name: value[16:] for name, value in batch.items()}
     later = loss.prepare(half, Rng(0, "test", 39, first=16))
     assert all(torch.equal(value[16:], later[name]) for name, value in inputs.items())
+
+
+def test_an_evaluation_sees_several_mask_rates() -> None:
+    task = tiny_task()
+    calibration = Calibration(task, tiny.Trainer(seed=0), 64, 4)
+    counts = {inputs["visible"].shape[1] for inputs, _ in calibration._batches()}
+    assert len(counts) > 2
+    assert max(counts) >= 3
+
+
+def test_what_names_no_network(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"backbone\.variant: no 'larg'; did you mean 'large'"):
+        MAR(variant="larg").config()
+    with pytest.raises(UserError, match="'a.pth' does not exist"):
+        MAR(variant="larg", checkpoint="a.pth").source()
+    folder = tmp_path / "half"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"network": MAR.tiny().config(), "source": {}}))
+    with pytest.raises(UserError, match=r"half/model\.safetensors: no such file"):
+        MAR(checkpoint=str(folder)).build()
 
 
 def test_the_loss_of_a_sample_is_its_own() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -11,12 +12,13 @@ from torch import Tensor
 
 import tinyfusion_core as tiny
 from tinyfusion_core.cli import main
+from tinyfusion_core.comparison import _budget
 from tinyfusion_core.costs import block_costs, whole
 from tinyfusion_core.gating import Gates
 from tinyfusion_core.rules import Rules
 from tinyfusion_core.sampling import GroupedSampler
 from tinyfusion_core.subset_samplers import ExactK, GumbelTopK, ScoreFunction
-from toys import Match, Planted, planted_data
+from toys import Match, Planted, StopAt, planted_data
 
 WORKING = [1, 3, 4, 7]
 TRAINER = tiny.Trainer(batch_size=16, seed=0, log_every=10)
@@ -203,7 +205,8 @@ def test_dropped_blocks_are_not_run_by_the_score_function() -> None:
     planted.batch_dim(model)
     rows.clear()
     search(SAMPLERS["score"], steps=5)(planted, TRAINER)
-    probe = sum(rows[: 2 * 8 * 2])
+    probe = sum(rows[:16])  # all 8 blocks with 2 and with 3 rows
+    assert probe == 8 * (2 + 3)
     assert sum(rows) <= probe + 5 * (16 * 2 * 4 + 8)  # 4 of 8 blocks, 2 masks each; a block nobody keeps runs one row
 
 
@@ -239,6 +242,81 @@ def test_the_final_heals_the_best_masks_and_keeps_the_winner() -> None:
     assert final.preview(planted.blocks).kept == blind.preview(planted.blocks).kept
     with pytest.raises(tiny.UserError, match=r"search\.masks is 0"):
         tiny.Finals(search=blind, masks=0)
+
+
+def test_the_final_says_what_it_saw_and_claims_no_confidence_of_another_mask() -> None:
+    blind = tiny.Search(keep=4, steps=1, update=tiny.Frozen(), start=tiny.Keep([0, 1, 3, 4]), start_strength=1.0)
+    decision = tiny.Finals(search=blind, masks=20, steps=4, samples=64)(task(), TRAINER)
+    assert decision.confidences == ()
+    rounds = decision.provenance["finals"]
+    assert [len(seen) for seen in rounds] == [20, 10, 5, 3, 2]
+    assert min(rounds[-1], key=lambda seen: seen["loss"])["kept"] == WORKING
+    assert decision.provenance["evaluations"] == 1 * 16 * 4 + 40 * (4 * 16 + 64)
+
+
+def test_a_search_records_what_it_cost_and_where_it_stopped() -> None:
+    decision = tiny.Search(keep=4, steps=20, update=tiny.Frozen())(task(), TRAINER)
+    assert decision.provenance["steps"] == 20
+    assert decision.provenance["evaluations"] == 20 * 16 * 4
+    early = tiny.Search(pattern=(4, 8), steps=400, update=tiny.Frozen(), lr_gates=1e-2, confident=0.6, ema=0.0)
+    decision = early(task(), TRAINER)
+    assert 0 < decision.provenance["steps"] < 400
+    assert 0.6 <= decision.confidence < 0.95  # as sure as it was there, not as at the last step's scaling
+
+
+def test_a_search_that_stops_early_resumes_to_the_same_stop(tmp_path) -> None:
+    how = tiny.Search(keep=4, steps=400, confident=0.8, ema=0.5, update=tiny.LoRA(rank=2), warmup=0.02)
+    trainer = replace(TRAINER, checkpoint_every=8)
+    whole = how(task(), trainer, tiny.RunFolder(tmp_path / "whole"))
+    assert whole.provenance["steps"] < 400
+
+    stopped = tiny.RunFolder(tmp_path / "stopped")
+    data = planted_data()
+    with pytest.raises(KeyboardInterrupt):
+        how(tiny.Task(backbone=Planted(), loss=StopAt(), train=data, held_out=data), trainer, stopped)
+    again = how(task(), trainer, stopped)
+    assert again.kept == whole.kept
+    assert again.marginals == whole.marginals
+    assert again.provenance["steps"] == whole.provenance["steps"]
+
+
+def test_a_start_must_keep_as_many_blocks() -> None:
+    blocks = [f"blocks.{i}" for i in range(8)]
+    with pytest.raises(tiny.UserError, match=r"search\.start: keeps 3 blocks, the search 4"):
+        tiny.Search(keep=4, start=tiny.FirstN(keep=3)).preview(blocks)
+    with pytest.raises(tiny.UserError, match="nowhere"):
+        tiny.Search(keep=4, start=tiny.Keep(decision="nowhere.json")).preview(blocks)
+    with pytest.raises(tiny.UserError, match=r"^search\.keep is 20; expected 1 to 8 blocks"):
+        tiny.Search(keep=20).preview(blocks)
+
+
+def test_files_of_inner_selectors_count(tmp_path) -> None:
+    planted = task()
+    tiny.Keep([0, 1, 2, 3])(planted, TRAINER).save(tmp_path / "d.json")
+    start = tiny.Keep(decision=str(tmp_path / "d.json"))
+    search = tiny.Search(keep=4, start=start)
+    (hashed,) = start.inputs().values()
+    assert list(search.inputs().values()) == list(tiny.Finals(search=search).inputs().values()) == [hashed]
+
+
+def test_candidates_without_groups_are_compared_by_what_they_keep() -> None:
+    blocks = [f"encoder_blocks.{i}" for i in range(6)] + [f"decoder_blocks.{i}" for i in range(6)]
+    by_list = {"encoder_blocks": 2, "decoder_blocks": 4}
+    assert _budget(tiny.Search(keep=6), blocks) == 6
+    assert _budget(tiny.Finals(search=tiny.Search(keep=6)), blocks) == 6
+    assert _budget(tiny.Search(keep=by_list), blocks) == by_list
+    assert _budget(tiny.Search(sampler=partial(GumbelTopK, keep=6)), blocks) == 6
+    costs = partial(ScoreFunction, rules=Rules(costs=[1] * 12, budget=5))
+    with pytest.raises(tiny.UserError, match="has a budget of costs"):
+        _budget(tiny.Search(sampler=costs), blocks)
+
+
+def test_keys_inside_of_a_final_are_checked(recipe, capsys) -> None:
+    final = "{class_path: Finals, init_args: {search: {keep: 4, stepz: 6}}}"
+    assert main(["validate", str(recipe), f"--search={final}"]) == 2
+    assert "search.search.stepz: unknown key; did you mean 'steps'?" in capsys.readouterr().err
+    assert main(["validate", str(recipe), f"--search={final.replace('stepz', 'steps')}"]) == 0
+    assert "under 4 masks" in " ".join(capsys.readouterr().out.split())
 
 
 def test_costs_of_blocks() -> None:

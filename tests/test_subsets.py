@@ -28,10 +28,9 @@ def obeys(mask: tuple[int, ...], rules: Rules, lists: dict[str, int]) -> bool:
         return False
     if isinstance(rules.keep, int) and sum(mask) != rules.keep:
         return False
-    if rules.costs is not None:
-        used = sum(c for c, m in zip(rules.costs, mask, strict=True) if m)
-        if not max(0, rules.budget - min(c for c in rules.costs if c)) < used <= rules.budget:
-            return False
+    used = sum(c for c, m in zip(rules.costs or mask, mask, strict=True) if m)
+    if rules.costs is not None and not 0 < used <= rules.budget:
+        return False
     if not all(mask[i] for i in rules.protect) or any(mask[i] for i in rules.remove):
         return False
     if any(len({mask[i] for i in group}) > 1 for group in rules.together):
@@ -44,6 +43,10 @@ def obeys(mask: tuple[int, ...], rules: Rules, lists: dict[str, int]) -> bool:
 
 def enumerate_masks(rules: Rules, lists: dict[str, int]) -> Tensor:
     masks = [m for m in itertools.product((0, 1), repeat=sum(lists.values())) if obeys(m, rules, lists)]
+    if rules.costs is not None and masks:  # only those that use the budget, to within the cheapest block that may stay
+        used = [sum(c for c, m in zip(rules.costs, mask, strict=True) if m) for mask in masks]
+        least = max(used) - min(c for i, c in enumerate(rules.costs) if c and i not in rules.remove)
+        masks = [mask for mask, cost in zip(masks, used, strict=True) if cost > least]
     return torch.tensor(masks, dtype=torch.float64)
 
 
@@ -179,6 +182,20 @@ def test_every_sample_obeys_every_rule(case, seed: int) -> None:
     for row in [*drawn, subsets.mode()]:
         assert obeys(tuple(int(x) for x in row), rules, lists)
     assert torch.allclose(subsets.marginals(), (masks @ theta).softmax(0) @ masks, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("rules", "kept"),
+    [
+        (Rules(costs=[100, 100, 100, 1], budget=150), {(0, 3), (1, 3), (2, 3)}),
+        (Rules(costs=[1, 10, 10, 10], budget=25, remove=[0]), {(1, 2), (1, 3), (2, 3)}),
+        (Rules(costs=[1, 10, 10, 10], budget=100), {(0, 1, 2, 3)}),
+    ],
+)
+def test_a_budget_is_used_as_far_as_it_can_be(rules: Rules, kept: set[tuple[int, ...]]) -> None:
+    automaton = build(rules, {"blocks": 4})
+    best = Subsets(automaton, torch.zeros(4, dtype=torch.float64)).best(10)
+    assert {mask for _, mask in best} == kept
 
 
 def test_a_row_is_drawn_from_its_own_numbers() -> None:

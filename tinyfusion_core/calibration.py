@@ -42,7 +42,8 @@ class Calibrated(Criterion):
 
     Args:
         samples: how many; the whole data set when it has fewer.
-        batch_size: samples at once; changes nothing but speed and memory.
+        batch_size: samples at once; changes nothing but speed and memory, and what an objective draws once for a
+            batch (the mask rate of MAR).
     """
 
     samples: int = 256

@@ -32,7 +32,7 @@ from .progress import Tracker
 from .pruning import prune
 from .recover import Recover
 from .run_folder import RunFolder
-from .search import Search, Selector
+from .search import Selector
 from .task import Task
 from .trainer import INDIFFERENT, Trainer
 
@@ -87,8 +87,6 @@ class Cells:
                 raise UserError(f"candidate '{name}', seed {seed}: {e}") from e
             seconds = folder.spent(time.monotonic() - start)
             cost = decision.provenance.get("evaluations", 0)
-            if isinstance(selector, Search):
-                cost = selector.steps * (selector.batch_size or trainer.batch_size)
             scores = decision.provenance.get("scores")
             scores = None if scores is None else [_finite(s) for s in scores]
             return {"kept": list(decision.kept), "scores": scores, "seconds": seconds, "evaluations": cost}

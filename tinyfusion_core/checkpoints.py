@@ -61,7 +61,11 @@ class CheckpointBackbone(Backbone):
         path = self._weights() if self._random_seed is None else None
         with torch.device("meta"):  # the initial values would only cost time
             model = self.construct(self.config())
-        model = model.to_empty(device="cpu").eval()
+        if next(model.buffers(), None) is None:
+            model = model.to_empty(device="cpu").eval()
+        else:  # buffers need theirs
+            with torch.random.fork_rng():
+                model = self.construct(self.config()).eval()
         if path is None:
             _randomise(model, generator(self._random_seed, type(self).__name__))
         else:
@@ -138,7 +142,10 @@ class CheckpointBackbone(Backbone):
         """The file that holds the weights."""
         folder = self._folder()
         if folder is not None:
-            return folder / "model.safetensors"
+            path = folder / "model.safetensors"
+            if not path.is_file():
+                raise MissingFileError(f"{path}: no such file; copy the whole folder again")
+            return path
         if self.checkpoint is not None and Path(self.checkpoint).is_file():
             return Path(self.checkpoint)
         problem = "not set. Name" if self.checkpoint is None else f"'{self.checkpoint}' does not exist. Put there"

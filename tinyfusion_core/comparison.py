@@ -11,20 +11,21 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from .backbone import block_lists
+from .backbone import block_lists, list_lengths
 from .budget import Budget, make_quota, spoken
 from .cells import Cells
 from .criteria import BKSDM, Criterion, FirstN, LastN, Uniform
 from .errors import UserError, require
 from .evaluation import Frechet, HeldOutLoss, Metric
 from .files import read_json
+from .finals import search_of
 from .findings import Findings, Trial
 from .progress import track
 from .randomness import generator
 from .ranking import RANDOM
 from .recover import Recover
 from .run_folder import FINDINGS, RunFolder
-from .search import Search, Selector
+from .search import Selector
 from .sensitivity import Greedy, LeaveOneOut, Taylor
 from .similarity import BlockInfluence, InputOutputMSE, SpanSimilarity
 from .task import Task
@@ -159,7 +160,7 @@ class Comparison:
                 steps=cells.recover.steps,
                 seeds=seeds,
                 teacher=teacher,
-                learned=tuple(name for name, c in candidates.items() if isinstance(c, Search)),
+                learned=tuple(name for name, c in candidates.items() if search_of(c)),
                 trials=trials,
                 masks=masks,
                 left_out=lineup.left_out,
@@ -262,6 +263,11 @@ def _budget(candidate: Selector, blocks: Sequence[str]) -> Budget:
     """How many blocks of each list it keeps, or of all where lists share a choice."""
     decision = candidate.preview(blocks)
     choices = decision.choices
+    if (search := search_of(candidate)) is not None and not choices:
+        budget = search.make_sampler(list_lengths(blocks)).budget
+        if budget is None:
+            raise UserError("has a budget of costs; only candidates that keep the same number of blocks are compared")
+        return budget
     if isinstance(candidate, Criterion):
         choices = tuple(choice.blocks for choice in candidate.quota(blocks).choices)
     lists = [set(members) for members in block_lists(blocks).values()]

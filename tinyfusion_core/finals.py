@@ -47,6 +47,9 @@ class Finals(Selector):
             require(getattr(self, name) >= 1, f"search.{name}", getattr(self, name), "at least 1")
         self._healing()  # raises when there is none
 
+    def inputs(self) -> dict[str, str]:
+        return {f"search.{key}": value for key, value in self.search.inputs().items()}
+
     def preview(self, blocks: Sequence[str]) -> Decision:
         return self.search.preview(blocks)
 
@@ -54,7 +57,7 @@ class Finals(Selector):
         sampler = self.search.learn(task, trainer, run)
         decision = replace(self.search.decide(sampler, task, trainer), method=type(self).__name__)
         students = {kept: prune(task, replace(decision, kept=kept)) for kept in sampler.best(self.masks)}
-        number = 0
+        evaluations, findings, number = int(decision.provenance["evaluations"]), [], 0
         while len(students) > 1:
             number += 1
             losses = {}
@@ -65,9 +68,24 @@ class Finals(Selector):
                     healed = Calibration(replace(task, model=student), trainer, self.samples, 64, "finals")
                     (losses[kept],) = healed.losses(torch.ones(1, len(kept)))
                     progress.advance()
+            evaluations += len(students) * (self.steps * (self.batch_size or trainer.batch_size) + self.samples)
+            findings.append([{"kept": list(kept), "loss": loss} for kept, loss in losses.items()])
             best = sorted(losses, key=lambda kept: losses[kept])[: (len(students) + 1) // 2]
             students = {kept: students[kept] for kept in best}
-        return replace(decision, kept=next(iter(students)))
+        (winner,) = students
+        return replace(
+            decision,
+            kept=winner,
+            # They are the probability of the mode.
+            confidences=decision.confidences if winner == decision.kept else (),
+            provenance={**decision.provenance, "evaluations": evaluations, "finals": findings},
+        )
 
     def _healing(self) -> Recover:
         return Recover(steps=self.steps, batch_size=self.batch_size, lr=self.lr, schedule="constant", ema=0.0)
+
+
+def search_of(selector: Selector | None) -> Search | None:
+    """The learned search in a selector, if there is one."""
+    inner = selector.search if isinstance(selector, Finals) else selector
+    return inner if isinstance(inner, Search) else None

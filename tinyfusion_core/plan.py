@@ -17,6 +17,7 @@ from .calls import watched_streams
 from .comparison import Comparison
 from .errors import MissingFileError, UserError
 from .evaluation import count_flops
+from .finals import search_of
 from .pruning import remove_blocks
 from .randomness import Rng
 from .recipe import Recipe, Round
@@ -99,26 +100,30 @@ def _round(plan: Plan, recipe: Recipe, prefix: str, step: Round, model: nn.Modul
     """Plan one search and recovery; returns the pruned network."""
     blocks = recipe.backbone.block_paths(model)
     decision = step.search.preview(blocks)
+    # Groups say how many blocks of which list stay, whichever they are.
+    given = "" if decision.choices else f", if blocks {', '.join(map(str, decision.kept))} stay"
     plan.rows.append((f"{prefix}keeps", f"{len(decision.kept)} of {len(blocks)} blocks"))
-    if isinstance(step.search, Search):
-        sampler = step.search.make_sampler(list_lengths(blocks))
+    if (search := search_of(step.search)) is not None:
+        sampler = search.make_sampler(list_lengths(blocks))
+        if sampler.budget is None and not sampler.choices():
+            plan.rows[-1] = (f"{prefix}keeps", f"as many of {len(blocks)} blocks as the budget pays for")
         masks = f"{sampler.num_masks:,} possible masks"
         if groups := sampler.choices():
             ranges = ", ".join(f"{g[0]}-{g[-1]}" for g in groups)
             plan.rows.append((f"{prefix}groups", f"{len(groups)} (blocks {ranges}), {masks}"))
         else:
             plan.rows.append((f"{prefix}masks", f"any within the budget, {masks}"))
-        update = type(step.search.update).__name__
-        plan.rows.append((f"{prefix}search", f"{_budget(recipe, step.search)}, weight update {update}"))
+        copies = f" under {sampler.masks_per_sample} masks each" if sampler.masks_per_sample > 1 else ""
+        update = type(search.update).__name__
+        plan.rows.append((f"{prefix}search", f"{_budget(recipe, search)}{copies}, weight update {update}"))
     pruned = copy.deepcopy(model)
     remove_blocks(recipe.backbone, pruned, [blocks[i] for i in decision.removed])
-    plan.rows.append((f"{prefix}after pruning", _size(recipe, pruned)))
+    several = len(list_lengths(blocks)) > 1  # whose blocks are not alike
+    plan.rows.append((f"{prefix}after pruning", _size(recipe, pruned) + given * several))
     if step.recover is not None:
         plan.rows.append((f"{prefix}recover", _training(recipe, step.recover)))
         if step.recover.kd is not None and (taps := step.recover.kd.taps_for(decision)):
             table = ", ".join(f"{student} ↔ {teacher}" for student, teacher in taps)
-            # Groups say where the taps are, whichever of their blocks stay.
-            given = "" if decision.choices else f", if blocks {', '.join(map(str, decision.kept))} stay"
             plan.rows.append((f"{prefix}taps", f"student ↔ teacher: {table}{given}"))
     return pruned
 

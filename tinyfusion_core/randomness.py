@@ -45,8 +45,9 @@ class Rng:
     strata: int = 0
 
     def batch(self, purpose: str) -> torch.Generator:
-        """One generator for the whole batch, the same on every process."""
-        return generator(self.seed, self.stage, self.step, purpose)
+        """One generator for the whole batch, the same on every process; an evaluation's batches each have their own."""
+        part = (self.first,) if self.strata else ()
+        return generator(self.seed, self.stage, self.step, purpose, *part)
 
     def normal(self, purpose: str, like: Tensor) -> Tensor:
         """Standard normal numbers with the shape (B, ...), dtype and device of `like`."""
@@ -56,7 +57,7 @@ class Rng:
         """(B, *shape) numbers in [0, 1), float64 on the CPU; scalar ones stratified when `strata` is set."""
         u = self._rows(purpose, torch.Size([num_rows, *shape]), Tensor.uniform_, torch.float64)
         if self.strata and not shape:
-            order = torch.randperm(self.strata, generator=self.batch(purpose))
+            order = torch.randperm(self.strata, generator=generator(self.seed, self.stage, self.step, purpose))
             rows = torch.arange(self.first, self.first + num_rows)
             u = (order[rows % self.strata] + u) / self.strata
         return u

@@ -31,7 +31,7 @@ from .recover import Recover
 from .recoverability import WeightUpdate
 from .rules import Rules
 from .sampling import BlockSampler
-from .search import Selector
+from .search import Search, Selector
 from .trainer import Trainer
 
 
@@ -64,7 +64,7 @@ SECTIONS: dict[str, Any] = {
 KEYS = ("plugins", *SECTIONS)
 BROUGHT = {"backbone": Backbone, "loss": LossAdapter, "data": DataSource, "metric": Metric}
 """Kinds that plugins register. The core has metrics of its own besides."""
-POLYMORPHIC = (Backbone, LossAdapter, DataSource, Selector, Metric, WeightUpdate, BlockSampler, OutputKD)
+POLYMORPHIC = (Backbone, LossAdapter, DataSource, Selector, Search, Metric, WeightUpdate, BlockSampler, OutputKD)
 PLAIN = (Trainer, Recover, Round, Rules, Compare, Audit)
 """Classes that a section is made of without saying so."""
 OPTIONAL = ("train", "search", "recover", "rounds", "compare", "audit")
@@ -299,7 +299,7 @@ def _checked(key: str, value: Any, kind: Any, default: Any = None) -> Any:
         return value
     if isinstance(value, str):
         value = {"class_path": value}
-    usual = "Search" if kind is Selector else type(default).__name__ if isinstance(default, kind) else None
+    usual = "Search" if kind in (Selector, Search) else type(default).__name__ if isinstance(default, kind) else None
     if isinstance(value, dict) and "class_path" not in value and usual:
         value = {"class_path": usual, "init_args": value}
     if not isinstance(value, dict) or not isinstance(value.get("class_path"), str):

@@ -26,8 +26,8 @@ class Rules:
     Args:
         keep: how many blocks stay: of all together, or of every block list.
         costs: what each block costs, whole numbers; see `tinyfusion costs`.
-        budget: with `costs`: the most that the blocks that stay may cost together. As much of it is used as a block of
-            the cheapest kind leaves no room for.
+        budget: with `costs`: the most that the blocks that stay may cost together. Masks use as much of it as can be
+            used, to within the cost of the cheapest block.
         protect: blocks that must stay.
         remove: blocks that must go.
         together: sets of blocks that stay or go together.
@@ -48,19 +48,19 @@ class Rules:
         """The rules that are in force, by name."""
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
 
-    def check(self, lists: Mapping[str, int]) -> None:
-        """Raises UserError when a rule has no meaning for block lists of these lengths."""
+    def check(self, lists: Mapping[str, int], key: str = "search.sampler.rules") -> None:
+        """Raises UserError, naming the key, when a rule has no meaning for block lists of these lengths."""
         num_blocks = sum(lists.values())
 
         def need(holds: bool, name: str, value: object, expected: str) -> None:
-            require(holds, f"search.sampler.rules{'.' * bool(name)}{name}", value, expected)
+            require(holds, f"{key}{'.' * bool(name)}{name}", value, expected)
 
         one = (self.keep is None) != (self.costs is None or self.budget is None)
         need(one, "", self.given(), "keep, or costs with budget")
         if isinstance(self.keep, Mapping):
             if unknown := [name for name in self.keep if name not in lists]:
                 hint = nearest(unknown[0], lists)
-                raise UserError(f"search.sampler.rules.keep: the network has no block list '{unknown[0]}'{hint}")
+                raise UserError(f"{key}.keep: the network has no block list '{unknown[0]}'{hint}")
             missing = [name for name in lists if name not in self.keep]
             need(not missing, "keep", dict(self.keep), f"a number for {', '.join(missing)} too")
             for name, depth in lists.items():
@@ -105,12 +105,14 @@ class Automaton:
         keep: the same when it is kept.
         num_ends: how many states there are after the last block.
         num_masks: how many masks there are.
+        dearest: the most that a mask uses of the budget.
     """
 
     drop: tuple[Tensor, ...]
     keep: tuple[Tensor, ...]
     num_ends: int
     num_masks: int
+    dearest: int
 
     @property
     def num_blocks(self) -> int:
@@ -125,6 +127,9 @@ def build(rules: Rules, lists: Mapping[str, int]) -> Automaton:
     """
     rules.check(lists)
     found = _build(rules, lists)
+    if found is not None and rules.costs is not None:
+        free = [c for i, c in enumerate(rules.costs) if c and i not in rules.remove]
+        found = _build(rules, lists, found.dearest - min(free))
     if found is not None:
         return found
     blame = []
@@ -136,7 +141,7 @@ def build(rules: Rules, lists: Mapping[str, int]) -> Automaton:
     raise UserError(f"search.sampler.rules: no mask of {sum(lists.values())} blocks obeys {given}{reason}")
 
 
-def _build(rules: Rules, lists: Mapping[str, int]) -> Automaton | None:
+def _build(rules: Rules, lists: Mapping[str, int], least: int = 0) -> Automaton | None:
     blocks = [(name, i, depth) for name, depth in lists.items() for i in range(depth)]
     layers: list[dict[_State, int]] = [{_State(): 0}]
     moves: list[list[tuple[_State | None, _State | None]]] = []
@@ -153,16 +158,20 @@ def _build(rules: Rules, lists: Mapping[str, int]) -> Automaton | None:
         layers.append(following)
         if sum(map(len, layers)) > MAX_STATES:
             raise UserError("search.sampler.rules: these need too many states; make costs smaller numbers")
-    return _prune(rules, layers, moves)
+    return _prune(rules, layers, moves, least)
 
 
 def _prune(
-    rules: Rules, layers: list[dict[_State, int]], moves: list[list[tuple[_State | None, _State | None]]]
+    rules: Rules,
+    layers: list[dict[_State, int]],
+    moves: list[list[tuple[_State | None, _State | None]]],
+    least: int,
 ) -> Automaton | None:
     """Keep the states from which the end can be reached, and count the masks on the way."""
-    counts: dict[_State, int] = {state: 1 for state in layers[-1] if _done(rules, state)}
+    counts: dict[_State, int] = {state: 1 for state in layers[-1] if _done(rules, state, least)}
     names = {state: i for i, state in enumerate(counts)}
     num_ends, drops, keeps = len(counts), [], []
+    dearest = max((state.used for state in counts), default=0)
     for layer, out in zip(reversed(layers[:-1]), reversed(moves), strict=True):
         before: dict[_State, int] = {}
         rows: list[tuple[int, int]] = []
@@ -179,7 +188,7 @@ def _prune(
         drops.append(table[:, 0])
         keeps.append(table[:, 1])
         counts, names = before, {state: i for i, state in enumerate(before)}
-    return Automaton(tuple(reversed(drops)), tuple(reversed(keeps)), num_ends, next(iter(counts.values())))
+    return Automaton(tuple(reversed(drops)), tuple(reversed(keeps)), num_ends, next(iter(counts.values())), dearest)
 
 
 def _move(
@@ -218,8 +227,7 @@ def _move(
     return _State(used, run, phase, tuple(sorted(open_sets.items())))
 
 
-def _done(rules: Rules, state: _State) -> bool:
-    if rules.costs is not None and rules.budget is not None:
-        cheapest = min((c for c in rules.costs if c > 0), default=1)
-        return max(0, rules.budget - cheapest) < state.used <= rules.budget
+def _done(rules: Rules, state: _State, least: int) -> bool:
+    if rules.costs is not None:
+        return state.used > least
     return isinstance(rules.keep, Mapping) or state.used == rules.keep

@@ -41,12 +41,15 @@ class BlockSampler(nn.Module, ABC):
     lr_gates: ClassVar[float] = 1e-3
     #: Masks that every sample runs under; the rows of a draw come in runs of that many.
     masks_per_sample: int = 1
+    #: How many blocks every mask keeps, of all or by block list; None when masks differ in it, or groups say it.
+    budget: int | Mapping[str, int] | None = None
 
     def __init__(self, lists: Mapping[str, int]) -> None:
         super().__init__()
         self.lists = dict(lists)
         self.pattern: Any = None  # what a decision records of the budget, if it can be said as a pattern
         self.num_blocks = sum(lists.values())
+        self.num_steps = 0  # that it has been trained for, when a search is done with it
 
     def anneal(self, progress: float) -> dict[str, float]:
         """Move temperatures to a point of the search, 0 at the first step and 1 at the last; returns them by name."""

@@ -120,15 +120,29 @@ class Search(Selector):
         if self.pattern is not None:
             object.__setattr__(self, "pattern", parse_pattern(self.pattern))
 
+    def inputs(self) -> dict[str, str]:
+        return {} if self.start is None else {f"start.{key}": value for key, value in self.start.inputs().items()}
+
     def preview(self, blocks: Sequence[str]) -> Decision:
-        return self._decision(self.make_sampler(list_lengths(blocks)), blocks, {})
+        sampler = self.make_sampler(list_lengths(blocks))
+        decision = self._decision(sampler, blocks, {})
+        if self.start is not None:
+            first = self.start.preview(blocks)
+            if len(first.kept) != len(decision.kept) and (sampler.budget is not None or sampler.choices()):
+                raise UserError(
+                    f"search.start: keeps {len(first.kept)} blocks, the search {len(decision.kept)}; give it the same "
+                    "number"
+                )
+        return decision
 
     def make_sampler(self, lists: Mapping[str, int]) -> BlockSampler:
         """The distribution over masks that the search starts from, for block lists of these lengths."""
         if self.sampler is not None:
             return self.sampler(lists)
         if self.keep is not None:
-            return ScoreFunction(lists, Rules(keep=self.keep))
+            rules = Rules(keep=self.keep)
+            rules.check(lists, "search")
+            return ScoreFunction(lists, rules)
         assert self.pattern is not None and not isinstance(self.pattern, int)  # parse_pattern refuses numbers
         return GroupedSampler(lists, self.pattern, **self._shorthand())
 
@@ -156,7 +170,9 @@ class Search(Selector):
 
     def decide(self, sampler: BlockSampler, task: Task, trainer: Trainer) -> Decision:
         """What a distribution that was learned decides."""
-        record = {**provenance(trainer.seed, task.source), "steps": self.steps}
+        steps = sampler.num_steps or self.steps
+        rows = steps * (self.batch_size or trainer.batch_size) * sampler.masks_per_sample
+        record = {**provenance(trainer.seed, task.source), "steps": steps, "evaluations": rows}
         return self._decision(sampler, task.blocks, record)
 
     def learn(self, task: Task, trainer: Trainer, run: RunFolder | None = None) -> BlockSampler:
@@ -187,7 +203,9 @@ class Search(Selector):
                 ]
                 how = Optimization(groups=groups, steps=self.steps, clip=self.clip, ema=ema)
                 trainer.fit("search", objective, task.train, task.loss.prepare, how, run)
-        averaged.anneal(1.0)  # a run that resumes after its last step, or stops early, has not been there
+        averaged.num_steps = objective.num_steps
+        if not 0 < objective.num_steps < self.steps:  # else it stopped early, and is as sure as it was there
+            averaged.anneal(1.0)  # a run that resumes after its last step has not been there
         return averaged.cpu()
 
     def _decision(self, sampler: BlockSampler, blocks: Sequence[str], record: Mapping[str, Any]) -> Decision:
@@ -222,6 +240,7 @@ class _GatedLoss(Objective):
         # The average is not trained: out of the module's sight, so that DDP does not wait for its gradients.
         self.outside = (loss, averaged, gates)
         self.learning = True
+        self.num_steps = 0
         self.temperatures: dict[str, float] = {}
 
     def forward(self, inputs: Batch, rng: Rng) -> tuple[Tensor, Tensor]:
@@ -247,6 +266,7 @@ class _GatedLoss(Objective):
         return (rng.uniform("dropped values", *mask.shape) < share).to(mask) / share
 
     def before_step(self, progress: float) -> None:
+        self.num_steps = round(progress * (self.search.steps - 1)) + 1
         self.learning = progress >= self.warmup
         learned = max(0.0, (progress - self.warmup) / (1 - self.warmup))
         self.temperatures = self.sampler.anneal(learned)

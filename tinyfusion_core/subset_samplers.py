@@ -28,7 +28,7 @@ class SubsetSampler(BlockSampler):
 
     def __init__(self, lists: Mapping[str, int], rules: Rules) -> None:
         super().__init__(lists)
-        self.automaton = build(rules, lists)
+        self.automaton, self.budget = build(rules, lists), rules.keep
         self.logits = nn.Parameter(torch.zeros(self.num_blocks))
 
     def prefer(self, kept: Sequence[int], strength: float) -> None:
@@ -131,7 +131,8 @@ class ScoreFunction(SubsetSampler):
 class GumbelTopK(BlockSampler):
     """The k blocks with the highest perturbed logits, relaxed by k softmaxes (arXiv 1901.10517): a baseline.
 
-    Its marginals have no closed form: what is reported is estimated from fixed draws. The log-probability is that of
+    Its marginals have no closed form: what is reported is estimated from 2,000 fixed draws, an entropy of at most their
+    logarithm. The log-probability is that of
     the order in which the blocks were drawn.
 
     Args:
@@ -147,7 +148,8 @@ class GumbelTopK(BlockSampler):
         super().__init__(lists)
         require(1 <= keep <= self.num_blocks, "search.sampler.keep", keep, f"1 to {self.num_blocks} blocks")
         require(min(tau) > 0, "search.sampler.tau", tau, "temperatures above 0")
-        self.keep, self.tau_schedule, self.tau = keep, tau, tau[0]
+        self.keep = self.budget = keep
+        self.tau_schedule, self.tau = tau, tau[0]
         self.logits = nn.Parameter(torch.zeros(self.num_blocks))
 
     def prefer(self, kept: Sequence[int], strength: float) -> None:
@@ -184,8 +186,10 @@ class GumbelTopK(BlockSampler):
 
     def best(self, count: int) -> list[tuple[int, ...]]:
         masks, counts = torch.unique(self._fixed_draws(), dim=0, return_counts=True)
-        order = counts.argsort(descending=True, stable=True)[:count]
-        return [tuple(masks[i].nonzero().flatten().tolist()) for i in order.tolist()]
+        order = counts.argsort(descending=True, stable=True)
+        found = [tuple(masks[i].nonzero().flatten().tolist()) for i in order.tolist()]
+        mode = tuple(self.mode())
+        return [mode, *(kept for kept in found if kept != mode)][:count]
 
     def entropy(self) -> float:
         counts = torch.unique(self._fixed_draws(), dim=0, return_counts=True)[1]

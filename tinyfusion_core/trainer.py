@@ -214,12 +214,14 @@ class _Fit:
                 done, finished = step + 1, self.objective.finished()
                 if done % self.trainer.log_every == 0 or done == self.how.steps or finished:
                     self._log(done)
+                if finished and asked and self.folder is not None:
+                    self._save(self.how.steps)  # there is no step left to go on with
+                    raise Interrupted(f"stopped at step {done} of {self.stage}, its last", _signal(stop))
                 if finished:
                     break
                 if asked and self.folder is not None:
                     self._save(done)
-                    signum = stop[0] if stop else signal.SIGINT
-                    raise Interrupted(f"stopped at step {done} of {self.how.steps} of {self.stage}", signum)
+                    raise Interrupted(f"stopped at step {done} of {self.how.steps} of {self.stage}", _signal(stop))
                 if asked:
                     raise KeyboardInterrupt
                 if done % self.trainer.checkpoint_every == 0 and done < self.how.steps:
@@ -329,6 +331,11 @@ def cosine(final: float) -> Callable[[float], float]:
 def decay_for(steps: int) -> float:
     """The decay of an average that looks back over a tenth of the steps: 0.999 for 10,000, 0.9999 for 100,000."""
     return max(0.0, 1 - 10 / steps)
+
+
+def _signal(stop: list[int]) -> int:
+    """The signal that this process was sent; another process's is taken for an interrupt."""
+    return stop[0] if stop else signal.SIGINT
 
 
 def _as_is(batch: Any) -> Any:

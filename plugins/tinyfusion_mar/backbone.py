@@ -84,7 +84,7 @@ class MAR(CheckpointBackbone):
         return model.MAR
 
     def official(self) -> str | None:
-        links = _OFFICIAL if self.variant is None else {self.variant: _OFFICIAL[self.variant]}
+        links = {name: link for name, link in _OFFICIAL.items() if self.variant in (name, None)} or _OFFICIAL
         return f"the official weights ({', '.join(f'of {name}: {link}' for name, link in links.items())})"
 
     def blocks(self, model: nn.Module) -> Sequence[str]:

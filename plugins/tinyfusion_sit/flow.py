@@ -115,7 +115,8 @@ class FlowMatching(LossAdapter):
 
     def distance(self, student: Tensor, teacher: Tensor, inputs: Batch) -> Tensor:
         """Mean squared difference, weighted as the loss is."""
-        return inputs["weight"] * sample_mean((student.to(teacher.dtype) - teacher).square())
+        dtype = inputs["x_t"].dtype
+        return inputs["weight"] * sample_mean((student.to(dtype) - teacher.to(dtype)).square())
 
     def sample(self, model: nn.Module, like: Tensor, labels: Tensor, rng: Rng) -> Tensor:
         """(B, C, H, W) samples. Row i depends on its own streams alone: "x_0" and "sampling noise <step>"."""
