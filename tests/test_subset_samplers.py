@@ -156,9 +156,9 @@ def test_gates_that_leave_out_values_keep_their_mean_gradient() -> None:
     whole = gradient(None)
     assert torch.equal(gradient(torch.ones(8, 4)), whole)
     rng = torch.Generator().manual_seed(1)
-    estimates = torch.stack([gradient((torch.rand(8, 4, generator=rng) < 0.3).float() / 0.3) for _ in range(800)])
+    estimates = torch.stack([gradient((torch.rand(8, 4, generator=rng) < 0.3).float() / 0.3) for _ in range(300)])
     assert torch.equal(estimates[0][mask == 1], whole[mask == 1])
-    error = (estimates.mean(0) - whole).abs() / (estimates.std(0) / 800**0.5 + 1e-6)
+    error = (estimates.mean(0) - whole).abs() / (estimates.std(0) / 300**0.5 + 1e-6)
     assert error[mask == 0].max() < 5
     assert (estimates[0][mask == 0] == 0).any()
 
@@ -234,24 +234,19 @@ def test_the_final_heals_the_best_masks_and_keeps_the_winner() -> None:
     blind = tiny.Search(keep=4, steps=1, update=tiny.Frozen(), start=tiny.Keep([0, 1, 3, 4]), start_strength=1.0)
     assert list(blind(planted, TRAINER).kept) == [0, 1, 3, 4]
     before = {name: value.clone() for name, value in planted.teacher.state_dict().items()}
-    final = tiny.Finals(search=blind, masks=20, steps=4, samples=64)
+    final = tiny.Finals(search=blind, masks=20, steps=2, samples=64)
     decision = final(planted, TRAINER)
     assert list(decision.kept) == WORKING
     assert decision.method == "Finals"
+    assert decision.confidences == ()  # those of another mask
+    rounds = decision.provenance["finals"]
+    assert [len(seen) for seen in rounds] == [20, 10, 5, 3, 2]
+    assert min(rounds[-1], key=lambda seen: seen["loss"])["kept"] == WORKING
+    assert decision.provenance["evaluations"] == 1 * 16 * 4 + 40 * (2 * 16 + 64)
     assert all(torch.equal(value, before[name]) for name, value in planted.teacher.state_dict().items())
     assert final.preview(planted.blocks).kept == blind.preview(planted.blocks).kept
     with pytest.raises(tiny.UserError, match=r"search\.masks is 0"):
         tiny.Finals(search=blind, masks=0)
-
-
-def test_the_final_says_what_it_saw_and_claims_no_confidence_of_another_mask() -> None:
-    blind = tiny.Search(keep=4, steps=1, update=tiny.Frozen(), start=tiny.Keep([0, 1, 3, 4]), start_strength=1.0)
-    decision = tiny.Finals(search=blind, masks=20, steps=4, samples=64)(task(), TRAINER)
-    assert decision.confidences == ()
-    rounds = decision.provenance["finals"]
-    assert [len(seen) for seen in rounds] == [20, 10, 5, 3, 2]
-    assert min(rounds[-1], key=lambda seen: seen["loss"])["kept"] == WORKING
-    assert decision.provenance["evaluations"] == 1 * 16 * 4 + 40 * (4 * 16 + 64)
 
 
 def test_a_search_records_what_it_cost_and_where_it_stopped() -> None:
