@@ -58,14 +58,15 @@ class CheckpointBackbone(Backbone):
 
     def build(self) -> nn.Module:
         """Draws nothing from the global generator."""
+        config = self.config()
         path = self._weights() if self._random_seed is None else None
         with torch.device("meta"):  # the initial values would only cost time
-            model = self.construct(self.config())
+            model = self.construct(config)
         if next(model.buffers(), None) is None:
             model = model.to_empty(device="cpu").eval()
         else:  # buffers need theirs
             with torch.random.fork_rng():
-                model = self.construct(self.config()).eval()
+                model = self.construct(config).eval()
         if path is None:
             _randomise(model, generator(self._random_seed, type(self).__name__))
         else:
