@@ -58,8 +58,8 @@ class CheckpointBackbone(Backbone):
 
     def build(self) -> nn.Module:
         """Draws nothing from the global generator."""
-        config = self.config()
         path = self._weights() if self._random_seed is None else None
+        config = self.config()
         with torch.device("meta"):  # the initial values would only cost time
             model = self.construct(config)
         if next(model.buffers(), None) is None:
@@ -144,7 +144,7 @@ class CheckpointBackbone(Backbone):
         folder = self._folder()
         if folder is not None:
             path = folder / "model.safetensors"
-            if not path.is_file():
+            if not path.is_file() and (folder / "config.json").is_file():
                 raise MissingFileError(f"{path}: no such file; copy the whole folder again")
             return path
         if self.checkpoint is not None and Path(self.checkpoint).is_file():
