@@ -137,10 +137,14 @@ class Backbone(ABC):
     def export(self, model: nn.Module, library: str, folder: Path) -> None:
         """Write a network as a folder of another library, `transformers` or `diffusers`.
 
+        By default what `save` writes, if `library` is the one that reads it.
+
         Raises:
             UserError: that library has no such network.
         """
-        raise UserError(f"--to {library}: {type(self).__name__} has no form in {library}")
+        if library != self.library:
+            raise UserError(f"--to {library}: {type(self).__name__} has no form in {library}")
+        self.save(model, folder)
 
     @classmethod
     def load(cls, folder: Path, config: Mapping[str, Any]) -> nn.Module:

@@ -68,7 +68,7 @@ class CheckpointBackbone(Backbone):
             with torch.random.fork_rng():
                 model = self.construct(config).eval()
         if path is None:
-            _randomise(model, generator(self._random_seed, type(self).__name__))
+            randomise(model, generator(self._random_seed, type(self).__name__))
         else:
             load_strict(model, read_weights(path, self.containers), path)
         return model
@@ -170,7 +170,7 @@ def settings(model: nn.Module) -> dict[str, Any]:
     return cast(dict[str, Any], model.config)
 
 
-def _randomise(model: nn.Module, rng: torch.Generator) -> None:
+def randomise(model: nn.Module, rng: torch.Generator) -> None:
     """Values of a size that keeps every term of the forward visible; none is zero, as adaLN would start with."""
     with torch.no_grad():
         for p in model.parameters():

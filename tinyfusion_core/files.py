@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -63,6 +64,20 @@ def read_json(path: Path) -> Any:
         raise MissingFileError(f"{path}: no such file") from None
     except (ValueError, OSError) as e:
         raise UserError(f"{path}: not readable as JSON ({e})") from None
+
+
+def map_array(path: Path) -> Any:
+    """Map a .npy file of numbers; an archive of several comes back as what numpy makes of it.
+
+    Raises:
+        UserError: it is missing, cut short, or holds anything but numbers.
+    """
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise MissingFileError(f"{path}: no such file") from None
+    except (ValueError, EOFError, OSError) as e:
+        raise UserError(f"{path}: cut short, or not a .npy file of numbers ({e})") from None
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

@@ -126,25 +126,34 @@ def build(rules: Rules, lists: Mapping[str, int]) -> Automaton:
         UserError: a rule has no meaning for these lists, or no mask obeys them all; names those that are too many.
     """
     rules.check(lists)
-    found = _build(rules, lists)
+    paths = _explore(rules, lists)
+    found = _prune(rules, *paths)
     if found is not None and rules.costs is not None:
         free = [c for i, c in enumerate(rules.costs) if c and i not in rules.remove]
-        found = _build(rules, lists, found.dearest - min(free))
+        found = _prune(rules, *paths, least=found.dearest - min(free))
     if found is not None:
         return found
     blame = []
     for name, value in rules.given().items():
-        if name not in ("keep", "costs", "budget") and (without := _build(rules.without(name), lists)) is not None:
+        if name in ("keep", "costs", "budget"):
+            continue
+        fewer = rules.without(name)
+        if (without := _prune(fewer, *_explore(fewer, lists))) is not None:
             blame.append(f"{name} {value} (without it {without.num_masks:,} masks would do)")
     given = ", ".join(f"{name} {value}" for name, value in rules.given().items())
     reason = "; in the way: " + "; ".join(blame) if blame else ""
     raise UserError(f"search.sampler.rules: no mask of {sum(lists.values())} blocks obeys {given}{reason}")
 
 
-def _build(rules: Rules, lists: Mapping[str, int], least: int = 0) -> Automaton | None:
+_Layers = list[dict[_State, int]]
+_Moves = list[list[tuple[_State | None, _State | None]]]
+
+
+def _explore(rules: Rules, lists: Mapping[str, int]) -> tuple[_Layers, _Moves]:
+    """The states before and after every block, and for each where dropping and keeping the block lead."""
     blocks = [(name, i, depth) for name, depth in lists.items() for i in range(depth)]
-    layers: list[dict[_State, int]] = [{_State(): 0}]
-    moves: list[list[tuple[_State | None, _State | None]]] = []
+    layers: _Layers = [{_State(): 0}]
+    moves: _Moves = []
     for index, (name, i, depth) in enumerate(blocks):
         following: dict[_State, int] = {}
         out: list[tuple[_State | None, _State | None]] = []
@@ -158,16 +167,11 @@ def _build(rules: Rules, lists: Mapping[str, int], least: int = 0) -> Automaton 
         layers.append(following)
         if sum(map(len, layers)) > MAX_STATES:
             raise UserError("search.sampler.rules: these need too many states; make costs smaller numbers")
-    return _prune(rules, layers, moves, least)
+    return layers, moves
 
 
-def _prune(
-    rules: Rules,
-    layers: list[dict[_State, int]],
-    moves: list[list[tuple[_State | None, _State | None]]],
-    least: int,
-) -> Automaton | None:
-    """Keep the states from which the end can be reached, and count the masks on the way."""
+def _prune(rules: Rules, layers: _Layers, moves: _Moves, least: int = 0) -> Automaton | None:
+    """Keep the states from which an end that uses more than the least can be reached; count the masks on the way."""
     counts: dict[_State, int] = {state: 1 for state in layers[-1] if _done(rules, state, least)}
     names = {state: i for i, state in enumerate(counts)}
     num_ends, drops, keeps = len(counts), [], []

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from tinyfusion_core.backbone import Backbone, Stream
+from tinyfusion_core.checkpoints import randomise
 from tinyfusion_core.errors import MissingFileError, UserError, require
 from tinyfusion_core.files import digest, read_json, save_tensors, sha256, write_json
 from tinyfusion_core.randomness import generator
@@ -156,11 +157,6 @@ class DiffusersTransformer(Backbone):
         save_tensors(folder / WEIGHTS, model.state_dict(), {"format": "pt"})
         return ["config.json", WEIGHTS]
 
-    def export(self, model: nn.Module, library: str, folder: Path) -> None:
-        if library != "diffusers":
-            super().export(model, library, folder)
-        self.save(model, folder)
-
     @classmethod
     def load(cls, folder: Path, config: Mapping[str, Any]) -> nn.Module:
         return cls(model=str(folder)).build()
@@ -169,10 +165,7 @@ class DiffusersTransformer(Backbone):
         assert self._random is not None
         with torch.random.fork_rng():
             model = construct(json.loads(self._random))
-        rng = generator(0, "random transformer")
-        with torch.no_grad():
-            for p in model.parameters():
-                p.normal_(std=p[0].numel() ** -0.5 if p.ndim > 1 else 0.2, generator=rng)
+        randomise(model, generator(0, "random transformer"))
         return model
 
     def _pretrained(self) -> Any:

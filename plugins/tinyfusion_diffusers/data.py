@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tinyfusion_core.data import DataSource
 from tinyfusion_core.errors import MissingFileError, UserError, require
+from tinyfusion_core.files import map_array
 from tinyfusion_core.randomness import generator
 
 NAMES = ("x", "x_std", "y", "text", "mask", "pooled")
@@ -137,12 +138,7 @@ def _columns(path: Path) -> list[_Column]:
 
 
 def _mapped(path: Path) -> np.ndarray[Any, Any]:
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise MissingFileError(f"{path}: no such file") from None
-    except (ValueError, EOFError, OSError) as e:
-        raise UserError(f"{path}: cut short, or not a .npy file of numbers ({e})") from None
+    array = map_array(path)
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiub" or not array.ndim:
         raise UserError(f"{path}: holds no array of numbers with a row for each sample")
     return array

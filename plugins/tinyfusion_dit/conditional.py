@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,12 @@ def guided_network(
         return model.forward_with_cfg(*doubled, cfg_scale, guided)[: len(x)]  # type: ignore[operator, no-any-return]
 
     return run
+
+
+def last(states: Iterator[Tensor]) -> Tensor:
+    """Run a sampler to its last state, without gradients."""
+    with torch.no_grad():
+        return deque(states, maxlen=1).pop()
 
 
 def sample_mean(x: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ e is the predicted noise and v the raw variance output. Shapes: B batch, C chann
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -28,6 +27,7 @@ from tinyfusion_dit.conditional import (
     draw_label_drop,
     draw_latents,
     guided_network,
+    last,
     run_network,
     sample_mean,
 )
@@ -140,8 +140,7 @@ class GaussianDiffusion(LossAdapter):
         """(B, C, H, W) samples. Row i depends on its own streams alone: "x_T" and "sampling noise <step>"."""
         denoise = guided_network(model, labels, self.cfg_scale, self.guided_channels)
         states = self.trajectory(denoise, rng.normal("x_T", like), lambda i: rng.normal(f"sampling noise {i}", like))
-        with torch.no_grad():
-            return deque(states, maxlen=1).pop()
+        return last(states)
 
     def trajectory(
         self, denoise: Callable[[Tensor, Tensor], Tensor], x: Tensor, noise: Callable[[int], Tensor]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tinyfusion_core.data import DataSource
 from tinyfusion_core.errors import MissingFileError, UserError
-from tinyfusion_core.files import read_json
+from tinyfusion_core.files import map_array, read_json
 from tinyfusion_core.randomness import generator
 
 Indices = NDArray[np.int64]
@@ -257,12 +257,7 @@ def _load(path: Path, shape: Sequence[int] | None = None, integers: bool = False
     Raises:
         UserError: it is missing, cut short, holds anything else, or its shape is not the expected one.
     """
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise MissingFileError(f"{path}: no such file") from None
-    except (ValueError, EOFError, OSError) as e:
-        raise UserError(f"{path}: cut short, or not a .npy file of numbers ({e})") from None
+    array = map_array(path)
     wanted = "iu" if integers else "f"
     if not isinstance(array, np.ndarray) or array.dtype.kind not in wanted:
         found = array.dtype if isinstance(array, np.ndarray) else "an archive"

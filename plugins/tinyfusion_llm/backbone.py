@@ -161,11 +161,6 @@ class CausalLM(Backbone):
                 Path(made, name).replace(folder / name)
         return written
 
-    def export(self, model: nn.Module, library: str, folder: Path) -> None:
-        if library != "transformers":
-            super().export(model, library, folder)
-        self.save(model, folder)
-
     @classmethod
     def load(cls, folder: Path, config: Mapping[str, Any]) -> nn.Module:
         return cls(model=str(folder)).build()

@@ -9,7 +9,6 @@ Shapes: B batch, C token width, L tokens of an image, M masked and V visible one
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,7 +20,7 @@ from tinyfusion_core.backbone import Batch
 from tinyfusion_core.errors import UserError, require
 from tinyfusion_core.losses import LossAdapter
 from tinyfusion_core.randomness import Rng
-from tinyfusion_dit.conditional import check_options, draw_label_drop, draw_latents
+from tinyfusion_dit.conditional import check_options, draw_label_drop, draw_latents, last
 from tinyfusion_dit.diffusion import GaussianDiffusion
 from tinyfusion_mar.tokens import patchify, take, unpatchify
 
@@ -131,9 +130,8 @@ class MaskedTokenDiffusion(LossAdapter):
         """(B, C, H, W) samples. Row i depends on its own streams alone: "order" and those of `rounds`."""
         tokens = patchify(torch.zeros_like(like), self.patch_size)
         order = rng.uniform("order", *tokens.shape[:2]).argsort(1).to(like.device)
-        with torch.no_grad():
-            last = deque(self.rounds(model, tokens, labels, order, rng.normal), maxlen=1).pop()
-        return unpatchify(last, like, self.patch_size)
+        tokens = last(self.rounds(model, tokens, labels, order, rng.normal))
+        return unpatchify(tokens, like, self.patch_size)
 
     def rounds(
         self, model: Any, tokens: Tensor, labels: Tensor, order: Tensor, normal: Callable[[str, Tensor], Tensor]
@@ -178,7 +176,7 @@ class MaskedTokenDiffusion(LossAdapter):
             _rows(normal(f"x_T {when}", like)),
             lambda step: self.temperature * _rows(normal(f"noise {step} {when}", like)),
         )
-        return deque(states, maxlen=1).pop().view_as(like)
+        return last(states).view_as(like)
 
     def _guided_head(
         self, model: Any, tokens: Tensor, visible: Tensor, chosen: Tensor, labels: Tensor, scale: float

@@ -5,7 +5,6 @@ Formulas: SiT (arXiv 2401.08740), classifier-free guidance (2207.12598). Notatio
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -22,6 +21,7 @@ from tinyfusion_dit.conditional import (
     draw_label_drop,
     draw_latents,
     guided_network,
+    last,
     run_network,
     sample_mean,
 )
@@ -122,8 +122,7 @@ class FlowMatching(LossAdapter):
         """(B, C, H, W) samples. Row i depends on its own streams alone: "x_0" and "sampling noise <step>"."""
         network = guided_network(model, labels, self.cfg_scale, self.guided_channels)
         states = self.trajectory(network, rng.normal("x_0", like), lambda i: rng.normal(f"sampling noise {i}", like))
-        with torch.no_grad():
-            return deque(states, maxlen=1).pop()
+        return last(states)
 
     def trajectory(
         self, network: Callable[[Tensor, Tensor], Tensor], x: Tensor, noise: Callable[[int], Tensor]
