@@ -111,7 +111,7 @@ def gradients(truth: Truth) -> list[dict[str, str | float]]:
         for name, (make, share) in ESTIMATORS.items():
             sampler = make(LISTS)
             if kept:
-                sampler.prefer(kept, strength)
+                sampler.prefer(kept, (strength, strength))
             exact = truth.gradient(sampler)
             start = time.perf_counter()
             estimates = torch.stack([truth.estimate(sampler, share, i) for i in range(ESTIMATES)])
