@@ -199,7 +199,7 @@ def test_a_start_is_where_the_gates_begin_and_no_more(tmp_path) -> None:
 
 def test_a_prior_that_has_faded_decides_nothing() -> None:
     """Strong enough to be the mode for as long as it lasts."""
-    how = dict(keep=4, steps=1, update=tiny.Frozen(), start=tiny.LastN(keep=4))
+    how = {"keep": 4, "steps": 1, "update": tiny.Frozen(), "start": tiny.LastN(keep=4)}
     assert list(tiny.Search(**how, prior=(3.0, 3.0))(task(), TRAINER).kept) == [4, 5, 6, 7]
     assert list(tiny.Search(**{**how, "steps": 200}, prior=(3.0, 0.0))(task(), TRAINER).kept) == WORKING
 

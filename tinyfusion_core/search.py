@@ -73,8 +73,8 @@ class Search(Selector):
         ema: decay of the average of the gate logits that decides; default 1 - 10 / steps, which is the
             paper's 0.999 at 10,000 steps and lags as little in a short search.
         start: a criterion whose choice the search begins with, instead of indifference.
-        prior: log-odds that the start gives to the blocks it keeps, and minus that to the others, at the first and at the
-            last step, linear in between. What the gates learn is added: with a last prior of 0 they alone decide.
+        prior: log-odds that the start gives to the blocks it keeps, and minus that to the others, at the first and at
+            the last step, linear in between. What the gates learn is added: with a last prior of 0 they alone decide.
         dropped_values: the fraction of the samples that drop a block for which the block is run all the same, because a
             pathwise gradient needs its value; weighed so that the gate's gradient keeps its mean. Less is faster
             and noisier. A score function needs none.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ class SubsetSampler(BlockSampler):
         self.logits = nn.Parameter(torch.zeros(self.num_blocks))
 
     def marginals(self) -> Tensor:
-        return self._subsets(learning=False).marginals().float()
+        return self._subsets(learning=False).marginals()
 
     def mode(self) -> list[int]:
         return self._subsets(learning=False).mode().nonzero().flatten().tolist()
