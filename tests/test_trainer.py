@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 import tinyfusion_core as tiny
+from tinyfusion_core.objective import cosine, decay_for
 from tinyfusion_core.pruning import remove_blocks
-from tinyfusion_core.trainer import cosine, decay_for
 from toys import Match, Planted, StopAt, planted_data
 
 TRAINER = tiny.Trainer(batch_size=16, precision="fp32", seed=0, checkpoint_every=7)

@@ -14,9 +14,10 @@ from torch.utils._pytree import tree_leaves
 from .backbone import Batch, Streams, block_lists, streams_of
 from .decision import Decision
 from .errors import UserError, require
+from .losses import LossAdapter, Prediction
+from .objective import Objective
 from .randomness import Rng
 from .task import Task
-from .trainer import Objective
 
 Tap = tuple[int, int]
 """A block of the student and the block of the teacher whose output it should give, as positions among all blocks."""
@@ -132,15 +133,21 @@ class Distilled(Objective):
         self.taps = kd.taps_for(decision)
         ours = task.backbone.block_paths(student)
         self.paths = [ours[s] for s, _ in self.taps], [task.blocks[t] for _, t in self.taps]
-        # The teacher is not trained: out of the module's sight, so that nobody shards, averages or saves it.
+        self.units = [student.get_submodule(path) for path in ours]
+        # The teacher is not trained: out of the module's sight, so that nobody averages or saves it.
         self.outside = task.loss, task.teacher, task.backbone.streams
+        units = [task.teacher.get_submodule(path) for path in task.blocks]
+        self.predicting = [(_Prediction(task.teacher, task.loss), units)]
         self.beta = 0.0
-        self.terms: dict[str, Tensor] = {}
+
+    def beside(self) -> list[tuple[nn.Module, Sequence[nn.Module]]]:
+        return list(self.predicting)
 
     def forward(self, inputs: Batch, rng: Rng) -> tuple[Tensor, Tensor]:
         loss, teacher, streams = self.outside
         with torch.no_grad(), captured(teacher, self.paths[1], streams) as theirs:
-            target = loss.predict(teacher, inputs)
+            ((predict, _),) = self.predicting
+            target = predict(inputs)
         with captured(self.model, self.paths[0], streams) as ours:
             prediction = loss.predict(self.model, inputs)
         _check_shapes(prediction, target, "the student predicts", "the teacher")
@@ -162,8 +169,18 @@ class Distilled(Objective):
             self.beta = first + (last - first) * progress
 
     def metrics(self) -> dict[str, Any]:
-        values = {name: round(float(term.mean()), 6) for name, term in self.terms.items()}
-        return {**values, "beta": self.beta} if isinstance(self.kd, MaskedKD) else values
+        return {"beta": self.beta} if isinstance(self.kd, MaskedKD) else {}
+
+
+class _Prediction(nn.Module):
+    """The teacher with its objective: one call runs all of it, which is what FSDP asks for."""
+
+    def __init__(self, model: nn.Module, loss: LossAdapter) -> None:
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, inputs: Batch) -> Prediction:
+        return self.loss.predict(self.model, inputs)
 
 
 def feature_loss(student: Tensor, teacher: Tensor, sigma: float | None, mask: str) -> tuple[Tensor, Tensor]:

@@ -11,11 +11,11 @@ from .backbone import Batch
 from .decision import Decision
 from .distill import Distilled, OutputKD
 from .errors import UserError, require
-from .losses import LossAdapter
+from .objective import Ema, Objective, Optimization, cosine, decay_for
 from .randomness import Rng
 from .run_folder import RunFolder
 from .task import Task
-from .trainer import Ema, Objective, Optimization, Trainer, cosine, decay_for
+from .trainer import Trainer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,10 +83,11 @@ class Recover:
             Interrupted: a signal came; the same call with the same run folder goes on.
         """
         trainer = trainer.with_batch_size(self.batch_size)
-        student.to(trainer.accelerator.device).train()
+        trainer.placed(student).train()
         objective = self._objective(task, student, decision, trainer)
         decay = decay_for(self.steps) if self.ema is None else self.ema
         ema = Ema(student, decay) if decay else None
+        averaged = ema.average.module if ema else None  # copied before the blocks' forward is taken over
         how = Optimization(
             groups=[
                 {
@@ -100,26 +101,28 @@ class Recover:
             clip=self.clip,
             ema=ema,
         )
-        trainer.fit(stage, objective, task.train, task.loss.prepare, how, run)
-        if ema is not None:
-            student.load_state_dict(ema.average.module.state_dict())
+        with trainer.tuned([*objective.units, *(unit for _, units in objective.beside() for unit in units)]):
+            trainer.fit(stage, objective, task.train, task.loss.prepare, how, run)
+        if averaged is not None:
+            student.load_state_dict(averaged.state_dict())
         return student.eval()
 
     def _objective(self, task: Task, student: nn.Module, decision: Decision | None, trainer: Trainer) -> Objective:
         if self.kd is None:
-            return _PlainLoss(student, task.loss)
+            return _PlainLoss(student, task)
         if decision is None:
             raise UserError("kd: a fresh network has no teacher to learn from; distillation goes with recover")
-        task.teacher.to(trainer.accelerator.device)
+        trainer.placed(task.teacher)
         return Distilled(student, task, decision, self.kd)
 
 
 class _PlainLoss(Objective):
     """The mean training loss."""
 
-    def __init__(self, model: nn.Module, loss: LossAdapter) -> None:
+    def __init__(self, model: nn.Module, task: Task) -> None:
         super().__init__()
-        self.model, self.loss = model, loss
+        self.model, self.loss = model, task.loss
+        self.units = [model.get_submodule(path) for path in task.backbone.block_paths(model)]
 
     def forward(self, inputs: Batch, rng: Rng) -> tuple[Tensor, Tensor]:
         losses = self.loss.losses(self.model, inputs)

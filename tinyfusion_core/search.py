@@ -16,6 +16,7 @@ from .decision import Decision, provenance
 from .errors import UserError, require
 from .gating import Gates
 from .losses import LossAdapter
+from .objective import Ema, Objective, Optimization, decay_for
 from .patterns import Pattern, parse_pattern
 from .randomness import Rng, seed_of
 from .recoverability import LoRA, WeightUpdate
@@ -24,7 +25,7 @@ from .run_folder import RunFolder
 from .sampling import BlockSampler, GroupedSampler
 from .subset_samplers import ScoreFunction
 from .task import Task
-from .trainer import Ema, Objective, Optimization, Trainer, decay_for
+from .trainer import Trainer
 
 
 class Selector(ABC):
@@ -180,7 +181,8 @@ class Search(Selector):
         """The search without the decision: the distribution with the averaged gate logits. Arguments as for a call."""
         trainer = trainer.with_batch_size(self.batch_size)
         rate = min(1e-3, 1 / self.steps) if self.lr is None else self.lr
-        model = task.teacher.to(trainer.accelerator.device)
+        model = trainer.placed(task.teacher)
+        units, batch_dim = [model.get_submodule(path) for path in task.blocks], task.batch_dim(model)
         sampler = self.make_sampler(task.lists)
         if self.start is not None:
             sampler.prefer(self.start(task, trainer).kept, self.prior)
@@ -193,7 +195,8 @@ class Search(Selector):
             torch.manual_seed(seed_of(trainer.seed, "search", "update"))  # LoRA draws its initial values
             with (
                 self.update.applied(model, task.blocks) as weights,
-                Gates(model, task.blocks, task.batch_dim(model), task.backbone.streams) as gates,
+                trainer.tuned(units),
+                Gates(model, task.blocks, batch_dim, task.backbone.streams) as gates,
             ):
                 warmup = self.warmup if weights else 0.0  # weights that do not move need none
                 objective = _GatedLoss(model.train(), task.loss, sampler, averaged, gates, self, warmup)
@@ -238,6 +241,8 @@ class _GatedLoss(Objective):
     ) -> None:
         super().__init__()
         self.model, self.sampler, self.search, self.warmup = model, sampler, search, warmup
+        self.units = [model.get_submodule(path) for path in gates.blocks]
+        self.gates = list(sampler.parameters())
         # The average is not trained: out of the module's sight, so that DDP does not wait for its gradients.
         self.outside = (loss, averaged, gates)
         self.learning = True

@@ -3,88 +3,48 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
+from .agreement import fingerprint, require_equal, require_same
 from .backbone import Batch
 from .data import Samples
 from .errors import Diverged, Interrupted, UserError, require
+from .objective import Objective, Optimization
 from .progress import track
 from .randomness import Order, Rng, seed_of
 from .run_folder import RunFolder
 from .stopping import stop_requests
+from .tuning import tuned
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-INDIFFERENT = ("num_workers", "log_every", "checkpoint_every", "max_skipped")
-"""Settings of the trainer that change no number."""
+    from .sharding import Shards
 
-
-class Objective(nn.Module, ABC):
-    """What a stage minimises. Everything differentiable happens in `forward`, inside what DDP or FSDP wraps."""
-
-    @abstractmethod
-    def forward(self, inputs: Batch, rng: Rng) -> tuple[Tensor, Tensor]:
-        """The scalar to minimise, and the (B,) losses it came from, detached."""
-
-    def before_step(self, progress: float) -> None:
-        """Move schedules to a point of the stage, 0 at the first step and 1 at the last."""
-
-    def finished(self) -> bool:
-        """Whether to stop before the last step; asked after every one, the same answer on every process."""
-        return False
-
-    def metrics(self) -> dict[str, Any]:
-        """What to record at a logged step, besides the loss."""
-        return {}
-
-
-@dataclass(frozen=True)
-class Ema:
-    """An exponential moving average of a module that is being trained.
-
-    Args:
-        source: the module.
-        decay: weight of the past at each step.
-    """
-
-    source: nn.Module
-    decay: float
-
-    @cached_property
-    def average(self) -> AveragedModel:
-        """Holds the averaged copy in `.module`. Made when first needed, which must be outside of gating."""
-        return AveragedModel(self.source, multi_avg_fn=get_ema_multi_avg_fn(self.decay))  # type: ignore[no-untyped-call]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Optimization:
-    """How a stage's parameters move.
-
-    Args:
-        groups: AdamW parameter groups; each has its own `lr` and may have its own `weight_decay`.
-        steps: optimizer updates.
-        schedule: factor on every learning rate at a progress from 0 to 1.
-        clip: largest norm of the gradient of all groups together.
-        ema: average to keep.
-    """
-
-    groups: Sequence[Mapping[str, Any]]
-    steps: int
-    schedule: Callable[[float], float] = lambda progress: 1.0
-    clip: float = 1.0
-    ema: Ema | None = None
+INDIFFERENT = (
+    "num_workers",
+    "log_every",
+    "checkpoint_every",
+    "max_skipped",
+    "micro_batch_size",
+    "sharding",
+    "activation_checkpointing",
+    "compile",
+    "timeout",
+)
+"""Settings of the trainer that change no number, but for rounding and the draws of dropout."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +59,13 @@ class Trainer:
         log_every: steps between two lines of `metrics.jsonl`.
         checkpoint_every: steps between two checkpoints.
         max_skipped: stop after so many steps in a row with a loss or gradient that is not finite.
+        micro_batch_size: largest number of samples of one forward pass on one process; a process whose share of the
+            batch is larger accumulates the gradients of several passes. By default its share is one pass.
+        sharding: how several processes share a network: `ddp` gives each a copy, `fsdp` each a part of the weights,
+            their gradients and optimizer state, block by block (FSDP2).
+        activation_checkpointing: keep no activations inside of a block, compute them again in the backward pass.
+        compile: run every block through `torch.compile`.
+        timeout: seconds that a process waits for the others before the run ends with an error.
     """
 
     batch_size: int = 128
@@ -108,23 +75,77 @@ class Trainer:
     log_every: int = 10
     checkpoint_every: int = 500
     max_skipped: int = 10
+    micro_batch_size: int | None = None
+    sharding: Literal["ddp", "fsdp"] = "ddp"
+    activation_checkpointing: bool = False
+    compile: bool = False
+    timeout: int = 1800
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "log_every", "checkpoint_every", "max_skipped"):
+        for name in ("batch_size", "log_every", "checkpoint_every", "max_skipped", "timeout"):
             require(getattr(self, name) >= 1, f"trainer.{name}", getattr(self, name), "at least 1")
+        size = self.micro_batch_size
+        require(size is None or size >= 1, "trainer.micro_batch_size", size, "at least 1")
         require(self.num_workers >= 0, "trainer.num_workers", self.num_workers, "0 or more")
 
     @cached_property
     def accelerator(self) -> Accelerator:
-        from accelerate import Accelerator
+        from accelerate import Accelerator, InitProcessGroupKwargs
 
         precision = self.precision
         if precision == "auto":
             precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+        patience = InitProcessGroupKwargs(timeout=timedelta(seconds=self.timeout))
         try:
-            return Accelerator(mixed_precision="no" if precision == "fp32" else precision)
+            accelerator = Accelerator(
+                mixed_precision="no" if precision == "fp32" else precision,
+                cpu=not torch.accelerator.is_available(),  # else torchrun's processes there stay alone
+                kwargs_handlers=[patience],
+            )
         except ValueError as e:  # accelerate keeps one precision for each process
             raise UserError(f"trainer.precision: {precision} cannot be had in this process: {e}") from e
+        started = int(os.environ.get("WORLD_SIZE", 1))
+        if started != accelerator.num_processes:
+            raise UserError(
+                f"started as one of {started} processes (WORLD_SIZE), but accelerate sees {accelerator.num_processes}: "
+                f"it cannot train with several on {accelerator.device.type}; start one"
+            )
+        if self.shards(accelerator) and precision == "fp16":
+            raise UserError("trainer.precision: fp16 and its loss scaling do not go with sharding fsdp; use bf16")
+        return accelerator
+
+    def shards(self, accelerator: Accelerator | None = None) -> bool:
+        """Whether there is anybody to share a network with, and it shall be shared."""
+        return self.sharding == "fsdp" and (accelerator or self.accelerator).num_processes > 1
+
+    def placed(self, model: nn.Module) -> nn.Module:
+        """A network where a stage wants it: on the device, unless its blocks are to be sharded there one by one."""
+        return model if self.shards() else model.to(self.accelerator.device)
+
+    def tuned(self, blocks: Iterable[nn.Module]) -> AbstractContextManager[None]:
+        """Recompute and compile blocks as the settings say, while the context is open. It must enclose gating."""
+        return tuned(blocks, recompute=self.activation_checkpointing, compiled=self.compile)
+
+    def split(self) -> tuple[int, int]:
+        """Rows of the batch on one process, and rows of one of its forward passes.
+
+        Raises:
+            UserError: the batch cannot be split so.
+        """
+        processes = self.accelerator.num_processes
+        rows, left = divmod(self.batch_size, processes)
+        if left or not rows:
+            raise UserError(
+                f"trainer.batch_size: {self.batch_size} cannot be split over {processes} processes; use a multiple"
+            )
+        micro = min(rows, self.micro_batch_size or rows)
+        if rows % micro:
+            raise UserError(
+                f"trainer.batch_size: {self.batch_size} over {processes} process(es) is {rows} samples for each, which "
+                f"cannot be split into passes of trainer.micro_batch_size {micro}; use a multiple of "
+                f"{processes * micro}"
+            )
+        return rows, micro
 
     def with_batch_size(self, batch_size: int | None) -> Trainer:
         """This trainer with another batch size, or itself when none is given."""
@@ -173,43 +194,32 @@ class _Fit:
         self.data, self.prepare, self.how, self.folder = data, prepare, optimization, folder
         self.accelerator = trainer.accelerator
         self.main = self.accelerator.is_main_process
-        self.rows, left = divmod(trainer.batch_size, self.accelerator.num_processes)
-        if left or not self.rows:
-            raise UserError(
-                f"trainer.batch_size: {trainer.batch_size} cannot be split over "
-                f"{self.accelerator.num_processes} processes; use a multiple"
-            )
+        self.rows, self.micro = trainer.split()
+        self.first = self.accelerator.process_index * self.rows
+        self.shards: Shards | None = None
         # Sum of the losses of the finite steps since the last logged one, and their number; steps skipped in all
-        # and in a row; seconds that earlier processes spent.
+        # and in a row; seconds that earlier processes spent; means of the last step's terms.
         self.window, self.count = 0.0, 0
         self.skipped, self.streak, self.before = 0, 0, 0.0
+        self.terms: dict[str, float] = {}
 
     def run(self) -> None:
-        objective = self.objective.to(self.accelerator.device)
-        parameters = [p for group in self.how.groups for p in group["params"]]
-        if self.how.ema is not None:
-            self.how.ema.average.to(self.accelerator.device)
-        groups = [{**group, "base_lr": group["lr"]} for group in self.how.groups if len(group["params"])]
-        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-        start = self._resume()
-        module, optimizer = self.accelerator.prepare(objective, self.optimizer)
-        first = self.accelerator.process_index * self.rows
-        order = Order(self.trainer.seed, self.stage, len(self.data), self.trainer.batch_size)
-        loader: DataLoader[Any] = DataLoader(
-            self.data,  # type: ignore[arg-type]  # read by lists of indices, see Samples
-            batch_sampler=order.steps(start, self.how.steps, first, self.rows),
-            collate_fn=_as_is,
-            num_workers=self.trainer.num_workers,
-            generator=torch.Generator(),  # else the loader draws from the global generator
-        )
-        self.started = time.monotonic()
-        with (
-            stop_requests() as stop,
-            torch.random.fork_rng(),
-            track(self.stage, self.how.steps, done=start, show=self.main) as progress,
-        ):
+        with ExitStack() as stack:
+            start = self._begin(stack)
+            order = Order(self.trainer.seed, self.stage, len(self.data), self.trainer.batch_size)
+            loader: DataLoader[Any] = DataLoader(
+                self.data,  # type: ignore[arg-type]  # read by lists of indices, see Samples
+                batch_sampler=order.steps(start, self.how.steps, self.first, self.rows),
+                collate_fn=_as_is,
+                num_workers=self.trainer.num_workers,
+                generator=torch.Generator(),  # else the loader draws from the global generator
+            )
+            self.started = time.monotonic()
+            stop = stack.enter_context(stop_requests())
+            stack.enter_context(torch.random.fork_rng())
+            progress = stack.enter_context(track(self.stage, self.how.steps, done=start, show=self.main))
             for step, batch in enumerate(loader, start):
-                loss, asked = self._step(step, batch, module, optimizer, parameters, first, stop)
+                loss, asked = self._step(step, batch, stop)
                 progress.advance(note=f"loss {loss:.4f}")
                 done, finished = step + 1, self.objective.finished()
                 if done % self.trainer.log_every == 0 or done == self.how.steps or finished:
@@ -228,40 +238,81 @@ class _Fit:
                     self._save(done)
         self.accelerator.free_memory()
 
-    def _step(
-        self,
-        step: int,
-        batch: Batch,
-        module: nn.Module,
-        optimizer: Any,
-        parameters: list[nn.Parameter],
-        first: int,
-        stop: list[int],
-    ) -> tuple[float, bool]:
+    def _begin(self, stack: ExitStack) -> int:
+        """Load what has been saved, place or shard the networks, make the optimizer. Returns the first step to do."""
+        objective, accelerator = self.objective, self.accelerator
+        average = self.how.ema.average if self.how.ema else None
+        state = self._load()
+        if accelerator.num_processes > 1:
+            networks = [objective, *(network for network, _ in objective.beside())]
+            tensors = (t for network in networks for t in network.state_dict().values())
+            require_same(accelerator, tensors, f"{self.stage}: the weights to begin with")
+        if self.trainer.shards():
+            from .sharding import Shards  # imports slowly
+
+            self.shards = stack.enter_context(Shards(accelerator, objective, self.how.ema))
+        else:
+            objective.to(accelerator.device)
+        if average is not None:
+            average.to(accelerator.device)
+        placed = self.shards.parameters if self.shards else list
+        groups = [
+            {**group, "params": placed(group["params"]), "base_lr": group["lr"]}
+            for group in self.how.groups
+            if len(group["params"])
+        ]
+        self.parameters = [p for group in groups for p in group["params"]]
+        self.raw = torch.optim.AdamW(groups, weight_decay=0.0)
+        if state is not None:
+            moments = state["optimizer"]
+            self.raw.load_state_dict(self.shards.spread(moments, self.parameters) if self.shards else moments)
+        self.optimizer = accelerator.prepare_optimizer(self.raw, device_placement=False)
+        # Its evaluation mode is without DDP.
+        sharded = self.shards is not None
+        self.module = accelerator.prepare_model(objective, device_placement=False, evaluation_mode=sharded)
+        return int(state["step"]) if state else 0
+
+    def _step(self, step: int, batch: Batch, stop: list[int]) -> tuple[float, bool]:
         """One update. Returns the mean loss, and whether any process has been asked to stop."""
-        accelerator, seed = self.accelerator, self.trainer.seed
+        accelerator = self.accelerator
         progress = step / max(1, self.how.steps - 1)
-        for group in self.optimizer.param_groups:
+        for group in self.raw.param_groups:
             group["lr"] = group["base_lr"] * self.how.schedule(progress)
-        # Dropout and its like draw from the global generator; a step's numbers must not depend on the past.
-        torch.manual_seed(seed_of(seed, self.stage, step, "forward", accelerator.process_index))
         self.objective.before_step(progress)
-        rng = Rng(seed, self.stage, step, first)
         batch = {name: t.to(accelerator.device, non_blocking=True) for name, t in batch.items()}
-        loss, losses = module(self.prepare(batch, rng), rng)
-        accelerator.backward(loss)
-        norm = accelerator.clip_grad_norm_(parameters, self.how.clip)
-        mine = torch.stack([losses.mean().float(), losses.new_tensor(float(bool(stop)), dtype=torch.float32)])
-        mean, asked = accelerator.reduce(mine, reduction="mean").tolist()
+        found = torch.stack([self._pass(step, batch, row) for row in range(0, self.rows, self.micro)]).mean(0)
+        if self.shards is None:
+            norm = accelerator.clip_grad_norm_(self.parameters, self.how.clip)
+        else:
+            norm = self.shards.clip(self.parameters, self.how.clip)
+        mine = torch.cat([found, found.new_tensor([bool(stop)]), fingerprint(self.objective.gates).to(found)])
+        everybody = accelerator.gather(mine[None]).cpu()
+        require_equal(everybody[:, -3:], f"{self.stage}: the gates at step {step + 1}")
+        mean, *terms, asked = everybody[:, :-3].mean(0).tolist()
+        self.terms = dict(zip(self.objective.terms, terms, strict=True))
         # Both are the same on every process, so all of them skip or none.
         finite = math.isfinite(mean) and bool(torch.isfinite(torch.as_tensor(norm)))
         if finite or accelerator.scaler is not None:  # a loss scaler must see the overflow to adapt
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         if finite and self.how.ema is not None:
             self.how.ema.average.update_parameters(self.how.ema.source)
         self._count(step, mean, finite)
         return mean, asked > 0
+
+    def _pass(self, step: int, batch: Batch, row: int) -> Tensor:
+        """Forward and backward for some of this process's rows. Returns the mean of the losses and of their terms."""
+        trainer, first = self.trainer, self.first + row
+        # Dropout and its like draw from the global generator; a step's numbers must not depend on the past.
+        torch.manual_seed(seed_of(trainer.seed, self.stage, step, "forward", first))
+        rng = Rng(trainer.seed, self.stage, step, first)
+        some = {name: t[row : row + self.micro] for name, t in batch.items()}
+        # FSDP averages after every pass: whole gradients would take the memory that it is there to save.
+        last = row + self.micro == self.rows
+        with nullcontext() if last or self.shards else self.accelerator.no_sync(self.module):
+            loss, losses = self.module(self.prepare(some, rng), rng)
+            self.accelerator.backward(loss * (self.micro / self.rows))
+        return torch.stack([values.mean().float() for values in (losses, *self.objective.terms.values())])
 
     def _count(self, step: int, loss: float, finite: bool) -> None:
         if finite:
@@ -279,9 +330,10 @@ class _Fit:
         if self.folder is not None and self.main:
             values = {
                 "loss": self.window / self.count if self.count else None,
-                "lr": [group["lr"] for group in self.optimizer.param_groups],
+                "lr": [group["lr"] for group in self.raw.param_groups],
                 "skipped": self.skipped,
                 "seconds": round(self._seconds(), 2),
+                **{name: round(value, 6) for name, value in self.terms.items()},
                 **self.objective.metrics(),
             }
             self.folder.log(self.stage, step, values)
@@ -291,46 +343,39 @@ class _Fit:
         return self.before + time.monotonic() - self.started
 
     def _save(self, step: int) -> None:
-        if self.folder is None or not self.main:
+        if self.folder is None:
             return
         frozen = {name for name, p in self.objective.named_parameters() if not p.requires_grad}
+        tensors = {
+            "weights": {k: v for k, v in self.objective.state_dict().items() if k not in frozen},
+            "optimizer": self.raw.state_dict(),
+            "ema": self.how.ema.average.state_dict() if self.how.ema else None,
+        }
         state = {
             "step": step,
-            "weights": {k: v for k, v in self.objective.state_dict().items() if k not in frozen},
-            "optimizer": self.optimizer.state_dict(),
-            "ema": self.how.ema.average.state_dict() if self.how.ema else None,
+            **(self.shards.gathered(tensors) if self.shards else tensors),
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
             "counters": [self.window, self.count, self.skipped, self.streak, self._seconds()],
         }
-        self.folder.save_checkpoint(self.stage, state)
-
-    def _resume(self) -> int:
-        if self.folder is None:
-            return 0
-        state = self.folder.load_checkpoint(self.stage)
-        step = state["step"] if state else 0
         if self.main:
-            self.folder.rewind(self.stage, step)
+            self.folder.save_checkpoint(self.stage, state)
+
+    def _load(self) -> dict[str, Any] | None:
+        """Take over the last checkpoint, all but the optimizer's state; None when there is none."""
+        if self.folder is None:
+            return None
+        state = self.folder.load_checkpoint(self.stage)
+        if self.main:
+            self.folder.rewind(self.stage, state["step"] if state else 0)
         if state is None:
-            return 0
+            return None
         self.objective.load_state_dict(state["weights"], strict=False)
-        self.optimizer.load_state_dict(state["optimizer"])
         if self.how.ema is not None:
             self.how.ema.average.load_state_dict(state["ema"])
         if state["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.window, self.count, self.skipped, self.streak, self.before = state["counters"]
-        return int(step)
-
-
-def cosine(final: float) -> Callable[[float], float]:
-    """A schedule that falls from 1 to `final` along half a cosine."""
-    return lambda progress: final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def decay_for(steps: int) -> float:
-    """The decay of an average that looks back over a tenth of the steps: 0.999 for 10,000, 0.9999 for 100,000."""
-    return max(0.0, 1 - 10 / steps)
+        return state
 
 
 def _signal(stop: list[int]) -> int:

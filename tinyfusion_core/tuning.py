@@ -1,0 +1,47 @@
+"""Blocks that are computed again instead of remembered, and blocks that are compiled."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+@contextmanager
+def tuned(blocks: Iterable[nn.Module], recompute: bool, compiled: bool) -> Iterator[None]:
+    """Take over the `forward` of blocks while the context is open; their keys and hooks stay as they are.
+
+    Open it around `Gates`, so that a gate calls what is here: its own bookkeeping is neither recomputed nor compiled.
+
+    Args:
+        blocks: the modules.
+        recompute: drop the activations inside of a block and compute them again in the backward pass.
+        compiled: run each through `torch.compile`.
+    """
+    before = [(block, block.__dict__.get("forward")) for block in blocks if recompute or compiled]
+    try:
+        for block, _ in before:
+            block.forward = _tuned(block.forward, recompute, compiled)
+        yield
+    finally:
+        for block, forward in before:
+            if forward is None:
+                block.__dict__.pop("forward", None)
+            else:
+                block.__dict__["forward"] = forward
+
+
+def _tuned(plain: Callable[..., Any], recompute: bool, compiled: bool) -> Callable[..., Any]:
+    # Gates give a block another number of rows in every step.
+    run = torch.compile(plain, dynamic=True) if compiled else plain
+
+    @functools.wraps(plain)  # whose signature says which arguments carry the batch
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(run, *args, use_reentrant=False, **kwargs) if recompute else run(*args, **kwargs)
+
+    return forward
