@@ -34,6 +34,7 @@ from .recover import Recover
 from .run_folder import RunFolder
 from .search import Selector
 from .task import Task
+from .together import on_main
 from .trainer import INDIFFERENT, Trainer
 
 
@@ -153,24 +154,23 @@ class Cells:
             work: computes it.
             needs: an entry without which it has to be computed again.
         """
-        from accelerate.utils import broadcast_object_list
-
-        (name,) = broadcast_object_list([f"{kind}-{digest(key)[:24]}"])  # a description can differ between processes
+        name = on_main(self.accelerator, lambda: f"{kind}-{digest(key)[:24]}")  # the others may describe it otherwise
         path, scratch = self.folder / "cells" / f"{name}.json", RunFolder(self.folder / "cells" / name)
-        before = read_json(path) if path.exists() else None
-        there = before is not None and (not needs or needs in before)
-        self.accelerator.wait_for_everyone()  # nobody writes before everybody has looked
-        if not there:
+        before = on_main(self.accelerator, lambda: read_json(path) if path.exists() else {})
+        made: dict[str, Any] = {}
+        if not before or (needs and needs not in before):
             self.progress.tell(what)
             made = work(scratch)
-            if self.accelerator.is_main_process:
-                write_json(path, {**(before or {}), **made, "of": dict(key)})
-        if self.accelerator.is_main_process:
+
+        def keep() -> dict[str, Any]:
+            if made:
+                write_json(path, {**before, **made, "of": dict(key)})
             shutil.rmtree(scratch.path, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        content: dict[str, Any] = read_json(path)
-        del content["of"]
-        return content
+            content: dict[str, Any] = read_json(path)
+            del content["of"]
+            return content
+
+        return on_main(self.accelerator, keep)
 
     def _decision(self, kept: Sequence[int]) -> Decision:
         """Says nothing of groups, so that taps, and with them the recovery, follow from the kept blocks alone."""

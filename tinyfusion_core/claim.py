@@ -33,6 +33,36 @@ def claim(recipe: Recipe, folder: RunFolder, command: str, restart_from: str | N
         UserError: the folder holds a run with other settings, and `restart_from` leaves results of theirs, or
             there is no such stage.
     """
+    now, order, forget = check_claim(recipe, folder, command, restart_from)
+    present = _stages(now)
+    if restart_from is not None:
+        for stage in order[forget:]:
+            round_name, _, name = stage.rpartition(".")
+            folder.round(round_name).restart([name])
+            if round_name and stage not in present:
+                shutil.rmtree(folder / round_name, ignore_errors=True)
+    recipe.save(folder.path)
+    accelerator = recipe.trainer.accelerator
+    hardware = {
+        "device": str(accelerator.device),
+        "precision": accelerator.mixed_precision,
+        "processes": accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+    }
+    write_json(
+        folder / "run.json",
+        {"format_version": 1, "command": command, "versions": versions(), "hardware": hardware, "settings": now},
+    )
+
+
+def check_claim(
+    recipe: Recipe, folder: RunFolder, command: str, restart_from: str | None
+) -> tuple[dict[str, Any], list[str], int]:
+    """Refuse what `claim` would refuse, and change nothing.
+
+    Returns:
+        The recipe's fingerprint, all stages in their order, and the first of them to forget.
+    """
     now = fingerprint(recipe)
     record = folder / "run.json"
     before = read_json(record)["settings"] if record.exists() else now
@@ -58,24 +88,7 @@ def claim(recipe: Recipe, folder: RunFolder, command: str, restart_from: str | N
                 f"  {command} --run-dir {folder.path} --restart-from {first}"
             )
         forget = min(forget, earliest)
-    if restart_from is not None:
-        for stage in order[forget:]:
-            round_name, _, name = stage.rpartition(".")
-            folder.round(round_name).restart([name])
-            if round_name and stage not in present:
-                shutil.rmtree(folder / round_name, ignore_errors=True)
-    recipe.save(folder.path)
-    accelerator = recipe.trainer.accelerator
-    hardware = {
-        "device": str(accelerator.device),
-        "precision": accelerator.mixed_precision,
-        "processes": accelerator.num_processes,
-        "threads": torch.get_num_threads(),
-    }
-    write_json(
-        record,
-        {"format_version": 1, "command": command, "versions": versions(), "hardware": hardware, "settings": now},
-    )
+    return now, order, forget
 
 
 def stage_keys(recipe: Recipe) -> dict[str, str]:

@@ -18,24 +18,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, flags = _parser().parse_known_args(arguments)
     if flags and options.command not in ("run", "validate", "costs", "compare", "audit"):
         _parser().error(f"unrecognized arguments: {' '.join(flags)}")
-    from .errors import Interrupted, UserError
+    from .errors import FailedElsewhere, Interrupted, UserError
+    from .stopping import interruptible
 
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
-        code: int = _COMMANDS[options.command](options, flags)
+        with interruptible():
+            code: int = _COMMANDS[options.command](options, flags)
+    except FailedElsewhere:  # that process says why
+        return USER_ERROR
     except UserError as e:
         if options.debug:
             raise
         print(f"error: {e}", file=sys.stderr)
         return USER_ERROR
-    except Interrupted as e:
-        print(f"{e}. Nothing is lost; go on with:\n  {_command(_to_go_on(arguments))}", file=sys.stderr)
-        return 128 + e.signum
-    except KeyboardInterrupt:
-        print(
-            f"interrupted; go on from the last saved state with:\n  {_command(_to_go_on(arguments))}", file=sys.stderr
-        )
-        return INTERRUPTED
+    except KeyboardInterrupt as e:
+        if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+            print(f"{e or 'interrupted'}. Go on with:\n  {_command(_to_go_on(arguments))}", file=sys.stderr)
+        return 128 + e.signum if isinstance(e, Interrupted) else INTERRUPTED
     except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

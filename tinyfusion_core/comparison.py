@@ -29,6 +29,7 @@ from .search import Selector
 from .sensitivity import Greedy, LeaveOneOut, Taylor
 from .similarity import BlockInfluence, InputOutputMSE, SpanSimilarity
 from .task import Task
+from .together import on_main
 from .trainer import Trainer
 
 CRITERIA: tuple[type[Criterion], ...] = (
@@ -136,9 +137,11 @@ class Comparison:
         subsets = quota.distinct(num_random, generator(trainer.seed, "comparison", "random subsets"))
         work = 2 * len(candidates) * len(seeds) + len(subsets) * num_seeds
         with ExitStack() as stack:
-            if main:
+
+            def take() -> None:
                 stack.enter_context(folder.owned())
-            trainer.accelerator.wait_for_everyone()
+
+            on_main(trainer.accelerator, take)
             progress = stack.enter_context(track(self.view, work, show=main))
             cells = Cells(task, self.recovery(recover), trainer, folder, progress, self._metrics(evaluate))
             teacher = cells.calibrate(range(len(task.blocks)))
@@ -166,8 +169,7 @@ class Comparison:
                 left_out=lineup.left_out,
                 note=f"draws for each of {len(task.held_out)} held-out samples: {cells.held_out.draws}",
             )
-            if main:
-                findings.save(folder / FINDINGS)
+            on_main(trainer.accelerator, lambda: findings.save(folder / FINDINGS))
         return findings
 
     def _check_folder(self, folder: RunFolder) -> None:

@@ -14,6 +14,10 @@ class Diverged(UserError):
     """A training whose loss or gradient was not finite for too long."""
 
 
+class FailedElsewhere(UserError):
+    """Another process has failed, and says why."""
+
+
 class MissingFileError(UserError):
     """Something the run will need is not there (yet); everything else about it may be right."""
 

@@ -10,6 +10,7 @@ import pickle
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,9 +23,13 @@ from torch import Tensor, nn
 
 from .errors import MissingFileError, UserError
 
+PARTIAL = ".partial"
+
 
 def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write beside `path`, flush to disk, then rename: readers see the old file or the new one, never a part.
+
+    A process that is killed half-way leaves a file that ends in `PARTIAL`; see `remove_partial`.
 
     Raises:
         UserError: the folder cannot be written or the disk is full; an existing file is untouched.
@@ -32,13 +37,16 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        with tempfile.NamedTemporaryFile(
+            dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL, delete=False
+        ) as file:
             temporary = Path(file.name)
             write(file)  # type: ignore[arg-type]  # a BinaryIO in all but name
             file.flush()
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
+        _flush_names(path.parent)
     except (OSError, RuntimeError, SafetensorError) as e:
         # torch and safetensors report a full disk as errors of their own.
         kept = "; the file that was there is intact" if path.exists() else ""
@@ -46,6 +54,22 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what processes that were killed while they wrote have left in a folder and below."""
+    for file in folder.rglob(f".*{PARTIAL}"):
+        file.unlink(missing_ok=True)
+
+
+def _flush_names(folder: Path) -> None:
+    """Make a rename outlive a loss of power."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network file systems cannot
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:

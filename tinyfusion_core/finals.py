@@ -10,6 +10,7 @@ import torch
 from .calibration import Calibration
 from .decision import Decision
 from .errors import require
+from .files import digest
 from .progress import track
 from .pruning import prune
 from .recover import Recover
@@ -64,7 +65,8 @@ class Finals(Selector):
             show = trainer.accelerator.is_main_process
             with track(f"finals, round {number}", len(students), show=show) as progress:
                 for kept, student in students.items():
-                    self._healing()(task, student, None, trainer, stage=f"finals {number}")
+                    part = None if run is None else run.part("search", f"finals {number} of {_name(kept)}")
+                    self._healing()(task, student, None, trainer, part, stage=f"finals {number}")
                     healed = Calibration(replace(task, model=student), trainer, self.samples, 64, "finals")
                     (losses[kept],) = healed.losses(torch.ones(1, len(kept)))
                     progress.advance()
@@ -83,6 +85,11 @@ class Finals(Selector):
 
     def _healing(self) -> Recover:
         return Recover(steps=self.steps, batch_size=self.batch_size, lr=self.lr, schedule="constant", ema=0.0)
+
+
+def _name(kept: Sequence[int]) -> str:
+    """A short name for a folder; the indices themselves can be too many for one."""
+    return digest(list(kept))[:16]
 
 
 def search_of(selector: Selector | None) -> Search | None:

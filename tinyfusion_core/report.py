@@ -57,6 +57,8 @@ def results_table(folder: RunFolder) -> Table:
         table.add_column("ratio", justify="right")
     for label, cells, ratio, _ in rows:
         table.add_row(label, *cells, *([ratio] if len(names) > 1 else []))
+    if mishaps := _mishaps(folder, _decisions(folder)):
+        table.caption, table.caption_justify = "; ".join(mishaps), "left"
     return table
 
 
@@ -169,7 +171,18 @@ def _summary_html(folder: RunFolder, decisions: Mapping[str, Decision]) -> str:
         facts.append(f"confidence {', '.join(f'{c:.2f}' for c in confidences)}")
     if stages:
         facts.append(f"{_duration(total)} in all ({times})")
+    facts += _mishaps(folder, decisions)
     return f"<p class='facts'>{html.escape(' · '.join(facts))}</p>"
+
+
+def _mishaps(folder: RunFolder, decisions: Mapping[str, Decision]) -> list[str]:
+    """What the stages got over, in words."""
+    stages = [("", "train"), *((name, stage) for name in decisions for stage in ("search", "recover"))]
+    return [
+        f"{f'{name} {stage}'.strip()}: {count} {what}"
+        for name, stage in stages
+        for what, count in folder.round(name).mishaps(stage).items()
+    ]
 
 
 def _table_html(folder: RunFolder) -> str:

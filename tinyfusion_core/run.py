@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .claim import claim, stage_keys
+from .claim import check_claim, claim, stage_keys
 from .decision import Decision, versions
 from .errors import UserError
 from .evaluation import check_teacher, evaluate, generate
@@ -26,6 +26,7 @@ from .recipe import Recipe, Round, load_recipe
 from .report import write_report
 from .run_folder import RunFolder
 from .task import Task
+from .together import everywhere, on_main
 
 NUM_SHOWN = 40
 
@@ -50,24 +51,42 @@ def run_recipe(
         UserError: the plan does not work out, or the folder holds a run with other settings.
         Interrupted: a signal came; the same command goes on from there.
     """
+    folder, accelerator = RunFolder(run_dir), recipe.trainer.accelerator
+    task = everywhere(accelerator, lambda: _prepared(recipe, folder, command, restart_from))
+    if _to_be_searched(recipe, folder):
+        everywhere(accelerator, lambda: check_teacher(task, recipe.trainer))
+    with ExitStack() as stack:
+
+        def take() -> None:
+            stack.enter_context(folder.owned())
+            claim(recipe, folder, command, restart_from)
+
+        on_main(accelerator, take)
+        _Run(recipe, task, folder).go()
+        on_main(accelerator, lambda: write_report(folder))
+    return folder / "report.html"
+
+
+def _prepared(recipe: Recipe, folder: RunFolder, command: str, restart_from: str | None) -> Task:
+    """All that can be wrong shows here, before anything is written."""
     plan = make_plan(recipe)
     if plan.problems or plan.missing:
         raise UserError("\n".join(plan.problems + plan.missing))
+    check_claim(recipe, folder, command, restart_from)
     task = make_task(recipe)
     if recipe.train is None:
-        _ = task.teacher  # a wrong checkpoint shows here, before anything is written
-    folder = RunFolder(run_dir)
-    accelerator = recipe.trainer.accelerator
-    with ExitStack() as stack:
-        if accelerator.is_main_process:
-            stack.enter_context(folder.owned())
-            claim(recipe, folder, command, restart_from)
-        accelerator.wait_for_everyone()
-        _Run(recipe, task, folder).go()
-        if accelerator.is_main_process:
-            write_report(folder)
-        accelerator.wait_for_everyone()
-    return folder / "report.html"
+        _ = task.teacher  # a wrong checkpoint
+    return task
+
+
+def _to_be_searched(recipe: Recipe, folder: RunFolder) -> bool:
+    """Whether a search would begin with the teacher that the recipe names; the same answer on every process."""
+    first = next(iter(recipe.each_round()), None)
+    if recipe.train is not None or first is None:
+        return False
+    key = stage_keys(recipe)[f"{first}.search".lstrip(".")]
+    done = on_main(recipe.trainer.accelerator, folder.round(first).finished)
+    return done.get("search", {}).get("key") != key
 
 
 def make_task(recipe: Recipe, model: nn.Module | None = None) -> Task:
@@ -121,13 +140,13 @@ class _Run:
         round_name, _, local = name.rpartition(".")
         folder = self.folder.round(round_name)
         if folder.finished().get(local, {}).get("key") == self.keys[name]:
-            return stored()
+            return everywhere(self.accelerator, stored)
         start = time.monotonic()
         result = work()
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            folder.finish(local, self.keys[name], folder.spent(time.monotonic() - start, local))
-        self.accelerator.wait_for_everyone()
+        on_main(
+            self.accelerator,
+            lambda: folder.finish(local, self.keys[name], folder.spent(time.monotonic() - start, local)),
+        )
         return result
 
     def _train(self) -> nn.Module:
@@ -137,33 +156,30 @@ class _Run:
             torch.manual_seed(seed_of(recipe.trainer.seed, "train", "initial weights"))
             model = recipe.backbone.construct(recipe.backbone.config())
         model = recipe.train(self.task, model, None, recipe.trainer, self.folder, stage="train")
-        if self.accelerator.is_main_process:
-            made = {"checkpoint": "trained by this run", "seed": recipe.trainer.seed, "steps": recipe.train.steps}
-            save_network(model, recipe.backbone, {**recipe.backbone.source(), **made}, self.folder / "teacher")
+        made = {"checkpoint": "trained by this run", "seed": recipe.trainer.seed, "steps": recipe.train.steps}
+        source = {**recipe.backbone.source(), **made}
+        on_main(self.accelerator, lambda: save_network(model, recipe.backbone, source, self.folder / "teacher"))
         return model
 
     def _search(self, step: Round, name: str) -> Decision:
-        if self.recipe.train is None and self.task.origin is None:
-            check_teacher(self.task, self.recipe.trainer)
         folder = self.folder.round(name)
         decision = step.search(self.task, self.recipe.trainer, folder)
         recipe_hash = {"recipe_sha256": self.keys[f"{name}.search".lstrip(".")]}
         decision = replace(decision, provenance={**decision.provenance, **recipe_hash})
-        if self.accelerator.is_main_process:
-            decision.save(folder / "decision.json")
+        on_main(self.accelerator, lambda: decision.save(folder / "decision.json"))
         return decision
 
     def _recover(self, step: Round, folder: RunFolder, decision: Decision) -> nn.Module:
         student = prune(self.task, decision)
         if step.recover is not None:
             student = step.recover(self.task, student, decision, self.recipe.trainer, folder)
-        if self.accelerator.is_main_process:
-            save_pretrained(student, self.task, decision, folder / "student")
+        on_main(self.accelerator, lambda: save_pretrained(student, self.task, decision, folder / "student"))
         return student
 
     def _evaluate(self, models: Mapping[str, nn.Module]) -> None:
-        if not self.accelerator.is_main_process:
-            return
+        on_main(self.accelerator, lambda: self._measure(models))
+
+    def _measure(self, models: Mapping[str, nn.Module]) -> None:
         recipe, task = self.recipe, self.task
         measurements = evaluate(task, models, list(recipe.evaluate), recipe.trainer)
         if _shows(task) and task.loss.generates:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
+import platform
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import Any, TextIO
 
 from .errors import UserError
-from .files import read_json, write_atomic, write_json, write_text
+from .files import read_json, remove_partial, write_json, write_text
+from .resume import Checkpoints
 
 MADE_BY = {
     "train": ("teacher",),
@@ -22,8 +23,23 @@ MADE_BY = {
     "evaluate": ("metrics.json", "samples.safetensors", "figures", "report.html"),
 }
 """What each stage leaves, besides its lines of `metrics.jsonl`."""
+MISHAPS = {"skipped": "steps skipped (loss or gradient not finite)", "bad_samples": "unreadable samples replaced"}
+"""What a line of `metrics.jsonl` counts that should be zero, and how to say it."""
 FINDINGS = "findings.json"
 """What a comparison leaves in its folder, and a run never does."""
+
+_locks: list[TextIO] = []
+"""The lock files that this process holds."""
+
+
+def _let_go() -> None:
+    for file in _locks:
+        file.close()
+    _locks.clear()
+
+
+# A process that reads data may outlive a killed run by seconds; it must not hold the run's lock.
+os.register_at_fork(after_in_child=_let_go)
 
 
 class RunFolder:
@@ -44,6 +60,8 @@ class RunFolder:
     def owned(self) -> Iterator[None]:
         """Make the folder and keep every other run out of it; the lock dies with this process.
 
+        What killed processes have left half-written is removed.
+
         Raises:
             UserError: the folder cannot be written, or another run is at work in it.
         """
@@ -54,14 +72,24 @@ class RunFolder:
             raise UserError(
                 f"{self.path}: the run folder cannot be written ({e.strerror}); choose another --run-dir"
             ) from e
-        with (self / ".lock").open("a") as file:
+        with (self / ".lock").open("a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
+                file.seek(0)
                 raise UserError(
-                    f"{self.path}: another run is at work in this folder; choose another --run-dir"
+                    f"{self.path}: another run is at work in this folder ({file.read().strip() or 'unknown'}); "
+                    "choose another --run-dir"
                 ) from None
-            yield
+            with suppress(OSError):  # it only explains a refusal, a full disk must not matter
+                os.truncate(file.fileno(), 0)
+                os.write(file.fileno(), f"process {os.getpid()} on {platform.node()}\n".encode())
+            _locks.append(file)
+            try:
+                remove_partial(self.path)
+                yield
+            finally:
+                _locks.remove(file)
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -94,6 +122,11 @@ class RunFolder:
         logged: list[float] = [e.get("seconds", 0.0) for e in self.metrics(stage)[-1:]]
         return max([seconds, *logged])
 
+    def mishaps(self, stage: str) -> dict[str, int]:
+        """What a stage got over, by name: steps that were skipped, samples that could not be read."""
+        last = self.metrics(stage)[-1:]
+        return {name: e[key] for e in last for key, name in MISHAPS.items() if e.get(key)}
+
     def rewind(self, stage: str, step: int) -> None:
         """Forget the lines of a stage after `step`: they will be made again."""
         kept = [e for e in self.metrics() if e["stage"] != stage or e["step"] <= step]
@@ -102,27 +135,17 @@ class RunFolder:
         else:
             (self / "metrics.jsonl").unlink(missing_ok=True)
 
-    # Checkpoints: one a stage, replaced whole
+    # Checkpoints, and what else a stage keeps only while it runs
 
-    def checkpoint_path(self, stage: str) -> Path:
-        return self / "checkpoints" / f"{stage}.pt"
+    def checkpoints(self, stage: str) -> Checkpoints:
+        return Checkpoints(self / "checkpoints" / stage)
 
-    def save_checkpoint(self, stage: str, state: Mapping[str, Any]) -> None:
-        write_atomic(self.checkpoint_path(stage), lambda file: torch.save(dict(state), file))
+    def part(self, stage: str, name: str) -> RunFolder:
+        """The folder of a piece of work within a stage; it goes when the stage is finished."""
+        return RunFolder(self.checkpoints(stage).path / name)
 
-    def load_checkpoint(self, stage: str) -> dict[str, Any] | None:
-        """The stage's last checkpoint, None when there is none; read with `weights_only=True`."""
-        path = self.checkpoint_path(stage)
-        if not path.exists():
-            return None
-        try:
-            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as e:  # whatever torch makes of a damaged file
-            raise UserError(f"{path}: damaged checkpoint ({e}); delete it to begin the stage again") from e
-        return state
-
-    def drop_checkpoint(self, stage: str) -> None:
-        self.checkpoint_path(stage).unlink(missing_ok=True)
+    def drop_checkpoints(self, stage: str) -> None:
+        shutil.rmtree(self.checkpoints(stage).path, ignore_errors=True)
 
     # Finished stages
 
@@ -134,7 +157,7 @@ class RunFolder:
 
     def finish(self, stage: str, key: str, seconds: float) -> None:
         write_json(self / "stages.json", {**self.finished(), stage: {"key": key, "seconds": round(seconds, 1)}})
-        self.drop_checkpoint(stage)
+        self.drop_checkpoints(stage)
 
     def restart(self, stages: Sequence[str]) -> None:
         """Forget these stages, what they logged and what they made."""
@@ -145,7 +168,7 @@ class RunFolder:
             else:
                 (self / name).unlink(missing_ok=True)
         for stage in stages:
-            self.drop_checkpoint(stage)
+            self.drop_checkpoints(stage)
             self.rewind(stage, -1)
 
 

@@ -185,7 +185,8 @@ class Search(Selector):
         units, batch_dim = [model.get_submodule(path) for path in task.blocks], task.batch_dim(model)
         sampler = self.make_sampler(task.lists)
         if self.start is not None:
-            sampler.prefer(self.start(task, trainer).kept, self.prior)
+            first = self.start(task, trainer, None if run is None else run.part("search", "start"))
+            sampler.prefer(first.kept, self.prior)
         # AveragedModel begins with the values after the first step: no bias towards the initial ones.
         ema = Ema(sampler, decay_for(self.steps) if self.ema is None else self.ema)
         averaged = ema.average.module
@@ -208,8 +209,8 @@ class Search(Selector):
                 how = Optimization(groups=groups, steps=self.steps, clip=self.clip, ema=ema)
                 trainer.fit("search", objective, task.train, task.loss.prepare, how, run)
         averaged.num_steps = objective.num_steps
-        if not 0 < objective.num_steps < self.steps:  # else it stopped early, and is as sure as it was there
-            averaged.anneal(1.0)  # a run that resumes after its last step has not been there
+        if objective.num_steps == self.steps:  # else it stopped early, and is as sure as it was there
+            averaged.anneal(1.0)
         return averaged.cpu()
 
     def _decision(self, sampler: BlockSampler, blocks: Sequence[str], record: Mapping[str, Any]) -> Decision:

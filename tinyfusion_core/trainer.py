@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import os
-import signal
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -15,17 +13,19 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from .agreement import fingerprint, require_equal, require_same
+from .agreement import require_same
 from .backbone import Batch
 from .data import Samples
-from .errors import Diverged, Interrupted, UserError, require
+from .errors import Interrupted, UserError, require
+from .mishaps import Agreed, Mishaps
 from .objective import Objective, Optimization
 from .progress import track
 from .randomness import Order, Rng, seed_of
+from .reading import Read, read_batches
 from .run_folder import RunFolder
 from .stopping import stop_requests
+from .together import everywhere, on_main
 from .tuning import tuned
 
 if TYPE_CHECKING:
@@ -37,7 +37,10 @@ INDIFFERENT = (
     "num_workers",
     "log_every",
     "checkpoint_every",
+    "checkpoint_minutes",
+    "keep_checkpoints",
     "max_skipped",
+    "max_bad_samples",
     "micro_batch_size",
     "sharding",
     "activation_checkpointing",
@@ -58,7 +61,11 @@ class Trainer:
         num_workers: processes that read data; 0 reads in the training process.
         log_every: steps between two lines of `metrics.jsonl`.
         checkpoint_every: steps between two checkpoints.
+        checkpoint_minutes: minutes after which there is one in any case.
+        keep_checkpoints: how many of a stage are kept; when the newest is damaged, the one before it counts.
         max_skipped: stop after so many steps in a row with a loss or gradient that is not finite.
+        max_bad_samples: training samples that may be unreadable, counted over a stage each time one is met; another
+            is taken in its place, the same on any number of processes. One more stops the run.
         micro_batch_size: largest number of samples of one forward pass on one process; a process whose share of the
             batch is larger accumulates the gradients of several passes. By default its share is one pass.
         sharding: how several processes share a network: `ddp` gives each a copy, `fsdp` each a part of the weights,
@@ -74,7 +81,10 @@ class Trainer:
     num_workers: int = 0
     log_every: int = 10
     checkpoint_every: int = 500
+    checkpoint_minutes: float = 15.0
+    keep_checkpoints: int = 2
     max_skipped: int = 10
+    max_bad_samples: int = 0
     micro_batch_size: int | None = None
     sharding: Literal["ddp", "fsdp"] = "ddp"
     activation_checkpointing: bool = False
@@ -82,11 +92,13 @@ class Trainer:
     timeout: int = 1800
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "log_every", "checkpoint_every", "max_skipped", "timeout"):
+        for name in ("batch_size", "log_every", "checkpoint_every", "keep_checkpoints", "max_skipped", "timeout"):
             require(getattr(self, name) >= 1, f"trainer.{name}", getattr(self, name), "at least 1")
+        for name in ("num_workers", "max_bad_samples"):
+            require(getattr(self, name) >= 0, f"trainer.{name}", getattr(self, name), "0 or more")
+        require(self.checkpoint_minutes > 0, "trainer.checkpoint_minutes", self.checkpoint_minutes, "above 0")
         size = self.micro_batch_size
         require(size is None or size >= 1, "trainer.micro_batch_size", size, "at least 1")
-        require(self.num_workers >= 0, "trainer.num_workers", self.num_workers, "0 or more")
 
     @cached_property
     def accelerator(self) -> Accelerator:
@@ -172,7 +184,8 @@ class Trainer:
 
         Raises:
             Interrupted: SIGINT or SIGTERM came; the step was finished and a checkpoint saved.
-            UserError: too many steps in a row were not finite, or the batch cannot be split.
+            UserError: too many steps in a row were not finite, the data cannot be read, the disk is full, or the
+                batch cannot be split.
         """
         _Fit(self, stage, objective, data, prepare, optimization, run).run()
 
@@ -197,45 +210,39 @@ class _Fit:
         self.rows, self.micro = trainer.split()
         self.first = self.accelerator.process_index * self.rows
         self.shards: Shards | None = None
-        # Sum of the losses of the finite steps since the last logged one, and their number; steps skipped in all
-        # and in a row; seconds that earlier processes spent; means of the last step's terms.
-        self.window, self.count = 0.0, 0
-        self.skipped, self.streak, self.before = 0, 0, 0.0
+        # Sum of the losses of the finite steps since the last logged one, and their number; seconds that earlier
+        # processes spent; means of the last step's terms.
+        self.window, self.count, self.before = 0.0, 0, 0.0
         self.terms: dict[str, float] = {}
+        self.mishaps = Mishaps(
+            stage, self.accelerator, trainer.max_skipped, trainer.max_bad_samples, trainer.checkpoint_minutes
+        )
 
     def run(self) -> None:
         with ExitStack() as stack:
             start = self._begin(stack)
             order = Order(self.trainer.seed, self.stage, len(self.data), self.trainer.batch_size)
-            loader: DataLoader[Any] = DataLoader(
-                self.data,  # type: ignore[arg-type]  # read by lists of indices, see Samples
-                batch_sampler=order.steps(start, self.how.steps, self.first, self.rows),
-                collate_fn=_as_is,
-                num_workers=self.trainer.num_workers,
-                generator=torch.Generator(),  # else the loader draws from the global generator
-            )
+            indices = order.steps(start, self.how.steps, self.first, self.rows)
             self.started = time.monotonic()
             stop = stack.enter_context(stop_requests())
             stack.enter_context(torch.random.fork_rng())
             progress = stack.enter_context(track(self.stage, self.how.steps, done=start, show=self.main))
-            for step, batch in enumerate(loader, start):
-                loss, asked = self._step(step, batch, stop)
-                progress.advance(note=f"loss {loss:.4f}")
+            for step, read in enumerate(read_batches(self.data, indices, self.trainer.num_workers), start):
+                agreed = self._step(step, read, stop)
+                progress.advance(note=f"loss {agreed.loss:.4f}")
                 done, finished = step + 1, self.objective.finished()
-                if done % self.trainer.log_every == 0 or done == self.how.steps or finished:
+                last = finished or done == self.how.steps
+                if last or done % self.trainer.log_every == 0:
                     self._log(done)
-                if finished and asked and self.folder is not None:
-                    self._save(self.how.steps)  # there is no step left to go on with
-                    raise Interrupted(f"stopped at step {done} of {self.stage}, its last", _signal(stop))
-                if finished:
+                if last or agreed.signum or agreed.save or done % self.trainer.checkpoint_every == 0:
+                    self._save(done, finished)
+                if agreed.signum and self.folder is not None:
+                    text = f"stopped at step {done} of {self.how.steps} of {self.stage}"
+                    raise Interrupted(f"{text}, all of it saved", agreed.signum)
+                if agreed.signum:
+                    raise Interrupted(f"stopped at step {done} of {self.stage}", agreed.signum)
+                if last:
                     break
-                if asked and self.folder is not None:
-                    self._save(done)
-                    raise Interrupted(f"stopped at step {done} of {self.how.steps} of {self.stage}", _signal(stop))
-                if asked:
-                    raise KeyboardInterrupt
-                if done % self.trainer.checkpoint_every == 0 and done < self.how.steps:
-                    self._save(done)
         self.accelerator.free_memory()
 
     def _begin(self, stack: ExitStack) -> int:
@@ -270,35 +277,43 @@ class _Fit:
         # Its evaluation mode is without DDP.
         sharded = self.shards is not None
         self.module = accelerator.prepare_model(objective, device_placement=False, evaluation_mode=sharded)
-        return int(state["step"]) if state else 0
+        if state is None:
+            return 0
+        step = int(state["step"])
+        if state["finished"] or step >= self.how.steps:
+            objective.before_step(self._progress(step - 1))  # schedules stand where they stood
+            return self.how.steps
+        return step
 
-    def _step(self, step: int, batch: Batch, stop: list[int]) -> tuple[float, bool]:
-        """One update. Returns the mean loss, and whether any process has been asked to stop."""
+    def _step(self, step: int, read: Read, stop: list[int]) -> Agreed:
+        """One update."""
         accelerator = self.accelerator
-        progress = step / max(1, self.how.steps - 1)
+        progress = self._progress(step)
         for group in self.raw.param_groups:
             group["lr"] = group["base_lr"] * self.how.schedule(progress)
         self.objective.before_step(progress)
-        batch = {name: t.to(accelerator.device, non_blocking=True) for name, t in batch.items()}
+        if read.batch is None:
+            raise UserError(f"{read.bad[-1]}, and no sample to take in its place either")
+        batch = {name: t.to(accelerator.device, non_blocking=True) for name, t in read.batch.items()}
         found = torch.stack([self._pass(step, batch, row) for row in range(0, self.rows, self.micro)]).mean(0)
         if self.shards is None:
             norm = accelerator.clip_grad_norm_(self.parameters, self.how.clip)
         else:
             norm = self.shards.clip(self.parameters, self.how.clip)
-        mine = torch.cat([found, found.new_tensor([bool(stop)]), fingerprint(self.objective.gates).to(found)])
-        everybody = accelerator.gather(mine[None]).cpu()
-        require_equal(everybody[:, -3:], f"{self.stage}: the gates at step {step + 1}")
-        mean, *terms, asked = everybody[:, :-3].mean(0).tolist()
-        self.terms = dict(zip(self.objective.terms, terms, strict=True))
-        # Both are the same on every process, so all of them skip or none.
-        finite = math.isfinite(mean) and bool(torch.isfinite(torch.as_tensor(norm)))
-        if finite or accelerator.scaler is not None:  # a loss scaler must see the overflow to adapt
+        agreed = self.mishaps.agree(step, found, norm, self.objective.gates, len(read.bad), stop)
+        self.mishaps.bear(step, agreed, read.bad)
+        self.terms = dict(zip(self.objective.terms, agreed.terms, strict=True))
+        if agreed.finite or accelerator.scaler is not None:  # a loss scaler must see the overflow to adapt
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if finite and self.how.ema is not None:
+        if agreed.finite:
+            self.window, self.count = self.window + agreed.loss, self.count + 1
+        if agreed.finite and self.how.ema is not None:
             self.how.ema.average.update_parameters(self.how.ema.source)
-        self._count(step, mean, finite)
-        return mean, asked > 0
+        return agreed
+
+    def _progress(self, step: int) -> float:
+        return step / max(1, self.how.steps - 1)
 
     def _pass(self, step: int, batch: Batch, row: int) -> Tensor:
         """Forward and backward for some of this process's rows. Returns the mean of the losses and of their terms."""
@@ -314,59 +329,63 @@ class _Fit:
             self.accelerator.backward(loss * (self.micro / self.rows))
         return torch.stack([values.mean().float() for values in (losses, *self.objective.terms.values())])
 
-    def _count(self, step: int, loss: float, finite: bool) -> None:
-        if finite:
-            self.window, self.count, self.streak = self.window + loss, self.count + 1, 0
-            return
-        self.skipped, self.streak = self.skipped + 1, self.streak + 1
-        if self.streak >= self.trainer.max_skipped:
-            raise Diverged(
-                f"{self.stage}: loss or gradient not finite in {self.streak} steps in a row (up to step {step + 1}). "
-                "Lower the learning rate, use precision bf16 or fp32, or check the checkpoint and the data; "
-                "trainer.max_skipped sets the patience"
-            )
-
     def _log(self, step: int) -> None:
         if self.folder is not None and self.main:
             values = {
                 "loss": self.window / self.count if self.count else None,
                 "lr": [group["lr"] for group in self.raw.param_groups],
-                "skipped": self.skipped,
+                "skipped": self.mishaps.skipped,
+                "bad_samples": self.mishaps.bad,
                 "seconds": round(self._seconds(), 2),
                 **{name: round(value, 6) for name, value in self.terms.items()},
                 **self.objective.metrics(),
             }
-            self.folder.log(self.stage, step, values)
+            try:
+                self.folder.log(self.stage, step, values)
+            except UserError as e:
+                self.mishaps.trouble = e
         self.window, self.count = 0.0, 0
 
     def _seconds(self) -> float:
         return self.before + time.monotonic() - self.started
 
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, finished: bool) -> None:
         if self.folder is None:
             return
+        checkpoints, state = self.folder.checkpoints(self.stage), self._state(step, finished)
+
+        def save() -> None:
+            self.mishaps.settle()
+            checkpoints.save(step, state, self.trainer.keep_checkpoints)
+
+        on_main(self.accelerator, save)
+        self.mishaps.saved = time.monotonic()
+
+    def _state(self, step: int, finished: bool) -> dict[str, Any]:
+        """All that goes on from here; with sharded networks whole on the main process alone."""
         frozen = {name for name, p in self.objective.named_parameters() if not p.requires_grad}
         tensors = {
             "weights": {k: v for k, v in self.objective.state_dict().items() if k not in frozen},
             "optimizer": self.raw.state_dict(),
             "ema": self.how.ema.average.state_dict() if self.how.ema else None,
         }
-        state = {
+        return {
             "step": step,
+            "finished": finished,
             **(self.shards.gathered(tensors) if self.shards else tensors),
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
-            "counters": [self.window, self.count, self.skipped, self.streak, self._seconds()],
+            "counters": [self.window, self.count, self._seconds()],
+            "mishaps": [self.mishaps.skipped, self.mishaps.streak, self.mishaps.bad],
         }
-        if self.main:
-            self.folder.save_checkpoint(self.stage, state)
 
     def _load(self) -> dict[str, Any] | None:
         """Take over the last checkpoint, all but the optimizer's state; None when there is none."""
         if self.folder is None:
             return None
-        state = self.folder.load_checkpoint(self.stage)
-        if self.main:
-            self.folder.rewind(self.stage, state["step"] if state else 0)
+        checkpoints, folder = self.folder.checkpoints(self.stage), self.folder
+        name = on_main(self.accelerator, checkpoints.newest)
+        state = None if name is None else everywhere(self.accelerator, lambda: checkpoints.load(name))
+        on_main(self.accelerator, lambda: folder.rewind(self.stage, int(state["step"]) if state else 0))
         if state is None:
             return None
         self.objective.load_state_dict(state["weights"], strict=False)
@@ -374,14 +393,6 @@ class _Fit:
             self.how.ema.average.load_state_dict(state["ema"])
         if state["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.window, self.count, self.skipped, self.streak, self.before = state["counters"]
+        self.window, self.count, self.before = state["counters"]
+        self.mishaps.skipped, self.mishaps.streak, self.mishaps.bad = state["mishaps"]
         return state
-
-
-def _signal(stop: list[int]) -> int:
-    """The signal that this process was sent; another process's is taken for an interrupt."""
-    return stop[0] if stop else signal.SIGINT
-
-
-def _as_is(batch: Any) -> Any:
-    return batch
