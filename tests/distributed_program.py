@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,12 @@ from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import tinyfusion_core as tiny
+from tinyfusion_core.conformance import Subject
+from tinyfusion_core.data import Tensors
+from tinyfusion_core.losses import LossAdapter
+from tinyfusion_core.plugins import registry
 from tinyfusion_core.sampling import Draw, GroupedSampler
+from tinyfusion_core.testing import pairs_of, spoken
 from toys import Match, Planted, planted_data
 
 DATA = planted_data()
@@ -55,6 +60,7 @@ RECOVERIES = {
     "masked": tiny.Recover(steps=4, lr=1e-2, ema=0.5, clip=0.05, kd=tiny.MaskedKD(beta=(0.1, 0.0))),
     "plain": tiny.Recover(steps=4, lr=1e-2, ema=0.0, clip=1e3),
 }
+BOTH = ("grouped, full", "masked")
 KEEP = [1, 3, 4, 6]
 LONG = tiny.Recover(steps=16, lr=1e-2, ema=0.5)
 LONG_SEARCH = tiny.Search(pattern=(1, 2), steps=16, lr_gates=1e-2, update=tiny.Full())
@@ -89,11 +95,13 @@ def gradients_noted() -> Iterator[tuple[list[list[float]], set[bool]]]:
         handle.remove()
 
 
-def numbers(folder: Path, trainer: tiny.Trainer) -> dict[str, Any]:
-    """Search and recover in every way; all that is to be the same on any number of processes."""
+def numbers(folder: Path, trainer: tiny.Trainer, only: Collection[str] = ()) -> dict[str, Any]:
+    """Search and recover in every way, or some; all that is to be the same on any number of processes."""
     found: dict[str, Any] = {}
     sharded = trainer.sharding == "fsdp" and trainer.accelerator.num_processes > 1
     for name, search in SEARCHES.items():
+        if only and name not in only:
+            continue
         work, run = task(), tiny.RunFolder(folder / name)
         weights = {k: v.clone() for k, v in work.teacher.state_dict().items()}
         before = [(id(p), type(m)) for m in work.teacher.modules() for p in m.parameters()]
@@ -107,6 +115,8 @@ def numbers(folder: Path, trainer: tiny.Trainer) -> dict[str, Any]:
         found[name]["losses"] = [e["loss"] for e in run.metrics()]
     keep = tiny.Keep(KEEP)(task(), trainer)
     for name, recover in RECOVERIES.items():
+        if only and name not in only:
+            continue
         work, run = task(), tiny.RunFolder(folder / name)
         student = tiny.prune(work, keep)
         with gradients_noted() as (norms, kinds):
@@ -116,8 +126,9 @@ def numbers(folder: Path, trainer: tiny.Trainer) -> dict[str, Any]:
         found[name]["log"] = [
             [v for k, v in e.items() if isinstance(v, float) and k != "seconds"] for e in run.metrics()
         ]
-    finals = tiny.Finals(search=SEARCHES["grouped, lora"], masks=2, steps=2, samples=8)
-    found["finals"] = {"kept": finals(task(), trainer).kept}
+    if not only:
+        finals = tiny.Finals(search=SEARCHES["grouped, lora"], masks=2, steps=2, samples=8)
+        found["finals"] = {"kept": finals(task(), trainer).kept}
     return found
 
 
@@ -177,33 +188,19 @@ def drift(trainer: tiny.Trainer) -> None:
 def families(trainer: tiny.Trainer) -> dict[str, Any]:
     """Search and distil the tiny network of every built-in family."""
     found: dict[str, Any] = {}
-    classes = registry().classes
     for pair in [pair for plugin in ("dit", "sit", "mar", "llm", "diffusers") for pair in pairs_of(plugin, registry())]:
         subject = Subject.of(pair)
         data = Tensors(subject.batch())
-        torch.manual_seed(5)
-        model = subject.backbone.build()
-        work = tiny.Task(backbone=subject.backbone, loss=subject.loss, train=data, held_out=data, model=model)
-        keep = tiny.Keep(list(range(0, len(work.blocks), 2)))
-        with gradients_noted() as (norms, _):
-            decision = tiny.Search(pattern=(1, len(work.blocks)), steps=2, lr=1e-3, lr_gates=1e-2)(work, trainer)
-            student = tiny.prune(work, keep(work, trainer))
+        work = tiny.Task(backbone=subject.backbone, loss=subject.loss, train=data, held_out=data)
+        pattern = {name: (max(1, length // 2), length) for name, length in work.lists.items()}
+        with gradients_noted() as (norms, kinds):
+            decision = tiny.Search(pattern=pattern, steps=2, lr=1e-3, lr_gates=1e-2, update=tiny.Full())(work, trainer)
+            student = tiny.prune(work, decision)
             kd = tiny.OutputKD() if type(subject.loss).distance is not LossAdapter.distance else None
-            tiny.Recover(steps=2, lr=1e-3, kd=kd, ema=0.5)(work, student, keep(work, trainer), trainer)
-        found[spoken(pair)] = {"marginals": torch.tensor(decision.marginals), "norms": norms, **student.state_dict()}
-    assert classes
+            tiny.Recover(steps=2, lr=1e-3, kd=kd, ema=0.5)(work, student, decision, trainer)
+        assert kinds == {False, trainer.shards()}
+        found[spoken(pair)] = {"marginals": torch.tensor(decision.marginals), "norms": norms}
     return found
-
-
-def half(trainer: tiny.Trainer) -> None:
-    """bf16: gates, their gradients, weights and optimizer state stay in float32, and the loss falls as in float32."""
-    run = None
-    with gradients_noted() as (norms, kinds):  # which asserts the dtypes
-        decision = SEARCHES["grouped, full"](task(), trainer, run)
-        full = SEARCHES["grouped, full"](task(), trainer_of())
-    assert kinds
-    assert norms
-    assert torch.allclose(torch.tensor(decision.marginals), torch.tensor(full.marginals), atol=0.02)
 
 
 class Broken(Match):
@@ -219,7 +216,11 @@ class Broken(Match):
 
 def main(folder: Path, processes: int, *what: str) -> None:
     torch.set_num_threads(1)
-    trainers = {"ddp": trainer_of(micro_batch_size=2), "fsdp": trainer_of(sharding="fsdp")}
+    precision = "bf16" if what[0].startswith("half") else "fp32"  # there is one for each process
+    trainers = {
+        "ddp": trainer_of(precision=precision, micro_batch_size=2),
+        "fsdp": trainer_of(precision=precision, sharding="fsdp"),
+    }
     accelerator = trainers["ddp"].accelerator
     assert accelerator.num_processes == processes
     found: dict[str, Any] = {}
@@ -237,10 +238,10 @@ def main(folder: Path, processes: int, *what: str) -> None:
             found[name] = long(folder / "stopped alone", trainer)
         elif action == "families":
             found[name] = families(replace(trainer, batch_size=4))
-        elif action == "half":
-            half(trainer)
+        elif action == "half":  # which notes that the optimizer sees float32
+            found[name] = numbers(folder / f"{sharding} half", trainer, BOTH)
         elif action == "compiled":
-            found[name] = numbers(folder / f"{sharding} compiled", replace(trainer, compile=True), COMPILED)
+            found[name] = numbers(folder / f"{sharding} compiled", replace(trainer, compile=True), BOTH)
         elif action == "drift":
             drift(trainer)
         else:
