@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -138,40 +137,6 @@ assert list(decision.kept) == [1, 3, 4, 7], decision
 assert {p.dtype for p in task.teacher.parameters()} == {torch.float32}
 """
     subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent)], check=True, timeout=120)
-
-
-DISTRIBUTED = """
-import sys; sys.path.insert(0, sys.argv[1])
-import torch, tinyfusion_core as tiny
-from toys import Match, Planted, planted_data
-torch.set_num_threads(1)
-task = tiny.Task(backbone=Planted(), loss=Match(), train=planted_data(), held_out=planted_data(16))
-trainer = tiny.Trainer(batch_size=8, precision="fp32", log_every=5)
-assert trainer.accelerator.num_processes == int(sys.argv[3])
-run = tiny.RunFolder(sys.argv[2])
-search = tiny.Search(pattern=[[1, 2], [1, 2], [2, 4]], steps=20, update=tiny.Full())
-decision = search(task, trainer, run)
-student = tiny.Recover(steps=20, lr=1e-3)(task, tiny.prune(task, decision), decision, trainer, run)
-if trainer.accelerator.is_main_process:
-    torch.save({"weights": student.state_dict(), "marginals": decision.marginals}, sys.argv[2] + "/out.pt")
-"""
-
-
-def test_two_processes_see_the_same_numbers_as_one(tmp_path: Path) -> None:
-    (tmp_path / "job.py").write_text(DISTRIBUTED)
-    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    found = []
-    for processes in (1, 2):
-        folder = tmp_path / str(processes)
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command += [str(tmp_path / "job.py"), str(Path(__file__).parent), str(folder), str(processes)]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stderr[-3000:]
-        found.append(torch.load(folder / "out.pt", weights_only=True))
-    one, two = found
-    assert two["marginals"] == pytest.approx(one["marginals"], abs=1e-4)
-    for name, value in one["weights"].items():
-        assert torch.allclose(two["weights"][name], value, atol=1e-5), name
 
 
 def test_a_batch_that_cannot_be_split_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,6 +139,7 @@ def sharded(
         # A teacher's head may be called after its forward, so its root stays gathered.
         free = module is not root or trained
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=free, ignored_params=kept)
+    before = {m: parameters for m, *_, parameters in plain}
     added = [set(m.__dict__) - names for m, _, names, _, _ in plain]
     replaced: Replaced = {}
     for module, _, _, _, parameters in plain:
@@ -157,13 +158,20 @@ def sharded(
         together = True
         raise
     finally:
-        for unit in root.modules():
-            if isinstance(unit, FSDPModule):
-                unit.reshard()
-        # In one order on all processes: every tensor is gathered by all of them.
-        for p in dict.fromkeys(p for *_, own in plain for p in own.values() if p is not None and id(p) in replaced):
-            new = replaced[id(p)]
-            p.data = new.full_tensor().to(home) if together else torch.full(new.shape, torch.nan, dtype=new.dtype)
+        for unit in (*units, root):
+            assert isinstance(unit, FSDPModule)
+            if together:
+                unit.unshard()  # one collective for all of its parameters
+            for module in unit.modules():
+                for name, new in module._parameters.items():
+                    old = before[module].get(name)
+                    if old is not None and id(old) in replaced and not isinstance(new, DTensor):
+                        assert new is not None
+                        old.data = new.detach().to(home, copy=True)
+            unit.reshard()
+        for old in (p for own in before.values() for p in own.values() if p is not None and id(p) in replaced):
+            if not together:
+                old.data = torch.full(replaced[id(old)].shape, torch.nan, dtype=old.dtype)
         for buffer in root.buffers():
             buffer.data = buffer.data.to(home)
         for (module, kind, _, hooks, parameters), extra in zip(plain, added, strict=True):
