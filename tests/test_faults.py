@@ -38,6 +38,12 @@ TRAINER = tiny.Trainer(batch_size=16, precision="fp32", seed=0, checkpoint_every
 RECOVER = tiny.Recover(steps=20, lr=1e-2)
 
 
+@pytest.fixture(autouse=True)
+def _no_garbage_collection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accelerate collects garbage after every training, which takes longer than the trainings of these tests."""
+    monkeypatch.setattr("gc.collect", lambda: 0)
+
+
 def task(loss: tiny.LossAdapter | None = None, train: Any = None) -> tiny.Task:
     return tiny.Task(backbone=Planted(), loss=loss or Match(), train=train or planted_data(), held_out=planted_data(16))
 
@@ -134,15 +140,15 @@ class Seen(Match):
 
 def test_an_interrupted_final_heals_nothing_twice(tmp_path: Path) -> None:
     search = tiny.Search(keep=4, steps=10, update=tiny.Frozen())
-    final = tiny.Finals(search=search, masks=4, steps=5, samples=16)
+    final = tiny.Finals(search=search, masks=3, steps=5, samples=16)
     whole = final(task(), TRAINER)
     seen: Counter[str] = Counter()
     run = tiny.RunFolder(tmp_path)
-    for stop_after in (6, 13, 32):  # in the search, in the first finalist's healing, in the second round
+    for stop_after in (6, 18, 28):  # in the search, in a finalist's healing, in the second round
         with pytest.raises(Interrupted):
             final(task(Seen(seen=seen, stop_after=stop_after)), TRAINER, run)
     assert final(task(Seen(seen=seen)), TRAINER, run) == whole
-    assert seen == {"search": 10, "finals 1": 4 * 5, "finals 2": 2 * 5}
+    assert seen == {"search": 10, "finals 1": 3 * 5, "finals 2": 2 * 5}
 
 
 # Signals
@@ -209,16 +215,13 @@ def test_signals_outside_of_the_training_loop(recipe: Path, tmp_path: Path, caps
     assert set(tiny.RunFolder(folder).finished()) == {"search", "recover"}
     assert run(recipe, folder, *flags) == 0
     # What a run got over is told, by the table and by the page.
-    (folder / "metrics.jsonl").write_text('{"stage": "recover", "step": 4, "skipped": 3, "bad_samples": 2}\n')
+    got_over = {"stage": "recover", "step": 4, "loss": 1, "lr": [1], "skipped": 3, "bad_samples": 2}
+    (folder / "metrics.jsonl").write_text(json.dumps(got_over) + "\n")
     capsys.readouterr()
     assert main(["show", str(folder)]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "recover: 3 steps skipped (loss or gradient not finite)" in shown
     assert "recover: 2 unreadable samples replaced" in shown
-    shutil.copy(folder / "metrics.jsonl", tmp_path)
-    (folder / "metrics.jsonl").write_text(
-        '{"stage": "recover", "step": 4, "loss": 1, "lr": [1], "skipped": 3, "bad_samples": 2}\n'
-    )
     assert "recover: 2 unreadable samples replaced" in write_report(tiny.RunFolder(folder)).read_text()
 
 
@@ -294,10 +297,8 @@ def test_a_sample_that_cannot_be_read_is_replaced_and_counted(tmp_path: Path, nu
     assert_equal(found, recovered(how=how, train=mended()))
     assert run.metrics("recover")[-1]["bad_samples"] == 4
     with (
-        pytest.warns(UserWarning),
-        pytest.raises(
-            tiny.UserError, match=r"sample [59] cannot be read: OSError: .*max_bad_samples \(it is 3, and 4 "
-        ),
+        pytest.warns(UserWarning, match="took another one"),
+        pytest.raises(tiny.UserError, match=r"sample [59] cannot be read: OSError.*max_bad_samples \(it is 3, and 4 "),
     ):
         recovered(trainer=replace(trainer, max_bad_samples=3), how=how, train=Torn(planted_data(), BAD))
 

@@ -155,3 +155,16 @@ def test_two_processes_bear_it_alike(tmp_path: Path) -> None:
             run, tiny.Trainer(batch_size=16, precision="fp32", max_bad_samples=99), train=Torn(planted_data(), BAD)
         )
     assert run.metrics()[-1]["bad_samples"] == counted > 0
+
+
+@pytest.mark.slow
+def test_when_the_main_process_is_refused_all_end_with_one_message(recipe: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "tinyfusion_core", "run", str(recipe), "--run-dir", str(tmp_path / "run")]
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    with tiny.RunFolder(tmp_path / "run").owned():
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 1
+    assert done.stderr.count("error: ") == done.stderr.count("another run is at work in this folder") == 1
+    assert done.stderr.count("exitcode  : 2") == 2
+    assert [p.name for p in (tmp_path / "run").iterdir()] == [".lock"]
