@@ -11,12 +11,11 @@ from pathlib import Path
 import pytest
 
 ONE = "{class_path: FirstN, init_args: {keep: 4}}"
-CHOSEN = (
-    "{class_path: Finals, init_args: {search: {keep: 4, steps: 20, update: LoRA}, masks: 2, steps: 8, samples: 16}}"
-)
+SEARCH = "{keep: 4, steps: 20, update: LoRA}"
+FINALS = f"{{class_path: Finals, init_args: {{search: {SEARCH}, masks: 2, steps: 8, samples: 16}}}}"
 RUN = ["--search.steps=30", "--recover.steps=30", "--trainer.checkpoint_every=4", "--recover.kd=MaskedKD"]
 COMPARE = ["--recover.steps=20", "--trainer.checkpoint_every=4", "--compare.random=1", "--compare.seeds=1"]
-COMPARE += [f"--compare.candidates={{one: {ONE}, finals: {CHOSEN}}}"]
+COMPARE += [f"--compare.candidates={{one: {ONE}, finals: {FINALS}}}"]
 
 
 def survive(recipe: Path, folder: Path, processes: int, kills: int, command: str, flags: list[str]) -> dict:

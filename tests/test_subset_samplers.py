@@ -290,6 +290,7 @@ def test_a_search_that_stops_early_resumes_to_the_same_stop(tmp_path) -> None:
     assert again.kept == whole.kept
     assert again.marginals == whole.marginals
     assert again.provenance["steps"] == whole.provenance["steps"]
+    assert how(task(), trainer, stopped) == again  # killed after its last step, before anybody took the decision
 
 
 def test_a_start_must_keep_as_many_blocks() -> None:

@@ -196,7 +196,11 @@ def _umask() -> int:
     return mask
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
+    """The first line of an error, or of the operating system's that is behind it."""
+    behind = error.__cause__ or error.__context__
+    if isinstance(behind, OSError) and not isinstance(error, OSError):
+        return _reason(behind)
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__
 
