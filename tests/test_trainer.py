@@ -146,7 +146,7 @@ import torch, tinyfusion_core as tiny
 from toys import Match, Planted, planted_data
 torch.set_num_threads(1)
 task = tiny.Task(backbone=Planted(), loss=Match(), train=planted_data(), held_out=planted_data(16))
-trainer = tiny.Trainer(batch_size=8, precision="fp32", log_every=5)
+trainer = tiny.Trainer(batch_size=8, precision="fp32", log_every=5, trackers=("tensorboard",))
 assert trainer.accelerator.num_processes == int(sys.argv[3])
 run = tiny.RunFolder(sys.argv[2])
 search = tiny.Search(pattern=[[1, 2], [1, 2], [2, 4]], steps=20, update=tiny.Full())
@@ -168,6 +168,7 @@ def test_two_processes_see_the_same_numbers_as_one(tmp_path: Path) -> None:
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr[-3000:]
         found.append(torch.load(folder / "out.pt", weights_only=True))
+        assert len(list((folder / "tensorboard" / "search").iterdir())) == 1  # the main process alone tracks
     one, two = found
     assert two["marginals"] == pytest.approx(one["marginals"], abs=1e-4)
     for name, value in one["weights"].items():

@@ -58,7 +58,8 @@ class Cells:
         progress: Tracker,
         metrics: tuple[HeldOutLoss, Frechet | None],
     ) -> None:
-        self.task, self.recover, self.trainer, self.folder, self.progress = task, recover, trainer, folder, progress
+        self.task, self.recover, self.folder, self.progress = task, recover, folder, progress
+        self.trainer = replace(trainer, trackers=())  # hundreds of short trainings, whose logs go when they are done
         self.held_out, self.frechet = metrics
         self.accelerator = trainer.accelerator
         self.features = _features(task.feature_space) if self.frechet is not None else None

@@ -23,6 +23,7 @@ from .randomness import Rng
 from .recipe import Recipe, Round
 from .recover import Recover
 from .search import Search
+from .trackers import check_trackers
 
 
 @dataclass
@@ -51,7 +52,9 @@ def make_plan(recipe: Recipe, comparisons: bool = False) -> Plan:
         comparisons: plan too what `compare` and `audit` would do, if the recipe has sections for them.
     """
     stages = [stage for stage in (recipe.compare, recipe.audit) if stage is not None and comparisons]
-    return _make(recipe, [_network, _stages, _checkpoint, _data, _metrics, *(partial(_comparison, s) for s in stages)])
+    return _make(
+        recipe, [_network, _stages, _checkpoint, _data, _metrics, _trackers, *(partial(_comparison, s) for s in stages)]
+    )
 
 
 def make_comparison_plan(recipe: Recipe, stage: Comparison) -> Plan:
@@ -185,6 +188,10 @@ def _data(plan: Plan, recipe: Recipe) -> None:
 def _metrics(plan: Plan, recipe: Recipe) -> None:
     for metric in recipe.evaluate:
         metric.check(recipe.data)
+
+
+def _trackers(plan: Plan, recipe: Recipe) -> None:
+    check_trackers(recipe.trainer.trackers)
 
 
 def _fit_together(recipe: Recipe, model: nn.Module) -> None:

@@ -7,6 +7,7 @@ import signal
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,11 +24,12 @@ from .progress import track
 from .randomness import Order, Rng, seed_of
 from .run_folder import RunFolder
 from .stopping import stop_requests
+from .trackers import tracked
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-INDIFFERENT = ("num_workers", "log_every", "checkpoint_every", "max_skipped")
+INDIFFERENT = ("num_workers", "log_every", "checkpoint_every", "max_skipped", "trackers", "project")
 """Settings of the trainer that change no number."""
 
 
@@ -99,6 +101,9 @@ class Trainer:
         log_every: steps between two lines of `metrics.jsonl`.
         checkpoint_every: steps between two checkpoints.
         max_skipped: stop after so many steps in a row with a loss or gradient that is not finite.
+        trackers: where to log besides `metrics.jsonl`: `tensorboard`, `wandb`, `trackio` and others that accelerate
+            knows; see docs/watching.md.
+        project: what trackers that have projects file the run under.
     """
 
     batch_size: int = 128
@@ -108,6 +113,8 @@ class Trainer:
     log_every: int = 10
     checkpoint_every: int = 500
     max_skipped: int = 10
+    trackers: tuple[str, ...] = ()
+    project: str = "tinyfusion"
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "log_every", "checkpoint_every", "max_skipped"):
@@ -207,6 +214,7 @@ class _Fit:
             stop_requests() as stop,
             torch.random.fork_rng(),
             track(self.stage, self.how.steps, done=start, show=self.main) as progress,
+            self._tracked(start) as self.track,
         ):
             for step, batch in enumerate(loader, start):
                 loss, asked = self._step(step, batch, module, optimizer, parameters, first, stop)
@@ -285,7 +293,13 @@ class _Fit:
                 **self.objective.metrics(),
             }
             self.folder.log(self.stage, step, values)
+            self.track(values, step)
         self.window, self.count = 0.0, 0
+
+    def _tracked(self, start: int) -> AbstractContextManager[Callable[[Mapping[str, Any], int], None]]:
+        if self.folder is None or not self.main:
+            return nullcontext(lambda values, step: None)
+        return tracked(self.trainer.trackers, self.trainer.project, self.folder.path, self.stage, start)
 
     def _seconds(self) -> float:
         return self.before + time.monotonic() - self.started
