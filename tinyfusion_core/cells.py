@@ -163,6 +163,9 @@ class Cells:
         self.accelerator.wait_for_everyone()  # nobody writes before everybody has looked
         if not there:
             self.progress.tell(what)
+            if self.accelerator.is_main_process:  # for those who watch
+                now = {"cell": name, "what": what, "done": self.progress.done, "total": self.progress.total}
+                write_json(self.folder / "progress.json", now)
             made = work(scratch)
             if self.accelerator.is_main_process:
                 write_json(path, {**(before or {}), **made, "of": dict(key)})
