@@ -165,7 +165,7 @@ class Cells:
             self.progress.tell(what)
             if self.accelerator.is_main_process:  # for those who watch
                 now = {"cell": name, "what": what, "done": self.progress.done, "total": self.progress.total}
-                write_json(self.folder / "progress.json", now)
+                write_json(self.folder / "cells" / "now.json", now)
             made = work(scratch)
             if self.accelerator.is_main_process:
                 write_json(path, {**(before or {}), **made, "of": dict(key)})

@@ -168,7 +168,7 @@ class View:
         cells = self.folder / "cells"
         counts = {kind: len(list(cells.glob(f"{kind}-*.json"))) for kind in ("decision", "calibration", "healing")}
         yield Text(", ".join(f"{count} {kind} cells" for kind, count in counts.items()) + " done")
-        now = read_json(self.folder / "progress.json") if (self.folder / "progress.json").exists() else None
+        now = read_json(cells / "now.json") if (cells / "now.json").exists() else None
         if now is not None:
             yield _bar(now["done"], now["total"], "")
             yield Text(now["what"])
