@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -14,13 +16,15 @@ import yaml
 from rich.console import Console
 
 import tinyfusion_core as tiny
-from small_run import RECIPE, run
+from small_run import RECIPE
+from tinyfusion_core.claim import claim
 from tinyfusion_core.cli import main
+from tinyfusion_core.files import write_json
 from tinyfusion_core.watching import TAIL_BYTES, Tail, View, planned_stages, sparkline
 
 
 def frame(folder: Path, view: View | None = None) -> str:
-    console = Console(width=120, record=True, file=open(os.devnull, "w"))  # noqa: PTH123, SIM115
+    console = Console(width=120, record=True, file=io.StringIO())
     console.print((view or View(folder)).frame())
     return console.export_text()
 
@@ -34,24 +38,30 @@ def line(step: int, stage: str = "search", **more: object) -> str:
 def test_a_run_is_shown_while_it_stands_and_when_it_is_done(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = tmp_path / "run"
-    assert main(["watch", str(folder), "--once"]) == 2
+    folder = tiny.RunFolder(tmp_path / "run")
+    assert main(["watch", str(folder.path), "--once"]) == 2
     assert "no recipe.yaml" in capsys.readouterr().err
-    assert run(recipe, folder, "--search.steps=6") == 0
-    capsys.readouterr()
-    (folder / "metrics.json").rename(tmp_path / "metrics.json")  # as it was before its evaluation
-    stages = json.loads((folder / "stages.json").read_text())
-    (folder / "stages.json").write_text(json.dumps({"search": stages["search"]}))
-    assert main(["watch", str(folder), "--once"]) == 0
+    made = tiny.load_recipe(recipe)
+    claim(made, folder, "tinyfusion run", None)
+    decision = tiny.Keep([0, 3, 5, 6]).preview([f"blocks.{i}" for i in range(8)])
+    decision.save(folder / "decision.json")
+    folder.finish("search", "key", 75.0)
+    for step in (4, 8):
+        folder.log("recover", step, {"loss": 1.0, "seconds": step, "skipped": 0})
+    assert main(["watch", str(folder.path), "--once"]) == 0
     out = capsys.readouterr().out
-    kept = tiny.Decision.load(folder / "decision.json").kept
-    assert f"keeps {' '.join(map(str, kept))}" in out
-    assert [word for word in ("done", "now", "later") if word in out] == ["done", "now", "later"]
-    assert "24 of 24" in out and "loss" in out and "device cpu" in out
-    (tmp_path / "metrics.json").rename(folder / "metrics.json")
-    (folder / "stages.json").write_text(json.dumps(stages))
-    assert main(["watch", str(folder)]) == 0  # ends by itself
-    assert "held-out loss" in capsys.readouterr().out
+    assert "keeps 0 3 5 6" in out
+    assert [word for line in out.splitlines() for word in ("done", "now", "later") if line.startswith(word)] == [
+        "done", "now", "later"
+    ]  # fmt: skip
+    assert "in 1 min 15 s" in out and "8 of 24" in out and "1 steps/s" in out and "16 s left" in out
+    assert "device cpu" in out
+    table = [asdict(tiny.Measurement("held-out loss", {"teacher": 0.25, "recovered": 0.5}, "", "lower"))]
+    write_json(folder / "metrics.json", {"measurements": table})
+    folder.finish("recover", "key", 9.0)
+    folder.finish("evaluate", "key", 3.0)
+    assert main(["watch", str(folder.path)]) == 0  # ends by itself
+    assert "2.00x" in capsys.readouterr().out
 
 
 def test_a_search_shows_its_pace_its_doubts_and_its_silence(tmp_path: Path) -> None:

@@ -144,6 +144,7 @@ def search_needs(backbone: Backbone, loss: LossAdapter, model: nn.Module, search
     sampler = search.make_sampler(list_lengths(blocks))
     inputs = _inputs(backbone, loss, setup.rows, sampler.masks_per_sample)
     mask = sampler.sample(setup.rows * sampler.masks_per_sample, Rng(0, "plan", 0)).mask
+    mask = mask.detach().requires_grad_(mask.requires_grad)
     everywhere = torch.ones_like(mask).requires_grad_()
 
     def gated(mask: Tensor) -> Tensor:
