@@ -99,6 +99,8 @@ def run(check: Check, size: str, timeout: float, gpus: int) -> str:
         else:
             command = [sys.executable, *module, *check.flags]
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        if not gpus:  # else torchrun's processes would not find each other
+            env |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env)
         except subprocess.TimeoutExpired:
