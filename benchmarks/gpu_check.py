@@ -26,9 +26,10 @@ import torch
 import yaml
 
 import tinyfusion_core as tiny
+from tinyfusion_core.activations import saved_by
 from tinyfusion_core.backbone import list_lengths
 from tinyfusion_core.decision import versions
-from tinyfusion_core.memory import Setup, gigabytes, saved_by, training_needs
+from tinyfusion_core.memory import Setup, gigabytes, training_needs
 from tinyfusion_core.search import Search
 
 SIZES = {

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import tinyfusion_core as tiny
+from tinyfusion_core.activations import saved_by
 from tinyfusion_core.backbone import list_lengths
 from tinyfusion_core.calls import named_batch_dims
 from tinyfusion_core.cli import main
-from tinyfusion_core.memory import Setup, parse_bytes, saved_by, search_needs, training_needs
+from tinyfusion_core.memory import Setup, parse_bytes, search_needs, training_needs
 from tinyfusion_dit import DiT, GaussianDiffusion
 
 BACKBONE = DiT(input_size=8, patch_size=2, hidden_size=64, depth=4, num_heads=4, num_classes=10)

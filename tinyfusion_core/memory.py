@@ -9,16 +9,15 @@ from __future__ import annotations
 import copy
 import functools
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, UntypedStorage, nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from torch.utils._pytree import tree_leaves
 
+from .activations import Saved, saved_by
 from .backbone import Backbone, Batch, list_lengths
 from .calls import BatchDim, named_batch_dims, probed_batch_dims
 from .decision import Decision
@@ -30,9 +29,6 @@ from .randomness import Rng
 from .recover import Recover
 from .search import Search
 from .task import Task
-
-Storages = dict[int, UntypedStorage]
-"""Storages by their address; kept alive, so that no address is used twice."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,19 +56,6 @@ class Setup:
         """Samples that a device takes at once."""
         share = -(-self.batch_size // self.devices)
         return share if self.micro_batch_size is None else min(share, self.micro_batch_size)
-
-
-@dataclass(frozen=True)
-class Saved:
-    """Bytes that a forward pass keeps for its backward pass.
-
-    Attributes:
-        whole: as it is.
-        checkpointed: with every block checkpointed: the blocks' inputs, and the largest block when it is run again.
-    """
-
-    whole: int
-    checkpointed: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,47 +191,6 @@ def training_needs(
     return replace(needs, activations=activations, rows=setup.rows)
 
 
-def saved_by(run: Callable[[], Any], model: nn.Module, blocks: Sequence[str], precision: str = "fp32") -> Saved:
-    """Count what a forward pass saves for its backward pass; on real tensors as on fake ones.
-
-    Args:
-        run: the forward pass; what it returns is kept until all has been counted.
-        model: whose parameters and buffers do not count.
-        blocks: paths of its blocks.
-        precision: of the autocast; `auto` is bf16, since GPUs are what plans are made for.
-    """
-    own = {_address(t) for t in (*model.parameters(), *model.buffers())}
-    outside: Storages = {}
-    inside: list[Storages] = [{} for _ in blocks]
-    entering: Storages = {}
-    current = [outside]
-
-    def keep(t: Tensor, where: Storages) -> None:
-        if _address(t) not in own:
-            where[_address(t)] = t.untyped_storage()
-
-    def pack(t: Tensor) -> Tensor:
-        keep(t, current[-1])
-        return t
-
-    def enter(j: int, args: Any) -> None:
-        current.append(inside[j])
-        for leaf in tree_leaves(args):
-            if isinstance(leaf, Tensor) and torch.is_grad_enabled():
-                keep(leaf, entering)
-
-    cast = torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32")
-    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
-    with _around(model, blocks, enter, current.pop), cast, hooks:
-        output = run()
-    kept = {**outside, **entering}
-    del output
-    return Saved(
-        _size({**outside, **{k: v for block in inside for k, v in block.items()}}),
-        _size(kept) + max((_size({k: v for k, v in block.items() if k not in kept}) for block in inside), default=0),
-    )
-
-
 def parse_bytes(text: str) -> float:
     """`24GB`, `40 GiB` or a number of bytes. Raises UserError when it is none of them."""
     units = {"": 1.0, "MB": 1e6, "GB": 1e9, "TB": 1e12, "MiB": 2.0**20, "GiB": 2.0**30, "TiB": 2.0**40}
@@ -304,44 +246,12 @@ def _fake(mode: FakeTensorMode, inputs: Batch) -> Batch:
     return {name: mode.from_tensor(t) for name, t in inputs.items()}
 
 
-@contextmanager
-def _around(
-    model: nn.Module, blocks: Sequence[str], enter: Callable[[int, Any], None], leave: Callable[[], Any]
-) -> Iterator[None]:
-    """Note where a block's own forward begins and ends, inside of whatever takes it over afterwards."""
-    with ExitStack() as stack:
-        for j, path in enumerate(blocks):
-            block = model.get_submodule(path)
-            before, plain = block.__dict__.get("forward"), block.forward
-
-            def noted(*args: Any, _plain: Any = plain, _j: int = j, **kwargs: Any) -> Any:
-                enter(_j, (args, kwargs))
-                try:
-                    return _plain(*args, **kwargs)
-                finally:
-                    leave()
-
-            block.forward = functools.wraps(plain)(noted)
-            undo = functools.partial(block.__dict__.__setitem__, "forward", before)
-            stack.callback(undo if before is not None else functools.partial(block.__dict__.pop, "forward"))
-        yield
-
-
 def _chosen(saved: Saved, checkpointing: bool) -> int:
     return saved.checkpointed if checkpointing else saved.whole
 
 
 def _bytes(tensors: Any) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def _address(t: Tensor) -> int:
-    address: int = t.untyped_storage()._cdata
-    return address
-
-
-def _size(storages: Storages) -> int:
-    return sum(storage.nbytes() for storage in storages.values())
 
 
 def _first_line(error: Exception) -> str:
