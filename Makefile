@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test test-all lint smollm2 bench clean
+.PHONY: demo test test-all lint smollm2 bench gpu-check clean
 
 demo: .venv/.ready
 	$(BIN)/tinyfusion run recipes/quickstart.yaml
@@ -25,6 +25,10 @@ smollm2: .venv/.ready
 
 bench: .venv/.ready
 	$(BIN)/python benchmarks/gating.py
+
+# For the owner of a GPU: a few minutes, and a table to paste.
+gpu-check: .venv/.ready
+	$(BIN)/python benchmarks/gpu_check.py
 
 # Out of date when the declared or the tested versions change.
 .venv/.ready: pyproject.toml constraints.txt

@@ -48,6 +48,8 @@ def test_a_run_leaves_everything_that_it_made(recipe: Path, tmp_path: Path, caps
     out = capsys.readouterr().out
     assert "8 → 4 blocks" in out
     assert f"report: {folder / 'report.html'}" in out
+    assert main(["watch", str(folder)]) == 0
+    assert "8 → 4 blocks" in capsys.readouterr().out
     names = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
     assert names == {
         ".lock", "recipe.yaml", "run.json", "stages.json", "metrics.jsonl", "metrics.json", "decision.json",

@@ -59,7 +59,8 @@ class Cells:
         progress: Tracker,
         metrics: tuple[HeldOutLoss, Frechet | None],
     ) -> None:
-        self.task, self.recover, self.trainer, self.folder, self.progress = task, recover, trainer, folder, progress
+        self.task, self.recover, self.folder, self.progress = task, recover, folder, progress
+        self.trainer = replace(trainer, trackers=())  # hundreds of short trainings, whose logs go when they are done
         self.held_out, self.frechet = metrics
         self.accelerator = trainer.accelerator
         self.features = _features(task.feature_space) if self.frechet is not None else None
@@ -160,6 +161,9 @@ class Cells:
         made: dict[str, Any] = {}
         if not before or (needs and needs not in before):
             self.progress.tell(what)
+            if self.accelerator.is_main_process:  # for those who watch
+                now = {"cell": name, "what": what, "done": self.progress.done, "total": self.progress.total}
+                write_json(self.folder / "cells" / "now.json", now)
             made = work(scratch)
 
         def keep() -> dict[str, Any]:

@@ -66,6 +66,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     validate = command("validate", "plan a recipe on the meta device and print the plan", epilog=keys)
     validate.add_argument("recipe", type=Path)
+    validate.add_argument("--devices", type=int, default=1, help="plan the memory of so many (default: 1)")
+    validate.add_argument("--memory", help="of each device, as 24GB: say when the plan does not fit")
     for name, text in (
         ("compare", "prune with every criterion, recover all alike, and set them beside random subsets"),
         ("audit", "heal many random subsets and see how well cheap scores foretell the healed loss"),
@@ -83,6 +85,9 @@ def _parser() -> argparse.ArgumentParser:
     new = command("new-plugin", "write a small package that brings a backbone and a loss, to begin with")
     new.add_argument("name", help="of the package: my-backbone")
     new.add_argument("--into", type=Path, default=Path(), help="the folder that gets it (default: this one)")
+    watch = command("watch", "show what a run or a comparison is doing, from the files of its folder")
+    watch.add_argument("run_dir", type=Path)
+    watch.add_argument("--once", action="store_true", help="print how it stands and end")
     show = command("show", "print the table of a finished run")
     show.add_argument("run_dir", type=Path)
     budgets = command("budgets", "prune a run's teacher to several budgets by what its search has learned")
@@ -141,11 +146,14 @@ def _validate(options: argparse.Namespace, flags: list[str]) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from .errors import UserError
-    from .plan import make_plan
+    from .errors import UserError, require
+    from .memory import parse_bytes
+    from .plan import Hardware, make_plan
     from .recipe import load_recipe
 
-    plan = make_plan(load_recipe(options.recipe, flags), comparisons=True)
+    require(options.devices >= 1, "--devices", options.devices, "at least 1")
+    hardware = Hardware(options.devices, None if options.memory is None else parse_bytes(options.memory))
+    plan = make_plan(load_recipe(options.recipe, flags), comparisons=True, hardware=hardware)
     table = Table(title=f"{options.recipe}", title_justify="left", show_header=False)
     for what, value in plan.rows:
         table.add_row(what, value)
@@ -271,6 +279,16 @@ def _budgets(options: argparse.Namespace, flags: list[str]) -> int:
     return 0
 
 
+def _watch(options: argparse.Namespace, flags: list[str]) -> int:
+    from contextlib import suppress
+
+    from .watching import watch
+
+    with suppress(KeyboardInterrupt):  # it has nothing to lose
+        watch(options.run_dir, options.once)
+    return 0
+
+
 def _export(options: argparse.Namespace, flags: list[str]) -> int:
     from .export import export_run
     from .run_folder import existing_run
@@ -314,6 +332,7 @@ _COMMANDS = {
     "plugins": _plugins,
     "check-plugin": _check_plugin,
     "new-plugin": _new_plugin,
+    "watch": _watch,
     "show": _show,
     "export": _export,
     "sample": _sample,

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 from torch.utils._pytree import tree_map
 
 from .backbone import Batch, owner
@@ -15,6 +16,11 @@ from .randomness import Rng
 
 Prediction = Any
 """A tensor, or a tuple of tensors, whatever `predict` returns and `loss` takes."""
+
+
+def has_values(x: Tensor) -> bool:
+    """Whether a tensor can be looked into; what plans are made with has a shape alone."""
+    return not (x.is_meta or is_fake(x))
 
 
 class LossAdapter(ABC):

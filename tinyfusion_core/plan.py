@@ -18,11 +18,13 @@ from .comparison import Comparison
 from .errors import MissingFileError, UserError
 from .evaluation import count_flops
 from .finals import search_of
+from .memory import Needs, Setup, gigabytes, search_needs, training_needs
 from .pruning import remove_blocks
 from .randomness import Rng
 from .recipe import Recipe, Round
 from .recover import Recover
 from .search import Search
+from .trackers import check_trackers
 
 
 @dataclass
@@ -43,15 +45,30 @@ class Plan:
 Part = Callable[[Plan, Recipe], None]
 
 
-def make_plan(recipe: Recipe, comparisons: bool = False) -> Plan:
+@dataclass(frozen=True)
+class Hardware:
+    """What a run is planned for.
+
+    Attributes:
+        devices: how many.
+        memory: bytes of each; None: not known.
+    """
+
+    devices: int = 1
+    memory: float | None = None
+
+
+def make_plan(recipe: Recipe, comparisons: bool = False, hardware: Hardware | None = None) -> Plan:
     """Plan a run; problems are collected, not raised.
 
     Args:
         recipe: what to do.
         comparisons: plan too what `compare` and `audit` would do, if the recipe has sections for them.
+        hardware: plan too how much memory every stage needs on it, which takes seconds.
     """
     stages = [stage for stage in (recipe.compare, recipe.audit) if stage is not None and comparisons]
-    return _make(recipe, [_network, _stages, _checkpoint, _data, _metrics, *(partial(_comparison, s) for s in stages)])
+    parts: list[Part] = [_network, partial(_stages, hardware), _checkpoint, _data, _metrics, _trackers]
+    return _make(recipe, [*parts, *(partial(_comparison, s) for s in stages)])
 
 
 def make_comparison_plan(recipe: Recipe, stage: Comparison) -> Plan:
@@ -79,10 +96,12 @@ def _network(plan: Plan, recipe: Recipe) -> None:
     plan.rows.append(("before pruning", _size(recipe, model)))
 
 
-def _stages(plan: Plan, recipe: Recipe) -> None:
+def _stages(hardware: Hardware | None, plan: Plan, recipe: Recipe) -> None:
     model, _ = _on_meta(recipe)
     if recipe.train is not None:
         plan.rows.append(("train", _training(recipe, recipe.train)))
+        needs = partial(training_needs, recipe.backbone, recipe.loss, model, recipe.train)
+        _memory(plan, recipe, hardware, "train", recipe.train, needs)
     if recipe.train is not None and recipe.train.kd is not None:
         plan.problems.append("train.kd: a fresh network has no teacher to learn from; distillation goes with recover")
     if recipe.recover is not None and recipe.search is None:
@@ -91,12 +110,14 @@ def _stages(plan: Plan, recipe: Recipe) -> None:
         )
     for name, step in recipe.each_round().items():
         try:
-            model = _round(plan, recipe, f"{name}: " if name else "", step, model)
+            model = _round(plan, recipe, hardware, f"{name}: " if name else "", step, model)
         except UserError as e:
             raise UserError(f"rounds.{name}: {e}" if name else str(e)) from e
 
 
-def _round(plan: Plan, recipe: Recipe, prefix: str, step: Round, model: nn.Module) -> nn.Module:
+def _round(
+    plan: Plan, recipe: Recipe, hardware: Hardware | None, prefix: str, step: Round, model: nn.Module
+) -> nn.Module:
     """Plan one search and recovery; returns the pruned network."""
     blocks = recipe.backbone.block_paths(model)
     decision = step.search.preview(blocks)
@@ -116,6 +137,8 @@ def _round(plan: Plan, recipe: Recipe, prefix: str, step: Round, model: nn.Modul
         copies = f" under {sampler.masks_per_sample} masks each" if sampler.masks_per_sample > 1 else ""
         update = type(search.update).__name__
         plan.rows.append((f"{prefix}search", f"{_budget(recipe, search)}{copies}, weight update {update}"))
+        needed = partial(search_needs, recipe.backbone, recipe.loss, model, search)
+        _memory(plan, recipe, hardware, f"{prefix}search", search, needed)
     pruned = copy.deepcopy(model)
     remove_blocks(recipe.backbone, pruned, [blocks[i] for i in decision.removed])
     several = len(list_lengths(blocks)) > 1  # whose blocks are not alike
@@ -125,7 +148,42 @@ def _round(plan: Plan, recipe: Recipe, prefix: str, step: Round, model: nn.Modul
         if step.recover.kd is not None and (taps := step.recover.kd.taps_for(decision)):
             table = ", ".join(f"{student} ↔ {teacher}" for student, teacher in taps)
             plan.rows.append((f"{prefix}taps", f"student ↔ teacher: {table}{given}"))
+        needs = partial(
+            training_needs, recipe.backbone, recipe.loss, pruned, step.recover, teacher=model, decision=decision
+        )
+        _memory(plan, recipe, hardware, f"{prefix}recover", step.recover, needs)
     return pruned
+
+
+def _memory(
+    plan: Plan,
+    recipe: Recipe,
+    hardware: Hardware | None,
+    name: str,
+    stage: Search | Recover,
+    needs: Callable[[Setup], Needs],
+) -> None:
+    """Plan what a stage needs of every device's memory."""
+    if hardware is None:
+        return
+    trainer = recipe.trainer
+    setup = Setup(
+        batch_size=stage.batch_size or trainer.batch_size,
+        devices=hardware.devices,
+        sharding=trainer.sharding,
+        micro_batch_size=trainer.micro_batch_size,
+        checkpointing=trainer.activation_checkpointing,
+        precision=trainer.precision,
+    )
+    found = needs(setup)
+    plan.rows.append((f"{name}: memory", found.describe(setup)))
+    total = found.total(setup.checkpointing)
+    if hardware.memory is not None and total > hardware.memory:
+        plan.problems.append(
+            f"{name}: needs {gigabytes(total)} on every device, which has {gigabytes(hardware.memory)}; take more "
+            "devices with trainer.sharding: fsdp, a smaller trainer.micro_batch_size, or "
+            "trainer.activation_checkpointing"
+        )
 
 
 def _comparison(stage: Comparison, plan: Plan, recipe: Recipe) -> None:
@@ -185,6 +243,10 @@ def _data(plan: Plan, recipe: Recipe) -> None:
 def _metrics(plan: Plan, recipe: Recipe) -> None:
     for metric in recipe.evaluate:
         metric.check(recipe.data)
+
+
+def _trackers(plan: Plan, recipe: Recipe) -> None:
+    check_trackers(recipe.trainer.trackers)
 
 
 def _fit_together(recipe: Recipe, model: nn.Module) -> None:

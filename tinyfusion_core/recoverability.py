@@ -90,7 +90,10 @@ class Full(WeightUpdate):
 
     @contextmanager
     def applied(self, model: nn.Module, blocks: Sequence[str]) -> Iterator[list[nn.Parameter]]:
-        original = {name: t.detach().to("cpu", copy=True) for name, t in model.state_dict().items()}
+        # A network that is only planned with, on the meta device, has no values to restore.
+        original = {
+            name: t.detach().to("meta" if t.is_meta else "cpu", copy=True) for name, t in model.state_dict().items()
+        }
         with _requires_grad_restored(model):
             try:
                 yield [p for p in model.parameters() if p.requires_grad]

@@ -160,7 +160,7 @@ def _summary_html(folder: RunFolder, decisions: Mapping[str, Decision]) -> str:
     for name in filter(None, decisions):
         stages |= {f"{name} {stage}": entry for stage, entry in folder.round(name).finished().items()}
     total = sum(s["seconds"] for s in stages.values())
-    times = ", ".join(f"{name} {_duration(s['seconds'])}" for name, s in stages.items())
+    times = ", ".join(f"{name} {duration(s['seconds'])}" for name, s in stages.items())
     facts = []
     for label, _, ratio, _ in results(folder)[1]:
         name = label.removesuffix(" ↓")
@@ -170,7 +170,7 @@ def _summary_html(folder: RunFolder, decisions: Mapping[str, Decision]) -> str:
     if confidences:
         facts.append(f"confidence {', '.join(f'{c:.2f}' for c in confidences)}")
     if stages:
-        facts.append(f"{_duration(total)} in all ({times})")
+        facts.append(f"{duration(total)} in all ({times})")
     facts += _mishaps(folder, decisions)
     return f"<p class='facts'>{html.escape(' · '.join(facts))}</p>"
 
@@ -242,7 +242,8 @@ def _arrow(better: str) -> str:
     return {"lower": "↓", "higher": "↑"}.get(better, "")
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds for people: `2 min 5 s`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

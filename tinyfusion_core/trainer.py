@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -26,6 +26,7 @@ from .reading import Read, read_batches
 from .run_folder import RunFolder
 from .stopping import stop_requests
 from .together import everywhere, on_main
+from .trackers import tracked
 from .tuning import tuned
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ INDIFFERENT = (
     "activation_checkpointing",
     "compile",
     "timeout",
+    "trackers",
+    "project",
 )
 """Settings of the trainer that change no number, but for rounding and the draws of dropout."""
 
@@ -73,6 +76,9 @@ class Trainer:
         activation_checkpointing: keep no activations inside of a block, compute them again in the backward pass.
         compile: run every block through `torch.compile`.
         timeout: seconds that a process waits for the others before the run ends with an error.
+        trackers: where to log besides `metrics.jsonl`: `tensorboard`, `wandb`, `trackio` and others that accelerate
+            knows; see docs/watching.md.
+        project: what trackers that have projects file the run under.
     """
 
     batch_size: int = 128
@@ -90,6 +96,8 @@ class Trainer:
     activation_checkpointing: bool = False
     compile: bool = False
     timeout: int = 1800
+    trackers: tuple[str, ...] = ()
+    project: str = "tinyfusion"
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "log_every", "checkpoint_every", "keep_checkpoints", "max_skipped", "timeout"):
@@ -227,6 +235,7 @@ class _Fit:
             stop = stack.enter_context(stop_requests())
             stack.enter_context(torch.random.fork_rng())
             progress = stack.enter_context(track(self.stage, self.how.steps, done=start, show=self.main))
+            self.track = stack.enter_context(self._tracked(start))
             for step, read in enumerate(read_batches(self.data, indices, self.trainer.num_workers), start):
                 agreed = self._step(step, read, stop)
                 progress.advance(note=f"loss {agreed.loss:.4f}")
@@ -344,7 +353,13 @@ class _Fit:
                 self.folder.log(self.stage, step, values)
             except UserError as e:
                 self.mishaps.trouble = e
+            self.track(values, step)
         self.window, self.count = 0.0, 0
+
+    def _tracked(self, start: int) -> AbstractContextManager[Callable[[Mapping[str, Any], int], None]]:
+        if self.folder is None or not self.main:
+            return nullcontext(lambda values, step: None)
+        return tracked(self.trainer.trackers, self.trainer.project, self.folder.path, self.stage, start)
 
     def _seconds(self) -> float:
         return self.before + time.monotonic() - self.started

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tinyfusion_core.backbone import Batch
 from tinyfusion_core.errors import require
-from tinyfusion_core.losses import LossAdapter
+from tinyfusion_core.losses import LossAdapter, has_values
 from tinyfusion_core.randomness import Rng
 from tinyfusion_llm.layers import find_layers
 
@@ -79,18 +79,18 @@ class NextToken(LossAdapter):
             UserError: the data's token numbers are not the model's.
         """
         tokens = inputs["tokens"]
-        if not model.training and not tokens.is_meta:  # once the teacher has been checked, the data are known to fit
+        if not model.training and has_values(tokens):  # once the teacher has been checked, the data are known to fit
             size = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
             require(
                 int(tokens.max()) < size, "data.tokenizer: a token", int(tokens.max()), f"below {size}, the model's"
             )
-        # Transformers looks at values to find a mask, which the meta device has not: there it is given.
+        # Transformers looks at values to find a mask; where there are none it is given.
         mask = {"attention_mask": tokens.new_ones(len(tokens), 1, tokens.shape[1], tokens.shape[1], dtype=torch.bool)}
         try:
             with _watched(model) as outputs:
-                model(input_ids=tokens, use_cache=False, logits_to_keep=1, **(mask if tokens.is_meta else {}))
+                model(input_ids=tokens, use_cache=False, logits_to_keep=1, **({} if has_values(tokens) else mask))
         except (RuntimeError, ValueError, TypeError) as e:
-            if not tokens.is_meta:
+            if has_values(tokens):
                 raise
             raise NotImplementedError(f"{type(model).__name__}: {e}") from e
         below, output = outputs[-1]  # the outermost one returns last

@@ -1,0 +1,102 @@
+"""What a forward pass keeps for its backward pass, counted: on real tensors, or on fake ones that have no memory."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, UntypedStorage, nn
+from torch.utils._pytree import tree_leaves
+
+Storages = dict[int, UntypedStorage]
+"""Storages by their address; kept alive, so that no address is used twice."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Bytes that a forward pass keeps for its backward pass.
+
+    Attributes:
+        whole: as it is.
+        checkpointed: with every block checkpointed: the blocks' inputs, and the largest block when it is run again.
+    """
+
+    whole: int
+    checkpointed: int
+
+
+def saved_by(run: Callable[[], Any], model: nn.Module, blocks: Sequence[str], precision: str = "fp32") -> Saved:
+    """Count what a forward pass saves for its backward pass; on real tensors as on fake ones.
+
+    Args:
+        run: the forward pass; what it returns is kept until all has been counted.
+        model: whose parameters and buffers do not count.
+        blocks: paths of its blocks.
+        precision: of the autocast; `auto` is bf16, since GPUs are what plans are made for.
+    """
+    own = {_address(t) for t in (*model.parameters(), *model.buffers())}
+    outside: Storages = {}
+    inside: list[Storages] = [{} for _ in blocks]
+    entering: Storages = {}
+    current = [outside]
+
+    def keep(t: Tensor, where: Storages) -> None:
+        if _address(t) not in own:
+            where[_address(t)] = t.untyped_storage()
+
+    def pack(t: Tensor) -> Tensor:
+        keep(t, current[-1])
+        return t
+
+    def enter(j: int, args: Any) -> None:
+        current.append(inside[j])
+        for leaf in tree_leaves(args):
+            if isinstance(leaf, Tensor) and torch.is_grad_enabled():
+                keep(leaf, entering)
+
+    cast = torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32")
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
+    with _around(model, blocks, enter, current.pop), cast, hooks:
+        output = run()
+    kept = {**outside, **entering}
+    del output
+    return Saved(
+        _size({**outside, **{k: v for block in inside for k, v in block.items()}}),
+        _size(kept) + max((_size({k: v for k, v in block.items() if k not in kept}) for block in inside), default=0),
+    )
+
+
+@contextmanager
+def _around(
+    model: nn.Module, blocks: Sequence[str], enter: Callable[[int, Any], None], leave: Callable[[], Any]
+) -> Iterator[None]:
+    """Note where a block's own forward begins and ends, inside of whatever takes it over afterwards."""
+    with ExitStack() as stack:
+        for j, path in enumerate(blocks):
+            block = model.get_submodule(path)
+            before, plain = block.__dict__.get("forward"), block.forward
+
+            def noted(*args: Any, _plain: Any = plain, _j: int = j, **kwargs: Any) -> Any:
+                enter(_j, (args, kwargs))
+                try:
+                    return _plain(*args, **kwargs)
+                finally:
+                    leave()
+
+            block.forward = functools.wraps(plain)(noted)
+            undo = functools.partial(block.__dict__.__setitem__, "forward", before)
+            stack.callback(undo if before is not None else functools.partial(block.__dict__.pop, "forward"))
+        yield
+
+
+def _address(t: Tensor) -> int:
+    address: int = t.untyped_storage()._cdata
+    return address
+
+
+def _size(storages: Storages) -> int:
+    return sum(storage.nbytes() for storage in storages.values())
