@@ -196,7 +196,7 @@ def _figures(
         return {}
     found = {"inception score": isc_features_to_metric(ours[layers["isc"]])["inception_score_mean"]}
     if statistics is None:
-        statistics = fid_features_to_statistics(theirs[layers["fid"]])
+        statistics = fid_features_to_statistics(theirs[layers["fid"]].double())
     generated = fid_features_to_statistics(ours[layers["fid"]].double())
     found["FID"] = fid_statistics_to_metric(generated, statistics, verbose=False)["frechet_inception_distance"]
     if theirs:

@@ -21,6 +21,8 @@ from .errors import MissingFileError, UserError
 from .files import write_atomic
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_DAMAGES = (KeyError, ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error)
+"""What reading a damaged archive raises."""
 
 
 class Images(Protocol):
@@ -62,13 +64,19 @@ def open_images(path: Path, key: str) -> ImageSet:
     if not path.exists():
         raise MissingFileError(f"{key}: '{path}' does not exist; expected a folder of pictures, or an .npz of ADM's")
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            names = set(archive.files)
-            known = {"mu", "sigma"} <= names
-            statistics = {name: archive[name].astype(np.float64) for name in ("mu", "sigma")} if known else None
-    except (ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile) as e:
+        with zipfile.ZipFile(path) as archive:
+            names = {"mu.npy", "sigma.npy", "arr_0.npy"} & set(archive.namelist())
+            statistics = None
+            if len(names - {"arr_0.npy"}) == 2:
+                statistics = {name: _array(archive, f"{name}.npy") for name in ("mu", "sigma")}
+    except _DAMAGES as e:
         raise UserError(f"{path}: not an .npz of numbers ({e})") from None
-    return ImageSet(_Archive(path) if statistics is None or "arr_0" in names else None, statistics)
+    return ImageSet(_Archive(path) if statistics is None or "arr_0.npy" in names else None, statistics)
+
+
+def _array(archive: zipfile.ZipFile, name: str) -> NDArray[np.float64]:
+    with archive.open(name) as member:
+        return np.asarray(npy.read_array(member, allow_pickle=False), dtype=np.float64)
 
 
 def rgb(images: Tensor) -> Tensor:
@@ -117,7 +125,7 @@ class _Archive:
             version = npy.read_magic(self._member)
             read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
             self._shape, fortran, dtype = read(self._member)
-        except (KeyError, ValueError, OSError, zipfile.BadZipFile) as e:
+        except _DAMAGES as e:
             raise UserError(f"{path}: not an .npz with pictures in `arr_0` ({e})") from None
         if len(self._shape) != 4 or self._shape[3] != 3 or fortran or dtype != np.uint8:
             raise UserError(f"{path}: `arr_0` is {dtype} {self._shape}, expected uint8 (pictures, height, width, 3)")
@@ -131,7 +139,7 @@ class _Archive:
         try:
             self._member.seek(self._begin + rows.start * size)
             content = self._member.read(len(rows) * size)
-        except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as e:
+        except _DAMAGES as e:
             raise UserError(f"{self.path}: damaged ({e}); copy or download it again") from None
         if len(content) != len(rows) * size:
             raise UserError(f"{self.path}: cut short; copy or download it again")
