@@ -166,7 +166,7 @@ def test_what_is_missing_is_said_before_the_run(tmp_path: Path, monkeypatch: pyt
     class Latents(Digits):
         pixels = tiny.DataSource.pixels
 
-    with pytest.raises(MissingFileError, match="Latents cannot decode"):
+    with pytest.raises(MissingFileError, match="data: Latents as configured does not decode any"):
         TOY.check(Latents())
 
 

@@ -68,8 +68,8 @@ class Fidelity(Metric):
 
     def check(self, data: DataSource) -> None:
         missing = []
-        if type(data).pixels is DataSource.pixels:
-            missing.append(f"{KEY} compares pictures, and {type(data).__name__} cannot decode its examples into any")
+        if not data.has_pixels:
+            missing.append(f"{KEY} compares pictures, and data: {type(data).__name__} as configured does not decode any")
         if self.reference is not None and not Path(self.reference).exists():
             missing.append(
                 f"{KEY}.reference: '{self.reference}' does not exist. Put there a folder of real pictures or an .npz "
@@ -100,7 +100,7 @@ class Fidelity(Metric):
         if self.download and self.weights is None and self.features == INCEPTION:
             fetch_inception()
         network = FeatureNetwork(self.features, self._weights, trainer.accelerator.device)
-        known, real = self._known(task), list[Path]()
+        known, real = self._known(task, trainer.accelerator.device), list[Path]()
         if (images := known.images) is not None:
             parts = batches(len(images), self.batch_size)
             real = _keep(folder / "real", parts, lambda rows: network(images.read(rows)), "features of real pictures")
@@ -137,12 +137,12 @@ class Fidelity(Metric):
             for what, better in BETTER.items()
         ]
 
-    def _known(self, task: Task) -> ImageSet:
+    def _known(self, task: Task, device: torch.device) -> ImageSet:
         """The real pictures."""
         if self.reference is not None:
             known = open_images(Path(self.reference), f"{KEY}.reference")
         else:
-            known = ImageSet(_Training(task, min(self.num_reference, len(task.train))))
+            known = ImageSet(_Training(task, min(self.num_reference, len(task.train)), device))
         if known.images is not None and len(known.images) < 10:
             raise UserError(f"{KEY}: {len(known.images)} real pictures are too few; expected at least 10")
         return known
@@ -158,15 +158,16 @@ class Fidelity(Metric):
 class _Training:
     """Training examples, evenly spaced, as pictures."""
 
-    def __init__(self, task: Task, num: int) -> None:
-        self.task, self.num = task, num
+    def __init__(self, task: Task, num: int, device: torch.device) -> None:
+        self.task, self.num, self.device = task, num, device
 
     def __len__(self) -> int:
         return self.num
 
     def read(self, rows: range) -> Tensor:
         step = len(self.task.train) / self.num
-        return rgb(pictures(self.task, self.task.train.__getitems__([int(i * step) for i in rows])["x"]))
+        x = self.task.train.__getitems__([int(i * step) for i in rows])["x"]
+        return rgb(pictures(self.task, x.to(self.device)))
 
 
 def _keep(folder: Path, parts: Sequence[range], work: Callable[[range], dict[str, Tensor]], name: str) -> list[Path]:

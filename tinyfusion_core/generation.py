@@ -76,7 +76,7 @@ def has_pictures(task: Task) -> bool:
 
 
 def pictures(task: Task, x: Tensor) -> Tensor:
-    """Examples as (n, C, H, W) uint8 images; black where a network has diverged."""
-    pixels = task.pixels(x.cpu())
+    """Examples as (n, C, H, W) uint8 images on the CPU, decoded where they are; black where a network has diverged."""
+    pixels = task.pixels(x)
     assert pixels is not None
-    return (255 * pixels.nan_to_num()).round().to(torch.uint8)
+    return (255 * pixels.nan_to_num()).round().to(torch.uint8).cpu()

@@ -168,12 +168,14 @@ class _Run:
         shown: dict[str, Tensor] = {}
         if has_pictures(task) and task.loss.generates:
             for name, model in models.items():
-                x, shown["labels"] = generate(task, model, recipe.trainer, NUM_SHOWN, NUM_SHOWN, f"pictures of {name}")
-                shown[name] = pictures(task, x)
+                what = f"pictures of {name}"
+                shown[name], shown["labels"] = generate(task, model, recipe.trainer, NUM_SHOWN, NUM_SHOWN, what)
         if not self.accelerator.is_main_process:
             return
         if shown:
-            save_tensors(self.folder / "samples.safetensors", shown)
+            labels, device = shown.pop("labels"), self.accelerator.device
+            images = {name: pictures(task, x.to(device)) for name, x in shown.items()}
+            save_tensors(self.folder / "samples.safetensors", {**images, "labels": labels})
         write_json(
             self.folder / "metrics.json",
             {"format_version": 1, "measurements": [asdict(m) for m in measurements], "versions": versions()},

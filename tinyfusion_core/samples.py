@@ -48,7 +48,7 @@ def sample_images(folder: RunFolder, num: int, seed: int, out: Path | None = Non
     out = out or folder / "figures" / f"{made_with['name']}.png"
     x, labels = generate(task, model, trainer, num, 250)
     if trainer.accelerator.is_main_process:
-        images = pictures(task, x[labels.argsort(stable=True)])
+        images = pictures(task, x[labels.argsort(stable=True)].to(trainer.accelerator.device))
         draw_images(images, out, columns=math.ceil(math.sqrt(num)))
     return out
 
