@@ -69,7 +69,9 @@ class Fidelity(Metric):
     def check(self, data: DataSource) -> None:
         missing = []
         if not data.has_pixels:
-            missing.append(f"{KEY} compares pictures, and data: {type(data).__name__} as configured does not decode any")
+            missing.append(
+                f"{KEY} compares pictures, and data: {type(data).__name__} as configured does not decode any"
+            )
         if self.reference is not None and not Path(self.reference).exists():
             missing.append(
                 f"{KEY}.reference: '{self.reference}' does not exist. Put there a folder of real pictures or an .npz "
