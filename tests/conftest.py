@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from small_run import RECIPE
+from small_run import RECIPE, run
 
 pytest_plugins = ["pytester"]
 collect_ignore = ["third_party"]  # packages of their own, tested where they are installed
@@ -30,3 +30,14 @@ def recipe(tmp_path: Path) -> Path:
     path = tmp_path / "small.yaml"
     path.write_text(yaml.safe_dump(RECIPE))
     return path
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that only prunes."""
+    folder = tmp_path_factory.mktemp("finished")
+    search = {"class_path": "Keep", "init_args": {"blocks": [0, 1, 6, 7]}}
+    content = {**RECIPE, "search": search, "recover": None, "evaluate": []}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
+    assert run(folder / "recipe.yaml", folder / "run") == 0
+    return folder / "run"

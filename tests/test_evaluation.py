@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import tinyfusion_core as tiny
-from tinyfusion_core.evaluation import count_flops, generate
+from tinyfusion_core.evaluation import count_flops
+from tinyfusion_core.generation import generate
 from tinyfusion_dit import DiT, GaussianDiffusion
 from tinyfusion_images import Digits
 from toys import Match, Planted, planted_data

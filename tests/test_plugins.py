@@ -324,7 +324,7 @@ def test_every_hook_brings_its_classes_under_their_names(kind: str, tmp_path: Pa
     body = "def train(self): ...\n    def held_out(self): ..." if kind == "data" else "pass"
     (tmp_path / "mine.py").write_text(
         "import tinyfusion_core as tiny\nfrom tinyfusion_core.data import DataSource\n"
-        "from tinyfusion_core.evaluation import Latency\nfrom toys import Match, Planted\n"
+        "from tinyfusion_core.latency import Latency\nfrom toys import Match, Planted\n"
         f"class Mine({base}):\n    {body}\n"
         f"@tiny.hookimpl\ndef {plugins.HOOKS[kind]}():\n    return [Mine]\n"
     )

@@ -35,19 +35,20 @@ if TYPE_CHECKING:
     from .distill import derive_taps as derive_taps
     from .embedding import wrap as wrap
     from .errors import UserError as UserError
-    from .evaluation import Frechet as Frechet
     from .evaluation import HeldOutLoss as HeldOutLoss
-    from .evaluation import Latency as Latency
     from .evaluation import Measurement as Measurement
     from .evaluation import Metric as Metric
     from .evaluation import check_teacher as check_teacher
     from .evaluation import evaluate as evaluate
     from .export import export_run as export_run
+    from .fidelity import Fidelity as Fidelity
     from .finals import Finals as Finals
     from .findings import Findings as Findings
+    from .frechet import Frechet as Frechet
     from .gating import Gates as Gates
     from .hookspecs import API_VERSION as API_VERSION
     from .hookspecs import hookimpl as hookimpl
+    from .latency import Latency as Latency
     from .losses import LossAdapter as LossAdapter
     from .plugins import load_plugin as load_plugin
     from .pruning import load_pretrained as load_pretrained
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from .rules import Rules as Rules
     from .run import run_recipe as run_recipe
     from .run_folder import RunFolder as RunFolder
+    from .samples import write_samples as write_samples
     from .sampling import BlockSampler as BlockSampler
     from .sampling import Draw as Draw
     from .sampling import GroupedSampler as GroupedSampler
@@ -95,12 +97,15 @@ _HOMES = {
     "distill": ("MaskedKD", "OutputKD", "derive_taps"),
     "embedding": ("wrap",),
     "errors": ("UserError",),
-    "evaluation": ("Frechet", "HeldOutLoss", "Latency", "Measurement", "Metric", "check_teacher", "evaluate"),
+    "evaluation": ("HeldOutLoss", "Measurement", "Metric", "check_teacher", "evaluate"),
     "export": ("export_run",),
+    "fidelity": ("Fidelity",),
     "finals": ("Finals",),
     "findings": ("Findings",),
+    "frechet": ("Frechet",),
     "gating": ("Gates",),
     "hookspecs": ("API_VERSION", "hookimpl"),
+    "latency": ("Latency",),
     "losses": ("LossAdapter",),
     "plugins": ("load_plugin",),
     "pruning": ("load_pretrained", "prune", "push_to_hub", "save_pretrained"),
@@ -111,6 +116,7 @@ _HOMES = {
     "run": ("run_recipe",),
     "run_folder": ("RunFolder",),
     "rules": ("Rules",),
+    "samples": ("write_samples",),
     "sampling": ("BlockSampler", "Draw", "GroupedSampler"),
     "search": ("Search", "Selector"),
     "sensitivity": ("Greedy", "LeaveOneOut", "Random", "Taylor"),

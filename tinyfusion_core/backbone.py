@@ -105,6 +105,13 @@ class Backbone(ABC):
     def example(self, num_rows: int) -> dict[str, Tensor]:
         """A batch of the shapes that data for this network has, values meaningless. Used to probe and to count."""
 
+    def num_labels(self, model: nn.Module) -> int | None:
+        """How many class labels a network can generate for, 0 to one below; None when it does not say.
+
+        By default what its configuration has under `num_classes`.
+        """
+        return self.config(model).get("num_classes")
+
     @classmethod
     @abstractmethod
     def tiny(cls) -> "Backbone":

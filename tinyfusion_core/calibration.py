@@ -18,8 +18,10 @@ from .calls import BatchDim, Call, positional_names
 from .criteria import Criterion
 from .errors import UserError, require
 from .gating import Gates
+from .generation import batches
 from .progress import Tracker, track
 from .randomness import Order, Rng
+from .spread import place, share, spread
 from .task import Task
 from .trainer import Trainer
 
@@ -32,6 +34,12 @@ class Measure(Protocol):
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Take in (..., D) tensors of one shape; the last dimension holds the features."""
+
+    def state(self) -> Any:
+        """What has been taken in, to be sent to another process."""
+
+    def merge(self, state: Any) -> None:
+        """Take in what another measure has taken in."""
 
     def value(self) -> float: ...
 
@@ -61,6 +69,8 @@ class Calibrated(Criterion):
 class Calibration:
     """A task's network and the samples that it is judged by. Every method leaves the network as it was.
 
+    Processes share the batches of samples: all must call a method alike, and get the same answer.
+
     Args:
         task: the network, its objective and data.
         trainer: device, precision and seed.
@@ -69,7 +79,7 @@ class Calibration:
         name: what is being done, to show with the progress.
 
     Attributes:
-        evaluations: sample forward passes so far.
+        evaluations: sample forward passes so far, of all processes together.
     """
 
     def __init__(self, task: Task, trainer: Trainer, samples: int, batch_size: int, name: str = "calibration") -> None:
@@ -77,32 +87,40 @@ class Calibration:
         self.num_samples = min(samples, len(task.train))
         self.evaluations = 0
         self.device = trainer.accelerator.device
+        self._order = Order(trainer.seed, "calibration", len(task.train), self.num_samples)
 
     def losses(self, masks: Tensor, note: str = "") -> list[float]:
         """The calibration loss under each of (K, N) masks of zeros and ones; infinite where it is not finite.
 
         `note` goes behind the name of the progress.
         """
-        totals = torch.zeros(len(masks), dtype=torch.float64)
         with self._open(len(masks), note) as progress, torch.no_grad(), self._gates() as gates:
-            for inputs, num_rows in self._batches():
-                for k, mask in enumerate(masks.to(self.device)):
-                    gates.mask = mask.expand(num_rows, -1)
-                    totals[k] += float(self._losses(inputs).cpu().double().sum())
-                    self._advance(progress, num_rows)
+
+            def work(rows: range) -> Tensor:
+                inputs, sums = self._inputs(rows), []
+                for mask in masks.to(self.device):
+                    gates.mask = mask.expand(len(rows), -1)
+                    sums.append(self._losses(inputs).cpu().double().sum())
+                    progress.advance(len(rows))
+                return torch.stack(sums)
+
+            totals = torch.stack(spread(self._parts, work)).sum(0)
         means: list[float] = (totals / self.num_samples).nan_to_num(nan=torch.inf, neginf=torch.inf).tolist()
         return means
 
     def gradients(self) -> list[float]:
         """For every block, the mean over samples of |dL/dm|, m being the block's mask, at m = 1."""
-        model = self.task.teacher
-        total = torch.zeros(len(self.task.blocks), device=self.device)
-        with self._open(1) as progress, torch.enable_grad(), _frozen(model), self._gates() as gates:
-            for inputs, num_rows in self._batches():
-                gates.mask = mask = torch.ones(num_rows, len(total), device=self.device, requires_grad=True)
+        num_blocks = len(self.task.blocks)
+        with self._open(1) as progress, torch.enable_grad(), _frozen(self.task.teacher), self._gates() as gates:
+
+            def work(rows: range) -> Tensor:
+                inputs = self._inputs(rows)
+                gates.mask = mask = torch.ones(len(rows), num_blocks, device=self.device, requires_grad=True)
                 (gradient,) = torch.autograd.grad(self._losses(inputs).sum(), mask)
-                total += gradient.abs().sum(0)
-                self._advance(progress, num_rows)
+                progress.advance(len(rows))
+                return gradient.abs().sum(0).cpu()
+
+            total = torch.stack(spread(self._parts, work)).sum(0)
         return self.finite((total / self.num_samples).tolist())
 
     def compare(self, spans: Sequence[Span], measure: Callable[[], Measure], clean: bool = False) -> list[float]:
@@ -125,11 +143,13 @@ class Calibration:
                 first, last = (model.get_submodule(paths[i]) for i in span)
                 hooks.callback(first.register_forward_pre_hook(before, with_kwargs=True).remove)
                 hooks.callback(last.register_forward_hook(after).remove)
-            for inputs, num_rows in self._batches(clean):
+            for rows in share(self._parts):
+                inputs = self._inputs(rows, clean)
                 with self.trainer.accelerator.autocast():
                     self.task.loss.predict(model, inputs)
-                self._advance(progress, num_rows)
-        return self.finite([sum(m.value() for m in measures[span]) / len(streams[span]) for span in spans])
+                progress.advance(len(rows))
+        gathered = {span: [_together(own, measure()) for own in measures[span]] for span in spans}
+        return self.finite([sum(m.value() for m in gathered[span]) / len(streams[span]) for span in spans])
 
     def finite(self, values: list[float]) -> list[float]:
         """The values; raises UserError when one is not finite."""
@@ -140,15 +160,18 @@ class Calibration:
             )
         return values
 
-    def _batches(self, clean: bool = False) -> Iterator[tuple[dict[str, Tensor], int]]:
-        """Prepared inputs and their number of rows. What row i draws does not depend on the batch size."""
+    @property
+    def _parts(self) -> list[range]:
+        """The samples in batches, which the processes share."""
+        return batches(self.num_samples, self.batch_size)
+
+    def _inputs(self, rows: range, clean: bool = False) -> dict[str, Tensor]:
+        """Prepared inputs of some samples. What a sample draws does not depend on the batch."""
         task, seed = self.task, self.trainer.seed
         prepare = task.loss.prepare_clean if clean else task.loss.prepare
-        order = Order(seed, "calibration", len(task.train), self.num_samples)
-        for first in range(0, self.num_samples, self.batch_size):
-            indices = [order[i] for i in range(first, min(first + self.batch_size, self.num_samples))]
-            batch = {name: t.to(self.device) for name, t in task.train.__getitems__(indices).items()}
-            yield prepare(batch, Rng(seed, "calibration", first=first, strata=self.num_samples)), len(indices)
+        batch = task.train.__getitems__([self._order[i] for i in rows])
+        on_device = {name: t.to(self.device) for name, t in batch.items()}
+        return prepare(on_device, Rng(seed, "calibration", first=rows.start, strata=self.num_samples))
 
     def _losses(self, inputs: dict[str, Tensor]) -> Tensor:
         with self.trainer.accelerator.autocast():
@@ -163,21 +186,28 @@ class Calibration:
 
     @contextmanager
     def _open(self, passes: int, note: str = "") -> Iterator[Tracker]:
-        """The network in eval mode on the device, and the progress of some passes over the samples."""
+        """The network in eval mode on the device, and the progress of this process's part of some passes."""
         model = self.task.teacher.to(self.device)
         training = [module for module in model.modules() if module.training]
         show = self.trainer.accelerator.is_main_process
+        own = sum(map(len, share(self._parts)))
         try:
             model.eval()
-            with track(self.name + note, passes * self.num_samples, show=show) as progress:
+            with track(self.name + note, passes * own, show=show) as progress:
                 yield progress
+            self.evaluations += passes * self.num_samples
         finally:
             for module in training:
                 module.training = True
 
-    def _advance(self, progress: Tracker, num_rows: int) -> None:
-        self.evaluations += num_rows
-        progress.advance(num_rows)
+
+def _together(own: Measure, empty: Measure) -> Measure:
+    """What all processes have measured, one after the other: the same on each of them."""
+    if place()[1] == 1:
+        return own
+    for state in spread(range(place()[1]), lambda process: own.state()):
+        empty.merge(state)
+    return empty
 
 
 @contextmanager

@@ -24,9 +24,10 @@ from .calibration import Calibrated
 from .data import FeatureSpace, Samples
 from .decision import Decision
 from .errors import Diverged, UserError
-from .evaluation import Frechet, HeldOutLoss
+from .evaluation import HeldOutLoss
 from .files import digest, read_json, write_json
 from .findings import Trial
+from .frechet import Frechet
 from .plugins import record_of
 from .progress import Tracker
 from .pruning import prune
@@ -124,7 +125,7 @@ class Cells:
             except Diverged:
                 return {"loss": None, name: None}
             figures = {"loss": self._loss(student)}
-            if extra is not None and self.accelerator.is_main_process:
+            if extra is not None:
                 distance = extra(self.task, {"recovered": student}, trainer)[0].values["recovered"]
                 figures[name] = _finite(distance)
             return figures
@@ -181,8 +182,6 @@ class Cells:
         return Decision(blocks=tuple(self.task.blocks), kept=tuple(kept), method="comparison")
 
     def _loss(self, model: nn.Module) -> float | None:
-        if not self.accelerator.is_main_process:
-            return None
         model.to(self.accelerator.device)
         return _finite(self.held_out(self.task, {"model": model}, self.trainer)[0].values["model"])
 

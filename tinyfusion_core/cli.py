@@ -100,11 +100,16 @@ def _parser() -> argparse.ArgumentParser:
         "--to", required=True, metavar="FORMAT", help="transformers, diffusers, mergekit, llama.cpp, peft, indices"
     )
     export.add_argument("--out", type=Path, help="folder or file (default: RUN_DIR/export/FORMAT, or print it)")
-    sample = command("sample", "generate a grid of images with a run's student")
+    sample = command("sample", "generate images with a run's student: a grid of some, or many for an evaluation")
     sample.add_argument("run_dir", type=Path)
     sample.add_argument("--num", type=int, default=100, help="how many images (default: 100)")
     sample.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
-    sample.add_argument("--out", type=Path, help="the picture (default: RUN_DIR/figures/student.png)")
+    where = sample.add_mutually_exclusive_group()
+    where.add_argument("--out", type=Path, help="the grid (default: RUN_DIR/figures/student.png)")
+    where.add_argument(
+        "--to", type=Path, help="single images with balanced labels: a folder of PNG files, or ADM's .npz"
+    )
+    sample.add_argument("--batch-size", type=int, default=64, help="images at once, with --to (default: 64)")
     return parser
 
 
@@ -298,10 +303,17 @@ def _export(options: argparse.Namespace, flags: list[str]) -> int:
 
 
 def _sample(options: argparse.Namespace, flags: list[str]) -> int:
-    from .run import sample_images
     from .run_folder import existing_run
+    from .samples import sample_images, write_samples
+    from .spread import place
 
-    print(sample_images(existing_run(options.run_dir), options.num, options.seed, options.out))
+    run = existing_run(options.run_dir)
+    if options.to is not None:
+        made = write_samples(run, options.num, options.seed, options.to, options.batch_size)
+    else:
+        made = sample_images(run, options.num, options.seed, options.out)
+    if place()[0] == 0:
+        print(made)
     return 0
 
 

@@ -16,10 +16,11 @@ from .budget import Budget, make_quota, spoken
 from .cells import Cells
 from .criteria import BKSDM, Criterion, FirstN, LastN, Uniform
 from .errors import UserError, require
-from .evaluation import Frechet, HeldOutLoss, Metric
+from .evaluation import HeldOutLoss, Metric
 from .files import read_json
 from .finals import search_of
 from .findings import Findings, Trial
+from .frechet import Frechet
 from .progress import track
 from .randomness import generator
 from .ranking import RANDOM

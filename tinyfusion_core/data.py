@@ -44,6 +44,11 @@ class DataSource(ABC):
         """(B, C, H, W) examples as a person sees them, values in [0, 1]; None when they cannot be shown."""
         return None
 
+    @property
+    def has_pixels(self) -> bool:
+        """Whether `pixels` will give pictures; asked before any file is read."""
+        return type(self).pixels is not DataSource.pixels
+
     def feature_space(self) -> FeatureSpace | None:
         """The features in which generated examples are compared with real ones, if there are any."""
         return None

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import statistics
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,9 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from .backbone import Backbone
 from .data import DataSource
 from .errors import UserError, require
+from .files import read_json, write_json
+from .generation import batches
 from .losses import LossAdapter
 from .progress import track
 from .randomness import Rng
+from .spread import alone, share, spread
 from .task import Task
 from .trainer import Trainer
 
@@ -47,11 +49,25 @@ class Measurement:
 
 
 class Metric(ABC):
-    """A measurement of several networks. Implementations are frozen dataclasses: fields are the recipe's options."""
+    """A measurement of several networks. Implementations are frozen dataclasses: fields are the recipe's options.
+
+    Attributes:
+        together: whether all processes call it alike and share the work (see `spread.py`). By default the main
+            process measures alone and the others wait.
+    """
+
+    together = False
 
     @abstractmethod
     def __call__(self, task: Task, models: Models, trainer: Trainer) -> list[Measurement]:
         """Measure; the networks are in eval mode on the trainer's device."""
+
+    def resume(self, task: Task, models: Models, trainer: Trainer, folder: Path) -> list[Measurement]:
+        """Measure, and go on from what an interrupted measurement has left in a folder that all processes see.
+
+        By default nothing is left there.
+        """
+        return self(task, models, trainer)
 
     def check(self, data: DataSource) -> None:
         """Raises UserError when the data lack what this needs."""
@@ -109,88 +125,43 @@ class HeldOutLoss(Metric):
 
     draws: int = 4
     batch_size: int = 256
+    together = True
 
     def __post_init__(self) -> None:
         require(self.draws >= 1, "evaluate: HeldOutLoss.draws", self.draws, "at least 1")
         require(self.batch_size >= 1, "evaluate: HeldOutLoss.batch_size", self.batch_size, "at least 1")
 
     def __call__(self, task: Task, models: Models, trainer: Trainer) -> list[Measurement]:
-        total = len(models) * self.draws * len(task.held_out)
+        num = len(task.held_out)
+        parts = [(draw, rows) for draw in range(self.draws) for rows in batches(num, self.batch_size)]
+        total = len(models) * sum(len(rows) for _, rows in share(parts))
         with track("held-out loss", total, show=trainer.accelerator.is_main_process) as progress:
-            values: dict[str, float | None] = {}
-            for name, model in models.items():
-                losses = []
-                for draw in range(self.draws):
-                    for inputs in _held_out(task, trainer, len(task.held_out), self.batch_size, draw):
-                        with torch.no_grad(), trainer.accelerator.autocast():
-                            loss = task.loss.losses(model, inputs)
-                        losses.append(loss.float().cpu())
-                        progress.advance(len(loss))
-                values[name] = float(torch.cat(losses).double().mean())
-        note = f"{self.draws} fixed draws for each of {len(task.held_out)} held-out samples"
+
+            def mean(model: nn.Module) -> float:
+                def losses(part: tuple[int, range]) -> Tensor:
+                    draw, rows = part
+                    inputs = _held_out(task, trainer, rows, num, draw)
+                    with torch.no_grad(), trainer.accelerator.autocast():
+                        found = task.loss.losses(model, inputs)
+                    progress.advance(len(rows))
+                    return found.float().cpu()
+
+                return float(torch.cat(spread(parts, losses)).double().mean())
+
+            values: dict[str, float | None] = {name: mean(model) for name, model in models.items()}
+        note = f"{self.draws} fixed draws for each of {num} held-out samples"
         if any(name.endswith("pruned") for name in models):
             note += "; right after pruning it is the calibration loss"
         return [Measurement("held-out loss", values, better="lower", note=note)]
 
 
-def _held_out(task: Task, trainer: Trainer, num: int, batch_size: int, draw: int = 0) -> Iterator[dict[str, Tensor]]:
-    """The first held-out samples, prepared on the trainer's device: the same for every model and every run."""
+def _held_out(task: Task, trainer: Trainer, rows: range, num: int, draw: int = 0) -> dict[str, Tensor]:
+    """Some of the first `num` held-out samples, prepared on the trainer's device: for every model and run the same."""
     device = trainer.accelerator.device
-    for first in range(0, num, batch_size):
-        batch = task.held_out.__getitems__(list(range(first, min(first + batch_size, num))))
-        # Time steps spread evenly over the samples: a far smaller variance for the same mean.
-        rng = Rng(0, "held out", draw, first, strata=num)
-        yield task.loss.prepare({name: t.to(device) for name, t in batch.items()}, rng)
-
-
-@dataclass(frozen=True)
-class Frechet(Metric):
-    """Fréchet distance between generated and real examples, and how often generated ones show their label.
-
-    The features are those of the data set's own feature space, so the distance is not comparable with FID.
-
-    Args:
-        num_samples: examples to generate with each model, from the same noise and labels.
-        batch_size: examples at once.
-    """
-
-    num_samples: int = 1000
-    batch_size: int = 250
-
-    def __post_init__(self) -> None:
-        require(self.num_samples >= 2, "evaluate: Frechet.num_samples", self.num_samples, "at least 2")
-        require(self.batch_size >= 1, "evaluate: Frechet.batch_size", self.batch_size, "at least 1")
-
-    def check(self, data: DataSource) -> None:
-        if data.feature_space() is None:
-            raise UserError(
-                f"evaluate: Frechet needs a feature space, and {type(data).__name__} has none; leave it out"
-            )
-
-    def __call__(self, task: Task, models: Models, trainer: Trainer) -> list[Measurement]:
-        from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
-
-        space = task.feature_space
-        if space is None:
-            raise UserError("Frechet: the task has no feature_space")
-        real = task.train.__getitems__(list(range(len(task.train))))
-        reference = fid_features_to_statistics(space(real["x"])[0].cpu())
-        distances: dict[str, float | None] = {}
-        accuracies: dict[str, float | None] = {}
-        for name, model in models.items():
-            x, labels = generate(task, model, trainer, self.num_samples, self.batch_size, name=f"samples of {name}")
-            features, logits = space(x)
-            distances[name] = accuracies[name] = None
-            if torch.isfinite(features).all():  # a network that has diverged has neither
-                generated = fid_features_to_statistics(features.cpu())
-                distance = fid_statistics_to_metric(generated, reference, verbose=False)
-                distances[name] = float(distance["frechet_inception_distance"])
-                accuracies[name] = float((logits.argmax(1).cpu() == labels.cpu()).float().mean())
-        note = f"{self.num_samples} samples; features: {space.name}"
-        return [
-            Measurement("Fréchet distance", distances, better="lower", note=note),
-            Measurement("conditional accuracy", accuracies, better="higher", note=note),
-        ]
+    batch = task.held_out.__getitems__(list(rows))
+    # Time steps spread evenly over the samples: a far smaller variance for the same mean.
+    rng = Rng(0, "held out", draw, rows.start, strata=num)
+    return task.loss.prepare({name: t.to(device) for name, t in batch.items()}, rng)
 
 
 def check_teacher(task: Task, trainer: Trainer) -> None:
@@ -200,15 +171,20 @@ def check_teacher(task: Task, trainer: Trainer) -> None:
         UserError: its loss is not below 0.9 of that of a network that has learned nothing; see `LossAdapter.trivial`.
     """
     num = min(256, len(task.held_out))
-    model, learned, trivial = task.teacher.to(trainer.accelerator.device), 0.0, 0.0
-    for inputs in _held_out(task, trainer, num, batch_size=32):
+    model = task.teacher.to(trainer.accelerator.device)
+
+    def work(rows: range) -> Tensor:
+        inputs = _held_out(task, trainer, rows, num)
         with torch.no_grad(), trainer.accelerator.autocast():
             prediction = task.loss.predict(model, inputs)
             nothing = task.loss.trivial(prediction, inputs)
-            if nothing is None:
-                return
-            learned += float(task.loss.loss(prediction, inputs).sum()) / num
-            trivial += float(task.loss.loss(nothing, inputs).sum()) / num
+            both = [p for p in (prediction, nothing) if p is not None]
+            return torch.stack([task.loss.loss(p, inputs).double().sum().cpu() for p in both])
+
+    totals = torch.stack(spread(batches(num, 32), work)).sum(0) / num
+    if len(totals) == 1:
+        return
+    learned, trivial = totals.tolist()
     if not learned < 0.9 * trivial:
         raise UserError(
             f"the teacher's held-out loss is {learned:.4g}, that of a network that has learned nothing {trivial:.4g}: "
@@ -217,89 +193,42 @@ def check_teacher(task: Task, trainer: Trainer) -> None:
         )
 
 
-def generate(
-    task: Task, model: nn.Module, trainer: Trainer, num_samples: int, batch_size: int, name: str = "samples"
-) -> tuple[Tensor, Tensor]:
-    """Generate examples for the labels of the first training samples; the same noise for every model.
-
-    Returns:
-        (n, ...) examples and (n,) labels on the trainer's device.
-    """
-    device = trainer.accelerator.device
-    like = task.backbone.example(1)["x"].to(device)
-    indices = [i % len(task.train) for i in range(num_samples)]
-    labels = task.train.__getitems__(indices)["y"].to(device)
-    parts = []
-    with track(name, num_samples, show=trainer.accelerator.is_main_process) as progress, torch.no_grad():
-        for first in range(0, num_samples, batch_size):
-            some = labels[first : first + batch_size]
-            rng = Rng(trainer.seed, "generate", first=first)
-            with trainer.accelerator.autocast():
-                parts.append(task.loss.sample(model, like.expand(len(some), *like.shape[1:]), some, rng))
-            progress.advance(len(some))
-    return torch.cat(parts), labels
-
-
-@dataclass(frozen=True)
-class Latency(Metric):
-    """Time of one forward pass, all models taking turns.
+def evaluate(
+    task: Task, models: Models, metrics: Sequence[Metric], trainer: Trainer, folder: Path | None = None
+) -> list[Measurement]:
+    """Sizes first, then every metric in turn. All processes must call it alike, and all get the figures.
 
     Args:
-        batch_size: samples of a pass.
-        rounds: turns of each model; the median counts.
-        warmup: turns before the clock runs.
+        task: objective and data.
+        models: the networks.
+        metrics: what to measure besides sizes.
+        trainer: device, precision and seed.
+        folder: keeps finished metrics, and finished parts of long ones, for the same call to go on from; on a disk
+            that all processes see.
     """
-
-    batch_size: int = 64
-    rounds: int = 20
-    warmup: int = 3
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "rounds"):
-            require(getattr(self, name) >= 1, f"evaluate: Latency.{name}", getattr(self, name), "at least 1")
-        require(self.warmup >= 0, "evaluate: Latency.warmup", self.warmup, "0 or more")
-
-    def __call__(self, task: Task, models: Models, trainer: Trainer) -> list[Measurement]:
-        device = trainer.accelerator.device
-        batch = {name: t.to(device) for name, t in task.backbone.example(self.batch_size).items()}
-        inputs = task.loss.prepare(batch, Rng(0, "latency"))
-        seconds: dict[str, list[float]] = {name: [] for name in models}
-        turns = self.warmup + self.rounds
-        with track("latency", turns, show=trainer.accelerator.is_main_process) as progress:
-            for turn in range(turns):
-                for name, model in models.items():
-                    elapsed = self._time(task, model, inputs, trainer)
-                    if turn >= self.warmup:
-                        seconds[name].append(elapsed)
-                progress.advance()
-        medians = {name: statistics.median(times) for name, times in seconds.items()}
-        threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-        note = f"median of {self.rounds} forward passes in turn, batch {self.batch_size}, {device.type}{threads}"
-        return [
-            Measurement("latency", {n: 1e3 * s for n, s in medians.items()}, unit="ms", better="lower", note=note),
-            Measurement(
-                "throughput",
-                {n: self.batch_size / s for n, s in medians.items()},
-                unit="samples/s",
-                better="higher",
-                note=note,
-            ),
-        ]
-
-    def _time(self, task: Task, model: nn.Module, inputs: Mapping[str, Tensor], trainer: Trainer) -> float:
-        _synchronize(trainer.accelerator.device)
-        start = time.perf_counter()
-        with torch.no_grad(), trainer.accelerator.autocast():
-            task.loss.predict(model, inputs)
-        _synchronize(trainer.accelerator.device)
-        return time.perf_counter() - start
-
-
-def evaluate(task: Task, models: Models, metrics: list[Metric], trainer: Trainer) -> list[Measurement]:
-    """Sizes first, then every metric in turn."""
     device = trainer.accelerator.device
     ready = {name: model.to(device).eval() for name, model in models.items()}
-    return [_finite(m) for metric in [Size(), *metrics] for m in metric(task, ready, trainer)]
+    return [
+        measurement
+        for i, metric in enumerate([Size(), *metrics])
+        for measurement in _measured(metric, task, ready, trainer, None if folder is None else folder / str(i))
+    ]
+
+
+def _measured(metric: Metric, task: Task, models: Models, trainer: Trainer, folder: Path | None) -> list[Measurement]:
+    """A metric's figures, those that an earlier run has left if there are any."""
+    record = None if folder is None else folder.with_name(f"{folder.name}.json")
+    before = alone(lambda: read_json(record) if record is not None and record.exists() else None)
+    if before is not None:
+        return [Measurement(**m) for m in before]
+
+    def measure() -> list[Measurement]:
+        return metric(task, models, trainer) if folder is None else metric.resume(task, models, trainer, folder)
+
+    made = [_finite(m) for m in (measure() if metric.together else alone(measure))]
+    if record is not None and trainer.accelerator.is_main_process:
+        write_json(record, [asdict(m) for m in made])
+    return made
 
 
 def _finite(measurement: Measurement) -> Measurement:
@@ -309,8 +238,3 @@ def _finite(measurement: Measurement) -> Measurement:
         return measurement
     values = {name: None if name in bad else v for name, v in measurement.values.items()}
     return replace(measurement, values=values, note=f"{measurement.note}; not finite: {', '.join(bad)}".lstrip("; "))
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)

@@ -79,13 +79,18 @@ def make_comparison_plan(recipe: Recipe, stage: Comparison) -> Plan:
 def _make(recipe: Recipe, parts: Sequence[Part]) -> Plan:
     plan = Plan()
     for part in parts:
-        try:
-            part(plan, recipe)
-        except UserError as e:
-            found = plan.missing if isinstance(e, MissingFileError) else plan.problems
-            if str(e) not in found:  # of a network that cannot be built, more than one part says so
-                found.append(str(e))
+        _collect(plan, partial(part, plan, recipe))
     return plan
+
+
+def _collect(plan: Plan, part: Callable[[], None]) -> None:
+    """Do a part of the planning; what it raises becomes a finding."""
+    try:
+        part()
+    except UserError as e:
+        found = plan.missing if isinstance(e, MissingFileError) else plan.problems
+        if str(e) not in found:  # of a network that cannot be built, more than one part says so
+            found.append(str(e))
 
 
 def _network(plan: Plan, recipe: Recipe) -> None:
@@ -242,7 +247,7 @@ def _data(plan: Plan, recipe: Recipe) -> None:
 
 def _metrics(plan: Plan, recipe: Recipe) -> None:
     for metric in recipe.evaluate:
-        metric.check(recipe.data)
+        _collect(plan, partial(metric.check, recipe.data))
 
 
 def _trackers(plan: Plan, recipe: Recipe) -> None:

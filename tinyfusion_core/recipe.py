@@ -17,7 +17,7 @@ import docstring_parser
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
-from . import criteria, finals  # noqa: F401  # bring the names of their selectors
+from . import criteria, fidelity, finals, frechet, latency  # noqa: F401  # bring the names of their classes
 from .backbone import Backbone
 from .comparison import Audit, Compare
 from .data import DataSource
@@ -68,7 +68,7 @@ POLYMORPHIC = (Backbone, LossAdapter, DataSource, Selector, Search, Metric, Weig
 PLAIN = (Trainer, Recover, Round, Rules, Compare, Audit)
 """Classes that a section is made of without saying so."""
 OPTIONAL = ("train", "search", "recover", "rounds", "compare", "audit")
-RESERVED = ("teacher", "student", "figures", "checkpoints")
+RESERVED = ("teacher", "student", "figures", "checkpoints", "evaluation")
 """Names of a run folder that no round can have."""
 
 

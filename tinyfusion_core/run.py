@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
+import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from .claim import check_claim, claim, stage_keys
 from .decision import Decision, versions
 from .errors import UserError
-from .evaluation import check_teacher, evaluate, generate
-from .figures import draw_images
+from .evaluation import Measurement, check_teacher, evaluate
 from .files import save_tensors, write_json
+from .generation import generate, has_pictures, pictures
 from .plan import make_plan
 from .pruning import load_pretrained, origin, prune, save_network, save_pretrained
 from .randomness import seed_of
-from .recipe import Recipe, Round, load_recipe
+from .recipe import Recipe, Round
 from .report import write_report
 from .run_folder import RunFolder
 from .task import Task
@@ -36,7 +36,7 @@ def run_recipe(
 ) -> Path:
     """Do what a recipe says, or what is left of it.
 
-    With several processes all of them train, and the main one alone writes, evaluates and reports.
+    With several processes all of them train and evaluate, and the main one alone writes and reports.
 
     Args:
         recipe: what to do.
@@ -177,21 +177,27 @@ class _Run:
         return student
 
     def _evaluate(self, models: Mapping[str, nn.Module]) -> None:
-        on_main(self.accelerator, lambda: self._measure(models))
-
-    def _measure(self, models: Mapping[str, nn.Module]) -> None:
         recipe, task = self.recipe, self.task
-        measurements = evaluate(task, models, list(recipe.evaluate), recipe.trainer)
-        if _shows(task) and task.loss.generates:
-            shown: dict[str, Tensor] = {}
+        scratch = self.folder / "evaluation" / self.keys["evaluate"][:24]
+        measurements = evaluate(task, models, recipe.evaluate, recipe.trainer, scratch)
+        shown: dict[str, Tensor] = {}
+        if has_pictures(task) and task.loss.generates:
             for name, model in models.items():
-                x, shown["labels"] = generate(task, model, recipe.trainer, NUM_SHOWN, NUM_SHOWN, f"pictures of {name}")
-                shown[name] = _bytes(task, x)
-            save_tensors(self.folder / "samples.safetensors", shown)
+                what = f"pictures of {name}"
+                shown[name], shown["labels"] = generate(task, model, recipe.trainer, NUM_SHOWN, NUM_SHOWN, what)
+        on_main(self.accelerator, lambda: self._keep(measurements, shown))
+
+    def _keep(self, measurements: Sequence[Measurement], shown: Mapping[str, Tensor]) -> None:
+        """Write what was measured, and images of every network beside the labels they were generated for."""
+        if shown:
+            device = self.accelerator.device
+            images = {name: x if name == "labels" else pictures(self.task, x.to(device)) for name, x in shown.items()}
+            save_tensors(self.folder / "samples.safetensors", images)
         write_json(
             self.folder / "metrics.json",
             {"format_version": 1, "measurements": [asdict(m) for m in measurements], "versions": versions()},
         )
+        shutil.rmtree(self.folder / "evaluation", ignore_errors=True)
 
 
 def _stored_student(folder: RunFolder, decision: Decision, stage: str) -> nn.Module:
@@ -201,50 +207,3 @@ def _stored_student(folder: RunFolder, decision: Decision, stage: str) -> nn.Mod
             f"restore it, or run with --restart-from {stage}"
         )
     return load_pretrained(folder / "student")
-
-
-def sample_images(folder: RunFolder, num: int, seed: int, out: Path | None = None) -> Path:
-    """Generate images with a run's student, or with its teacher when it pruned nothing.
-
-    Args:
-        folder: a run that has finished its training.
-        num: how many images.
-        seed: of the noise.
-        out: the picture, a PNG; default `figures/student.png` in the run folder.
-
-    Returns:
-        The path of the picture.
-
-    Raises:
-        UserError: no network has been saved there yet, or its data cannot be shown.
-    """
-    recipe = load_recipe(folder / "recipe.yaml")
-    rounds = list(recipe.each_round())
-    name = "student" if rounds else "teacher"
-    out = out or folder / "figures" / f"{name}.png"
-    folder = folder.round(rounds[-1]) if rounds else folder
-    if not (folder / name / "config.json").exists():
-        raise UserError(f"{folder.path}: no {name} yet; let the run finish first")
-    if num < 1 or out.suffix != ".png":
-        raise UserError("expected --num of at least 1 and an --out that ends in .png")
-    model = load_pretrained(folder / name)
-    task = make_task(recipe, model)
-    if not _shows(task):
-        raise UserError(f"data: {type(recipe.data).__name__} cannot show its examples as images")
-    trainer = replace(recipe.trainer, seed=seed)
-    x, labels = generate(task, model.to(trainer.accelerator.device), trainer, num, 250)
-    draw_images(_bytes(task, x[labels.argsort(stable=True)]), out, columns=math.ceil(math.sqrt(num)))
-    return out
-
-
-def _shows(task: Task) -> bool:
-    """Whether its examples are pictures."""
-    x = task.backbone.example(1).get("x")
-    return x is not None and task.pixels(x) is not None
-
-
-def _bytes(task: Task, x: Tensor) -> Tensor:
-    """Examples as (n, C, H, W) uint8 images; black where a network has diverged."""
-    pixels = task.pixels(x.cpu())
-    assert pixels is not None
-    return (255 * pixels.nan_to_num()).round().to(torch.uint8)

@@ -20,7 +20,7 @@ MADE_BY = {
     "train": ("teacher",),
     "search": ("decision.json",),
     "recover": ("student",),
-    "evaluate": ("metrics.json", "samples.safetensors", "figures", "report.html"),
+    "evaluate": ("metrics.json", "samples.safetensors", "evaluation", "figures", "report.html"),
 }
 """What each stage leaves, besides its lines of `metrics.jsonl`."""
 MISHAPS = {"skipped": "steps skipped (loss or gradient not finite)", "bad_samples": "unreadable samples replaced"}

@@ -29,6 +29,13 @@ class Mean:
         self.total += float(values.sum())
         self.count += values.numel()
 
+    def state(self) -> tuple[float, int]:
+        return self.total, self.count
+
+    def merge(self, state: tuple[float, int]) -> None:
+        self.total += state[0]
+        self.count += state[1]
+
     def value(self) -> float:
         return self.total / self.count
 
@@ -43,6 +50,10 @@ def squared_error() -> Measure:
     return Mean(lambda x, y: (y - x).square().mean(-1))
 
 
+Moments = tuple[int, list[Tensor], list[Tensor]]
+"""A number of tokens, their means, and their products about them."""
+
+
 class LinearCKA:
     """Linear centred kernel alignment (Kornblith et al. 2019, arXiv:1905.00414) of tokens before and after.
 
@@ -52,22 +63,30 @@ class LinearCKA:
 
     def __init__(self) -> None:
         self.count = 0
-        self.means: tuple[Tensor, Tensor] | None = None
+        self.means: list[Tensor] = []
         self.products: list[Tensor] = []  # X'X, Y'Y, Y'X, each (D, D)
 
     def add(self, x: Tensor, y: Tensor) -> None:
         x, y = x.flatten(0, -2), y.flatten(0, -2)
-        n, means = len(x), (x.mean(0), y.mean(0))
+        means = [x.mean(0), y.mean(0)]
         x, y = x - means[0], y - means[1]
-        products = [x.T @ x, y.T @ y, y.T @ x]
-        if self.means is None:
-            self.count, self.means, self.products = n, means, products
+        self.merge((len(x), means, [x.T @ x, y.T @ y, y.T @ x]))
+
+    def state(self) -> Moments:
+        return self.count, [t.cpu() for t in self.means], [t.cpu() for t in self.products]
+
+    def merge(self, state: Moments) -> None:
+        n, means, products = state
+        if not n:
+            return
+        if not self.count:
+            self.count, self.means, self.products = state
             return
         dx, dy = (new - old for new, old in zip(means, self.means, strict=True))
         both = self.count + n
         for product, new, left, right in zip(self.products, products, (dx, dy, dy), (dx, dy, dx), strict=True):
             product += new + torch.outer(left, right) * (self.count * n / both)
-        self.means = self.means[0] + dx * (n / both), self.means[1] + dy * (n / both)
+        self.means = [mean + d * (n / both) for mean, d in zip(self.means, (dx, dy), strict=True)]
         self.count = both
 
     def value(self) -> float:

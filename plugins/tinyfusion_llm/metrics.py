@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 from tinyfusion_core.data import DataSource
 from tinyfusion_core.errors import UserError, require
 from tinyfusion_core.evaluation import Measurement, Metric, Models
+from tinyfusion_core.generation import batches
 from tinyfusion_core.randomness import Rng
+from tinyfusion_core.spread import spread
 from tinyfusion_core.task import Task
 from tinyfusion_core.trainer import Trainer
 from tinyfusion_llm.backbone import CausalLM
@@ -37,6 +40,7 @@ class Perplexity(Metric):
     stride: int | None = None
     window: int | None = None
     batch_size: int = 16
+    together = True
 
     def __post_init__(self) -> None:
         for name in ("stride", "window", "batch_size"):
@@ -56,22 +60,23 @@ class Perplexity(Metric):
         stride = self.stride or window
         require(stride < window or self.stride is None, "evaluate: Perplexity.stride", stride, f"below {window}")
         firsts = [*range(0, size - window, stride), size - window]
+        device = trainer.accelerator.device
+
+        def read(model: nn.Module, numbers: range) -> tuple[float, int]:
+            """Sum of the cross-entropy over the tokens of some windows, and how many they are."""
+            # Of the first window everything counts, then what lies beyond the window before.
+            some = [(firsts[i], firsts[i - 1] + window if i else 0) for i in numbers]
+            batch = _stack([_from(rows, first, window, end) for first, end in some])
+            inputs = loss.prepare({k: t.to(device) for k, t in batch.items()}, Rng(0, "perplexity"))
+            counted = (inputs["targets"] != IGNORED).sum(1)
+            with torch.no_grad(), trainer.accelerator.autocast():
+                means = loss.loss(loss.predict(model, inputs), inputs)
+            return float((means.double() * counted).sum()), int(counted.sum())
+
         values: dict[str, float | None] = {}
         for name, model in models.items():
-            total, count = 0.0, 0
-            for i in range(0, len(firsts), self.batch_size):
-                some = firsts[i : i + self.batch_size]
-                # Of the first window everything counts, then what lies beyond the window before.
-                ends = [firsts[j - 1] + window if j else 0 for j in range(i, i + len(some))]
-                batch = _stack([_from(rows, first, window, end) for first, end in zip(some, ends, strict=True)])
-                inputs = loss.prepare(
-                    {k: t.to(trainer.accelerator.device) for k, t in batch.items()}, Rng(0, "perplexity")
-                )
-                counted = (inputs["targets"] != IGNORED).sum(1)
-                with torch.no_grad(), trainer.accelerator.autocast():
-                    means = loss.loss(loss.predict(model, inputs), inputs)
-                total += float((means.double() * counted).sum())
-                count += int(counted.sum())
+            found = spread(batches(len(firsts), self.batch_size), partial(read, model))
+            total, count = (sum(column) for column in zip(*found, strict=True))
             values[name] = math.exp(total / count) if math.isfinite(total) and total / count < 700 else None
         note = f"{count:,} held-out tokens, windows of {window}, stride {stride}"
         return [Measurement("perplexity", values, better="lower", note=note)]
