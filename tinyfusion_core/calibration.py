@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from .backbone import Stream, streams_of
 from .calls import BatchDim, Call, positional_names
 from .criteria import Criterion
+from .data import order_of
 from .errors import UserError, require
 from .gating import Gates
 from .progress import Tracker, track
-from .randomness import Order, Rng
+from .randomness import Rng
 from .task import Task
 from .trainer import Trainer
 
@@ -144,7 +145,7 @@ class Calibration:
         """Prepared inputs and their number of rows. What row i draws does not depend on the batch size."""
         task, seed = self.task, self.trainer.seed
         prepare = task.loss.prepare_clean if clean else task.loss.prepare
-        order = Order(seed, "calibration", len(task.train), self.num_samples)
+        order = order_of(task.train, seed, "calibration", self.num_samples)
         for first in range(0, self.num_samples, self.batch_size):
             indices = [order[i] for i in range(first, min(first + self.batch_size, self.num_samples))]
             batch = {name: t.to(self.device) for name, t in task.train.__getitems__(indices).items()}

@@ -17,10 +17,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from .backbone import Batch
-from .data import Samples
+from .data import Samples, order_of
 from .errors import Diverged, Interrupted, UserError, require
 from .progress import track
-from .randomness import Order, Rng, seed_of
+from .randomness import Rng, seed_of
 from .run_folder import RunFolder
 from .stopping import stop_requests
 
@@ -194,7 +194,7 @@ class _Fit:
         start = self._resume()
         module, optimizer = self.accelerator.prepare(objective, self.optimizer)
         first = self.accelerator.process_index * self.rows
-        order = Order(self.trainer.seed, self.stage, len(self.data), self.trainer.batch_size)
+        order = order_of(self.data, self.trainer.seed, self.stage, self.trainer.batch_size)
         loader: DataLoader[Any] = DataLoader(
             self.data,  # type: ignore[arg-type]  # read by lists of indices, see Samples
             batch_sampler=order.steps(start, self.how.steps, first, self.rows),
