@@ -88,9 +88,12 @@ class Encode:
             Interrupted: a signal came; finished shards are kept.
         """
         from accelerate import PartialState
+        from accelerate.utils import parse_flag_from_env
 
+        # Without being told, accelerate makes no group of processes that have no GPU: each would think itself alone.
+        cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
         # Shares may take hours longer than others; torchrun ends the ones that wait when one fails.
-        state = PartialState(timeout=timedelta(days=7))
+        state = PartialState(cpu, timeout=timedelta(days=7))
         return _Encoding(self, list_images(images), out, state).run()
 
 
