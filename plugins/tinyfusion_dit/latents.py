@@ -159,7 +159,9 @@ class Latents(_LatentSource):
         return _Arrays(Path(self.folder)), metadata
 
     def _missing(self, names: Sequence[str]) -> MissingFileError:
-        made = f"--vae {self.vae or 'AUTOENCODER'}" + (f" --scale {self.scale}" if self.scale else "")
+        made = f"--vae {self.decoder or self.vae or 'AUTOENCODER'}"
+        made += f" --name {self.vae}" if self.vae and self.decoder not in (None, self.vae) else ""
+        made += f" --scale {self.scale}" if self.scale else ""
         stated = {"vae": self.vae, "scale": self.scale, "kind": self.kind or "sample"}
         return MissingFileError(
             f"data.folder: '{self.folder}' lacks {', '.join(names)}. Put there the training images, encoded once: "
