@@ -41,3 +41,17 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
     assert run(folder / "recipe.yaml", folder / "run") == 0
     return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def tiny_vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random autoencoder in diffusers' layout: 4 channels, half the side; scale 0.5, shift 0.25."""
+    from diffusers import AutoencoderKL
+
+    folder = tmp_path_factory.mktemp("autoencoder") / "tiny-vae"
+    kinds = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    sizes = {"block_out_channels": [8, 16], "norm_num_groups": 4, "latent_channels": 4}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoencoderKL(**kinds, **sizes, scaling_factor=0.5, shift_factor=0.25).save_pretrained(folder)
+    return folder

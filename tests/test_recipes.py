@@ -10,7 +10,7 @@ import torch
 import yaml
 
 import tinyfusion_core as tiny
-from tinyfusion_core.cli import main
+from tinyfusion_core.cli import _parser, main
 from tinyfusion_core.plan import make_plan
 from tinyfusion_core.recipe import flatten
 from tinyfusion_core.search import Search
@@ -127,3 +127,24 @@ def test_a_sampler_spelled_out_is_the_short_form() -> None:
         tiny.load_recipe(path, ["--search.sampler", sampler])
     with pytest.raises(tiny.UserError, match="tau goes with pattern"):
         tiny.load_recipe(path, ["--search.pattern=null", "--search.sampler", sampler])
+
+
+def test_the_latents_that_headers_say_how_to_make_are_those_of_the_recipe() -> None:
+    found = []
+    for path in RECIPES:
+        header = " ".join(line[1:].strip() for line in path.read_text().splitlines() if line.startswith("#"))
+        for words in re.findall(r"tinyfusion (encode .*?)(?= Budget:)", header):
+            made = _parser().parse_args(words.split())
+            data = tiny.load_recipe(path).data
+            assert str(made.out) == data.folder
+            assert getattr(made, "name", made.vae) == data.vae
+            assert made.vae == data.decoder
+            assert made.scale == data.scale
+            assert getattr(made, "kind", "sample") == (data.kind or "sample")
+            found.append(path.stem)
+    assert found == ["dit_xl_d14", "mar_large_d16", "sit_xl"]
+    # The others name these.
+    for path in RECIPES:
+        recipe = tiny.load_recipe(path)
+        if type(recipe.data).__name__ == "Latents" and path.stem not in found:
+            assert any(f"{name}.yaml" in path.read_text() for name in found), path

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from .backbone import Stream, streams_of
 from .calls import BatchDim, Call, positional_names
 from .criteria import Criterion
+from .data import order_of
 from .errors import UserError, require
 from .gating import Gates
 from .generation import batches
 from .progress import Tracker, track
-from .randomness import Order, Rng
+from .randomness import Rng
 from .spread import place, share, spread
 from .task import Task
 from .trainer import Trainer
@@ -87,7 +88,7 @@ class Calibration:
         self.num_samples = min(samples, len(task.train))
         self.evaluations = 0
         self.device = trainer.accelerator.device
-        self._order = Order(trainer.seed, "calibration", len(task.train), self.num_samples)
+        self._order = order_of(task.train, trainer.seed, "calibration", self.num_samples)
 
     def losses(self, masks: Tensor, note: str = "") -> list[float]:
         """The calibration loss under each of (K, N) masks of zeros and ones; infinite where it is not finite.

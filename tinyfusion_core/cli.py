@@ -85,6 +85,29 @@ def _parser() -> argparse.ArgumentParser:
     new = command("new-plugin", "write a small package that brings a backbone and a loss, to begin with")
     new.add_argument("name", help="of the package: my-backbone")
     new.add_argument("--into", type=Path, default=Path(), help="the folder that gets it (default: this one)")
+    encode = command("encode", "make latents of a folder of images, for recipes with data: Latents")
+    encode.add_argument("images", type=Path, help="a folder with one folder of images for each class")
+    encode.add_argument("--out", type=Path, required=True, help="the folder of the latents")
+    encode.add_argument(
+        "--vae", required=True, help="the autoencoder: a folder, a checkpoint file or a name on the hub"
+    )
+    for option, kind, text in (
+        ("--name", str, "what recipes call the autoencoder (default: as --vae)"),
+        ("--scale", float, "factor on the latents (default: the autoencoder's own)"),
+        ("--kind", str, "sample (default) or moments"),
+        ("--size", int, "side of the cropped images in pixels (default: 256)"),
+        ("--dtype", str, "of the latents: float32 (default), float16, bfloat16"),
+        ("--shard-size", int, "images in a shard (default: 512)"),
+        ("--batch-size", int, "images at once (default: 16)"),
+        ("--num-workers", int, "processes that read images, for each that encodes (default: 0)"),
+        ("--seed", int, "of the order and the draws (default: 0)"),
+    ):
+        encode.add_argument(option, type=kind, default=argparse.SUPPRESS, help=text)
+    for option, text in (
+        ("--flip", "encode the mirrored images too"),
+        ("--skip-bad", "leave out images that cannot be read, and count them"),
+    ):
+        encode.add_argument(option, action="store_true", default=argparse.SUPPRESS, help=text)
     watch = command("watch", "show what a run or a comparison is doing, from the files of its folder")
     watch.add_argument("run_dir", type=Path)
     watch.add_argument("--once", action="store_true", help="print how it stands and end")
@@ -257,6 +280,20 @@ def _new_plugin(options: argparse.Namespace, flags: list[str]) -> int:
     return 0
 
 
+def _encode(options: argparse.Namespace, flags: list[str]) -> int:
+    from accelerate import PartialState
+
+    from .encode import Encode
+
+    given = {name: value for name, value in vars(options).items() if name not in ("command", "debug", "images", "out")}
+    made = Encode(**given)(options.images, options.out)
+    if PartialState().is_main_process:
+        print(f"{options.out}: {made['num_images']:,} images in {len(made['shards']):,} shards, all verified")
+        for name in made["skipped"]:
+            print(f"left out: {name}")
+    return 0
+
+
 def _show(options: argparse.Namespace, flags: list[str]) -> int:
     from rich.console import Console
 
@@ -339,6 +376,7 @@ _COMMANDS = {
     "audit": _compare,
     "validate": _validate,
     "costs": _costs,
+    "encode": _encode,
     "budgets": _budgets,
     "keys": _keys,
     "plugins": _plugins,

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
+
+from .randomness import Order, ShardedOrder
 
 
 class Samples(Protocol):
@@ -17,6 +20,26 @@ class Samples(Protocol):
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
         """The named tensors of these samples, each with len(indices) rows."""
         ...
+
+
+@runtime_checkable
+class Sharded(Samples, Protocol):
+    """Samples that lie in shards, each best read as a whole."""
+
+    mix: int
+    """How many shards a batch is drawn from."""
+
+    @property
+    def sizes(self) -> Sequence[int]:
+        """Number of samples in each shard, in the order of their indices."""
+        ...
+
+
+def order_of(samples: Samples, seed: int, stage: str, batch_size: int) -> Order:
+    """The order in which a stage sees its samples, by shards where they lie in shards."""
+    if isinstance(samples, Sharded):
+        return ShardedOrder(seed, stage, samples.sizes, batch_size, samples.mix)
+    return Order(seed, stage, len(samples), batch_size)
 
 
 class FeatureSpace(Protocol):

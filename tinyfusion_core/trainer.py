@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from .agreement import require_same
 from .backbone import Batch
-from .data import Samples
+from .data import Samples, order_of
 from .errors import Interrupted, UserError, require
 from .mishaps import Agreed, Mishaps
 from .objective import Objective, Optimization
 from .progress import track
-from .randomness import Order, Rng, seed_of
+from .randomness import Rng, seed_of
 from .reading import Read, read_batches
 from .run_folder import RunFolder
 from .stopping import stop_requests
@@ -229,7 +229,7 @@ class _Fit:
     def run(self) -> None:
         with ExitStack() as stack:
             start = self._begin(stack)
-            order = Order(self.trainer.seed, self.stage, len(self.data), self.trainer.batch_size)
+            order = order_of(self.data, self.trainer.seed, self.stage, self.trainer.batch_size)
             indices = order.steps(start, self.how.steps, self.first, self.rows)
             self.started = time.monotonic()
             stop = stack.enter_context(stop_requests())

@@ -4,40 +4,56 @@ from __future__ import annotations
 
 import json
 import os
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
-from tinyfusion_core.data import DataSource
-from tinyfusion_core.errors import MissingFileError, UserError
-from tinyfusion_core.files import map_array, read_json
+from tinyfusion_core.autoencoder import check_autoencoder, decode, load_autoencoder
+from tinyfusion_core.data import DataSource, Samples
+from tinyfusion_core.errors import MissingFileError, UserError, require
+from tinyfusion_core.files import map_array
 from tinyfusion_core.randomness import generator
+from tinyfusion_core.shards import FORMAT_VERSION, METADATA, ShardedSamples, read_metadata, shards_in
 
 Indices = NDArray[np.int64]
-FORMAT_VERSION = 1
 _NEEDED = ("features.npy", "labels.npy")
 _STATED = ("vae", "scale", "kind")
 """What metadata.json says of the latents, and the recipe may state too."""
 
 
-class _Store(Protocol):
+class _Store(ABC):
     """Latents on disk: every image in one or several copies (itself, flipped)."""
 
     num_images: int
     num_copies: int
+
+    @abstractmethod
+    def split(self, num_held_out: int, moments: bool, held_out: bool) -> Samples:
+        """One side of the split."""
+
+
+class _Rows(_Store):
+    """Latents any of which can be read as fast as any other."""
+
     num_channels: int
 
+    @abstractmethod
     def read(self, images: Indices, copies: Indices) -> tuple[NDArray[np.float32], Indices]:
         """Latents (B, ...) and labels (B,) of these copies of these images."""
-        ...
+
+    def split(self, num_held_out: int, moments: bool, held_out: bool) -> LatentSamples:
+        if moments and self.num_channels % 2:
+            raise UserError(f"moments are a mean and a std, but the latents have {self.num_channels} channels")
+        order = torch.randperm(self.num_images, generator=generator("held-out images", self.num_images))
+        return LatentSamples(self, moments, order[:num_held_out].sort().values.numpy(), held_out)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +62,7 @@ class _LatentSource(DataSource):
     scale: float | None = None
     kind: Literal["sample", "moments"] | None = None
     num_held_out: int = 1000
+    decoder: str | None = None
 
     @abstractmethod
     def _open(self) -> tuple[_Store, dict[str, Any]]:
@@ -53,15 +70,33 @@ class _LatentSource(DataSource):
 
     @cached_property
     def _opened(self) -> tuple[_Store, dict[str, Any]]:
-        return self._open()  # listing the folders of a large data set takes minutes: once, not for every reader
+        opened = self._open()  # listing the folders of a large data set takes minutes: once, not for every reader
+        if self.decoder is not None:
+            check_autoencoder(self.decoder)  # or else the last stage of a long run would be the first to miss it
+        return opened
 
-    def train(self) -> LatentSamples:
+    def train(self) -> Samples:
         return self._split(held_out=False)
 
-    def held_out(self) -> LatentSamples:
+    def held_out(self) -> Samples:
         return self._split(held_out=True)
 
-    def _split(self, held_out: bool) -> LatentSamples:
+    def pixels(self, x: Tensor) -> Tensor | None:
+        """Decoded on the device of the latents, by `decoder`; None without one."""
+        if self.decoder is None:
+            return None
+        metadata = self._opened[1]
+        scale = metadata.get("scale", self.scale)
+        if scale is None:
+            raise UserError("data.scale: neither the recipe nor metadata.json says it, and data.decoder needs it")
+        return decode(self._decoder, x, scale, metadata.get("shift", 0.0))
+
+    @cached_property
+    def _decoder(self) -> nn.Module:
+        assert self.decoder is not None
+        return load_autoencoder(self.decoder)
+
+    def _split(self, held_out: bool) -> Samples:
         store, metadata = self._opened
         for key in _STATED:
             stated, found = getattr(self, key), metadata.get(key)
@@ -72,51 +107,68 @@ class _LatentSource(DataSource):
         kind = self.kind or metadata.get("kind", "sample")
         if kind not in ("sample", "moments"):
             raise UserError(f"metadata.json: kind '{kind}' is unknown (known: sample, moments)")
-        if kind == "moments" and store.num_channels % 2:
-            raise UserError(f"moments are a mean and a std, but the latents have {store.num_channels} channels")
-        order = torch.randperm(store.num_images, generator=generator("held-out images", store.num_images))
-        return LatentSamples(store, kind == "moments", order[: self.num_held_out].sort().values.numpy(), held_out)
+        return store.split(self.num_held_out, kind == "moments", held_out)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Latents(_LatentSource):
-    """Encoded images in a few large files, read where they lie.
+    """Encoded images, in the shards that `tinyfusion encode` makes, or in a few large arrays.
 
-    The folder holds `features.npy` (N, C, H, W), or (N, 2C, H, W) with means and then standard deviations;
-    `labels.npy` (N,), integers; optionally `flipped.npy`, the mirrored images in the shape of `features.npy`;
-    and `metadata.json` with `format_version` 1, `vae`, `scale` and `kind`. All latents are stored scaled.
+    `metadata.json` says what the folder holds: `format_version` 1, `vae`, `scale`, `kind`, and for shards their names,
+    rows and hashes. Arrays are `features.npy` (N, C, H, W), or (N, 2C, H, W) with means and then standard deviations;
+    `labels.npy` (N,), integers; optionally `flipped.npy`, the mirrored images in the shape of `features.npy`. All
+    latents are stored scaled.
 
-    A sample is `x` (C, H, W), `y` and, with moments, `x_std` like `x`. Of n images sample n + i is the flipped
-    sample i. The images held out are the same for every seed and recipe, and neither copy of them is trained on.
+    A sample is `x` (C, H, W), `y` and, with moments, `x_std` like `x`. The images held out are the same for every
+    seed and recipe, and no copy of them is trained on: of shards the first images, which are in no order; of arrays
+    some from everywhere. Of n images in arrays sample n + i is the flipped sample i; in shards it is the one behind.
 
     Args:
-        folder: the folder.
+        folder: the folder; that of shards may be any URL that fsspec knows (s3://..., hf://..., https://...).
         vae: name of the autoencoder that the latents must come from; null takes what there is.
         scale: factor that the latents must have been multiplied by (Stable Diffusion's: 0.18215); null, any.
         kind: "sample" or "moments"; null takes what there is.
         num_held_out: number of images that are kept from training.
+        decoder: the autoencoder that makes pictures of latents: a folder, a checkpoint file or a name on the hub; null
+            shows no pictures.
+        mix: how many shards a batch is drawn from; a multiple of the number of processes gives each shards of its
+            own. Memory grows with it.
     """
 
     folder: str
+    mix: int = 8
+
+    def __post_init__(self) -> None:
+        require(self.mix >= 1, "data.mix", self.mix, "at least 1")
 
     def _open(self) -> tuple[_Store, dict[str, Any]]:
-        path = Path(self.folder) / "metadata.json"
-        if missing := [name for name in (*_NEEDED, path.name) if not (path.parent / name).is_file()]:
-            made = f" of {self.vae}" if self.vae else ""
-            stated = {"vae": self.vae, "scale": self.scale, "kind": self.kind or "sample"}
-            raise MissingFileError(
-                f"data.folder: '{self.folder}' lacks {', '.join(missing)}. Put there the training images, encoded once "
-                f"by the autoencoder{made}: features.npy (images, channels, height, width), labels.npy (images,), for "
-                "mirrored images flipped.npy, and metadata.json: "
-                + json.dumps({"format_version": FORMAT_VERSION, **stated})
-            )
-        metadata = _metadata(path)
+        try:
+            metadata = read_metadata(self.folder)
+        except MissingFileError:
+            raise self._missing([METADATA]) from None
         for key in _STATED:
             if getattr(self, key) is not None and key not in metadata:
                 raise UserError(
-                    f"{path}: does not say '{key}', which the recipe states; add it, or set data.{key}: null"
+                    f"{self.folder}/{METADATA}: does not say '{key}', which the recipe states; add it, or set "
+                    f"data.{key}: null"
                 )
+        if "shards" in metadata:
+            return _Shards(self.folder, metadata, self.mix), metadata
+        if missing := [name for name in _NEEDED if not (Path(self.folder) / name).is_file()]:
+            raise self._missing(missing)
         return _Arrays(Path(self.folder)), metadata
+
+    def _missing(self, names: Sequence[str]) -> MissingFileError:
+        made = f"--vae {self.decoder or self.vae or 'AUTOENCODER'}"
+        made += f" --name {self.vae}" if self.vae and self.decoder not in (None, self.vae) else ""
+        made += f" --scale {self.scale}" if self.scale else ""
+        stated = {"vae": self.vae, "scale": self.scale, "kind": self.kind or "sample"}
+        return MissingFileError(
+            f"data.folder: '{self.folder}' lacks {', '.join(names)}. Put there the training images, encoded once: "
+            f"`tinyfusion encode IMAGES --out {self.folder} {made} --kind {stated['kind']} --flip`; or features.npy "
+            "(images, channels, height, width), labels.npy (images,), for mirrored images flipped.npy, and "
+            f"{METADATA}: {json.dumps({'format_version': FORMAT_VERSION, **stated})}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,14 +186,16 @@ class LatentFolders(_LatentSource):
         scale: factor that the latents must have been multiplied by (Stable Diffusion's: 0.18215); null, any.
         kind: "sample" or "moments"; null takes what there is.
         num_held_out: number of images that are kept from training.
+        decoder: the autoencoder that makes pictures of latents: a folder, a checkpoint file or a name on the hub; null
+            shows no pictures.
     """
 
     features: str
     labels: str
 
     def _open(self) -> tuple[_Store, dict[str, Any]]:
-        path = Path(self.features) / "metadata.json"
-        return _Files(Path(self.features), Path(self.labels)), _metadata(path) if path.exists() else {}
+        described = (Path(self.features) / METADATA).exists()
+        return _Files(Path(self.features), Path(self.labels)), read_metadata(self.features) if described else {}
 
 
 @dataclass(frozen=True)
@@ -155,7 +209,7 @@ class LatentSamples:
         held_out: which side this is.
     """
 
-    store: _Store
+    store: _Rows
     moments: bool
     held: Indices
     held_out: bool
@@ -184,7 +238,22 @@ class LatentSamples:
         return {"x": x, "y": y}
 
 
-class _Arrays:
+class _Shards(_Store):
+    """The layout that `tinyfusion encode` writes: the copies of an image follow each other."""
+
+    def __init__(self, url: str, metadata: dict[str, Any], mix: int) -> None:
+        self._url, self._shards, self._mix = url, shards_in(metadata, url), mix
+        self._num_rows = sum(shard.count for shard in self._shards)
+        self.num_copies = 2 if metadata.get("flips") else 1
+        self.num_images = self._num_rows // self.num_copies
+
+    def split(self, num_held_out: int, moments: bool, held_out: bool) -> ShardedSamples:
+        border = num_held_out * self.num_copies
+        first, end = (0, border) if held_out else (border, self._num_rows)
+        return ShardedSamples(self._url, self._shards, first, end, self._mix)
+
+
+class _Arrays(_Rows):
     """The layout of `Latents`. Files are mapped anew for every read: cutting one that is mapped kills the process."""
 
     def __init__(self, folder: Path) -> None:
@@ -208,7 +277,7 @@ class _Arrays:
         return latents, _load(self._labels, self._shape[:1], integers=True)[images].astype(np.int64)
 
 
-class _Files:
+class _Files(_Rows):
     """The layout of `LatentFolders`."""
 
     def __init__(self, features: Path, labels: Path) -> None:
@@ -265,11 +334,3 @@ def _load(path: Path, shape: Sequence[int] | None = None, integers: bool = False
     if shape is not None and array.shape != tuple(shape):
         raise UserError(f"{path}: shape {array.shape}, expected {tuple(shape)}")
     return array
-
-
-def _metadata(path: Path) -> dict[str, Any]:
-    content = read_json(path)
-    if not isinstance(content, dict) or content.get("format_version") != FORMAT_VERSION:
-        found = content.get("format_version") if isinstance(content, dict) else type(content).__name__
-        raise UserError(f"{path}: format_version is {found!r}, expected {FORMAT_VERSION}")
-    return content
