@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -60,7 +61,8 @@ def saved_by(run: Callable[[], Any], model: nn.Module, blocks: Sequence[str], pr
 
     cast = torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32")
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
-    with _around(model, blocks, enter, current.pop), cast, hooks:
+    with _around(model, blocks, enter, current.pop), cast, hooks, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # kernels' advice on speed
         output = run()
     kept = {**outside, **entering}
     del output
