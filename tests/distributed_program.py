@@ -239,7 +239,7 @@ def main(folder: Path, processes: int, *what: str) -> None:
         elif action == "families":
             found[name] = families(replace(trainer, batch_size=4))
         elif action == "half":  # which notes that the optimizer sees float32
-            found[name] = numbers(folder / f"{sharding} half", trainer, BOTH)
+            found[name] = numbers(folder / f"{sharding} half", replace(trainer, micro_batch_size=2), BOTH)
         elif action == "compiled":
             found[name] = numbers(folder / f"{sharding} compiled", replace(trainer, compile=True), BOTH)
         elif action == "drift":

@@ -49,6 +49,10 @@ def assert_close(found: Any, expected: Any, where: str) -> None:
         assert found.keys() == expected.keys(), where
         for key, value in expected.items():
             assert_close(found[key], value, f"{where}, {key}")
+    elif isinstance(expected, list) and isinstance(expected[0], list):
+        assert len(found) == len(expected), where
+        for i, value in enumerate(expected):
+            assert_close(found[i], value, f"{where}, {i}")
     elif isinstance(expected, torch.Tensor):
         assert torch.allclose(found, expected, atol=2e-6, rtol=1e-5), where
     else:
