@@ -4,6 +4,8 @@ python benchmarks/estimators.py runs/samplers_d4-audit [--searches]
 
 The digits' teacher, 4 of its 8 blocks: all 70 masks are run on a fixed population of prepared samples, so the expected
 loss under any distribution over masks, and its gradient, are known. Every estimator draws batches from that population.
+With `--searches`, whole searches of several lengths: how often do they find the mask that heals best, and the one that
+hurts least right after pruning? The audit has healed all masks.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import torch
@@ -45,6 +48,13 @@ ESTIMATORS: dict[str, tuple[Callable[..., BlockSampler], float]] = {
     "score function, 2 masks": (partial(tiny.ScoreFunction, rules=RULES, masks=2, entropy=(0.0, 0.0)), 1.0),
     "score function, 4 masks": (partial(tiny.ScoreFunction, rules=RULES, masks=4, entropy=(0.0, 0.0)), 1.0),
     "score function, 8 masks": (partial(tiny.ScoreFunction, rules=RULES, masks=8, entropy=(0.0, 0.0)), 1.0),
+}
+#: Searches of 64 network rows a step.
+SEARCHES: dict[str, dict[str, Any]] = {
+    "score function, LoRA": {"keep": KEEP, "batch_size": ROWS // 4},
+    "score function, frozen": {"keep": KEEP, "batch_size": ROWS // 4, "update": tiny.Frozen()},
+    "one group, straight-through, LoRA": {"pattern": (KEEP, 8), "batch_size": ROWS},
+    "exact marginals, LoRA": {"sampler": partial(tiny.ExactK, rules=RULES), "batch_size": ROWS},
 }
 #: Where the gates stand: log-odds of blocks that are preferred to the others.
 POINTS = {
@@ -111,7 +121,7 @@ def gradients(truth: Truth) -> list[dict[str, str | float]]:
         for name, (make, share) in ESTIMATORS.items():
             sampler = make(LISTS)
             if kept:
-                sampler.prefer(kept, strength)
+                sampler.prefer(kept, (strength, strength))
             exact = truth.gradient(sampler)
             start = time.perf_counter()
             estimates = torch.stack([truth.estimate(sampler, share, i) for i in range(ESTIMATES)])
@@ -134,23 +144,47 @@ def gradients(truth: Truth) -> list[dict[str, str | float]]:
     return table
 
 
-def searches(task: tiny.Task, healed: dict[tuple[int, ...], float]) -> list[dict[str, str | float]]:
-    """Rank of the mask that a search of some length finds, among all that were healed."""
-    ranked = sorted(healed, key=lambda kept: healed[kept])
+def searches(task: tiny.Task, findings: Findings) -> list[dict[str, str | float]]:
+    """How far searches of several lengths are from the best mask, and how often they find it; means of five seeds."""
+    trials: dict[tuple[int, ...], list[float]] = {}
+    for trial in (*findings.masks, *findings.trials):
+        trials.setdefault(trial.kept, []).append(trial.healed)
+    healed = {kept: statistics.fmean(values) for kept, values in trials.items()}
+    pruned = {trial.kept: trial.calibration for trial in (*findings.masks, *findings.trials)}
+    heals_best, hurts_least = min(healed, key=healed.__getitem__), min(pruned, key=pruned.__getitem__)
     table: list[dict[str, str | float]] = []
-    for name, options in {
-        "score function": {"keep": KEEP, "batch_size": ROWS // 4},
-        "one group, straight-through": {"pattern": (KEEP, 8), "batch_size": ROWS},
-        "exact marginals": {"sampler": partial(tiny.ExactK, rules=RULES), "batch_size": ROWS},
-    }.items():
-        for steps, seed in itertools.product((30, 100, 300), range(5)):
-            start = time.perf_counter()
+    for (name, options), steps in itertools.product(SEARCHES.items(), (10, 30, 100, 300)):
+        start, found = time.perf_counter(), []
+        for seed in range(5):
             decision = tiny.Search(steps=steps, **options)(task, tiny.Trainer(seed=seed, precision="fp32"))
-            seconds, rank = time.perf_counter() - start, ranked.index(decision.kept) + 1
-            row = {"search": name, "steps": steps, "seed": seed, "rank": rank, "seconds": seconds}
-            table.append(row | {"regret": healed[decision.kept] - healed[ranked[0]]})
-            print(*table[-1].values(), sep=" | ", flush=True)
+            found.append(decision.kept)
+        table.append(
+            {
+                "search": name,
+                "steps": steps,
+                "seconds": (time.perf_counter() - start) / len(found),
+                "regret": statistics.fmean(healed[kept] - healed[heals_best] for kept in found),
+                "heals best": found.count(heals_best) / len(found),
+                "hurts least": found.count(hurts_least) / len(found),
+            }
+        )
+        print(*(f"{v:.4g}" if isinstance(v, float) else v for v in table[-1].values()), sep=" | ", flush=True)
     return table
+
+
+def draw_searches(table: Sequence[dict[str, str | float]], path: Path) -> None:
+    """Regret and probabilities over the seconds of a search."""
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), sharex=True, layout="constrained")
+    for name in SEARCHES:
+        rows = [row for row in table if row["search"] == name]
+        for axis, what in zip(axes, ("regret", "heals best", "hurts least"), strict=True):
+            axis.plot([r["seconds"] for r in rows], [r[what] for r in rows], "o-", label=name)
+    titles = ("healed loss above the best mask's", "finds the mask that heals best", "finds the mask that hurts least")
+    for axis, title in zip(axes, titles, strict=True):
+        axis.set(title=title, xlabel="seconds of a search", xscale="log")
+        axis.grid(alpha=0.3)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    figure.savefig(path, dpi=110)
 
 
 def draw(table: Sequence[dict[str, str | float]], path: Path) -> None:
@@ -169,7 +203,7 @@ def draw(table: Sequence[dict[str, str | float]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("audit", type=Path, help="the run folder of `tinyfusion audit benchmarks/samplers_d4.yaml`")
-    parser.add_argument("--searches", action="store_true", help="also run 45 searches and look their masks up")
+    parser.add_argument("--searches", action="store_true", help="also run 80 searches and look their masks up")
     options = parser.parse_args()
     torch.set_num_threads(1)
     data = Digits()
@@ -179,11 +213,8 @@ def main() -> None:
     draw(table, Path(__file__).parent / "figures" / "estimators.png")
     if options.searches:
         task.teacher.requires_grad_(True)
-        findings = Findings.load(options.audit / "findings.json")
-        healed: dict[tuple[int, ...], list[float]] = {}
-        for trial in (*findings.masks, *findings.trials):
-            healed.setdefault(trial.kept, []).append(trial.healed)
-        searches(task, {kept: statistics.fmean(values) for kept, values in healed.items()})
+        table = searches(task, Findings.load(options.audit / "findings.json"))
+        draw_searches(table, Path(__file__).parent / "figures" / "searches.png")
 
 
 if __name__ == "__main__":

@@ -281,9 +281,28 @@ metric_list: [{{metric: perplexity}}, {{metric: acc}}]
 
 
 def test_parquet_rows_are_documents(model: Path, tmp_path: Path) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
     table = pyarrow.table({"body": [words(i, 20) for i in range(5)]})
-    pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / "text.parquet")
+    pyarrow.parquet.write_table(table, tmp_path / "text.parquet")
     options = {"files": [str(tmp_path)], "cache": str(tmp_path / "cache"), "context": 7, "text_field": "body"}
     data = TextTokens(tokenizer=str(model), **options)
     assert len(data.train()) == 4 * 21 // 7 and len(data.held_out()) == 3
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # datasets and dill under a new numpy
+def test_a_dataset_that_the_library_loads(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hub")
+    datasets.disable_progress_bars()
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text("\n".join(json.dumps({"body": words(i, 20)}) for i in range(5)))
+    options = {"cache": str(tmp_path / "cache"), "context": 7, "text_field": "body"}
+    data = TextTokens(tokenizer=str(model), dataset=str(folder), **options)
+    files = TextTokens(tokenizer=str(model), files=[str(folder)], **options)
+    assert len(data.train()) == len(files.train()) == 4 * 21 // 7
+    assert torch.equal(*(source.train().__getitems__([0, 1])["tokens"] for source in (data, files)))

@@ -126,7 +126,7 @@ def test_reinmax_is_exact_for_a_quadratic_loss_of_two_options() -> None:
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_rows_are_drawn_from_their_own_streams_and_the_best_begin_with_the_mode(name: str) -> None:
     sampler = SAMPLERS[name](LISTS)
-    sampler.prefer([0, 2, 4, 6], 1.5)
+    sampler.prefer([0, 2, 4, 6], (1.5, 1.5))
     assert sampler.mode() == [0, 2, 4, 6]
     whole, half = (sampler.sample(n, tiny.Rng(0, "test", first=f)) for n, f in ((12, 0), (4, 8)))
     assert torch.equal(whole.mask[8:], half.mask)
@@ -137,6 +137,16 @@ def test_rows_are_drawn_from_their_own_streams_and_the_best_begin_with_the_mode(
     assert all(len(kept) == 4 for kept in best)
     strong, weak = sampler.marginals()[[0, 2, 4, 6]], sampler.marginals()[[1, 3, 5, 7]]
     assert strong.min() > weak.max()
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_prior_fades_along_its_schedule(name: str) -> None:
+    sampler = SAMPLERS[name](LISTS)
+    sampler.prefer([0, 2, 4, 6], (1.5, 0.0))
+    sure, half = (sampler.anneal(at) and float(sampler.marginals()[0]) for at in (0.0, 0.5))
+    assert sampler.anneal(1.0)["prior"] == 0
+    assert sure > half + 0.05 > 0.6
+    assert sampler.marginals().numpy() == pytest.approx(0.5, abs=0.05)
 
 
 def test_gates_that_leave_out_values_keep_their_mean_gradient() -> None:
@@ -181,10 +191,17 @@ def test_keep_is_short_for_the_score_function() -> None:
 
 def test_a_start_is_where_the_gates_begin_and_no_more(tmp_path) -> None:
     run = tiny.RunFolder(tmp_path)
-    how = tiny.Search(keep=4, steps=200, update=tiny.Frozen(), start=tiny.LastN(keep=4), start_strength=0.5)
+    how = tiny.Search(keep=4, steps=200, update=tiny.Frozen(), start=tiny.LastN(keep=4), prior=(0.5, 0.5))
     decision = how(task(), TRAINER, run)
     assert run.metrics("search")[0]["marginals"][0] < 0.45 < 0.55 < run.metrics("search")[0]["marginals"][7]
     assert list(decision.kept) == WORKING
+
+
+def test_a_prior_that_has_faded_decides_nothing() -> None:
+    """Strong enough to be the mode for as long as it lasts."""
+    how = {"keep": 4, "steps": 1, "update": tiny.Frozen(), "start": tiny.LastN(keep=4)}
+    assert list(tiny.Search(**how, prior=(3.0, 3.0))(task(), TRAINER).kept) == [4, 5, 6, 7]
+    assert list(tiny.Search(**{**how, "steps": 200}, prior=(3.0, 0.0))(task(), TRAINER).kept) == WORKING
 
 
 def test_a_confident_search_stops_early(tmp_path) -> None:
@@ -219,7 +236,7 @@ def test_dropped_blocks_are_not_run_by_the_score_function() -> None:
         (lambda: GumbelTopK(LISTS, keep=4, tau=(0.0, 1.0)), r"search\.sampler\.tau"),
         (lambda: tiny.Search(keep=4, dropped_values=0.0), r"search\.dropped_values is 0\.0"),
         (lambda: tiny.Search(keep=4, confident=1.5), r"search\.confident is 1\.5"),
-        (lambda: tiny.Search(keep=4, start_strength=-1.0), r"search\.start_strength is -1\.0"),
+        (lambda: tiny.Search(keep=4, prior=(1.0, -1.0)), r"search\.prior is \(1\.0, -1\.0\)"),
         (lambda: tiny.Search(keep=4, pattern=(2, 4)), "one of the three"),
     ],
 )
@@ -231,7 +248,7 @@ def test_options_without_a_meaning(make, message: str) -> None:
 def test_the_final_heals_the_best_masks_and_keeps_the_winner() -> None:
     """A search that has learned nothing, and a final that has."""
     planted = task()
-    blind = tiny.Search(keep=4, steps=1, update=tiny.Frozen(), start=tiny.Keep([0, 1, 3, 4]), start_strength=1.0)
+    blind = tiny.Search(keep=4, steps=1, update=tiny.Frozen(), start=tiny.Keep([0, 1, 3, 4]))
     assert list(blind(planted, TRAINER).kept) == [0, 1, 3, 4]
     before = {name: value.clone() for name, value in planted.teacher.state_dict().items()}
     final = tiny.Finals(search=blind, masks=20, steps=2, samples=64)

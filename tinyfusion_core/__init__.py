@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .backbone import Backbone as Backbone
     from .backbone import Batch as Batch
     from .backbone import Stream as Stream
+    from .budgets import budgets_of as budgets_of
     from .calibration import Calibrated as Calibrated
     from .calibration import Calibration as Calibration
     from .checkpoints import CheckpointBackbone as CheckpointBackbone
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from .criteria import FirstN as FirstN
     from .criteria import Keep as Keep
     from .criteria import LastN as LastN
+    from .criteria import Nested as Nested
     from .criteria import Uniform as Uniform
     from .data import DataSource as DataSource
     from .data import Tensors as Tensors
@@ -82,11 +84,12 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "backbone": ("Backbone", "Batch", "Stream"),
+    "budgets": ("budgets_of",),
     "calibration": ("Calibrated", "Calibration"),
     "checkpoints": ("CheckpointBackbone",),
     "comparison": ("Audit", "Compare"),
     "comparison_report": ("write_comparison",),
-    "criteria": ("BKSDM", "Criterion", "FirstN", "Keep", "LastN", "Uniform"),
+    "criteria": ("BKSDM", "Criterion", "FirstN", "Keep", "LastN", "Nested", "Uniform"),
     "data": ("DataSource", "Tensors"),
     "decision": ("Decision",),
     "distill": ("MaskedKD", "OutputKD", "derive_taps"),

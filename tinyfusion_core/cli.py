@@ -85,6 +85,10 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("--into", type=Path, default=Path(), help="the folder that gets it (default: this one)")
     show = command("show", "print the table of a finished run")
     show.add_argument("run_dir", type=Path)
+    budgets = command("budgets", "prune a run's teacher to several budgets by what its search has learned")
+    budgets.add_argument("run_dir", type=Path)
+    budgets.add_argument("--keep", type=int, nargs="+", default=(), metavar="K", help="blocks (default: all numbers)")
+    budgets.add_argument("--recover-steps", type=int, default=0, metavar="N", help="recover each student (default: 0)")
     export = command("export", "hand a run's student, or which blocks it kept, to other software")
     export.add_argument("run_dir", type=Path)
     export.add_argument(
@@ -250,6 +254,23 @@ def _show(options: argparse.Namespace, flags: list[str]) -> int:
     return 0
 
 
+def _budgets(options: argparse.Namespace, flags: list[str]) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from .budgets import budgets_of
+    from .run_folder import existing_run
+
+    rows = budgets_of(existing_run(options.run_dir), options.keep, options.recover_steps)
+    table = Table("blocks", "kept", "parameters", "FLOPs", "held-out loss", "recovered")
+    for row in rows:
+        figures = ((row.parameters, ",.0f"), (row.flops, ",.0f"), (row.pruned, ".4g"), (row.recovered, ".4g"))
+        shown = ["" if value is None else format(value, how) for value, how in figures]
+        table.add_row(str(len(row.kept)), " ".join(map(str, row.kept)), *shown)
+    Console(highlight=False).print(table)
+    return 0
+
+
 def _export(options: argparse.Namespace, flags: list[str]) -> int:
     from .export import export_run
     from .run_folder import existing_run
@@ -288,6 +309,7 @@ _COMMANDS = {
     "audit": _compare,
     "validate": _validate,
     "costs": _costs,
+    "budgets": _budgets,
     "keys": _keys,
     "plugins": _plugins,
     "check-plugin": _check_plugin,

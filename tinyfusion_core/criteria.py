@@ -142,6 +142,38 @@ def _recorded(value: Any) -> Any:
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Nested(Criterion):
+    """Keep the blocks that an earlier search kept most often: several budgets from one search.
+
+    A smaller budget keeps a part of what a larger one keeps.
+
+    Args:
+        decision: path of the search's `decision.json`, made for a checkpoint of the same architecture.
+    """
+
+    decision: str
+
+    def inputs(self) -> dict[str, str]:
+        return {"search.decision": sha256(Path(self.decision))}
+
+    def preview(self, blocks: Sequence[str]) -> Decision:
+        Decision.load(self.decision).check_fits(blocks, "the network")
+        return super().preview(blocks)
+
+    def guess(self, quota: Quota) -> Sequence[int]:
+        marginals = Decision.load(self.decision).marginals
+        if len(marginals) != quota.num_blocks:
+            raise UserError(
+                f"{self.decision}: has marginals of {len(marginals)} blocks, the network {quota.num_blocks}; give the "
+                "decision of a learned search of it"
+            )
+        return quota.top(marginals)
+
+    def decide(self, quota: Quota, task: Task, trainer: Trainer) -> Verdict:
+        return Verdict(self.guess(quota), findings={"taken_from": self.decision})
+
+
 class Positions(Criterion):
     """Keep the blocks at certain positions of every choice.
 

@@ -50,18 +50,34 @@ class BlockSampler(nn.Module, ABC):
         self.pattern: Any = None  # what a decision records of the budget, if it can be said as a pattern
         self.num_blocks = sum(lists.values())
         self.num_steps = 0  # that it has been trained for, when a search is done with it
+        # A mask that somebody believes in, as signs, and how much at the first, at the last and at this step.
+        self.register_buffer("preference", torch.zeros(self.num_blocks), persistent=False)
+        self.prior_schedule, self.prior = (0.0, 0.0), 0.0
+
+    def prefer(self, kept: Sequence[int], prior: tuple[float, float]) -> None:
+        """Believe in a mask: what the gates learn is added to its log-odds.
+
+        Args:
+            kept: the blocks that it keeps.
+            prior: log-odds that these have, and minus that the others, at the first and at the last step, linear in
+                between.
+        """
+        self.get_buffer("preference").fill_(-1.0)[list(kept)] = 1.0
+        self.prior_schedule, self.prior = prior, prior[0]
+
+    @property
+    def prior_logits(self) -> Tensor:
+        """(N,) log-odds of the blocks before the gates have learned anything."""
+        return self.prior * self.get_buffer("preference")
 
     def anneal(self, progress: float) -> dict[str, float]:
-        """Move temperatures to a point of the search, 0 at the first step and 1 at the last; returns them by name."""
-        return {}
+        """Move schedules to a point of the search, 0 at the first step and 1 at the last; returns them by name."""
+        self.prior = linear(self.prior_schedule, progress)
+        return {"prior": self.prior} if any(self.prior_schedule) else {}
 
     @abstractmethod
     def sample(self, num_rows: int, rng: Rng) -> Draw:
         """Draw B masks, row i from stream i of `rng`; each obeys the budget exactly."""
-
-    @abstractmethod
-    def prefer(self, kept: Sequence[int], strength: float) -> None:
-        """Start from a mask: its blocks have log-odds `strength`, the others `-strength`."""
 
     def surrogate(self, draw: Draw, loss: Tensor) -> Tensor:
         """The scalar to minimise, given the (B,) losses under the drawn masks.
@@ -147,7 +163,7 @@ class GroupedSampler(BlockSampler):
     def anneal(self, progress: float) -> dict[str, float]:
         self.tau = linear(self.tau_schedule, progress)
         self.scaling = linear(self.scaling_schedule, progress)
-        return {"tau": self.tau, "scaling": self.scaling}
+        return {"tau": self.tau, "scaling": self.scaling, **super().anneal(progress)}
 
     def sample(self, num_rows: int, rng: Rng) -> Draw:
         gumbel = rng.gumbel("mask", num_rows, sum(len(logits) for logits in self.logits))
@@ -159,18 +175,18 @@ class GroupedSampler(BlockSampler):
         # Under autocast the product with the options would round the gate gradients.
         with torch.autocast(gumbel.device.type, enabled=False):
             noise = torch.split(gumbel, [len(logits) for logits in self.logits], dim=1)
-            for g, (logits, noise_BK) in enumerate(zip(self.logits, noise, strict=True)):
-                scores_BK = self.scaling * logits + noise_BK
+            for g, (scores_K, noise_BK) in enumerate(zip(self._scores(), noise, strict=True)):
+                scores_BK = scores_K + noise_BK
                 chosen_B = scores_BK.argmax(1)
-                hard_BK = nn.functional.one_hot(chosen_B, len(logits)).to(scores_BK)
+                hard_BK = nn.functional.one_hot(chosen_B, len(scores_K)).to(scores_BK)
                 if self.estimator == "reinmax":
-                    soft_BK = _reinmax(self.scaling * logits, hard_BK)
+                    soft_BK = _reinmax(scores_K, hard_BK)
                 else:
                     soft_BK = (scores_BK / self.tau).softmax(1)
                 soft_BM = soft_BK @ self._options(g)
                 # The difference is exactly zero, so that the forward value is exactly 0 or 1.
                 masks.append(hard_BK @ self._options(g) + (soft_BM - soft_BM.detach()))
-                log_prob = log_prob + (self.scaling * logits).log_softmax(0)[chosen_B]
+                log_prob = log_prob + scores_K.log_softmax(0)[chosen_B]
         return Draw(torch.cat(masks, dim=1), log_prob)
 
     def marginals(self) -> Tensor:
@@ -183,12 +199,6 @@ class GroupedSampler(BlockSampler):
             kept += [start + i for i in option.nonzero().flatten().tolist()]
             start += len(option)
         return kept
-
-    def prefer(self, kept: Sequence[int], strength: float) -> None:
-        signs = torch.full((self.num_blocks,), -1.0).index_fill(0, torch.tensor(kept), 1.0)
-        with torch.no_grad():
-            for logits, members, g in zip(self.logits, self.choices(), itertools.count(), strict=False):
-                logits += strength / self.scaling * (self._options(g) @ signs[members].to(logits))
 
     def best(self, count: int) -> list[tuple[int, ...]]:
         found: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
@@ -219,8 +229,15 @@ class GroupedSampler(BlockSampler):
     def _options(self, g: int) -> Tensor:
         return self.get_buffer(f"options_{g}")
 
+    def _scores(self) -> list[Tensor]:
+        """(K,) unnormalised log-probabilities of each group's options."""
+        return [
+            self.scaling * logits + self._options(g) @ self.prior_logits[members]
+            for g, (logits, members) in enumerate(zip(self.logits, self.choices(), strict=True))
+        ]
+
     def _probabilities(self) -> list[Tensor]:
-        return [(self.scaling * logits.detach()).softmax(0) for logits in self.logits]
+        return [scores.detach().softmax(0) for scores in self._scores()]
 
 
 def _options(keep: int, of: int) -> Tensor:

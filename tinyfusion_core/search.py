@@ -72,8 +72,9 @@ class Search(Selector):
         clip: largest norm of the gradient of gates and weights together.
         ema: decay of the average of the gate logits that decides; default 1 - 10 / steps, which is the
             paper's 0.999 at 10,000 steps and lags as little in a short search.
-        start: a criterion whose choice the gates begin with, instead of indifference.
-        start_strength: log-odds that it gives to the blocks it keeps, and against those it drops.
+        start: a criterion whose choice the search begins with, instead of indifference.
+        prior: log-odds that the start gives to the blocks it keeps, and minus that to the others, at the first and at
+            the last step, linear in between. What the gates learn is added: with a last prior of 0 they alone decide.
         dropped_values: the fraction of the samples that drop a block for which the block is run all the same, because a
             pathwise gradient needs its value; weighed so that the gate's gradient keeps its mean. Less is faster
             and noisier. A score function needs none.
@@ -95,7 +96,7 @@ class Search(Selector):
     clip: float = 1.0
     ema: float | None = None
     start: Selector | None = None
-    start_strength: float = 1.0
+    prior: tuple[float, float] = (1.0, 1.0)
     dropped_values: float = 1.0
     confident: float | None = None
 
@@ -108,7 +109,7 @@ class Search(Selector):
         require(self.batch_size is None or self.batch_size >= 1, "search.batch_size", self.batch_size, "at least 1")
         require(0 <= self.warmup < 1, "search.warmup", self.warmup, "a fraction from 0 to below 1")
         require(self.lr_gates is None or self.lr_gates > 0, "search.lr_gates", self.lr_gates, "a rate above 0")
-        require(self.start_strength > 0, "search.start_strength", self.start_strength, "above 0")
+        require(min(self.prior) >= 0, "search.prior", self.prior, "log-odds of 0 or more")
         share = 0 < self.dropped_values <= 1
         require(share, "search.dropped_values", self.dropped_values, "a fraction above 0, at most 1")
         sure = self.confident is None or 0 < self.confident < 1
@@ -183,7 +184,7 @@ class Search(Selector):
         sampler = self.make_sampler(task.lists)
         if self.start is not None:
             first = self.start(task, trainer, None if run is None else run.part("search", "start"))
-            sampler.prefer(first.kept, self.start_strength)
+            sampler.prefer(first.kept, self.prior)
         # AveragedModel begins with the values after the first step: no bias towards the initial ones.
         ema = Ema(sampler, decay_for(self.steps) if self.ema is None else self.ema)
         averaged = ema.average.module

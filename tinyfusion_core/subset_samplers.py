@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,6 @@ from .randomness import Rng
 from .rules import Rules, build
 from .sampling import BlockSampler, Draw, linear
 from .subsets import Subsets
-
-
-def _prefer(logits: nn.Parameter, kept: Sequence[int], strength: float) -> None:
-    with torch.no_grad():
-        logits.fill_(-strength)
-        logits[list(kept)] = strength
 
 
 class SubsetSampler(BlockSampler):
@@ -31,23 +25,20 @@ class SubsetSampler(BlockSampler):
         self.automaton, self.budget = build(rules, lists), rules.keep
         self.logits = nn.Parameter(torch.zeros(self.num_blocks))
 
-    def prefer(self, kept: Sequence[int], strength: float) -> None:
-        _prefer(self.logits, kept, strength)
-
     def marginals(self) -> Tensor:
-        return self._subsets(self.logits.detach()).marginals().float()
+        return self._subsets(learning=False).marginals()
 
     def mode(self) -> list[int]:
-        return self._subsets(self.logits.detach()).mode().nonzero().flatten().tolist()
+        return self._subsets(learning=False).mode().nonzero().flatten().tolist()
 
     def best(self, count: int) -> list[tuple[int, ...]]:
-        return [kept for _, kept in self._subsets(self.logits.detach()).best(count)]
+        return [kept for _, kept in self._subsets(learning=False).best(count)]
 
     def entropy(self) -> float:
-        return float(self._subsets(self.logits.detach()).entropy())
+        return float(self._subsets(learning=False).entropy())
 
     def confidence(self) -> list[float]:
-        subsets = self._subsets(self.logits.detach())
+        subsets = self._subsets(learning=False)
         return [float(subsets.log_prob(subsets.mode()[None]).exp())]
 
     def choices(self) -> list[list[int]]:
@@ -57,9 +48,10 @@ class SubsetSampler(BlockSampler):
     def num_masks(self) -> int:
         return self.automaton.num_masks
 
-    def _subsets(self, logits: Tensor) -> Subsets:
+    def _subsets(self, learning: bool = True) -> Subsets:
         """On the CPU: a hundred tiny steps would wait for a GPU's launches."""
-        return Subsets(self.automaton, logits.double().cpu())
+        logits = self.logits if learning else self.logits.detach()
+        return Subsets(self.automaton, (logits + self.prior_logits).double().cpu())
 
     def _masks(self, subsets: Subsets, num_rows: int, rng: Rng) -> Tensor:
         return subsets.sample(rng.uniform("mask", num_rows, self.num_blocks))
@@ -77,7 +69,7 @@ class ExactK(SubsetSampler):
     """
 
     def sample(self, num_rows: int, rng: Rng) -> Draw:
-        subsets = self._subsets(self.logits)
+        subsets = self._subsets()
         masks, soft = self._masks(subsets, num_rows, rng), subsets.marginals()
         through = (masks + (soft - soft.detach())).to(self.logits)
         return Draw(through, subsets.log_prob(masks).to(self.logits))
@@ -109,10 +101,11 @@ class ScoreFunction(SubsetSampler):
 
     def anneal(self, progress: float) -> dict[str, float]:
         self.entropy_weight = linear(self.entropy_schedule, progress)
-        return {"entropy weight": self.entropy_weight} if max(self.entropy_schedule) else {}
+        weight = {"entropy weight": self.entropy_weight} if max(self.entropy_schedule) else {}
+        return {**weight, **super().anneal(progress)}
 
     def sample(self, num_rows: int, rng: Rng) -> Draw:
-        subsets = self._subsets(self.logits)
+        subsets = self._subsets()
         masks = self._masks(subsets, num_rows, rng)
         return Draw(masks.to(self.logits), subsets.log_prob(masks).to(self.logits))
 
@@ -122,7 +115,7 @@ class ScoreFunction(SubsetSampler):
         advantage = losses - others
         total = (advantage.flatten() * draw.log_prob).mean()
         if self.entropy_weight:
-            entropy = self._subsets(self.logits).entropy().to(total)
+            entropy = self._subsets().entropy().to(total)
             total = total - self.entropy_weight * advantage.abs().mean() * entropy
         # The weights see the plain mean; both parts reach disjoint parameters.
         return loss.mean() + total
@@ -152,15 +145,12 @@ class GumbelTopK(BlockSampler):
         self.tau_schedule, self.tau = tau, tau[0]
         self.logits = nn.Parameter(torch.zeros(self.num_blocks))
 
-    def prefer(self, kept: Sequence[int], strength: float) -> None:
-        _prefer(self.logits, kept, strength)
-
     def anneal(self, progress: float) -> dict[str, float]:
         self.tau = linear(self.tau_schedule, progress)
-        return {"tau": self.tau}
+        return {"tau": self.tau, **super().anneal(progress)}
 
     def sample(self, num_rows: int, rng: Rng) -> Draw:
-        scores = self.logits + rng.gumbel("mask", num_rows, self.num_blocks).to(self.logits)
+        scores = self.logits + self.prior_logits + rng.gumbel("mask", num_rows, self.num_blocks).to(self.logits)
         order = scores.topk(self.keep, dim=1).indices
         hard = torch.zeros_like(scores).scatter(1, order, 1.0)
         soft, left = torch.zeros_like(scores), scores / self.tau
@@ -172,9 +162,10 @@ class GumbelTopK(BlockSampler):
 
     def _log_prob(self, order: Tensor) -> Tensor:
         """Of drawing these blocks one after the other (Plackett-Luce)."""
-        chosen = self.logits[order]
+        logits = self.logits + self.prior_logits
+        chosen = logits[order]
         taken = torch.zeros(len(order), self.num_blocks, device=order.device).scatter(1, order, 1.0).bool()
-        rest = self.logits.expand(len(order), -1).masked_fill(taken, -torch.inf).logsumexp(1, keepdim=True)
+        rest = logits.expand(len(order), -1).masked_fill(taken, -torch.inf).logsumexp(1, keepdim=True)
         later = chosen.flip(1).logcumsumexp(1).flip(1)
         return (chosen - torch.logaddexp(later, rest)).sum(1)
 
@@ -182,7 +173,7 @@ class GumbelTopK(BlockSampler):
         return self._fixed_draws().mean(0)
 
     def mode(self) -> list[int]:
-        return sorted(self.logits.detach().topk(self.keep).indices.tolist())
+        return sorted((self.logits.detach() + self.prior_logits).topk(self.keep).indices.tolist())
 
     def best(self, count: int) -> list[tuple[int, ...]]:
         masks, counts = torch.unique(self._fixed_draws(), dim=0, return_counts=True)
@@ -209,5 +200,5 @@ class GumbelTopK(BlockSampler):
 
     def _fixed_draws(self) -> Tensor:
         noise = Rng(0, "report").gumbel("mask", self._NUM_DRAWS, self.num_blocks)
-        order = (self.logits.detach().cpu() + noise).topk(self.keep, dim=1).indices
+        order = ((self.logits.detach() + self.prior_logits).cpu() + noise).topk(self.keep, dim=1).indices
         return torch.zeros_like(noise).scatter(1, order, 1.0)

@@ -1,0 +1,72 @@
+"""Several budgets from one search: what every number of blocks would cost, and what it would be worth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+
+from .criteria import Nested
+from .errors import UserError
+from .evaluation import HeldOutLoss, evaluate
+from .files import write_json
+from .pruning import prune
+from .recipe import load_recipe
+from .run import make_task
+from .run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Row:
+    """One budget.
+
+    Attributes:
+        kept: the blocks that stay; those that the search kept most often.
+        parameters: of the student.
+        flops: of one prediction for one sample; None where they cannot be counted.
+        pruned: held-out loss right after pruning; None when it is not finite.
+        recovered: held-out loss after recovery; None when there was none.
+    """
+
+    kept: tuple[int, ...]
+    parameters: float | None
+    flops: float | None
+    pruned: float | None
+    recovered: float | None = None
+
+
+def budgets_of(folder: RunFolder, keep: Sequence[int] = (), recover_steps: int = 0) -> list[Row]:
+    """Prune a run's teacher to several budgets, by the marginals of its search; see `Nested`.
+
+    The rows are kept in `budgets.json` of the run folder. Recovery trains a student for every budget.
+
+    Args:
+        folder: a run whose search has finished.
+        keep: numbers of blocks; default all from the full depth, the teacher's, down to one.
+        recover_steps: how long to recover each student, as the recipe says but for this; 0 does not.
+
+    Raises:
+        UserError: the run has several rounds, has no learned search, or cannot keep so many blocks.
+    """
+    recipe = load_recipe(folder / "recipe.yaml")
+    if recipe.rounds or recipe.train is not None:
+        raise UserError(f"{folder.path}: takes a run of one search that begins with a checkpoint")
+    if recover_steps and recipe.recover is None:
+        raise UserError(f"{folder / 'recipe.yaml'}: has no recover section that says how")
+    task, trainer, rows = make_task(recipe), recipe.trainer, []
+    for num in keep or range(len(task.blocks), 0, -1):
+        decision = Nested(keep=num, decision=str(folder / "decision.json"))(task, trainer)
+        student = prune(task, decision)
+        found = {
+            m.name: m.values["student"] for m in evaluate(task, {"student": student}, [HeldOutLoss(draws=1)], trainer)
+        }
+        row = Row(decision.kept, found["parameters"], found["FLOPs"], found["held-out loss"])
+        if recover_steps and recipe.recover is not None and decision.removed:
+            healing = replace(recipe.recover, steps=recover_steps)
+            student = healing(task, student, decision, trainer)
+            (healed,) = HeldOutLoss(draws=1)(task, {"student": student}, trainer)
+            row = replace(row, recovered=healed.values["student"])
+        rows.append(row)
+    if trainer.accelerator.is_main_process:
+        record = {"format_version": 1, "recover_steps": recover_steps, "rows": [asdict(row) for row in rows]}
+        write_json(folder / "budgets.json", record)
+    return rows
