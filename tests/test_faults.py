@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -476,3 +477,16 @@ def test_two_thousand_steps_with_a_kill_every_hundred(tmp_path: Path) -> None:
     assert max(files) == min(files)
     assert not list(tmp_path.rglob("*.partial"))
     assert len(list((tmp_path / "killed" / "checkpoints" / "search").iterdir())) == 3
+
+
+def test_the_fault_matrix_names_tests_that_there_are() -> None:
+    here = Path(__file__).parent
+    matrix = (here.parent / "docs" / "faults.md").read_text()
+    rows = [line for line in matrix.splitlines() if line.startswith("| ") and "---" not in line][1:]
+    file = ""
+    for row in rows:
+        shown = re.findall(r"`(?:(test_\w+\.py)::)?(test_\w+)`", row.rsplit("|", 2)[1])
+        assert shown or "the same" in row.rsplit("|", 2)[1], row
+        for named, test in shown:
+            file = named or file
+            assert f"def {test}(" in (here / file).read_text(), f"{file}::{test}"
