@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
+from small_run import run
 from tinyfusion_core.autoencoder import load_autoencoder
 from tinyfusion_core.cli import main
 from tinyfusion_core.encode import Encode
@@ -295,3 +297,24 @@ def test_a_picture_is_averaged_before_it_is_scaled() -> None:
     board = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)
     crop = np.array(centre_crop(Image.fromarray(board), 24))
     assert abs(crop.astype(float) - 127.5).max() <= 1
+
+
+def test_a_run_on_encoded_images_from_its_teacher_to_pictures(
+    recipe: Path, tiny_vae: Path, images: Path, tmp_path: Path
+) -> None:
+    encode(tiny_vae, kind="moments", flip=True)(images, tmp_path / "latents")
+    settings = yaml.safe_load(recipe.read_text())
+    sizes = {"input_size": 8, "patch_size": 4, "in_channels": 4, "hidden_size": 16, "depth": 4, "num_heads": 2}
+    settings["backbone"] = {"class_path": "DiT", "init_args": {**sizes, "num_classes": 3, "learn_sigma": False}}
+    source = {"folder": str(tmp_path / "latents"), "vae": "tiny", "decoder": str(tiny_vae), "num_held_out": 4}
+    settings["data"] = {"class_path": "Latents", "init_args": {**source, "mix": 2}}
+    settings["trainer"]["num_workers"] = 1
+    settings["train"] = {"steps": 8, "lr": 1e-3}
+    recipe.write_text(yaml.safe_dump(settings))
+    assert run(recipe, tmp_path / "run", "--search.steps=8", "--recover=null") == 0
+    shown = load_file(tmp_path / "run" / "samples.safetensors")["pruned"]
+    assert shown.shape[1:] == (3, SIZE, SIZE)
+    assert len(shown.unique()) > 10
+    out = tmp_path / "grid.png"
+    assert main(["sample", str(tmp_path / "run"), "--num", "4", "--out", str(out)]) == 0
+    assert np.array(Image.open(out)).std() > 1
