@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from tinyfusion_core.errors import UserError
-from tinyfusion_dit.latents import LatentFolders, Latents, LatentSamples
+from tinyfusion_dit.latents import LatentFolders, Latents
+from tinyfusion_dit.stores import LatentSamples
 
 NUM_IMAGES, HELD_OUT = 12, 3
 METADATA = {"format_version": 1, "vae": "sd-vae-ft-ema", "scale": 0.18215, "kind": "sample"}

@@ -82,7 +82,7 @@ def test_the_other_backbones_of_the_paper(name: str, kept: str, before: str, aft
     folder = recipe.settings["data"]["init_args"]["folder"]
     for part in (
         "'weights/", "does not exist. Put there the official weights (of ", "https://www.d",
-        f"data.folder: '{folder}' lacks features.npy, labels.npy, metadata.json. Put there the training images",
+        f"data.folder: '{folder}' lacks metadata.json. Put there the training images",
     ):  # fmt: skip
         assert part in message
 

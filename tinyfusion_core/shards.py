@@ -123,7 +123,7 @@ def read_shard(url: str, shard: Shard) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = load(content)
     except SafetensorError as e:
         raise UserError(f"{url}/{shard.name}: not a safetensors file ({e})") from None
-    if bad := [name for name, tensor in tensors.items() if tensor.shape[:1] != (shard.count,)]:
+    if bad := [name for name, tensor in sorted(tensors.items()) if tensor.shape[:1] != (shard.count,)]:
         raise UserError(f"{url}/{shard.name}: '{bad[0]}' does not have the {shard.count} rows that {METADATA} says")
     return tensors
 

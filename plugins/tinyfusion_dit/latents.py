@@ -3,57 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tinyfusion_core.autoencoder import check_autoencoder, decode, load_autoencoder
 from tinyfusion_core.data import DataSource, Samples
 from tinyfusion_core.errors import MissingFileError, UserError, require
-from tinyfusion_core.files import map_array
-from tinyfusion_core.randomness import generator
-from tinyfusion_core.shards import FORMAT_VERSION, METADATA, ShardedSamples, read_metadata, shards_in
+from tinyfusion_core.shards import FORMAT_VERSION, METADATA, read_metadata
+from tinyfusion_dit.stores import Arrays, Files, Shards, Store
 
-Indices = NDArray[np.int64]
 _NEEDED = ("features.npy", "labels.npy")
 _STATED = ("vae", "scale", "kind")
 """What metadata.json says of the latents, and the recipe may state too."""
-
-
-class _Store(ABC):
-    """Latents on disk: every image in one or several copies (itself, flipped)."""
-
-    num_images: int
-    num_copies: int
-
-    @abstractmethod
-    def split(self, num_held_out: int, moments: bool, held_out: bool) -> Samples:
-        """One side of the split."""
-
-
-class _Rows(_Store):
-    """Latents any of which can be read as fast as any other."""
-
-    num_channels: int
-
-    @abstractmethod
-    def read(self, images: Indices, copies: Indices) -> tuple[NDArray[np.float32], Indices]:
-        """Latents (B, ...) and labels (B,) of these copies of these images."""
-
-    def split(self, num_held_out: int, moments: bool, held_out: bool) -> LatentSamples:
-        if moments and self.num_channels % 2:
-            raise UserError(f"moments are a mean and a std, but the latents have {self.num_channels} channels")
-        order = torch.randperm(self.num_images, generator=generator("held-out images", self.num_images))
-        return LatentSamples(self, moments, order[:num_held_out].sort().values.numpy(), held_out)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,11 +32,11 @@ class _LatentSource(DataSource):
     decoder: str | None = None
 
     @abstractmethod
-    def _open(self) -> tuple[_Store, dict[str, Any]]:
+    def _open(self) -> tuple[Store, dict[str, Any]]:
         """The files and what their metadata.json says."""
 
     @cached_property
-    def _opened(self) -> tuple[_Store, dict[str, Any]]:
+    def _opened(self) -> tuple[Store, dict[str, Any]]:
         opened = self._open()  # listing the folders of a large data set takes minutes: once, not for every reader
         if self.decoder is not None:
             check_autoencoder(self.decoder)  # or else the last stage of a long run would be the first to miss it
@@ -141,7 +108,7 @@ class Latents(_LatentSource):
     def __post_init__(self) -> None:
         require(self.mix >= 1, "data.mix", self.mix, "at least 1")
 
-    def _open(self) -> tuple[_Store, dict[str, Any]]:
+    def _open(self) -> tuple[Store, dict[str, Any]]:
         try:
             metadata = read_metadata(self.folder)
         except MissingFileError:
@@ -153,10 +120,10 @@ class Latents(_LatentSource):
                     f"data.{key}: null"
                 )
         if "shards" in metadata:
-            return _Shards(self.folder, metadata, self.mix), metadata
+            return Shards(self.folder, metadata, self.mix), metadata
         if missing := [name for name in _NEEDED if not (Path(self.folder) / name).is_file()]:
             raise self._missing(missing)
-        return _Arrays(Path(self.folder)), metadata
+        return Arrays(Path(self.folder)), metadata
 
     def _missing(self, names: Sequence[str]) -> MissingFileError:
         made = f"--vae {self.decoder or self.vae or 'AUTOENCODER'}"
@@ -193,144 +160,6 @@ class LatentFolders(_LatentSource):
     features: str
     labels: str
 
-    def _open(self) -> tuple[_Store, dict[str, Any]]:
+    def _open(self) -> tuple[Store, dict[str, Any]]:
         described = (Path(self.features) / METADATA).exists()
-        return _Files(Path(self.features), Path(self.labels)), read_metadata(self.features) if described else {}
-
-
-@dataclass(frozen=True)
-class LatentSamples:
-    """One side of a split.
-
-    Args:
-        store: the files.
-        moments: whether the channels are means and then standard deviations.
-        held: sorted indices of the images that are held out.
-        held_out: which side this is.
-    """
-
-    store: _Rows
-    moments: bool
-    held: Indices
-    held_out: bool
-
-    @property
-    def num_images(self) -> int:
-        return len(self.held) if self.held_out else self.store.num_images - len(self.held)
-
-    def __len__(self) -> int:
-        return self.num_images * self.store.num_copies
-
-    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        """Float32 `x` (and `x_std`), int64 `y`. Raises UserError when a file has vanished or is damaged."""
-        if indices and not 0 <= min(indices) <= max(indices) < len(self):
-            raise IndexError(f"sample index out of range, there are {len(self)}")
-        copies, i = np.divmod(np.array(indices, dtype=np.int64), self.num_images)
-        # The i-th image that is not held out, without a list of all images: held[j] - j of them lie before held[j].
-        images = (
-            self.held[i] if self.held_out else i + np.searchsorted(self.held - np.arange(len(self.held)), i, "right")
-        )
-        latents, labels = self.store.read(images, copies)
-        x, y = torch.from_numpy(latents), torch.from_numpy(labels)
-        if self.moments:
-            mean, std = x.chunk(2, dim=1)
-            return {"x": mean, "x_std": std, "y": y}
-        return {"x": x, "y": y}
-
-
-class _Shards(_Store):
-    """The layout that `tinyfusion encode` writes: the copies of an image follow each other."""
-
-    def __init__(self, url: str, metadata: dict[str, Any], mix: int) -> None:
-        self._url, self._shards, self._mix = url, shards_in(metadata, url), mix
-        self._num_rows = sum(shard.count for shard in self._shards)
-        self.num_copies = 2 if metadata.get("flips") else 1
-        self.num_images = self._num_rows // self.num_copies
-
-    def split(self, num_held_out: int, moments: bool, held_out: bool) -> ShardedSamples:
-        border = num_held_out * self.num_copies
-        first, end = (0, border) if held_out else (border, self._num_rows)
-        return ShardedSamples(self._url, self._shards, first, end, self._mix)
-
-
-class _Arrays(_Rows):
-    """The layout of `Latents`. Files are mapped anew for every read: cutting one that is mapped kills the process."""
-
-    def __init__(self, folder: Path) -> None:
-        self._features = [folder / "features.npy"]
-        if (folder / "flipped.npy").exists():
-            self._features.append(folder / "flipped.npy")
-        self._labels = folder / "labels.npy"
-        self._shape = _load(self._features[0]).shape
-        if len(self._shape) != 4:
-            raise UserError(f"{self._features[0]}: shape {self._shape}, expected (images, channels, height, width)")
-        self.num_images, self.num_channels = self._shape[:2]
-        self.num_copies = len(self._features)
-        for path in self._features:
-            _load(path, self._shape)
-        _load(self._labels, self._shape[:1], integers=True)
-
-    def read(self, images: Indices, copies: Indices) -> tuple[NDArray[np.float32], Indices]:
-        latents = np.empty((len(images), *self._shape[1:]), dtype=np.float32)
-        for copy, path in enumerate(self._features):
-            latents[copies == copy] = _load(path, self._shape)[images[copies == copy]]
-        return latents, _load(self._labels, self._shape[:1], integers=True)[images].astype(np.int64)
-
-
-class _Files(_Rows):
-    """The layout of `LatentFolders`."""
-
-    def __init__(self, features: Path, labels: Path) -> None:
-        self._features, self._labels = features, labels
-        self._names = _names(features)
-        if len(self._names) == 0:
-            raise UserError(f"{features}: holds no .npy files")
-        if not np.array_equal(self._names, _names(labels)):
-            raise UserError(f"{features} and {labels} do not hold files of the same names")
-        self.num_images = len(self._names)
-        self._shape = _load(self._path(features, 0)).shape
-        if len(self._shape) not in (3, 4):
-            raise UserError(
-                f"{self._path(features, 0)}: shape {self._shape}, expected ([copies,] channels, height, width)"
-            )
-        self.num_copies = self._shape[0] if len(self._shape) == 4 else 1
-        self.num_channels = self._shape[-3]
-
-    def read(self, images: Indices, copies: Indices) -> tuple[NDArray[np.float32], Indices]:
-        latents = np.empty((len(images), *self._shape[-3:]), dtype=np.float32)
-        labels = np.empty(len(images), dtype=np.int64)
-        for row, (image, copy) in enumerate(zip(images, copies, strict=True)):
-            latents[row] = _load(self._path(self._features, image), self._shape).reshape(-1, *self._shape[-3:])[copy]
-            path = self._path(self._labels, image)
-            label = _load(path, integers=True)
-            if label.size != 1:
-                raise UserError(f"{path}: shape {label.shape}, expected one label")
-            labels[row] = label.item()
-        return latents, labels
-
-    def _path(self, folder: Path, image: int | np.int64) -> Path:
-        return folder / os.fsdecode(bytes(self._names[image]))
-
-
-def _names(folder: Path) -> NDArray[np.bytes_]:
-    """The .npy files of a folder in lexicographic order, as an array: a list takes ten times the memory."""
-    try:
-        return np.array(sorted(os.fsencode(entry.name) for entry in os.scandir(folder) if entry.name.endswith(".npy")))
-    except OSError as e:
-        raise UserError(f"{folder}: not a readable folder ({e.strerror})") from None
-
-
-def _load(path: Path, shape: Sequence[int] | None = None, integers: bool = False) -> NDArray[Any]:
-    """Map a .npy file of numbers.
-
-    Raises:
-        UserError: it is missing, cut short, holds anything else, or its shape is not the expected one.
-    """
-    array = map_array(path)
-    wanted = "iu" if integers else "f"
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in wanted:
-        found = array.dtype if isinstance(array, np.ndarray) else "an archive"
-        raise UserError(f"{path}: holds {found}, expected {'integers' if integers else 'floating point numbers'}")
-    if shape is not None and array.shape != tuple(shape):
-        raise UserError(f"{path}: shape {array.shape}, expected {tuple(shape)}")
-    return array
+        return Files(Path(self.features), Path(self.labels)), read_metadata(self.features) if described else {}
