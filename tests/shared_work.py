@@ -20,7 +20,8 @@ from tinyfusion_core.calibration import Calibration
 from tinyfusion_core.generation import generate
 from tinyfusion_core.randomness import generator
 from tinyfusion_core.similarity import LinearCKA, cosine, squared_error
-from tinyfusion_core.spread import alone, place, spread
+from tinyfusion_core.spread import spread
+from tinyfusion_core.together import on_main, place
 from tinyfusion_dit import DiT, GaussianDiffusion
 from tinyfusion_images import Digits
 from tinyfusion_mar import MAR, MaskedTokenDiffusion
@@ -169,7 +170,7 @@ def main(folder: Path, run_dir: Path) -> None:
     found["latency"] = latency.note
     tiny.write_samples(tiny.RunFolder(run_dir), 11, 5, folder / "pictures", batch_size=3)
     tiny.write_samples(tiny.RunFolder(run_dir), 11, 5, folder / "set.npz", batch_size=3)
-    alone(lambda: (folder / "found.json").write_text(json.dumps(found)))
+    on_main(lambda: (folder / "found.json").write_text(json.dumps(found)))
 
 
 if __name__ == "__main__":

@@ -47,14 +47,14 @@ def fails_on(process, error):
         return "fine"
     return work
 
-assert everywhere(accelerator, lambda: me) == me
-assert on_main(accelerator, lambda: me + 40) == 40
+assert everywhere(lambda: me) == me
+assert on_main(lambda: me + 40) == 40
 for process in (0, 1):
     kind = tiny.UserError if me == process else FailedElsewhere
-    expect(kind, "disk", lambda: everywhere(accelerator, fails_on(process, tiny.UserError("disk"))))
+    expect(kind, "disk", lambda: everywhere(fails_on(process, tiny.UserError("disk"))))
 kind = ZeroDivisionError if me == 0 else FailedElsewhere
-expect(kind, "division", lambda: on_main(accelerator, lambda: 1 / 0))
-told = expect(Interrupted, "now", lambda: everywhere(accelerator, fails_on(1, Interrupted("now", signal.SIGTERM))))
+expect(kind, "division", lambda: on_main(lambda: 1 / 0))
+told = expect(Interrupted, "now", lambda: everywhere(fails_on(1, Interrupted("now", signal.SIGTERM))))
 assert told.signum == signal.SIGTERM
 
 class OnOne(Match):

@@ -22,8 +22,9 @@ from .gating import Gates
 from .generation import batches
 from .progress import Tracker, track
 from .randomness import Rng
-from .spread import place, share, spread
+from .spread import share, spread
 from .task import Task
+from .together import place
 from .trainer import Trainer
 
 Span = tuple[int, int]

@@ -156,9 +156,9 @@ class Cells:
             work: computes it.
             needs: an entry without which it has to be computed again.
         """
-        name = on_main(self.accelerator, lambda: f"{kind}-{digest(key)[:24]}")  # the others may describe it otherwise
+        name = on_main(lambda: f"{kind}-{digest(key)[:24]}")  # the others may describe it otherwise
         path, scratch = self.folder / "cells" / f"{name}.json", RunFolder(self.folder / "cells" / name)
-        before = on_main(self.accelerator, lambda: read_json(path) if path.exists() else {})
+        before = on_main(lambda: read_json(path) if path.exists() else {})
         made: dict[str, Any] = {}
         if not before or (needs and needs not in before):
             self.progress.tell(what)
@@ -175,7 +175,7 @@ class Cells:
             del content["of"]
             return content
 
-        return on_main(self.accelerator, keep)
+        return on_main(keep)
 
     def _decision(self, kept: Sequence[int]) -> Decision:
         """Says nothing of groups, so that taps, and with them the recovery, follow from the kept blocks alone."""

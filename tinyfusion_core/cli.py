@@ -342,7 +342,7 @@ def _export(options: argparse.Namespace, flags: list[str]) -> int:
 def _sample(options: argparse.Namespace, flags: list[str]) -> int:
     from .run_folder import existing_run
     from .samples import sample_images, write_samples
-    from .spread import place
+    from .together import place
 
     run = existing_run(options.run_dir)
     if options.to is not None:

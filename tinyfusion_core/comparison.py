@@ -142,7 +142,7 @@ class Comparison:
             def take() -> None:
                 stack.enter_context(folder.owned())
 
-            on_main(trainer.accelerator, take)
+            on_main(take)
             progress = stack.enter_context(track(self.view, work, show=main))
             cells = Cells(task, self.recovery(recover), trainer, folder, progress, self._metrics(evaluate))
             teacher = cells.calibrate(range(len(task.blocks)))
@@ -170,7 +170,7 @@ class Comparison:
                 left_out=lineup.left_out,
                 note=f"draws for each of {len(task.held_out)} held-out samples: {cells.held_out.draws}",
             )
-            on_main(trainer.accelerator, lambda: findings.save(folder / FINDINGS))
+            on_main(lambda: findings.save(folder / FINDINGS))
         return findings
 
     def _check_folder(self, folder: RunFolder) -> None:

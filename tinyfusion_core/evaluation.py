@@ -21,8 +21,9 @@ from .generation import batches
 from .losses import LossAdapter
 from .progress import track
 from .randomness import Rng
-from .spread import alone, share, spread
+from .spread import share, spread
 from .task import Task
+from .together import on_main
 from .trainer import Trainer
 
 Models = Mapping[str, nn.Module]
@@ -218,14 +219,14 @@ def evaluate(
 def _measured(metric: Metric, task: Task, models: Models, trainer: Trainer, folder: Path | None) -> list[Measurement]:
     """A metric's figures, those that an earlier run has left if there are any."""
     record = None if folder is None else folder.with_name(f"{folder.name}.json")
-    before = alone(lambda: read_json(record) if record is not None and record.exists() else None)
+    before = on_main(lambda: read_json(record) if record is not None and record.exists() else None)
     if before is not None:
         return [Measurement(**m) for m in before]
 
     def measure() -> list[Measurement]:
         return metric(task, models, trainer) if folder is None else metric.resume(task, models, trainer, folder)
 
-    made = [_finite(m) for m in (measure() if metric.together else alone(measure))]
+    made = [_finite(m) for m in (measure() if metric.together else on_main(measure))]
     if record is not None and trainer.accelerator.is_main_process:
         write_json(record, [asdict(m) for m in made])
     return made

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .errors import UserError, nearest
 from .files import read_weights
-from .spread import alone
+from .together import on_main
 
 INCEPTION = "inception-v3-compat"
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -68,7 +68,7 @@ class FeatureNetwork:
 
 def fetch_inception() -> None:
     """Fetch the Inception weights of torch-fidelity to `inception_weights()`, if they are not there."""
-    alone(_fetch)
+    on_main(_fetch)
     _fetch()  # on a machine that does not see the main process's disk
 
 

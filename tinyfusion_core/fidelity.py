@@ -19,8 +19,9 @@ from .feature_networks import INCEPTION, INCEPTION_FILE, FeatureNetwork, fetch_i
 from .files import read_weights, save_tensors
 from .generation import balanced_labels, batches, has_pictures, pictures, sample_rows
 from .image_sets import ImageSet, open_images, rgb
-from .spread import alone, finish
+from .spread import finish
 from .task import Task
+from .together import on_main
 from .trainer import Trainer
 
 MOST_IN_SUBSET = 1000
@@ -89,7 +90,7 @@ class Fidelity(Metric):
             raise MissingFileError("\n".join(missing))
 
     def __call__(self, task: Task, models: Models, trainer: Trainer) -> list[Measurement]:
-        folder = alone(lambda: Path(tempfile.mkdtemp(prefix="tinyfusion-")))
+        folder = on_main(lambda: Path(tempfile.mkdtemp(prefix="tinyfusion-")))
         try:
             return self.resume(task, models, trainer, folder)
         finally:
@@ -118,7 +119,7 @@ class Fidelity(Metric):
                 return {**network(rgb(pictures(task, x))), "finite": torch.isfinite(x).flatten(1).all(1).cpu()}
 
             made = _keep(folder / str(number), batches(self.num_samples, self.batch_size), work, f"samples of {name}")
-            return alone(lambda: _figures(made, real, statistics, network))
+            return on_main(lambda: _figures(made, real, statistics, network))
 
         figures = {name: measure(i, name, model) for i, (name, model) in enumerate(models.items())}
         return self._rows(figures, known)

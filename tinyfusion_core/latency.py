@@ -14,8 +14,8 @@ from .errors import require
 from .evaluation import Measurement, Metric, Models
 from .progress import track
 from .randomness import Rng
-from .spread import place
 from .task import Task
+from .together import place
 from .trainer import Trainer
 
 

@@ -127,7 +127,7 @@ class Mishaps:
                 f"(it is {self.max_bad_samples}, and {self.bad} were met in {self.stage})"
             )
         if too_many or agreed.failed:
-            everywhere(self.accelerator, self.settle)
+            everywhere(self.settle)
         self.streak = 0 if agreed.finite else self.streak + 1
         self.skipped += not agreed.finite
         if self.streak >= self.max_skipped:

@@ -51,19 +51,20 @@ def run_recipe(
         UserError: the plan does not work out, or the folder holds a run with other settings.
         Interrupted: a signal came; the same command goes on from there.
     """
-    folder, accelerator = RunFolder(run_dir), recipe.trainer.accelerator
-    task = everywhere(accelerator, lambda: _prepared(recipe, folder, command, restart_from))
+    folder = RunFolder(run_dir)
+    _ = recipe.trainer.accelerator  # from here on the processes know of each other
+    task = everywhere(lambda: _prepared(recipe, folder, command, restart_from))
     if _to_be_searched(recipe, folder):
-        everywhere(accelerator, lambda: check_teacher(task, recipe.trainer))
+        everywhere(lambda: check_teacher(task, recipe.trainer))
     with ExitStack() as stack:
 
         def take() -> None:
             stack.enter_context(folder.owned())
             claim(recipe, folder, command, restart_from)
 
-        on_main(accelerator, take)
+        on_main(take)
         _Run(recipe, task, folder).go()
-        on_main(accelerator, lambda: write_report(folder))
+        on_main(lambda: write_report(folder))
     return folder / "report.html"
 
 
@@ -85,7 +86,7 @@ def _to_be_searched(recipe: Recipe, folder: RunFolder) -> bool:
     if recipe.train is not None or first is None:
         return False
     key = stage_keys(recipe)[f"{first}.search".lstrip(".")]
-    done = on_main(recipe.trainer.accelerator, folder.round(first).finished)
+    done = on_main(folder.round(first).finished)
     return done.get("search", {}).get("key") != key
 
 
@@ -140,11 +141,10 @@ class _Run:
         round_name, _, local = name.rpartition(".")
         folder = self.folder.round(round_name)
         if folder.finished().get(local, {}).get("key") == self.keys[name]:
-            return everywhere(self.accelerator, stored)
+            return everywhere(stored)
         start = time.monotonic()
         result = work()
         on_main(
-            self.accelerator,
             lambda: folder.finish(local, self.keys[name], folder.spent(time.monotonic() - start, local)),
         )
         return result
@@ -158,7 +158,7 @@ class _Run:
         model = recipe.train(self.task, model, None, recipe.trainer, self.folder, stage="train")
         made = {"checkpoint": "trained by this run", "seed": recipe.trainer.seed, "steps": recipe.train.steps}
         source = {**recipe.backbone.source(), **made}
-        on_main(self.accelerator, lambda: save_network(model, recipe.backbone, source, self.folder / "teacher"))
+        on_main(lambda: save_network(model, recipe.backbone, source, self.folder / "teacher"))
         return model
 
     def _search(self, step: Round, name: str) -> Decision:
@@ -166,14 +166,14 @@ class _Run:
         decision = step.search(self.task, self.recipe.trainer, folder)
         recipe_hash = {"recipe_sha256": self.keys[f"{name}.search".lstrip(".")]}
         decision = replace(decision, provenance={**decision.provenance, **recipe_hash})
-        on_main(self.accelerator, lambda: decision.save(folder / "decision.json"))
+        on_main(lambda: decision.save(folder / "decision.json"))
         return decision
 
     def _recover(self, step: Round, folder: RunFolder, decision: Decision) -> nn.Module:
         student = prune(self.task, decision)
         if step.recover is not None:
             student = step.recover(self.task, student, decision, self.recipe.trainer, folder)
-        on_main(self.accelerator, lambda: save_pretrained(student, self.task, decision, folder / "student"))
+        on_main(lambda: save_pretrained(student, self.task, decision, folder / "student"))
         return student
 
     def _evaluate(self, models: Mapping[str, nn.Module]) -> None:
@@ -185,7 +185,7 @@ class _Run:
             for name, model in models.items():
                 what = f"pictures of {name}"
                 shown[name], shown["labels"] = generate(task, model, recipe.trainer, NUM_SHOWN, NUM_SHOWN, what)
-        on_main(self.accelerator, lambda: self._keep(measurements, shown))
+        on_main(lambda: self._keep(measurements, shown))
 
     def _keep(self, measurements: Sequence[Measurement], shown: Mapping[str, Tensor]) -> None:
         """Write what was measured, and images of every network beside the labels they were generated for."""

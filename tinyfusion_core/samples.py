@@ -20,8 +20,9 @@ from .pruning import load_pretrained, origin
 from .recipe import load_recipe
 from .run import make_task
 from .run_folder import RunFolder
-from .spread import alone, finish
+from .spread import finish
 from .task import Task
+from .together import on_main
 from .trainer import Trainer
 
 FORMAT_VERSION = 1
@@ -78,7 +79,7 @@ def write_samples(folder: RunFolder, num: int, seed: int, to: Path, batch_size: 
     task, model, trainer, made_with = _open(folder, seed)
     archive = to.suffix == ".npz"
     record = to.with_name(f"{to.name}.json") if archive else to / "samples.json"
-    before = alone(lambda: _claim(record, to, made_with))
+    before = on_main(lambda: _claim(record, to, made_with))
     if archive and to.exists() and before == num:
         return to
 
@@ -166,4 +167,4 @@ def _write_archive(to: Path, parts: Sequence[range], images: Callable[[range], T
         save_tensors(path(rows), {"images": rgb(images(rows))})
 
     finish(parts, lambda rows: path(rows).exists(), work, "samples")
-    alone(lambda: write_archive(to, (read_weights(path(rows))["images"] for rows in parts), labels))
+    on_main(lambda: write_archive(to, (read_weights(path(rows))["images"] for rows in parts), labels))

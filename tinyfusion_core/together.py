@@ -4,21 +4,40 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar, cast
+from datetime import timedelta
+from functools import cache
+from typing import Any, TypeVar, cast
+
+import torch.distributed as dist
 
 from .errors import FailedElsewhere, Interrupted
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
 T = TypeVar("T")
+PATIENCE = timedelta(days=1)
+"""How long a process waits for the others; a guard against a machine that vanished without closing connections."""
 
 
-def everywhere(accelerator: Accelerator, work: Callable[[], T]) -> T:
+def place() -> tuple[int, int]:
+    """The number of this process, and of all processes."""
+    if not dist.is_available() or not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def told(mine: T) -> list[T]:
+    """What every process says, in their order; by pickle, so tensors belong on the CPU. All must call it alike."""
+    _, size = place()
+    if size == 1:
+        return [mine]
+    found: list[Any] = [None] * size
+    dist.all_gather_object(found, mine, group=_group())
+    return found
+
+
+def everywhere(work: Callable[[], T]) -> T:
     """Do something on every process, and wait for all of them.
 
     Args:
-        accelerator: knows the processes.
         work: must not wait for another process half-way, unless all of them fail alike.
 
     Returns:
@@ -29,25 +48,23 @@ def everywhere(accelerator: Accelerator, work: Callable[[], T]) -> T:
         FailedElsewhere: on the others.
         Interrupted: on all of them, when one was asked to stop.
     """
-    result, _ = _exchange(accelerator, work, share=False)
+    result, _ = _exchange(work, share=False)
     return result
 
 
-def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
+def on_main(work: Callable[[], T]) -> T:
     """Do something on the main process alone, and hand its result, by pickle, to all. Raises what `everywhere` does."""
 
     def mine() -> T | None:
-        return work() if accelerator.is_main_process else None
+        return work() if place()[0] == 0 else None
 
-    _, results = _exchange(accelerator, mine, share=True)
+    _, results = _exchange(mine, share=True)
     return results[0]  # type: ignore[return-value]  # the main process's is a T
 
 
-def _exchange(accelerator: Accelerator, work: Callable[[], T], share: bool) -> tuple[T, list[T]]:
+def _exchange(work: Callable[[], T], share: bool) -> tuple[T, list[T]]:
     """What `work` gave here, and, when it is to be shared, on each process."""
-    from accelerate.utils import gather_object
-
-    if accelerator.num_processes == 1:
+    if place()[1] == 1:
         result = work()
         return result, [result]
     result, error = cast(T, None), None
@@ -56,11 +73,24 @@ def _exchange(accelerator: Accelerator, work: Callable[[], T], share: bool) -> t
     except (Exception, KeyboardInterrupt) as e:
         error = e
     signum = getattr(error, "signum", signal.SIGINT) if isinstance(error, KeyboardInterrupt) else None
-    told = gather_object([(None if error is None else str(error), signum, result if share else None)])
-    failed = [process for process, (message, _, _) in enumerate(told) if message is not None]
+    mine: tuple[Any, Any, Any] = (None if error is None else str(error), signum, result if share else None)
+    answers = told(mine)
+    failed = [process for process, (message, _, _) in enumerate(answers) if message is not None]
     if not failed:
-        return result, [shared for _, _, shared in told]
-    if error is not None and failed[0] == accelerator.process_index:
+        return result, [shared for _, _, shared in answers]
+    if error is not None and failed[0] == place()[0]:
         raise error
-    message, signum, _ = told[failed[0]]
+    message, signum, _ = answers[failed[0]]
     raise FailedElsewhere(message) if signum is None else Interrupted(message, signum)
+
+
+@cache
+def _group() -> dist.ProcessGroup:
+    """Over CPUs (gloo), whatever device and backend the networks train on.
+
+    One process may take hours longer than the others without meeting the backend's timeout, and one that dies ends the
+    waiting of the others at once, because its connections close.
+    """
+    group = dist.new_group(backend="gloo", timeout=PATIENCE)
+    assert isinstance(group, dist.ProcessGroup)
+    return group

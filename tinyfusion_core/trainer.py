@@ -373,7 +373,7 @@ class _Fit:
             self.mishaps.settle()
             checkpoints.save(step, state, self.trainer.keep_checkpoints)
 
-        on_main(self.accelerator, save)
+        on_main(save)
         self.mishaps.saved = time.monotonic()
 
     def _state(self, step: int, finished: bool) -> dict[str, Any]:
@@ -398,9 +398,9 @@ class _Fit:
         if self.folder is None:
             return None
         checkpoints, folder = self.folder.checkpoints(self.stage), self.folder
-        name = on_main(self.accelerator, checkpoints.newest)
-        state = None if name is None else everywhere(self.accelerator, lambda: checkpoints.load(name))
-        on_main(self.accelerator, lambda: folder.rewind(self.stage, int(state["step"]) if state else 0))
+        name = on_main(checkpoints.newest)
+        state = None if name is None else everywhere(lambda: checkpoints.load(name))
+        on_main(lambda: folder.rewind(self.stage, int(state["step"]) if state else 0))
         if state is None:
             return None
         self.objective.load_state_dict(state["weights"], strict=False)
