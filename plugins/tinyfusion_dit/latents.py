@@ -48,6 +48,10 @@ class _LatentSource(DataSource):
     def held_out(self) -> Samples:
         return self._split(held_out=True)
 
+    @property
+    def has_pixels(self) -> bool:
+        return self.decoder is not None
+
     def pixels(self, x: Tensor) -> Tensor | None:
         """Decoded on the device of the latents, by `decoder`; None without one."""
         if self.decoder is None:
