@@ -461,7 +461,8 @@ print(json.dumps([kills, json.loads((folder / "whole" / "held.json").read_text()
 
 @pytest.mark.slow
 def test_two_thousand_steps_with_a_kill_every_hundred(tmp_path: Path) -> None:
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{Path(__file__).parent}:{os.environ['PYTHONPATH']}"}
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     program = [sys.executable, "-c", SOAK, str(tmp_path)]
     done = subprocess.run(program, env=env, capture_output=True, text=True, timeout=1800, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -146,6 +146,8 @@ class RunFolder:
 
     def drop_checkpoints(self, stage: str) -> None:
         shutil.rmtree(self.checkpoints(stage).path, ignore_errors=True)
+        with suppress(OSError):  # other stages' are in it
+            (self / "checkpoints").rmdir()
 
     # Finished stages
 
