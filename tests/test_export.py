@@ -40,6 +40,7 @@ def test_the_forms_are_the_tools_own() -> None:
     assert [s["sources"][0]["layer_range"] for s in merge["slices"]] == [[0, 3], [4, 5], [7, 8]]
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # datasets and dill under a new numpy
 def test_mergekit_reads_its_form() -> None:
     from mergekit.config import MergeConfiguration
 

@@ -280,7 +280,7 @@ def test_what_is_prepared() -> None:
 def test_an_evaluation_sees_several_mask_rates() -> None:
     task = tiny_task()
     calibration = Calibration(task, tiny.Trainer(seed=0), 64, 4)
-    counts = {inputs["visible"].shape[1] for inputs, _ in calibration._batches()}
+    counts = {calibration._inputs(rows)["visible"].shape[1] for rows in calibration._parts}
     assert len(counts) > 2
     assert max(counts) >= 3
 

@@ -133,7 +133,7 @@ def test_the_latents_that_headers_say_how_to_make_are_those_of_the_recipe() -> N
     found = []
     for path in RECIPES:
         header = " ".join(line[1:].strip() for line in path.read_text().splitlines() if line.startswith("#"))
-        for words in re.findall(r"tinyfusion (encode .*?)(?= Budget:)", header):
+        for words in re.findall(r"tinyfusion (encode .*?)(?= For the FID| Budget:)", header):
             made = _parser().parse_args(words.split())
             data = tiny.load_recipe(path).data
             assert str(made.out) == data.folder
