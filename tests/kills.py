@@ -3,7 +3,8 @@
     python tests/kills.py FOLDER PROCESSES KILLS SEED COMMAND RECIPE FLAG ...
 
 The processes are forked from this one, which has imported everything: a start takes no time, so kills fall everywhere,
-from the plan to the report. Several of them find each other as torchrun's would.
+from the plan to the report. Several of them find each other as torchrun's would, and when one is dead the others are
+ended as torchrun does it: one that still waits for the dead to join cannot know.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ import tinyfusion_core.comparison_report
 import tinyfusion_core.run  # noqa: F401
 from tinyfusion_core.cli import main
 
-PATIENCE = 120.0
-"""Seconds in which the others must have noticed that one of them is dead."""
+GRACE = 5.0
+"""Seconds between asking the others to end and killing them; torchrun's are 30."""
 
 
 def start(arguments: list[str], processes: int, log: Path) -> list[int]:
@@ -109,16 +110,24 @@ def kills(folder: Path, processes: int, number: int, seed: int, arguments: list[
     while True:
         pids = leg("killed")
         codes = wait(pids, draws.uniform(0, took) if killed < number else 600)
-        if not codes:
+        if codes:
+            codes |= wait([pid for pid in pids if pid not in codes], 600)
+        else:
             victim = draws.choice(pids)
             os.kill(victim, signal.SIGKILL)
-            codes = wait(pids, PATIENCE)
-            assert len(codes) == processes, f"still waiting for a dead process after {PATIENCE} s"
+            codes = wait([victim], GRACE)
+            others = [pid for pid in pids if pid != victim]
+            for signum in (signal.SIGTERM, signal.SIGKILL):
+                for pid in others:
+                    os.kill(pid, signum)
+                codes |= wait(others, GRACE)
+                others = [pid for pid in others if pid not in codes]
+            assert not others
             if codes[victim] == -signal.SIGKILL:
                 killed += 1
-                stages.append(
-                    sorted(str(p.relative_to(folder / "killed")) for p in folder.glob("killed/checkpoints/*"))
-                )
+                stages += [p.name for p in folder.glob("killed/checkpoints/*")] or ["elsewhere"]
+                continue
+            if any(codes.values()):  # it had just ended, the others had not
                 continue
         assert list(codes.values()) == [0] * processes, (codes, log.read_text()[-3000:])
         assert outcome(folder / "killed") == whole, "the outcome differs"

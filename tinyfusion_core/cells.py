@@ -87,7 +87,7 @@ class Cells:
             try:
                 decision = selector(self.task, trainer, folder)
             except UserError as e:
-                raise UserError(f"candidate '{name}', seed {seed}: {e}") from e
+                raise type(e)(f"candidate '{name}', seed {seed}: {e}") from e  # another process's stays one
             seconds = folder.spent(time.monotonic() - start)
             cost = decision.provenance.get("evaluations", 0)
             scores = decision.provenance.get("scores")
