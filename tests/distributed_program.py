@@ -136,7 +136,7 @@ class StopAt(Match):
     """Asks this process to stop in the middle of step 12."""
 
     def prepare(self, batch, rng):
-        if rng.stage in ("search", "recover") and rng.step == 11:
+        if rng.stage in ("search", "recover") and rng.step == 11 and rng.first % 4 == 0:  # in its first pass
             os.kill(os.getpid(), signal.SIGTERM)
         return super().prepare(batch, rng)
 
@@ -207,7 +207,7 @@ class Broken(Match):
     """The second process fails, or falls asleep, in its third step."""
 
     def prepare(self, batch, rng):
-        if rng.stage == "recover" and rng.step == 2 and rng.first > 0:
+        if rng.stage == "recover" and rng.step == 2 and rng.first >= 4:  # its half of the batch
             if self.noise < 0:
                 time.sleep(1000)
             raise tiny.UserError("this process cannot go on")
@@ -217,9 +217,10 @@ class Broken(Match):
 def main(folder: Path, processes: int, *what: str) -> None:
     torch.set_num_threads(1)
     precision = "bf16" if what[0].startswith("half") else "fp32"  # there is one for each process
+    timeout = 5 if what[0].startswith("sleep") else 60  # likewise
     trainers = {
-        "ddp": trainer_of(precision=precision, micro_batch_size=2),
-        "fsdp": trainer_of(precision=precision, sharding="fsdp"),
+        "ddp": trainer_of(precision=precision, timeout=timeout, micro_batch_size=2),
+        "fsdp": trainer_of(precision=precision, timeout=timeout, sharding="fsdp"),
     }
     accelerator = trainers["ddp"].accelerator
     assert accelerator.num_processes == processes
@@ -246,7 +247,6 @@ def main(folder: Path, processes: int, *what: str) -> None:
             drift(trainer)
         else:
             keep = tiny.Keep(KEEP)(task(), trainer)
-            trainer = replace(trainer, timeout=5)
             loss = Broken(noise=-0.1 if action == "sleep" else 0.1)
             LONG(task(loss), tiny.prune(task(), keep), keep, trainer)
     if accelerator.is_main_process:
