@@ -149,7 +149,7 @@ def measure(what: str, size: dict[str, int]) -> str:
     if what != "plan":
         sampler = Search(pattern=(1, 2)).make_sampler(list_lengths(blocks)).to(device)
         mask = sampler.sample(size["batch"], tiny.Rng(0, "check", 0)).mask
-        mask = torch.ones_like(mask).requires_grad_() if what == "dense" else mask
+        mask = (torch.ones_like(mask) if what == "dense" else mask.detach()).requires_grad_()
     optimizer = torch.optim.AdamW(model.parameters())
     batch_dim = task.batch_dim(model)
     times = []
@@ -227,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="the sizes of a CPU, to see that it runs")
     parser.add_argument("--only", default="", help="rows whose name contains this")
-    parser.add_argument("--timeout", type=float, default=120, help="seconds for each row (default: 120)")
+    parser.add_argument("--timeout", type=float, default=240, help="seconds for each row (default: 240)")
     parser.add_argument("--measure", choices=["dense", "sparse", "plan"], help=argparse.SUPPRESS)
     parser.add_argument("--size", choices=list(SIZES), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

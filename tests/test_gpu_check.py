@@ -26,13 +26,14 @@ def test_what_the_machine_lacks_and_what_takes_too_long_are_rows() -> None:
 @pytest.mark.slow
 def test_every_piece_runs_here() -> None:
     wrong = gpu_check.Check("wrong", ("--trainer.batch_size=none",))
-    names = ("fp32", "fp32, 2 devices, DDP", "search step, sparse gating", "memory plan of a training step")
+    names = ("fp32", "fp32, 2 devices, DDP", "fp32, 2 devices, FSDP2")
+    names += ("search step, sparse gating", "memory plan of a training step")
     table = gpu_check.table([*(c for c in gpu_check.CHECKS if c.name in names), wrong], "tiny", 300)
     rows = dict(re.findall(r"^\| (.*?) \| (.*) \| \d+ \|$", table, re.MULTILINE))
-    for name in names[:2]:
+    for name in names[:3]:
         assert re.fullmatch(r"train .* steps/s, loss .*; search .*; recover .*", rows[name]), rows[name]
-    assert "peak" in rows[names[2]]
-    counted, real = re.search(r"activations (.*) \(real (.*)\)", rows[names[3]]).groups()
+    assert "peak" in rows[names[3]]
+    counted, real = re.search(r"activations (.*) \(real (.*)\)", rows[names[4]]).groups()
     assert counted == real
     assert rows["wrong"].startswith("FAILED: error: ")
     assert "trainer.batch_size" in rows["wrong"]
