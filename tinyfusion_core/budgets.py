@@ -13,6 +13,7 @@ from .pruning import prune
 from .recipe import load_recipe
 from .run import make_task
 from .run_folder import RunFolder
+from .together import on_main
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class Row:
 def budgets_of(folder: RunFolder, keep: Sequence[int] = (), recover_steps: int = 0) -> list[Row]:
     """Prune a run's teacher to several budgets, by the marginals of its search; see `Nested`.
 
-    The rows are kept in `budgets.json` of the run folder. Recovery trains a student for every budget.
+    The rows are kept in `budgets.json` of the run folder. Recovery trains a student for every budget, without
+    checkpoints.
 
     Args:
         folder: a run whose search has finished.
@@ -66,7 +68,6 @@ def budgets_of(folder: RunFolder, keep: Sequence[int] = (), recover_steps: int =
             (healed,) = HeldOutLoss(draws=1)(task, {"student": student}, trainer)
             row = replace(row, recovered=healed.values["student"])
         rows.append(row)
-    if trainer.accelerator.is_main_process:
-        record = {"format_version": 1, "recover_steps": recover_steps, "rows": [asdict(row) for row in rows]}
-        write_json(folder / "budgets.json", record)
+    record = {"format_version": 1, "recover_steps": recover_steps, "rows": [asdict(row) for row in rows]}
+    on_main(lambda: write_json(folder / "budgets.json", record))
     return rows

@@ -310,8 +310,11 @@ def _budgets(options: argparse.Namespace, flags: list[str]) -> int:
 
     from .budgets import budgets_of
     from .run_folder import existing_run
+    from .together import place
 
     rows = budgets_of(existing_run(options.run_dir), options.keep, options.recover_steps)
+    if place()[0] != 0:
+        return 0
     table = Table("blocks", "kept", "parameters", "FLOPs", "held-out loss", "recovered")
     for row in rows:
         figures = ((row.parameters, ",.0f"), (row.flops, ",.0f"), (row.pruned, ".4g"), (row.recovered, ".4g"))

@@ -23,6 +23,7 @@ from .recipe import Recipe
 from .report import page, picture_html
 from .run import make_task
 from .run_folder import FINDINGS
+from .together import on_main
 
 
 def compare_recipe(
@@ -51,11 +52,12 @@ def compare_recipe(
     task = make_task(recipe)
     check_teacher(task, recipe.trainer)
     findings = stage(task, recipe.recover, recipe.trainer, run_dir, recipe.search, recipe.evaluate)
-    report = Path(run_dir) / "report.html"
-    if recipe.trainer.accelerator.is_main_process:
+
+    def keep() -> Path:
         recipe.save(Path(run_dir))
-        report = write_comparison(run_dir, command)
-    return findings, report
+        return write_comparison(run_dir, command)
+
+    return findings, on_main(keep)
 
 
 def write_comparison(run_dir: Path | str, command: str = "") -> Path:

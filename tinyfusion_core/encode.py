@@ -125,6 +125,7 @@ class _Encoding:
             )
         if self.state.is_main_process and not (self.out / METADATA).exists():
             write_json(self.out / METADATA, {**self._settings, "shards": []})
+        self.state.wait_for_everyone()  # the others read it
         mine = self._parts[self.state.process_index :: self.state.num_processes]
         found = {part.name: self._verified(part) for part in mine}
         missing = [part for part in mine if not isinstance(found[part.name], _Record)]

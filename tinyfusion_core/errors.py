@@ -27,11 +27,12 @@ class Interrupted(KeyboardInterrupt):
 
     Attributes:
         signum: the signal that asked for it (2 for Ctrl-C, 15 for a pre-emption).
+        agreed: whether all processes stop at this very point.
     """
 
-    def __init__(self, message: str, signum: int) -> None:
+    def __init__(self, message: str, signum: int, agreed: bool = False) -> None:
         super().__init__(message)
-        self.signum = signum
+        self.signum, self.agreed = signum, agreed
 
 
 def require(holds: bool, key: str, value: object, expected: str) -> None:

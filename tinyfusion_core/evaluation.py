@@ -227,8 +227,8 @@ def _measured(metric: Metric, task: Task, models: Models, trainer: Trainer, fold
         return metric(task, models, trainer) if folder is None else metric.resume(task, models, trainer, folder)
 
     made = [_finite(m) for m in (measure() if metric.together else on_main(measure))]
-    if record is not None and trainer.accelerator.is_main_process:
-        write_json(record, [asdict(m) for m in made])
+    if record is not None:
+        on_main(lambda: write_json(record, [asdict(m) for m in made]))
     return made
 
 

@@ -59,6 +59,7 @@ class Finals(Selector):
         decision = replace(self.search.decide(sampler, task, trainer), method=type(self).__name__)
         students = {kept: prune(task, replace(decision, kept=kept)) for kept in sampler.best(self.masks)}
         evaluations, findings, number = int(decision.provenance["evaluations"]), [], 0
+        trainer = replace(trainer, trackers=())  # each healing would be a run of its own
         while len(students) > 1:
             number += 1
             losses = {}

@@ -171,9 +171,10 @@ def _memory(
     """Plan what a stage needs of every device's memory."""
     if hardware is None:
         return
-    trainer = recipe.trainer
+    trainer = recipe.trainer.with_batch_size(stage.batch_size)
+    trainer.split(hardware.devices)  # raises when it cannot be
     setup = Setup(
-        batch_size=stage.batch_size or trainer.batch_size,
+        batch_size=trainer.batch_size,
         devices=hardware.devices,
         sharding=trainer.sharding,
         micro_batch_size=trainer.micro_batch_size,

@@ -23,8 +23,10 @@ from .plan import make_plan
 from .pruning import load_pretrained, origin, prune, save_network, save_pretrained
 from .randomness import seed_of
 from .recipe import Recipe, Round
+from .recover import Recover
 from .report import write_report
 from .run_folder import RunFolder
+from .search import Search
 from .task import Task
 from .together import everywhere, on_main
 
@@ -55,7 +57,7 @@ def run_recipe(
     _ = recipe.trainer.accelerator  # from here on the processes know of each other
     task = everywhere(lambda: _prepared(recipe, folder, command, restart_from))
     if _to_be_searched(recipe, folder):
-        everywhere(lambda: check_teacher(task, recipe.trainer))
+        check_teacher(task, recipe.trainer)
     with ExitStack() as stack:
 
         def take() -> None:
@@ -73,6 +75,12 @@ def _prepared(recipe: Recipe, folder: RunFolder, command: str, restart_from: str
     plan = make_plan(recipe)
     if plan.problems or plan.missing:
         raise UserError("\n".join(plan.problems + plan.missing))
+    for stage in (
+        recipe.train,
+        *(part for step in recipe.each_round().values() for part in (step.search, step.recover)),
+    ):
+        if isinstance(stage, (Search, Recover)):
+            recipe.trainer.with_batch_size(stage.batch_size).split(recipe.trainer.accelerator.num_processes)
     check_claim(recipe, folder, command, restart_from)
     task = make_task(recipe)
     if recipe.train is None:
@@ -86,8 +94,7 @@ def _to_be_searched(recipe: Recipe, folder: RunFolder) -> bool:
     if recipe.train is not None or first is None:
         return False
     key = stage_keys(recipe)[f"{first}.search".lstrip(".")]
-    done = on_main(folder.round(first).finished)
-    return done.get("search", {}).get("key") != key
+    return on_main(lambda: folder.round(first).finished().get("search", {}).get("key") != key)
 
 
 def make_task(recipe: Recipe, model: nn.Module | None = None) -> Task:
@@ -125,7 +132,7 @@ class _Run:
         decision = self._stage(
             f"{prefix}search", lambda: self._search(step, name), lambda: Decision.load(folder / "decision.json")
         )
-        pruned = prune(before, decision)
+        pruned = prune(before, decision).cpu()  # until it is measured
         student = self._stage(
             f"{prefix}recover",
             lambda: self._recover(step, folder, decision),
@@ -140,7 +147,7 @@ class _Run:
         """The stage's result: read back when it has finished before, else made and marked as finished."""
         round_name, _, local = name.rpartition(".")
         folder = self.folder.round(round_name)
-        if folder.finished().get(local, {}).get("key") == self.keys[name]:
+        if on_main(lambda: folder.finished().get(local, {}).get("key") == self.keys[name]):
             return everywhere(stored)
         start = time.monotonic()
         result = work()

@@ -185,7 +185,9 @@ class Search(Selector):
         units, batch_dim = [model.get_submodule(path) for path in task.blocks], task.batch_dim(model)
         sampler = self.make_sampler(task.lists)
         if self.start is not None:
-            first = self.start(task, trainer, None if run is None else run.part("search", "start"))
+            first = self.start(
+                task, replace(trainer, trackers=()), None if run is None else run.part("search", "start")
+            )
             sampler.prefer(first.kept, self.prior)
         # AveragedModel begins with the values after the first step: no bias towards the initial ones.
         ema = Ema(sampler, decay_for(self.steps) if self.ema is None else self.ema)

@@ -154,8 +154,8 @@ def sharded(
     try:
         yield replaced
         together = True
-    except (Interrupted, Diverged):  # every process raises these at the same step
-        together = True
+    except (Interrupted, Diverged) as e:  # a stop that was agreed upon, and this, every process raises at the same step
+        together = isinstance(e, Diverged) or e.agreed
         raise
     finally:
         for unit in (*units, root):

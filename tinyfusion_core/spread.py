@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from .progress import track
-from .together import on_main, place, told
+from .together import all_of, everywhere, on_main, place
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -27,8 +27,11 @@ def spread(items: Sequence[T], work: Callable[[T], R]) -> list[R]:
 
     Returns:
         The results for all items, in their order, on every process.
+
+    Raises:
+        Exception: what `work` raised, as `together.everywhere` does.
     """
-    found = told([work(item) for item in share(items)])
+    found = all_of(lambda: [work(item) for item in share(items)])
     return [found[i % len(found)][i // len(found)] for i in range(len(items))]
 
 
@@ -44,8 +47,11 @@ def finish(batches: Sequence[range], done: Callable[[range], bool], work: Callab
         name: what is being done, to show with the progress.
     """
     mine = share(on_main(lambda: [rows for rows in batches if not done(rows)]))
-    with track(name, sum(map(len, mine)), show=place()[0] == 0) as progress:
-        for rows in mine:
-            work(rows)
-            progress.advance(len(rows))
-    told(None)  # wait for the others
+
+    def do() -> None:
+        with track(name, sum(map(len, mine)), show=place()[0] == 0) as progress:
+            for rows in mine:
+                work(rows)
+                progress.advance(len(rows))
+
+    everywhere(do)

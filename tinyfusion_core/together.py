@@ -17,9 +17,13 @@ PATIENCE = timedelta(days=1)
 """How long a process waits for the others; a guard against a machine that vanished without closing connections."""
 
 
+_alone = False
+"""Whether this process does something that the others wait for."""
+
+
 def place() -> tuple[int, int]:
-    """The number of this process, and of all processes."""
-    if not dist.is_available() or not dist.is_initialized():
+    """The number of this process, and of all that work together: it alone, within `on_main`."""
+    if _alone or not dist.is_available() or not dist.is_initialized():
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
 
@@ -56,10 +60,22 @@ def on_main(work: Callable[[], T]) -> T:
     """Do something on the main process alone, and hand its result, by pickle, to all. Raises what `everywhere` does."""
 
     def mine() -> T | None:
-        return work() if place()[0] == 0 else None
+        global _alone
+        if place()[0] != 0:
+            return None
+        before, _alone = _alone, True
+        try:
+            return work()
+        finally:
+            _alone = before
 
-    _, results = _exchange(mine, share=True)
-    return results[0]  # type: ignore[return-value]  # the main process's is a T
+    return all_of(mine)[0]  # type: ignore[return-value]  # the main process's is a T
+
+
+def all_of(work: Callable[[], T]) -> list[T]:
+    """Do something on every process, and give all of them what each made, by pickle. Raises what `everywhere` does."""
+    _, results = _exchange(work, share=True)
+    return results
 
 
 def _exchange(work: Callable[[], T], share: bool) -> tuple[T, list[T]]:

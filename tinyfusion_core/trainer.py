@@ -75,7 +75,7 @@ class Trainer:
             their gradients and optimizer state, block by block (FSDP2).
         activation_checkpointing: keep no activations inside of a block, compute them again in the backward pass.
         compile: run every block through `torch.compile`.
-        timeout: seconds that a process waits for the others before the run ends with an error.
+        timeout: seconds that a process waits for the others within a training step before the run ends with an error.
         trackers: where to log besides `metrics.jsonl`: `tensorboard`, `wandb`, `trackio` and others that accelerate
             knows; see docs/watching.md.
         project: what trackers that have projects file the run under.
@@ -146,13 +146,12 @@ class Trainer:
         """Recompute and compile blocks as the settings say, while the context is open. It must enclose gating."""
         return tuned(blocks, recompute=self.activation_checkpointing, compiled=self.compile)
 
-    def split(self) -> tuple[int, int]:
-        """Rows of the batch on one process, and rows of one of its forward passes.
+    def split(self, processes: int) -> tuple[int, int]:
+        """Rows of the batch on one of so many processes, and rows of one of its forward passes.
 
         Raises:
             UserError: the batch cannot be split so.
         """
-        processes = self.accelerator.num_processes
         rows, left = divmod(self.batch_size, processes)
         if left or not rows:
             raise UserError(
@@ -215,7 +214,7 @@ class _Fit:
         self.data, self.prepare, self.how, self.folder = data, prepare, optimization, folder
         self.accelerator = trainer.accelerator
         self.main = self.accelerator.is_main_process
-        self.rows, self.micro = trainer.split()
+        self.rows, self.micro = trainer.split(self.accelerator.num_processes)
         self.first = self.accelerator.process_index * self.rows
         self.shards: Shards | None = None
         # Sum of the losses of the finite steps since the last logged one, and their number; seconds that earlier
@@ -247,9 +246,9 @@ class _Fit:
                     self._save(done, finished)
                 if agreed.signum and self.folder is not None:
                     text = f"stopped at step {done} of {self.how.steps} of {self.stage}"
-                    raise Interrupted(f"{text}, all of it saved", agreed.signum)
+                    raise Interrupted(f"{text}, all of it saved", agreed.signum, agreed=True)
                 if agreed.signum:
-                    raise Interrupted(f"stopped at step {done} of {self.stage}", agreed.signum)
+                    raise Interrupted(f"stopped at step {done} of {self.stage}", agreed.signum, agreed=True)
                 if last:
                     break
         self.accelerator.free_memory()
