@@ -123,8 +123,8 @@ def test_a_process_that_hangs_is_not_waited_for(tmp_path: Path, how: str) -> Non
 def test_an_impossible_split_names_the_numbers() -> None:
     trainer = tiny.Trainer(batch_size=10, micro_batch_size=4, precision="fp32")
     with pytest.raises(tiny.UserError, match=r"batch_size: 10 over 1 process.*10 samples.*micro_batch_size 4; use a"):
-        trainer.split()
-    assert tiny.Trainer(batch_size=8, micro_batch_size=16, precision="fp32").split() == (8, 8)
+        trainer.split(1)
+    assert tiny.Trainer(batch_size=8, micro_batch_size=16, precision="fp32").split(1) == (8, 8)
     with pytest.raises(tiny.UserError, match=r"micro_batch_size is 0"):
         tiny.Trainer(micro_batch_size=0)
 

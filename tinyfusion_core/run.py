@@ -18,15 +18,14 @@ from .decision import Decision, versions
 from .errors import UserError
 from .evaluation import Measurement, check_teacher, evaluate
 from .files import save_tensors, write_json
+from .finals import search_of
 from .generation import generate, has_pictures, pictures
 from .plan import make_plan
 from .pruning import load_pretrained, origin, prune, save_network, save_pretrained
 from .randomness import seed_of
 from .recipe import Recipe, Round
-from .recover import Recover
 from .report import write_report
 from .run_folder import RunFolder
-from .search import Search
 from .task import Task
 from .together import everywhere, on_main
 
@@ -75,11 +74,9 @@ def _prepared(recipe: Recipe, folder: RunFolder, command: str, restart_from: str
     plan = make_plan(recipe)
     if plan.problems or plan.missing:
         raise UserError("\n".join(plan.problems + plan.missing))
-    for stage in (
-        recipe.train,
-        *(part for step in recipe.each_round().values() for part in (step.search, step.recover)),
-    ):
-        if isinstance(stage, (Search, Recover)):
+    rounds = recipe.each_round().values()
+    for stage in (recipe.train, *(search_of(step.search) for step in rounds), *(step.recover for step in rounds)):
+        if stage is not None:
             recipe.trainer.with_batch_size(stage.batch_size).split(recipe.trainer.accelerator.num_processes)
     check_claim(recipe, folder, command, restart_from)
     task = make_task(recipe)
