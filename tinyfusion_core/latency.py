@@ -15,7 +15,6 @@ from .evaluation import Measurement, Metric, Models
 from .progress import track
 from .randomness import Rng
 from .task import Task
-from .together import place
 from .trainer import Trainer
 
 
@@ -53,7 +52,7 @@ class Latency(Metric):
                 progress.advance()
         medians = {name: statistics.median(times) for name, times in seconds.items()}
         threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-        others = ", the other processes waiting" if place()[1] > 1 else ""
+        others = ", the other processes waiting" if trainer.accelerator.num_processes > 1 else ""
         note = (
             f"median of {self.rounds} forward passes in turn, batch {self.batch_size}, {device.type}{threads}{others}"
         )
