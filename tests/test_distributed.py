@@ -102,7 +102,8 @@ def test_recomputed_passes_and_replicated_checkpoints_give_the_same_numbers(
     assert_close(program.long(tmp_path / "stopped ddp", trainer), alone["long"], "begun by two, finished by one")
 
 
-@pytest.mark.parametrize("how", ["fail:ddp", pytest.param("fail:fsdp", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["fail:ddp", "fail:fsdp"])
 def test_a_process_that_fails_ends_the_others(tmp_path: Path, how: str) -> None:
     done = torchrun(PROGRAM, tmp_path, 2, how, timeout=240)
     assert done.returncode != 0

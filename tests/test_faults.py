@@ -332,17 +332,22 @@ def test_readers_are_stopped_by_the_trainer_alone() -> None:
 
 
 def test_the_lock_dies_with_the_run_not_with_its_readers(tmp_path: Path) -> None:
+    awake, woken = os.pipe()
     with tiny.RunFolder(tmp_path).owned():
         reader = os.fork()
         if not reader:
+            os.write(woken, b"!")
             time.sleep(60)
             os._exit(0)
+        os.read(awake, 1)  # else it may not have run yet
     try:
         with tiny.RunFolder(tmp_path).owned(), pytest.raises(tiny.UserError, match=rf"\(process {os.getpid()} on "):
             tiny.RunFolder(tmp_path).owned().__enter__()
     finally:
         os.kill(reader, signal.SIGKILL)
         os.waitpid(reader, 0)
+        os.close(awake)
+        os.close(woken)
 
 
 def test_a_run_that_is_refused_makes_nothing(recipe: Path, tmp_path: Path, capsys: Any) -> None:
@@ -380,6 +385,7 @@ print(json.dumps([outcomes, *made]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("unshare"), reason="needs a file system of its own")
 def test_a_full_disk_and_one_that_cannot_be_written(recipe: Path, tmp_path: Path) -> None:
     inside = ["unshare", "--map-root-user", "--mount"]
