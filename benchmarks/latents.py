@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tinyfusion_core.data import DataSource, order_of
-from tinyfusion_core.shards import FORMAT_VERSION, METADATA, described, write_shard
+from tinyfusion_core.shards import FORMAT_VERSION, METADATA, write_shard
 from tinyfusion_dit import LatentFolders, Latents
 
 LAYOUTS = {
@@ -62,7 +63,7 @@ def write(layout: str, folder: Path, num: int) -> None:
         for i in range(0, num, SHARD):
             x = torch.from_numpy(random.standard_normal((SHARD, *SHAPE), dtype=np.float32)).to(dtype)
             shards.append(write_shard(folder, f"{i:07d}.safetensors", {"x": x, "y": torch.arange(i, i + SHARD) % 1000}))
-        (folder / METADATA).write_text(json.dumps({**metadata, "shards": described(shards)}))
+        (folder / METADATA).write_text(json.dumps({**metadata, "shards": [asdict(shard) for shard in shards]}))
 
 
 def forget(folder: Path) -> None:

@@ -16,14 +16,13 @@ from torch import nn
 from torch_fidelity import FeatureExtractorBase, register_feature_extractor
 
 import tinyfusion_core as tiny
+from small_run import digits_task
 from tinyfusion_core.calibration import Calibration
 from tinyfusion_core.generation import generate
 from tinyfusion_core.randomness import generator
 from tinyfusion_core.similarity import LinearCKA, cosine, squared_error
 from tinyfusion_core.spread import spread
 from tinyfusion_core.together import on_main, place
-from tinyfusion_dit import DiT, GaussianDiffusion
-from tinyfusion_images import Digits
 from tinyfusion_mar import MAR, MaskedTokenDiffusion
 from toys import Match, Planted, planted_data
 
@@ -80,19 +79,6 @@ class OnlyHere(tiny.Metric):
         if self.fail:
             raise tiny.UserError(f"it failed on process {place()[0]}")
         return [tiny.Measurement("where", dict.fromkeys(models, float(place()[0])))]
-
-
-def digits_task() -> tiny.Task:
-    data = Digits()
-    loss = GaussianDiffusion(learn_sigma=False, sampler="ddim", sampling_steps=3, guided_channels=None)
-    return tiny.Task(
-        backbone=DiT(checkpoint="digits"),
-        loss=loss,
-        train=data.train(),
-        held_out=data.held_out(),
-        feature_space=data.feature_space(),
-        pixels=data.pixels,
-    )
 
 
 def figures() -> dict[str, Any]:

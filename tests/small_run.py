@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import tinyfusion_core as tiny
 from tinyfusion_core.cli import main
+from tinyfusion_dit import DiT, GaussianDiffusion
+from tinyfusion_images import Digits
 
 SHIPPED = Path(__file__).parent.parent / "plugins" / "tinyfusion_dit" / "checkpoints" / "digits"
 RECIPE = {
@@ -23,3 +26,17 @@ RECIPE = {
 
 def run(recipe: Path, run_dir: Path, *flags: str) -> int:
     return main(["run", str(recipe), "--run-dir", str(run_dir), *flags])
+
+
+def digits_task(sampling_steps: int = 3) -> tiny.Task:
+    """The shipped teacher and its data."""
+    data = Digits()
+    loss = GaussianDiffusion(learn_sigma=False, sampler="ddim", sampling_steps=sampling_steps, guided_channels=None)
+    return tiny.Task(
+        backbone=DiT(checkpoint="digits"),
+        loss=loss,
+        train=data.train(),
+        held_out=data.held_out(),
+        feature_space=data.feature_space(),
+        pixels=data.pixels,
+    )

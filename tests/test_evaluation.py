@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import tinyfusion_core as tiny
+from small_run import digits_task
 from tinyfusion_core.evaluation import count_flops
 from tinyfusion_core.generation import generate
 from tinyfusion_dit import DiT, GaussianDiffusion
@@ -17,19 +18,6 @@ from tinyfusion_images import Digits
 from toys import Match, Planted, planted_data
 
 TRAINER = tiny.Trainer(batch_size=8, precision="fp32", seed=0)
-
-
-def digits_task() -> tiny.Task:
-    data = Digits()
-    loss = GaussianDiffusion(learn_sigma=False, sampler="ddim", sampling_steps=4, guided_channels=None)
-    return tiny.Task(
-        backbone=DiT(checkpoint="digits"),
-        loss=loss,
-        train=data.train(),
-        held_out=data.held_out(),
-        feature_space=data.feature_space(),
-        pixels=data.pixels,
-    )
 
 
 def test_held_out_loss_is_the_mean_of_fixed_draws_at_any_batch_size() -> None:
@@ -85,7 +73,7 @@ class Copy(GaussianDiffusion):
 
 
 def test_frechet_distance_and_accuracy_know_real_images_from_none() -> None:
-    task = digits_task()
+    task = digits_task(sampling_steps=4)
     task.loss = Copy(learn_sigma=False)
     real, broken = nn.Linear(1, 1), nn.Linear(1, 1)
     real.good, broken.good = True, False
@@ -94,14 +82,14 @@ def test_frechet_distance_and_accuracy_know_real_images_from_none() -> None:
     assert accuracy.values["real"] > 0.95
     assert 0 <= distance.values["real"] < 60  # 40 samples are few for 32 features
     assert (distance.values["broken"], accuracy.values["broken"]) == (None, None)
-    noise = digits_task()
+    noise = digits_task(sampling_steps=4)
     noise.loss = GaussianDiffusion(learn_sigma=False, sampler="ddim", sampling_steps=2, guided_channels=None)
     far, _ = metric(noise, {"untrained": noise.backbone.construct(noise.backbone.config()).eval()}, TRAINER)
     assert far.values["untrained"] > 2 * distance.values["real"]
 
 
 def test_generated_examples_do_not_depend_on_the_batch() -> None:
-    task = digits_task()
+    task = digits_task(sampling_steps=4)
     a, labels = generate(task, task.teacher, TRAINER, 6, 6)
     b, _ = generate(task, task.teacher, TRAINER, 6, 4)
     assert torch.allclose(a, b, atol=1e-5)
@@ -111,7 +99,7 @@ def test_generated_examples_do_not_depend_on_the_batch() -> None:
 
 
 def test_latency_is_measured_for_every_model() -> None:
-    task = digits_task()
+    task = digits_task(sampling_steps=4)
     models = {"teacher": task.teacher, "pruned": tiny.prune(task, tiny.Keep([0])(task, TRAINER))}
     latency, throughput = tiny.Latency(batch_size=16, rounds=3)(task, models, TRAINER)
     assert latency.unit == "ms"

@@ -14,7 +14,8 @@ from PIL import Image
 from torch_fidelity import feature_extractor_inceptionv3 as inception
 
 import tinyfusion_core as tiny
-from shared_work import TRAINER, OnlyHere, ToyFeatures, digits_task
+from shared_work import TRAINER, OnlyHere, ToyFeatures
+from small_run import digits_task
 from tinyfusion_core import fidelity
 from tinyfusion_core.errors import MissingFileError
 from tinyfusion_core.feature_networks import INCEPTION, INCEPTION_FILE, FeatureNetwork, inception_weights

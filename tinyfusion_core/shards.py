@@ -6,7 +6,7 @@ import bisect
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -143,11 +143,6 @@ def shards_in(metadata: Mapping[str, Any], url: str) -> list[Shard]:
         return [Shard(**{key: entry[key] for key in ("name", "count", "sha256")}) for entry in metadata["shards"]]
     except (TypeError, KeyError):
         raise UserError(f"{url}/{METADATA}: expected 'shards' to be entries with name, count and sha256") from None
-
-
-def described(shards: Sequence[Shard]) -> list[dict[str, Any]]:
-    """The entries for metadata.json."""
-    return [asdict(shard) for shard in shards]
 
 
 def read_metadata(url: str) -> dict[str, Any]:
