@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import torch
@@ -26,6 +25,7 @@ from torch import Tensor
 import tinyfusion_core as tiny
 from tinyfusion_core.findings import Findings
 from tinyfusion_core.sampling import BlockSampler
+from tinyfusion_core.search import Selector
 from tinyfusion_dit import DiT, GaussianDiffusion
 from tinyfusion_images import Digits
 
@@ -45,16 +45,26 @@ ESTIMATORS: dict[str, tuple[Callable[..., BlockSampler], float]] = {
     "straight-through, tau 1, a third of the values": (partial(tiny.GroupedSampler, tau=(1.0, 1.0), **GROUP), 1 / 3),
     "ReinMax": (partial(tiny.GroupedSampler, estimator="reinmax", **GROUP), 1.0),
     "exact marginals": (partial(tiny.ExactK, rules=RULES), 1.0),
+    "Gumbel top-k, tau 1": (partial(tiny.GumbelTopK, keep=KEEP, tau=(1.0, 1.0)), 1.0),
     "score function, 2 masks": (partial(tiny.ScoreFunction, rules=RULES, masks=2, entropy=(0.0, 0.0)), 1.0),
     "score function, 4 masks": (partial(tiny.ScoreFunction, rules=RULES, masks=4, entropy=(0.0, 0.0)), 1.0),
     "score function, 8 masks": (partial(tiny.ScoreFunction, rules=RULES, masks=8, entropy=(0.0, 0.0)), 1.0),
 }
-#: Searches of 64 network rows a step.
-SEARCHES: dict[str, dict[str, Any]] = {
-    "score function, LoRA": {"keep": KEEP, "batch_size": ROWS // 4},
-    "score function, frozen": {"keep": KEEP, "batch_size": ROWS // 4, "update": tiny.Frozen()},
-    "one group, straight-through, LoRA": {"pattern": (KEEP, 8), "batch_size": ROWS},
-    "exact marginals, LoRA": {"sampler": partial(tiny.ExactK, rules=RULES), "batch_size": ROWS},
+LENGTHS = (10, 30, 100, 300)
+ANY = {"keep": KEEP, "batch_size": ROWS // 4}
+#: Selectors of a number of steps, each of 64 network rows; those that do not learn have one length.
+SEARCHES: dict[str, tuple[Callable[[int], Selector], Sequence[int]]] = {
+    "score function, LoRA": (lambda steps: tiny.Search(steps=steps, **ANY), LENGTHS),
+    "score function, LoRA, final of 4": (lambda steps: tiny.Finals(search=tiny.Search(steps=steps, **ANY)), LENGTHS),
+    "score function, frozen": (lambda steps: tiny.Search(steps=steps, update=tiny.Frozen(), **ANY), LENGTHS),
+    "straight-through, LoRA": (lambda steps: tiny.Search(steps=steps, pattern=(KEEP, 8), batch_size=ROWS), LENGTHS),
+    "exact marginals, LoRA": (
+        lambda steps: tiny.Search(steps=steps, sampler=partial(tiny.ExactK, rules=RULES), batch_size=ROWS),
+        LENGTHS,
+    ),
+    "leave one out": (lambda steps: tiny.LeaveOneOut(keep=KEEP), (0,)),
+    "greedy": (lambda steps: tiny.Greedy(keep=KEEP), (0,)),
+    "Taylor": (lambda steps: tiny.Taylor(keep=KEEP), (0,)),
 }
 #: Where the gates stand: log-odds of blocks that are preferred to the others.
 POINTS = {
@@ -83,12 +93,9 @@ class Truth:
 
     def gradient(self, sampler: BlockSampler) -> Tensor:
         """Of the expected loss, in the sampler's logits."""
-        logits = next(sampler.parameters())
-        # Options of one group are in lexicographic order of the kept blocks, the subsets' law is linear in the mask.
-        scores = logits if len(logits) == len(MASKS) else _options() @ logits
-        masks = _options()
+        logits, masks = next(sampler.parameters()), _options()
         losses = torch.stack([self.losses[int((mask == MASKS).all(1).nonzero())].mean() for mask in masks])
-        (out,) = torch.autograd.grad((scores.softmax(0) * losses).sum(), logits)
+        (out,) = torch.autograd.grad((_law(sampler, logits) * losses).sum(), logits)
         return out
 
     def estimate(self, sampler: BlockSampler, share: float, i: int) -> Tensor:
@@ -104,6 +111,19 @@ class Truth:
             loss = loss.requires_grad_()
         (out,) = torch.autograd.grad(sampler.surrogate(draw, loss), next(sampler.parameters()))
         return out
+
+
+def _law(sampler: BlockSampler, logits: Tensor) -> Tensor:
+    """The probability of every mask, in lexicographic order of the kept blocks, differentiable in the logits."""
+    if isinstance(sampler, tiny.GumbelTopK):  # Plackett-Luce: a sum over the orders in which the blocks can be drawn
+        orders = torch.tensor([list(itertools.permutations(kept)) for kept in itertools.combinations(range(8), KEEP)])
+        weights = (logits + sampler.prior_logits).exp()
+        drawn = weights[orders]
+        left = weights.sum() - drawn.cumsum(-1) + drawn
+        return (drawn / left).prod(-1).sum(-1)
+    if isinstance(sampler, tiny.GroupedSampler):  # one group: an option, a logit
+        return (sampler.scaling * logits + _options() @ sampler.prior_logits).softmax(0)
+    return (_options() @ (logits + sampler.prior_logits)).softmax(0)
 
 
 def _options() -> Tensor:
@@ -153,37 +173,39 @@ def searches(task: tiny.Task, findings: Findings) -> list[dict[str, str | float]
     pruned = {trial.kept: trial.calibration for trial in (*findings.masks, *findings.trials)}
     heals_best, hurts_least = min(healed, key=healed.__getitem__), min(pruned, key=pruned.__getitem__)
     table: list[dict[str, str | float]] = []
-    for (name, options), steps in itertools.product(SEARCHES.items(), (10, 30, 100, 300)):
-        start, found = time.perf_counter(), []
-        for seed in range(5):
-            decision = tiny.Search(steps=steps, **options)(task, tiny.Trainer(seed=seed, precision="fp32"))
-            found.append(decision.kept)
-        table.append(
-            {
-                "search": name,
-                "steps": steps,
-                "seconds": (time.perf_counter() - start) / len(found),
-                "regret": statistics.fmean(healed[kept] - healed[heals_best] for kept in found),
-                "heals best": found.count(heals_best) / len(found),
-                "hurts least": found.count(hurts_least) / len(found),
-            }
-        )
-        print(*(f"{v:.4g}" if isinstance(v, float) else v for v in table[-1].values()), sep=" | ", flush=True)
+    for name, (make, lengths) in SEARCHES.items():
+        for steps in lengths:
+            start, found = time.perf_counter(), []
+            for seed in range(5):
+                decision = make(steps)(task, tiny.Trainer(seed=seed, precision="fp32"))
+                found.append(decision.kept)
+            table.append(
+                {
+                    "search": name,
+                    "steps": steps,
+                    "seconds": (time.perf_counter() - start) / len(found),
+                    "regret": statistics.fmean(healed[kept] - healed[heals_best] for kept in found),
+                    "heals best": found.count(heals_best) / len(found),
+                    "hurts least": found.count(hurts_least) / len(found),
+                }
+            )
+            print(*(f"{v:.4g}" if isinstance(v, float) else v for v in table[-1].values()), sep=" | ", flush=True)
     return table
 
 
 def draw_searches(table: Sequence[dict[str, str | float]], path: Path) -> None:
     """Regret and probabilities over the seconds of a search."""
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), sharex=True, layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.6), sharex=True, layout="constrained")
     for name in SEARCHES:
         rows = [row for row in table if row["search"] == name]
+        marks = "o-" if len(rows) > 1 else "*"
         for axis, what in zip(axes, ("regret", "heals best", "hurts least"), strict=True):
-            axis.plot([r["seconds"] for r in rows], [r[what] for r in rows], "o-", label=name)
+            axis.plot([r["seconds"] for r in rows], [r[what] for r in rows], marks, label=name)
     titles = ("healed loss above the best mask's", "finds the mask that heals best", "finds the mask that hurts least")
     for axis, title in zip(axes, titles, strict=True):
         axis.set(title=title, xlabel="seconds of a search", xscale="log")
         axis.grid(alpha=0.3)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(path, dpi=110)
 
 
@@ -203,7 +225,7 @@ def draw(table: Sequence[dict[str, str | float]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("audit", type=Path, help="the run folder of `tinyfusion audit benchmarks/samplers_d4.yaml`")
-    parser.add_argument("--searches", action="store_true", help="also run 80 searches and look their masks up")
+    parser.add_argument("--searches", action="store_true", help="also run 115 selections and look their masks up")
     options = parser.parse_args()
     torch.set_num_threads(1)
     data = Digits()

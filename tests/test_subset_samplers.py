@@ -134,7 +134,8 @@ def test_rows_are_drawn_from_their_own_streams_and_the_best_begin_with_the_mode(
     best = sampler.best(6)
     assert list(best[0]) == [0, 2, 4, 6]
     assert len(set(best)) == 6
-    assert all(len(kept) == 4 for kept in best)
+    assert all(len(kept) == 4 and sampler.allows(kept) for kept in best)
+    assert not sampler.allows((0, 2, 4))
     strong, weak = sampler.marginals()[[0, 2, 4, 6]], sampler.marginals()[[1, 3, 5, 7]]
     assert strong.min() > weak.max()
 
@@ -266,6 +267,30 @@ def test_the_final_heals_the_best_masks_and_keeps_the_winner() -> None:
         tiny.Finals(search=blind, masks=0)
 
 
+def test_what_criteria_choose_meets_the_masks_of_the_search() -> None:
+    """A search that has learned nothing finds none of the right ones; the final takes them from another."""
+    blind = tiny.Search(keep=4, steps=1, update=tiny.Frozen(), start=tiny.Keep([0, 1, 3, 4]))
+    others = (tiny.FirstN(keep=4), tiny.LeaveOneOut(keep=4, samples=32), tiny.Keep([0, 1, 3, 4]))
+    final = tiny.Finals(search=blind, masks=1, others=others, steps=2, samples=64)
+    decision = final(task(), TRAINER)
+    assert list(decision.kept) == WORKING
+    first = {tuple(seen["kept"]): seen["of"] for seen in decision.provenance["finals"][0]}
+    assert first == {(0, 1, 2, 3): ["FirstN"], tuple(WORKING): ["LeaveOneOut"], (0, 1, 3, 4): ["Keep", "Search"]}
+    looked_at = others[1](task(), TRAINER).provenance["evaluations"]
+    assert looked_at > 0
+    assert decision.provenance["evaluations"] == 1 * 16 * 4 + looked_at + (3 + 2) * (2 * 16 + 64)
+
+
+def test_finalists_of_others_must_be_within_the_budget() -> None:
+    blocks = [f"blocks.{i}" for i in range(8)]
+    search = tiny.Search(pattern=(2, 4), steps=1)
+    with pytest.raises(tiny.UserError, match=r"search\.others\[1\]: keeps 3 blocks, the search 4"):
+        tiny.Finals(search=search, others=[tiny.FirstN(pattern=(2, 4)), tiny.FirstN(keep=3)]).preview(blocks)
+    outside = tiny.Finals(search=search, others=[tiny.FirstN(keep=4)])
+    with pytest.raises(tiny.UserError, match=r"search\.others\[0\]: FirstN keeps 0 1 2 3, which is outside"):
+        outside(task(), TRAINER)
+
+
 def test_a_search_records_what_it_cost_and_where_it_stopped() -> None:
     decision = tiny.Search(keep=4, steps=20, update=tiny.Frozen())(task(), TRAINER)
     assert decision.provenance["steps"] == 20
@@ -310,6 +335,8 @@ def test_files_of_inner_selectors_count(tmp_path) -> None:
     search = tiny.Search(keep=4, start=start)
     (hashed,) = start.inputs().values()
     assert list(search.inputs().values()) == list(tiny.Finals(search=search).inputs().values()) == [hashed]
+    final = tiny.Finals(search=tiny.Search(keep=4), others=[search])
+    assert final.inputs() == {"others[0].start.search.decision": hashed}
 
 
 def test_candidates_without_groups_are_compared_by_what_they_keep() -> None:
@@ -330,6 +357,13 @@ def test_keys_inside_of_a_final_are_checked(recipe, capsys) -> None:
     assert "search.search.stepz: unknown key; did you mean 'steps'?" in capsys.readouterr().err
     assert main(["validate", str(recipe), f"--search={final.replace('stepz', 'steps')}"]) == 0
     assert "under 4 masks" in " ".join(capsys.readouterr().out.split())
+    others = (
+        "{class_path: Finals, init_args: {search: {keep: 4}, others: [{class_path: Taylor, init_args: {keeep: 4}}]}}"
+    )
+    assert main(["validate", str(recipe), f"--search={others}"]) == 2
+    assert "search.others[0].keeep: unknown key; did you mean 'keep'?" in capsys.readouterr().err
+    assert main(["validate", str(recipe), f"--search={others.replace('keeep: 4', 'keep: 5')}"]) == 2
+    assert "search.others[0]: keeps 5 blocks, the search 4" in capsys.readouterr().err
 
 
 def test_costs_of_blocks() -> None:
@@ -354,7 +388,9 @@ def test_rules_and_samplers_in_a_recipe(recipe, capsys) -> None:
     assert sum(4 if i == 7 else 2 for i in kept) in (7, 8)
     assert main(["costs", str(recipe)]) == 0
     assert "half of the latency: rules: {costs: [" in capsys.readouterr().out
-    final = "{class_path: Finals, init_args: {search: {keep: 4, steps: 6}, masks: 2, steps: 2}}"
+    others = "[{class_path: Uniform, init_args: {keep: 4}}, {class_path: FirstN, init_args: {keep: 4}}]"
+    short = "{keep: 4, steps: 6}"
+    final = f"{{class_path: Finals, init_args: {{search: {short}, masks: 2, steps: 2, others: {others}}}}}"
     assert main(["run", str(recipe), "--run-dir", str(recipe.parent / "final"), f"--search={final}"]) == 0
     impossible = sampler.replace("max_run: 3", "max_run: 0")
     assert main(["validate", str(recipe), *flags[:2], "--search.sampler", impossible]) == 2

@@ -68,6 +68,10 @@ def test_everything_equals_enumeration(rules: Rules) -> None:
     assert len(masks) > 1
     automaton = build(rules, TWO_LISTS)
     assert automaton.num_masks == len(masks)
+    allowed = {tuple(mask.nonzero().flatten().tolist()) for mask in masks}
+    for bits in itertools.product((0, 1), repeat=8):
+        kept = tuple(i for i, bit in enumerate(bits) if bit)
+        assert automaton.accepts(kept) == (kept in allowed)
     theta = torch.randn(8, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).mul(2).requires_grad_()
     subsets = Subsets(automaton, theta)
     scores = masks @ theta

@@ -4,12 +4,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from .calibration import Calibration
 from .decision import Decision
-from .errors import require
+from .errors import UserError, require
 from .files import digest
 from .progress import track
 from .pruning import prune
@@ -25,11 +26,13 @@ class Finals(Selector):
     """A search, and then successive halving (arXiv 1502.07943) of its most probable masks.
 
     All finalists are healed for some steps; the better half of them, by the loss on calibration samples, for as many
-    again, until one is left. It repairs a search that could not tell its best masks apart.
+    again, until one is left. It repairs a search that could not tell its best masks apart, and with `others` the
+    search's masks meet those of criteria.
 
     Args:
         search: the search.
         masks: how many of its most probable masks are healed.
+        others: selectors whose choices are finalists too. They must be within the search's budget.
         steps: updates of a finalist in each round.
         lr: learning rate of the healing.
         batch_size: samples of one update; default the trainer's.
@@ -38,6 +41,7 @@ class Finals(Selector):
 
     search: Search
     masks: int = 4
+    others: Sequence[Selector] = ()
     steps: int = 25
     lr: float = 1e-3
     batch_size: int | None = None
@@ -49,30 +53,37 @@ class Finals(Selector):
         self._healing()  # raises when there is none
 
     def inputs(self) -> dict[str, str]:
-        return {f"search.{key}": value for key, value in self.search.inputs().items()}
+        parts: dict[str, Selector] = {"search": self.search}
+        parts |= {f"others[{i}]": other for i, other in enumerate(self.others)}
+        return {f"{part}.{key}": value for part, selector in parts.items() for key, value in selector.inputs().items()}
 
     def preview(self, blocks: Sequence[str]) -> Decision:
+        for i, other in enumerate(self.others):
+            self.search.check_budget(other, blocks, f"others[{i}]")
         return self.search.preview(blocks)
 
     def __call__(self, task: Task, trainer: Trainer, run: RunFolder | None = None) -> Decision:
+        quiet = replace(trainer, trackers=())  # each piece of work would be a run of its own
+        proposed, evaluations = self._others(task, quiet, run)
         sampler = self.search.learn(task, trainer, run)
         decision = replace(self.search.decide(sampler, task, trainer), method=type(self).__name__)
-        students = {kept: prune(task, replace(decision, kept=kept)) for kept in sampler.best(self.masks)}
-        evaluations, findings, number = int(decision.provenance["evaluations"]), [], 0
-        trainer = replace(trainer, trackers=())  # each healing would be a run of its own
+        for kept in sampler.best(self.masks):
+            proposed.setdefault(kept, []).append(type(self.search).__name__)
+        students = {kept: prune(task, replace(decision, kept=kept)) for kept in proposed}
+        evaluations += int(decision.provenance["evaluations"])
+        findings: list[list[dict[str, Any]]] = []
         while len(students) > 1:
-            number += 1
-            losses = {}
-            show = trainer.accelerator.is_main_process
+            number, losses = len(findings) + 1, {}
+            show = quiet.accelerator.is_main_process
             with track(f"finals, round {number}", len(students), show=show) as progress:
                 for kept, student in students.items():
                     part = None if run is None else run.part("search", f"finals {number} of {_name(kept)}")
-                    self._healing()(task, student, None, trainer, part, stage=f"finals {number}")
-                    healed = Calibration(replace(task, model=student), trainer, self.samples, 64, "finals")
+                    self._healing()(task, student, None, quiet, part, stage=f"finals {number}")
+                    healed = Calibration(replace(task, model=student), quiet, self.samples, 64, "finals")
                     (losses[kept],) = healed.losses(torch.ones(1, len(kept)))
                     progress.advance()
-            evaluations += len(students) * (self.steps * (self.batch_size or trainer.batch_size) + self.samples)
-            findings.append([{"kept": list(kept), "loss": loss} for kept, loss in losses.items()])
+            evaluations += len(students) * (self.steps * (self.batch_size or quiet.batch_size) + self.samples)
+            findings.append([{"kept": list(kept), "loss": loss, "of": proposed[kept]} for kept, loss in losses.items()])
             best = sorted(losses, key=lambda kept: losses[kept])[: (len(students) + 1) // 2]
             students = {kept: students[kept] for kept in best}
         (winner,) = students
@@ -83,6 +94,26 @@ class Finals(Selector):
             confidences=decision.confidences if winner == decision.kept else (),
             provenance={**decision.provenance, "evaluations": evaluations, "finals": findings},
         )
+
+    def _others(
+        self, task: Task, trainer: Trainer, run: RunFolder | None
+    ) -> tuple[dict[tuple[int, ...], list[str]], int]:
+        """What the other selectors choose, with their names, and the samples they looked at.
+
+        They come first, for what is outside of the budget ends the run before a search has been paid for.
+        """
+        sampler, evaluations = self.search.make_sampler(task.lists), 0
+        proposed: dict[tuple[int, ...], list[str]] = {}
+        for i, other in enumerate(self.others):
+            found = other(task, trainer, None if run is None else run.part("search", f"other {i}"))
+            if not sampler.allows(found.kept):
+                raise UserError(
+                    f"search.others[{i}]: {found.method} keeps {' '.join(map(str, found.kept))}, which is outside of "
+                    "the search's budget; give it the same keep or pattern, and the same protected blocks"
+                )
+            proposed.setdefault(found.kept, []).append(found.method)
+            evaluations += int(found.provenance.get("evaluations", 0))
+        return proposed, evaluations
 
     def _healing(self) -> Recover:
         return Recover(steps=self.steps, batch_size=self.batch_size, lr=self.lr, schedule="constant", ema=0.0)

@@ -8,7 +8,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -284,7 +284,7 @@ def _override(config: dict[str, Any], path: list[str], value: Any) -> None:
 def _checked(key: str, value: Any, kind: Any, default: Any = None) -> Any:
     """The value with class names made full; raises UserError at the first unknown name."""
     kind = _without_none(kind)
-    if typing.get_origin(kind) is list and isinstance(value, list):
+    if typing.get_origin(kind) in (list, Sequence) and isinstance(value, list):
         return [_checked(f"{key}[{i}]", v, typing.get_args(kind)[0]) for i, v in enumerate(value)]
     if typing.get_origin(kind) is dict and isinstance(value, dict):
         return {k: _checked(f"{key}.{k}", v, typing.get_args(kind)[1]) for k, v in value.items()}
@@ -358,9 +358,8 @@ def _without_none(kind: Any) -> Any:
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         kinds = [k for k in typing.get_args(kind) if k is not type(None)]
         kind = kinds[0] if len(kinds) == 1 else Any
-    if typing.get_origin(kind) is not None and typing.get_args(kind) and inspect.isclass(typing.get_args(kind)[-1]):
-        result = typing.get_args(kind)[-1]
-        return result if result in POLYMORPHIC and typing.get_origin(kind) not in (list, dict) else kind
+    if typing.get_origin(kind) is Callable and typing.get_args(kind)[-1] in POLYMORPHIC:
+        return typing.get_args(kind)[-1]
     return kind
 
 

@@ -118,6 +118,16 @@ class Automaton:
     def num_blocks(self) -> int:
         return len(self.drop)
 
+    def accepts(self, kept: Sequence[int]) -> bool:
+        """Whether the mask that keeps these blocks obeys the rules."""
+        state = 0
+        for i, (drop, keep) in enumerate(zip(self.drop, self.keep, strict=True)):
+            table = keep if i in kept else drop
+            if state >= len(table):  # it was forbidden
+                return False
+            state = int(table[state])
+        return state < self.num_ends
+
 
 def build(rules: Rules, lists: Mapping[str, int]) -> Automaton:
     """The automaton of the masks that obey the rules; states from which no mask can be finished are left out.

@@ -100,6 +100,10 @@ class BlockSampler(nn.Module, ABC):
         """The kept blocks of the most probable masks, best first; fewer when there are no more."""
 
     @abstractmethod
+    def allows(self, kept: Sequence[int]) -> bool:
+        """Whether the mask that keeps these blocks is within the budget."""
+
+    @abstractmethod
     def entropy(self) -> float:
         """Entropy of the distribution in nats."""
 
@@ -211,6 +215,10 @@ class GroupedSampler(BlockSampler):
             both = [(a + b, (*left, *right)) for a, left in found for b, right in options]
             found = sorted(both, key=lambda item: (-item[0], item[1]))[:count]
         return [kept for _, kept in found]
+
+    def allows(self, kept: Sequence[int]) -> bool:
+        counts = [len(set(members).intersection(kept)) for members in self.choices()]
+        return counts == [keep for keep, _ in self.groups]
 
     def entropy(self) -> float:
         return sum(float(torch.special.entr(p).sum()) for p in self._probabilities())

@@ -126,16 +126,17 @@ class Search(Selector):
         return {} if self.start is None else {f"start.{key}": value for key, value in self.start.inputs().items()}
 
     def preview(self, blocks: Sequence[str]) -> Decision:
-        sampler = self.make_sampler(list_lengths(blocks))
-        decision = self._decision(sampler, blocks, {})
+        decision = self._decision(self.make_sampler(list_lengths(blocks)), blocks, {})
         if self.start is not None:
-            first = self.start.preview(blocks)
-            if len(first.kept) != len(decision.kept) and (sampler.budget is not None or sampler.choices()):
-                raise UserError(
-                    f"search.start: keeps {len(first.kept)} blocks, the search {len(decision.kept)}; give it the same "
-                    "number"
-                )
+            self.check_budget(self.start, blocks, "start")
         return decision
+
+    def check_budget(self, other: Selector, blocks: Sequence[str], key: str) -> None:
+        """Raises UserError, naming the key, when another selector is going to keep another number of blocks."""
+        sampler, theirs = self.make_sampler(list_lengths(blocks)), len(other.preview(blocks).kept)
+        ours = len(sampler.mode())
+        if theirs != ours and (sampler.budget is not None or sampler.choices()):
+            raise UserError(f"search.{key}: keeps {theirs} blocks, the search {ours}; give it the same number")
 
     def make_sampler(self, lists: Mapping[str, int]) -> BlockSampler:
         """The distribution over masks that the search starts from, for block lists of these lengths."""

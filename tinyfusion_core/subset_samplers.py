@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,9 @@ class SubsetSampler(BlockSampler):
 
     def best(self, count: int) -> list[tuple[int, ...]]:
         return [kept for _, kept in self._subsets(learning=False).best(count)]
+
+    def allows(self, kept: Sequence[int]) -> bool:
+        return self.automaton.accepts(kept)
 
     def entropy(self) -> float:
         return float(self._subsets(learning=False).entropy())
@@ -181,6 +184,9 @@ class GumbelTopK(BlockSampler):
         found = [tuple(masks[i].nonzero().flatten().tolist()) for i in order.tolist()]
         mode = tuple(self.mode())
         return [mode, *(kept for kept in found if kept != mode)][:count]
+
+    def allows(self, kept: Sequence[int]) -> bool:
+        return len(kept) == self.keep
 
     def entropy(self) -> float:
         counts = torch.unique(self._fixed_draws(), dim=0, return_counts=True)[1]
