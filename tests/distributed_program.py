@@ -127,7 +127,8 @@ def numbers(folder: Path, trainer: tiny.Trainer, only: Collection[str] = ()) -> 
             [v for k, v in e.items() if isinstance(v, float) and k != "seconds"] for e in run.metrics()
         ]
     if not only:
-        finals = tiny.Finals(search=SEARCHES["grouped, lora"], masks=2, steps=2, samples=8)
+        others = [tiny.Uniform(pattern=(2, 4)), tiny.LeaveOneOut(pattern=(2, 4), samples=8)]
+        finals = tiny.Finals(search=SEARCHES["grouped, lora"], masks=2, others=others, steps=2, samples=8)
         found["finals"] = {"kept": finals(task(), trainer).kept}
     return found
 
