@@ -62,6 +62,8 @@ def test_a_folder_is_completed_and_grows(finished: Path, tmp_path: Path, capsys:
     capsys.readouterr()
     assert sample(finished, to, 12, "--seed", "1") == 2
     assert "has samples made with another seed" in capsys.readouterr().err
+    assert sample(finished, to, 11) == 2
+    assert "--num: 11, but" in capsys.readouterr().err
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "holiday.png").touch()
     assert sample(finished, tmp_path / "mine", 3) == 2

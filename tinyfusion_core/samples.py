@@ -79,7 +79,7 @@ def write_samples(folder: RunFolder, num: int, seed: int, to: Path, batch_size: 
     task, model, trainer, made_with = _open(folder, seed)
     archive = to.suffix == ".npz"
     record = to.with_name(f"{to.name}.json") if archive else to / "samples.json"
-    before = on_main(lambda: _claim(record, to, made_with))
+    before = on_main(lambda: _claim(record, to, made_with, num))
     if archive and to.exists() and before == num:
         return to
 
@@ -117,17 +117,18 @@ def _open(folder: RunFolder, seed: int) -> tuple[Task, nn.Module, Trainer, dict[
         "name": name,
         "sha256": origin(folder / name)["sha256"],
         "loss": recipe.settings["loss"],
+        "data": recipe.settings["data"],  # it may hold a decoder
         "precision": trainer.accelerator.mixed_precision,
         "seed": seed,
     }
     return task, model.to(trainer.accelerator.device), trainer, made_with
 
 
-def _claim(record: Path, to: Path, made_with: dict[str, Any]) -> int | None:
+def _claim(record: Path, to: Path, made_with: dict[str, Any], num: int) -> int | None:
     """Make a place that of these samples. Returns how many are there, None when they are not finished.
 
     Raises:
-        UserError: there are others, or something else.
+        UserError: there are others, or something else, or single images beyond that number.
     """
     if not record.exists():
         if to.exists() and (to.is_file() or any(to.iterdir())):
@@ -139,8 +140,11 @@ def _claim(record: Path, to: Path, made_with: dict[str, Any]) -> int | None:
         found = before.get("made_with") or {}
         other = [key for key, value in made_with.items() if found.get(key) != value]
         raise UserError(f"--to: '{to}' has samples made with another {', '.join(other)}; choose another name")
-    num: int | None = before.get("num")
-    return num
+    there = 1 + max((int(p.stem) for p in to.glob("*.png") if p.stem.isdecimal()), default=-1)
+    if there > num:
+        raise UserError(f"--num: {num}, but '{to}' has {there} samples; ask for as many, or choose another name")
+    finished: int | None = before.get("num")
+    return finished
 
 
 def _parts(to: Path) -> Path:
