@@ -69,7 +69,8 @@ class Finals(Selector):
         decision = replace(self.search.decide(sampler, task, trainer), method=type(self).__name__)
         for kept in sampler.best(self.masks):
             proposed.setdefault(kept, []).append(type(self.search).__name__)
-        students = {kept: prune(task, replace(decision, kept=kept)) for kept in proposed}
+        # They wait in main memory: a device may not hold them all.
+        students = {kept: prune(task, replace(decision, kept=kept)).cpu() for kept in proposed}
         evaluations += int(decision.provenance["evaluations"])
         findings: list[list[dict[str, Any]]] = []
         while len(students) > 1:
@@ -81,6 +82,7 @@ class Finals(Selector):
                     self._healing()(task, student, None, quiet, part, stage=f"finals {number}")
                     healed = Calibration(replace(task, model=student), quiet, self.samples, 64, "finals")
                     (losses[kept],) = healed.losses(torch.ones(1, len(kept)))
+                    student.cpu()
                     progress.advance()
             evaluations += len(students) * (self.steps * (self.batch_size or quiet.batch_size) + self.samples)
             findings.append([{"kept": list(kept), "loss": loss, "of": proposed[kept]} for kept, loss in losses.items()])
