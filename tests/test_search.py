@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -172,6 +173,23 @@ def test_the_gates_wait_for_the_warmup(tmp_path) -> None:
     assert entropies[0] == pytest.approx(math.log(70), abs=1e-4)
     assert entropies[-1] < 0.5 * entropies[0]
     assert [e["tau"] for e in run.metrics("search")][:12] == [4.0] * 12
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.5])
+def test_the_first_step_of_the_gates_is_as_long_after_a_warmup_as_without(tmp_path, warmup: float) -> None:
+    """Adam's first step is the learning rate, whatever the gradient; not after steps with gradients of zero."""
+    rate, seen = 1e-2, []
+
+    class Watched(GroupedSampler):
+        def sample(self, num_rows, rng):
+            seen.append(torch.cat([logits.detach().clone() for logits in self.logits]))
+            return super().sample(num_rows, rng)
+
+    how = tiny.Search(sampler=partial(Watched, pattern=(4, 8)), steps=40, warmup=warmup, lr_gates=rate, clip=1e3)
+    how(task(), TRAINER)
+    first = round(warmup * 40)
+    assert torch.equal(seen[first], seen[0])
+    assert (seen[first + 1] - seen[first]).abs().max() == pytest.approx(rate, rel=0.01)
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path) -> None:

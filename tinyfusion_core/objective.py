@@ -22,11 +22,13 @@ class Objective(nn.Module, ABC):
     Attributes:
         units: the blocks of the network in it, each of which is sharded as one.
         gates: parameters that every process keeps whole and that decide: they must be the same everywhere.
+        learning: whether the gates move in this step; else the optimizer does not hear of them.
         terms: (B,) parts of the losses of the last forward pass, of which the means are recorded.
     """
 
     units: Sequence[nn.Module] = ()
     gates: Sequence[nn.Parameter] = ()
+    learning: bool = True
     terms: Mapping[str, Tensor] = {}
 
     @abstractmethod

@@ -249,7 +249,6 @@ class _GatedLoss(Objective):
         self.gates = list(sampler.parameters())
         # The average is not trained: out of the module's sight, so that DDP does not wait for its gradients.
         self.outside = (loss, averaged, gates)
-        self.learning = True
         self.num_steps = 0
         self.temperatures: dict[str, float] = {}
 

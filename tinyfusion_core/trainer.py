@@ -311,6 +311,9 @@ class _Fit:
         agreed = self.mishaps.agree(step, found, norm, self.objective.gates, len(read.bad), stop)
         self.mishaps.bear(step, agreed, read.bad)
         self.terms = dict(zip(self.objective.terms, agreed.terms, strict=True))
+        if not self.objective.learning:  # gradients of zero would use up Adam's bias correction: too large first steps
+            for gate in self.objective.gates:
+                gate.grad = None
         if agreed.finite or accelerator.scaler is not None:  # a loss scaler must see the overflow to adapt
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
