@@ -20,6 +20,7 @@ from pathlib import Path
 
 import matplotlib
 import torch
+from placed import losses_of
 from torch import Tensor
 
 import tinyfusion_core as tiny
@@ -166,11 +167,8 @@ def gradients(truth: Truth) -> list[dict[str, str | float]]:
 
 def searches(task: tiny.Task, findings: Findings) -> list[dict[str, str | float]]:
     """How far searches of several lengths are from the best mask, and how often they find it; means of five seeds."""
-    trials: dict[tuple[int, ...], list[float]] = {}
-    for trial in (*findings.masks, *findings.trials):
-        trials.setdefault(trial.kept, []).append(trial.healed)
-    healed = {kept: statistics.fmean(values) for kept, values in trials.items()}
-    pruned = {trial.kept: trial.calibration for trial in (*findings.masks, *findings.trials)}
+    by_seed, pruned = losses_of(findings)
+    healed = {kept: statistics.fmean(losses.values()) for kept, losses in by_seed.items()}
     heals_best, hurts_least = min(healed, key=healed.__getitem__), min(pruned, key=pruned.__getitem__)
     table: list[dict[str, str | float]] = []
     for name, (make, lengths) in SEARCHES.items():

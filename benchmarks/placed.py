@@ -17,17 +17,11 @@ from tinyfusion_core.ranking import spearman
 
 def main(run_dir: str) -> None:
     findings = Findings.load(Path(run_dir) / "findings.json")
-    healed: dict[tuple[int, ...], dict[int, float]] = defaultdict(dict)
-    calibration: dict[tuple[int, ...], float] = {}
-    for trial in (*findings.masks, *findings.trials):
-        assert trial.healed is not None and trial.calibration is not None
-        healed[trial.kept][trial.seed] = trial.healed
-        calibration[trial.kept] = trial.calibration
-    if len(healed) != findings.num_masks:
-        sys.exit(f"{run_dir}: {len(healed)} of {findings.num_masks} masks were healed; this needs all of them")
+    healed, calibration = losses_of(findings)
     means = {kept: statistics.fmean(by_seed.values()) for kept, by_seed in healed.items()}
-    spreads = [statistics.variance(by_seed.values()) for by_seed in healed.values() if len(by_seed) > 1]
-    noise = statistics.fmean(spreads) ** 0.5 if spreads else float("nan")
+    degrees = sum(len(by_seed) - 1 for by_seed in healed.values())
+    squares = sum((loss - means[kept]) ** 2 for kept, by_seed in healed.items() for loss in by_seed.values())
+    noise = (squares / degrees) ** 0.5 if degrees else float("nan")
     order = sorted(means, key=means.__getitem__)
     best, worst = order[0], order[-1]
     median = statistics.median(means.values())
@@ -51,6 +45,19 @@ def main(run_dir: str) -> None:
         value = statistics.fmean(means[k] for k in kept)
         within = f"{sum(a <= 2 for a in away)} of {len(kept)}"
         print(f"| {name} | {said} | {value:.4f} | {ranks} | {max(away):.1f} | {within} |")
+
+
+def losses_of(findings: Findings) -> tuple[dict[tuple[int, ...], dict[int, float]], dict[tuple[int, ...], float]]:
+    """Healed losses of every mask by seed, and its loss right after pruning."""
+    healed: dict[tuple[int, ...], dict[int, float]] = defaultdict(dict)
+    calibration: dict[tuple[int, ...], float] = {}
+    for trial in (*findings.masks, *findings.trials):
+        assert trial.healed is not None and trial.calibration is not None
+        healed[trial.kept][trial.seed] = trial.healed
+        calibration[trial.kept] = trial.calibration
+    if len(healed) != findings.num_masks:
+        sys.exit(f"{len(healed)} of {findings.num_masks} masks were healed; this needs all of them")
+    return healed, calibration
 
 
 def _say(kept: tuple[int, ...]) -> str:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from tinyfusion_core.data import Tensors
 from tinyfusion_core.losses import LossAdapter
 from tinyfusion_core.plugins import registry
 from tinyfusion_core.sampling import Draw, GroupedSampler
+from tinyfusion_core.subset_samplers import ExactK, GumbelTopK
 from tinyfusion_core.testing import pairs_of, spoken
 from toys import Match, Planted, planted_data
 
@@ -53,6 +55,24 @@ SEARCHES = {
     "grouped, full": tiny.Search(pattern=(1, 2), steps=4, lr_gates=1e-2, lr=1e-2, update=tiny.Full(), clip=1e3),
     "grouped, lora": tiny.Search(pattern=(2, 4), steps=4, lr_gates=1e-2, lr=1e-2, update=tiny.LoRA(rank=2), clip=0.1),
     "score, frozen": tiny.Search(keep=4, steps=4, update=tiny.Frozen(), clip=1e3),
+    "exact, costs": tiny.Search(
+        sampler=partial(ExactK, rules=tiny.Rules(costs=[2, 1, 2, 1, 2, 1, 2, 1], budget=6, protect=[1])),
+        steps=4,
+        lr=1e-2,
+        update=tiny.Full(),
+        dropped_values=0.5,
+        clip=1e3,
+    ),
+    "score, start": tiny.Search(
+        keep=4,
+        steps=4,
+        lr=1e-2,
+        start=tiny.Taylor(keep=4, samples=16),
+        prior=(1.0, 0.0),
+        update=tiny.LoRA(rank=2),
+        clip=0.1,
+    ),
+    "top-k": tiny.Search(sampler=partial(GumbelTopK, keep=4), steps=4, update=tiny.Frozen(), clip=1e3),
     "confident": tiny.Search(pattern=(1, 2), steps=12, warmup=0.2, lr_gates=0.1, confident=0.6, update=tiny.Full()),
     "one-sided": tiny.Search(sampler=one_sided, steps=3, warmup=0.0, update=tiny.Full(), clip=1e3),
 }
@@ -84,9 +104,11 @@ def gradients_noted() -> Iterator[tuple[list[list[float]], set[bool]]]:
     def note(optimizer, args, kwargs) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         kinds.update(isinstance(p, DTensor) for p in parameters)
-        assert all(p.dtype == p.grad.dtype == torch.float32 for p in parameters)  # a gradient, never None
-        whole = [p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for p in parameters]
-        norms.append([float(g.norm()) for g in whole])
+        # The last group's are weights; gates have none while they wait.
+        assert all(p.grad is not None for p in optimizer.param_groups[-1]["params"])
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        assert all(p.dtype == g.dtype == torch.float32 for p, g in zip(parameters, gradients, strict=True))
+        norms.append([float((g.full_tensor() if isinstance(g, DTensor) else g).norm()) for g in gradients])
 
     handle = register_optimizer_step_pre_hook(note)
     try:

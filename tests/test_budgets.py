@@ -9,6 +9,7 @@ import pytest
 
 import tinyfusion_core as tiny
 from small_run import run
+from tinyfusion_core.budgets import _told_apart
 from tinyfusion_core.cli import main
 from tinyfusion_core.subset_samplers import ScoreFunction
 from toys import Match, Planted, planted_data
@@ -59,6 +60,25 @@ def test_the_command_prunes_a_runs_teacher_to_several_budgets(
     assert small["parameters"] < rows[1]["parameters"] < full["parameters"]
     assert main(["budgets", str(folder), "--keep", "9"]) == 2
     assert "9" in capsys.readouterr().err
+
+
+def test_the_decision_comes_first_and_what_is_tied_is_not_ranked(tmp_path: Path) -> None:
+    blocks = tuple(f"blocks.{i}" for i in range(6))
+    path = tmp_path / "decision.json"
+    marginals = (0.9, 0.8, 1.0, 0.1, 0.2, 0.0)
+    # As after a final that another mask than the most probable one has won.
+    tiny.Decision(blocks=blocks, kept=(0, 2, 4), method="Finals", marginals=marginals).save(path)
+    kept = {k: tiny.Nested(keep=k, decision=str(path)).preview(blocks).kept for k in range(1, 7)}
+    assert kept[2] == (0, 2)
+    assert kept[3] == (0, 2, 4)
+    assert kept[4] == (0, 1, 2, 4)
+    certain = tiny.Decision(blocks=blocks, kept=(0, 1, 2), method="Search", marginals=(1.0, 1.0, 1.0, 0.0, 0.0, 0.0))
+    certain.save(path)
+    assert tiny.Nested(keep=3, decision=str(path)).preview(blocks).kept == (0, 1, 2)
+    with pytest.raises(tiny.UserError, match="which of the blocks 0, 1, 2 to keep: their marginals are alike"):
+        tiny.Nested(keep=2, decision=str(path)).preview(blocks)
+    assert tiny.Nested(keep=1, protect=[1], decision=str(path)).preview(blocks).kept == (1,)
+    assert _told_apart(certain) == [6, 3]
 
 
 def test_a_decision_without_marginals_is_refused(tmp_path: Path) -> None:

@@ -103,6 +103,14 @@ def test_what_is_reported_of_the_distribution() -> None:
     assert sampler.entropy() == pytest.approx(math.log(2) - p * math.log(p) - (1 - p) * math.log(1 - p), rel=1e-5)
 
 
+def test_the_best_masks_of_a_law_that_is_all_but_certain() -> None:
+    sampler = GroupedSampler({"blocks": 4}, (2, 4), scaling=(100.0, 100.0))
+    with torch.no_grad():
+        sampler.logits[0].copy_(torch.tensor([3.0, 1.0, 0.0, 1.5, 0.5, 1.2]))
+    # The options are 01, 02, 03, 12, 13, 23.
+    assert sampler.best(4) == [(0, 1), (1, 2), (2, 3), (0, 2)]
+
+
 def test_schedules_are_linear_and_reach_their_ends() -> None:
     sampler = GroupedSampler({"blocks": 4}, (2, 4), tau=(4.0, 0.1), scaling=(1.0, 101.0))
     assert sampler.anneal(0.0) == {"tau": 4.0, "scaling": 1.0}

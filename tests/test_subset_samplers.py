@@ -16,7 +16,7 @@ from tinyfusion_core.comparison import _budget
 from tinyfusion_core.costs import block_costs, whole
 from tinyfusion_core.gating import Gates
 from tinyfusion_core.rules import Rules
-from tinyfusion_core.sampling import GroupedSampler
+from tinyfusion_core.sampling import BlockSampler, GroupedSampler
 from tinyfusion_core.subset_samplers import ExactK, GumbelTopK, ScoreFunction
 from toys import Match, Planted, StopAt, planted_data
 
@@ -50,6 +50,18 @@ def test_every_sampler_finds_the_blocks_that_work(name: str) -> None:
     assert list(decision.kept) == WORKING
     assert decision.confidence > 0.3
     assert len(decision.marginals) == 8
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_no_sampler_finds_them_when_the_gradient_points_the_other_way(name: str) -> None:
+    def flipped(lists: dict[str, int]) -> BlockSampler:
+        sampler = SAMPLERS[name](lists)
+        for logits in sampler.parameters():
+            logits.register_hook(torch.neg)
+        return sampler
+
+    decision = search(flipped, lr_gates={"reinmax": 0.1}.get(name))(task(), TRAINER)
+    assert len(set(decision.kept) & set(WORKING)) <= 1
 
 
 @pytest.mark.parametrize("name", ["exact", "score", "top-k"])
@@ -97,6 +109,17 @@ def test_the_straight_through_marginals_are_exact_for_a_linear_loss() -> None:
     assert ((draw.mask == 0) | (draw.mask == 1)).all()
     (estimate,) = torch.autograd.grad((draw.mask @ weights).mean(), sampler.logits)
     assert torch.allclose(estimate, exact, atol=1e-6)
+
+
+def test_the_log_probability_of_an_order_is_that_of_drawing_block_after_block() -> None:
+    sampler = GumbelTopK({"blocks": 4}, keep=2)
+    with torch.no_grad():
+        sampler.logits.copy_(torch.tensor([0.5, -0.3, 0.2, -1.0]))
+    weights = sampler.logits.detach().exp()
+    orders = torch.tensor(list(itertools.permutations(range(4), 2)))
+    expected = [weights[a] / weights.sum() * weights[b] / (weights.sum() - weights[a]) for a, b in orders]
+    assert torch.allclose(sampler._log_prob(orders).exp(), torch.stack(expected))
+    assert sum(float(p) for p in expected) == pytest.approx(1)
 
 
 def test_reinmax_is_exact_for_a_quadratic_loss_of_two_options() -> None:
@@ -205,6 +228,20 @@ def test_a_prior_that_has_faded_decides_nothing() -> None:
     assert list(tiny.Search(**{**how, "steps": 200}, prior=(3.0, 0.0))(task(), TRAINER).kept) == WORKING
 
 
+def test_a_prior_that_fades_makes_no_search_confident(tmp_path) -> None:
+    run = tiny.RunFolder(tmp_path)
+    how = tiny.Search(
+        keep=4, steps=400, update=tiny.Frozen(), start=tiny.LastN(keep=4), prior=(3.0, 0.0), confident=0.9, ema=0.5
+    )
+    decision = how(task(), TRAINER, run)
+    assert list(decision.kept) == WORKING
+    assert decision.confidence >= 0.9
+    assert run.metrics("search")[0]["confidence"] < 0.1  # what is logged is what would be decided
+    assert run.metrics("search")[-1]["step"] < 400
+    with pytest.raises(tiny.UserError, match=r"search\.prior says how much a start counts"):
+        tiny.Search(keep=4, prior=(2.0, 0.0))
+
+
 def test_a_confident_search_stops_early(tmp_path) -> None:
     run = tiny.RunFolder(tmp_path)
     decision = tiny.Search(keep=4, steps=1000, update=tiny.Frozen(), confident=0.9, ema=0.5)(task(), TRAINER, run)
@@ -263,8 +300,12 @@ def test_the_final_heals_the_best_masks_and_keeps_the_winner() -> None:
     assert decision.provenance["evaluations"] == 1 * 16 * 4 + 40 * (2 * 16 + 64)
     assert all(torch.equal(value, before[name]) for name, value in planted.teacher.state_dict().items())
     assert final.preview(planted.blocks).kept == blind.preview(planted.blocks).kept
-    with pytest.raises(tiny.UserError, match=r"search\.masks is 0"):
-        tiny.Finals(search=blind, masks=0)
+    few = replace(planted, train=planted_data(32))  # fewer than `samples`
+    seen = replace(final, masks=2)(few, TRAINER).provenance["evaluations"]
+    assert seen == 1 * 16 * 4 + 2 * (2 * 16 + 32)
+    for wrong in ("masks", "steps", "lr", "samples", "batch_size"):
+        with pytest.raises(tiny.UserError, match=rf"search\.{wrong} is 0"):
+            tiny.Finals(search=blind, **{wrong: 0})
 
 
 def test_what_criteria_choose_meets_the_masks_of_the_search() -> None:
@@ -295,6 +336,10 @@ def test_a_search_records_what_it_cost_and_where_it_stopped() -> None:
     decision = tiny.Search(keep=4, steps=20, update=tiny.Frozen())(task(), TRAINER)
     assert decision.provenance["steps"] == 20
     assert decision.provenance["evaluations"] == 20 * 16 * 4
+    start = tiny.LeaveOneOut(keep=4, samples=32)
+    looked_at = start(task(), TRAINER).provenance["evaluations"]
+    begun = tiny.Search(keep=4, steps=20, update=tiny.Frozen(), start=start)(task(), TRAINER)
+    assert begun.provenance["evaluations"] == looked_at + 20 * 16 * 4
     early = tiny.Search(pattern=(4, 8), steps=400, update=tiny.Frozen(), lr_gates=1e-2, confident=0.6, ema=0.0)
     decision = early(task(), TRAINER)
     assert 0 < decision.provenance["steps"] < 400
@@ -366,6 +411,14 @@ def test_keys_inside_of_a_final_are_checked(recipe, capsys) -> None:
     assert "search.others[0]: keeps 5 blocks, the search 4" in capsys.readouterr().err
 
 
+def test_the_batch_of_a_final_is_checked_before_the_search(recipe, capsys) -> None:
+    final = "{class_path: Finals, init_args: {search: {keep: 4, steps: 6}, batch_size: 10}}"
+    flags = [f"--search={final}", "--trainer.micro_batch_size", "4"]
+    assert main(["run", str(recipe), "--run-dir", str(recipe.parent / "run"), *flags]) == 2
+    assert "10 over 1 process(es) is 10 samples for each, which cannot be split" in capsys.readouterr().err
+    assert not (recipe.parent / "run").exists()
+
+
 def test_costs_of_blocks() -> None:
     planted = task()
     costs = block_costs(planted, TRAINER, batch_size=4, rounds=5)
@@ -374,6 +427,38 @@ def test_costs_of_blocks() -> None:
     assert len(costs["latency"]) == 8
     assert min(costs["latency"]) > 0
     assert whole([1.0, 2.0, 0.001]) == [50, 100, 1]
+    assert whole([0.0, 0.0]) == [1, 1]
+
+
+def test_blocks_without_an_operation_that_counts_have_costs_too() -> None:
+    class Scale(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.factor = torch.nn.Parameter(torch.ones(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.factor * x
+
+    class Stack(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = torch.nn.ModuleList(Scale() for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    wrapped = tiny.wrap(
+        Stack(),
+        blocks="layers.*",
+        loss_fn=lambda model, batch: model(batch["x"]).square().mean(1),
+        data={"x": torch.randn(32, 4)},
+    )
+    costs = block_costs(wrapped, TRAINER, batch_size=4, rounds=2)
+    assert costs["parameters"] == [4.0] * 3
+    assert costs["FLOPs"] == [0.0] * 3
+    assert min(costs["latency"]) > 0
 
 
 def test_rules_and_samplers_in_a_recipe(recipe, capsys) -> None:

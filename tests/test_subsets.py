@@ -45,7 +45,9 @@ def enumerate_masks(rules: Rules, lists: dict[str, int]) -> Tensor:
     masks = [m for m in itertools.product((0, 1), repeat=sum(lists.values())) if obeys(m, rules, lists)]
     if rules.costs is not None and masks:  # only those that use the budget, to within the cheapest block that may stay
         used = [sum(c for c, m in zip(rules.costs, mask, strict=True) if m) for mask in masks]
-        least = max(used) - min(c for i, c in enumerate(rules.costs) if c and i not in rules.remove)
+        sets = {frozenset(next((g for g in rules.together if i in g), [i])) for i in range(len(rules.costs))}
+        free = [s for s in sets if not s & {*rules.protect, *rules.remove}]
+        least = max(used) - min([c for s in free if (c := sum(rules.costs[i] for i in s))], default=1)
         masks = [mask for mask, cost in zip(masks, used, strict=True) if cost > least]
     return torch.tensor(masks, dtype=torch.float64)
 
@@ -194,12 +196,17 @@ def test_every_sample_obeys_every_rule(case, seed: int) -> None:
         (Rules(costs=[100, 100, 100, 1], budget=150), {(0, 3), (1, 3), (2, 3)}),
         (Rules(costs=[1, 10, 10, 10], budget=25, remove=[0]), {(1, 2), (1, 3), (2, 3)}),
         (Rules(costs=[1, 10, 10, 10], budget=100), {(0, 1, 2, 3)}),
+        (Rules(costs=[5, 5, 0, 0], budget=5, together=[[2, 3]]), {(0,), (1,), (0, 2, 3), (1, 2, 3)}),
+        (Rules(costs=[1, 7, 8, 9], budget=18, protect=[0]), {(0, 1, 2), (0, 1, 3), (0, 2, 3)}),
+        (Rules(costs=[2, 2, 8, 9], budget=13, together=[[0, 1]]), {(0, 1, 2), (0, 1, 3)}),
+        (Rules(costs=[4, 4, 4, 4], budget=20, protect=[0, 1, 2, 3]), {(0, 1, 2, 3)}),
     ],
 )
 def test_a_budget_is_used_as_far_as_it_can_be(rules: Rules, kept: set[tuple[int, ...]]) -> None:
     automaton = build(rules, {"blocks": 4})
-    best = Subsets(automaton, torch.zeros(4, dtype=torch.float64)).best(10)
-    assert {mask for _, mask in best} == kept
+    subsets = Subsets(automaton, torch.zeros(4, dtype=torch.float64))
+    assert {mask for _, mask in subsets.best(10)} == kept
+    assert subsets.best(1)[0][1] == tuple(subsets.mode().nonzero().flatten().tolist())
 
 
 def test_a_row_is_drawn_from_its_own_numbers() -> None:
@@ -213,6 +220,8 @@ def test_a_row_is_drawn_from_its_own_numbers() -> None:
     [
         (Rules(), "expected keep, or costs with budget"),
         (Rules(keep=3, costs=[1] * 8, budget=4), "expected keep, or costs with budget"),
+        (Rules(keep=3, budget=4), "expected keep, or costs with budget"),
+        (Rules(keep=3, costs=[1] * 8), "expected keep, or costs with budget"),
         (Rules(keep=9), r"search\.sampler\.rules\.keep is 9; expected 1 to 8 blocks"),
         (Rules(keep={"first": 2}), "expected a number for second too"),
         (Rules(keep={"first": 2, "secnd": 1}), "no block list 'secnd'; did you mean 'second'"),
@@ -231,7 +240,10 @@ def test_a_row_is_drawn_from_its_own_numbers() -> None:
         (Rules(keep=2, max_run=1), r"in the way: max_run 1 \(without it 28 masks would do\)"),
         (Rules(keep=3, protect=[0], remove=[0]), r"in the way: protect \[0\] .*; remove \[0\]"),
         (Rules(costs=[5] * 8, budget=3), r"search\.sampler\.rules\.budget is 3; expected enough for one block"),
-        (Rules(costs=[5] * 8, budget=9, protect=[0, 1]), r"no mask of 8 blocks obeys .*in the way: protect \[0, 1\]"),
+        (
+            Rules(costs=[1] * 8, budget=4, protect=[0, 1, 2, 3, 4], remove=[]),
+            r"no mask of 8 blocks obeys costs .*, budget 4, protect \[0, 1, 2, 3, 4\]; in the .*without it 70 masks",
+        ),
     ],
 )
 def test_rules_that_make_no_sense_or_no_mask(rules: Rules, message: str) -> None:

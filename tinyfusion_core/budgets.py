@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
-from .criteria import Nested
+from .criteria import Nested, nested_scores
+from .decision import Decision
 from .errors import UserError
 from .evaluation import HeldOutLoss, evaluate
 from .files import write_json
@@ -43,7 +44,8 @@ def budgets_of(folder: RunFolder, keep: Sequence[int] = (), recover_steps: int =
 
     Args:
         folder: a run whose search has finished.
-        keep: numbers of blocks; default all from the full depth, the teacher's, down to one.
+        keep: numbers of blocks; default all from the full depth, the teacher's, down to one, but those at which the
+            search does not tell two blocks apart.
         recover_steps: how long to recover each student, as the recipe says but for this; 0 does not.
 
     Raises:
@@ -55,7 +57,7 @@ def budgets_of(folder: RunFolder, keep: Sequence[int] = (), recover_steps: int =
     if recover_steps and recipe.recover is None:
         raise UserError(f"{folder / 'recipe.yaml'}: has no recover section that says how")
     task, trainer, rows = make_task(recipe), recipe.trainer, []
-    for num in keep or range(len(task.blocks), 0, -1):
+    for num in keep or _told_apart(Decision.load(folder / "decision.json")):
         decision = Nested(keep=num, decision=str(folder / "decision.json"))(task, trainer)
         student = prune(task, decision)
         found = {
@@ -71,3 +73,8 @@ def budgets_of(folder: RunFolder, keep: Sequence[int] = (), recover_steps: int =
     record = {"format_version": 1, "recover_steps": recover_steps, "rows": [asdict(row) for row in rows]}
     on_main(lambda: write_json(folder / "budgets.json", record))
     return rows
+
+
+def _told_apart(decision: Decision) -> list[int]:
+    ranked = sorted(nested_scores(decision), reverse=True)
+    return [k for k in range(len(decision.blocks), 0, -1) if k == len(ranked) or ranked[k - 1 : k] > ranked[k : k + 1]]

@@ -39,7 +39,7 @@ def block_costs(task: Task, trainer: Trainer, batch_size: int = 64, rounds: int 
 
 def whole(costs: Sequence[float]) -> list[int]:
     """The costs as whole numbers, the dearest block at `RESOLUTION`."""
-    unit = max(costs) / RESOLUTION
+    unit = max(costs) / RESOLUTION or 1.0  # all may be free of what is counted
     return [max(1, round(cost / unit)) for cost in costs]
 
 
@@ -51,7 +51,7 @@ def _flops(task: Task, model: nn.Module) -> list[float]:
         with counter:
             task.loss.predict(model, inputs)
     found = counter.get_flop_counts()
-    return [float(sum(found[f"{type(model).__name__}.{path}"].values())) for path in task.blocks]
+    return [float(sum(found.get(f"{type(model).__name__}.{path}", {}).values())) for path in task.blocks]
 
 
 def _latency(task: Task, trainer: Trainer, model: nn.Module, batch_size: int, rounds: int) -> list[float]:

@@ -146,7 +146,9 @@ def _recorded(value: Any) -> Any:
 class Nested(Criterion):
     """Keep the blocks that an earlier search kept most often: several budgets from one search.
 
-    A smaller budget keeps a part of what a larger one keeps.
+    What the search decided comes first, in the order of its marginals, then the others: a smaller budget keeps a part
+    of what a larger one keeps, and the search's own budget its decision. The search's rules do not count; `protect`
+    does.
 
     Args:
         decision: path of the search's `decision.json`, made for a checkpoint of the same architecture.
@@ -162,16 +164,32 @@ class Nested(Criterion):
         return super().preview(blocks)
 
     def guess(self, quota: Quota) -> Sequence[int]:
-        marginals = Decision.load(self.decision).marginals
-        if len(marginals) != quota.num_blocks:
+        found = Decision.load(self.decision)
+        if len(found.marginals) != quota.num_blocks:
             raise UserError(
-                f"{self.decision}: has marginals of {len(marginals)} blocks, the network {quota.num_blocks}; give the "
-                "decision of a learned search of it"
+                f"{self.decision}: has marginals of {len(found.marginals)} blocks, the network {quota.num_blocks}; "
+                "give the decision of a learned search of it"
             )
-        return quota.top(marginals)
+        scores = nested_scores(found)
+        kept = quota.top(scores)
+        for choice in quota.choices:
+            free = [i for i in choice.blocks if i not in quota.protected]
+            lowest = min((scores[i] for i in free if i in kept), default=math.inf)
+            tied = [i for i in free if scores[i] == lowest]
+            if not set(tied) <= set(kept):
+                raise UserError(
+                    f"{self.decision}: does not say which of the blocks {', '.join(map(str, tied))} to keep: their "
+                    "marginals are alike, as after a search that has settled; search with that budget"
+                )
+        return kept
 
     def decide(self, quota: Quota, task: Task, trainer: Trainer) -> Verdict:
         return Verdict(self.guess(quota), findings={"taken_from": self.decision})
+
+
+def nested_scores(decision: Decision) -> list[float]:
+    """The order in which blocks are kept as the budget grows: the decision's before the others, by their marginals."""
+    return [p + (i in decision.kept) for i, p in enumerate(decision.marginals)]
 
 
 class Positions(Criterion):

@@ -48,9 +48,15 @@ class Finals(Selector):
     samples: int = 256
 
     def __post_init__(self) -> None:
-        for name in ("masks", "samples"):
+        for name in ("masks", "steps", "samples"):
             require(getattr(self, name) >= 1, f"search.{name}", getattr(self, name), "at least 1")
-        self._healing()  # raises when there is none
+        require(self.lr > 0, "search.lr", self.lr, "a rate above 0")
+        require(self.batch_size is None or self.batch_size >= 1, "search.batch_size", self.batch_size, "at least 1")
+
+    @property
+    def healing(self) -> Recover:
+        """What a finalist gets in each round."""
+        return Recover(steps=self.steps, batch_size=self.batch_size, lr=self.lr, schedule="constant", ema=0.0)
 
     def inputs(self) -> dict[str, str]:
         parts: dict[str, Selector] = {"search": self.search}
@@ -79,12 +85,12 @@ class Finals(Selector):
             with track(f"finals, round {number}", len(students), show=show) as progress:
                 for kept, student in students.items():
                     part = None if run is None else run.part("search", f"finals {number} of {_name(kept)}")
-                    self._healing()(task, student, None, quiet, part, stage=f"finals {number}")
+                    self.healing(task, student, None, quiet, part, stage=f"finals {number}")
                     healed = Calibration(replace(task, model=student), quiet, self.samples, 64, "finals")
                     (losses[kept],) = healed.losses(torch.ones(1, len(kept)))
+                    evaluations += self.steps * (self.batch_size or quiet.batch_size) + healed.num_samples
                     student.cpu()
                     progress.advance()
-            evaluations += len(students) * (self.steps * (self.batch_size or quiet.batch_size) + self.samples)
             findings.append([{"kept": list(kept), "loss": loss, "of": proposed[kept]} for kept, loss in losses.items()])
             best = sorted(losses, key=lambda kept: losses[kept])[: (len(students) + 1) // 2]
             students = {kept: students[kept] for kept in best}
@@ -117,9 +123,6 @@ class Finals(Selector):
             evaluations += int(found.provenance.get("evaluations", 0))
         return proposed, evaluations
 
-    def _healing(self) -> Recover:
-        return Recover(steps=self.steps, batch_size=self.batch_size, lr=self.lr, schedule="constant", ema=0.0)
-
 
 def _name(kept: Sequence[int]) -> str:
     """A short name for a folder; the indices themselves can be too many for one."""
@@ -130,3 +133,10 @@ def search_of(selector: Selector | None) -> Search | None:
     """The learned search in a selector, if there is one."""
     inner = selector.search if isinstance(selector, Finals) else selector
     return inner if isinstance(inner, Search) else None
+
+
+def trainings_of(selector: Selector) -> list[Search | Recover]:
+    """What a selector trains, one after the other."""
+    search = search_of(selector)
+    trainings: list[Search | Recover] = [] if search is None else [search]
+    return [*trainings, selector.healing] if isinstance(selector, Finals) else trainings

@@ -46,7 +46,8 @@ class Rules:
 
     def given(self) -> dict[str, object]:
         """The rules that are in force, by name."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        found = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        return {name: value for name, value in found.items() if value not in ([], {})}
 
     def check(self, lists: Mapping[str, int], key: str = "search.sampler.rules") -> None:
         """Raises UserError, naming the key, when a rule has no meaning for block lists of these lengths."""
@@ -55,8 +56,8 @@ class Rules:
         def need(holds: bool, name: str, value: object, expected: str) -> None:
             require(holds, f"{key}{'.' * bool(name)}{name}", value, expected)
 
-        one = (self.keep is None) != (self.costs is None or self.budget is None)
-        need(one, "", self.given(), "keep, or costs with budget")
+        given = tuple(value is not None for value in (self.keep, self.costs, self.budget))
+        need(given in ((True, False, False), (False, True, True)), "", self.given(), "keep, or costs with budget")
         if isinstance(self.keep, Mapping):
             if unknown := [name for name in self.keep if name not in lists]:
                 hint = nearest(unknown[0], lists)
@@ -81,6 +82,15 @@ class Rules:
             right = all(0 <= i < num_blocks for i in blocks) and len(set(blocks)) == len(blocks)
             need(right, name, getattr(self, name), indices)
         need(self.max_run is None or self.max_run >= 0, "max_run", self.max_run, "0 or more blocks")
+
+    def slack(self) -> int:
+        """What a mask may leave of the largest use of the budget: less than the cheapest that could still be added."""
+        assert self.costs is not None
+        grouped = [tuple(group) for group in self.together]
+        units = [*grouped, *((i,) for i in range(len(self.costs)) if all(i not in group for group in grouped))]
+        fixed = {*self.protect, *self.remove}
+        free = [sum(self.costs[i] for i in unit) for unit in units if fixed.isdisjoint(unit)]
+        return min((cost for cost in free if cost), default=1)
 
     def without(self, name: str) -> Rules:
         """These rules but one."""
@@ -136,11 +146,7 @@ def build(rules: Rules, lists: Mapping[str, int]) -> Automaton:
         UserError: a rule has no meaning for these lists, or no mask obeys them all; names those that are too many.
     """
     rules.check(lists)
-    paths = _explore(rules, lists)
-    found = _prune(rules, *paths)
-    if found is not None and rules.costs is not None:
-        free = [c for i, c in enumerate(rules.costs) if c and i not in rules.remove]
-        found = _prune(rules, *paths, least=found.dearest - min(free))
+    found = _automaton(rules, lists)
     if found is not None:
         return found
     blame = []
@@ -148,11 +154,19 @@ def build(rules: Rules, lists: Mapping[str, int]) -> Automaton:
         if name in ("keep", "costs", "budget"):
             continue
         fewer = rules.without(name)
-        if (without := _prune(fewer, *_explore(fewer, lists))) is not None:
+        if (without := _automaton(fewer, lists)) is not None:
             blame.append(f"{name} {value} (without it {without.num_masks:,} masks would do)")
     given = ", ".join(f"{name} {value}" for name, value in rules.given().items())
     reason = "; in the way: " + "; ".join(blame) if blame else ""
     raise UserError(f"search.sampler.rules: no mask of {sum(lists.values())} blocks obeys {given}{reason}")
+
+
+def _automaton(rules: Rules, lists: Mapping[str, int]) -> Automaton | None:
+    paths = _explore(rules, lists)
+    found = _prune(rules, *paths)
+    if found is None or rules.costs is None:
+        return found
+    return _prune(rules, *paths, least=found.dearest - rules.slack())
 
 
 _Layers = list[dict[_State, int]]
@@ -176,7 +190,8 @@ def _explore(rules: Rules, lists: Mapping[str, int]) -> tuple[_Layers, _Moves]:
         moves.append(out)
         layers.append(following)
         if sum(map(len, layers)) > MAX_STATES:
-            raise UserError("search.sampler.rules: these need too many states; make costs smaller numbers")
+            fix = "fewer or closer blocks in together" if rules.costs is None else "costs of smaller numbers"
+            raise UserError(f"search.sampler.rules: these need too many states; give {fix}")
     return layers, moves
 
 

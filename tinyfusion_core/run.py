@@ -18,7 +18,7 @@ from .decision import Decision, versions
 from .errors import UserError
 from .evaluation import Measurement, check_teacher, evaluate
 from .files import save_tensors, write_json
-from .finals import search_of
+from .finals import trainings_of
 from .generation import generate, has_pictures, pictures
 from .plan import make_plan
 from .pruning import load_pretrained, origin, prune, save_network, save_pretrained
@@ -75,7 +75,8 @@ def _prepared(recipe: Recipe, folder: RunFolder, command: str, restart_from: str
     if plan.problems or plan.missing:
         raise UserError("\n".join(plan.problems + plan.missing))
     rounds = recipe.each_round().values()
-    for stage in (recipe.train, *(search_of(step.search) for step in rounds), *(step.recover for step in rounds)):
+    searched = [training for step in rounds for training in trainings_of(step.search)]
+    for stage in (recipe.train, *searched, *(step.recover for step in rounds)):
         if stage is not None:
             recipe.trainer.with_batch_size(stage.batch_size).split(recipe.trainer.accelerator.num_processes)
     check_claim(recipe, folder, command, restart_from)

@@ -49,7 +49,8 @@ class BlockSampler(nn.Module, ABC):
         self.lists = dict(lists)
         self.pattern: Any = None  # what a decision records of the budget, if it can be said as a pattern
         self.num_blocks = sum(lists.values())
-        self.num_steps = 0  # that it has been trained for, when a search is done with it
+        # What a search has done with it when it has ended: steps, and before them samples that its start looked at.
+        self.num_steps, self.evaluations = 0, 0
         # A mask that somebody believes in, as signs, and how much at the first, at the last and at this step.
         self.register_buffer("preference", torch.zeros(self.num_blocks), persistent=False)
         self.prior_schedule, self.prior = (0.0, 0.0), 0.0
@@ -206,8 +207,9 @@ class GroupedSampler(BlockSampler):
 
     def best(self, count: int) -> list[tuple[int, ...]]:
         found: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
-        for p, members, g in zip(self._probabilities(), self.choices(), itertools.count(), strict=False):
-            top = p.log().topk(min(count, len(p)))
+        for scores, members, g in zip(self._scores(), self.choices(), itertools.count(), strict=False):
+            # Of what is all but certain a probability would say nothing.
+            top = scores.detach().log_softmax(0).topk(min(count, len(scores)))
             options = [
                 (value, tuple(members[i] for i in self._options(g)[option].nonzero().flatten().tolist()))
                 for value, option in zip(top.values.tolist(), top.indices.tolist(), strict=True)

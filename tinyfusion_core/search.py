@@ -111,6 +111,8 @@ class Search(Selector):
         require(0 <= self.warmup < 1, "search.warmup", self.warmup, "a fraction from 0 to below 1")
         require(self.lr_gates is None or self.lr_gates > 0, "search.lr_gates", self.lr_gates, "a rate above 0")
         require(min(self.prior) >= 0, "search.prior", self.prior, "log-odds of 0 or more")
+        if self.start is None and self.prior != (1.0, 1.0):
+            raise UserError("search.prior says how much a start counts; give search.start too")
         share = 0 < self.dropped_values <= 1
         require(share, "search.dropped_values", self.dropped_values, "a fraction above 0, at most 1")
         sure = self.confident is None or 0 < self.confident < 1
@@ -175,7 +177,8 @@ class Search(Selector):
         """What a distribution that was learned decides."""
         steps = sampler.num_steps or self.steps
         rows = steps * (self.batch_size or trainer.batch_size) * sampler.masks_per_sample
-        record = {**provenance(trainer.seed, task.source), "steps": steps, "evaluations": rows}
+        evaluations = sampler.evaluations + rows
+        record = {**provenance(trainer.seed, task.source), "steps": steps, "evaluations": evaluations}
         return self._decision(sampler, task.blocks, record)
 
     def learn(self, task: Task, trainer: Trainer, run: RunFolder | None = None) -> BlockSampler:
@@ -190,6 +193,7 @@ class Search(Selector):
                 task, replace(trainer, trackers=()), None if run is None else run.part("search", "start")
             )
             sampler.prefer(first.kept, self.prior)
+            sampler.evaluations = int(first.provenance.get("evaluations", 0))
         # AveragedModel begins with the values after the first step: no bias towards the initial ones.
         ema = Ema(sampler, decay_for(self.steps) if self.ema is None else self.ema)
         averaged = ema.average.module
@@ -211,7 +215,7 @@ class Search(Selector):
                 ]
                 how = Optimization(groups=groups, steps=self.steps, clip=self.clip, ema=ema)
                 trainer.fit("search", objective, task.train, task.loss.prepare, how, run)
-        averaged.num_steps = objective.num_steps
+        averaged.num_steps, averaged.evaluations = objective.num_steps, sampler.evaluations
         if objective.num_steps == self.steps:  # else it stopped early, and is as sure as it was there
             averaged.anneal(1.0)
         return averaged.cpu()
@@ -279,7 +283,9 @@ class _GatedLoss(Objective):
         self.learning = progress >= self.warmup
         learned = max(0.0, (progress - self.warmup) / (1 - self.warmup))
         self.temperatures = self.sampler.anneal(learned)
-        self.outside[1].anneal(learned)
+        averaged = self.outside[1]
+        averaged.anneal(learned)
+        averaged.prior = averaged.prior_schedule[1]  # a start that fades has no say in the decision
 
     def finished(self) -> bool:
         confident, averaged = self.search.confident, self.outside[1]

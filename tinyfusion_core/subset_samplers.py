@@ -79,7 +79,10 @@ class ExactK(SubsetSampler):
 
 
 class ScoreFunction(SubsetSampler):
-    """Any mask within the rules, by the score function with a leave-one-out baseline (arXiv 1901.11512, 2407.16058).
+    """Any mask within the rules, by the score function with a leave-one-out baseline.
+
+    The baseline is Kool et al.'s ("Buy 4 REINFORCE samples, get a baseline for free!", 2019); Wijk et al. (arXiv
+    2407.16058) have searched subsets so.
 
     Every sample runs under several masks, on identical draws; a mask's log-probability is weighed by how much lower its
     loss is than the mean of the others'. Unbiased, needs no gradient through the blocks, and blocks that are dropped

@@ -10,6 +10,7 @@ Shapes: N blocks, R masks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -74,7 +75,7 @@ class Subsets:
             before = []
             for drop, keep in zip(*tables, strict=True):
                 both = values[drop] + [(value + theta[i], (i, *rest)) for value, rest in values[keep]]
-                before.append(sorted(both, key=lambda item: (-item[0], item[1]))[:count])
+                before.append(sorted(both, key=_order)[:count])
             values = before
         total = float(self.log_partition().detach())
         return [(value - total, kept) for value, kept in values[0]]
@@ -117,3 +118,9 @@ class Subsets:
 def _log_sum(a: Tensor, b: Tensor) -> Tensor:
     """log(exp(a) + exp(b)), twice differentiable for any finite values."""
     return a + nn.functional.softplus(b - a, threshold=50)
+
+
+def _order(item: tuple[float, tuple[int, ...]]) -> tuple[float, tuple[float, ...]]:
+    """Best first; of equally probable masks that which keeps the earlier blocks, all else being equal also more."""
+    value, kept = item
+    return -value, (*kept, math.inf)

@@ -69,8 +69,9 @@ class Trainer:
         max_skipped: stop after so many steps in a row with a loss or gradient that is not finite.
         max_bad_samples: training samples that may be unreadable, counted over a stage each time one is met; another
             is taken in its place, the same on any number of processes. One more stops the run.
-        micro_batch_size: largest number of samples of one forward pass on one process; a process whose share of the
-            batch is larger accumulates the gradients of several passes. By default its share is one pass.
+        micro_batch_size: largest number of samples of one forward pass on one process (a score function's samples run
+            under all of their masks); a process whose share of the batch is larger accumulates the gradients of
+            several passes. By default its share is one pass.
         sharding: how several processes share a network: `ddp` gives each a copy, `fsdp` each a part of the weights,
             their gradients and optimizer state, block by block (FSDP2).
         activation_checkpointing: keep no activations inside of a block, compute them again in the backward pass.
