@@ -99,7 +99,7 @@ def test_the_weight_update_of_the_reference_reaches_every_linear_of_mar() -> Non
 
 
 def test_flags_reach_every_depth_and_keep_the_rest() -> None:
-    path = ROOT / "recipes" / "quickstart.yaml"
+    path = ROOT / "recipes" / "sit_small.yaml"
     before = flatten(tiny.load_recipe(path).settings)
     after = flatten(
         tiny.load_recipe(path, ["--search.update.rank=4", "--trainer.seed", "7", "--recover=null"]).settings
@@ -115,7 +115,7 @@ def test_flags_reach_every_depth_and_keep_the_rest() -> None:
 
 
 def test_a_sampler_spelled_out_is_the_short_form() -> None:
-    path = ROOT / "recipes" / "quickstart.yaml"
+    path = ROOT / "recipes" / "sit_small.yaml"
     sampler = "{class_path: GroupedSampler, init_args: {pattern: [4, 8], tau: [4.0, 0.1]}}"
     recipe = tiny.load_recipe(path, ["--search.pattern=null", "--search.tau=null", "--search.sampler", sampler])
     assert recipe.search is not None
