@@ -31,6 +31,7 @@ from tinyfusion_core.plugins import registry
 from tinyfusion_core.sampling import Draw, GroupedSampler
 from tinyfusion_core.subset_samplers import ExactK, GumbelTopK
 from tinyfusion_core.testing import pairs_of, spoken
+from tinyfusion_core.together import leave
 from toys import Match, Planted, planted_data
 
 DATA = planted_data()
@@ -278,3 +279,4 @@ def main(folder: Path, processes: int, *what: str) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
+    leave()

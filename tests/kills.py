@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 import tinyfusion_core.comparison_report
 import tinyfusion_core.run  # noqa: F401
 from tinyfusion_core.cli import main
+from tinyfusion_core.together import leave
 
 GRACE = 5.0
 """Seconds between asking the others to end and killing them; torchrun's are 30."""
@@ -55,7 +56,7 @@ def start(arguments: list[str], processes: int, log: Path) -> list[int]:
             code = main(arguments)
             if processes > 1:
                 assert torch.distributed.get_world_size() == processes
-                torch.distributed.destroy_process_group()
+                leave()
         finally:
             sys.stdout.flush()
             os._exit(code)

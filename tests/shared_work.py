@@ -22,7 +22,7 @@ from tinyfusion_core.generation import generate
 from tinyfusion_core.randomness import generator
 from tinyfusion_core.similarity import LinearCKA, cosine, squared_error
 from tinyfusion_core.spread import spread
-from tinyfusion_core.together import on_main, place
+from tinyfusion_core.together import leave, on_main, place
 from tinyfusion_mar import MAR, MaskedTokenDiffusion
 from toys import Match, Planted, planted_data
 
@@ -162,3 +162,4 @@ def main(folder: Path, run_dir: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main(Path(sys.argv[1]), Path(sys.argv[2]))
+    leave()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import tinyfusion_core as tiny
 from test_faults import BAD, Torn, mended, recovered, stopped
@@ -22,7 +24,7 @@ import torch
 sys.path.insert(0, sys.argv[1])
 import tinyfusion_core as tiny
 from tinyfusion_core.errors import FailedElsewhere, Interrupted
-from tinyfusion_core.together import everywhere, on_main
+from tinyfusion_core.together import everywhere, leave, on_main
 from test_faults import BAD, TRAINER, Match, Torn, planted_data, recovered
 from tinyfusion_core.randomness import Order
 torch.set_num_threads(1)
@@ -125,12 +127,26 @@ expect(kind, "metrics.jsonl: cannot be written", lambda: recovered(tiny.RunFolde
 if me == 0:
     torch.save({"one to two": more, "torn": mended}, folder / "out.pt")
 accelerator.wait_for_everyone()
-torch.distributed.destroy_process_group()
+leave()
 """
 
 
 def close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return all(torch.allclose(value, b[name], atol=1e-5) for name, value in a.items())
+
+
+def test_the_program_leaves_the_others_before_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads of gloo that are left aborted two processes in five after all of their work was done."""
+
+    def work() -> int:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        return 7
+
+    monkeypatch.setattr("tinyfusion_core.cli.main", work)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("tinyfusion_core", run_name="__main__")
+    assert ended.value.code == 7
+    assert not dist.is_initialized()
 
 
 def test_two_processes_bear_it_alike(tmp_path: Path) -> None:

@@ -4,4 +4,9 @@ import sys
 
 from .cli import main
 
-sys.exit(main())
+code = main()
+if "torch.distributed" in sys.modules:  # else there are no other processes, and importing it would take a second
+    from .together import leave
+
+    leave()
+sys.exit(code)

@@ -78,6 +78,15 @@ def all_of(work: Callable[[], T]) -> list[T]:
     return results
 
 
+def leave() -> None:
+    """End the work of several processes, as the last thing that a program does.
+
+    A backend's threads that are still there when the interpreter goes can abort a process whose work is done.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def _exchange(work: Callable[[], T], share: bool) -> tuple[T, list[T]]:
     """What `work` gave here, and, when it is to be shared, on each process."""
     if place()[1] == 1:
