@@ -42,6 +42,7 @@ Entries = Sequence[Mapping[str, Any]]
 def draw_strip(decision: Decision, path: Path) -> None:
     """The teacher's blocks in a row, kept and removed, groups bracketed with the confidence of their choice."""
     count = len(decision.blocks)
+    choices = decision.choices or ([tuple(range(count))] if decision.confidences else [])  # all are one choice
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(max(6.0, 0.42 * count), 1.3))
         for i in range(count):
@@ -51,13 +52,13 @@ def draw_strip(decision: Decision, path: Path) -> None:
             axes.text(
                 i + 0.5, 0.5, str(i), ha="center", va="center", color="white" if kept else "#7b8794", weight="bold"
             )
-        for blocks in decision.choices:
+        for blocks in choices:
             left, right = blocks[0] + 0.06, blocks[-1] + 0.94
             axes.plot([left, left, right, right], [1.12, 1.22, 1.22, 1.12], color=INK, linewidth=1)
-        for blocks, confidence in zip(decision.choices, decision.confidences, strict=False):  # a criterion has none
+        for blocks, confidence in zip(choices, decision.confidences, strict=False):  # a criterion has none
             middle = (blocks[0] + blocks[-1] + 1) / 2
             axes.text(middle, 1.32, f"{confidence:.2f}", ha="center", va="bottom", color=INK, size=9)
-        axes.set(xlim=(0, count), ylim=(-0.1, 1.75), aspect="auto")
+        axes.set(xlim=(0, count), ylim=(-0.1, 1.75 if choices else 1.1), aspect="auto")
         axes.axis("off")
         save_figure(figure, path)
 

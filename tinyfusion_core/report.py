@@ -112,7 +112,7 @@ def _draw(folder: RunFolder, decisions: Mapping[str, Decision]) -> list[tuple[st
         of = f": {name}" if name else ""
         draw_strip(decision, figures / f"{prefix}blocks.png")
         removed = ", ".join(map(str, decision.removed)) or "none"
-        sure = "; the numbers above are the confidence" if decision.confidences and decision.choices else ""
+        sure = "; the numbers above are the confidence" if decision.confidences else ""
         caption = f"Removed: {removed}. Decided by {decision.method}{sure}."
         drawn.append((f"What was kept{of}", caption, [(f"{prefix}blocks.png", "")]))
         search = made.metrics("search")
