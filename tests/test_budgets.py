@@ -87,5 +87,6 @@ def test_a_decision_without_marginals_is_refused(tmp_path: Path) -> None:
     tiny.Decision(blocks=blocks, kept=(0, 1), method="Keep").save(path)
     with pytest.raises(tiny.UserError, match=r"decision\.json: has marginals of 0 blocks, the network 4"):
         tiny.Nested(keep=2, decision=str(path)).preview(blocks)
+    assert _told_apart(tiny.Decision.load(path)) == [4]  # of which the command gets the same message
     with pytest.raises(tiny.UserError, match="the decision is about 4 blocks"):
         tiny.Nested(keep=2, decision=str(path)).preview(blocks[:3])

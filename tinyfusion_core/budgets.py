@@ -76,5 +76,6 @@ def budgets_of(folder: RunFolder, keep: Sequence[int] = (), recover_steps: int =
 
 
 def _told_apart(decision: Decision) -> list[int]:
-    ranked = sorted(nested_scores(decision), reverse=True)
-    return [k for k in range(len(decision.blocks), 0, -1) if k == len(ranked) or ranked[k - 1 : k] > ranked[k : k + 1]]
+    """The numbers of blocks at which the search tells who stays; all of them always, whatever it knows."""
+    depth, ranked = len(decision.blocks), sorted(nested_scores(decision), reverse=True)
+    return [depth, *(k for k in range(len(ranked) - 1, 0, -1) if ranked[k - 1] > ranked[k])]
