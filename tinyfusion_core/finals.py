@@ -59,14 +59,14 @@ class Finals(Selector):
         return Recover(steps=self.steps, batch_size=self.batch_size, lr=self.lr, schedule="constant", ema=0.0)
 
     def inputs(self) -> dict[str, str]:
-        parts: dict[str, Selector] = {"search": self.search}
-        parts |= {f"others[{i}]": other for i, other in enumerate(self.others)}
+        parts = {"search": self.search, **self._by_key()}
         return {f"{part}.{key}": value for part, selector in parts.items() for key, value in selector.inputs().items()}
 
     def preview(self, blocks: Sequence[str]) -> Decision:
-        for i, other in enumerate(self.others):
-            self.search.check_budget(other, blocks, f"others[{i}]")
-        return self.search.preview(blocks)
+        return self.search.preview_beside(blocks, self._by_key())
+
+    def _by_key(self) -> dict[str, Selector]:
+        return {f"others[{i}]": other for i, other in enumerate(self.others)}
 
     def __call__(self, task: Task, trainer: Trainer, run: RunFolder | None = None) -> Decision:
         quiet = replace(trainer, trackers=())  # each piece of work would be a run of its own

@@ -128,17 +128,17 @@ class Search(Selector):
         return {} if self.start is None else {f"start.{key}": value for key, value in self.start.inputs().items()}
 
     def preview(self, blocks: Sequence[str]) -> Decision:
-        decision = self._decision(self.make_sampler(list_lengths(blocks)), blocks, {})
-        if self.start is not None:
-            self.check_budget(self.start, blocks, "start")
-        return decision
+        return self.preview_beside(blocks, {})
 
-    def check_budget(self, other: Selector, blocks: Sequence[str], key: str) -> None:
-        """Raises UserError, naming the key, when another selector is going to keep another number of blocks."""
-        sampler, theirs = self.make_sampler(list_lengths(blocks)), len(other.preview(blocks).kept)
-        ours = len(sampler.mode())
-        if theirs != ours and (sampler.budget is not None or sampler.choices()):
-            raise UserError(f"search.{key}: keeps {theirs} blocks, the search {ours}; give it the same number")
+    def preview_beside(self, blocks: Sequence[str], others: Mapping[str, Selector]) -> Decision:
+        """`preview`, with selectors beside the search, by key, that must keep as many blocks as it does."""
+        sampler = self.make_sampler(list_lengths(blocks))
+        decision = self._decision(sampler, blocks, {})
+        for key, other in {**({"start": self.start} if self.start else {}), **others}.items():
+            theirs, ours = len(other.preview(blocks).kept), len(decision.kept)
+            if theirs != ours and (sampler.budget is not None or sampler.choices()):
+                raise UserError(f"search.{key}: keeps {theirs} blocks, the search {ours}; give it the same number")
+        return decision
 
     def make_sampler(self, lists: Mapping[str, int]) -> BlockSampler:
         """The distribution over masks that the search starts from, for block lists of these lengths."""
