@@ -135,7 +135,7 @@ def test_wrong_checkpoints(recipe: Path, tmp_path: Path, capsys) -> None:
 def test_unwritable_run_folder(recipe: Path, tmp_path: Path, capsys) -> None:
     (tmp_path / "file").write_text("in the way")
     assert main(["run", str(recipe), "--run-dir", str(tmp_path / "file" / "run")]) == 2
-    assert "the run folder cannot be written" in capsys.readouterr().err
+    assert "the folder cannot be written" in capsys.readouterr().err
 
 
 def test_full_disk_leaves_the_old_checkpoint_intact(tmp_path: Path) -> None:

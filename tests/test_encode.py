@@ -25,6 +25,7 @@ from tinyfusion_core.cli import main
 from tinyfusion_core.encode import Encode
 from tinyfusion_core.errors import Interrupted, UserError
 from tinyfusion_core.images import centre_crop, list_images
+from tinyfusion_core.locking import owned
 from tinyfusion_core.randomness import Rng
 from tinyfusion_dit import Latents
 from tinyfusion_dit.conditional import draw_latents
@@ -53,7 +54,7 @@ def encode(vae: Path, **how: Any) -> Encode:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
 
 
 def all_rows(folder: Path) -> dict[str, torch.Tensor]:
@@ -66,7 +67,7 @@ def test_latents_are_what_the_autoencoder_gives(tiny_vae: Path, images: Path, tm
     made = encode(tiny_vae, kind="moments", flip=True)(images, out)
     assert made == json.loads((out / "metadata.json").read_text())
     names = [f"{i:05d}-of-00005.safetensors" for i in range(5)]
-    assert sorted(path.name for path in out.iterdir()) == [*names, "metadata.json"]
+    assert sorted(path.name for path in out.iterdir()) == [".lock", *names, "metadata.json"]
     expected = {"vae": "tiny", "scale": 0.5, "shift": 0.25, "kind": "moments", "size": SIZE, "flips": True}
     assert {**expected, "num_images": NUM}.items() <= made.items()
     assert made["classes"] == list(CLASSES)
@@ -160,6 +161,7 @@ def test_two_processes_and_a_kill_make_what_one_makes(tiny_vae: Path, images: Pa
     damaged = min(recorded) if len(recorded) > 1 else ""  # one of those that were finished
     if damaged:
         (killed / damaged).write_bytes(b"?")
+    (killed / f".00009-of-{NUM:05d}.safetensors.x.partial").write_bytes(b"a kill in the middle of a write")
 
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += ["-m", "tinyfusion_core", "encode", *words, "--out", str(killed)]
@@ -198,6 +200,15 @@ def test_other_latents_are_not_mixed_in(tiny_vae: Path, images: Path, tmp_path: 
         with pytest.raises(UserError, match=f"latents that were made otherwise .*{message}.*; choose another"):
             encode(tiny_vae, **how)(images, out)
     assert content(out) == before
+
+
+def test_two_encodings_do_not_share_a_folder(tiny_vae: Path, images: Path, tmp_path: Path) -> None:
+    out, how = tmp_path / "latents", encode(tiny_vae)
+    refusal = rf"at work in this folder \(process {os.getpid()} on .* choose another --out"
+    with owned(out, "--out"), pytest.raises(UserError, match=refusal):
+        how(images, out)
+    assert [path.name for path in out.iterdir()] == [".lock"]
+    how(images, out)
 
 
 def test_an_image_that_cannot_be_read_is_named_or_left_out(

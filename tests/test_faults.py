@@ -29,6 +29,7 @@ from tinyfusion_core import stopping
 from tinyfusion_core.cli import main
 from tinyfusion_core.data import Tensors
 from tinyfusion_core.errors import Interrupted
+from tinyfusion_core.locking import owned
 from tinyfusion_core.pruning import remove_blocks
 from tinyfusion_core.randomness import seed_of
 from tinyfusion_core.report import write_report
@@ -333,7 +334,7 @@ def test_readers_are_stopped_by_the_trainer_alone() -> None:
 
 def test_the_lock_dies_with_the_run_not_with_its_readers(tmp_path: Path) -> None:
     awake, woken = os.pipe()
-    with tiny.RunFolder(tmp_path).owned():
+    with owned(tmp_path, "--run-dir"):
         reader = os.fork()
         if not reader:
             os.write(woken, b"!")
@@ -341,8 +342,8 @@ def test_the_lock_dies_with_the_run_not_with_its_readers(tmp_path: Path) -> None
             os._exit(0)
         os.read(awake, 1)  # else it may not have run yet
     try:
-        with tiny.RunFolder(tmp_path).owned(), pytest.raises(tiny.UserError, match=rf"\(process {os.getpid()} on "):
-            tiny.RunFolder(tmp_path).owned().__enter__()
+        with owned(tmp_path, "--out"), pytest.raises(tiny.UserError, match=rf"\(process {os.getpid()} on "):
+            owned(tmp_path, "--out").__enter__()
     finally:
         os.kill(reader, signal.SIGKILL)
         os.waitpid(reader, 0)
@@ -399,7 +400,7 @@ def test_a_full_disk_and_one_that_cannot_be_written(recipe: Path, tmp_path: Path
     (readonly, full, free), decision, metrics = json.loads(done.stdout)
     assert [readonly[0], full[0], free[0]] == [2, 2, 0]
     assert len(readonly[1]) == len(full[1]) == 1
-    assert "the run folder cannot be written (Read-only file system)" in readonly[1][0]
+    assert "the folder cannot be written (Read-only file system)" in readonly[1][0]
     assert "No space left on device" in full[1][0]
     assert "Free space" in full[1][0]
     assert not any(name.endswith(".partial") for name in full[2])
@@ -419,6 +420,7 @@ from pathlib import Path
 import torch
 import accelerate.utils, peft
 import tinyfusion_core as tiny
+from tinyfusion_core.locking import owned
 from tinyfusion_core.run_folder import RunFolder
 from toys import Match, Planted, planted_data
 torch.set_num_threads(1)
@@ -437,7 +439,7 @@ def search(name, die_at=None):
     task = tiny.Task(backbone=Planted(), loss=Match(), train=planted_data(), held_out=planted_data(16))
     trainer = tiny.Trainer(batch_size=8, precision="fp32", log_every=1, checkpoint_every=20)
     run = RunFolder(folder / name)
-    with run.owned():
+    with owned(run.path, "--run-dir"):
         decision = tiny.Search(pattern=(4, 8), steps=2000)(task, trainer, run)
     decision.save(run / "decision.json")
     (run / "held.json").write_text(json.dumps(held))

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 import tinyfusion_core as tiny
 from small_run import SHIPPED, run
 from tinyfusion_core.cli import main
+from tinyfusion_core.locking import owned
 from tinyfusion_core.pruning import WEIGHTS
 from tinyfusion_core.run import make_task
 from tinyfusion_dit.model import DiT
@@ -218,9 +219,9 @@ def test_a_decision_that_is_not_the_students_is_noticed(recipe: Path, tmp_path: 
 
 
 def test_two_runs_do_not_share_a_folder(recipe: Path, tmp_path: Path, capsys) -> None:
-    with tiny.RunFolder(tmp_path / "run").owned():
+    with owned(tmp_path / "run", "--run-dir"):
         assert run(recipe, tmp_path / "run", *SHORT) == 2
-    assert f"another run is at work in this folder (process {os.getpid()} on " in capsys.readouterr().err
+    assert f"another tinyfusion is at work in this folder (process {os.getpid()} on " in capsys.readouterr().err
     assert run(recipe, tmp_path / "run", *SHORT) == 0
 
 

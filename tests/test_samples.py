@@ -33,6 +33,7 @@ def test_killed_and_gone_on_with_it_is_the_same_set(finished: Path, tmp_path: Pa
         time.sleep(0.01)
     process.kill()
     process.wait()
+    (tmp_path / ".set.npz.x.partial").write_bytes(b"a kill in the middle of a write")
     before = {path: path.stat().st_mtime_ns for path in parts.glob("*.safetensors")}
     assert 3 <= len(before) < num / 3
     assert not archive.exists()
@@ -51,10 +52,12 @@ def test_a_folder_is_completed_and_grows(finished: Path, tmp_path: Path, capsys:
     first = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in to.glob("*.png")}
     assert sorted(first) == [f"{i:06d}.png" for i in range(9)]
     (to / "000004.png").unlink()
+    (to / ".000004.png.x.partial").write_bytes(b"a kill in the middle of a write")
     assert sample(finished, to, 12) == 0
     for name, (content, when) in first.items():
         assert (to / name).read_bytes() == content
         assert name in ("000003.png", "000004.png", "000005.png") or (to / name).stat().st_mtime_ns == when
+    assert sorted(path.name for path in to.iterdir()) == [*(f"{i:06d}.png" for i in range(12)), "samples.json"]
     record = json.loads((to / "samples.json").read_text())
     assert record["labels"] == [*range(10), 0, 1]
     assert record["num"] == 12

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 import tinyfusion_core as tiny
 from test_faults import BAD, Torn, mended, recovered, stopped
+from tinyfusion_core.locking import owned
 from toys import planted_data
 
 PROGRAM = """
@@ -178,9 +179,9 @@ def test_when_the_main_process_is_refused_all_end_with_one_message(recipe: Path,
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += ["-m", "tinyfusion_core", "run", str(recipe), "--run-dir", str(tmp_path / "run")]
     env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    with tiny.RunFolder(tmp_path / "run").owned():
+    with owned(tmp_path / "run", "--run-dir"):
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 1
-    assert done.stderr.count("error: ") == done.stderr.count("another run is at work in this folder") == 1
+    assert done.stderr.count("error: ") == done.stderr.count("another tinyfusion is at work in this folder") == 1
     assert done.stderr.count("exitcode  : 2") == 2
     assert [p.name for p in (tmp_path / "run").iterdir()] == [".lock"]

@@ -281,13 +281,12 @@ def _new_plugin(options: argparse.Namespace, flags: list[str]) -> int:
 
 
 def _encode(options: argparse.Namespace, flags: list[str]) -> int:
-    from accelerate import PartialState
-
     from .encode import Encode
+    from .together import place
 
     given = {name: value for name, value in vars(options).items() if name not in ("command", "debug", "images", "out")}
     made = Encode(**given)(options.images, options.out)
-    if PartialState().is_main_process:
+    if place()[0] == 0:
         print(f"{options.out}: {made['num_images']:,} images in {len(made['shards']):,} shards, all verified")
         for name in made["skipped"]:
             print(f"left out: {name}")

@@ -21,6 +21,7 @@ from .files import read_json
 from .finals import search_of
 from .findings import Findings, Trial
 from .frechet import Frechet
+from .locking import owned
 from .progress import track
 from .randomness import generator
 from .ranking import RANDOM
@@ -140,7 +141,7 @@ class Comparison:
         with ExitStack() as stack:
 
             def take() -> None:
-                stack.enter_context(folder.owned())
+                stack.enter_context(owned(folder.path, "--run-dir"))
 
             on_main(take)
             progress = stack.enter_context(track(self.view, work, show=main))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +18,12 @@ from .autoencoder import fingerprint, load_autoencoder
 from .errors import Interrupted, UserError, require
 from .files import digest, read_json, write_json
 from .images import Crops, ImageFolder, list_images
+from .locking import owned
 from .progress import track
 from .randomness import generator
 from .shards import FORMAT_VERSION, METADATA, Shard, read_metadata, read_shard, write_shard
 from .stopping import stop_requests
-
-if TYPE_CHECKING:
-    from accelerate import PartialState
+from .together import on_main, place, told
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -84,7 +84,8 @@ class Encode:
             The content of `out/metadata.json`.
 
         Raises:
-            UserError: an image cannot be read, the folder holds other latents, or what was written is not right.
+            UserError: an image cannot be read, the folder holds other latents, another command is at work in it, or
+                what was written is not right.
             Interrupted: a signal came; finished shards are kept.
         """
         from accelerate import PartialState
@@ -92,9 +93,7 @@ class Encode:
 
         # Without being told, accelerate makes no group of processes that have no GPU: each would think itself alone.
         cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-        # Shares may take hours longer than others; torchrun ends the ones that wait when one fails.
-        state = PartialState(cpu, timeout=timedelta(days=7))
-        return _Encoding(self, list_images(images), out, state).run()
+        return _Encoding(self, list_images(images), out, PartialState(cpu).device).run()
 
 
 @dataclass(frozen=True)
@@ -112,43 +111,54 @@ class _Encoding:
     how: Encode
     folder: ImageFolder
     out: Path
-    state: PartialState
+    device: torch.device
 
     def run(self) -> dict[str, Any]:
         """See `Encode`."""
-        from accelerate.utils import gather_object
-
-        self._check()
-        if len(set(gather_object([digest(self._settings)]))) > 1:
+        if len(set(told(digest(self._settings)))) > 1:
             raise UserError(
                 "encode: processes see different images, or use different autoencoders; compare their disks"
             )
-        if self.state.is_main_process and not (self.out / METADATA).exists():
+        with ExitStack() as stack:
+            on_main(lambda: self._take(stack))
+            return self._make()
+
+    def _take(self, stack: ExitStack) -> None:
+        """Make the folder that of these latents, until the stack closes."""
+        self._check()
+        stack.enter_context(owned(self.out, "--out"))
+        if not (self.out / METADATA).exists():
             write_json(self.out / METADATA, {**self._settings, "shards": []})
-        self.state.wait_for_everyone()  # the others read it
-        mine = self._parts[self.state.process_index :: self.state.num_processes]
-        found = {part.name: self._verified(part) for part in mine}
-        missing = [part for part in mine if not isinstance(found[part.name], _Record)]
+
+    def _make(self) -> dict[str, Any]:
+        """What is missing of this process's shards. Returns what all of them are."""
+        index, processes = place()
+        mine = self._parts[index::processes]
+        finished = {part.name: found for part in mine if isinstance(found := self._verified(part), _Record)}
+        missing = [part for part in mine if part.name not in finished]
         self._encode(missing)
         for part in missing:
-            record = found[part.name] = self._verified(part)
-            if not isinstance(record, _Record):
+            found = self._verified(part)
+            if not isinstance(found, _Record):
                 raise UserError(
-                    f"{self.out / part.name}: not what was written a moment ago: {record}. Is the disk sound?"
+                    f"{self.out / part.name}: not what was written a moment ago: {found}. Is the disk sound?"
                 )
-        records = sorted(gather_object(list(found.values())), key=lambda record: record.shard.name)
+            finished[part.name] = found
+        # One that fails does not wait here for the others, whose shares may take hours: torchrun ends them.
+        records = sorted(chain(*told(list(finished.values()))), key=lambda record: record.shard.name)
         content = {
             **self._settings,
             "num_images": sum(r.shard.count for r in records) // self._copies,
             "skipped": sorted({name for r in records for name in r.skipped}),
             "shards": [asdict(r.shard) for r in records],
         }
-        if self.state.is_main_process:
-            write_json(self.out / METADATA, content)
-            for part in self._parts:
-                self._record_path(part).unlink(missing_ok=True)
-        self.state.wait_for_everyone()
+        on_main(lambda: self._finish(content))
         return content
+
+    def _finish(self, content: dict[str, Any]) -> None:
+        write_json(self.out / METADATA, content)
+        for part in self._parts:
+            self._record_path(part).unlink(missing_ok=True)
 
     def _check(self) -> None:
         """Raises UserError when the folder holds something else than these latents."""
@@ -162,7 +172,7 @@ class _Encoding:
 
     @cached_property
     def _vae(self) -> nn.Module:
-        return load_autoencoder(self.how.vae).to(self.state.device)
+        return load_autoencoder(self.how.vae).to(self.device)
 
     @cached_property
     def _scaling(self) -> tuple[float, float]:
@@ -220,7 +230,7 @@ class _Encoding:
             generator=torch.Generator(),
         )
         total = sum(len(part.images) for part in parts)
-        with stop_requests() as stop, track("encode", total, show=self.state.is_main_process) as progress:
+        with stop_requests() as stop, track("encode", total, show=place()[0] == 0) as progress:
             read = zip(batches, loader, strict=True)
             for number, part in enumerate(parts):
                 made: list[dict[str, Tensor]] = []
@@ -248,7 +258,7 @@ class _Encoding:
         dtype = DTYPES[self.how.dtype]
         x = torch.stack([crops, crops.flip(-1)][: self._copies], dim=1).flatten(0, 1)  # an image, then its mirror image
         with torch.no_grad():
-            posterior = self._vae.encode(x.to(self.state.device).float() / 127.5 - 1).latent_dist  # type: ignore[operator]
+            posterior = self._vae.encode(x.to(self.device).float() / 127.5 - 1).latent_dist  # type: ignore[operator]
         rows = {"x": posterior.mean.cpu(), "x_std": posterior.std.cpu()}
         if self.how.kind == "sample":
             std = rows.pop("x_std")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import glob
 import hashlib
 import json
 import os
@@ -56,9 +57,10 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def remove_partial(folder: Path) -> None:
-    """Remove what processes that were killed while they wrote have left in a folder and below."""
-    for file in folder.rglob(f".*{PARTIAL}"):
+def remove_partial(path: Path) -> None:
+    """Remove what processes that were killed while they wrote have left of a file, or in a folder and below."""
+    inside = path.rglob(f".*{PARTIAL}") if path.is_dir() else ()
+    for file in [*inside, *path.parent.glob(f".{glob.escape(path.name)}.*{PARTIAL}")]:
         file.unlink(missing_ok=True)
 
 

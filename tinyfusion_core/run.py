@@ -20,6 +20,7 @@ from .evaluation import Measurement, check_teacher, evaluate
 from .files import save_tensors, write_json
 from .finals import trainings_of
 from .generation import generate, has_pictures, pictures
+from .locking import owned
 from .plan import make_plan
 from .pruning import load_pretrained, origin, prune, save_network, save_pretrained
 from .randomness import seed_of
@@ -60,7 +61,7 @@ def run_recipe(
     with ExitStack() as stack:
 
         def take() -> None:
-            stack.enter_context(folder.owned())
+            stack.enter_context(owned(folder.path, "--run-dir"))
             claim(recipe, folder, command, restart_from)
 
         on_main(take)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import platform
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from .errors import UserError
-from .files import read_json, remove_partial, write_json, write_text
+from .files import read_json, write_json, write_text
 from .resume import Checkpoints
 
 MADE_BY = {
@@ -27,19 +24,6 @@ MISHAPS = {"skipped": "steps skipped (loss or gradient not finite)", "bad_sample
 """What a line of `metrics.jsonl` counts that should be zero, and how to say it."""
 FINDINGS = "findings.json"
 """What a comparison leaves in its folder, and a run never does."""
-
-_locks: list[TextIO] = []
-"""The lock files that this process holds."""
-
-
-def _let_go() -> None:
-    for file in _locks:
-        file.close()
-    _locks.clear()
-
-
-# A process that reads data may outlive a killed run by seconds; it must not hold the run's lock.
-os.register_at_fork(after_in_child=_let_go)
 
 
 class RunFolder:
@@ -55,41 +39,6 @@ class RunFolder:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-
-    @contextmanager
-    def owned(self) -> Iterator[None]:
-        """Make the folder and keep every other run out of it; the lock dies with this process.
-
-        What killed processes have left half-written is removed.
-
-        Raises:
-            UserError: the folder cannot be written, or another run is at work in it.
-        """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            (self / ".lock").touch()
-        except OSError as e:
-            raise UserError(
-                f"{self.path}: the run folder cannot be written ({e.strerror}); choose another --run-dir"
-            ) from e
-        with (self / ".lock").open("a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                file.seek(0)
-                raise UserError(
-                    f"{self.path}: another run is at work in this folder ({file.read().strip() or 'unknown'}); "
-                    "choose another --run-dir"
-                ) from None
-            with suppress(OSError):  # it only explains a refusal, a full disk must not matter
-                os.truncate(file.fileno(), 0)
-                os.write(file.fileno(), f"process {os.getpid()} on {platform.node()}\n".encode())
-            _locks.append(file)
-            try:
-                remove_partial(self.path)
-                yield
-            finally:
-                _locks.remove(file)
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .errors import UserError, require
 from .figures import draw_images
-from .files import read_json, read_weights, save_tensors, write_json
+from .files import read_json, read_weights, remove_partial, save_tensors, write_json
 from .generation import balanced_labels, batches, generate, has_pictures, pictures, sample_rows
 from .image_sets import rgb, write_archive, write_png
 from .pruning import load_pretrained, origin
@@ -140,6 +140,7 @@ def _claim(record: Path, to: Path, made_with: dict[str, Any], num: int) -> int |
         found = before.get("made_with") or {}
         other = [key for key, value in made_with.items() if found.get(key) != value]
         raise UserError(f"--to: '{to}' has samples made with another {', '.join(other)}; choose another name")
+    remove_partial(to)
     there = 1 + max((int(p.stem) for p in to.glob("*.png") if p.stem.isdecimal()), default=-1)
     if there > num:
         raise UserError(f"--num: {num}, but '{to}' has {there} samples; ask for as many, or choose another name")
