@@ -11,6 +11,7 @@ from .backbone import Batch
 from .decision import Decision
 from .distill import Distilled, OutputKD
 from .errors import UserError, require
+from .fit import fit
 from .objective import Ema, Objective, Optimization, cosine, decay_for
 from .randomness import Rng
 from .run_folder import RunFolder
@@ -102,7 +103,7 @@ class Recover:
             ema=ema,
         )
         with trainer.tuned([*objective.units, *(unit for _, units in objective.beside() for unit in units)]):
-            trainer.fit(stage, objective, task.train, task.loss.prepare, how, run)
+            fit(trainer, stage, objective, task.train, task.loss.prepare, how, run)
         if averaged is not None:
             student.load_state_dict(averaged.state_dict())
         return student.eval()
