@@ -119,27 +119,28 @@ def wait_for_step(process: subprocess.Popen, run_dir: Path, stage: str, step: in
     pytest.fail(f"{stage} never came to step {step}")
 
 
-@pytest.mark.parametrize("stage", ["search", "recover"])
-def test_ctrl_c_saves_says_how_to_go_on_and_goes_on(recipe: Path, tmp_path: Path, stage: str) -> None:
-    flags = ["--search.steps=200", "--recover.steps=200", "--trainer.checkpoint_every=1000"]
-    process = subprocess.Popen(
-        command(recipe, tmp_path / "stopped", *flags),
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    with process:
-        wait_for_step(process, tmp_path / "stopped", stage, 8)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert f"of 200 of {stage}" in err
-    assert f"tinyfusion run {recipe} --run-dir {tmp_path / 'stopped'} --search.steps=200" in err
-    assert (tmp_path / "stopped" / "checkpoints" / stage / "manifest.json").exists()
-    assert run(recipe, tmp_path / "stopped", *flags) == 0
+def test_ctrl_c_saves_says_how_to_go_on_and_goes_on(recipe: Path, tmp_path: Path) -> None:
+    flags = ["--search.steps=100", "--recover.steps=100", "--trainer.checkpoint_every=1000"]
+    stopped = tmp_path / "stopped"
+    for stage in ("search", "recover"):
+        process = subprocess.Popen(
+            command(recipe, stopped, *flags),
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        with process:
+            wait_for_step(process, stopped, stage, 8)
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert f"of 100 of {stage}" in err
+        assert f"tinyfusion run {recipe} --run-dir {stopped} --search.steps=100" in err
+        assert (stopped / "checkpoints" / stage / "manifest.json").exists()
+    assert run(recipe, stopped, *flags) == 0
     assert run(recipe, tmp_path / "whole", *flags) == 0
-    assert_same_outcome(tmp_path / "stopped", tmp_path / "whole")
+    assert_same_outcome(stopped, tmp_path / "whole")
 
 
 def offered(err: str) -> list[list[str]]:

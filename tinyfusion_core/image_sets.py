@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from numpy.lib import format as npy
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from .errors import MissingFileError, UserError
 from .files import write_atomic
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
 _DAMAGES = (KeyError, ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error)
 """What reading a damaged archive raises."""
 
@@ -86,6 +86,15 @@ def rgb(images: Tensor) -> Tensor:
     return images.expand(-1, 3, -1, -1)
 
 
+def open_picture(path: Path) -> Image.Image:
+    """A picture in red, green and blue. Raises UserError, naming the file, when it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except Exception as e:  # a damaged picture makes its decoder fail in any way it can
+        raise UserError(f"{path}: not a readable picture ({type(e).__name__}: {e})") from None
+
+
 class _Folder:
     def __init__(self, folder: Path, key: str) -> None:
         self._paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
@@ -96,7 +105,7 @@ class _Folder:
         return len(self._paths)
 
     def read(self, rows: range) -> Tensor:
-        pictures = [_picture(self._paths[i]) for i in rows]
+        pictures = [np.asarray(open_picture(self._paths[i])) for i in rows]
         for i, picture in zip(rows, pictures, strict=True):
             if picture.shape != pictures[0].shape:
                 sizes = [f"{p.shape[1]}x{p.shape[0]}" for p in (picture, pictures[0])]
@@ -105,14 +114,6 @@ class _Folder:
                     "crop all pictures to one size"
                 )
         return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
-
-
-def _picture(path: Path) -> NDArray[np.uint8]:
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as e:
-        raise UserError(f"{path}: not a readable picture ({e})") from None
 
 
 class _Archive:

@@ -12,8 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from .errors import MissingFileError, UserError
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
+from .image_sets import SUFFIXES, open_picture
 
 
 @dataclass(frozen=True)
@@ -81,10 +80,11 @@ class Crops:
         for index in indices:
             path = self.folder.root / self.folder.files[index]
             try:
-                with Image.open(path) as image:
-                    crops.append(torch.from_numpy(np.array(centre_crop(image.convert("RGB"), self.size))))
-            except Exception as e:  # a damaged picture makes its decoder fail in any way it can
-                bad.append((index, f"{path}: not a readable picture ({type(e).__name__}: {e})"))
+                crop = centre_crop(open_picture(path), self.size)
+            except UserError as e:
+                bad.append((index, str(e)))
+            else:
+                crops.append(torch.from_numpy(np.array(crop)))
         shape = (0, self.size, self.size, 3)
         stacked = torch.stack(crops) if crops else torch.empty(shape, dtype=torch.uint8)
         return stacked.permute(0, 3, 1, 2), bad
