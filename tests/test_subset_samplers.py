@@ -289,15 +289,15 @@ def test_the_final_heals_the_best_masks_and_keeps_the_winner() -> None:
     blind = tiny.Search(keep=4, steps=1, update=tiny.Frozen(), start=tiny.Keep([0, 1, 3, 4]))
     assert list(blind(planted, TRAINER).kept) == [0, 1, 3, 4]
     before = {name: value.clone() for name, value in planted.teacher.state_dict().items()}
-    final = tiny.Finals(search=blind, masks=20, steps=2, samples=64)
+    final = tiny.Finals(search=blind, masks=12, steps=2, samples=64)
     decision = final(planted, TRAINER)
     assert list(decision.kept) == WORKING
     assert decision.method == "Finals"
     assert decision.confidences == ()  # those of another mask
     rounds = decision.provenance["finals"]
-    assert [len(seen) for seen in rounds] == [20, 10, 5, 3, 2]
+    assert [len(seen) for seen in rounds] == [12, 6, 3, 2]
     assert min(rounds[-1], key=lambda seen: seen["loss"])["kept"] == WORKING
-    assert decision.provenance["evaluations"] == 1 * 16 * 4 + 40 * (2 * 16 + 64)
+    assert decision.provenance["evaluations"] == 1 * 16 * 4 + 23 * (2 * 16 + 64)
     assert all(torch.equal(value, before[name]) for name, value in planted.teacher.state_dict().items())
     assert final.preview(planted.blocks).kept == blind.preview(planted.blocks).kept
     few = replace(planted, train=planted_data(32))  # fewer than `samples`
