@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import tinyfusion_core as tiny
-from small_run import SHIPPED, run
+from small_run import RECIPE, SHIPPED, run
 from tinyfusion_core.cli import main
 from tinyfusion_core.locking import owned
 from tinyfusion_core.pruning import WEIGHTS
@@ -153,6 +154,15 @@ def offered(err: str) -> list[list[str]]:
 SHORT = ["--search.steps=4", "--recover.steps=4"]
 
 
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished short run, to copy."""
+    folder = tmp_path_factory.mktemp("short")
+    (folder / "small.yaml").write_text(yaml.safe_dump(RECIPE))
+    assert run(folder / "small.yaml", folder / "run", *SHORT) == 0
+    return folder / "run"
+
+
 @pytest.mark.parametrize(
     ("flag", "named", "stage"),
     [
@@ -166,11 +176,9 @@ SHORT = ["--search.steps=4", "--recover.steps=4"]
     ],
 )
 def test_changed_settings_are_named_and_the_way_on_works(
-    recipe: Path, tmp_path: Path, capsys, flag: str, named: str, stage: str
+    recipe: Path, short: Path, tmp_path: Path, capsys, flag: str, named: str, stage: str
 ) -> None:
-    folder = tmp_path / "run"
-    assert run(recipe, folder, *SHORT) == 0
-    capsys.readouterr()
+    folder = shutil.copytree(short, tmp_path / "run")
     assert run(recipe, folder, *SHORT, *flag.split()) == 2
     err = capsys.readouterr().err
     assert named in err
@@ -189,8 +197,8 @@ def test_changed_settings_are_named_and_the_way_on_works(
     assert stages[0] == stages[1]
 
 
-def test_a_restart_after_the_change_would_mix_two_recipes(recipe: Path, tmp_path: Path, capsys) -> None:
-    assert run(recipe, tmp_path / "run", *SHORT) == 0
+def test_a_restart_after_the_change_would_mix_two_recipes(recipe: Path, short: Path, tmp_path: Path, capsys) -> None:
+    shutil.copytree(short, tmp_path / "run")
     decision = (tmp_path / "run" / "decision.json").read_text()
     assert run(recipe, tmp_path / "run", "--search.steps=8", "--recover.steps=4", "--restart-from", "recover") == 2
     assert "--restart-from search" in capsys.readouterr().err
@@ -199,9 +207,8 @@ def test_a_restart_after_the_change_would_mix_two_recipes(recipe: Path, tmp_path
     assert run(recipe, tmp_path / "run", *SHORT, "--trainer.log_every=1", "--trainer.num_workers=1") == 0
 
 
-def test_a_restart_leaves_nothing_of_what_it_replaces(recipe: Path, tmp_path: Path, capsys) -> None:
-    folder = tmp_path / "run"
-    assert run(recipe, folder, *SHORT) == 0
+def test_a_restart_leaves_nothing_of_what_it_replaces(recipe: Path, short: Path, tmp_path: Path, capsys) -> None:
+    folder = shutil.copytree(short, tmp_path / "run")
     assert run(recipe, folder, "--search=null", "--recover=null", "--restart-from=search") == 0
     assert not (folder / "decision.json").exists()
     assert not (folder / "student").exists()
@@ -210,9 +217,8 @@ def test_a_restart_leaves_nothing_of_what_it_replaces(recipe: Path, tmp_path: Pa
     assert "→" not in capsys.readouterr().out
 
 
-def test_a_decision_that_is_not_the_students_is_noticed(recipe: Path, tmp_path: Path, capsys) -> None:
-    folder = tmp_path / "run"
-    assert run(recipe, folder, *SHORT) == 0
+def test_a_decision_that_is_not_the_students_is_noticed(recipe: Path, short: Path, tmp_path: Path, capsys) -> None:
+    folder = shutil.copytree(short, tmp_path / "run")
     decision = json.loads((folder / "decision.json").read_text())
     (folder / "decision.json").write_text(json.dumps({**decision, "kept": [0]}))
     assert run(recipe, folder, *SHORT) == 2
@@ -236,17 +242,16 @@ def test_a_student_that_diverged_is_a_finding_not_a_crash(recipe: Path, tmp_path
     assert (tmp_path / "run" / "report.html").exists()
 
 
-def test_two_processes_share_the_work_and_one_of_them_writes(recipe: Path, tmp_path: Path) -> None:
+def test_two_processes_share_the_work_and_one_of_them_writes(recipe: Path, short: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += ["-m", "tinyfusion_core", "run", str(recipe), "--run-dir", str(tmp_path / "two"), *SHORT]
     env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("report:") == 1
-    assert run(recipe, tmp_path / "one", *SHORT) == 0
-    one, two = (load_file(tmp_path / name / "student" / "model.safetensors") for name in ("one", "two"))
+    one, two = (load_file(folder / "student" / "model.safetensors") for folder in (short, tmp_path / "two"))
     assert all(torch.allclose(v, two[k], atol=1e-4) for k, v in one.items())
-    steps = [[(e["stage"], e["step"]) for e in outcome(tmp_path / name)[2]] for name in ("one", "two")]
+    steps = [[(e["stage"], e["step"]) for e in outcome(folder)[2]] for folder in (short, tmp_path / "two")]
     assert steps[0] == steps[1]
 
 
