@@ -180,6 +180,17 @@ def test_finished_cells_are_never_computed_again(tmp_path: Path, worked: Counter
     assert not [p for p in (tmp_path / "cells").iterdir() if p.is_dir()]
 
 
+def test_the_search_of_a_final_has_the_trainers_batch_whatever_the_final_has(tmp_path: Path) -> None:
+    compare = Compare(candidates={"final": tiny.Finals(search=tiny.Search(keep=4, steps=2), masks=1, batch_size=4)})
+    compare = replace(compare, seeds=1, random=0)
+
+    def looked_at(batch_size: int) -> int:
+        trainer = replace(TRAINER, batch_size=batch_size)
+        return compare(task(), RECOVER, trainer, tmp_path, evaluate=LOSS).trials[0].evaluations
+
+    assert looked_at(16) == 2 * looked_at(8) > 0
+
+
 def test_a_setting_that_counts_for_nothing_costs_nothing(tmp_path: Path, worked: Counter[str]) -> None:
     recover = replace(RECOVER, steps=2, batch_size=4)
 

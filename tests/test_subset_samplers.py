@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from tinyfusion_core.gating import Gates
 from tinyfusion_core.rules import Rules
 from tinyfusion_core.sampling import BlockSampler, GroupedSampler
 from tinyfusion_core.subset_samplers import ExactK, GumbelTopK, ScoreFunction
-from toys import Match, Planted, StopAt, planted_data
+from toys import Match, Planted, Residual, StopAt, planted_data
 
 WORKING = [1, 3, 4, 7]
 TRAINER = tiny.Trainer(batch_size=16, seed=0, log_every=10)
@@ -140,8 +142,7 @@ def test_reinmax_is_exact_for_a_quadratic_loss_of_two_options() -> None:
         return out
 
     theta = logits.clone().requires_grad_()
-    options = every.flip(0) if GroupedSampler({"blocks": 2}, (1, 2)).get_buffer("options_0")[0, 0] == 0 else every
-    (exact,) = torch.autograd.grad((theta.softmax(0) * loss(options)).sum(), theta)
+    (exact,) = torch.autograd.grad((theta.softmax(0) * loss(every)).sum(), theta)
     assert torch.allclose(gradient("reinmax"), exact, atol=0.02)
     assert (gradient("straight-through") - exact).abs().max() > 0.05
 
@@ -308,6 +309,31 @@ def test_the_final_heals_the_best_masks_and_keeps_the_winner() -> None:
             tiny.Finals(search=blind, **{wrong: 0})
 
 
+@dataclass(frozen=True)
+class Fragile(Match):
+    """A shallow network that begins with a block that does nothing cannot be trained."""
+
+    def predict(self, model: torch.nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+        out = super().predict(model, inputs)
+        lost = model.training and len(model.blocks) < 8 and model.config["scales"][0] == 0
+        return out * float("nan") if lost else out
+
+
+def test_a_finalist_that_diverges_is_out(tmp_path: Path) -> None:
+    fragile = replace(task(), loss=Fragile())
+    blind = tiny.Search(keep=4, steps=1, update=tiny.Frozen(), start=tiny.Keep([0, 1, 2, 3]))
+    others = (tiny.Keep([0, 1, 6, 7]), tiny.Keep([2, 3, 4, 5]), tiny.Keep([1, 2, 3, 4]))
+    final = tiny.Finals(search=blind, masks=1, others=others, steps=12, samples=16)
+    decision = final(fragile, TRAINER, tiny.RunFolder(tmp_path))
+    assert decision.kept == (1, 2, 3, 4)
+    (found,) = decision.provenance["finals"]
+    assert [seen["loss"] for seen in found if seen["kept"][0] != 1] == [None] * 3
+    decision.save(tmp_path / "decision.json")  # JSON has no infinity
+    few = replace(final, others=others[:2])
+    with pytest.raises(tiny.UserError, match=r"search\.lr is 0\.001: after 12 steps no finalist has a finite loss"):
+        few(fragile, TRAINER)
+
+
 def test_what_criteria_choose_meets_the_masks_of_the_search() -> None:
     """A search that has learned nothing finds none of the right ones; the final takes them from another."""
     blind = tiny.Search(keep=4, steps=1, update=tiny.Frozen(), start=tiny.Keep([0, 1, 3, 4]))
@@ -320,6 +346,56 @@ def test_what_criteria_choose_meets_the_masks_of_the_search() -> None:
     looked_at = others[1](task(), TRAINER).provenance["evaluations"]
     assert looked_at > 0
     assert decision.provenance["evaluations"] == 1 * 16 * 4 + looked_at + (3 + 2) * (2 * 16 + 64)
+
+
+@pytest.mark.parametrize("name", ["exact", "score", "top-k"])
+def test_samplers_are_stable_where_gates_are_all_but_certain(name: str) -> None:
+    make = {"exact": ExactK, "score": ScoreFunction}.get(name)
+    sampler = GumbelTopK({"blocks": 128}, keep=64) if make is None else make({"blocks": 128}, Rules(keep=64))
+    with torch.no_grad():
+        sampler.logits.copy_(50 * torch.where(torch.arange(128) % 3 == 0, 1.0, -1.0))
+    draw = sampler.sample(16, tiny.Rng(0, "test"))
+    assert sampler.logits.dtype == draw.mask.dtype == torch.float32
+    assert (draw.mask.sum(1) == 64).all()
+    assert torch.isfinite(draw.log_prob).all()
+    loss = (draw.mask * torch.linspace(-1, 1, 128)).sum(1)
+    (grad,) = torch.autograd.grad(sampler.surrogate(draw, loss), sampler.logits)
+    assert torch.isfinite(grad).all()
+    assert grad.abs().max() > 0
+    assert sum(sampler.marginals().tolist()) == pytest.approx(64)
+
+
+def test_the_best_masks_of_a_sampler_that_is_all_but_certain() -> None:
+    sampler = GumbelTopK(LISTS, keep=4)
+    with torch.no_grad():
+        sampler.logits.copy_(torch.tensor([9.0, 9, 9, 8, -8, -9, -9, -9]))
+    assert sampler.best(2) == [(0, 1, 2, 3), (0, 1, 2, 4)]
+    assert len(set(sampler.best(100))) == len(sampler.best(100)) == 70
+
+
+@pytest.mark.parametrize(("sampler", "agree"), [("score", True), ("exact", False)])
+def test_masks_are_compared_without_dropout(sampler: str, agree: bool) -> None:
+    """With one possible mask a sample's masks are all the same, and so are their losses."""
+    seen: list[Tensor] = []
+    noisy = torch.nn.Sequential(torch.nn.Dropout(0.5), Residual(8, 1.0))
+    backbone = torch.nn.Sequential(torch.nn.Sequential(Residual(8, 1.0), noisy))
+
+    def loss(model: torch.nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        found = model(batch["x"]).square().mean(1)
+        if model.training:
+            seen.append(found.detach())
+        return found
+
+    def make(lists: dict[str, int]) -> BlockSampler:
+        return {"score": ScoreFunction, "exact": ExactK}[sampler](lists, Rules(keep=2))
+
+    data = {"x": torch.ones(64, 8)}
+    tiny.Search(sampler=make, steps=2, update=tiny.Frozen())(
+        tiny.wrap(backbone, blocks="0.*", loss_fn=loss, data=data), TRAINER
+    )
+    assert len(seen) == 2
+    assert all((losses == losses[0]).all() == agree for losses in seen)
+    assert not any(module.training for module in backbone.modules())
 
 
 def test_finalists_of_others_must_be_within_the_budget() -> None:
@@ -425,6 +501,7 @@ def test_costs_of_blocks() -> None:
     assert costs["parameters"] == [72.0] * 8
     assert costs["FLOPs"] == [2.0 * 8 * 8] * 8
     assert len(costs["latency"]) == 8
+    assert len(set(costs["latency"])) == 1, "what differs between blocks that are alike is noise"
     assert min(costs["latency"]) > 0
     assert whole([1.0, 2.0, 0.001]) == [50, 100, 1]
     assert whole([0.0, 0.0]) == [1, 1]

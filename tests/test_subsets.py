@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -156,6 +156,7 @@ def rules_and_lists(draw):
         budget["keep"] = draw(st.integers(1, n))
     elif kind == "quota":
         budget["keep"] = {name: draw(st.integers(0, depth)) for name, depth in lists.items()}
+        assume(any(budget["keep"].values()))
     else:
         budget["costs"] = draw(st.lists(st.integers(1, 4), min_size=n, max_size=n))
         budget["budget"] = draw(st.integers(1, sum(budget["costs"])))
@@ -223,6 +224,9 @@ def test_a_row_is_drawn_from_its_own_numbers() -> None:
         (Rules(keep=3, budget=4), "expected keep, or costs with budget"),
         (Rules(keep=3, costs=[1] * 8), "expected keep, or costs with budget"),
         (Rules(keep=9), r"search\.sampler\.rules\.keep is 9; expected 1 to 8 blocks"),
+        (Rules(keep="3"), r"keep is '3'; expected 1 to 8 blocks"),
+        (Rules(keep={"first": 0, "second": 0}), r"keep is .*; expected at least one block in all"),
+        (Rules(costs=[1] * 8, budget={"first": 3}), r"budget is {'first': 3}; expected enough for one block, a whole"),
         (Rules(keep={"first": 2}), "expected a number for second too"),
         (Rules(keep={"first": 2, "secnd": 1}), "no block list 'secnd'; did you mean 'second'"),
         (Rules(keep={"first": 6, "second": 1}), r"search\.sampler\.rules\.keep\.first is 6; expected 0 to 5"),

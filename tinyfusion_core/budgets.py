@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
+from torch import nn
+
 from .criteria import Nested, nested_scores
 from .decision import Decision
-from .errors import UserError
+from .errors import Diverged, UserError
 from .evaluation import HeldOutLoss, evaluate
 from .files import write_json
 from .pruning import prune
 from .recipe import load_recipe
+from .recover import Recover
 from .run import make_task
 from .run_folder import RunFolder
+from .task import Task
 from .together import on_main
+from .trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,7 @@ class Row:
         parameters: of the student.
         flops: of one prediction for one sample; None where they cannot be counted.
         pruned: held-out loss right after pruning; None when it is not finite.
-        recovered: held-out loss after recovery; None when there was none.
+        recovered: held-out loss after recovery; None when there was none, or it diverged.
     """
 
     kept: tuple[int, ...]
@@ -39,14 +44,15 @@ class Row:
 def budgets_of(folder: RunFolder, keep: Sequence[int] = (), recover_steps: int = 0) -> list[Row]:
     """Prune a run's teacher to several budgets, by the marginals of its search; see `Nested`.
 
-    The rows are kept in `budgets.json` of the run folder. Recovery trains a student for every budget, without
-    checkpoints.
+    The rows are kept in `budgets.json` of the run folder, each when it is known. Recovery trains a student for every
+    budget, without checkpoints.
 
     Args:
         folder: a run whose search has finished.
         keep: numbers of blocks; default all from the full depth, the teacher's, down to one, but those at which the
             search does not tell two blocks apart.
-        recover_steps: how long to recover each student, as the recipe says but for this; 0 does not.
+        recover_steps: how long to recover each student, as the recipe says but for this, and an average, if it has
+            one, of that length; 0 does not.
 
     Raises:
         UserError: the run has several rounds, has no learned search, or cannot keep so many blocks.
@@ -65,14 +71,22 @@ def budgets_of(folder: RunFolder, keep: Sequence[int] = (), recover_steps: int =
         }
         row = Row(decision.kept, found["parameters"], found["FLOPs"], found["held-out loss"])
         if recover_steps and recipe.recover is not None and decision.removed:
-            healing = replace(recipe.recover, steps=recover_steps)
-            student = healing(task, student, decision, trainer)
-            (healed,) = HeldOutLoss(draws=1)(task, {"student": student}, trainer)
-            row = replace(row, recovered=healed.values["student"])
+            row = replace(row, recovered=_recovered(task, student, decision, recipe.recover, recover_steps, trainer))
         rows.append(row)
-    record = {"format_version": 1, "recover_steps": recover_steps, "rows": [asdict(row) for row in rows]}
-    on_main(lambda: write_json(folder / "budgets.json", record))
+        record = {"format_version": 1, "recover_steps": recover_steps, "rows": [asdict(row) for row in rows]}
+        on_main(lambda record=record: write_json(folder / "budgets.json", record))  # type: ignore[misc]
     return rows
+
+
+def _recovered(
+    task: Task, student: nn.Module, decision: Decision, recover: Recover, steps: int, trainer: Trainer
+) -> float | None:
+    try:
+        student = recover.lasting(steps)(task, student, decision, trainer)
+    except Diverged:
+        return None
+    (healed,) = HeldOutLoss(draws=1)(task, {"student": student}, trainer)
+    return healed.values["student"]
 
 
 def _told_apart(decision: Decision) -> list[int]:

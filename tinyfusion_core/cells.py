@@ -26,6 +26,7 @@ from .decision import Decision
 from .errors import Diverged, UserError
 from .evaluation import HeldOutLoss
 from .files import digest, read_json, write_json
+from .finals import Finals
 from .findings import Trial
 from .frechet import Frechet
 from .plugins import record_of
@@ -210,12 +211,15 @@ def _described(value: Any, *but: str) -> Any:
 
 def _stage(stage: Selector | Recover, trainer: Trainer) -> dict[str, Any]:
     """A stage and how it trains, but for what changes no number; of two batch sizes the one that counts."""
-    own, but = getattr(stage, "batch_size", None), list(INDIFFERENT)
-    if isinstance(stage, Calibrated):
-        own, but = None, [*INDIFFERENT, "batch_size"]
-    how = _described(trainer.with_batch_size(own), *but)
+    if isinstance(stage, Calibrated):  # does not train
+        what, how = _described(stage, "batch_size"), _described(trainer, *INDIFFERENT, "batch_size")
+    elif isinstance(stage, Finals):  # its parts have batch sizes of their own, or the trainer's
+        what, how = _described(stage), _described(trainer, *INDIFFERENT)
+    else:
+        own: int | None = getattr(stage, "batch_size", None)
+        what, how = _described(stage, "batch_size"), _described(trainer.with_batch_size(own), *INDIFFERENT)
     how["precision"] = trainer.accelerator.mixed_precision
-    return {"stage": _described(stage, "batch_size"), "trainer": how}
+    return {"stage": what, "trainer": how}
 
 
 def _features(space: FeatureSpace | None) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from .backbone import block_lists, list_lengths
@@ -236,7 +236,7 @@ class Audit(Comparison):
         return self.masks, self.healings
 
     def recovery(self, recover: Recover) -> Recover:
-        return replace(recover, steps=self.steps, ema=None if recover.ema else recover.ema)
+        return recover.lasting(self.steps)
 
     def _metrics(self, evaluate: Sequence[Metric]) -> tuple[HeldOutLoss, Frechet | None]:
         return super()._metrics(evaluate)[0], None

@@ -22,6 +22,9 @@ RESOLUTION = 100
 def block_costs(task: Task, trainer: Trainer, batch_size: int = 64, rounds: int = 20) -> dict[str, list[float]]:
     """Parameters, FLOPs of one sample, and milliseconds of a batch, for every block.
 
+    Blocks that are alike in parameters and FLOPs take the same time: the median of theirs, whose differences are noise
+    and would rule masks out.
+
     Args:
         task: the network and its objective.
         trainer: device and precision.
@@ -30,11 +33,14 @@ def block_costs(task: Task, trainer: Trainer, batch_size: int = 64, rounds: int 
     """
     model = task.teacher.to(trainer.accelerator.device)
     blocks = {path: model.get_submodule(path) for path in task.blocks}
-    return {
-        "parameters": [float(sum(p.numel() for p in block.parameters())) for block in blocks.values()],
-        "FLOPs": _flops(task, model),
-        "latency": _latency(task, trainer, model, batch_size, rounds),
-    }
+    parameters = [float(sum(p.numel() for p in block.parameters())) for block in blocks.values()]
+    flops = _flops(task, model)
+    latency = _latency(task, trainer, model, batch_size, rounds)
+    alike: dict[tuple[float, float], list[float]] = {}
+    for kind, time_taken in zip(zip(parameters, flops, strict=True), latency, strict=True):
+        alike.setdefault(kind, []).append(time_taken)
+    latency = [median(alike[kind]) for kind in zip(parameters, flops, strict=True)]
+    return {"parameters": parameters, "FLOPs": flops, "latency": latency}
 
 
 def whole(costs: Sequence[float]) -> list[int]:

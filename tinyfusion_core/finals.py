@@ -2,15 +2,17 @@
 
 # No `from __future__ import annotations` here, for the reason given in criteria.py.
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from .calibration import Calibration
 from .decision import Decision
-from .errors import UserError, require
+from .errors import Diverged, UserError, require
 from .files import digest
 from .progress import track
 from .pruning import prune
@@ -26,8 +28,8 @@ class Finals(Selector):
     """A search, and then successive halving (arXiv 1502.07943) of its most probable masks.
 
     All finalists are healed for some steps; the better half of them, by the loss on calibration samples, for as many
-    again, until one is left. It repairs a search that could not tell its best masks apart, and with `others` the
-    search's masks meet those of criteria.
+    again, until one is left. One that diverges is out. It repairs a search that could not tell its best masks apart,
+    and with `others` the search's masks meet those of criteria.
 
     Args:
         search: the search.
@@ -80,20 +82,22 @@ class Finals(Selector):
         evaluations += int(decision.provenance["evaluations"])
         findings: list[list[dict[str, Any]]] = []
         while len(students) > 1:
-            number, losses = len(findings) + 1, {}
+            number, losses = len(findings) + 1, dict[tuple[int, ...], float]()
             show = quiet.accelerator.is_main_process
             with track(f"finals, round {number}", len(students), show=show) as progress:
                 for kept, student in students.items():
                     part = None if run is None else run.part("search", f"finals {number} of {_name(kept)}")
-                    self.healing(task, student, None, quiet, part, stage=f"finals {number}")
-                    healed = Calibration(replace(task, model=student), quiet, self.samples, 64, "finals")
-                    (losses[kept],) = healed.losses(torch.ones(1, len(kept)))
-                    evaluations += self.steps * (self.batch_size or quiet.batch_size) + healed.num_samples
-                    student.cpu()
+                    losses[kept], looked_at = self._heal(task, student, quiet, part, number)
+                    evaluations += looked_at
                     progress.advance()
-            findings.append([{"kept": list(kept), "loss": loss, "of": proposed[kept]} for kept, loss in losses.items()])
-            best = sorted(losses, key=lambda kept: losses[kept])[: (len(students) + 1) // 2]
-            students = {kept: students[kept] for kept in best}
+            best = [kept for kept in sorted(losses, key=losses.__getitem__) if math.isfinite(losses[kept])]
+            if not best:
+                raise UserError(
+                    f"search.lr is {self.lr}: after {self.steps} steps no finalist has a finite loss; lower it"
+                )
+            found = {kept: loss if kept in best else None for kept, loss in losses.items()}
+            findings.append([{"kept": list(kept), "loss": loss, "of": proposed[kept]} for kept, loss in found.items()])
+            students = {kept: students[kept] for kept in best[: (len(students) + 1) // 2]}
         (winner,) = students
         return replace(
             decision,
@@ -102,6 +106,19 @@ class Finals(Selector):
             confidences=decision.confidences if winner == decision.kept else (),
             provenance={**decision.provenance, "evaluations": evaluations, "finals": findings},
         )
+
+    def _heal(
+        self, task: Task, student: nn.Module, trainer: Trainer, part: RunFolder | None, number: int
+    ) -> tuple[float, int]:
+        """Heal a finalist some more. Returns its loss, infinite where it is not finite, and the samples looked at."""
+        healed = Calibration(replace(task, model=student), trainer, self.samples, 64, "finals")
+        try:
+            self.healing(task, student, None, trainer, part, stage=f"finals {number}")
+            (loss,) = healed.losses(torch.ones(1, len(healed.task.blocks)))
+        except Diverged:
+            loss = math.inf
+        student.cpu()
+        return loss, self.steps * (self.batch_size or trainer.batch_size) + healed.num_samples
 
     def _others(
         self, task: Task, trainer: Trainer, run: RunFolder | None

@@ -224,6 +224,7 @@ class _Merge(torch.autograd.Function):
             grad_x = grad.index_fill(0, kept, 0).to(x_dtype)
             # The dropped row that ran in place of kept ones gets zeros, and so do the weights.
             grad_ran = grad.index_select(0, kept) if len(kept) else grad.new_zeros(ctx.ran_shape)
-        # Gates are float32 whatever the stream is.
-        grad_mask = None if delta is None else (delta.float() * grad).flatten(1).sum(1).to(mask_dtype)
+        # Gates are float32 where the stream has less.
+        precise = torch.promote_types(grad.dtype, torch.float32)
+        grad_mask = None if delta is None else (delta.to(precise) * grad).flatten(1).sum(1).to(mask_dtype)
         return grad_x, grad_ran, None, grad_mask, None, None, None, None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor, nn
@@ -56,6 +56,10 @@ class Recover:
         require(self.weight_decay >= 0, f"weight_decay {stage}", self.weight_decay, "0 or more")
         falls = self.schedule != "cosine" or 0 <= self.lr_final <= self.lr
         require(falls, f"lr_final {stage}", self.lr_final, f"a rate from 0 to lr, which is {self.lr}")
+
+    def lasting(self, steps: int) -> Recover:
+        """This recovery in another number of steps, and with an average of as many: another's would be at the start."""
+        return replace(self, steps=steps, ema=None if self.ema else self.ema)
 
     def __call__(
         self,

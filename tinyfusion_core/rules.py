@@ -7,6 +7,7 @@ distributions over masks are dynamic programmes over it (see subsets.py).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
@@ -54,10 +55,12 @@ class Rules:
         num_blocks = sum(lists.values())
 
         def need(holds: bool, name: str, value: object, expected: str) -> None:
-            require(holds, f"{key}{'.' * bool(name)}{name}", value, expected)
+            require(holds, f"{key}.{name}", value, expected)
 
-        given = tuple(value is not None for value in (self.keep, self.costs, self.budget))
-        need(given in ((True, False, False), (False, True, True)), "", self.given(), "keep, or costs with budget")
+        by_costs = self.costs is not None and self.budget is not None
+        by_number = self.costs is None and self.budget is None
+        one = by_number if self.keep is not None else by_costs
+        require(one, key, self.given(), "keep, or costs with budget")
         if isinstance(self.keep, Mapping):
             if unknown := [name for name in self.keep if name not in lists]:
                 hint = nearest(unknown[0], lists)
@@ -65,14 +68,15 @@ class Rules:
             missing = [name for name in lists if name not in self.keep]
             need(not missing, "keep", dict(self.keep), f"a number for {', '.join(missing)} too")
             for name, depth in lists.items():
-                need(0 <= self.keep[name] <= depth, f"keep.{name}", self.keep[name], f"0 to {depth}")
+                need(_in(self.keep[name], 0, depth), f"keep.{name}", self.keep[name], f"0 to {depth}")
+            need(sum(self.keep.values()) > 0, "keep", dict(self.keep), "at least one block in all")
         elif self.keep is not None:
-            need(1 <= self.keep <= num_blocks, "keep", self.keep, f"1 to {num_blocks} blocks")
+            need(_in(self.keep, 1, num_blocks), "keep", self.keep, f"1 to {num_blocks} blocks")
         if self.costs is not None:
             right = len(self.costs) == num_blocks and all(type(c) is int and c >= 0 for c in self.costs)
             need(right, "costs", list(self.costs), f"{num_blocks} whole numbers")
-            enough = self.budget is not None and self.budget >= min((c for c in self.costs if c), default=1)
-            need(enough, "budget", self.budget, "enough for one block")
+            least = min((c for c in self.costs if c), default=1)
+            need(_in(self.budget, least, math.inf), "budget", self.budget, "enough for one block, a whole number")
         indices = f"different indices from 0 to {num_blocks - 1}"
         for name, blocks in (
             ("protect", self.protect),
@@ -98,11 +102,25 @@ class Rules:
         return replace(self, **{name: default})
 
 
+def _in(value: object, least: float, most: float) -> bool:
+    """Whether a value is a whole number within bounds."""
+    return type(value) is int and least <= value <= most
+
+
 class _State(NamedTuple):
     used: int = 0  # blocks kept, or their cost; of this list where every list has its own number
     run: int = 0  # dropped blocks just before, in this list
     phase: int = 0  # contiguous: 0 before the dropped run, 1 in it, 2 after
     open: tuple[tuple[int, bool], ...] = ()  # sets of `together` that have begun and not ended, and how
+
+
+class _Place(NamedTuple):
+    """Where a block is."""
+
+    block: int  # its number over all lists
+    name: str  # of its list
+    first: bool  # of its list
+    last: bool
 
 
 @dataclass(frozen=True)
@@ -182,7 +200,8 @@ def _explore(rules: Rules, lists: Mapping[str, int]) -> tuple[_Layers, _Moves]:
         following: dict[_State, int] = {}
         out: list[tuple[_State | None, _State | None]] = []
         for state in layers[-1]:
-            pair = tuple(_move(rules, lists, state, index, name, i == 0, i == depth - 1, bit) for bit in (False, True))
+            place = _Place(index, name, first=i == 0, last=i == depth - 1)
+            pair = tuple(_move(rules, state, place, kept) for kept in (False, True))
             for after in pair:
                 if after is not None:
                     following.setdefault(after, len(following))
@@ -220,14 +239,13 @@ def _prune(rules: Rules, layers: _Layers, moves: _Moves, least: int = 0) -> Auto
     return Automaton(tuple(reversed(drops)), tuple(reversed(keeps)), num_ends, next(iter(counts.values())), dearest)
 
 
-def _move(
-    rules: Rules, lists: Mapping[str, int], state: _State, index: int, name: str, first: bool, last: bool, kept: bool
-) -> _State | None:
+def _move(rules: Rules, state: _State, place: _Place, kept: bool) -> _State | None:
     """The state after a block, or None when the rules forbid it."""
+    index = place.block
     if (index in rules.protect and not kept) or (index in rules.remove and kept):
         return None
-    run = 0 if first else state.run
-    phase = 0 if first else state.phase
+    run = 0 if place.first else state.run
+    phase = 0 if place.first else state.phase
     run = 0 if kept else run + 1
     if rules.max_run is not None and run > rules.max_run:
         return None
@@ -245,14 +263,14 @@ def _move(
     used = state.used + (rules.costs[index] if rules.costs is not None else 1) * kept
     limit = rules.budget if rules.costs is not None else rules.keep
     if isinstance(limit, Mapping):
-        if used > limit[name] or (last and used != limit[name]):
+        if used > limit[place.name] or (place.last and used != limit[place.name]):
             return None
-        used = 0 if last else used
+        used = 0 if place.last else used
     elif limit is not None and used > limit:
         return None
     # What no rule asks for would only multiply the states.
-    run = run if rules.max_run is not None and not last else 0
-    phase = phase if rules.contiguous and not last else 0
+    run = run if rules.max_run is not None and not place.last else 0
+    phase = phase if rules.contiguous and not place.last else 0
     return _State(used, run, phase, tuple(sorted(open_sets.items())))
 
 

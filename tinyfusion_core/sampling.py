@@ -154,6 +154,8 @@ class GroupedSampler(BlockSampler):
         super().__init__(lists)
         require(min(tau) > 0, "search.tau", tau, "temperatures above 0")
         require(min(scaling) > 0, "search.scaling", scaling, "factors above 0")
+        known = estimator in ("straight-through", "reinmax")
+        require(known, "search.sampler.estimator", estimator, "straight-through or reinmax")
         self.pattern = parse_pattern(pattern)
         self.groups = split_groups(pattern, lists)
         self.estimator = estimator

@@ -112,7 +112,7 @@ class Search(Selector):
         require(0 <= self.warmup < 1, "search.warmup", self.warmup, "a fraction from 0 to below 1")
         require(self.lr_gates is None or self.lr_gates > 0, "search.lr_gates", self.lr_gates, "a rate above 0")
         require(min(self.prior) >= 0, "search.prior", self.prior, "log-odds of 0 or more")
-        if self.start is None and self.prior != (1.0, 1.0):
+        if self.start is None and tuple(self.prior) != (1.0, 1.0):
             raise UserError("search.prior says how much a start counts; give search.start too")
         share = 0 < self.dropped_values <= 1
         require(share, "search.dropped_values", self.dropped_values, "a fraction above 0, at most 1")
@@ -208,7 +208,8 @@ class Search(Selector):
                 Gates(model, task.blocks, batch_dim, task.backbone.streams) as gates,
             ):
                 warmup = self.warmup if weights else 0.0  # weights that do not move need none
-                objective = _GatedLoss(model.train(), task.loss, sampler, averaged, gates, self, warmup)
+                _train(model, dropout=sampler.masks_per_sample == 1)
+                objective = _GatedLoss(model, task.loss, sampler, averaged, gates, self, warmup)
                 gate_rate = self.lr_gates or sampler.lr_gates
                 groups = [
                     {"params": list(sampler.parameters()), "lr": gate_rate, "weight_decay": 0.0},
@@ -233,6 +234,14 @@ class Search(Selector):
             marginals=tuple(sampler.marginals().tolist()),
             provenance=record,
         )
+
+
+def _train(model: nn.Module, dropout: bool) -> None:
+    """Put a network in training mode; without dropout where masks are to be compared on identical draws."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.train(dropout)
 
 
 class _GatedLoss(Objective):

@@ -86,7 +86,7 @@ class ScoreFunction(SubsetSampler):
 
     Every sample runs under several masks, on identical draws; a mask's log-probability is weighed by how much lower its
     loss is than the mean of the others'. Unbiased, needs no gradient through the blocks, and blocks that are dropped
-    are not run at all.
+    are not run at all. Dropout is off meanwhile: it would tell a sample's masks apart.
 
     Args:
         lists: length of every block list, in execution order.
@@ -131,8 +131,7 @@ class GumbelTopK(BlockSampler):
     """The k blocks with the highest perturbed logits, relaxed by k softmaxes (arXiv 1901.10517): a baseline.
 
     Its marginals have no closed form: what is reported is estimated from 2,000 fixed draws, an entropy of at most their
-    logarithm. The log-probability is that of
-    the order in which the blocks were drawn.
+    logarithm. The log-probability is that of the order in which the blocks were drawn.
 
     Args:
         lists: length of every block list, in execution order.
@@ -145,7 +144,8 @@ class GumbelTopK(BlockSampler):
 
     def __init__(self, lists: Mapping[str, int], keep: int, tau: tuple[float, float] = (1.0, 0.1)) -> None:
         super().__init__(lists)
-        require(1 <= keep <= self.num_blocks, "search.sampler.keep", keep, f"1 to {self.num_blocks} blocks")
+        right = type(keep) is int and 1 <= keep <= self.num_blocks
+        require(right, "search.sampler.keep", keep, f"1 to {self.num_blocks} blocks, of all lists together")
         require(min(tau) > 0, "search.sampler.tau", tau, "temperatures above 0")
         self.keep = self.budget = keep
         self.tau_schedule, self.tau = tau, tau[0]
@@ -185,8 +185,11 @@ class GumbelTopK(BlockSampler):
         masks, counts = torch.unique(self._fixed_draws(), dim=0, return_counts=True)
         order = counts.argsort(descending=True, stable=True)
         found = [tuple(masks[i].nonzero().flatten().tolist()) for i in order.tolist()]
-        mode = tuple(self.mode())
-        return [mode, *(kept for kept in found if kept != mode)][:count]
+        # Masks that were never drawn follow in the order of their logits' sums.
+        logits = (self.logits.detach() + self.prior_logits).double().cpu()
+        unseen = Subsets(build(Rules(keep=self.keep), self.lists), logits).best(count)
+        ranked = dict.fromkeys([tuple(self.mode()), *found, *(kept for _, kept in unseen)])
+        return list(ranked)[:count]
 
     def allows(self, kept: Sequence[int]) -> bool:
         return len(kept) == self.keep
