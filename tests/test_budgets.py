@@ -44,11 +44,11 @@ def test_the_command_prunes_a_runs_teacher_to_several_budgets(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run"
-    # An average over so many steps would give the first weights of a recovery of three.
+    # An average over so many steps would give the first weights of a recovery of twenty.
     average = ["--recover.steps", "2", "--recover.ema", "0.9999"]
     assert run(recipe, folder, "--search={keep: 4, steps: 4}", *average) == 0
     capsys.readouterr()
-    assert main(["budgets", str(folder), "--keep", "8", "6", "3", "--recover-steps", "3"]) == 0
+    assert main(["budgets", str(folder), "--keep", "8", "6", "3", "--recover-steps", "20"]) == 0
     assert "held-out loss" in capsys.readouterr().out
     rows = json.loads((folder / "budgets.json").read_text())["rows"]
     measured = {m["name"]: m["values"] for m in json.loads((folder / "metrics.json").read_text())["measurements"]}
@@ -58,7 +58,7 @@ def test_the_command_prunes_a_runs_teacher_to_several_budgets(
     assert full["parameters"] == measured["parameters"]["teacher"]
     assert full["pruned"] == pytest.approx(measured["held-out loss"]["teacher"], rel=1e-6)
     assert full["recovered"] is None
-    assert small["recovered"] < 0.99 * small["pruned"]
+    assert small["recovered"] < 0.7 * small["pruned"]
     assert small["parameters"] < rows[1]["parameters"] < full["parameters"]
     assert main(["budgets", str(folder), "--keep", "9"]) == 2
     assert "9" in capsys.readouterr().err
