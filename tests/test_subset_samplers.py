@@ -548,7 +548,7 @@ def test_rules_and_samplers_in_a_recipe(recipe, capsys) -> None:
     kept = tiny.Decision.load(recipe.parent / "run" / "decision.json").kept
     assert 0 in kept
     assert sum(4 if i == 7 else 2 for i in kept) in (7, 8)
-    assert main(["costs", str(recipe)]) == 0
+    assert main(["costs", str(recipe), "--backbone.checkpoint", "nowhere"]) == 0  # needs no weights
     assert "half of the latency: rules: {costs: [" in capsys.readouterr().out
     others = "[{class_path: Uniform, init_args: {keep: 4}}, {class_path: FirstN, init_args: {keep: 4}}]"
     short = "{keep: 4, steps: 6}"

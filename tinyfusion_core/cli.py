@@ -200,11 +200,15 @@ def _costs(options: argparse.Namespace, flags: list[str]) -> int:
     from rich.table import Table
 
     from .costs import block_costs, whole
+    from .data import Tensors
     from .recipe import load_recipe
-    from .run import make_task
+    from .task import Task
 
     recipe = load_recipe(options.recipe, flags)
-    task = make_task(recipe)
+    backbone = recipe.backbone
+    # Neither weights nor data change what a block costs.
+    examples, model = Tensors(backbone.example(1)), backbone.construct(backbone.config())
+    task = Task(backbone=backbone, loss=recipe.loss, train=examples, held_out=examples, model=model)
     costs = block_costs(task, recipe.trainer)
     table = Table("block", "parameters", "FLOPs", "ms")
     for path, parameters, flops, ms in zip(task.blocks, *costs.values(), strict=True):
