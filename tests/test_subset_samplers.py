@@ -548,7 +548,10 @@ def test_rules_and_samplers_in_a_recipe(recipe, capsys) -> None:
     kept = tiny.Decision.load(recipe.parent / "run" / "decision.json").kept
     assert 0 in kept
     assert sum(4 if i == 7 else 2 for i in kept) in (7, 8)
-    assert main(["costs", str(recipe), "--backbone.checkpoint", "nowhere"]) == 0  # needs no weights
+    sizes = "{input_size: 8, in_channels: 1, patch_size: 2, hidden_size: 16, num_heads: 2, depth: 8, checkpoint: no.pt}"
+    absent = "{class_path: Latents, init_args: {folder: nowhere}}"  # neither weights nor data are needed
+    missing = [f"--backbone={{class_path: DiT, init_args: {sizes}}}", f"--data={absent}"]
+    assert main(["costs", str(recipe), *missing]) == 0
     assert "half of the latency: rules: {costs: [" in capsys.readouterr().out
     others = "[{class_path: Uniform, init_args: {keep: 4}}, {class_path: FirstN, init_args: {keep: 4}}]"
     short = "{keep: 4, steps: 6}"

@@ -86,7 +86,7 @@ def test_everything_equals_enumeration(rules: Rules) -> None:
     # The gradients too, also those of what is itself a gradient.
     weights = torch.randn(8, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     for ours, theirs in ((subsets.entropy(), entropy), (subsets.marginals() @ weights, (p @ masks) @ weights)):
-        (a,), (b,) = torch.autograd.grad(ours, theta), torch.autograd.grad(theirs, theta, retain_graph=True)
+        (a,), (b,) = (torch.autograd.grad(total, theta, retain_graph=True) for total in (ours, theirs))
         assert torch.allclose(a, b, atol=1e-11)
     other = Subsets(automaton, theta.detach().roll(1))
     q = (masks @ other.theta).log_softmax(0)

@@ -3,7 +3,7 @@
 Every block is kept with odds exp(theta), independently, given that the mask obeys the rules. With "keep k of n" this
 is the k-subset distribution of Chen, Dempster and Liu ("Weighted finite population sampling to maximize entropy",
 1994), of SIMPLE (arXiv 2210.01941) and of Pervez et al. (ICLR 2023). All is computed by dynamic programming over the
-automaton of the rules, in log-space and float64: milliseconds for a hundred blocks, and exact for logits of any size.
+automaton of the rules, in log-space and float64: fast next to a training step, and exact for logits of any size.
 
 Shapes: N blocks, R masks.
 """
@@ -11,8 +11,9 @@ Shapes: N blocks, R masks.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ from .rules import Automaton
 class Subsets:
     """The distribution with the log-odds theta over an automaton's masks.
 
+    What one method has computed serves the others, so one backward pass must go through all that they gave.
+
     Args:
         automaton: the masks.
         theta: (N,) log-odds, float64 on the CPU; everything is differentiable in them.
@@ -34,14 +37,13 @@ class Subsets:
 
     def log_partition(self) -> Tensor:
         """Log of the sum of exp(theta . mask) over all masks."""
-        return self._values(_log_sum)[0][0]
+        return self._sums[0][0]
 
     def marginals(self) -> Tensor:
         """(N,) probability that each block is kept: the gradient of the log-partition."""
         with torch.enable_grad():
-            theta = self.theta if self.theta.requires_grad else self.theta.detach().requires_grad_()
-            total = Subsets(self.automaton, theta).log_partition()
-            (out,) = torch.autograd.grad(total, theta, create_graph=self.theta.requires_grad)
+            known = self if self.theta.requires_grad else Subsets(self.automaton, self.theta.detach().requires_grad_())
+            (out,) = torch.autograd.grad(known.log_partition(), known.theta, create_graph=self.theta.requires_grad)
         return out
 
     def log_prob(self, masks: Tensor) -> Tensor:
@@ -59,11 +61,11 @@ class Subsets:
 
     def sample(self, uniform: Tensor) -> Tensor:
         """(R, N) numbers in [0, 1) -> (R, N) masks, float64; each row is drawn from its own numbers alone."""
-        return self._walk(len(uniform), _log_sum, lambda i, odds: uniform[:, i] < odds.sigmoid())
+        return self._walk(len(uniform), self._sums, lambda i, odds: uniform[:, i] < odds.sigmoid())
 
     def mode(self) -> Tensor:
         """(N,) the most probable mask; of equally probable ones that which keeps the earlier blocks."""
-        return self._walk(1, torch.maximum, lambda i, odds: odds >= 0)[0]
+        return self._walk(1, self._values(torch.maximum), lambda i, odds: odds >= 0)[0]
 
     def best(self, count: int) -> list[tuple[float, tuple[int, ...]]]:
         """The most probable masks, best first, as (log-probability, kept blocks)."""
@@ -79,6 +81,11 @@ class Subsets:
             values = before
         total = float(self.log_partition().detach())
         return [(value - total, kept) for value, kept in values[0]]
+
+    @cached_property
+    def _sums(self) -> list[Tensor]:
+        """For every block and state before it: the log of the sum of exp(theta . mask) over all ways to go on."""
+        return self._values(_log_sum)
 
     def _values(self, combine: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
         """For every block and state before it: what `combine` makes of all ways to go on; ends with zeros."""
@@ -99,12 +106,14 @@ class Subsets:
     def _walk(
         self,
         num_rows: int,
-        combine: Callable[[Tensor, Tensor], Tensor],
+        values: Sequence[Tensor],
         decide: Callable[[int, Tensor], Tensor],
     ) -> Tensor:
-        """Go through the automaton, deciding by the log-odds (R,) of keeping each block, given those before it."""
+        """Go through the automaton, deciding by the log-odds (R,) of keeping each block, given those before it.
+
+        `values` say for every block and state before it what all ways to go on are worth.
+        """
         with torch.no_grad():
-            values = self._values(combine)
             state = torch.zeros(num_rows, dtype=torch.long)
             masks = self.theta.new_zeros(num_rows, self.automaton.num_blocks)
             for i in range(self.automaton.num_blocks):
