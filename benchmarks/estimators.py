@@ -1,6 +1,6 @@
 """Gradient estimators of the expected loss against the truth, and searches against the masks that heal best.
 
-python benchmarks/estimators.py runs/samplers_d4-audit [--searches]
+python benchmarks/estimators.py [--searches runs/samplers_d4-audit]
 
 The digits' teacher, 4 of its 8 blocks: all 70 masks are run on a fixed population of prepared samples, so the expected
 loss under any distribution over masks, and its gradient, are known. Every estimator draws batches from that population.
@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import torch
@@ -26,7 +27,7 @@ from torch import Tensor
 import tinyfusion_core as tiny
 from tinyfusion_core.findings import Findings
 from tinyfusion_core.sampling import BlockSampler
-from tinyfusion_core.search import Selector
+from tinyfusion_core.search import Selector, value_weights
 from tinyfusion_dit import DiT, GaussianDiffusion
 from tinyfusion_images import Digits
 
@@ -104,10 +105,7 @@ class Truth:
         rng, copies = tiny.Rng(1, "estimate", i), sampler.masks_per_sample
         rows = torch.randperm(POPULATION, generator=rng.batch("rows"))[: ROWS // copies].repeat_interleave(copies)
         draw = sampler.sample(ROWS, rng)
-        weights = None
-        if share < 1:
-            weights = (rng.uniform("values", *draw.mask.shape) < share).float() / share
-        loss = self.run(rows, draw.mask, weights)
+        loss = self.run(rows, draw.mask, value_weights(draw.mask, share, rng))
         if not loss.requires_grad:
             loss = loss.requires_grad_()
         (out,) = torch.autograd.grad(sampler.surrogate(draw, loss), next(sampler.parameters()))
@@ -161,8 +159,20 @@ def gradients(truth: Truth) -> list[dict[str, str | float]]:
                     "deviation at equal seconds": float(spread / exact.norm()) * seconds**0.5,
                 }
             )
-            print(*(f"{v:.3f}" if isinstance(v, float) else v for v in table[-1].values()), sep=" | ", flush=True)
     return table
+
+
+def show(table: Sequence[dict[str, Any]]) -> None:
+    """Print every estimator: bias, deviation and cosine at each point, seconds, deviation x sqrt(seconds)."""
+    points = [f"{point}: bias, deviation, cosine" for point in POINTS]
+    print("estimator", *points, "seconds", "deviation at equal seconds", sep=" | ")
+    for name in ESTIMATORS:
+        rows = [row for row in table if row["estimator"] == name]
+        points = [f"{r['bias']:.2f}, {r['deviation']:.2f}, {r['cosine of the mean']:+.2f}" for r in rows]
+        seconds, even = (
+            statistics.median(row[key] for row in rows) for key in ("seconds", "deviation at equal seconds")
+        )
+        print(name, *points, f"{seconds:.3f}", f"{even:.3f}", sep=" | ")
 
 
 def searches(task: tiny.Task, findings: Findings) -> list[dict[str, str | float]]:
@@ -222,18 +232,23 @@ def draw(table: Sequence[dict[str, str | float]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("audit", type=Path, help="the run folder of `tinyfusion audit benchmarks/samplers_d4.yaml`")
-    parser.add_argument("--searches", action="store_true", help="also run 115 selections and look their masks up")
+    parser.add_argument(
+        "--searches",
+        type=Path,
+        metavar="AUDIT",
+        help="run 115 selections too, and look their masks up in the folder of benchmarks/samplers_d4.yaml's audit",
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     data = Digits()
     loss = GaussianDiffusion(learn_sigma=False)
     task = tiny.Task(backbone=DiT(checkpoint="digits"), loss=loss, train=data.train(), held_out=data.held_out())
     table = gradients(Truth(task))
+    show(table)
     draw(table, Path(__file__).parent / "figures" / "estimators.png")
     if options.searches:
         task.teacher.requires_grad_(True)
-        table = searches(task, Findings.load(options.audit / "findings.json"))
+        table = searches(task, Findings.load(options.searches / "findings.json"))
         draw_searches(table, Path(__file__).parent / "figures" / "searches.png")
 
 

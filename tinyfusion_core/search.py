@@ -236,6 +236,13 @@ class Search(Selector):
         )
 
 
+def value_weights(mask: Tensor, share: float, rng: Rng) -> Tensor | None:
+    """(B, N) weights of the values of dropped blocks, of which a share is computed; None when all are, or none."""
+    if share == 1 or not mask.requires_grad:
+        return None
+    return (rng.uniform("dropped values", *mask.shape) < share).to(mask) / share
+
+
 def _train(model: nn.Module, dropout: bool) -> None:
     """Put a network in training mode; without dropout where masks are to be compared on identical draws."""
     model.train()
@@ -274,19 +281,13 @@ class _GatedLoss(Objective):
             rng = replace(rng, first=rng.first * copies)
         num_rows = len(next(iter(inputs.values())))
         draw = self.sampler.sample(num_rows, rng)
-        gates.set(draw.mask if self.learning else draw.mask.detach(), self._weights(draw.mask, rng))
+        mask = draw.mask if self.learning else draw.mask.detach()
+        gates.set(mask, value_weights(mask, self.search.dropped_values, rng))
         losses = loss.losses(self.model, inputs)
         if self.learning:
             return self.sampler.surrogate(draw, losses), losses.detach()
         # A zero gradient, never none: distributed processes wait for it.
         return losses.mean() + 0 * (draw.mask.sum() + draw.log_prob.sum()), losses.detach()
-
-    def _weights(self, mask: Tensor, rng: Rng) -> Tensor | None:
-        """(B, N) weights of the values of dropped blocks, zero where they are left out; None for all alike."""
-        share = self.search.dropped_values
-        if share == 1 or not mask.requires_grad:
-            return None
-        return (rng.uniform("dropped values", *mask.shape) < share).to(mask) / share
 
     def before_step(self, progress: float) -> None:
         self.num_steps = round(progress * (self.search.steps - 1)) + 1
