@@ -73,9 +73,9 @@ class Finals(Selector):
     def __call__(self, task: Task, trainer: Trainer, run: RunFolder | None = None) -> Decision:
         quiet = replace(trainer, trackers=())  # each piece of work would be a run of its own
         proposed, evaluations = self._others(task, quiet, run)
-        sampler = self.search.learn(task, trainer, run)
-        decision = replace(self.search.decide(sampler, task, trainer), method=type(self).__name__)
-        for kept in sampler.best(self.masks):
+        learned = self.search.learn(task, trainer, run)
+        decision = replace(self.search.decide(learned, task, trainer), method=type(self).__name__)
+        for kept in learned.sampler.best(self.masks):
             proposed.setdefault(kept, []).append(type(self.search).__name__)
         # They wait in main memory: a device may not hold them all.
         students = {kept: prune(task, replace(decision, kept=kept)).cpu() for kept in proposed}

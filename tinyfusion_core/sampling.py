@@ -49,8 +49,6 @@ class BlockSampler(nn.Module, ABC):
         self.lists = dict(lists)
         self.pattern: Any = None  # what a decision records of the budget, if it can be said as a pattern
         self.num_blocks = sum(lists.values())
-        # What a search has done with it when it has ended: steps, and before them samples that its start looked at.
-        self.num_steps, self.evaluations = 0, 0
         # A mask that somebody believes in, as signs, and how much at the first, at the last and at this step.
         self.register_buffer("preference", torch.zeros(self.num_blocks), persistent=False)
         self.prior_schedule, self.prior = (0.0, 0.0), 0.0

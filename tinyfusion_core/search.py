@@ -49,6 +49,21 @@ class Selector(ABC):
         """
 
 
+@dataclass(frozen=True)
+class Learned:
+    """What a search has learned.
+
+    Attributes:
+        sampler: the distribution, with the averaged gate logits.
+        num_steps: steps that it took.
+        evaluations: samples that it and its start ran the network on.
+    """
+
+    sampler: BlockSampler
+    num_steps: int
+    evaluations: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Search(Selector):
     """Learn the gate logits together with a weight update that stands for later fine-tuning.
@@ -174,27 +189,25 @@ class Search(Selector):
         """
         return self.decide(self.learn(task, trainer, run), task, trainer)
 
-    def decide(self, sampler: BlockSampler, task: Task, trainer: Trainer) -> Decision:
-        """What a distribution that was learned decides."""
-        steps = sampler.num_steps or self.steps
-        rows = steps * (self.batch_size or trainer.batch_size) * sampler.masks_per_sample
-        evaluations = sampler.evaluations + rows
-        record = {**provenance(trainer.seed, task.source), "steps": steps, "evaluations": evaluations}
-        return self._decision(sampler, task.blocks, record)
+    def decide(self, learned: Learned, task: Task, trainer: Trainer) -> Decision:
+        """What was learned decides."""
+        record = provenance(trainer.seed, task.source)
+        record = {**record, "steps": learned.num_steps, "evaluations": learned.evaluations}
+        return self._decision(learned.sampler, task.blocks, record)
 
-    def learn(self, task: Task, trainer: Trainer, run: RunFolder | None = None) -> BlockSampler:
-        """The search without the decision: the distribution with the averaged gate logits. Arguments as for a call."""
+    def learn(self, task: Task, trainer: Trainer, run: RunFolder | None = None) -> Learned:
+        """The search without the decision. Arguments as for a call."""
         trainer = trainer.with_batch_size(self.batch_size)
         rate = min(1e-3, 1 / self.steps) if self.lr is None else self.lr
         model = trainer.placed(task.teacher)
         units, batch_dim = [model.get_submodule(path) for path in task.blocks], task.batch_dim(model)
-        sampler = self.make_sampler(task.lists)
+        sampler, evaluations = self.make_sampler(task.lists), 0
         if self.start is not None:
             first = self.start(
                 task, replace(trainer, trackers=()), None if run is None else run.part("search", "start")
             )
             sampler.prefer(first.kept, self.prior)
-            sampler.evaluations = int(first.provenance.get("evaluations", 0))
+            evaluations = int(first.provenance.get("evaluations", 0))
         # AveragedModel begins with the values after the first step: no bias towards the initial ones.
         ema = Ema(sampler, decay_for(self.steps) if self.ema is None else self.ema)
         averaged = ema.average.module
@@ -217,10 +230,10 @@ class Search(Selector):
                 ]
                 how = Optimization(groups=groups, steps=self.steps, clip=self.clip, ema=ema)
                 fit(trainer, "search", objective, task.train, task.loss.prepare, how, run)
-        averaged.num_steps, averaged.evaluations = objective.num_steps, sampler.evaluations
         if objective.num_steps == self.steps:  # else it stopped early, and is as sure as it was there
             averaged.anneal(1.0)
-        return averaged.cpu()
+        evaluations += objective.num_steps * trainer.batch_size * sampler.masks_per_sample
+        return Learned(averaged.cpu(), objective.num_steps, evaluations)
 
     def _decision(self, sampler: BlockSampler, blocks: Sequence[str], record: Mapping[str, Any]) -> Decision:
         """What a distribution over masks decides."""
