@@ -73,9 +73,13 @@ def budgets_of(folder: RunFolder, keep: Sequence[int] = (), recover_steps: int =
         if recover_steps and recipe.recover is not None and decision.removed:
             row = replace(row, recovered=_recovered(task, student, decision, recipe.recover, recover_steps, trainer))
         rows.append(row)
-        record = {"format_version": 1, "recover_steps": recover_steps, "rows": [asdict(row) for row in rows]}
-        on_main(lambda record=record: write_json(folder / "budgets.json", record))  # type: ignore[misc]
+        _save(folder, rows, recover_steps)
     return rows
+
+
+def _save(folder: RunFolder, rows: Sequence[Row], recover_steps: int) -> None:
+    record = {"format_version": 1, "recover_steps": recover_steps, "rows": [asdict(row) for row in rows]}
+    on_main(lambda: write_json(folder / "budgets.json", record))
 
 
 def _recovered(

@@ -36,11 +36,11 @@ def block_costs(task: Task, trainer: Trainer, batch_size: int = 64, rounds: int 
     parameters = [float(sum(p.numel() for p in block.parameters())) for block in blocks.values()]
     flops = _flops(task, model)
     latency = _latency(task, trainer, model, batch_size, rounds)
+    kinds = list(zip(parameters, flops, strict=True))
     alike: dict[tuple[float, float], list[float]] = {}
-    for kind, time_taken in zip(zip(parameters, flops, strict=True), latency, strict=True):
-        alike.setdefault(kind, []).append(time_taken)
-    latency = [median(alike[kind]) for kind in zip(parameters, flops, strict=True)]
-    return {"parameters": parameters, "FLOPs": flops, "latency": latency}
+    for kind, milliseconds in zip(kinds, latency, strict=True):
+        alike.setdefault(kind, []).append(milliseconds)
+    return {"parameters": parameters, "FLOPs": flops, "latency": [median(alike[kind]) for kind in kinds]}
 
 
 def whole(costs: Sequence[float]) -> list[int]:

@@ -95,8 +95,12 @@ class Finals(Selector):
                 raise UserError(
                     f"search.lr is {self.lr}: after {self.steps} steps no finalist has a finite loss; lower it"
                 )
-            found = {kept: loss if kept in best else None for kept, loss in losses.items()}
-            findings.append([{"kept": list(kept), "loss": loss, "of": proposed[kept]} for kept, loss in found.items()])
+            findings.append(
+                [
+                    {"kept": list(kept), "loss": loss if math.isfinite(loss) else None, "of": proposed[kept]}
+                    for kept, loss in losses.items()
+                ]
+            )
             students = {kept: students[kept] for kept in best[: (len(students) + 1) // 2]}
         (winner,) = students
         return replace(

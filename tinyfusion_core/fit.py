@@ -29,16 +29,8 @@ if TYPE_CHECKING:
     from .sharding import Shards
 
 
-def fit(
-    trainer: Trainer,
-    stage: str,
-    objective: Objective,
-    data: Samples,
-    prepare: Callable[[Batch, Rng], dict[str, Tensor]],
-    optimization: Optimization,
-    run: RunFolder | None = None,
-) -> None:
-    """Minimise an objective; continue from the run folder's checkpoint of this stage if there is one.
+class Fit:
+    """A training, for one `run`: minimises an objective, from the run folder's checkpoint of its stage if there is one.
 
     Args:
         trainer: how to train.
@@ -47,18 +39,11 @@ def fit(
         data: the samples to train on.
         prepare: turns a batch into inputs, drawing all of its randomness.
         optimization: how the parameters move.
-        run: where to log and to keep checkpoints; without it nothing is written.
+        folder: where to log and to keep checkpoints; without it nothing is written.
 
     Raises:
-        Interrupted: SIGINT or SIGTERM came; the step was finished and a checkpoint saved.
-        UserError: too many steps in a row were not finite, the data cannot be read, the disk is full, or the
-            batch cannot be split.
+        UserError: the batch cannot be split over the processes.
     """
-    _Fit(trainer, stage, objective, data, prepare, optimization, run).run()
-
-
-class _Fit:
-    """The state of one call of `fit`."""
 
     def __init__(
         self,
@@ -86,6 +71,12 @@ class _Fit:
         )
 
     def run(self) -> None:
+        """Train.
+
+        Raises:
+            Interrupted: SIGINT or SIGTERM came; the step was finished and a checkpoint saved.
+            UserError: too many steps in a row were not finite, the data cannot be read, or the disk is full.
+        """
         with ExitStack() as stack:
             start = self._begin(stack)
             order = order_of(self.data, self.trainer.seed, self.stage, self.trainer.batch_size)

@@ -11,7 +11,7 @@ from .backbone import Batch
 from .decision import Decision
 from .distill import Distilled, OutputKD
 from .errors import UserError, require
-from .fit import fit
+from .fit import Fit
 from .objective import Ema, Objective, Optimization, cosine, decay_for
 from .randomness import Rng
 from .run_folder import RunFolder
@@ -107,7 +107,7 @@ class Recover:
             ema=ema,
         )
         with trainer.tuned([*objective.units, *(unit for _, units in objective.beside() for unit in units)]):
-            fit(trainer, stage, objective, task.train, task.loss.prepare, how, run)
+            Fit(trainer, stage, objective, task.train, task.loss.prepare, how, run).run()
         if averaged is not None:
             student.load_state_dict(averaged.state_dict())
         return student.eval()

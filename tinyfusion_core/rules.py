@@ -199,8 +199,8 @@ def _explore(rules: Rules, lists: Mapping[str, int]) -> tuple[_Layers, _Moves]:
     for index, (name, i, depth) in enumerate(blocks):
         following: dict[_State, int] = {}
         out: list[tuple[_State | None, _State | None]] = []
+        place = _Place(index, name, first=i == 0, last=i == depth - 1)
         for state in layers[-1]:
-            place = _Place(index, name, first=i == 0, last=i == depth - 1)
             pair = tuple(_move(rules, state, place, kept) for kept in (False, True))
             for after in pair:
                 if after is not None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .backbone import Batch, list_lengths
 from .decision import Decision, provenance
 from .errors import UserError, require
-from .fit import fit
+from .fit import Fit
 from .gating import Gates
 from .losses import LossAdapter
 from .objective import Ema, Objective, Optimization, decay_for
@@ -229,7 +229,7 @@ class Search(Selector):
                     {"params": weights, "lr": rate, "weight_decay": self.weight_decay},
                 ]
                 how = Optimization(groups=groups, steps=self.steps, clip=self.clip, ema=ema)
-                fit(trainer, "search", objective, task.train, task.loss.prepare, how, run)
+                Fit(trainer, "search", objective, task.train, task.loss.prepare, how, run).run()
         if objective.num_steps == self.steps:  # else it stopped early, and is as sure as it was there
             averaged.anneal(1.0)
         evaluations += objective.num_steps * trainer.batch_size * sampler.masks_per_sample
