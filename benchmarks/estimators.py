@@ -25,9 +25,9 @@ from placed import losses_of
 from torch import Tensor
 
 import tinyfusion_core as tiny
-from tinyfusion_core.findings import Findings
-from tinyfusion_core.sampling import BlockSampler
-from tinyfusion_core.search import Selector, value_weights
+from tinyfusion_core.comparison.results import Findings
+from tinyfusion_core.samplers.grouped import BlockSampler
+from tinyfusion_core.selection.search import Selector, value_weights
 from tinyfusion_dit import DiT, GaussianDiffusion
 from tinyfusion_images import Digits
 

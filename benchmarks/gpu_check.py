@@ -26,11 +26,11 @@ import torch
 import yaml
 
 import tinyfusion_core as tiny
-from tinyfusion_core.activations import saved_by
-from tinyfusion_core.backbone import list_lengths
-from tinyfusion_core.decision import versions
-from tinyfusion_core.memory import Setup, gigabytes, training_needs
-from tinyfusion_core.search import Search
+from tinyfusion_core.pipeline.activations import saved_by
+from tinyfusion_core.pipeline.memory import Setup, gigabytes, training_needs
+from tinyfusion_core.protocols.backbone import list_lengths
+from tinyfusion_core.pruning.decision import versions
+from tinyfusion_core.selection.search import Search
 
 SIZES = {
     "full": {"hidden_size": 768, "depth": 12, "num_heads": 12, "batch": 256, "steps": 30},

@@ -28,8 +28,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from tinyfusion_core.data import DataSource, order_of
-from tinyfusion_core.shards import FORMAT_VERSION, METADATA, write_shard
+from tinyfusion_core.dataloading.order import order_of
+from tinyfusion_core.dataloading.shards import FORMAT_VERSION, METADATA, write_shard
+from tinyfusion_core.protocols.data import DataSource
 from tinyfusion_dit import LatentFolders, Latents
 
 LAYOUTS = {

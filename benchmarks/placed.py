@@ -11,8 +11,8 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from tinyfusion_core.findings import Findings
-from tinyfusion_core.ranking import spearman
+from tinyfusion_core.comparison.results import Findings
+from tinyfusion_core.comparison.statistics import spearman
 
 
 def main(run_dir: str) -> None:

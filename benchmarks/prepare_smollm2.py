@@ -15,7 +15,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 from tinyfusion_core.errors import UserError
-from tinyfusion_core.files import write_text
+from tinyfusion_core.runtime.files import write_text
 from tinyfusion_llm import CausalLM
 
 MODEL, GGUF = Path("weights/smollm2-135m"), "SmolLM2-135M-Instruct.Q4_1.gguf"

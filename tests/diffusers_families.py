@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tinyfusion_core.losses import LossAdapter
+from tinyfusion_core.protocols.loss import LossAdapter
 from tinyfusion_diffusers import DiffusersTransformer, RectifiedFlow, ScheduledDiffusion
 
 

@@ -24,14 +24,14 @@ from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import tinyfusion_core as tiny
-from tinyfusion_core.conformance import Subject
-from tinyfusion_core.data import Tensors
-from tinyfusion_core.losses import LossAdapter
-from tinyfusion_core.plugins import registry
-from tinyfusion_core.sampling import Draw, GroupedSampler
-from tinyfusion_core.subset_samplers import ExactK, GumbelTopK
+from tinyfusion_core.protocols.data import Tensors
+from tinyfusion_core.protocols.loss import LossAdapter
+from tinyfusion_core.protocols.registry import registry
+from tinyfusion_core.runtime.distributed import leave
+from tinyfusion_core.samplers.grouped import Draw, GroupedSampler
+from tinyfusion_core.samplers.subset import ExactK, GumbelTopK
 from tinyfusion_core.testing import pairs_of, spoken
-from tinyfusion_core.together import leave
+from tinyfusion_core.testing.checks import Subject
 from toys import Match, Planted, planted_data
 
 DATA = planted_data()

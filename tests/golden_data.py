@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -49,3 +49,19 @@ def sinusoid(t: Tensor) -> Tensor:
         for stored in tensors["t_embed"][tensors["in.t_embed_t"] == time]:
             row.copy_(stored)
     return table
+
+
+def record(model: nn.Module) -> dict[str, Tensor]:
+    """What every part hands on, under the names of the golden data, filled by the next forward."""
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str, module: nn.Module) -> None:
+        module.register_forward_hook(lambda _module, _args, out: seen.update({name: out}))
+
+    keep("t_emb", model.t_embedder)
+    keep("y_emb", model.y_embedder)
+    keep("final", model.final_layer)
+    for i, block in enumerate(model.blocks):
+        keep(f"block.{i}", block)
+    model.blocks[0].register_forward_pre_hook(lambda _module, args: seen.update(tokens=args[0], c=args[1]))
+    return seen

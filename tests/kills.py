@@ -25,10 +25,10 @@ import peft  # noqa: F401
 import torch
 from safetensors.torch import load_file
 
-import tinyfusion_core.comparison_report
-import tinyfusion_core.run  # noqa: F401
+import tinyfusion_core.pipeline.compare
+import tinyfusion_core.pipeline.run  # noqa: F401
 from tinyfusion_core.cli import main
-from tinyfusion_core.together import leave
+from tinyfusion_core.runtime.distributed import leave
 
 GRACE = 5.0
 """Seconds between asking the others to end and killing them; torchrun's are 30."""

@@ -17,12 +17,11 @@ from torch_fidelity import FeatureExtractorBase, register_feature_extractor
 
 import tinyfusion_core as tiny
 from small_run import digits_task
-from tinyfusion_core.calibration import Calibration
-from tinyfusion_core.generation import generate
-from tinyfusion_core.randomness import generator
-from tinyfusion_core.similarity import LinearCKA, cosine, squared_error
-from tinyfusion_core.spread import spread
-from tinyfusion_core.together import leave, on_main, place
+from tinyfusion_core.evaluation.generation import generate
+from tinyfusion_core.runtime.distributed import leave, on_main, place, spread
+from tinyfusion_core.runtime.seeding import generator
+from tinyfusion_core.selection.calibration import Calibration
+from tinyfusion_core.selection.similarity import LinearCKA, cosine, squared_error
 from tinyfusion_mar import MAR, MaskedTokenDiffusion
 from toys import Match, Planted, planted_data
 

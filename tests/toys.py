@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tinyfusion_core.backbone import Backbone
-from tinyfusion_core.data import Tensors
-from tinyfusion_core.losses import LossAdapter
-from tinyfusion_core.randomness import Rng, generator
+from tinyfusion_core.protocols.backbone import Backbone
+from tinyfusion_core.protocols.data import Tensors
+from tinyfusion_core.protocols.loss import LossAdapter
+from tinyfusion_core.runtime.seeding import Rng, generator
 
 
 class Block(nn.Module):

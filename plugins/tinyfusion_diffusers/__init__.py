@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from tinyfusion_core.backbone import Backbone
-from tinyfusion_core.data import DataSource
-from tinyfusion_core.hookspecs import hookimpl
-from tinyfusion_core.losses import LossAdapter
+from tinyfusion_core.protocols.backbone import Backbone
+from tinyfusion_core.protocols.data import DataSource
+from tinyfusion_core.protocols.hookspecs import hookimpl
+from tinyfusion_core.protocols.loss import LossAdapter
 from tinyfusion_diffusers.backbone import DiffusersTransformer
 from tinyfusion_diffusers.data import EncodedPrompts
 from tinyfusion_diffusers.objectives import RectifiedFlow, ScheduledDiffusion

@@ -15,11 +15,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from tinyfusion_core.backbone import Backbone, Stream
-from tinyfusion_core.checkpoints import randomise
 from tinyfusion_core.errors import MissingFileError, UserError, require
-from tinyfusion_core.files import digest, read_json, save_tensors, sha256, write_json
-from tinyfusion_core.randomness import generator
+from tinyfusion_core.protocols.backbone import Backbone, Stream
+from tinyfusion_core.protocols.checkpoint_backbone import randomise
+from tinyfusion_core.runtime.files import digest, read_json, save_tensors, sha256, write_json
+from tinyfusion_core.runtime.seeding import generator
 from tinyfusion_diffusers import calling
 from tinyfusion_diffusers.library import diffusers
 from tinyfusion_diffusers.structure import (

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinyfusion_core.backbone import Batch
 from tinyfusion_core.errors import UserError
+from tinyfusion_core.protocols.backbone import Batch
 from tinyfusion_diffusers.structure import class_of, settings
 
 GIVEN = {

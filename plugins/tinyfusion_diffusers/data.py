@@ -13,10 +13,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tinyfusion_core.data import DataSource
 from tinyfusion_core.errors import MissingFileError, UserError, require
-from tinyfusion_core.files import map_array
-from tinyfusion_core.randomness import generator
+from tinyfusion_core.protocols.data import DataSource
+from tinyfusion_core.runtime.files import map_array
+from tinyfusion_core.runtime.seeding import generator
 
 NAMES = ("x", "x_std", "y", "text", "mask", "pooled")
 

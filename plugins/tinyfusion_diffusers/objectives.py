@@ -11,10 +11,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tinyfusion_core.backbone import Batch
 from tinyfusion_core.errors import UserError, nearest, require
-from tinyfusion_core.losses import LossAdapter
-from tinyfusion_core.randomness import Rng
+from tinyfusion_core.protocols.backbone import Batch
+from tinyfusion_core.protocols.loss import LossAdapter
+from tinyfusion_core.runtime.seeding import Rng
 from tinyfusion_diffusers import calling
 from tinyfusion_diffusers.library import diffusers
 from tinyfusion_diffusers.structure import settings

@@ -9,8 +9,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from tinyfusion_core.backbone import Stream
 from tinyfusion_core.errors import UserError, nearest
+from tinyfusion_core.protocols.backbone import Stream
 from tinyfusion_diffusers.library import diffusers
 
 DEPTHS: Mapping[str, Sequence[str]] = {

@@ -10,7 +10,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from tinyfusion_core.checkpoints import CheckpointBackbone, settings
+from tinyfusion_core.protocols.checkpoint_backbone import CheckpointBackbone, settings
 
 _OFFICIAL = "https://dl.fbaipublicfiles.com/DiT/models/"
 _SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from tinyfusion_core.backbone import Batch
 from tinyfusion_core.errors import UserError, require
-from tinyfusion_core.randomness import Rng
+from tinyfusion_core.protocols.backbone import Batch
+from tinyfusion_core.runtime.seeding import Rng
 
 
 def draw_latents(batch: Batch, rng: Rng) -> Tensor:

@@ -18,10 +18,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from tinyfusion_core.backbone import Batch
 from tinyfusion_core.errors import UserError
-from tinyfusion_core.losses import LossAdapter
-from tinyfusion_core.randomness import Rng
+from tinyfusion_core.protocols.backbone import Batch
+from tinyfusion_core.protocols.loss import LossAdapter
+from tinyfusion_core.runtime.seeding import Rng
 from tinyfusion_dit.conditional import (
     check_options,
     draw_label_drop,

@@ -14,11 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tinyfusion_core.data import Samples
+from tinyfusion_core.dataloading.shards import ShardedSamples, shards_in
 from tinyfusion_core.errors import UserError
-from tinyfusion_core.files import map_array
-from tinyfusion_core.randomness import generator
-from tinyfusion_core.shards import ShardedSamples, shards_in
+from tinyfusion_core.protocols.data import Samples
+from tinyfusion_core.runtime.files import map_array
+from tinyfusion_core.runtime.seeding import generator
 
 Indices = NDArray[np.int64]
 

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tinyfusion_core.data import DataSource, FeatureSpace, Tensors
-from tinyfusion_core.randomness import generator
+from tinyfusion_core.protocols.data import DataSource, FeatureSpace, Tensors
+from tinyfusion_core.runtime.seeding import generator
 
 NUM_HELD_OUT = 297
 
@@ -34,7 +34,7 @@ class Digits(DataSource):
         return ((x + 1) / 2).clamp(0, 1)
 
     def feature_space(self) -> FeatureSpace:
-        from .features import shipped
+        from tinyfusion_images.features import shipped
 
         return shipped("digits")
 

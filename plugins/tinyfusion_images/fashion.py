@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tinyfusion_core.data import DataSource, FeatureSpace, Tensors
 from tinyfusion_core.errors import MissingFileError, UserError, require
+from tinyfusion_core.protocols.data import DataSource, FeatureSpace, Tensors
 
 NUM_TEST = 10_000
 
@@ -49,7 +49,7 @@ class Fashion(DataSource):
         return ((x + 1) / 2).clamp(0, 1)
 
     def feature_space(self) -> FeatureSpace:
-        from .features import shipped
+        from tinyfusion_images.features import shipped
 
         return shipped("fashion")
 

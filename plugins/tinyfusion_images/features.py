@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tinyfusion_core.files import load_strict, read_weights
+from tinyfusion_core.runtime.files import load_strict, read_weights
 
 
 class SmallCNN(nn.Module):

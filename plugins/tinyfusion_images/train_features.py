@@ -7,13 +7,12 @@ import sys
 import torch
 from torch import nn
 
-from tinyfusion_core.data import DataSource
-from tinyfusion_core.files import save_tensors
-from tinyfusion_core.randomness import Order
-
-from .digits import Digits
-from .fashion import NUM_TEST, Fashion
-from .features import fresh, weights
+from tinyfusion_core.dataloading.order import Order
+from tinyfusion_core.protocols.data import DataSource
+from tinyfusion_core.runtime.files import save_tensors
+from tinyfusion_images.digits import Digits
+from tinyfusion_images.fashion import NUM_TEST, Fashion
+from tinyfusion_images.features import fresh, weights
 
 DATA: dict[str, DataSource] = {"digits": Digits(), "fashion": Fashion(num_held_out=NUM_TEST)}
 STEPS = {"digits": 1500, "fashion": 5000}

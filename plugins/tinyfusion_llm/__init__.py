@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from tinyfusion_core.backbone import Backbone
-from tinyfusion_core.data import DataSource
-from tinyfusion_core.hookspecs import hookimpl
-from tinyfusion_core.losses import LossAdapter
+from tinyfusion_core.protocols.backbone import Backbone
+from tinyfusion_core.protocols.data import DataSource
+from tinyfusion_core.protocols.hookspecs import hookimpl
+from tinyfusion_core.protocols.loss import LossAdapter
 from tinyfusion_llm.backbone import CausalLM
 from tinyfusion_llm.loss import NextToken
 from tinyfusion_llm.metrics import Generation, LmEval, Perplexity

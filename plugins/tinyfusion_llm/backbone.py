@@ -13,10 +13,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from tinyfusion_core.backbone import Backbone
 from tinyfusion_core.errors import MissingFileError, UserError, require
-from tinyfusion_core.files import digest, sha256
-from tinyfusion_core.randomness import generator
+from tinyfusion_core.protocols.backbone import Backbone
+from tinyfusion_core.runtime.files import digest, sha256
+from tinyfusion_core.runtime.seeding import generator
 from tinyfusion_llm.layers import construct, find_layers, shorten
 from tinyfusion_llm.optional import need
 

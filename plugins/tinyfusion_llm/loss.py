@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from tinyfusion_core.backbone import Batch
 from tinyfusion_core.errors import require
-from tinyfusion_core.losses import LossAdapter, has_values
-from tinyfusion_core.randomness import Rng
+from tinyfusion_core.protocols.backbone import Batch
+from tinyfusion_core.protocols.loss import LossAdapter, has_values
+from tinyfusion_core.runtime.seeding import Rng
 from tinyfusion_llm.layers import find_layers
 
 IGNORED = -100

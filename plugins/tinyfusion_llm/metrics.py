@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinyfusion_core.data import DataSource
 from tinyfusion_core.errors import UserError, require
-from tinyfusion_core.evaluation import Measurement, Metric, Models
-from tinyfusion_core.generation import batches
-from tinyfusion_core.randomness import Rng
-from tinyfusion_core.spread import spread
-from tinyfusion_core.task import Task
-from tinyfusion_core.trainer import Trainer
+from tinyfusion_core.evaluation.metrics import Measurement, Metric, Models
+from tinyfusion_core.protocols.data import DataSource
+from tinyfusion_core.protocols.task import Task
+from tinyfusion_core.runtime.distributed import batches, spread
+from tinyfusion_core.runtime.seeding import Rng
+from tinyfusion_core.training.trainer import Trainer
 from tinyfusion_llm.backbone import CausalLM
 from tinyfusion_llm.loss import IGNORED, NextToken
 from tinyfusion_llm.optional import need

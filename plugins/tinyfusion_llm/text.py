@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinyfusion_core.data import DataSource
 from tinyfusion_core.errors import MissingFileError, UserError, require
-from tinyfusion_core.files import digest, sha256
-from tinyfusion_core.randomness import generator
+from tinyfusion_core.protocols.data import DataSource
+from tinyfusion_core.runtime.files import digest, sha256
+from tinyfusion_core.runtime.seeding import generator
 from tinyfusion_llm.backbone import load_tokenizer
 from tinyfusion_llm.loss import IGNORED
 from tinyfusion_llm.optional import need

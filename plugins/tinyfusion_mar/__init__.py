@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from tinyfusion_core.backbone import Backbone
-from tinyfusion_core.hookspecs import hookimpl
-from tinyfusion_core.losses import LossAdapter
+from tinyfusion_core.protocols.backbone import Backbone
+from tinyfusion_core.protocols.hookspecs import hookimpl
+from tinyfusion_core.protocols.loss import LossAdapter
 from tinyfusion_mar.backbone import MAR
 from tinyfusion_mar.masked import MaskedTokenDiffusion
 

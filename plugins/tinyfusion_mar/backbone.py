@@ -10,7 +10,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from tinyfusion_core.checkpoints import CheckpointBackbone, settings
+from tinyfusion_core.protocols.checkpoint_backbone import CheckpointBackbone, settings
 
 _SIZES = {"base": (768, 12, 12, 1024, 6), "large": (1024, 16, 16, 1280, 8), "huge": (1280, 20, 16, 1536, 12)}
 _OFFICIAL = {

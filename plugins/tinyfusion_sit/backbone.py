@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from tinyfusion_core.checkpoints import CheckpointBackbone
+from tinyfusion_core.protocols.checkpoint_backbone import CheckpointBackbone
 from tinyfusion_dit.backbone import DiT
 
 _OFFICIAL = (

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tinyfusion_core as tiny
-from tinyfusion_core.files import load_strict, read_weights, sha256
+from tinyfusion_core.runtime.files import load_strict, read_weights, sha256
 
 tinyfusion_api = 1
 

@@ -1,0 +1,84 @@
+"""`tinyfusion encode` and `tinyfusion sample`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from tinyfusion_core.protocols.command import Command
+
+
+class EncodeImages(Command):
+    """Make latents of a folder of images."""
+
+    name = "encode"
+    help = "make latents of a folder of images, for recipes with data: Latents"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("images", type=Path, help="a folder with one folder of images for each class")
+        parser.add_argument("--out", type=Path, required=True, help="the folder of the latents")
+        parser.add_argument(
+            "--vae", required=True, help="the autoencoder: a folder, a checkpoint file or a name on the hub"
+        )
+        for option, kind, text in (
+            ("--name", str, "what recipes call the autoencoder (default: as --vae)"),
+            ("--scale", float, "factor on the latents (default: the autoencoder's own)"),
+            ("--kind", str, "sample (default) or moments"),
+            ("--size", int, "side of the cropped images in pixels (default: 256)"),
+            ("--dtype", str, "of the latents: float32 (default), float16, bfloat16"),
+            ("--shard-size", int, "images in a shard (default: 512)"),
+            ("--batch-size", int, "images at once (default: 16)"),
+            ("--num-workers", int, "processes that read images, for each that encodes (default: 0)"),
+            ("--seed", int, "of the order and the draws (default: 0)"),
+        ):
+            parser.add_argument(option, type=kind, default=argparse.SUPPRESS, help=text)
+        for option, text in (
+            ("--flip", "encode the mirrored images too"),
+            ("--skip-bad", "leave out images that cannot be read, and count them"),
+        ):
+            parser.add_argument(option, action="store_true", default=argparse.SUPPRESS, help=text)
+
+    def __call__(self, options: argparse.Namespace) -> int:
+        from tinyfusion_core.runtime.distributed import place
+        from tinyfusion_images.encode import Encode
+
+        own = ("command", "debug", "images", "out")
+        given = {name: value for name, value in vars(options).items() if name not in own}
+        made = Encode(**given)(options.images, options.out)
+        if place()[0] == 0:
+            print(f"{options.out}: {made['num_images']:,} images in {len(made['shards']):,} shards, all verified")
+            for name in made["skipped"]:
+                print(f"left out: {name}")
+        return 0
+
+
+class SampleImages(Command):
+    """Generate images with a run's student."""
+
+    name = "sample"
+    help = "generate images with a run's student: a grid of some, or many for an evaluation"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("run_dir", type=Path)
+        parser.add_argument("--num", type=int, default=100, help="how many images (default: 100)")
+        parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
+        where = parser.add_mutually_exclusive_group()
+        where.add_argument("--out", type=Path, help="the grid (default: RUN_DIR/figures/student.png)")
+        where.add_argument(
+            "--to", type=Path, help="single images with balanced labels: a folder of PNG files, or ADM's .npz"
+        )
+        parser.add_argument("--batch-size", type=int, default=64, help="images at once, with --to (default: 64)")
+
+    def __call__(self, options: argparse.Namespace) -> int:
+        from tinyfusion_core.runtime.distributed import place
+        from tinyfusion_core.runtime.run_folder import existing_run
+        from tinyfusion_images.samples import sample_images, write_samples
+
+        run = existing_run(options.run_dir)
+        if options.to is not None:
+            made = write_samples(run, options.num, options.seed, options.to, options.batch_size)
+        else:
+            made = sample_images(run, options.num, options.seed, options.out)
+        if place()[0] == 0:
+            print(made)
+        return 0

@@ -1,0 +1,318 @@
+"""From a folder of images to shards of latents, by any number of processes, any number of times interrupted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from tinyfusion_core.dataloading.shards import FORMAT_VERSION, METADATA, Shard, read_metadata, read_shard, write_shard
+from tinyfusion_core.errors import Interrupted, UserError, require
+from tinyfusion_core.runtime.distributed import on_main, place, told
+from tinyfusion_core.runtime.files import digest, read_json, write_json
+from tinyfusion_core.runtime.locking import owned
+from tinyfusion_core.runtime.progress import track
+from tinyfusion_core.runtime.seeding import generator
+from tinyfusion_core.runtime.signals import stop_requests
+from tinyfusion_images.autoencoder import fingerprint, load_autoencoder
+from tinyfusion_images.crops import Crops, ImageFolder, list_images
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encode:
+    """Make latents of a folder of images, in shuffled shards that the data source `Latents` reads.
+
+    The folder has one folder for each class; sorted by name they are labels 0, 1, ... Images are cropped as ADM does.
+    A shard has tensors `x` (rows, C, h, w), scaled, with moments also `x_std` (rows, C, h, w), and `y` (rows,). With
+    `flip` the row behind an image is its mirrored copy. Images are dealt to shards in an order drawn from the seed.
+
+    With several processes each makes its share of the shards. What is finished is verified, and not made again.
+
+    Args:
+        vae: the autoencoder: a folder, a checkpoint file, or a name on the hub; see `load_autoencoder`.
+        name: what to call it in metadata.json and in recipes; by default `vae`.
+        scale: factor on the latents; by default what the autoencoder's config says.
+        kind: "sample" stores a draw from each posterior; "moments" its mean and deviation, to draw from in training.
+        size: side of the cropped images in pixels.
+        flip: whether to encode the mirrored image too.
+        dtype: of the latents in the files.
+        shard_size: images in a shard.
+        batch_size: images that are encoded at once; changes results by rounding alone.
+        num_workers: processes that read images, for each process that encodes; 0 reads in the process itself.
+        seed: of the order of the images and of the draws.
+        skip_bad: leave out images that cannot be read, and list them in metadata.json, rather than stop.
+    """
+
+    vae: str
+    name: str | None = None
+    scale: float | None = None
+    kind: Literal["sample", "moments"] = "sample"
+    size: int = 256
+    flip: bool = False
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    shard_size: int = 512
+    batch_size: int = 16
+    num_workers: int = 0
+    seed: int = 0
+    skip_bad: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("size", "shard_size", "batch_size"):
+            require(getattr(self, name) >= 1, f"encode: {name}", getattr(self, name), "at least 1")
+        require(self.kind in ("sample", "moments"), "encode: kind", self.kind, "sample or moments")
+        require(self.dtype in DTYPES, "encode: dtype", self.dtype, " or ".join(DTYPES))
+        require(self.num_workers >= 0, "encode: num_workers", self.num_workers, "0 or more")
+
+    def __call__(self, images: Path, out: Path) -> dict[str, Any]:
+        """Encode what is not encoded yet.
+
+        Args:
+            images: the folder of images.
+            out: the folder of the latents.
+
+        Returns:
+            The content of `out/metadata.json`.
+
+        Raises:
+            UserError: an image cannot be read, the folder holds other latents, another command is at work in it, or
+                what was written is not right.
+            Interrupted: a signal came; finished shards are kept.
+        """
+        from accelerate import PartialState
+        from accelerate.utils import parse_flag_from_env
+
+        # Without being told, accelerate makes no group of processes that have no GPU: each would think itself alone.
+        cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+        return _Encoding(self, list_images(images), out, PartialState(cpu).device).run()
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What becomes one shard: some images, by index."""
+
+    name: str
+    images: list[int]
+
+
+@dataclass
+class _Encoding:
+    """One call of `Encode`."""
+
+    how: Encode
+    folder: ImageFolder
+    out: Path
+    device: torch.device
+
+    def run(self) -> dict[str, Any]:
+        """See `Encode`."""
+        if len(set(told(digest(self._settings)))) > 1:
+            raise UserError(
+                "encode: processes see different images, or use different autoencoders; compare their disks"
+            )
+        with ExitStack() as stack:
+            on_main(lambda: self._take(stack))
+            return self._make()
+
+    def _take(self, stack: ExitStack) -> None:
+        """Make the folder that of these latents, until the stack closes."""
+        self._check()
+        stack.enter_context(owned(self.out, "--out"))
+        if not (self.out / METADATA).exists():
+            write_json(self.out / METADATA, {**self._settings, "shards": []})
+
+    def _make(self) -> dict[str, Any]:
+        """What is missing of this process's shards. Returns what all of them are."""
+        index, processes = place()
+        mine = self._parts[index::processes]
+        finished = {part.name: found for part in mine if isinstance(found := self._verified(part), _Record)}
+        missing = [part for part in mine if part.name not in finished]
+        self._encode(missing)
+        for part in missing:
+            found = self._verified(part)
+            if not isinstance(found, _Record):
+                raise UserError(
+                    f"{self.out / part.name}: not what was written a moment ago: {found}. Is the disk sound?"
+                )
+            finished[part.name] = found
+        # One that fails does not wait here for the others, whose shares may take hours: torchrun ends them.
+        records = sorted(chain(*told(list(finished.values()))), key=lambda record: record.shard.name)
+        content = {
+            **self._settings,
+            "num_images": sum(r.shard.count for r in records) // self._copies,
+            "skipped": sorted({name for r in records for name in r.skipped}),
+            "shards": [asdict(r.shard) for r in records],
+        }
+        on_main(lambda: self._finish(content))
+        return content
+
+    def _finish(self, content: dict[str, Any]) -> None:
+        write_json(self.out / METADATA, content)
+        for part in self._parts:
+            self._record_path(part).unlink(missing_ok=True)
+
+    def _check(self) -> None:
+        """Raises UserError when the folder holds something else than these latents."""
+        if not (self.out / METADATA).exists():
+            return
+        before = read_metadata(str(self.out))
+        changed = [key for key, value in self._settings.items() if before.get(key) != value]
+        if changed:
+            what = "; ".join(f"{key}: {before.get(key)!r}, now {self._settings[key]!r}"[:200] for key in changed)
+            raise UserError(f"{self.out}: holds latents that were made otherwise ({what}); choose another folder")
+
+    @cached_property
+    def _vae(self) -> nn.Module:
+        return load_autoencoder(self.how.vae).to(self.device)
+
+    @cached_property
+    def _scaling(self) -> tuple[float, float]:
+        """Factor and shift."""
+        config: Mapping[str, Any] = self._vae.config  # type: ignore[assignment]
+        scale = config.get("scaling_factor") if self.how.scale is None else self.how.scale
+        if scale is None:
+            raise UserError(
+                f"encode: {self.how.vae} does not say its scale; give --scale (Stable Diffusion: 0.18215, MAR: 0.2325)"
+            )
+        return scale, config.get("shift_factor") or 0.0
+
+    @cached_property
+    def _settings(self) -> dict[str, Any]:
+        """All that the latents depend on, and that metadata.json says."""
+        how, (scale, shift) = self.how, self._scaling
+        return {
+            "format_version": FORMAT_VERSION,
+            "vae": how.name or how.vae,
+            "vae_sha256": fingerprint(self._vae),
+            "scale": scale,
+            "shift": shift,
+            "kind": how.kind,
+            "size": how.size,
+            "crop": "centre, as ADM",
+            "flips": how.flip,
+            "dtype": how.dtype,
+            "seed": how.seed,
+            "shard_size": how.shard_size,
+            "source": {"images": len(self.folder.files), "names_sha256": digest(self.folder.files)},
+            "classes": self.folder.classes,
+        }
+
+    @property
+    def _copies(self) -> int:
+        return 2 if self.how.flip else 1
+
+    @cached_property
+    def _parts(self) -> list[_Part]:
+        num = len(self.folder.files)
+        order = torch.randperm(num, generator=generator("encode", self.how.seed, "order", num))
+        parts = [order[i : i + self.how.shard_size].tolist() for i in range(0, num, self.how.shard_size)]
+        return [_Part(f"{i:05d}-of-{len(parts):05d}.safetensors", part) for i, part in enumerate(parts)]
+
+    def _encode(self, parts: Sequence[_Part]) -> None:
+        """Make these shards."""
+        how = self.how
+        starts = range(0, how.shard_size, how.batch_size)
+        batches = [some for part in parts for i in starts if (some := part.images[i : i + how.batch_size])]
+        loader: DataLoader[Any] = DataLoader(
+            Crops(self.folder, how.size),  # type: ignore[arg-type]  # read by lists of indices
+            batch_sampler=batches,
+            collate_fn=tuple,
+            num_workers=how.num_workers,
+            generator=torch.Generator(),
+        )
+        total = sum(len(part.images) for part in parts)
+        with stop_requests() as stop, track("encode", total, show=place()[0] == 0) as progress:
+            read = zip(batches, loader, strict=True)
+            for number, part in enumerate(parts):
+                made: list[dict[str, Tensor]] = []
+                left_out: list[int] = []
+                for _ in range(0, len(part.images), how.batch_size):
+                    indices, (crops, bad) = next(read)
+                    if bad and not how.skip_bad:
+                        raise UserError(f"{bad[0][1]}. Mend or remove it, or leave such images out with --skip-bad")
+                    left_out += (unreadable := [index for index, _ in bad])
+                    if len(crops):
+                        made.append(self._latents([i for i in indices if i not in unreadable], crops))
+                    progress.advance(len(indices))
+                    if stop:
+                        raise Interrupted(f"stopped after {number} of {len(parts)} shards", stop[0])
+                if not made:
+                    raise UserError(f"{self.folder.root}: none of the {len(left_out)} images of a shard can be read")
+                tensors = {name: torch.cat([rows[name] for rows in made]) for name in made[0]}
+                shard = write_shard(self.out, part.name, tensors)
+                skipped = [self.folder.files[i] for i in left_out]
+                write_json(self._record_path(part), {**asdict(shard), "skipped": skipped})
+
+    def _latents(self, images: list[int], crops: Tensor) -> dict[str, Tensor]:
+        """Rows of a shard for some images and their (n, 3, size, size) crops."""
+        scale, shift = self._scaling
+        dtype = DTYPES[self.how.dtype]
+        x = torch.stack([crops, crops.flip(-1)][: self._copies], dim=1).flatten(0, 1)  # an image, then its mirror image
+        with torch.no_grad():
+            posterior = self._vae.encode(x.to(self.device).float() / 127.5 - 1).latent_dist  # type: ignore[operator]
+        rows = {"x": posterior.mean.cpu(), "x_std": posterior.std.cpu()}
+        if self.how.kind == "sample":
+            std = rows.pop("x_std")
+            rows["x"] = rows["x"] + std * self._noise(images, std)
+        else:
+            rows["x_std"] = (rows["x_std"] * scale).to(dtype)
+        rows["x"] = ((rows["x"] - shift) * scale).to(dtype)
+        labels = torch.tensor([self.folder.labels[i] for i in images], dtype=torch.int64)
+        return {**rows, "y": labels.repeat_interleave(self._copies)}
+
+    def _noise(self, images: list[int], like: Tensor) -> Tensor:
+        """Standard normal numbers; each image's depend on the seed and its index alone."""
+        shape = (self._copies, *like.shape[1:])
+        return torch.cat(
+            [torch.randn(shape, generator=generator("encode", self.how.seed, "latent", i)) for i in images]
+        )
+
+    def _verified(self, part: _Part) -> _Record | str:
+        """What is known of a shard whose file is what it should be; else what is wrong."""
+        record = self._known.get(part.name)
+        if record is None and self._record_path(part).exists():
+            record = _Record.of(read_json(self._record_path(part)))
+        if record is None:
+            return "nothing is known of it"
+        try:
+            tensors = read_shard(str(self.out), record.shard)
+        except UserError as e:
+            return str(e)
+        labels = [self.folder.labels[i] for i in part.images if self.folder.files[i] not in record.skipped]
+        expected = torch.tensor(labels, dtype=torch.int64).repeat_interleave(self._copies)
+        if not torch.equal(tensors["y"], expected):
+            return "its labels are not those of its images"
+        if any(not torch.isfinite(tensor).all() for tensor in tensors.values()):
+            return f"latents that are not finite; does {self.how.dtype} hold them?"
+        return record
+
+    @cached_property
+    def _known(self) -> dict[str, _Record]:
+        """The shards that a finished encoding has listed."""
+        found = read_metadata(str(self.out))
+        return {entry["name"]: _Record.of({**entry, "skipped": found["skipped"]}) for entry in found["shards"]}
+
+    def _record_path(self, part: _Part) -> Path:
+        """Where a finished shard's hash is kept until all are."""
+        return (self.out / part.name).with_suffix(".json")
+
+
+@dataclass(frozen=True)
+class _Record:
+    """A finished shard, and the images that could not be read for it."""
+
+    shard: Shard
+    skipped: list[str]
+
+    @staticmethod
+    def of(entry: Mapping[str, Any]) -> _Record:
+        return _Record(Shard(entry["name"], entry["count"], entry["sha256"]), entry["skipped"])

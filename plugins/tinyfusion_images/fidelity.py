@@ -1,0 +1,218 @@
+"""How far generated pictures are from real ones: FID, inception score, KID, precision and recall."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tinyfusion_core.errors import MissingFileError, UserError, require
+from tinyfusion_core.evaluation.generation import balanced_labels, has_pictures, pictures, sample_rows
+from tinyfusion_core.evaluation.metrics import Measurement, Metric, Models
+from tinyfusion_core.protocols.data import DataSource
+from tinyfusion_core.protocols.task import Task
+from tinyfusion_core.runtime.distributed import batches, finish, on_main
+from tinyfusion_core.runtime.files import read_weights, save_tensors
+from tinyfusion_core.training.trainer import Trainer
+from tinyfusion_images.image_sets import ImageSet, open_images, rgb
+from tinyfusion_images.inception import INCEPTION, INCEPTION_FILE, FeatureNetwork, fetch_inception, inception_weights
+
+MOST_IN_SUBSET = 1000
+"""Pictures in a subset of the KID, where there are as many."""
+NEIGHBOURS = 3
+"""Precision and recall take pictures for alike that are closer than a picture's third neighbour."""
+BETTER = {"FID": "lower", "inception score": "higher", "KID": "lower", "precision": "higher", "recall": "higher"}
+KEY = "evaluate: Fidelity"
+
+
+@dataclass(frozen=True)
+class Fidelity(Metric):
+    """FID, inception score, KID, precision and recall of generated pictures, by torch-fidelity.
+
+    Samples have balanced labels and are those that `tinyfusion sample --to` writes with the run's seed. The report says
+    which features and which reference the figures are of: they compare with others only where both are the same.
+
+    Args:
+        num_samples: pictures to generate with each model, from the same noise and labels.
+        batch_size: pictures at once.
+        reference: the real ones: a folder of pictures, or an .npz of ADM's (where it has statistics of a larger set,
+            the FID is the distance to those); default the training data, decoded.
+        num_reference: of the training data, this many, evenly spaced.
+        features: name of the network, as torch-fidelity knows it or a plugin has registered it.
+        weights: its file, safetensors or a torch file of plain tensors; default for Inception the one in torch's hub
+            folder, for others whatever they do by themselves.
+        download: fetch torch-fidelity's Inception weights if they are not there, when they are first needed.
+        pruned: generate with networks right after pruning, too.
+    """
+
+    num_samples: int = 50_000
+    batch_size: int = 64
+    reference: str | None = None
+    num_reference: int = 50_000
+    features: str = INCEPTION
+    weights: str | None = None
+    download: bool = False
+    pruned: bool = False
+    together = True
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "num_reference"):
+            require(getattr(self, name) >= 10, f"{KEY}.{name}", getattr(self, name), "at least 10")
+        require(self.batch_size >= 1, f"{KEY}.batch_size", self.batch_size, "at least 1")
+
+    def check(self, data: DataSource) -> None:
+        missing = []
+        if not data.has_pixels:
+            missing.append(
+                f"{KEY} compares pictures, and data: {type(data).__name__} as configured does not decode any"
+            )
+        if self.reference is not None and not Path(self.reference).exists():
+            missing.append(
+                f"{KEY}.reference: '{self.reference}' does not exist. Put there a folder of real pictures or an .npz "
+                "of ADM's (https://github.com/openai/guided-diffusion/tree/main/evaluations), or set it to null to "
+                "compare with the training data"
+            )
+        path = self._weights
+        if path is not None and not path.exists() and not (self.download and self.weights is None):
+            missing.append(
+                f"{KEY}.weights: '{path}' does not exist. Put there the weights of {self.features} (for Inception "
+                f"{INCEPTION_FILE} of https://github.com/toshas/torch-fidelity/releases/tag/v0.2.0), or leave weights "
+                "out and set download: true"
+            )
+        if missing:
+            raise MissingFileError("\n".join(missing))
+
+    def __call__(self, task: Task, models: Models, trainer: Trainer) -> list[Measurement]:
+        folder = on_main(lambda: Path(tempfile.mkdtemp(prefix="tinyfusion-")))
+        try:
+            return self.resume(task, models, trainer, folder)
+        finally:
+            if trainer.accelerator.is_main_process:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def resume(self, task: Task, models: Models, trainer: Trainer, folder: Path) -> list[Measurement]:
+        if not task.loss.generates or not has_pictures(task):
+            raise UserError(f"{KEY}: {type(task.loss).__name__} and these data give no pictures; leave it out")
+        if self.download and self.weights is None and self.features == INCEPTION:
+            fetch_inception()
+        network = FeatureNetwork(self.features, self._weights, trainer.accelerator.device)
+        known, real = self._known(task, trainer.accelerator.device), list[Path]()
+        if (images := known.images) is not None:
+            parts = batches(len(images), self.batch_size)
+            real = _keep(folder / "real", parts, lambda rows: network(images.read(rows)), "features of real pictures")
+        statistics = known.statistics if self.features == INCEPTION else None
+
+        def measure(number: int, name: str, model: nn.Module) -> dict[str, float]:
+            """Nothing when the network was not to be sampled, or has diverged."""
+            if name.endswith("pruned") and not self.pruned:
+                return {}
+
+            def work(rows: range) -> dict[str, Tensor]:
+                x = sample_rows(task, model, trainer, rows, balanced_labels(task, model, rows))
+                return {**network(rgb(pictures(task, x))), "finite": torch.isfinite(x).flatten(1).all(1).cpu()}
+
+            made = _keep(folder / str(number), batches(self.num_samples, self.batch_size), work, f"samples of {name}")
+            return on_main(lambda: _figures(made, real, statistics, network))
+
+        figures = {name: measure(i, name, model) for i, (name, model) in enumerate(models.items())}
+        return self._rows(figures, known)
+
+    def _rows(self, figures: Mapping[str, Mapping[str, float]], known: ImageSet) -> list[Measurement]:
+        import torch_fidelity
+
+        count = "" if known.images is None else f"{len(known.images):,} of "
+        note = f"{self.num_samples:,} samples against {count}{self.reference or 'the training data'}"
+        if known.statistics is not None and self.features == INCEPTION:
+            note += " (FID: against its statistics)"
+        note += f"; features: {self.features}, torch-fidelity {torch_fidelity.__version__}"
+        if idle := [name for name, found in figures.items() if not found]:
+            note += f"; not sampled, or not finite: {', '.join(idle)}"
+        own = "" if self.features == INCEPTION else f" ({self.features})"
+        return [
+            Measurement(what + own, {name: f.get(what) for name, f in figures.items()}, better=better, note=note)
+            for what, better in BETTER.items()
+        ]
+
+    def _known(self, task: Task, device: torch.device) -> ImageSet:
+        """The real pictures."""
+        if self.reference is not None:
+            known = open_images(Path(self.reference), f"{KEY}.reference")
+        else:
+            known = ImageSet(_Training(task, min(self.num_reference, len(task.train)), device))
+        if known.images is not None and len(known.images) < 10:
+            raise UserError(f"{KEY}: {len(known.images)} real pictures are too few; expected at least 10")
+        return known
+
+    @property
+    def _weights(self) -> Path | None:
+        """Where the weights are, or have to be; None when the network knows by itself."""
+        if self.weights is not None:
+            return Path(self.weights)
+        return inception_weights() if self.features == INCEPTION else None
+
+
+class _Training:
+    """Training examples, evenly spaced, as pictures."""
+
+    def __init__(self, task: Task, num: int, device: torch.device) -> None:
+        self.task, self.num, self.device = task, num, device
+
+    def __len__(self) -> int:
+        return self.num
+
+    def read(self, rows: range) -> Tensor:
+        step = len(self.task.train) / self.num
+        x = self.task.train.__getitems__([int(i * step) for i in rows])["x"]
+        return rgb(pictures(self.task, x.to(self.device)))
+
+
+def _keep(folder: Path, parts: Sequence[range], work: Callable[[range], dict[str, Tensor]], name: str) -> list[Path]:
+    """Compute the parts that are not in a folder yet. Returns all files, in order."""
+
+    def path(rows: range) -> Path:
+        return folder / f"{rows.start:08d}-{rows.stop:08d}.safetensors"
+
+    finish(parts, lambda rows: path(rows).exists(), lambda rows: save_tensors(path(rows), work(rows)), name)
+    return [path(rows) for rows in parts]
+
+
+def _figures(
+    made: Sequence[Path],
+    real: Sequence[Path],
+    statistics: Mapping[str, Any] | None,
+    network: FeatureNetwork,
+) -> dict[str, float]:
+    """All that can be had from the features in files; nothing when samples are not finite."""
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+    from torch_fidelity.metric_isc import isc_features_to_metric
+    from torch_fidelity.metric_kid import kid_features_to_metric
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    ours, theirs, layers = _read(made), _read(real), network.layers
+    if not ours["finite"].all():
+        return {}
+    found = {"inception score": isc_features_to_metric(ours[layers["isc"]])["inception_score_mean"]}
+    if statistics is None:
+        statistics = fid_features_to_statistics(theirs[layers["fid"]].double())
+    generated = fid_features_to_statistics(ours[layers["fid"]].double())
+    found["FID"] = fid_statistics_to_metric(generated, statistics, verbose=False)["frechet_inception_distance"]
+    if theirs:
+        layer = layers["kid"]
+        size = min(MOST_IN_SUBSET, len(ours[layer]), len(theirs[layer]))
+        kid = kid_features_to_metric(ours[layer], theirs[layer], kid_subset_size=size, verbose=False)
+        found["KID"] = kid["kernel_inception_distance_mean"]
+        both = ours[layers["prc"]].to(network.device), theirs[layers["prc"]].to(network.device)
+        how = {"prc_neighborhood": NEIGHBOURS, "prc_batch_size": 2500, "save_cpu_ram": True, "verbose": False}
+        found.update({k: v for k, v in prc_features_to_metric(*both, **how).items() if k != "f_score"})
+    return found
+
+
+def _read(paths: Sequence[Path]) -> dict[str, Tensor]:
+    parts = [read_weights(path) for path in paths]
+    return {layer: torch.cat([part[layer] for part in parts]) for layer in parts[0]} if parts else {}

@@ -1,0 +1,85 @@
+"""The networks in whose features pictures are compared: torch-fidelity's, their weights read without running them."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tinyfusion_core.errors import UserError, nearest
+from tinyfusion_core.runtime.distributed import on_main
+from tinyfusion_core.runtime.files import read_weights
+
+INCEPTION = "inception-v3-compat"
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
+"""What torch-fidelity calls its file of weights; the first digits of its sha256 are in the name."""
+
+
+def inception_weights() -> Path:
+    """Where torch's hub keeps torch-fidelity's Inception weights."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
+
+
+class FeatureNetwork:
+    """A network that torch-fidelity knows, or a plugin has registered there.
+
+    Args:
+        name: as it is registered.
+        weights: its file, safetensors or a torch file of plain tensors; None if the network knows by itself.
+        device: where it computes.
+
+    Attributes:
+        layers: which features a metric takes (`isc`, `fid`, `kid`, `prc`).
+
+    Raises:
+        UserError: there is no such network, or the weights are not its.
+    """
+
+    def __init__(self, name: str, weights: Path | None, device: torch.device) -> None:
+        from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
+        from torch_fidelity.utils import create_feature_extractor
+
+        if name not in FEATURE_EXTRACTORS_REGISTRY:
+            raise UserError(f"features: torch-fidelity knows no '{name}'{nearest(name, FEATURE_EXTRACTORS_REGISTRY)}")
+        layer_for = FEATURE_EXTRACTORS_REGISTRY[name].get_default_feature_layer_for_metric
+        self.layers: dict[str, str] = {metric: layer_for(metric) for metric in ("isc", "fid", "kid", "prc")}
+        self.device = device
+        with tempfile.TemporaryDirectory(prefix="tinyfusion-") as folder:
+            options = {}
+            if weights is not None:
+                # torch-fidelity would unpickle the file: it gets a copy of the tensors in it, written here.
+                options["feature_extractor_weights_path"] = str(Path(folder) / "weights.pth")
+                torch.save(read_weights(weights), options["feature_extractor_weights_path"])
+            try:
+                needed = list(dict.fromkeys(self.layers.values()))
+                self._network = create_feature_extractor(name, needed, cuda=False, verbose=False, **options)
+            except RuntimeError as e:  # of load_state_dict
+                raise UserError(f"{weights}: not the weights of {name} ({str(e).splitlines()[0]})") from None
+        self._network.to(device)
+
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        """(n, 3, H, W) uint8 pictures -> (n, F) features of every layer that a metric takes, on the CPU."""
+        with torch.no_grad():
+            found = self._network.convert_features_tuple_to_dict(self._network(images.to(self.device)))
+        return {layer: values.cpu() for layer, values in found.items()}
+
+
+def fetch_inception() -> None:
+    """Fetch the Inception weights of torch-fidelity to `inception_weights()`, if they are not there."""
+    on_main(_fetch)
+    _fetch()  # on a machine that does not see the main process's disk
+
+
+def _fetch() -> None:
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
+    path = inception_weights()
+    if path.exists():
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix="6726825d", progress=False)
+    except (OSError, RuntimeError) as e:
+        raise UserError(f"{URL_INCEPTION_V3} cannot be fetched ({e}); put the file at '{path}'") from None

@@ -1,0 +1,174 @@
+"""Pictures of a run's network: one grid of them, or as many thousands as an evaluation elsewhere takes."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from tinyfusion_core.errors import UserError, require
+from tinyfusion_core.evaluation.generation import balanced_labels, generate, has_pictures, pictures, sample_rows
+from tinyfusion_core.pipeline.recipe import load_recipe
+from tinyfusion_core.pipeline.run import make_task
+from tinyfusion_core.protocols.task import Task
+from tinyfusion_core.pruning.prune import load_pretrained, origin
+from tinyfusion_core.reporting.figures import draw_images
+from tinyfusion_core.runtime.distributed import batches, finish, on_main
+from tinyfusion_core.runtime.files import read_json, read_weights, remove_partial, save_tensors, write_json
+from tinyfusion_core.runtime.run_folder import RunFolder
+from tinyfusion_core.training.trainer import Trainer
+from tinyfusion_images.image_sets import rgb, write_archive, write_png
+
+FORMAT_VERSION = 1
+
+
+def sample_images(folder: RunFolder, num: int, seed: int, out: Path | None = None) -> Path:
+    """Generate a grid of images with a run's student, or with its teacher when it pruned nothing.
+
+    Args:
+        folder: a run that has finished its training.
+        num: how many images.
+        seed: of the noise.
+        out: the picture, a PNG; default `figures/student.png` in the run folder.
+
+    Returns:
+        The path of the picture.
+
+    Raises:
+        UserError: no network has been saved there yet, or its data cannot be shown.
+    """
+    if num < 1 or (out is not None and out.suffix != ".png"):
+        raise UserError("expected --num of at least 1 and an --out that ends in .png")
+    task, model, trainer, made_with = _open(folder, seed)
+    out = out or folder / "figures" / f"{made_with['name']}.png"
+    x, labels = generate(task, model, trainer, num, 250)
+    if trainer.accelerator.is_main_process:
+        images = pictures(task, x[labels.argsort(stable=True)].to(trainer.accelerator.device))
+        draw_images(images, out, columns=math.ceil(math.sqrt(num)))
+    return out
+
+
+def write_samples(folder: RunFolder, num: int, seed: int, to: Path, batch_size: int = 64) -> Path:
+    """Generate many images with a run's student, with balanced labels, as PNG files or as one archive.
+
+    Image i is a function of the seed and i: any number of processes makes the same set. What is there already is not
+    made again, so the same call goes on after an interruption, and a larger `num` adds to a folder.
+
+    Args:
+        folder: a run that has finished its training.
+        num: how many images.
+        seed: of the noise.
+        to: a folder, which gets `000000.png` and so on, and `samples.json` with their labels and how they were made;
+            or a file that ends in .npz, in the layout of ADM: `arr_0` uint8 (N, H, W, 3), `arr_1` labels.
+        batch_size: images at once.
+
+    Returns:
+        The folder or file.
+
+    Raises:
+        UserError: no network has been saved there yet, its data cannot be shown, or there are other samples already.
+    """
+    require(num >= 1, "--num", num, "at least 1")
+    require(batch_size >= 1, "--batch-size", batch_size, "at least 1")
+    task, model, trainer, made_with = _open(folder, seed)
+    archive = to.suffix == ".npz"
+    record = to.with_name(f"{to.name}.json") if archive else to / "samples.json"
+    before = on_main(lambda: _claim(record, to, made_with, num))
+    if archive and to.exists() and before == num:
+        return to
+
+    def images(rows: range) -> Tensor:
+        x = sample_rows(task, model, trainer, rows, balanced_labels(task, model, rows))
+        return pictures(task, x)
+
+    parts = batches(num, batch_size)
+    if archive:
+        _write_archive(to, parts, images, balanced_labels(task, model, range(num)))
+    else:
+        _write_folder(to, parts, images)
+    if trainer.accelerator.is_main_process:
+        labels = balanced_labels(task, model, range(num)).tolist()
+        write_json(record, {"made_with": made_with, "num": num, "labels": labels})
+        shutil.rmtree(_parts(to), ignore_errors=True)
+    return to
+
+
+def _open(folder: RunFolder, seed: int) -> tuple[Task, nn.Module, Trainer, dict[str, Any]]:
+    """The network of a finished run, what it takes to sample from it, and all that decides the samples."""
+    recipe = load_recipe(folder / "recipe.yaml")
+    rounds = list(recipe.each_round())
+    name = "student" if rounds else "teacher"
+    folder = folder.round(rounds[-1]) if rounds else folder
+    if not (folder / name / "config.json").exists():
+        raise UserError(f"{folder.path}: no {name} yet; let the run finish first")
+    model = load_pretrained(folder / name)
+    task = make_task(recipe, model)
+    if not has_pictures(task):
+        raise UserError(f"data: {type(recipe.data).__name__} cannot show its examples as images")
+    trainer = replace(recipe.trainer, seed=seed)
+    made_with = {
+        "format_version": FORMAT_VERSION,
+        "name": name,
+        "sha256": origin(folder / name)["sha256"],
+        "loss": recipe.settings["loss"],
+        "data": recipe.settings["data"],  # it may hold a decoder
+        "precision": trainer.accelerator.mixed_precision,
+        "seed": seed,
+    }
+    return task, model.to(trainer.accelerator.device), trainer, made_with
+
+
+def _claim(record: Path, to: Path, made_with: dict[str, Any], num: int) -> int | None:
+    """Make a place that of these samples. Returns how many are there, None when they are not finished.
+
+    Raises:
+        UserError: there are others, or something else, or single images beyond that number.
+    """
+    if not record.exists():
+        if to.exists() and (to.is_file() or any(to.iterdir())):
+            raise UserError(f"--to: '{to}' exists and was not made by this command; choose another name")
+        write_json(record, {"made_with": made_with})
+        return None
+    before = read_json(record)
+    if before.get("made_with") != made_with:
+        found = before.get("made_with") or {}
+        other = [key for key, value in made_with.items() if found.get(key) != value]
+        raise UserError(f"--to: '{to}' has samples made with another {', '.join(other)}; choose another name")
+    remove_partial(to)
+    there = 1 + max((int(p.stem) for p in to.glob("*.png") if p.stem.isdecimal()), default=-1)
+    if there > num:
+        raise UserError(f"--num: {num}, but '{to}' has {there} samples; ask for as many, or choose another name")
+    finished: int | None = before.get("num")
+    return finished
+
+
+def _parts(to: Path) -> Path:
+    """Where the parts of an archive lie until there are all of them."""
+    return to.with_name(f"{to.name}.parts")
+
+
+def _write_folder(folder: Path, parts: Sequence[range], images: Callable[[range], Tensor]) -> None:
+    def path(i: int) -> Path:
+        return folder / f"{i:06d}.png"
+
+    def work(rows: range) -> None:
+        for i, image in zip(rows, images(rows), strict=True):
+            write_png(path(i), image)
+
+    finish(parts, lambda rows: all(path(i).exists() for i in rows), work, "samples")
+
+
+def _write_archive(to: Path, parts: Sequence[range], images: Callable[[range], Tensor], labels: Tensor) -> None:
+    def path(rows: range) -> Path:
+        return _parts(to) / f"{rows.start:08d}-{rows.stop:08d}.safetensors"
+
+    def work(rows: range) -> None:
+        save_tensors(path(rows), {"images": rgb(images(rows))})
+
+    finish(parts, lambda rows: path(rows).exists(), work, "samples")
+    on_main(lambda: write_archive(to, (read_weights(path(rows))["images"] for rows in parts), labels))

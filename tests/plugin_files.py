@@ -1,0 +1,51 @@
+"""Plugins as files and as installed packages."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+PLUGIN = """
+from tinyfusion_core.protocols.hookspecs import hookimpl
+from tinyfusion_core.protocols.data import DataSource
+
+class {name}(DataSource):
+    def train(self): ...
+    def held_out(self): ...
+
+@hookimpl
+def tinyfusion_register_data():
+    return [{name}]
+"""
+
+
+def install(folder: Path, name: str, code: str) -> None:
+    """An installed distribution with one entry point, as pip would leave it."""
+    (folder / f"{name}.py").write_text(code)
+    info = folder / f"{name}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[tinyfusion]\n{name} = {name}\n")
+
+
+def pip_install(folder: Path, site: Path) -> None:
+    """As in a place without a network."""
+    how = ["--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check", "--target", str(site)]
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--quiet", *how, str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def own_tests(folder: Path, site: Path) -> str:
+    """What pytest says of a package's own tests, in a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), *(p for p in sys.path if p)])}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout

@@ -1,0 +1,130 @@
+"""What the objectives feed to a transformer is what its published pipeline feeds: both sample the same latents.
+
+The packing of tokens, their positions, how time is counted, masks, guidance and the sign of the prediction all show.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor
+
+from diffusers_families import FAMILIES
+from tinyfusion_core.protocols.loss import LossAdapter
+from tinyfusion_core.runtime.seeding import generator
+from tinyfusion_diffusers import calling
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of other libraries
+
+STEPS, ROWS = 3, 2
+SQUARE = {"guidance_scale": 1.0, "height": 64, "width": 64}
+FLOWS: dict[str, tuple[str, dict[str, Any]]] = {
+    "FluxTransformer2DModel": ("FluxPipeline", {"guidance_scale": 3.5, "height": 32, "width": 32}),
+    "SD3Transformer2DModel": ("StableDiffusion3Pipeline", SQUARE),
+    "AuraFlowTransformer2DModel": ("AuraFlowPipeline", SQUARE),
+    "SanaTransformer2DModel": ("SanaPipeline", {**SQUARE, "use_resolution_binning": False}),
+    "WanTransformer3DModel": ("WanPipeline", {"guidance_scale": 1.0, "height": 32, "width": 32, "num_frames": 5}),
+    "QwenImageTransformer2DModel": ("QwenImagePipeline", {"true_cfg_scale": 1.0, "height": 32, "width": 32}),
+    "LTXVideoTransformer3DModel": (
+        "LTXPipeline",
+        {"guidance_scale": 1.0, "height": 128, "width": 128, "num_frames": 9},
+    ),
+    "Lumina2Transformer2DModel": ("Lumina2Pipeline", SQUARE),
+}
+VIDEO = {"guidance_scale": 1.0, "height": 64, "width": 64, "num_frames": 5}
+SCHEDULED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "PixArtTransformer2DModel": ("PixArtAlphaPipeline", {}, {**SQUARE, "use_resolution_binning": False}),
+    "PixArtTransformer2DModel with sizes": (
+        "PixArtAlphaPipeline",
+        {"sample_size": 128, "num_attention_heads": 3, "cross_attention_dim": 24},
+        {**SQUARE, "use_resolution_binning": False},
+    ),
+    "CogVideoXTransformer3DModel": ("CogVideoXPipeline", {}, VIDEO),
+    "CogVideoXTransformer3DModel with rotary positions": (
+        "CogVideoXPipeline",
+        {"use_rotary_positional_embeddings": True, "attention_head_dim": 16},
+        VIDEO,
+    ),
+    "CogVideoXTransformer3DModel 1.5": (
+        "CogVideoXPipeline",
+        {
+            "use_rotary_positional_embeddings": True,
+            "attention_head_dim": 16,
+            "patch_size_t": 2,
+            "patch_bias": False,
+        },
+        VIDEO,
+    ),
+}
+
+
+def network(name: str, changes: dict[str, Any]) -> tuple[Any, LossAdapter, dict[str, Tensor]]:
+    """A random network, its objective, and noise with two prompts."""
+    backbone = FAMILIES[name].backbone(name, **changes)
+    batch = replace(backbone, latent=[8, 8] if "sample_size" in changes else backbone.latent).example(ROWS)
+    for key, value in batch.items():
+        if value.is_floating_point():
+            value.normal_(generator=generator("pipelines", key))
+    return backbone.build(), FAMILIES[name].loss, batch
+
+
+def sampled(model: Any, batch: dict[str, Tensor], pipeline: str, scheduler: Any, options: dict[str, Any]) -> Tensor:
+    """What the published pipeline samples; only its transformer and scheduler are there."""
+    cls = getattr(diffusers, pipeline)
+    parts = {k: p for k, p in inspect.signature(cls.__init__).parameters.items() if k != "self"}
+    given = {k: None if p.default is p.empty else p.default for k, p in parts.items()}
+    pipe = cls(**{**given, "transformer": model, "scheduler": scheduler})
+    pipe.set_progress_bar_config(disable=True)
+    mask = batch.get("mask", torch.ones(batch["text"].shape[:2], dtype=torch.bool))
+    told = {
+        "latents": calling.pack(type(model), batch["x"]),
+        "prompt_embeds": batch["text"],
+        "prompt_attention_mask": mask,
+        "prompt_embeds_mask": mask,
+        "pooled_prompt_embeds": batch.get("pooled"),
+    }
+    takes = inspect.signature(cls.__call__).parameters
+    told = {name: value for name, value in told.items() if name in takes}
+    if "negative_prompt" in takes and takes["negative_prompt"].default == "":  # without guidance it is never looked at
+        told["negative_prompt"] = None
+    out = pipe(**told, **options, num_inference_steps=STEPS, output_type="latent")
+    return calling.unpack(type(model), next(iter(out.__dict__.values())), batch["x"])
+
+
+def check(found: Tensor, x: Tensor, start: Tensor) -> None:
+    assert (x - start).abs().max() > 0.1
+    assert torch.allclose(found, x, atol=1e-4 * float(x.abs().max()))
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_flows(name: str) -> None:
+    model, loss, batch = network(name, {})
+    pipeline, options = FLOWS[name]
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    found = sampled(model, batch, pipeline, scheduler, options)
+    x = batch["x"]
+    with torch.no_grad():
+        for now, later in zip(scheduler.sigmas[:-1], scheduler.sigmas[1:], strict=True):
+            t = torch.full((ROWS,), float(now))
+            x = x + (later - now) * loss.predict(model, {**batch, "x_t": x, "t": t})
+    check(found, x, batch["x"])
+
+
+@pytest.mark.parametrize("name", SCHEDULED)
+def test_scheduled_processes(name: str) -> None:
+    pipeline, changes, options = SCHEDULED[name]
+    model, loss, batch = network(name.split()[0], changes)
+    scheduler = getattr(diffusers, loss.scheduler)(**loss.settings)
+    scheduler = diffusers.DDIMScheduler.from_config(scheduler.config) if "DDPM" in loss.scheduler else scheduler
+    found = sampled(model, batch, pipeline, scheduler, options)
+    x = batch["x"]
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            out = loss.predict(model, {**batch, "x_t": x, "t": t.expand(ROWS)})
+            x = scheduler.step(out[:, : x.shape[1]], t, x, return_dict=False)[0]
+    check(found, x, batch["x"])

@@ -1,0 +1,232 @@
+"""FID and its relatives: torch-fidelity's numbers, where the pictures come from, and going on after an interruption."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch_fidelity
+from PIL import Image
+from torch_fidelity import feature_extractor_inceptionv3 as inception
+
+import tinyfusion_core as tiny
+from shared_work import TRAINER, OnlyHere, ToyFeatures
+from small_run import digits_task
+from tinyfusion_core.errors import MissingFileError
+from tinyfusion_core.evaluation.generation import balanced_labels, pictures, sample_rows
+from tinyfusion_core.runtime.distributed import batches
+from tinyfusion_core.runtime.files import save_tensors
+from tinyfusion_dit import GaussianDiffusion
+from tinyfusion_images import Digits, fidelity
+from tinyfusion_images.image_sets import open_images, rgb, write_archive, write_png
+from tinyfusion_images.inception import INCEPTION, INCEPTION_FILE, FeatureNetwork, inception_weights
+
+TOY = tiny.Fidelity(num_samples=24, batch_size=10, num_reference=30, features="toy")
+
+
+def figures(metric: tiny.Fidelity, task: tiny.Task, folder: Path | None = None) -> dict[str, float | None]:
+    models = {"teacher": task.teacher}
+    rows = metric(task, models, TRAINER) if folder is None else metric.resume(task, models, TRAINER, folder)
+    return {row.name: row.values["teacher"] for row in rows}
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """30 training pictures in a folder and in archives, with statistics and without."""
+    folder = tmp_path_factory.mktemp("real")
+    x = Digits().train().__getitems__([50 * i for i in range(30)])["x"]
+    images = rgb(pictures(digits_task(), x))
+    for i, image in enumerate(images):
+        # In the same order: the KID draws subsets.
+        write_png(folder / "pictures" / f"class{i // 15}" / f"{i:03d}.png", image)
+    write_archive(folder / "set.npz", iter(images.split(7)), torch.arange(30) % 10)
+    features = FeatureNetwork("toy", None, torch.device("cpu"))(images)["16"].double().numpy()
+    statistics = {"mu": features.mean(0), "sigma": np.cov(features, rowvar=False)}
+    np.savez(folder / "statistics.npz", **statistics)
+    np.savez_compressed(folder / "both.npz", arr_0=images[:20].permute(0, 2, 3, 1).numpy(), **statistics)
+    return folder
+
+
+class Pictures(torch.utils.data.Dataset):
+    def __init__(self, images: torch.Tensor) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        return self.images[i]
+
+
+def test_the_numbers_are_those_of_torch_fidelity() -> None:
+    task = digits_task()
+    found = figures(TOY, task)
+    net = task.teacher
+    made = [sample_rows(task, net, TRAINER, rows, balanced_labels(task, net, rows)) for rows in batches(24, 10)]
+    x = Digits().train().__getitems__([50 * i for i in range(30)])["x"]
+    theirs = torch_fidelity.calculate_metrics(
+        input1=Pictures(rgb(pictures(task, torch.cat(made)))),
+        input2=Pictures(rgb(pictures(task, x))),
+        isc=True, fid=True, kid=True, prc=True, kid_subset_size=24, feature_extractor="toy",
+        cuda=False, cache=False, verbose=False, save_cpu_ram=True,
+    )  # fmt: skip
+    names = {
+        "FID (toy)": "frechet_inception_distance",
+        "inception score (toy)": "inception_score_mean",
+        "KID (toy)": "kernel_inception_distance_mean",
+        "precision (toy)": "precision",
+        "recall (toy)": "recall",
+    }
+    assert found == {ours: pytest.approx(theirs[name], rel=1e-3) for ours, name in names.items()}
+    (row, *_) = TOY(task, {"teacher": task.teacher}, TRAINER)
+    assert "24 samples against 30 of the training data; features: toy, torch-fidelity" in row.note
+
+
+def test_a_reference_is_the_same_from_data_folder_and_archive(
+    real: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = digits_task()
+    plain = figures(TOY, task)
+    for name in ("set.npz", "pictures"):
+        assert figures(replace(TOY, reference=str(real / name)), task) == pytest.approx(plain, rel=1e-3), name
+    monkeypatch.setattr(fidelity, "INCEPTION", "toy")  # whose statistics the archives of ADM have
+    weights = tmp_path / "toy.safetensors"
+    save_tensors(weights, ToyFeatures("toy", ["16"]).state_dict())
+    metric = replace(TOY, weights=str(weights))
+    alone = figures(replace(metric, reference=str(real / "statistics.npz")), task)
+    assert alone["FID"] == pytest.approx(plain["FID (toy)"], rel=1e-3)
+    assert alone["inception score"] == pytest.approx(plain["inception score (toy)"])
+    assert (alone["KID"], alone["precision"], alone["recall"]) == (None, None, None)
+    both = figures(replace(metric, reference=str(real / "both.npz")), task)
+    assert both["FID"] == pytest.approx(plain["FID (toy)"], rel=1e-3)
+    assert both["KID"] != pytest.approx(plain["KID (toy)"], rel=1e-3)  # of the 20 pictures in it
+
+
+@dataclass(frozen=True)
+class Counting(GaussianDiffusion):
+    """Counts the samples it makes; interrupted, or without a number, where it is told."""
+
+    made: list[int] = field(default_factory=list)
+    stop_at: int = 99
+    bad: bool = False
+
+    def sample(self, model, like, labels, rng):
+        if len(self.made) == self.stop_at:
+            raise KeyboardInterrupt
+        self.made.append(rng.first)
+        x = super().sample(model, like, labels, rng)
+        return x.fill_(float("nan")) if self.bad else x
+
+
+def counting(**options: Any) -> tiny.Task:
+    task = digits_task()
+    task.loss = Counting(learn_sigma=False, sampler="ddim", sampling_steps=3, guided_channels=None, **options)
+    return task
+
+
+def test_an_interrupted_evaluation_goes_on(tmp_path: Path) -> None:
+    models = {"teacher": digits_task().teacher}
+    whole = [m.values for m in tiny.evaluate(counting(), models, [OnlyHere(), TOY], TRAINER)]
+    stopped = counting(stop_at=2)
+    with pytest.raises(KeyboardInterrupt):
+        tiny.evaluate(stopped, models, [OnlyHere(), TOY], TRAINER, tmp_path)
+    again = counting()
+    # A finished metric is read back, a long one goes on: the failing one is not asked again.
+    found = tiny.evaluate(again, models, [OnlyHere(fail=True), TOY], TRAINER, tmp_path)
+    assert stopped.loss.made + again.loss.made == [0, 10, 20]
+    assert [m.values for m in found] == whole
+
+
+def test_a_network_that_diverged_or_was_just_pruned_has_no_figures() -> None:
+    task = counting(bad=True)
+    models = {"teacher": task.teacher, "pruned": task.teacher}
+    rows = replace(TOY, num_samples=10)(task, models, TRAINER)
+    assert all(row.values == {"teacher": None, "pruned": None} for row in rows)
+    assert "not sampled, or not finite: teacher, pruned" in rows[0].note
+    assert task.loss.made == [0]
+
+
+def test_what_is_missing_is_said_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    assert inception.URL_INCEPTION_V3.endswith(INCEPTION_FILE)
+    with pytest.raises(MissingFileError) as e:
+        tiny.Fidelity(reference="none.npz").check(Digits())
+    assert "reference: 'none.npz' does not exist" in str(e.value)
+    assert f"weights: '{tmp_path / 'hub' / 'checkpoints' / INCEPTION_FILE}' does not exist" in str(e.value)
+    tiny.Fidelity(download=True).check(Digits())
+    inception_weights().parent.mkdir(parents=True)
+    inception_weights().touch()
+    tiny.Fidelity().check(Digits())
+    with pytest.raises(MissingFileError, match=r"weights: 'mine.pth'"):
+        tiny.Fidelity(weights="mine.pth", download=True).check(Digits())
+
+    class Latents(Digits):
+        pixels = tiny.DataSource.pixels
+
+    with pytest.raises(MissingFileError, match="data: Latents as configured does not decode any"):
+        TOY.check(Latents())
+
+
+def test_inception_weights_are_read_without_running_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inception, "load_state_dict_from_url", lambda *_, **__: {})
+
+    class Random(inception.FeatureExtractorInceptionV3):
+        def load_state_dict(self, state_dict, **_):
+            """Keep the random weights."""
+
+    images = torch.randint(0, 256, (1, 3, 8, 8), dtype=torch.uint8)
+    network = Random(INCEPTION, ["2048", "logits_unbiased"])
+    expected = network.convert_features_tuple_to_dict(network(images))
+    torch.save(network.state_dict(), tmp_path / "weights.pth")
+    found = FeatureNetwork(INCEPTION, tmp_path / "weights.pth", torch.device("cpu"))(images)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(value, found[layer]) for layer, value in expected.items())
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(tiny.UserError, match=r"other.pth: not the weights of inception-v3-compat"):
+        FeatureNetwork(INCEPTION, tmp_path / "other.pth", torch.device("cpu"))
+    torch.save({"a": Path("code")}, tmp_path / "code.pth")
+    with pytest.raises(tiny.UserError, match=r"code.pth: refused"):
+        FeatureNetwork(INCEPTION, tmp_path / "code.pth", torch.device("cpu"))
+    with pytest.raises(tiny.UserError, match="torch-fidelity knows no 'inceptoin'"):
+        FeatureNetwork("inceptoin", None, torch.device("cpu"))
+
+
+def test_bad_pictures(real: Path, tmp_path: Path) -> None:
+    content = (real / "set.npz").read_bytes()
+    (tmp_path / "short.npz").write_bytes(content[: len(content) // 2])
+    np.savez(tmp_path / "other.npz", a=np.zeros(3))
+    np.savez(tmp_path / "float.npz", arr_0=np.zeros((3, 8, 8, 3)))
+    np.savez(tmp_path / "code.npz", arr_0=np.array([Path("code")], dtype=object))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "sizes").mkdir()
+    for size in (8, 9):
+        Image.new("RGB", (size, 8)).save(tmp_path / "sizes" / f"{size}.png")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.png").write_bytes(b"no picture")
+    for name, message in [
+        ("none", "reference: .*none' does not exist"),
+        ("short.npz", "short.npz: not an .npz"),
+        ("other.npz", "other.npz: not an .npz with pictures in `arr_0`"),
+        ("float.npz", r"float.npz: `arr_0` is float64 .* expected uint8"),
+        ("code.npz", "code.npz: `arr_0` is object"),
+        ("empty", "empty' holds no pictures"),
+    ]:
+        with pytest.raises(tiny.UserError, match=message):
+            open_images(tmp_path / name, "reference")
+    for name, message in [("sizes", r"9.png: 9x8 pixels, 8.png has 8x8"), ("broken", "a.png: not a readable picture")]:
+        images = open_images(tmp_path / name, "reference").images
+        with pytest.raises(tiny.UserError, match=message):
+            images.read(range(len(images)))
+    # Read in any order.
+    images = open_images(real / "set.npz", "reference").images
+    assert torch.equal(images.read(range(20, 30)), rgb(images.read(range(30)))[20:])
+    with pytest.raises(tiny.UserError, match="too few"):
+        folder = tmp_path / "few"
+        write_png(folder / "0.png", torch.zeros(1, 8, 8, dtype=torch.uint8))
+        figures(replace(TOY, reference=str(folder)), digits_task())
+    with pytest.raises(tiny.UserError, match="2 channels"):
+        rgb(torch.zeros(1, 2, 8, 8))

@@ -1,0 +1,262 @@
+"""What a run is doing, from the files of its folder alone: also one on another machine's shared disk."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from ..comparison.results import Findings
+from ..errors import UserError
+from ..pipeline.compare import print_tables
+from ..reporting.report import duration, results_table
+from ..runtime.files import read_json
+from ..runtime.run_folder import FINDINGS, RunFolder
+
+LEVELS = "▁▂▃▄▅▆▇█"
+TAIL_BYTES = 256 * 1024
+"""How much of the end of a long `metrics.jsonl` is read."""
+NUM_SHOWN = 60
+"""Points of a curve."""
+QUIET_SECONDS = 120.0
+"""A run that has logged nothing for so long, and for ten times its usual time, is said to be quiet."""
+
+
+class Tail:
+    """The newest entries of a `metrics.jsonl`, which grows, and which a resume cuts back by replacing it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._clear()
+
+    def _clear(self) -> None:
+        self.file, self.offset, self.rest = 0, 0, b""
+        self.entries: dict[str, deque[dict[str, Any]]] = {}
+
+    def read(self) -> bool:
+        """Take in what is new. Returns whether there was anything."""
+        try:
+            with self.path.open("rb") as file:
+                status = self.path.stat()
+                if status.st_ino != self.file or status.st_size < self.offset:
+                    self._clear()
+                    self.file, self.offset = status.st_ino, max(0, status.st_size - TAIL_BYTES)
+                file.seek(self.offset)
+                new = file.read()
+        except OSError:  # not there yet, or a shared disk that is away for a moment
+            return False
+        self.offset += len(new)
+        *lines, self.rest = (self.rest + new).split(b"\n")
+        for line in lines:
+            try:
+                entry = json.loads(line)
+                self.entries.setdefault(entry["stage"], deque(maxlen=NUM_SHOWN)).append(entry)
+            except (ValueError, KeyError, TypeError):  # the end of a line whose beginning was not read
+                continue
+        return bool(new)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of a run.
+
+    Attributes:
+        title: as shown.
+        round: name of the round it belongs to, empty where there are none.
+        name: as it is logged.
+        steps: how many it has, None where it does not count them.
+    """
+
+    title: str
+    round: str
+    name: str
+    steps: int | None
+
+
+def planned_stages(settings: Mapping[str, Any]) -> list[Stage]:
+    """The stages of a resolved recipe, in their order."""
+    rounds = settings.get("rounds") or {"": settings}
+    found = [("", "train", settings.get("train"))]
+    found += [(name, stage, part.get(stage)) for name, part in rounds.items() for stage in ("search", "recover")]
+    stages = [
+        Stage(f"{name} {stage}".strip(), name, stage, _steps(section)) for name, stage, section in found if section
+    ]
+    return [*stages, Stage("evaluate", "", "evaluate", None)]
+
+
+def _steps(section: Mapping[str, Any]) -> int | None:
+    own = section.get("init_args", section)
+    inner = own.get("search")  # of a search with finals after it
+    return _steps(inner) if isinstance(inner, Mapping) else own.get("steps")
+
+
+class View:
+    """A run folder, or that of a comparison, as it is now.
+
+    Args:
+        path: the folder.
+
+    Raises:
+        UserError: it is neither.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.folder = RunFolder(path)
+        self.compares = (path / "cells").is_dir() or (path / FINDINGS).exists()
+        if not self.compares and not (path / "recipe.yaml").is_file():
+            raise UserError(f"{path}: not a run folder (no recipe.yaml in it); has the run begun?")
+        self.tails: dict[Path, Tail] = {}
+        self.changed: float | None = None
+
+    def finished(self) -> bool:
+        name = FINDINGS if self.compares else "metrics.json"
+        return (self.folder / name).exists() and (self.compares or "evaluate" in self.folder.finished())
+
+    def frame(self) -> RenderableType:
+        """What to show now."""
+        body = list(self._comparison() if self.compares else self._run())
+        return Group(Text(str(self.folder.path), style="bold"), *body)
+
+    def _tail(self, folder: Path) -> Tail:
+        path = folder / "metrics.jsonl"
+        tail = self.tails.setdefault(folder, Tail(path))
+        if tail.read():
+            # At the first look the file's own time counts, later ours: another machine's clock may be off.
+            first = self.changed is None and path.exists()
+            self.changed = time.monotonic() - (max(0.0, time.time() - path.stat().st_mtime) if first else 0.0)
+        return tail
+
+    def _run(self) -> Iterator[RenderableType]:
+        stages = planned_stages(yaml.safe_load((self.folder / "recipe.yaml").read_text()))
+        done = {name: self.folder.round(name).finished() for name in {stage.round for stage in stages}}
+        current = next((s for s in stages if s.name not in done[s.round]), stages[-1])
+        table = Table.grid(padding=(0, 2))
+        for stage in stages:
+            if (record := done[stage.round].get(stage.name)) is not None:
+                table.add_row("[green]done[/]", stage.title, f"in {duration(record['seconds'])}")
+            elif stage is current:
+                table.add_row("[cyan]now[/]", stage.title, "")
+            else:
+                table.add_row("[dim]later[/]", f"[dim]{stage.title}[/]", "")
+        if (record_path := self.folder / "run.json").exists():
+            hardware = read_json(record_path).get("hardware", {})
+            yield Text(", ".join(f"{key} {value}" for key, value in hardware.items()), style="dim")
+        yield table
+        # Every folder is read at every look, or the old lines of a round would pass for news later.
+        tails = {name: self._tail(self.folder.round(name).path) for name in done}
+        yield from self._training(tails[current.round].entries.get(current.name, ()), current)
+        decided = [s for s in stages if s.name == "search" and s.name in done[s.round]]
+        for stage in decided:
+            path = self.folder.round(stage.round) / "decision.json"
+            if path.exists():
+                decision = read_json(path)
+                chosen = {"decision": decision["kept"], "marginals": decision["marginals"]}
+                yield Text.assemble((f"{stage.title} decided: ", "bold"), _choice(chosen))
+
+    def _comparison(self) -> Iterator[RenderableType]:
+        cells = self.folder / "cells"
+        counts = {kind: len(list(cells.glob(f"{kind}-*.json"))) for kind in ("decision", "calibration", "healing")}
+        yield Text(", ".join(f"{count} {kind} cells" for kind, count in counts.items()) + " done")
+        now = read_json(cells / "now.json") if (cells / "now.json").exists() else None
+        if now is not None:
+            yield _bar(now["done"], now["total"], "")
+            yield Text(now["what"])
+            tail = self._tail(cells / now["cell"])
+            for name, entries in list(tail.entries.items())[-1:]:
+                yield from self._training(entries, Stage(name, "", name, None))
+
+    def _training(self, entries: Sequence[Mapping[str, Any]], stage: Stage) -> Iterator[RenderableType]:
+        """The stage that is at work, if it has logged anything."""
+        entries, pace = list(entries), 0.0
+        if entries:
+            last, first = entries[-1], entries[max(0, len(entries) - 10)]
+            if len(entries) > 1 and last["seconds"] > first["seconds"]:
+                pace = (last["step"] - first["step"]) / (last["seconds"] - first["seconds"])
+            yield Text("")
+            left = f"{duration((stage.steps - last['step']) / pace)} left" if pace and stage.steps else ""
+            yield _bar(last["step"], stage.steps, left)
+            yield _facts(entries, pace)
+        quiet = 0.0 if self.changed is None else time.monotonic() - self.changed
+        between = (entries[-1]["step"] - entries[-2]["step"]) / pace if pace else 0.0
+        if quiet > max(QUIET_SECONDS, 10 * between):
+            yield Text(f"nothing logged for {duration(quiet)}: stopped, or busy with what is not logged", "yellow")
+
+
+def _bar(done: int, total: int | None, left: str) -> RenderableType:
+    row = Table.grid(padding=(0, 2))
+    of = f"{done:,} of {total:,}" if total else f"step {done:,}"
+    row.add_row(ProgressBar(total=total or 1, completed=done if total else 0, width=40), of, left)
+    return row
+
+
+def _facts(entries: Sequence[Mapping[str, Any]], pace: float) -> RenderableType:
+    """Loss, speed, and what a search thinks at its last logged step."""
+    last = entries[-1]
+    table = Table.grid(padding=(0, 2))
+    losses = [e["loss"] for e in entries if e.get("loss") is not None]
+    if losses:
+        table.add_row("loss", Text.assemble(f"{losses[-1]:.4g}  ", (sparkline(losses), "cyan")))
+    if pace:
+        table.add_row("speed", f"{pace:.3g} steps/s")
+    if last.get("skipped"):
+        table.add_row("skipped", Text(f"{last['skipped']} steps whose loss or gradient was not finite", "yellow"))
+    if "confidence" in last:
+        curve = sparkline([e["confidence"] for e in entries], 0.0, 1.0)
+        table.add_row("confidence", Text.assemble(f"{last['confidence']:.3f}  ", (curve, "cyan")))
+    if "decision" in last:
+        table.add_row("decision", _choice(last))
+    return table
+
+
+def _choice(entry: Mapping[str, Any]) -> Text:
+    """Every block's probability to stay as a bar, those of the decision in green; and which they are."""
+    text = Text()
+    for block, level in enumerate(sparkline(entry["marginals"], 0.0, 1.0)):
+        text.append(level, "bold green" if block in entry["decision"] else "dim")
+    return text.append(f"{'  ' if text else ''}keeps {' '.join(map(str, entry['decision']))}")
+
+
+def sparkline(values: Sequence[float], low: float | None = None, high: float | None = None) -> str:
+    """Values as a line of bars, between their own extremes or the given ones."""
+    low = min(values, default=0.0) if low is None else low
+    high = max(values, default=1.0) if high is None else high
+    span = (high - low) or 1.0
+    top = len(LEVELS) - 1
+    return "".join(LEVELS[min(top, max(0, round((v - low) / span * top)))] for v in values)
+
+
+def watch(path: Path, once: bool = False, every: float = 2.0) -> None:
+    """Show a run until it is finished, then its table.
+
+    Args:
+        path: the run folder.
+        once: print how it stands and return.
+        every: seconds between two looks.
+
+    Raises:
+        UserError: there is no run and no comparison in the folder.
+    """
+    console, view = Console(highlight=False), View(path)
+    if not view.finished():
+        if once:
+            console.print(view.frame())
+            return
+        with Live(view.frame(), console=console, auto_refresh=False) as live:
+            while not view.finished():
+                time.sleep(every)
+                live.update(view.frame(), refresh=True)
+    if view.compares:
+        print_tables(Findings.load(path / FINDINGS))
+    else:
+        console.print(results_table(view.folder))

@@ -1,0 +1,1 @@
+"""Which selector recovers best: candidates beside random subsets."""

@@ -1,0 +1,284 @@
+"""Which choice of blocks recovers best? The same budget, data and recovery for all of them, and random subsets.
+
+`Compare` and `Audit` are two views on the same cells: a decision, the loss right after pruning, a healing. A finished
+cell is never computed again (see `cells.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..errors import UserError, require
+from ..evaluation.frechet import Frechet
+from ..evaluation.metrics import HeldOutLoss, Metric
+from ..protocols.backbone import block_lists, list_lengths
+from ..protocols.task import Task
+from ..runtime.distributed import on_main
+from ..runtime.files import read_json
+from ..runtime.locking import owned
+from ..runtime.progress import track
+from ..runtime.run_folder import FINDINGS, RunFolder
+from ..runtime.seeding import generator
+from ..samplers.budget import Budget, make_quota, spoken
+from ..selection.criteria import BKSDM, Criterion, FirstN, LastN, Uniform
+from ..selection.search import Selector
+from ..selection.sensitivity import Greedy, LeaveOneOut, Taylor
+from ..selection.similarity import BlockInfluence, InputOutputMSE, SpanSimilarity
+from ..selection.successive_halving import search_of
+from ..training.recover import Recover
+from ..training.trainer import Trainer
+from .cache import Cells
+from .results import Findings, Trial
+from .statistics import RANDOM
+
+CRITERIA: tuple[type[Criterion], ...] = (
+    Uniform, FirstN, LastN, BKSDM, BlockInfluence, InputOutputMSE, SpanSimilarity, LeaveOneOut, Greedy, Taylor
+)  # fmt: skip
+"""All but the random one, which is what they are judged by."""
+
+
+@dataclass(frozen=True)
+class Lineup:
+    """What is compared.
+
+    Attributes:
+        candidates: searches and criteria by name.
+        budget: how many blocks each of them keeps.
+        left_out: criteria that cannot be had at this budget, with the reason.
+    """
+
+    candidates: Mapping[str, Selector]
+    budget: Budget
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What `compare` and `audit` share."""
+
+    candidates: dict[str, Selector] | None = None
+    seeds: int = 3
+
+    def __post_init__(self) -> None:
+        require(self.seeds >= 1, f"{self.view}.seeds", self.seeds, "at least 1")
+        require(self.candidates != {}, f"{self.view}.candidates", {}, "at least one; null takes every criterion")
+        for name in self.candidates or {}:
+            named = isinstance(name, str) and name.strip() not in ("", RANDOM)
+            require(named, f"{self.view}.candidates: the name of one", name, f"a text, and not '{RANDOM}'")
+
+    @property
+    def view(self) -> str:
+        return type(self).__name__.lower()
+
+    def reference(self) -> tuple[int, int]:
+        """How many random subsets to heal, and with how many seeds."""
+        raise NotImplementedError  # under ABC, jsonargparse would write sections as class_path and init_args
+
+    def recovery(self, recover: Recover) -> Recover:
+        """How to heal."""
+        return recover
+
+    def lineup(self, search: Selector | None, blocks: Sequence[str]) -> Lineup:
+        """What would be compared in a network with these blocks.
+
+        Raises:
+            UserError: candidates do not fit or differ in their budget, all of them are named; or there is nothing.
+        """
+        if self.candidates is not None:
+            return Lineup(self.candidates, _common_budget(self.view, self.candidates, blocks))
+        if search is None:
+            raise UserError(f"{self.view}: give candidates, or a search to compare the criteria with")
+        budget = _budget(search, blocks)
+        keep = budget if isinstance(budget, int) else dict(budget)
+        candidates: dict[str, Selector] = {"search": search}
+        left_out = {}
+        for criterion in CRITERIA:
+            try:
+                candidate = criterion(keep=keep)
+                candidate.preview(blocks)
+            except UserError as e:
+                left_out[criterion.__name__] = str(e)
+            else:
+                candidates[criterion.__name__] = candidate
+        return Lineup(candidates, budget, left_out)
+
+    def __call__(
+        self,
+        task: Task,
+        recover: Recover,
+        trainer: Trainer,
+        run_dir: Path | str,
+        search: Selector | None = None,
+        evaluate: Sequence[Metric] = (),
+    ) -> Findings:
+        """Compute what is not there yet.
+
+        Args:
+            task: what to prune; candidates see its training data alone, figures are of its held-out data.
+            recover: the recovery that every subset gets.
+            trainer: how to train; its seed is the first one.
+            run_dir: where cells are kept, and the findings.
+            search: with no candidates given: the one to compare every criterion with.
+            evaluate: a `HeldOutLoss` and, for `compare`, a `Frechet` with options of their own.
+
+        Raises:
+            UserError: candidates do not fit the network or differ in their budget, all of them are named; one cannot
+                decide, or not as it has promised; or the folder holds a run or the other view's findings.
+            Interrupted: a signal came; the same call goes on.
+        """
+        lineup = self.lineup(search, task.blocks)
+        candidates, budget = lineup.candidates, lineup.budget
+        folder, main = RunFolder(run_dir), trainer.accelerator.is_main_process
+        self._check_folder(folder)
+        seeds = tuple(trainer.seed + i for i in range(self.seeds))
+        num_random, num_seeds = self.reference()
+        quota = make_quota(task.blocks, budget, None, (), self.view)
+        subsets = quota.distinct(num_random, generator(trainer.seed, "comparison", "random subsets"))
+        work = 2 * len(candidates) * len(seeds) + len(subsets) * num_seeds
+        with ExitStack() as stack:
+
+            def take() -> None:
+                stack.enter_context(owned(folder.path, "--run-dir"))
+
+            on_main(take)
+            progress = stack.enter_context(track(self.view, work, show=main))
+            cells = Cells(task, self.recovery(recover), trainer, folder, progress, self._metrics(evaluate))
+            teacher = cells.calibrate(range(len(task.blocks)))
+            decided = [cells.decide(name, c, seed) for seed in seeds for name, c in candidates.items()]
+            for trial in decided:
+                kept = len(trial.kept) if isinstance(budget, int) else _by_list(trial.kept, task.blocks)
+                if kept != budget:
+                    raise UserError(
+                        f"{self.view}: with seed {trial.seed} {trial.method} keeps {spoken(kept)}, "
+                        f"where its preview keeps {spoken(budget)} of the blocks"
+                    )
+            trials = tuple(cells.heal(trial, full=True) for trial in decided)
+            masks = tuple(cells.heal(Trial("", seed, kept)) for seed in seeds[:num_seeds] for kept in subsets)
+            findings = Findings(
+                view=self.view,
+                blocks=tuple(task.blocks),
+                budget=budget,
+                num_masks=quota.num_masks,
+                steps=cells.recover.steps,
+                seeds=seeds,
+                teacher=teacher,
+                learned=tuple(name for name, c in candidates.items() if search_of(c)),
+                trials=trials,
+                masks=masks,
+                left_out=lineup.left_out,
+                note=f"draws for each of {len(task.held_out)} held-out samples: {cells.held_out.draws}",
+            )
+            on_main(lambda: findings.save(folder / FINDINGS))
+        return findings
+
+    def _check_folder(self, folder: RunFolder) -> None:
+        """Raise UserError when the folder holds something that this would overwrite."""
+        what = "a run" if (folder / "run.json").exists() else ""
+        if (folder / FINDINGS).exists() and (view := read_json(folder / FINDINGS).get("view")) != self.view:
+            what = f"the findings of another command ({view})"
+        if what:
+            raise UserError(f"{folder.path}: holds {what}; choose another --run-dir")
+
+    def _metrics(self, evaluate: Sequence[Metric]) -> tuple[HeldOutLoss, Frechet | None]:
+        loss = next((m for m in evaluate if isinstance(m, HeldOutLoss)), HeldOutLoss())
+        return loss, next((m for m in evaluate if isinstance(m, Frechet)), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare(Comparison):
+    """Prune with every candidate, recover all of them alike, and set them beside random subsets.
+
+    Args:
+        candidates: searches and criteria by name, all with the same budget; by default the recipe's search and
+            every criterion.
+        seeds: how often each candidate decides and heals: with the trainer's seed, the next one, and so on.
+        random: random subsets to heal, with the first seed.
+    """
+
+    random: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.random >= 0, "compare.random", self.random, "0 or more")
+
+    def reference(self) -> tuple[int, int]:
+        return self.random, 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Audit(Comparison):
+    """Heal random subsets, or all of them, and see how well every cheap score foretells the healed loss.
+
+    Args:
+        candidates: searches and criteria by name, all with the same budget; by default the recipe's search and
+            every criterion.
+        seeds: how often each candidate decides and heals: with the trainer's seed, the next one, and so on.
+        masks: random subsets within the budget; all of them when there are no more.
+        healings: how many of the seeds the random subsets are healed with.
+        steps: of every recovery, in the place of the recipe's. The average of the weights goes with them: of
+            `recover.ema` only 0 counts, another decay would still be at the first weights.
+    """
+
+    masks: int = 100
+    healings: int = 1
+    steps: int = 100
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.masks >= 3, "audit.masks", self.masks, "at least 3")
+        require(1 <= self.healings <= self.seeds, "audit.healings", self.healings, f"1 to audit.seeds ({self.seeds})")
+        require(self.steps >= 1, "audit.steps", self.steps, "at least 1")
+
+    def reference(self) -> tuple[int, int]:
+        return self.masks, self.healings
+
+    def recovery(self, recover: Recover) -> Recover:
+        return recover.lasting(self.steps)
+
+    def _metrics(self, evaluate: Sequence[Metric]) -> tuple[HeldOutLoss, Frechet | None]:
+        return super()._metrics(evaluate)[0], None
+
+
+def _common_budget(view: str, candidates: Mapping[str, Selector], blocks: Sequence[str]) -> Budget:
+    """How many blocks all candidates keep. Raises UserError unless they agree, in total if that is all one promises."""
+    problems, budgets = [], {}
+    for name, candidate in candidates.items():
+        try:
+            budgets[name] = _budget(candidate, blocks)
+        except UserError as e:
+            problems.append(f"{view}.candidates.{name}: {e}")
+    if any(isinstance(budget, int) for budget in budgets.values()):
+        budgets = {name: b if isinstance(b, int) else sum(b.values()) for name, b in budgets.items()}
+    if any(budget != other for budget in budgets.values() for other in budgets.values()):
+        problems.append(
+            f"{view}.candidates: not the same budget: "
+            + "; ".join(f"{name} keeps {spoken(budget)}" for name, budget in budgets.items())
+            + ". Only the same budget tells which choice is better"
+        )
+    if problems:
+        raise UserError("\n".join(problems))
+    return next(iter(budgets.values()))
+
+
+def _budget(candidate: Selector, blocks: Sequence[str]) -> Budget:
+    """How many blocks of each list it keeps, or of all where lists share a choice."""
+    decision = candidate.preview(blocks)
+    choices = decision.choices
+    if (search := search_of(candidate)) is not None and not choices:
+        budget = search.make_sampler(list_lengths(blocks)).budget
+        if budget is None:
+            raise UserError("has a budget of costs; only candidates that keep the same number of blocks are compared")
+        return budget
+    if isinstance(candidate, Criterion):
+        choices = tuple(choice.blocks for choice in candidate.quota(blocks).choices)
+    lists = [set(members) for members in block_lists(blocks).values()]
+    shared = len(lists) == 1 or not all(any(members.issuperset(choice) for members in lists) for choice in choices)
+    return len(decision.kept) if shared else _by_list(decision.kept, blocks)
+
+
+def _by_list(kept: Sequence[int], blocks: Sequence[str]) -> dict[str, int]:
+    """How many blocks of each list are kept."""
+    return {name: len(set(members) & set(kept)) for name, members in block_lists(blocks).items()}

@@ -1,0 +1,178 @@
+"""Samples in sharded safetensors files, in a folder or behind any URL that fsspec knows, read a shard at a time."""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from ..errors import MissingFileError, UserError
+from ..runtime.files import write_atomic
+
+FORMAT_VERSION = 1
+METADATA = "metadata.json"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file.
+
+    Attributes:
+        name: of the file in its folder.
+        count: rows of each of its tensors.
+        sha256: of the file.
+    """
+
+    name: str
+    count: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ShardedSamples:
+    """Rows that follow each other in the shards of a folder; see `data.Sharded`.
+
+    In memory are the shards that the last batch was drawn from, no more than two for each of the `mix`.
+
+    Args:
+        url: the folder.
+        shards: all files, in the order of their rows.
+        first: the first row that belongs to these samples.
+        end: the row behind the last one.
+        mix: how many shards a batch is drawn from.
+    """
+
+    url: str
+    shards: Sequence[Shard]
+    first: int
+    end: int
+    mix: int
+    _loaded: dict[int, dict[str, Tensor]] = field(default_factory=dict, repr=False, compare=False)
+
+    def __len__(self) -> int:
+        return self.end - self.first
+
+    @property
+    def sizes(self) -> list[int]:
+        ends = self._ends
+        return [
+            max(0, min(end, self.end) - max(end - shard.count, self.first))
+            for end, shard in zip(ends, self.shards, strict=True)
+        ]
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+        """Floating point tensors as float32, others as they are.
+
+        Raises:
+            UserError: names the shard that has vanished, was cut short or changed.
+        """
+        if indices and not 0 <= min(indices) <= max(indices) < len(self):
+            raise IndexError(f"sample index out of range, there are {len(self)}")
+        wanted: dict[int, tuple[list[int], list[int]]] = {}
+        for place, index in enumerate(indices):
+            row = self.first + index
+            shard = bisect.bisect_right(self._ends, row)
+            places, rows = wanted.setdefault(shard, ([], []))
+            places.append(place)
+            rows.append(row - self._ends[shard] + self.shards[shard].count)
+        out: dict[str, Tensor] = {}
+        kept: dict[int, dict[str, Tensor]] = {}
+        for shard, (places, rows) in wanted.items():
+            tensors = self._loaded.pop(shard, None) or read_shard(self.url, self.shards[shard])
+            if len(kept) < 2 * self.mix:
+                kept[shard] = tensors
+            for name, tensor in tensors.items():
+                found = tensor[rows]
+                if name not in out:
+                    dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+                    out[name] = torch.empty(len(indices), *tensor.shape[1:], dtype=dtype)
+                out[name][places] = found.to(out[name].dtype)
+        self._loaded.clear()
+        self._loaded.update(kept)
+        return out
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return list(accumulate(shard.count for shard in self.shards))
+
+
+def read_shard(url: str, shard: Shard) -> dict[str, Tensor]:
+    """The tensors of a shard.
+
+    Raises:
+        UserError: it is missing, cut short, or not what it was when it was written.
+    """
+    content = read_bytes(url, shard.name)
+    if hashlib.sha256(content).hexdigest() != shard.sha256:
+        raise UserError(
+            f"{url}/{shard.name}: cut short, damaged or replaced (its sha256 is not the one in {METADATA}). Copy it "
+            "again, or run the `tinyfusion encode` that made it, which makes damaged shards anew"
+        )
+    try:
+        tensors: dict[str, Tensor] = load(content)
+    except SafetensorError as e:
+        raise UserError(f"{url}/{shard.name}: not a safetensors file ({e})") from None
+    if bad := [name for name, tensor in sorted(tensors.items()) if tensor.shape[:1] != (shard.count,)]:
+        raise UserError(f"{url}/{shard.name}: '{bad[0]}' does not have the {shard.count} rows that {METADATA} says")
+    return tensors
+
+
+def write_shard(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> Shard:
+    """Write a shard atomically. All tensors have the same number of rows."""
+    content = save({key: tensor.contiguous() for key, tensor in tensors.items()})
+    write_atomic(folder / name, lambda file: file.write(content))
+    return Shard(name, len(next(iter(tensors.values()))), hashlib.sha256(content).hexdigest())
+
+
+def shards_in(metadata: Mapping[str, Any], url: str) -> list[Shard]:
+    """The shards that a metadata.json lists. Raises UserError when it lists none, or they are not described."""
+    if not metadata["shards"]:
+        raise UserError(f"{url}/{METADATA}: lists no shards; let the `tinyfusion encode` that makes them finish")
+    try:
+        return [Shard(**{key: entry[key] for key in ("name", "count", "sha256")}) for entry in metadata["shards"]]
+    except (TypeError, KeyError):
+        raise UserError(f"{url}/{METADATA}: expected 'shards' to be entries with name, count and sha256") from None
+
+
+def read_metadata(url: str) -> dict[str, Any]:
+    """Raises UserError when there is no metadata.json, or it is none of this format."""
+    try:
+        content = json.loads(read_bytes(url, METADATA))
+    except ValueError as e:
+        raise UserError(f"{url}/{METADATA}: not readable as JSON ({e})") from None
+    if not isinstance(content, dict) or content.get("format_version") != FORMAT_VERSION:
+        found = content.get("format_version") if isinstance(content, dict) else type(content).__name__
+        raise UserError(f"{url}/{METADATA}: format_version is {found!r}, expected {FORMAT_VERSION}")
+    return content
+
+
+def read_bytes(url: str, name: str) -> bytes:
+    """A file of a folder, local or behind a URL.
+
+    Raises:
+        MissingFileError: there is no such file.
+        UserError: it cannot be read, or nothing installed knows the protocol of the URL.
+    """
+    from fsspec.core import url_to_fs
+
+    path = f"{url.rstrip('/')}/{name}"
+    try:
+        # Looked up anew: connections do not survive the fork of a data loader's workers, and fsspec keeps them.
+        files, inside = url_to_fs(path)
+        content: bytes = files.cat_file(inside)
+    except FileNotFoundError:
+        raise MissingFileError(f"{path}: no such file") from None
+    except Exception as e:  # every protocol fails in a way of its own
+        raise UserError(f"{path}: cannot be read ({type(e).__name__}: {e})") from None
+    return content

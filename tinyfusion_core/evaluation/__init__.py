@@ -1,0 +1,1 @@
+"""Measure networks side by side."""

@@ -1,0 +1,87 @@
+"""How far generated examples are from real ones, in the data set's own feature space."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError, require
+from ..protocols.data import DataSource, FeatureSpace
+from ..protocols.task import Task
+from ..runtime.distributed import batches, share, spread
+from ..runtime.progress import track
+from ..training.trainer import Trainer
+from .generation import sample_rows, training_labels
+from .metrics import Measurement, Metric, Models
+
+
+@dataclass(frozen=True)
+class Frechet(Metric):
+    """Fréchet distance between generated and real examples, and how often generated ones show their label.
+
+    The features are those of the data set's own feature space, so the distance is not comparable with FID.
+
+    Args:
+        num_samples: examples to generate with each model, from the same noise and labels.
+        batch_size: examples at once.
+    """
+
+    num_samples: int = 1000
+    batch_size: int = 250
+    together = True
+
+    def __post_init__(self) -> None:
+        require(self.num_samples >= 2, "evaluate: Frechet.num_samples", self.num_samples, "at least 2")
+        require(self.batch_size >= 1, "evaluate: Frechet.batch_size", self.batch_size, "at least 1")
+
+    def check(self, data: DataSource) -> None:
+        if data.feature_space() is None:
+            raise UserError(
+                f"evaluate: Frechet needs a feature space, and {type(data).__name__} has none; leave it out"
+            )
+
+    def __call__(self, task: Task, models: Models, trainer: Trainer) -> list[Measurement]:
+        from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+
+        space = task.feature_space
+        if space is None:
+            raise UserError("Frechet: the task has no feature_space")
+
+        def real(rows: range) -> Tensor:
+            return space(task.train.__getitems__(list(rows))["x"])[0].cpu()
+
+        reference = fid_features_to_statistics(torch.cat(spread(batches(len(task.train), self.batch_size), real)))
+        labels = training_labels(task, range(self.num_samples))
+        distances: dict[str, float | None] = {}
+        accuracies: dict[str, float | None] = {}
+        for name, model in models.items():
+            features, right = self._features(task, model, trainer, space, labels, name)
+            distances[name] = accuracies[name] = None
+            if torch.isfinite(features).all():  # a network that has diverged has neither
+                distance = fid_statistics_to_metric(fid_features_to_statistics(features), reference, verbose=False)
+                distances[name] = float(distance["frechet_inception_distance"])
+                accuracies[name] = float(right.float().mean())
+        note = f"{self.num_samples} samples; features: {space.name}"
+        return [
+            Measurement("Fréchet distance", distances, better="lower", note=note),
+            Measurement("conditional accuracy", accuracies, better="higher", note=note),
+        ]
+
+    def _features(
+        self, task: Task, model: nn.Module, trainer: Trainer, space: FeatureSpace, labels: Tensor, name: str
+    ) -> tuple[Tensor, Tensor]:
+        """(n, F) features of generated examples, and (n,) whether they show their label; both on the CPU."""
+        parts = batches(self.num_samples, self.batch_size)
+        total, show = sum(map(len, share(parts))), trainer.accelerator.is_main_process
+        with track(f"samples of {name}", total, show=show) as progress:
+
+            def work(rows: range) -> tuple[Tensor, Tensor]:
+                some = labels[rows.start : rows.stop]
+                features, logits = space(sample_rows(task, model, trainer, rows, some))
+                progress.advance(len(rows))
+                return features.cpu(), logits.argmax(1).cpu() == some
+
+            features, right = zip(*spread(parts, work), strict=True)
+        return torch.cat(features), torch.cat(right)

@@ -1,0 +1,239 @@
+"""Measure what came out, teacher and students side by side."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..errors import UserError, require
+from ..protocols.backbone import Backbone
+from ..protocols.data import DataSource
+from ..protocols.loss import LossAdapter
+from ..protocols.task import Task
+from ..runtime.distributed import batches, on_main, share, spread
+from ..runtime.files import read_json, write_json
+from ..runtime.progress import track
+from ..runtime.seeding import Rng
+from ..training.trainer import Trainer
+
+Models = Mapping[str, nn.Module]
+"""The networks to compare by name; the first is the reference (the teacher)."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One row of the final table.
+
+    Attributes:
+        name: what was measured.
+        values: the figure of each model; None where it cannot be had.
+        unit: of the figures.
+        better: `lower` or `higher`, empty where neither is.
+        note: how it was measured, or why it cannot be had.
+    """
+
+    name: str
+    values: dict[str, float | None] = field(default_factory=dict)
+    unit: str = ""
+    better: str = ""
+    note: str = ""
+
+
+class Metric(ABC):
+    """A measurement of several networks. Implementations are frozen dataclasses: fields are the recipe's options.
+
+    Attributes:
+        together: whether all processes call it alike and share the work (see `spread.py`). By default the main
+            process measures alone and the others wait.
+    """
+
+    together = False
+
+    @abstractmethod
+    def __call__(self, task: Task, models: Models, trainer: Trainer) -> list[Measurement]:
+        """Measure; the networks are in eval mode on the trainer's device."""
+
+    def resume(self, task: Task, models: Models, trainer: Trainer, folder: Path) -> list[Measurement]:
+        """Measure, and go on from what an interrupted measurement has left in a folder that all processes see.
+
+        By default nothing is left there.
+        """
+        return self(task, models, trainer)
+
+    def check(self, data: DataSource) -> None:
+        """Raises UserError when the data lack what this needs."""
+
+
+@dataclass(frozen=True)
+class Size(Metric):
+    """Blocks, parameters, and floating-point operations of one forward pass for one sample."""
+
+    def __call__(self, task: Task, models: Models, trainer: Trainer) -> list[Measurement]:
+        blocks: dict[str, float | None] = {}
+        parameters: dict[str, float | None] = {}
+        flops: dict[str, float | None] = {}
+        note = "one forward pass, one sample; counted by torch on the meta device"
+        for name, model in models.items():
+            blocks[name] = len(task.backbone.block_paths(model))
+            parameters[name] = sum(p.numel() for p in model.parameters())
+            count = count_flops(task.backbone, task.loss, task.backbone.config(model))
+            flops[name] = count if isinstance(count, int) else None
+            note = note if isinstance(count, int) else count
+        return [
+            Measurement("blocks", blocks),
+            Measurement("parameters", parameters, better="lower"),
+            Measurement("FLOPs", flops, unit="FLOP", better="lower", note=note),
+        ]
+
+
+def count_flops(backbone: Backbone, loss: LossAdapter, config: Mapping[str, Any]) -> int | str:
+    """Operations of one prediction for one sample, two for a multiply-add.
+
+    Counted on the meta device, where no fused CPU kernel hides the cost of attention.
+
+    Returns:
+        The count, or the reason why it cannot be had.
+    """
+    inputs = loss.prepare(backbone.example(1), Rng(0, "flops"))
+    try:
+        with torch.device("meta"):
+            model = backbone.construct(config).eval()
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            loss.predict(model, {name: t.to("meta") for name, t in inputs.items()})
+    except (NotImplementedError, RuntimeError) as e:
+        return f"cannot be counted on the meta device: {str(e).splitlines()[0]}"
+    return int(counter.get_total_flops())
+
+
+@dataclass(frozen=True)
+class HeldOutLoss(Metric):
+    """The training loss on held-out data, with draws that are the same for every model and every run.
+
+    Args:
+        draws: passes over the held-out data, each with its own time steps and noise.
+        batch_size: samples at once.
+    """
+
+    draws: int = 4
+    batch_size: int = 256
+    together = True
+
+    def __post_init__(self) -> None:
+        require(self.draws >= 1, "evaluate: HeldOutLoss.draws", self.draws, "at least 1")
+        require(self.batch_size >= 1, "evaluate: HeldOutLoss.batch_size", self.batch_size, "at least 1")
+
+    def __call__(self, task: Task, models: Models, trainer: Trainer) -> list[Measurement]:
+        num = len(task.held_out)
+        parts = [(draw, rows) for draw in range(self.draws) for rows in batches(num, self.batch_size)]
+        total = len(models) * sum(len(rows) for _, rows in share(parts))
+        with track("held-out loss", total, show=trainer.accelerator.is_main_process) as progress:
+
+            def mean(model: nn.Module) -> float:
+                def losses(part: tuple[int, range]) -> Tensor:
+                    draw, rows = part
+                    inputs = _held_out(task, trainer, rows, num, draw)
+                    with torch.no_grad(), trainer.accelerator.autocast():
+                        found = task.loss.losses(model, inputs)
+                    progress.advance(len(rows))
+                    return found.float().cpu()
+
+                return float(torch.cat(spread(parts, losses)).double().mean())
+
+            values: dict[str, float | None] = {name: mean(model) for name, model in models.items()}
+        note = f"{self.draws} fixed draws for each of {num} held-out samples"
+        if any(name.endswith("pruned") for name in models):
+            note += "; right after pruning it is the calibration loss"
+        return [Measurement("held-out loss", values, better="lower", note=note)]
+
+
+def _held_out(task: Task, trainer: Trainer, rows: range, num: int, draw: int = 0) -> dict[str, Tensor]:
+    """Some of the first `num` held-out samples, prepared on the trainer's device: for every model and run the same."""
+    device = trainer.accelerator.device
+    batch = task.held_out.__getitems__(list(rows))
+    # Time steps spread evenly over the samples: a far smaller variance for the same mean.
+    rng = Rng(0, "held out", draw, rows.start, strata=num)
+    return task.loss.prepare({name: t.to(device) for name, t in batch.items()}, rng)
+
+
+def check_teacher(task: Task, trainer: Trainer) -> None:
+    """Make sure that the teacher knows its objective, on up to 256 held-out samples.
+
+    Raises:
+        UserError: its loss is not below 0.9 of that of a network that has learned nothing; see `LossAdapter.trivial`.
+    """
+    num = min(256, len(task.held_out))
+    model = task.teacher.to(trainer.accelerator.device)
+
+    def work(rows: range) -> Tensor:
+        inputs = _held_out(task, trainer, rows, num)
+        with torch.no_grad(), trainer.accelerator.autocast():
+            prediction = task.loss.predict(model, inputs)
+            nothing = task.loss.trivial(prediction, inputs)
+            both = [p for p in (prediction, nothing) if p is not None]
+            return torch.stack([task.loss.loss(p, inputs).double().sum().cpu() for p in both])
+
+    totals = torch.stack(spread(batches(num, 32), work)).sum(0) / num
+    if len(totals) == 1:
+        return
+    learned, trivial = totals.tolist()
+    if not learned < 0.9 * trivial:
+        raise UserError(
+            f"the teacher's held-out loss is {learned:.4g}, that of a network that has learned nothing {trivial:.4g}: "
+            "is it the right checkpoint for this backbone, this loss (noise or velocity, its time steps) and this "
+            "data (scale of the latents, order of the labels)?"
+        )
+
+
+def evaluate(
+    task: Task, models: Models, metrics: Sequence[Metric], trainer: Trainer, folder: Path | None = None
+) -> list[Measurement]:
+    """Sizes first, then every metric in turn. All processes must call it alike, and all get the figures.
+
+    Args:
+        task: objective and data.
+        models: the networks.
+        metrics: what to measure besides sizes.
+        trainer: device, precision and seed.
+        folder: keeps finished metrics, and finished parts of long ones, for the same call to go on from; on a disk
+            that all processes see.
+    """
+    device = trainer.accelerator.device
+    ready = {name: model.to(device).eval() for name, model in models.items()}
+    return [
+        measurement
+        for i, metric in enumerate([Size(), *metrics])
+        for measurement in _measured(metric, task, ready, trainer, None if folder is None else folder / str(i))
+    ]
+
+
+def _measured(metric: Metric, task: Task, models: Models, trainer: Trainer, folder: Path | None) -> list[Measurement]:
+    """A metric's figures, those that an earlier run has left if there are any."""
+    record = None if folder is None else folder.with_name(f"{folder.name}.json")
+    before = on_main(lambda: read_json(record) if record is not None and record.exists() else None)
+    if before is not None:
+        return [Measurement(**m) for m in before]
+
+    def measure() -> list[Measurement]:
+        return metric(task, models, trainer) if folder is None else metric.resume(task, models, trainer, folder)
+
+    made = [_finite(m) for m in (measure() if metric.together else on_main(measure))]
+    if record is not None:
+        on_main(lambda: write_json(record, [asdict(m) for m in made]))
+    return made
+
+
+def _finite(measurement: Measurement) -> Measurement:
+    """A figure that is no number is a finding too: none, and a note that says so."""
+    bad = [name for name, v in measurement.values.items() if v is not None and not math.isfinite(v)]
+    if not bad:
+        return measurement
+    values = {name: None if name in bad else v for name, v in measurement.values.items()}
+    return replace(measurement, values=values, note=f"{measurement.note}; not finite: {', '.join(bad)}".lstrip("; "))

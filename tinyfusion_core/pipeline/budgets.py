@@ -1,0 +1,99 @@
+"""Several budgets from one search: what every number of blocks would cost, and what it would be worth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+
+from torch import nn
+
+from ..errors import Diverged, UserError
+from ..evaluation.metrics import HeldOutLoss, evaluate
+from ..protocols.task import Task
+from ..pruning.decision import Decision
+from ..pruning.prune import prune
+from ..runtime.distributed import on_main
+from ..runtime.files import write_json
+from ..runtime.run_folder import RunFolder
+from ..selection.criteria import Nested, nested_scores
+from ..training.recover import Recover
+from ..training.trainer import Trainer
+from .recipe import load_recipe
+from .run import make_task
+
+
+@dataclass(frozen=True)
+class Row:
+    """One budget.
+
+    Attributes:
+        kept: the blocks that stay; those that the search kept most often.
+        parameters: of the student.
+        flops: of one prediction for one sample; None where they cannot be counted.
+        pruned: held-out loss right after pruning; None when it is not finite.
+        recovered: held-out loss after recovery; None when there was none, or it diverged.
+    """
+
+    kept: tuple[int, ...]
+    parameters: float | None
+    flops: float | None
+    pruned: float | None
+    recovered: float | None = None
+
+
+def budgets_of(folder: RunFolder, keep: Sequence[int] = (), recover_steps: int = 0) -> list[Row]:
+    """Prune a run's teacher to several budgets, by the marginals of its search; see `Nested`.
+
+    The rows are kept in `budgets.json` of the run folder, each when it is known. Recovery trains a student for every
+    budget, without checkpoints.
+
+    Args:
+        folder: a run whose search has finished.
+        keep: numbers of blocks; default all from the full depth, the teacher's, down to one, but those at which the
+            search does not tell two blocks apart.
+        recover_steps: how long to recover each student, as the recipe says but for this, and an average, if it has
+            one, of that length; 0 does not.
+
+    Raises:
+        UserError: the run has several rounds, has no learned search, or cannot keep so many blocks.
+    """
+    recipe = load_recipe(folder / "recipe.yaml")
+    if recipe.rounds or recipe.train is not None:
+        raise UserError(f"{folder.path}: takes a run of one search that begins with a checkpoint")
+    if recover_steps and recipe.recover is None:
+        raise UserError(f"{folder / 'recipe.yaml'}: has no recover section that says how")
+    task, trainer, rows = make_task(recipe), recipe.trainer, []
+    for num in keep or _told_apart(Decision.load(folder / "decision.json")):
+        decision = Nested(keep=num, decision=str(folder / "decision.json"))(task, trainer)
+        student = prune(task, decision)
+        found = {
+            m.name: m.values["student"] for m in evaluate(task, {"student": student}, [HeldOutLoss(draws=1)], trainer)
+        }
+        row = Row(decision.kept, found["parameters"], found["FLOPs"], found["held-out loss"])
+        if recover_steps and recipe.recover is not None and decision.removed:
+            row = replace(row, recovered=_recovered(task, student, decision, recipe.recover, recover_steps, trainer))
+        rows.append(row)
+        _save(folder, rows, recover_steps)
+    return rows
+
+
+def _save(folder: RunFolder, rows: Sequence[Row], recover_steps: int) -> None:
+    record = {"format_version": 1, "recover_steps": recover_steps, "rows": [asdict(row) for row in rows]}
+    on_main(lambda: write_json(folder / "budgets.json", record))
+
+
+def _recovered(
+    task: Task, student: nn.Module, decision: Decision, recover: Recover, steps: int, trainer: Trainer
+) -> float | None:
+    try:
+        student = recover.lasting(steps)(task, student, decision, trainer)
+    except Diverged:
+        return None
+    (healed,) = HeldOutLoss(draws=1)(task, {"student": student}, trainer)
+    return healed.values["student"]
+
+
+def _told_apart(decision: Decision) -> list[int]:
+    """The numbers of blocks at which the search tells who stays; all of them always, whatever it knows."""
+    depth, ranked = len(decision.blocks), sorted(nested_scores(decision), reverse=True)
+    return [depth, *(k for k in range(len(ranked) - 1, 0, -1) if ranked[k - 1] > ranked[k])]

@@ -1,0 +1,56 @@
+"""Hand a finished run's outcome to other software."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..errors import UserError, nearest
+from ..protocols.backbone import list_lengths
+from ..pruning.decision import Decision
+from ..pruning.interop_formats import TEXTS
+from ..pruning.prune import load_pretrained, origin
+from ..runtime.files import write_text
+from ..runtime.run_folder import RunFolder
+from .recipe import load_recipe
+
+FOLDERS = ("transformers", "diffusers")
+"""Libraries whose folders a backbone may know how to write."""
+FORMATS = (*FOLDERS, *TEXTS)
+
+
+def export_run(folder: RunFolder, to: str, out: Path | None = None) -> str:
+    """Write a run's student for another library, or say which blocks stay in the words of another tool.
+
+    Args:
+        folder: a run that has saved a student.
+        to: one of `FORMATS`. The blocks of several rounds are given as indices of the first round's teacher.
+        out: folder or file to write; default `export/FORMAT` in the run folder for a folder, none for a text.
+
+    Returns:
+        The text, or where it or the folder was written.
+
+    Raises:
+        UserError: there is no student, no such format, or the network has no such form.
+    """
+    if to not in FORMATS:
+        raise UserError(f"--to: no format '{to}'{nearest(to, FORMATS)}")
+    recipe = load_recipe(folder / "recipe.yaml")
+    rounds = [folder.round(name) for name in recipe.each_round()]
+    if not rounds or not (rounds[-1] / "student").is_dir():
+        raise UserError(f"{folder.path}: no student yet; let the run finish first")
+    if to in FOLDERS:
+        target = out or folder / "export" / to
+        recipe.backbone.export(load_pretrained(rounds[-1] / "student"), to, target)
+        return str(target)
+    decisions = [Decision.load(made / "decision.json") for made in rounds]
+    blocks, kept = decisions[0].blocks, list(range(len(decisions[0].blocks)))
+    for decision in decisions:
+        kept = [kept[i] for i in decision.kept]
+    if len(list_lengths(blocks)) > 1 and to != "indices":
+        raise UserError(f"--to {to}: takes one list of layers, this network has {', '.join(list_lengths(blocks))}")
+    model = str(recipe.backbone.source().get("checkpoint") or origin(folder / "teacher")["checkpoint"])
+    text = TEXTS[to](kept, len(blocks), model)
+    if out is None:
+        return text.rstrip("\n")
+    write_text(out, text)
+    return str(out)

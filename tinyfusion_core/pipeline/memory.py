@@ -1,0 +1,258 @@
+"""How much memory a stage will need on every device, counted before anything is loaded.
+
+Activations are not a formula: the stage's own forward pass runs on fake tensors, which have shapes and storages but no
+memory, and what autograd saves for the backward pass is added up, each storage once.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+
+from ..errors import UserError
+from ..protocols.backbone import Backbone, Batch, list_lengths
+from ..protocols.block_call import BatchDim, named_batch_dims, probed_batch_dims
+from ..protocols.loss import LossAdapter
+from ..protocols.task import Task
+from ..pruning.decision import Decision
+from ..pruning.gating import Gates
+from ..runtime.seeding import Rng
+from ..selection.search import Search
+from ..training.distillation import Distilled
+from ..training.recover import Recover
+from .activations import Saved, saved_by
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """How a stage is spread.
+
+    Attributes:
+        batch_size: samples of one update, over all devices.
+        devices: how many there are.
+        sharding: `ddp` keeps everything on every device, `fsdp` a share of it.
+        micro_batch_size: samples that a device takes at once; None: its whole share of the batch.
+        checkpointing: whether the blocks' activations are computed again for the backward pass.
+        precision: of the autocast.
+    """
+
+    batch_size: int
+    devices: int = 1
+    sharding: Literal["ddp", "fsdp"] = "ddp"
+    micro_batch_size: int | None = None
+    checkpointing: bool = False
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+
+    @property
+    def rows(self) -> int:
+        """Samples that a device takes at once."""
+        share = -(-self.batch_size // self.devices)
+        return share if self.micro_batch_size is None else min(share, self.micro_batch_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """Bytes on every device.
+
+    Attributes:
+        parameters: weights and buffers of what is trained, and of what it is built into.
+        gradients: of the weights that move.
+        optimizer: AdamW's two moments.
+        ema: the averaged copy.
+        teacher: weights of the network that is learned from.
+        communication: DDP's buckets, or the blocks and the rest that FSDP has gathered at one time.
+        activations: in the way the stage runs; None where they cannot be counted.
+        dense: of a search, what the dense formula would keep in their place.
+        rows: samples that a device takes at once.
+        note: why activations cannot be counted.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    ema: int = 0
+    teacher: int = 0
+    communication: int = 0
+    activations: Saved | None = None
+    dense: Saved | None = None
+    rows: int = 1
+    note: str = ""
+
+    def total(self, checkpointing: bool) -> int:
+        """All of it. Not in it: what kernels use for a moment, the allocator's gaps and the driver's context."""
+        fixed = self.parameters + self.gradients + self.optimizer + self.ema + self.teacher + self.communication
+        return fixed + (_chosen(self.activations, checkpointing) if self.activations else 0)
+
+    def describe(self, setup: Setup) -> str:
+        """One line for the plan."""
+        names = ("parameters", "gradients", "optimizer", "ema", "teacher", "communication")
+        parts = [f"{name} {gigabytes(getattr(self, name))}" for name in names if getattr(self, name)]
+        if self.activations is None:
+            parts.append(f"activations cannot be counted ({self.note})")
+        else:
+            others = (
+                [] if self.dense is None else [f"dense gating {gigabytes(_chosen(self.dense, setup.checkpointing))}"]
+            )
+            other = "without" if setup.checkpointing else "with"
+            change = _chosen(self.activations, not setup.checkpointing)
+            others.append(f"{other} activation checkpointing {gigabytes(change)}")
+            parts.append(
+                f"activations {gigabytes(_chosen(self.activations, setup.checkpointing))} ({', '.join(others)})"
+            )
+        where = f"each of {setup.devices} devices ({setup.sharding})" if setup.devices > 1 else "1 device"
+        total = gigabytes(self.total(setup.checkpointing))
+        return f"{total} on {where}, {self.rows} samples at once: {', '.join(parts)}"
+
+
+def search_needs(backbone: Backbone, loss: LossAdapter, model: nn.Module, search: Search, setup: Setup) -> Needs:
+    """What a learned search needs: the gated network with its weight update, under masks as they are drawn.
+
+    Args:
+        backbone: of the network.
+        loss: the objective.
+        model: the network, on the meta device.
+        search: the search.
+        setup: how it is spread.
+    """
+    blocks = backbone.block_paths(model)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    sampler = search.make_sampler(list_lengths(blocks))
+    inputs = _inputs(backbone, loss, setup.rows, sampler.masks_per_sample)
+    mask = sampler.sample(setup.rows * sampler.masks_per_sample, Rng(0, "plan", 0)).mask
+    mask = mask.detach().requires_grad_(mask.requires_grad)
+    everywhere = torch.ones_like(mask).requires_grad_()
+
+    def gated(mask: Tensor) -> Tensor:
+        with Gates(network, blocks, dims, backbone.streams) as gates:
+            with unset_fake_temporarily():  # which rows are kept is a matter of values
+                gates.set(mask, torch.zeros_like(mask))  # dropped rows keep nothing, so they need not be run
+            return loss.losses(network, _fake(mode, inputs))
+
+    dims = _batch_dims(backbone, loss, model, blocks)
+    planned = copy.deepcopy(model)
+    with search.update.applied(planned.train(), blocks), mode:
+        network = _faked(planned)
+        needs = _spread(setup, network, blocks)
+        try:
+            sparse, dense = (
+                saved_by(functools.partial(gated, m), network, blocks, setup.precision) for m in (mask, everywhere)
+            )
+        except (RuntimeError, NotImplementedError, UserError) as e:
+            return replace(needs, rows=setup.rows, note=_first_line(e))
+    return replace(needs, activations=sparse, dense=dense, rows=setup.rows)
+
+
+def training_needs(
+    backbone: Backbone,
+    loss: LossAdapter,
+    student: nn.Module,
+    recover: Recover,
+    setup: Setup,
+    teacher: nn.Module | None = None,
+    decision: Decision | None = None,
+) -> Needs:
+    """What a training needs: a recovery, with its teacher if it has one, or that of a fresh network.
+
+    Args:
+        backbone: of the networks.
+        loss: the objective.
+        student: what is trained, on the meta device.
+        recover: the training.
+        setup: how it is spread.
+        teacher: what is learned from, on the meta device.
+        decision: how the student was made of the teacher.
+    """
+    inputs = _inputs(backbone, loss, setup.rows, 1)
+    blocks = backbone.block_paths(student)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        network = _faked(student).train()
+        needs = _spread(setup, network, blocks)
+        if recover.ema != 0:
+            needs = replace(needs, ema=needs.parameters)
+        forward: Callable[[], Any] = lambda: loss.losses(network, _fake(mode, inputs)).mean()  # noqa: E731
+        if recover.kd is not None and teacher is not None and decision is not None:
+            task = Task(backbone=backbone, loss=loss, train=[], held_out=[], model=_faked(teacher))  # type: ignore[arg-type]
+            theirs = _spread(setup, task.teacher.requires_grad_(False), task.blocks)
+            needs = replace(needs, teacher=theirs.parameters, communication=needs.communication + theirs.communication)
+            distilled = Distilled(network, task, decision, recover.kd)
+            forward = lambda: distilled(_fake(mode, inputs), Rng(0, "plan"))[0]  # noqa: E731
+        try:
+            activations = saved_by(forward, network, blocks, setup.precision)
+        except (RuntimeError, NotImplementedError, UserError) as e:
+            return replace(needs, rows=setup.rows, note=_first_line(e))
+    return replace(needs, activations=activations, rows=setup.rows)
+
+
+def parse_bytes(text: str) -> float:
+    """`24GB`, `40 GiB` or a number of bytes. Raises UserError when it is none of them."""
+    units = {"": 1.0, "MB": 1e6, "GB": 1e9, "TB": 1e12, "MiB": 2.0**20, "GiB": 2.0**30, "TiB": 2.0**40}
+    found = re.fullmatch(r"\s*([0-9]+\.?[0-9]*)\s*([A-Za-z]*)\s*", text)
+    if found is None or found[2] not in units or float(found[1]) <= 0:
+        raise UserError(f"--memory: '{text}' is no amount of memory; expected one as 24GB or 40GiB")
+    return float(found[1]) * units[found[2]]
+
+
+def gigabytes(size: float) -> str:
+    """Bytes for people: `1.94 GB`, `23.1 MB`."""
+    return f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"
+
+
+def _spread(setup: Setup, model: nn.Module, blocks: Sequence[str]) -> Needs:
+    """Weights, gradients and moments on every device."""
+    moving = _bytes(p for p in model.parameters() if p.requires_grad)
+    weights = _bytes((*model.parameters(), *model.buffers()))
+    if setup.sharding == "ddp" or setup.devices == 1:
+        buckets = moving if setup.devices > 1 else 0
+        return Needs(parameters=weights, gradients=moving, optimizer=2 * moving, communication=buckets)
+    of_blocks = [_bytes(model.get_submodule(path).parameters()) for path in blocks]
+    # One block is in use while the next one is gathered; what stands outside of the blocks stays gathered.
+    gathered = weights - sum(of_blocks) + 2 * max(of_blocks)
+    share = [-(-size // setup.devices) for size in (weights, moving, 2 * moving)]
+    return Needs(parameters=share[0], gradients=share[1], optimizer=share[2], communication=gathered)
+
+
+def _inputs(backbone: Backbone, loss: LossAdapter, rows: int, copies: int) -> Batch:
+    inputs = loss.prepare(backbone.example(rows), Rng(0, "plan"))
+    return {name: t.repeat_interleave(copies, 0) for name, t in inputs.items()}
+
+
+def _batch_dims(backbone: Backbone, loss: LossAdapter, model: nn.Module, blocks: Sequence[str]) -> BatchDim:
+    if backbone.batched is not None:
+        return named_batch_dims(backbone.batched)
+
+    def run(num_rows: int) -> None:
+        inputs = _inputs(backbone, loss, num_rows, 1)
+        loss.predict(model, {name: t.to("meta") for name, t in inputs.items()})
+
+    return probed_batch_dims(model.eval(), blocks, run)
+
+
+def _faked(model: nn.Module) -> nn.Module:
+    """A copy on a pretended CPU, whose kernels, unlike the meta device's, are those of a real one; in a fake mode."""
+    with unset_fake_temporarily():
+        copied = copy.deepcopy(model)
+    return copied.to_empty(device="cpu")
+
+
+def _fake(mode: FakeTensorMode, inputs: Batch) -> Batch:
+    return {name: mode.from_tensor(t) for name, t in inputs.items()}
+
+
+def _chosen(saved: Saved, checkpointing: bool) -> int:
+    return saved.checkpointed if checkpointing else saved.whole
+
+
+def _bytes(tensors: Any) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__

@@ -1,0 +1,209 @@
+"""What a plugin says of a model family."""
+
+# No `from __future__ import annotations` here: jsonargparse evaluates the annotations of a base class in the
+# plugin's module, where the strings it would make of the ClassVars mean nothing.
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..runtime.files import load_strict, read_weights, save_tensors
+
+Batch = Mapping[str, Tensor]
+WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One residual stream of a block: what a skipped block hands on unchanged.
+
+    Args:
+        argument: name or position of the block's argument that carries the stream.
+        output: index into the block's output tuple; None when the output is the stream itself, or its first item.
+    """
+
+    argument: str | int = 0
+    output: int | None = None
+
+    def of(self, output: Any) -> Tensor:
+        """The stream in what a block gives out: a tensor, or a tuple of which it is an item."""
+        found: Tensor = output if isinstance(output, Tensor) else output[self.output or 0]
+        return found
+
+
+Streams = Sequence[Stream] | Mapping[str, Sequence[Stream]]
+"""The residual streams of all blocks, or those of every block list by its path."""
+
+FIRST: Streams = (Stream(),)
+"""One stream: a block's first argument, and its output."""
+
+
+def streams_of(streams: Streams, path: str) -> Sequence[Stream]:
+    """The streams of the block at a path. Raises UserError when none are declared for its list."""
+    if not isinstance(streams, Mapping):
+        return streams
+    name = path.rpartition(".")[0]
+    if name not in streams:
+        raise UserError(f"no streams are declared for the block list '{name}'; name them in Backbone.streams")
+    return streams[name]
+
+
+class Backbone(ABC):
+    """A model family: how to build it, and which of its blocks may go.
+
+    Implementations are frozen dataclasses: their fields are the recipe's options. Heavy libraries are
+    imported inside the methods.
+    """
+
+    #: Residual streams of a block, in no particular order; by block list where lists differ.
+    streams: ClassVar[Streams] = FIRST
+    #: Block arguments that carry the batch, as name -> batch dimension. None: found by comparing two batch sizes.
+    batched: ClassVar[Mapping[str, int] | None] = None
+    #: For the model card of a saved folder: the library that reads it, and how.
+    library: ClassVar[str] = "tinyfusion"
+    loading: ClassVar[str] = 'import tinyfusion_core as tiny\n\nmodel = tiny.load_pretrained("path/to/this/folder")'
+
+    @abstractmethod
+    def build(self) -> nn.Module:
+        """The full-depth network with its pretrained weights, in eval mode.
+
+        Raises:
+            UserError: the checkpoint is missing, damaged or of another architecture.
+        """
+
+    @abstractmethod
+    def config(self, model: nn.Module | None = None) -> dict[str, Any]:
+        """JSON-able keywords from which `construct` rebuilds `model` as it stands, pruned or not.
+
+        Without a model: those of the network `build` would return. Reads no weights.
+        """
+
+    @classmethod
+    @abstractmethod
+    def construct(cls, config: Mapping[str, Any]) -> nn.Module:
+        """The untrained network of a `config`. Must work under `torch.device("meta")`."""
+
+    @abstractmethod
+    def blocks(self, model: nn.Module) -> Sequence[str]:
+        """The block enumerator: paths in execution order; `"blocks.*"` stands for all children of `blocks`."""
+
+    @abstractmethod
+    def after_prune(self, model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
+        """Repair in place what the module lists cannot express (depth in a config, layer indices).
+
+        Args:
+            model: the network, its lists already shortened.
+            kept: for every list that holds blocks, the indices of its children that stayed.
+        """
+
+    @abstractmethod
+    def example(self, num_rows: int) -> dict[str, Tensor]:
+        """A batch of the shapes that data for this network has, values meaningless. Used to probe and to count."""
+
+    def num_labels(self, model: nn.Module) -> int | None:
+        """How many class labels a network can generate for, 0 to one below; None when it does not say.
+
+        By default what its configuration has under `num_classes`.
+        """
+        return self.config(model).get("num_classes")
+
+    @classmethod
+    @abstractmethod
+    def tiny(cls) -> "Backbone":
+        """An instance that runs in milliseconds, every weight random and none zero; for the conformance checks."""
+
+    def block_paths(self, model: nn.Module) -> list[str]:
+        """Paths of all blocks in execution order: what `blocks` says, written out and checked.
+
+        Raises:
+            UserError: a path does not exist, is named twice or lies inside of another.
+        """
+        try:
+            return expand(model, self.blocks(model))
+        except UserError as e:
+            raise UserError(f"{owner(self)}: blocks: {e}") from None
+
+    def source(self) -> dict[str, Any]:
+        """Where the pretrained weights come from, for the record: `checkpoint`, `sha256`, `licence`."""
+        return {}
+
+    def save(self, model: nn.Module, folder: Path) -> list[str]:
+        """Write a network into a folder and return the names of the files, which `load` reads and the core verifies.
+
+        By default `model.safetensors`. A family that other software reads writes that software's files; if
+        `config.json` is one of them, the core's record of the folder is `tinyfusion.json`.
+        """
+        save_tensors(folder / WEIGHTS, model.state_dict())
+        return [WEIGHTS]
+
+    def export(self, model: nn.Module, library: str, folder: Path) -> None:
+        """Write a network as a folder of another library, `transformers` or `diffusers`.
+
+        By default what `save` writes, if `library` is the one that reads it.
+
+        Raises:
+            UserError: that library has no such network.
+        """
+        if library != self.library:
+            raise UserError(f"--to {library}: {type(self).__name__} has no form in {library}")
+        self.save(model, folder)
+
+    @classmethod
+    def load(cls, folder: Path, config: Mapping[str, Any]) -> nn.Module:
+        """The network that `save` wrote, whose `config` was this one.
+
+        Raises:
+            UserError: the weights are not those of such a network.
+        """
+        tensors = read_weights(folder / WEIGHTS)
+        model = cls.construct(config)
+        load_strict(model, tensors, folder / WEIGHTS)
+        return model
+
+
+def owner(thing: object) -> str:
+    """The class of a backbone or a loss and the module of the plugin that brings it, to begin a message with."""
+    return f"{type(thing).__name__} (of {type(thing).__module__})"
+
+
+def expand(model: nn.Module, paths: Sequence[str]) -> list[str]:
+    """Replace every `"list.*"` by the paths of the list's children and check that each path leads to a module.
+
+    Raises:
+        UserError: a path does not exist, the same block is named twice, or one lies inside of another.
+    """
+    out: list[str] = []
+    for path in paths:
+        parent, star, _ = path.partition(".*")
+        try:
+            module = model.get_submodule(parent)
+        except AttributeError as e:
+            raise UserError(
+                f"block path '{path}': {type(model).__name__} has no module '{parent}' ({e}); name one that it has"
+            ) from None
+        out += [f"{parent}.{name}" for name, _ in module.named_children()] if star else [parent]
+    if len(set(out)) != len(out):
+        twice = sorted({p for p in out if out.count(p) > 1})
+        raise UserError(f"block path(s) named twice: {', '.join(twice)}; name every block once")
+    for path in out:
+        if inside := [other for other in out if other.startswith(f"{path}.")]:
+            raise UserError(f"block path '{inside[0]}' lies inside of '{path}'; name one of the two")
+    return out
+
+
+def block_lists(blocks: Sequence[str]) -> dict[str, list[int]]:
+    """Group expanded block paths by the list that holds them: list path -> positions in `blocks`."""
+    lists: dict[str, list[int]] = {}
+    for i, path in enumerate(blocks):
+        lists.setdefault(path.rpartition(".")[0], []).append(i)
+    return lists
+
+
+def list_lengths(blocks: Sequence[str]) -> dict[str, int]:
+    """How many of some expanded block paths every list holds: list path -> number."""
+    return {name: len(members) for name, members in block_lists(blocks).items()}

@@ -1,0 +1,195 @@
+"""One call of a block: which of its arguments carry the batch, and running it for some of the samples."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten_with_path, tree_unflatten
+
+from ..errors import UserError
+from .backbone import Stream, Streams, streams_of
+
+BatchDim = Callable[[str, str], "int | None"]
+"""(block path, argument) -> the argument's batch dimension, or None when all samples share it."""
+
+
+class Call:
+    """One call of a block, which can be repeated for some of its samples."""
+
+    def __init__(
+        self,
+        plain: Callable[..., Any],
+        names: Sequence[str],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        batch_dim: Callable[[str], int | None],
+    ) -> None:
+        self.plain, self.names, self.args, self.kwargs = plain, names, args, kwargs
+        leaves, self.spec = _leaves(names, args, kwargs)
+        self.leaves = list(leaves.values())
+        self.dims = [batch_dim(name) if isinstance(v, Tensor) else None for name, v in leaves.items()]
+
+    def stream(self, stream: Stream, path: str) -> Tensor:
+        """The stream's tensor as it enters the block."""
+        name = stream.argument
+        if isinstance(name, str) and name not in self.kwargs:
+            if name not in self.names[: len(self.args)]:
+                raise UserError(f"block '{path}' was called without its stream argument '{name}'; see Backbone.streams")
+            name = list(self.names).index(name)
+        # A stream named by position may still be passed by name.
+        if isinstance(name, int) and name >= len(self.args):
+            name = self.names[name]
+        x = self.kwargs[name] if isinstance(name, str) else self.args[name]
+        if not isinstance(x, Tensor):
+            raise UserError(
+                f"block '{path}': stream argument '{stream.argument}' is a {type(x).__name__}, not a tensor"
+            )
+        return x
+
+    def run(self, rows: Tensor) -> Any:
+        """The block's output for these rows; for all of them in their order, without copying."""
+        sizes = [v.shape[d] for v, d in zip(self.leaves, self.dims, strict=True) if d is not None]
+        if sizes and len(rows) == sizes[0]:
+            return self.plain(*self.args, **self.kwargs)
+        some = [v if d is None else v.index_select(d, rows) for v, d in zip(self.leaves, self.dims, strict=True)]
+        args, kwargs = tree_unflatten(some, self.spec)
+        return self.plain(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Passage:
+    """What a block makes of one of its streams.
+
+    Attributes:
+        path: of the block.
+        before: shape and dtype of the stream as it enters.
+        after: as it leaves.
+    """
+
+    path: str
+    before: tuple[tuple[int, ...], torch.dtype]
+    after: tuple[tuple[int, ...], torch.dtype]
+
+    def __str__(self) -> str:
+        before, after = (
+            f"{list(shape)} {str(dtype).removeprefix('torch.')}" for shape, dtype in (self.before, self.after)
+        )
+        return (
+            f"block '{self.path}' makes {after} of a stream of {before}, so it cannot be skipped; leave it out of "
+            "Backbone.blocks, or correct Backbone.streams"
+        )
+
+
+def entering(
+    block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], streams: Streams, path: str
+) -> list[tuple[Stream, Tensor]]:
+    """The streams as they enter a block, for forward hooks."""
+    call = Call(block.forward, positional_names(block.forward), args, kwargs, lambda leaf: None)
+    return [(stream, call.stream(stream, path)) for stream in streams_of(streams, path)]
+
+
+@contextmanager
+def watched_streams(model: nn.Module, blocks: Sequence[str], streams: Streams) -> Iterator[list[Passage]]:
+    """Note what every call of a block makes of its streams while the context is open."""
+    seen: list[Passage] = []
+
+    def note(path: str, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        for stream, x in entering(block, args, kwargs, streams, path):
+            y = stream.of(output)
+            seen.append(Passage(path, (tuple(x.shape), x.dtype), (tuple(y.shape), y.dtype)))
+
+    hooks = [model.get_submodule(path).register_forward_hook(partial(note, path), with_kwargs=True) for path in blocks]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def named_batch_dims(names: Mapping[str, int]) -> BatchDim:
+    """Batch dimensions as a plugin states them, by argument (`x`) or part of one (`rotary.0`); others are shared."""
+    return lambda path, leaf: names.get(leaf, names.get(leaf.partition(".")[0]))
+
+
+def probed_batch_dims(model: nn.Module, blocks: Sequence[str], run: Callable[[int], object]) -> BatchDim:
+    """Find the batch dimensions by running the model at two batch sizes and comparing shapes.
+
+    One size would not do: 16 tokens and a batch of 16 look alike.
+
+    Args:
+        model: the network.
+        blocks: paths of the blocks.
+        run: runs the model on that many samples.
+
+    Raises:
+        UserError: a dimension grows with the batch but is not one entry per sample.
+    """
+    sizes = (2, 3)
+    seen: dict[int, dict[tuple[str, str], torch.Size]] = {}
+    for size in sizes:
+        shapes = seen[size] = {}
+        hooks = [_record_shapes(model.get_submodule(path), path, shapes) for path in blocks]
+        try:
+            with torch.no_grad():
+                run(size)
+        finally:
+            for hook in hooks:
+                hook.remove()
+    first, second = (seen[size] for size in sizes)
+    dims: dict[tuple[str, str], int | None] = {}
+    for key, shape in first.items():
+        other = second.get(key, shape)
+        changed = [d for d, (a, b) in enumerate(zip(shape, other, strict=False)) if a != b]
+        if len(shape) != len(other) or len(changed) > 1 or any((shape[d], other[d]) != sizes for d in changed):
+            raise UserError(
+                f"block '{key[0]}', argument '{key[1]}': {list(shape)} for a batch of 2 and {list(other)} for 3 "
+                "is not one entry per sample; name the batch arguments in Backbone.batched"
+            )
+        dims[key] = changed[0] if changed else None
+
+    def batch_dim(path: str, leaf: str) -> int | None:
+        try:
+            return dims[path, leaf]
+        except KeyError:
+            raise UserError(
+                f"block '{path}' was called with an argument '{leaf}' that did not occur while probing; "
+                "name the batch arguments in Backbone.batched"
+            ) from None
+
+    return batch_dim
+
+
+def _record_shapes(block: nn.Module, path: str, shapes: dict[tuple[str, str], torch.Size]) -> Any:
+    names = positional_names(block.forward)
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        leaves, _ = _leaves(names, args, kwargs)
+        shapes.update({(path, name): v.shape for name, v in leaves.items() if isinstance(v, Tensor)})
+
+    return block.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def positional_names(function: Callable[..., Any]) -> list[str]:
+    """The parameters that a function takes by position, in their order."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [name for name, p in inspect.signature(function).parameters.items() if p.kind in kinds]
+
+
+def _leaves(names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], TreeSpec]:
+    """The leaves of a call by name (`x`, `rotary.0`), the same whether passed by position or by name."""
+    paths, spec = tree_flatten_with_path((args, kwargs))
+    named: dict[str, Any] = {}
+    for path, leaf in paths:
+        # Each step of a path is a key of a mapping or an index of a sequence.
+        steps: list[Any] = [getattr(step, "key", getattr(step, "idx", step)) for step in path]
+        side, which, *inner = steps
+        top = which if side else names[which] if which < len(names) else f"*{which}"
+        named[".".join(map(str, [top, *inner]))] = leaf
+    return named, spec

@@ -1,0 +1,188 @@
+"""Backbones whose network is a class with constructor keywords and whose weights are in a file or a folder."""
+
+# No `from __future__ import annotations` here, for the reason given in backbone.py.
+
+import inspect
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar, Self, cast
+
+import torch
+from torch import nn
+
+from ..errors import MissingFileError, UserError, nearest
+from ..runtime.files import load_strict, read_json, read_weights, sha256
+from ..runtime.seeding import generator
+from .backbone import Backbone
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointBackbone(Backbone):
+    """A network of known sizes, and where its weights are.
+
+    A subclass adds a field for every keyword of the network's constructor, with None as default. One left out is
+    that of the checkpoint folder, else of `variant`, else the constructor's default. The network keeps its
+    keywords in an attribute `config`, which `after_prune` corrects.
+
+    Args:
+        variant: name of a published size.
+        checkpoint: a folder with config.json and model.safetensors, the name of one that comes with the package,
+            or a .pt, .pth or .safetensors file.
+        licence: licence of the checkpoint, for the model card.
+    """
+
+    #: Constructor keywords of the published sizes, by name.
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    #: Keywords without which a recipe that has neither a variant nor a checkpoint folder names no network.
+    needed: ClassVar[Sequence[str]] = ()
+    #: Where the checkpoint folders are that come with the package.
+    shipped: ClassVar[Path | None] = None
+    #: The entry to take of a file that holds several state dicts, best first.
+    containers: ClassVar[Sequence[str]] = ("ema", "model")
+
+    variant: str | None = None
+    checkpoint: str | None = None
+    licence: str = "unknown"
+    _random_seed: int | None = None  # set by `tiny`, which has no checkpoint
+
+    @classmethod
+    @abstractmethod
+    def network(cls) -> type[nn.Module]:
+        """The network's class; imported here, so that listing plugins stays fast."""
+
+    def official(self) -> str | None:
+        """What to call the published weights that fit the backbone, and where they are."""
+        return None
+
+    def build(self) -> nn.Module:
+        """Draws nothing from the global generator."""
+        path = self._weights() if self._random_seed is None else None
+        config = self.config()
+        with torch.device("meta"):  # the initial values would only cost time
+            model = self.construct(config)
+        if next(model.buffers(), None) is None:
+            model = model.to_empty(device="cpu").eval()
+        else:  # buffers need theirs
+            with torch.random.fork_rng():
+                model = self.construct(config).eval()
+        if path is None:
+            randomise(model, generator(self._random_seed, type(self).__name__))
+        else:
+            load_strict(model, read_weights(path, self.containers), path)
+        return model
+
+    def config(self, model: nn.Module | None = None) -> dict[str, Any]:
+        """Raises UserError when neither a checkpoint folder nor a variant nor the sizes say what the network is."""
+        if model is not None:
+            return dict(settings(model))
+        given = self._given()
+        folder = self._folder()
+        if folder is not None:
+            return _agree(self._defaults() | self._saved(folder, "network"), given, folder / "config.json")
+        if missing := [k for k in self.needed if k not in given]:
+            raise UserError(
+                f"backbone: {', '.join(missing)} not known; set backbone.variant ({', '.join(self.variants)}), "
+                "the sizes themselves, or a backbone.checkpoint folder that holds a config.json"
+            )
+        return self._defaults() | given
+
+    @classmethod
+    def construct(cls, config: Mapping[str, Any]) -> nn.Module:
+        """Raises UserError when `config` is that of another network."""
+        defaults = cls._defaults()
+        if unknown := set(config) - set(defaults):
+            word = min(unknown)
+            raise UserError(f"{cls.__name__} has no network setting '{word}'{nearest(word, defaults)}")
+        return cls.network()(**config)
+
+    def source(self) -> dict[str, Any]:
+        if self.checkpoint is None:
+            return {"licence": self.licence}
+        folder, licence = self._folder(), self.licence
+        if folder is not None:
+            saved = self._saved(folder, "source").get("licence", "unknown")
+            if "unknown" not in (saved, licence) and saved != licence:
+                raise UserError(f"backbone.licence is '{licence}', but {folder / 'config.json'} says '{saved}'")
+            licence = saved if licence == "unknown" else licence
+        return {"checkpoint": self.checkpoint, "sha256": sha256(self._weights()), "licence": licence}
+
+    @classmethod
+    def random(cls, **sizes: Any) -> Self:
+        """A backbone whose network has random weights, none of them zero; for `tiny`."""
+        return cls(**sizes, _random_seed=0)
+
+    @classmethod
+    def tiny(cls) -> Self:
+        """The network with its constructor's defaults; where those are not small, a backbone has sizes of its own."""
+        return cls.random()
+
+    def _given(self) -> dict[str, Any]:
+        """The network settings that the recipe names, directly or through the variant."""
+        if self.variant is not None and self.variant not in self.variants:
+            raise UserError(f"backbone.variant: no '{self.variant}'{nearest(self.variant, self.variants)}")
+        sizes: dict[str, Any] = dict(self.variants[self.variant]) if self.variant else {}
+        named = {f.name: getattr(self, f.name) for f in fields(self) if f.name in self._defaults()}
+        return sizes | {k: v for k, v in named.items() if v is not None}
+
+    @classmethod
+    def _defaults(cls) -> dict[str, Any]:
+        return {name: p.default for name, p in inspect.signature(cls.network()).parameters.items()}
+
+    def _folder(self) -> Path | None:
+        """The checkpoint folder, if the checkpoint is one. A bare name means a shipped folder before a local one."""
+        name = self.checkpoint
+        if name is None:
+            return None
+        if Path(name).name == name and self.shipped and (self.shipped / name / "config.json").is_file():
+            return self.shipped / name
+        return Path(name) if Path(name).is_dir() else None
+
+    def _weights(self) -> Path:
+        """The file that holds the weights."""
+        folder = self._folder()
+        if folder is not None:
+            path = folder / "model.safetensors"
+            if not path.is_file() and (folder / "config.json").is_file():
+                raise MissingFileError(f"{path}: no such file; copy the whole folder again")
+            return path
+        if self.checkpoint is not None and Path(self.checkpoint).is_file():
+            return Path(self.checkpoint)
+        problem = "not set. Name" if self.checkpoint is None else f"'{self.checkpoint}' does not exist. Put there"
+        official = f"{self.official()}, or any other" if self.official() else "a"
+        names = ", ".join(sorted(p.parent.name for p in self.shipped.glob("*/config.json"))) if self.shipped else ""
+        raise MissingFileError(
+            f"backbone.checkpoint: {problem} {official} .pt, .pth or .safetensors file, or a folder with config.json "
+            f"and model.safetensors.{f' Included here: {names}.' if names else ''}"
+        )
+
+    def _saved(self, folder: Path, key: str) -> dict[str, Any]:
+        content = read_json(folder / "config.json")
+        value = content.get(key) if isinstance(content, dict) else None
+        if not isinstance(value, dict):
+            raise UserError(f"{folder / 'config.json'}: no mapping '{key}'; expected a folder written by this package")
+        return value
+
+
+def settings(model: nn.Module) -> dict[str, Any]:
+    """The constructor keywords of a network, for `after_prune` to correct in place."""
+    return cast(dict[str, Any], model.config)
+
+
+def randomise(model: nn.Module, rng: torch.Generator) -> None:
+    """Values of a size that keeps every term of the forward visible; none is zero, as adaLN would start with."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=p[0].numel() ** -0.5 if p.ndim > 1 else 0.2, generator=rng)
+
+
+def _agree(saved: dict[str, Any], given: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The saved settings, which every given one must equal."""
+    for key, value in given.items():
+        if saved[key] != value:
+            raise UserError(
+                f"backbone.{key} is {value!r} in the recipe (or its variant), but {saved[key]!r} in {path}; "
+                "leave it out, or choose another checkpoint"
+            )
+    return saved

@@ -1,0 +1,79 @@
+"""What is pruned: a network, its objective and its data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..runtime.seeding import Rng
+from .backbone import Backbone, list_lengths
+from .block_call import BatchDim, named_batch_dims, probed_batch_dims
+from .data import FeatureSpace, Samples
+from .loss import LossAdapter
+
+
+@dataclass(eq=False, kw_only=True)
+class Task:
+    """One model family, objective and data set.
+
+    Args:
+        backbone: the model family.
+        loss: the objective.
+        train: examples to learn from.
+        held_out: examples that no stage trains on.
+        feature_space: where generated examples are compared with real ones.
+        pixels: turns examples into images in [0, 1], None when they cannot be shown; see `DataSource`.
+        model: the network to prune; by default the backbone builds it when it is first needed.
+        origin: where `model` comes from; by default the backbone's source.
+    """
+
+    backbone: Backbone
+    loss: LossAdapter
+    train: Samples
+    held_out: Samples
+    feature_space: FeatureSpace | None = None
+    pixels: Callable[[Tensor], Tensor | None] = lambda x: None
+    model: nn.Module | None = None
+    origin: Mapping[str, Any] | None = None
+
+    @property
+    def source(self) -> Mapping[str, Any]:
+        """Checkpoint, hash and licence of the teacher, for the record."""
+        return self.backbone.source() if self.origin is None else self.origin
+
+    @cached_property
+    def teacher(self) -> nn.Module:
+        """The full-depth network, in eval mode."""
+        model = self.backbone.build() if self.model is None else self.model
+        return model.eval()
+
+    @cached_property
+    def blocks(self) -> list[str]:
+        """Paths of all blocks, in execution order."""
+        return self.backbone.block_paths(self.teacher)
+
+    @property
+    def lists(self) -> dict[str, int]:
+        """Length of every block list."""
+        return list_lengths(self.blocks)
+
+    def batch_dim(self, model: nn.Module) -> BatchDim:
+        """Which block arguments carry the batch, as the backbone says or as a probe finds."""
+        if self.backbone.batched is not None:
+            return named_batch_dims(self.backbone.batched)
+        device = next(model.parameters()).device
+        training = model.training
+
+        def run(num_rows: int) -> None:
+            batch = {name: t.to(device) for name, t in self.backbone.example(num_rows).items()}
+            self.loss.predict(model, self.loss.prepare(batch, Rng(0, "probe")))
+
+        with torch.random.fork_rng():
+            dims = probed_batch_dims(model.eval(), self.blocks, run)
+        model.train(training)
+        return dims

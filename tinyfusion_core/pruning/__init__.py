@@ -1,0 +1,1 @@
+"""A decision, the gated forward, weight updates, removing blocks, saving what is left."""

@@ -1,0 +1,123 @@
+"""Which blocks stay, how sure that is, and where it was decided."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..runtime.files import read_json, write_json
+from .interop_formats import read_kept
+
+FORMAT_VERSION = 1
+
+
+def provenance(seed: int, source: Mapping[str, Any]) -> dict[str, Any]:
+    """Where a decision comes from: the seed, the source checkpoint, and the versions of what decides the numbers."""
+    return {"seed": seed, "source": dict(source), "versions": versions()}
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries that decide the numbers."""
+    found = {}
+    for name in ("tinyfusion", "torch", "accelerate", "peft", "timm"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The outcome of a search or a criterion.
+
+    Attributes:
+        blocks: paths of the N blocks it is about, in execution order.
+        kept: indices of the blocks that stay, ascending.
+        method: name of the stage that decided.
+        pattern: the keep-N-of-M pattern, if there was one.
+        choices: the blocks of each independent choice (for N:M, the groups).
+        confidences: probability of the chosen option of each of them.
+        marginals: probability that each block is kept.
+        provenance: seed, steps, source checkpoint and its hash, recipe hash, library versions.
+    """
+
+    blocks: tuple[str, ...]
+    kept: tuple[int, ...]
+    method: str
+    pattern: Any = None
+    choices: tuple[tuple[int, ...], ...] = ()
+    confidences: tuple[float, ...] = ()
+    marginals: tuple[float, ...] = ()
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        bad = [k for k in self.kept if not 0 <= k < len(self.blocks)]
+        if bad or list(self.kept) != sorted(set(self.kept)):
+            raise UserError(
+                f"decision keeps {list(self.kept)}: indices must ascend, be distinct and lie in "
+                f"0 to {len(self.blocks) - 1}"
+            )
+        if not self.kept:
+            raise UserError("decision keeps no block at all")
+
+    @property
+    def removed(self) -> tuple[int, ...]:
+        return tuple(i for i in range(len(self.blocks)) if i not in self.kept)
+
+    @property
+    def confidence(self) -> float | None:
+        """Of the least sure choice."""
+        return min(self.confidences, default=None)
+
+    def check_fits(self, blocks: Sequence[str], owner: str) -> None:
+        """Raises UserError unless it is about exactly these blocks."""
+        if list(self.blocks) != list(blocks):
+            raise UserError(
+                f"the decision is about {len(self.blocks)} blocks ({self.blocks[0]} to {self.blocks[-1]}), "
+                f"{owner} has {len(blocks)} ({', '.join(blocks[:1])} to {', '.join(blocks[-1:])}): "
+                "apply it to a checkpoint of the architecture it was made for"
+            )
+
+    def save(self, path: Path | str) -> None:
+        write_json(
+            Path(path), {"format_version": FORMAT_VERSION, **dataclasses.asdict(self), "confidence": self.confidence}
+        )
+
+    @classmethod
+    def load(cls, path: Path | str) -> Decision:
+        """Raises UserError when the file is missing or is no decision."""
+        data = read_json(Path(path))
+        if not isinstance(data, dict) or data.get("format_version") != FORMAT_VERSION:
+            raise UserError(f"{path}: not a decision of format_version {FORMAT_VERSION}")
+        try:
+            return cls(
+                blocks=tuple(data["blocks"]),
+                kept=tuple(data["kept"]),
+                method=data["method"],
+                pattern=data.get("pattern"),
+                choices=tuple(map(tuple, data.get("choices", []))),
+                confidences=tuple(data.get("confidences", [])),
+                marginals=tuple(data.get("marginals", [])),
+                provenance=data.get("provenance", {}),
+            )
+        except (KeyError, TypeError) as e:
+            raise UserError(f"{path}: not a complete decision ({e!r})") from None
+
+    @classmethod
+    def from_file(cls, path: Path | str, blocks: Sequence[str]) -> Decision:
+        """A decision about these blocks from a `decision.json`, or from the file of another tool; see `exchange`.
+
+        Raises:
+            UserError: the file is missing, of no known form, or about another network.
+        """
+        if Path(path).suffix == ".json" and isinstance(read_json(Path(path)), dict):
+            decision = cls.load(path)
+            decision.check_fits(blocks, "the network")
+            return decision
+        return cls(blocks=tuple(blocks), kept=tuple(read_kept(Path(path), len(blocks))), method="Keep")

@@ -1,0 +1,230 @@
+"""Run a model under a sampled block mask, one mask per sample, exactly and sparsely.
+
+The dense formula `x + m * (f(x) - x)` evaluates every block for every sample with a graph. For a hard 0/1
+mask its gradients need far less: the gradient to the mask is `<dL/dy, f(x) - x>` for every sample, and the
+gradient to the input and to f's weights goes through f only where the block is kept. So kept samples run
+with a graph, dropped ones without, and a small autograd function puts both together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_leaves
+
+from ..errors import UserError
+from ..protocols.backbone import FIRST, Streams, streams_of
+from ..protocols.block_call import BatchDim, Call, positional_names
+
+
+class Gates:
+    """Take over the `forward` of every block while the context is open.
+
+    Set `mask` before each forward pass: a (B, N) tensor of zeros and ones, one column per block, one row per
+    sample. A mask that requires grad receives the exact gradient of the dense formula; with one that does
+    not, dropped samples are not computed at all. `None` runs the plain model. The mask stays in force
+    until it is replaced, so that activation checkpointing finds it again: keep the context open around
+    backward, and use non-reentrant checkpointing. Nothing in the model changes but `forward`, and
+    closing the context, also by an exception, leaves no trace. Do not copy or pickle the model meanwhile.
+
+    Every call runs at least one sample of every block with the graph (a dropped one, with a zero gradient,
+    when none keeps it): parameters get zero gradients, never None, and distributed processes stay in step.
+
+    Args:
+        model: the network.
+        blocks: paths of the N blocks, in the order of the mask's columns.
+        streams: the blocks' residual streams, by block list where they differ.
+        batch_dim: which arguments carry the batch; see `probed_batch_dims` and `named_batch_dims`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[str],
+        batch_dim: BatchDim,
+        streams: Streams = FIRST,
+    ) -> None:
+        self.blocks = list(blocks)
+        self._modules = [model.get_submodule(path) for path in blocks]
+        self._batch_dim = batch_dim
+        self._streams = [list(streams_of(streams, path)) for path in blocks]
+        self._mask: Tensor | None = None
+        self._weights: Tensor | None = None
+        self._rows: list[tuple[Tensor, ...]] = []
+        self._before: list[tuple[nn.Module, Any]] = []
+
+    @property
+    def mask(self) -> Tensor | None:
+        return self._mask
+
+    @mask.setter
+    def mask(self, mask: Tensor | None) -> None:
+        self.set(mask)
+
+    def set(self, mask: Tensor | None, weights: Tensor | None = None) -> None:
+        """Set the mask, and weights (B, N) for the part of its gradient that comes from dropped samples.
+
+        A dropped sample whose weight is zero is not run at all; with weights of mean one that do not depend on the
+        values, the mask's gradient keeps its mean. None weighs all by one.
+        """
+        if mask is not None:
+            # One copy to the host for all blocks, instead of one synchronisation per block.
+            hard = mask.detach().cpu()
+            if hard.ndim != 2 or hard.shape[1] != len(self.blocks):
+                raise ValueError(f"mask must be (B, {len(self.blocks)}), got {tuple(hard.shape)}")
+            if not bool(((hard == 0) | (hard == 1)).all()):
+                raise ValueError("mask must hold zeros and ones only")
+            used = torch.ones_like(hard) if weights is None else weights.cpu()
+            self._rows = [
+                tuple(rows.to(mask.device) for rows in _split(*columns))
+                for columns in zip(hard.unbind(1), used.unbind(1), strict=True)
+            ]
+        self._mask, self._weights = mask, weights
+
+    def __enter__(self) -> Gates:
+        for j, block in enumerate(self._modules):
+            self._before.append((block, block.__dict__.get("forward")))
+            block.forward = self._gated(j, block.forward)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        for block, before in self._before:
+            if before is None:
+                del block.__dict__["forward"]
+            else:  # somebody else had taken it over already
+                block.__dict__["forward"] = before
+        self._before.clear()
+        self._mask = None
+
+    def _gated(self, j: int, plain: Callable[..., Any]) -> Callable[..., Any]:
+        names = positional_names(plain)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if self._mask is None:
+                return plain(*args, **kwargs)
+            call = Call(plain, names, args, kwargs, lambda leaf: self._batch_dim(self.blocks[j], leaf))
+            return self._sparse(j, call, self._mask[:, j])
+
+        return forward
+
+    def _sparse(self, j: int, call: Call, mask: Tensor) -> Any:
+        inputs = [call.stream(stream, self.blocks[j]) for stream in self._streams[j]]
+        if inputs[0].shape[0] != len(mask):
+            raise ValueError(
+                f"block '{self.blocks[j]}' got {inputs[0].shape[0]} samples, the mask has {len(mask)} rows"
+            )
+        kept, run, rest = self._rows[j]
+        weight = None if self._weights is None else self._weights[:, j]
+        learning = mask.requires_grad and torch.is_grad_enabled()
+        versions = [_version(x) for x in inputs]
+        # First with the graph: older torch keeps what autocast has cast under no_grad, and its gradients are lost.
+        output = call.run(run)
+        if len(kept) == len(mask) and not learning:
+            return output
+        value = None
+        if learning and len(rest):
+            with torch.no_grad():
+                value = self._items(j, call.run(rest))
+        if versions != [_version(x) for x in inputs]:
+            raise UserError(f"block '{self.blocks[j]}' changes its input in place, which gating cannot undo")
+        items = self._items(j, output)
+        merged = [stream.output or 0 for stream in self._streams[j]]
+        for i, item in enumerate(items):
+            if i not in merged and len(run) < len(mask) and any(isinstance(v, Tensor) for v in tree_leaves(item)):
+                raise UserError(
+                    f"block '{self.blocks[j]}' returns a tensor at index {i} that is no declared stream; "
+                    "name it in Backbone.streams"
+                )
+        for i, x in zip(merged, inputs, strict=True):
+            if items[i].shape[1:] != x.shape[1:]:
+                raise UserError(
+                    f"block '{self.blocks[j]}' makes {list(items[i].shape[1:])} of a stream of {list(x.shape[1:])} a "
+                    "sample, so it cannot be skipped; leave it out of Backbone.blocks"
+                )
+            items[i] = _Merge.apply(x, items[i], value[i] if value else None, mask, kept, run, rest, weight)
+        if isinstance(output, Tensor):
+            return items[0]
+        return type(output)._make(items) if hasattr(output, "_make") else type(output)(items)
+
+    def _items(self, j: int, output: Any) -> list[Any]:
+        if isinstance(output, Tensor):
+            return [output]
+        if isinstance(output, (tuple, list)):
+            return list(output)
+        raise UserError(f"block '{self.blocks[j]}' returns a {type(output).__name__}; gating takes a tensor or a tuple")
+
+
+def _version(x: Tensor) -> int:
+    """How often a tensor has been changed in place; tensors made in inference mode do not count."""
+    return 0 if x.is_inference() else x._version
+
+
+def _split(mask: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of one block the rows that are kept, those to run with the graph, and the others whose values are needed.
+
+    Attention code cannot take zero samples, and every parameter needs a gradient on every process: where nothing is
+    kept, the first dropped row is run with the graph.
+    """
+    kept, dropped = mask.nonzero().flatten(), (mask == 0).nonzero().flatten()
+    run, rest = (kept, dropped) if len(kept) else (dropped[:1], dropped[1:])
+    return kept, run, rest[weight[rest] > 0]
+
+
+class _Merge(torch.autograd.Function):
+    """y = f(x) where kept, x where dropped; the mask's gradient is <dL/dy, f(x) - x> everywhere.
+
+    `ran` are f's outputs for the rows `run` (the kept rows, or one dropped row when none is kept), `value`
+    those of the other dropped rows that are needed, without a graph. Only f(x) - x is saved, neither of the two.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        ran: Tensor,
+        value: Tensor | None,
+        mask: Tensor,
+        kept: Tensor,
+        run: Tensor,
+        rest: Tensor,
+        weight: Tensor | None,
+    ) -> Tensor:
+        if len(kept) == len(x):
+            out = ran.detach()  # not a view: the model may go on with it in place
+        else:
+            out = x.to(ran.dtype, copy=True)
+            if len(kept):
+                out.index_copy_(0, kept, ran)
+        delta = None
+        if ctx.needs_input_grad[3]:
+            delta = out - x
+            for rows, f in ((rest, value), (run, None if len(kept) else ran)):
+                if f is not None:
+                    change = f - x.index_select(0, rows)
+                    if weight is not None:
+                        change = change * weight.index_select(0, rows).view(-1, *[1] * (x.ndim - 1)).to(change)
+                    delta.index_copy_(0, rows, change)
+        ctx.save_for_backward(delta, kept)
+        ctx.dtypes, ctx.ran_shape = (x.dtype, mask.dtype), ran.shape
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        delta, kept = ctx.saved_tensors
+        x_dtype, mask_dtype = ctx.dtypes
+        if len(kept) == len(grad):
+            grad_x, grad_ran = None, grad
+        else:
+            grad_x = grad.index_fill(0, kept, 0).to(x_dtype)
+            # The dropped row that ran in place of kept ones gets zeros, and so do the weights.
+            grad_ran = grad.index_select(0, kept) if len(kept) else grad.new_zeros(ctx.ran_shape)
+        # Gates are float32 where the stream has less.
+        precise = torch.promote_types(grad.dtype, torch.float32)
+        grad_mask = None if delta is None else (delta.to(precise) * grad).flatten(1).sum(1).to(mask_dtype)
+        return grad_x, grad_ran, None, grad_mask, None, None, None, None

@@ -1,0 +1,101 @@
+"""Which blocks stay, in the words of other tools; both ways."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import MissingFileError, UserError
+
+Writer = Callable[[Sequence[int], int, str], str]
+
+
+def ranges(kept: Sequence[int]) -> list[list[int]]:
+    """The runs of consecutive indices, each as first and one beyond the last: 0, 1, 2, 5 -> [[0, 3], [5, 6]]."""
+    out: list[list[int]] = []
+    for i in kept:
+        if out and out[-1][1] == i:
+            out[-1][1] = i + 1
+        else:
+            out.append([i, i + 1])
+    return out
+
+
+def mergekit(kept: Sequence[int], num_blocks: int, model: str) -> str:
+    """A passthrough merge of one model's slices; the upper bound of a `layer_range` is exclusive."""
+    slices = [{"sources": [{"model": model, "layer_range": pair}]} for pair in ranges(kept)]
+    text: str = yaml.safe_dump({"merge_method": "passthrough", "slices": slices}, sort_keys=False)
+    return text
+
+
+def llama_cpp(kept: Sequence[int], num_blocks: int, model: str) -> str:
+    """The argument of llama-quantize that leaves layers out."""
+    return f"--prune-layers {','.join(str(i) for i in range(num_blocks) if i not in kept)}\n"
+
+
+def peft(kept: Sequence[int], num_blocks: int, model: str) -> str:
+    """`layer_replication` of peft's LoraConfig: half-open ranges."""
+    return f"{ranges(kept)}\n"
+
+
+def indices(kept: Sequence[int], num_blocks: int, model: str) -> str:
+    """The indices of the blocks that stay."""
+    return f"{list(kept)}\n"
+
+
+TEXTS: dict[str, Writer] = {"mergekit": mergekit, "llama.cpp": llama_cpp, "peft": peft, "indices": indices}
+
+
+def read_kept(path: Path, num_blocks: int) -> list[int]:
+    """The blocks that stay according to a file in one of these forms.
+
+    Args:
+        path: mergekit YAML, a `--prune-layers` argument, a `layer_replication` list, or a list of indices.
+        num_blocks: how many blocks the whole network has.
+
+    Raises:
+        UserError: the file is missing, none of these, or repeats, reorders or invents blocks.
+    """
+    try:
+        text = path.read_text()
+        content = yaml.safe_load(text)
+    except FileNotFoundError:
+        raise MissingFileError(f"{path}: no such file") from None
+    except (OSError, ValueError, yaml.YAMLError) as e:
+        raise UserError(f"{path}: not readable ({' '.join(str(e).split())})") from None
+    removed = re.fullmatch(r"\s*--prune-layers[ =]\s*(\d+(?:\s*,\s*\d+)*)\s*", text)
+    if removed:
+        gone = [int(i) for i in removed[1].split(",")]
+        _check(path, sorted(gone), num_blocks)
+        return [i for i in range(num_blocks) if i not in gone]
+    if isinstance(content, dict) and isinstance(content.get("slices"), list):
+        content = [_layer_range(path, piece) for piece in content["slices"]]
+    flat = isinstance(content, list) and all(isinstance(i, int) for i in content)
+    pairs = isinstance(content, list) and all(isinstance(p, list) and len(p) == 2 for p in content)
+    if not content or not (flat or pairs):
+        raise UserError(
+            f"{path}: not a decision; expected a decision.json, a mergekit YAML with slices, --prune-layers 1,2, a "
+            "layer_replication list such as [[0, 4], [6, 8]], or a list of indices"
+        )
+    kept = list(content) if flat else [i for first, stop in content for i in range(first, stop)]
+    _check(path, kept, num_blocks)
+    return kept
+
+
+def _layer_range(path: Path, piece: Any) -> Any:
+    sources = piece.get("sources") if isinstance(piece, dict) else None
+    if not sources or len(sources) != 1 or "layer_range" not in sources[0]:
+        raise UserError(f"{path}: every slice of a passthrough merge has one source with a layer_range")
+    return sources[0]["layer_range"]
+
+
+def _check(path: Path, blocks: Sequence[int], num_blocks: int) -> None:
+    if list(blocks) != sorted(set(blocks)) or not all(0 <= i < num_blocks for i in blocks):
+        raise UserError(
+            f"{path}: names the blocks {list(blocks)}; expected each at most once, in order, and among 0 to "
+            f"{num_blocks - 1}: pruning leaves out, it does not repeat or reorder"
+        )

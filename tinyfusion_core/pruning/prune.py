@@ -1,0 +1,186 @@
+"""Remove blocks for good, and keep the result as a folder that anybody can load."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..errors import MissingFileError, UserError
+from ..protocols.backbone import WEIGHTS, Backbone, block_lists
+from ..protocols.registry import record_of, registry
+from ..protocols.task import Task
+from ..runtime.files import digest, read_json, sha256, write_json, write_text
+from .decision import Decision
+
+FORMAT_VERSION = 1
+RECORDS = ("tinyfusion.json", "config.json")
+"""What a saved folder holds: the second, unless the family has a file of that name itself."""
+
+
+def prune(task: Task, decision: Decision) -> nn.Module:
+    """A copy of the task's network without the removed blocks, in eval mode. The original keeps its own.
+
+    Raises:
+        UserError: the decision is about other blocks than the network has.
+    """
+    decision.check_fits(task.blocks, type(task.teacher).__name__)
+    # What goes is not copied: the copy of a removed block is an empty module.
+    removed: dict[int, Any] = {id(task.teacher.get_submodule(task.blocks[i])): nn.Identity() for i in decision.removed}
+    student = copy.deepcopy(task.teacher, memo=removed)
+    remove_blocks(task.backbone, student, [task.blocks[i] for i in decision.removed])
+    return student.eval()
+
+
+def remove_blocks(backbone: Backbone, model: nn.Module, removed: Sequence[str]) -> None:
+    """Take blocks out of a network in place and let the backbone repair the rest.
+
+    Args:
+        backbone: the model family.
+        model: the network.
+        removed: paths of the blocks that go, children of a `ModuleList` or `Sequential`.
+
+    Raises:
+        UserError: a block is the child of something else.
+    """
+    kept: dict[str, list[int]] = {}
+    for path in block_lists(backbone.block_paths(model)):
+        container = model.get_submodule(path)
+        if not isinstance(container, (nn.ModuleList, nn.Sequential)):
+            raise UserError(f"'{path or 'the network itself'}' is a {type(container).__name__}; blocks live in lists")
+        going = [i for i, name in enumerate(dict(container.named_children())) if f"{path}.{name}" in removed]
+        # Children that are no blocks stay where they are.
+        kept[path] = [i for i in range(len(container)) if i not in going]
+        for i in reversed(going):
+            del container[i]
+    backbone.after_prune(model, kept)
+
+
+def save_pretrained(student: nn.Module, task: Task, decision: Decision, folder: Path | str) -> Path:
+    """Write the network, its record, `decision.json` and a model card.
+
+    Args:
+        student: the pruned network.
+        task: what it was pruned from.
+        decision: which blocks it kept.
+        folder: where to; made when missing.
+
+    Returns:
+        The folder.
+    """
+    folder = Path(folder)
+    source = task.source
+    decision.save(folder / "decision.json")
+    save_network(student, task.backbone, source, folder)
+    write_text(folder / "README.md", _model_card(student, task.backbone, decision, source))
+    return folder
+
+
+def save_network(model: nn.Module, backbone: Backbone, source: Mapping[str, Any], folder: Path) -> None:
+    """Write the network, and the record from which it is rebuilt and verified."""
+    files = backbone.save(model, folder)
+    record = folder / (RECORDS[0] if "config.json" in files else RECORDS[1])
+    files += ["decision.json"] if (folder / "decision.json").exists() else []
+    content = {
+        "format_version": FORMAT_VERSION,
+        "backbone": type(backbone).__name__,
+        "network": backbone.config(model),
+        "sha256": {name: sha256(folder / name) for name in files},
+        "source": dict(source),
+        "plugin": record_of(type(backbone)),
+    }
+    write_json(record, content)
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What `save_network` wrote down: format_version, backbone, network, sha256 by file, source.
+
+    Raises:
+        UserError: it is missing, damaged or incomplete.
+    """
+    path = _record(folder)
+    record = read_json(path)
+    if not isinstance(record, dict) or record.get("format_version") != FORMAT_VERSION:
+        raise UserError(f"{path}: not of format_version {FORMAT_VERSION}")
+    if not {"backbone", "network"} <= record.keys() or not record.get("sha256"):
+        raise UserError(f"{path}: incomplete; expected backbone, network and the files' sha256")
+    return record
+
+
+def _record(folder: Path) -> Path:
+    return next((folder / name for name in RECORDS if (folder / name).exists()), folder / RECORDS[-1])
+
+
+def origin(folder: Path) -> dict[str, Any]:
+    """Where a network comes from that was saved there: the record's source, with the hash of its own weights."""
+    record = read_record(folder)
+    hashes = record["sha256"]
+    return {**record["source"], "sha256": hashes.get(WEIGHTS) or digest(hashes)}
+
+
+def load_pretrained(folder: Path | str, backbone: type[Backbone] | None = None) -> nn.Module:
+    """The network that `save_pretrained` wrote, in eval mode; every file is verified.
+
+    Args:
+        folder: that holds it.
+        backbone: its model family; by default looked up by the recorded name among what plugins bring.
+
+    Raises:
+        UserError: a file is missing, damaged or does not belong with the others, or the plugin is not installed.
+    """
+    folder = Path(folder)
+    record = read_record(folder)
+    for name, expected in record["sha256"].items():
+        if not (folder / name).is_file():
+            raise MissingFileError(f"{folder / name}: no such file")
+        if sha256(folder / name) != expected:
+            raise UserError(
+                f"{folder / name}: not the file that {_record(folder).name} was written for; restore the whole folder"
+            )
+    family = backbone or registry().find("backbone", record["backbone"], record.get("plugin"))
+    model: nn.Module = family.load(folder, record["network"])
+    return model.eval()
+
+
+def push_to_hub(folder: Path | str, repo_id: str, private: bool = True) -> str:
+    """Upload a saved folder to the Hugging Face hub; needs a login (`hf auth login`). Returns the commit's address.
+
+    Raises:
+        UserError: the folder holds no saved network.
+    """
+    from huggingface_hub import HfApi
+
+    if not (Path(folder) / "config.json").is_file():
+        raise UserError(f"{folder}: holds no config.json; give the folder that save_pretrained wrote")
+    api = HfApi()
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    return str(api.upload_folder(repo_id=repo_id, folder_path=str(folder)).commit_url)
+
+
+def _model_card(student: nn.Module, backbone: Backbone, decision: Decision, source: Mapping[str, Any]) -> str:
+    licence = source.get("licence", "unknown")
+    checkpoint = source.get("checkpoint", "a network trained in the same run")
+    parameters = sum(p.numel() for p in student.parameters())
+    return f"""---
+license: {licence}
+library_name: {backbone.library}
+tags: [pruned, depth-pruning, tinyfusion]
+---
+
+# {type(backbone).__name__}, {len(decision.blocks)} → {len(decision.kept)} blocks
+
+Depth-pruned from `{checkpoint}` with [TinyFusion](https://arxiv.org/abs/2412.01199) ({decision.method}).
+The licence is that of the source checkpoint: **{licence}**.
+
+- parameters: {parameters:,}
+- kept blocks: {", ".join(str(i) for i in decision.kept)}
+- removed blocks: {", ".join(str(i) for i in decision.removed)}
+- sha256 of the source checkpoint: {source.get("sha256", "none")}
+
+```python
+{backbone.loading}
+```
+"""

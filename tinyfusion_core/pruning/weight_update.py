@@ -1,0 +1,111 @@
+"""The weight update that is trained together with the gates, so that the search sees what fine-tuning could mend."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..errors import UserError, require
+
+
+class WeightUpdate(ABC):
+    """How the weights may move during a search. The original weights always come back."""
+
+    @abstractmethod
+    def applied(self, model: nn.Module, blocks: Sequence[str]) -> AbstractContextManager[list[nn.Parameter]]:
+        """Make the update's parameters part of the model and yield them; on exit the model is what it was.
+
+        Keys, module types, `requires_grad` and values are restored, the values bit for bit.
+        """
+
+
+@contextmanager
+def _requires_grad_restored(model: nn.Module) -> Iterator[None]:
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    try:
+        yield
+    finally:
+        for name, p in model.named_parameters():
+            p.requires_grad_(before[name])
+            p.grad = None
+
+
+@dataclass(frozen=True)
+class Frozen(WeightUpdate):
+    """The weights stay as they are: only the gates learn."""
+
+    @contextmanager
+    def applied(self, model: nn.Module, blocks: Sequence[str]) -> Iterator[list[nn.Parameter]]:
+        with _requires_grad_restored(model):
+            model.requires_grad_(False)
+            yield []
+
+
+@dataclass(frozen=True)
+class LoRA(WeightUpdate):
+    """A low-rank update of linear layers, (alpha / rank) B A (arXiv:2106.09685), by peft.
+
+    Args:
+        rank: rank of each update.
+        alpha: numerator of the update's scale.
+        targets: regular expression that a module's full path must match; default: every linear inside the blocks.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: str | None = None
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 1, "search.update.rank", self.rank, "at least 1")
+        try:
+            re.compile(self.targets or "")
+        except re.error as e:
+            raise UserError(f"search.update.targets: '{self.targets}' is no regular expression ({e})") from None
+
+    @contextmanager
+    def applied(self, model: nn.Module, blocks: Sequence[str]) -> Iterator[list[nn.Parameter]]:
+        from peft import LoraConfig, LoraModel
+
+        targets = self.targets or "|".join(re.escape(name) for name in _linears(model, blocks))
+        if not any(re.fullmatch(targets, name) and not list(m.children()) for name, m in model.named_modules()):
+            raise UserError(f"search.update.targets: '{targets}' matches no layer of {type(model).__name__}")
+        with _requires_grad_restored(model):
+            config = LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=targets)  # type: ignore[arg-type]
+            adapted = LoraModel(model, config, "recoverability")
+            try:
+                yield [p for p in model.parameters() if p.requires_grad]
+            finally:
+                adapted.unload()
+
+
+@dataclass(frozen=True)
+class Full(WeightUpdate):
+    """Every weight of the model moves; a copy on the CPU restores it."""
+
+    @contextmanager
+    def applied(self, model: nn.Module, blocks: Sequence[str]) -> Iterator[list[nn.Parameter]]:
+        # A network that is only planned with, on the meta device, has no values to restore.
+        original = {
+            name: t.detach().to("meta" if t.is_meta else "cpu", copy=True) for name, t in model.state_dict().items()
+        }
+        with _requires_grad_restored(model):
+            try:
+                yield [p for p in model.parameters() if p.requires_grad]
+            finally:
+                with torch.no_grad():
+                    model.load_state_dict(original)
+
+
+def _linears(model: nn.Module, blocks: Sequence[str]) -> list[str]:
+    return [
+        f"{path}.{name}"
+        for path in blocks
+        for name, module in model.get_submodule(path).named_modules()
+        if isinstance(module, nn.Linear)
+    ]

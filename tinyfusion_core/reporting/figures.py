@@ -1,0 +1,140 @@
+"""The pictures of a report, drawn from the files of a run folder alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from PIL import Image
+from torch import Tensor
+
+from ..pruning.decision import Decision
+from ..runtime.files import write_atomic
+
+KEPT, INK = "#1b6ca8", "#23303d"
+STYLE: Any = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#9aa5b1",
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.titlecolor": INK,
+    "axes.titlesize": 10.5,
+    "figure.dpi": 150,
+}
+Entries = Sequence[Mapping[str, Any]]
+
+
+def draw_strip(decision: Decision, path: Path) -> None:
+    """The teacher's blocks in a row, kept and removed, groups bracketed with the confidence of their choice."""
+    count = len(decision.blocks)
+    choices = decision.choices or ([tuple(range(count))] if decision.confidences else [])  # all are one choice
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(max(6.0, 0.42 * count), 1.3))
+        for i in range(count):
+            kept = i in decision.kept
+            face, edge, line = (KEPT, KEPT, "-") if kept else ("white", "#9aa5b1", "--")
+            axes.add_patch(Rectangle((i + 0.06, 0), 0.88, 1, facecolor=face, edgecolor=edge, linestyle=line))
+            axes.text(
+                i + 0.5, 0.5, str(i), ha="center", va="center", color="white" if kept else "#7b8794", weight="bold"
+            )
+        for blocks in choices:
+            left, right = blocks[0] + 0.06, blocks[-1] + 0.94
+            axes.plot([left, left, right, right], [1.12, 1.22, 1.22, 1.12], color=INK, linewidth=1)
+        for blocks, confidence in zip(choices, decision.confidences, strict=False):  # a criterion has none
+            middle = (blocks[0] + blocks[-1] + 1) / 2
+            axes.text(middle, 1.32, f"{confidence:.2f}", ha="center", va="bottom", color=INK, size=9)
+        axes.set(xlim=(0, count), ylim=(-0.1, 1.75 if choices else 1.1), aspect="auto")
+        axes.axis("off")
+        save_figure(figure, path)
+
+
+def draw_dynamics(entries: Entries, num_blocks: int, path: Path) -> None:
+    """The decision over the search: kept index per slot, and every block's probability to stay."""
+    steps = [e["step"] for e in entries]
+    with plt.rc_context(STYLE):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(10, 0.9 + 0.17 * max(14, num_blocks)), layout="constrained")
+        opacity = np.clip([e["confidence"] for e in entries], 0.08, 1)
+        counts = [len(e["decision"]) for e in entries]  # under a budget of cost, not always the same
+        kept = [block for e in entries for block in e["decision"]]
+        x, alpha = np.repeat(steps, counts), np.repeat(opacity, counts)
+        left.scatter(x, kept, s=26, marker="s", color=KEPT, alpha=alpha, linewidths=0)
+        left.set(title="kept blocks (opacity: confidence)", xlabel="search step", ylabel="block")
+        left.set(ylim=(-0.6, num_blocks - 0.4), yticks=range(0, num_blocks, 1 if num_blocks <= 16 else 2))
+        marginals = np.array([e["marginals"] for e in entries]).T
+        image = right.pcolormesh(
+            steps, np.arange(num_blocks), marginals, cmap="Blues", vmin=0, vmax=1, shading="nearest"
+        )
+        right.set(title="probability that a block is kept", xlabel="search step", ylabel="block")
+        right.set(yticks=range(0, num_blocks, 1 if num_blocks <= 16 else 2))
+        figure.colorbar(image, ax=right)
+        save_figure(figure, path)
+
+
+def draw_losses(stages: Mapping[str, Entries], path: Path) -> None:
+    """One loss curve for each stage that trained."""
+    with plt.rc_context(STYLE):
+        figure, panels = plt.subplots(
+            1, len(stages), figsize=(5 * len(stages), 2.9), layout="constrained", squeeze=False
+        )
+        for axes, (stage, entries) in zip(panels[0], stages.items(), strict=True):
+            _curves(axes, [e for e in entries if e["loss"] is not None])
+            axes.set(title=f"training loss: {stage}", xlabel="step")
+        save_figure(figure, path)
+
+
+def _grid(batch: Tensor, columns: int) -> np.ndarray[Any, Any]:
+    """(n, C, H, W) uint8 images -> one (rows, width) or (rows, width, 3) picture with a pixel of space between."""
+    n, channels, height, width = batch.shape
+    rows = -(-n // columns)
+    canvas = np.zeros((rows * (height + 1) - 1, columns * (width + 1) - 1, channels), dtype=np.uint8)
+    for i, image in enumerate(batch.permute(0, 2, 3, 1).numpy()):
+        top, left = (i // columns) * (height + 1), (i % columns) * (width + 1)
+        canvas[top : top + height, left : left + width] = image
+    return canvas[..., 0] if channels == 1 else canvas[..., :3]
+
+
+def draw_images(batch: Tensor, path: Path, columns: int) -> None:
+    """Write (n, C, H, W) uint8 images as one picture, small images enlarged."""
+    picture = Image.fromarray(_grid(batch, columns))
+    factor = max(1, 960 // max(picture.size))
+    picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+    write_atomic(path, lambda file: picture.save(file, format="png"))
+
+
+def _curves(axes: Axes, entries: Entries) -> None:
+    """The logged means, a running mean when they are many, and of a distillation the training loss alone."""
+    if not entries:
+        return
+    steps, losses = [e["step"] for e in entries], [e["loss"] for e in entries]
+    axes.plot(steps, losses, color=KEPT, alpha=0.35, linewidth=1)
+    width = max(1, len(losses) // 20)
+    if width > 1:
+        smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
+        axes.plot(steps[width - 1 :], smooth, color=KEPT, linewidth=1.8)
+    plain = [e["gt"] for e in entries if "gt" in e]
+    if plain:
+        axes.plot(steps, plain, color="#9aa5b1", linewidth=1, label="without the teacher's terms")
+        axes.legend(frameon=False, fontsize=8)
+    low, high = np.percentile([*losses, *plain], [0, 95])
+    margin = 0.15 * (high - low) + 1e-9
+    axes.set_ylim(low - margin, high + margin)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    write_atomic(path, lambda file: figure.savefig(file, format="png", bbox_inches="tight", facecolor="white"))
+    plt.close(figure)

@@ -1,0 +1,86 @@
+"""The last checkpoints of a stage, each verified by its hash: a damaged one gives way to the one before."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import UserError
+from .files import read_json, sha256, write_atomic, write_json
+
+MANIFEST = "manifest.json"
+
+
+class Checkpoints:
+    """The checkpoints of one stage: a file for each, and a manifest with their hashes, the newest last.
+
+    A file counts from when the manifest names it, and is removed after the manifest has forgotten it: whenever the
+    process is killed, what the manifest names is whole.
+
+    Args:
+        path: the folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def save(self, step: int, state: Mapping[str, Any], keep: int) -> None:
+        """Add a checkpoint, and forget all but the last `keep`.
+
+        Raises:
+            UserError: the disk is full or cannot be written; the older checkpoints are intact.
+        """
+        file = self.path / f"{step:08d}.pt"
+        write_atomic(file, lambda target: torch.save(dict(state), target))
+        # Later steps are there when the newest checkpoint was damaged: they have been made again.
+        before = [entry for entry in self._entries() if entry["step"] < step]
+        entries = [*before, {"file": file.name, "step": step, "sha256": sha256(file)}][-keep:]
+        write_json(self.path / MANIFEST, {"format_version": 1, "checkpoints": entries})
+        for other in self.path.iterdir():
+            if other.is_file() and other.name not in (MANIFEST, *(entry["file"] for entry in entries)):
+                other.unlink()
+
+    def newest(self) -> str | None:
+        """The newest checkpoint that is whole, by its file name; None when none was saved.
+
+        Raises:
+            UserError: all of them are damaged.
+        """
+        damaged: list[str] = []
+        for entry in reversed(self._entries()):
+            name: str = entry["file"]
+            file = self.path / name
+            if file.is_file() and sha256(file) == entry["sha256"]:
+                if damaged:
+                    warnings.warn(
+                        f"{', '.join(damaged)}: damaged checkpoint; going on from the one before, step {entry['step']}",
+                        stacklevel=2,
+                    )
+                return name
+            damaged.append(str(file))
+        if damaged:
+            raise UserError(f"{', '.join(damaged)}: damaged checkpoint; delete {self.path} to begin the stage again")
+        return None
+
+    def load(self, name: str) -> dict[str, Any]:
+        """Read a checkpoint that `newest` has found, with `weights_only=True`."""
+        try:
+            state: dict[str, Any] = torch.load(self.path / name, map_location="cpu", weights_only=True)
+        except OSError as e:
+            raise UserError(
+                f"{self.path / name}: cannot be read ({e.strerror}); every process must see the run folder"
+            ) from e
+        return state
+
+    def _entries(self) -> list[dict[str, Any]]:
+        manifest = self.path / MANIFEST
+        if not manifest.exists():
+            return []
+        try:
+            return list(read_json(manifest)["checkpoints"])
+        except (UserError, TypeError, KeyError) as e:
+            raise UserError(f"{manifest}: damaged; delete {self.path} to begin the stage again") from e

@@ -1,0 +1,212 @@
+"""Reading what users hand us without running it, and writing so that nothing is ever half-written."""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import hashlib
+import json
+import os
+import pickle
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..errors import MissingFileError, UserError
+
+PARTIAL = ".partial"
+
+
+def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write beside `path`, flush to disk, then rename: readers see the old file or the new one, never a part.
+
+    A process that is killed half-way leaves a file that ends in `PARTIAL`; see `remove_partial`.
+
+    Raises:
+        UserError: the folder cannot be written or the disk is full; an existing file is untouched.
+    """
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL, delete=False
+        ) as file:
+            temporary = Path(file.name)
+            write(file)  # type: ignore[arg-type]  # a BinaryIO in all but name
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+        _flush_names(path.parent)
+    except (OSError, RuntimeError, SafetensorError) as e:
+        # torch and safetensors report a full disk as errors of their own.
+        kept = "; the file that was there is intact" if path.exists() else ""
+        raise UserError(f"{path}: cannot be written ({_reason(e)}){kept}. Free space or choose another folder") from e
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def remove_partial(path: Path) -> None:
+    """Remove what processes that were killed while they wrote have left of a file, or in a folder and below."""
+    inside = path.rglob(f".*{PARTIAL}") if path.is_dir() else ()
+    for file in [*inside, *path.parent.glob(f".{glob.escape(path.name)}.*{PARTIAL}")]:
+        file.unlink(missing_ok=True)
+
+
+def _flush_names(folder: Path) -> None:
+    """Make a rename outlive a loss of power."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network file systems cannot
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_atomic(path, lambda file: file.write(text.encode()))
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Raises UserError when the file is missing or is not JSON."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise MissingFileError(f"{path}: no such file") from None
+    except (ValueError, OSError) as e:
+        raise UserError(f"{path}: not readable as JSON ({e})") from None
+
+
+def map_array(path: Path) -> Any:
+    """Map a .npy file of numbers; an archive of several comes back as what numpy makes of it.
+
+    Raises:
+        UserError: it is missing, cut short, or holds anything but numbers.
+    """
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise MissingFileError(f"{path}: no such file") from None
+    except (ValueError, EOFError, OSError) as e:
+        raise UserError(f"{path}: cut short, or not a .npy file of numbers ({e})") from None
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file atomically. Tensors that share memory are written once for each name."""
+    ready: dict[str, Tensor] = {}
+    storages = set()
+    for name, t in tensors.items():
+        t = t.detach().cpu().contiguous()
+        ready[name] = t.clone() if t.untyped_storage().data_ptr() in storages else t
+        storages.add(t.untyped_storage().data_ptr())
+
+    def write(file: BinaryIO) -> None:
+        save_file(ready, file.name, metadata=dict(metadata or {}))
+
+    write_atomic(path, write)
+
+
+def read_weights(path: Path, containers: Sequence[str] = ("ema", "model")) -> dict[str, Tensor]:
+    """The state dict in a checkpoint file: safetensors, or a torch file read with `weights_only=True`.
+
+    Args:
+        path: the file.
+        containers: when the file holds a dict of state dicts, the entry to take: the first of these that is there.
+
+    Raises:
+        UserError: no such file, damaged, holds code, or holds no state dict.
+    """
+    if not path.is_file():
+        raise MissingFileError(f"{path}: no such file")
+    try:
+        if path.suffix == ".safetensors":
+            return dict(load_file(path))
+        # Training scripts keep their arguments beside the weights; a Namespace holds data, not code.
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on old pickle protocols; what cannot be read raises
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as e:
+        raise UserError(
+            f"{path}: refused, it is not a file of plain tensors; it may hold code, which would run while loading "
+            f"({_reason(e)}). Ask its author for safetensors"
+        ) from None
+    except Exception as e:  # a damaged file makes the readers fail in any way they can
+        raise UserError(f"{path}: damaged or cut short ({_reason(e)}). Copy or download it again") from None
+    for name in containers:
+        if isinstance(content, dict) and isinstance(content.get(name), dict):
+            content = content[name]
+            break
+    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+        found = ", ".join(map(str, list(content)[:6])) if isinstance(content, dict) else type(content).__name__
+        raise UserError(f"{path}: holds no state dict (found: {found}; looked for {', '.join(containers)} or tensors)")
+    return content
+
+
+def load_strict(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
+    """Load a state dict that must fit exactly.
+
+    Raises:
+        UserError: names the first keys and shapes that differ.
+    """
+    own = model.state_dict()
+    problems = [f"missing {k} {list(v.shape)}" for k, v in own.items() if k not in weights]
+    problems += [f"unexpected {k} {list(v.shape)}" for k, v in weights.items() if k not in own]
+    problems += [
+        f"{k} is {list(weights[k].shape)}, expected {list(v.shape)}"
+        for k, v in own.items()
+        if k in weights and weights[k].shape != v.shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise UserError(
+            f"{path}: a checkpoint of another architecture than {type(model).__name__} as configured: "
+            f"{'; '.join(problems[:4])}{more}"
+        )
+    model.load_state_dict(dict(weights), strict=True)
+
+
+def sha256(path: Path) -> str:
+    """The file's hash; read once for as long as its size and time stay the same."""
+    status = path.stat()
+    return _sha256(path, status.st_mtime_ns, status.st_size)
+
+
+@cache
+def _sha256(path: Path, modified: int, size: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of an error, or of the operating system's that is behind it."""
+    behind = error.__cause__ or error.__context__
+    if isinstance(behind, OSError) and not isinstance(error, OSError):
+        return _reason(behind)
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
+def digest(value: Any) -> str:
+    """A hash of anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

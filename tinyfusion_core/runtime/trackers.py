@@ -1,0 +1,109 @@
+"""What is logged, sent besides to the trackers that people look at: TensorBoard, W&B and others, through accelerate."""
+
+from __future__ import annotations
+
+import uuid
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..errors import MissingFileError, UserError, nearest
+from .files import read_json, write_json
+
+IDS = "trackers.json"
+"""Which run of a tracker a stage logs to, so that a resumed stage goes on with it."""
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise UserError when accelerate does not know one of these trackers, or its package is not installed."""
+    if not names:
+        return
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+    from accelerate.utils import LoggerType
+
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise UserError(f"trainer.trackers: unknown tracker '{name}'{nearest(name, LOGGER_TYPE_TO_CLASS)}")
+        if name in LoggerType.list() and LoggerType(name) not in get_available_trackers():
+            raise MissingFileError(
+                f"trainer.trackers: '{name}' is not installed; pip install {name.replace('_', '-')}, or leave it out "
+                "(metrics.jsonl is always written)"
+            )
+
+
+@contextmanager
+def tracked(
+    names: Sequence[str], project: str, folder: Path, stage: str, start: int
+) -> Iterator[Callable[[Mapping[str, Any], int], None]]:
+    """Open these trackers for one stage of a run; yields a function that logs values at a step of the stage.
+
+    A tracker that fails is left alone after one warning: no network and no full disk of a service ends a run.
+
+    Args:
+        names: of the trackers.
+        project: what runs are filed under where a tracker has projects.
+        folder: the run folder; those that write files write them there.
+        stage: name of the stage. Each has a run of its own in the tracker, and so an axis of its own steps.
+        start: the step that the stage goes on from; what was tracked of later ones is made again.
+    """
+    running: dict[str, Any] = {}
+
+    def attempt(name: str, action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except Exception as e:  # whatever a service raises
+            running.pop(name, None)
+            warnings.warn(
+                f"trainer.trackers: {name} failed and gets no more of {stage} ({type(e).__name__}: {e}); "
+                "metrics.jsonl has everything",
+                stacklevel=2,
+            )
+
+    def log(values: Mapping[str, Any], step: int) -> None:
+        numbers = dict(_numbers(values))
+        for name, tracker in list(running.items()):
+            attempt(name, lambda tracker=tracker: tracker.log(numbers, step=step))  # type: ignore[misc]
+
+    def open_(name: str) -> None:
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+        kind = LOGGER_TYPE_TO_CLASS[name]
+        options = _options(name, folder, stage, start)
+        where = (stage, folder / name) if kind.requires_logging_directory else (project,)
+        tracker = kind(*where, **options)
+        tracker.start()
+        running[name] = tracker
+
+    with ExitStack() as stack:
+        for name in names:
+            attempt(name, lambda name=name: open_(name))  # type: ignore[misc]
+        for name, tracker in running.items():
+            stack.callback(attempt, name, tracker.finish)
+        yield log
+
+
+def _options(name: str, folder: Path, stage: str, start: int) -> dict[str, Any]:
+    """How to open a tracker so that a resumed stage goes on where it was, for those that can."""
+    if name == "tensorboard":
+        return {"purge_step": start + 1}
+    if name not in ("wandb", "trackio"):
+        return {}
+    ids: dict[str, str] = read_json(folder / IDS) if (folder / IDS).exists() else {}
+    if start == 0 or stage not in ids:
+        ids[stage] = uuid.uuid4().hex[:8]
+        write_json(folder / IDS, ids)
+    title = f"{'/'.join(folder.resolve().parts[-2:])} {stage}"
+    if name == "wandb":
+        return {"id": ids[stage], "resume": "allow", "name": title, "dir": str(folder)}
+    return {"name": f"{title} {ids[stage]}", "resume": "allow"}
+
+
+def _numbers(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """The numbers of a logged line by name; those of a list as `name/0`, `name/1` and so on."""
+    for name, value in values.items():
+        if isinstance(value, (list, tuple)):
+            yield from _numbers({f"{name}/{i}": v for i, v in enumerate(value)})
+        elif isinstance(value, (int, float)):
+            yield name, value

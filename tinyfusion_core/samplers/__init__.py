@@ -1,0 +1,1 @@
+"""Distributions over block masks, and the constraints that their masks obey. Mathematics only."""

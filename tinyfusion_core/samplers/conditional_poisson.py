@@ -1,0 +1,135 @@
+"""The conditional Poisson distribution over the masks that obey some rules, exactly.
+
+Every block is kept with odds exp(theta), independently, given that the mask obeys the rules. With "keep k of n" this
+is the k-subset distribution of Chen, Dempster and Liu ("Weighted finite population sampling to maximize entropy",
+1994), of SIMPLE (arXiv 2210.01941) and of Pervez et al. (ICLR 2023). All is computed by dynamic programming over the
+automaton of the rules, in log-space and float64: fast next to a training step, and exact for logits of any size.
+
+Shapes: N blocks, R masks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from .constraints import Automaton
+
+
+@dataclass(frozen=True)
+class Subsets:
+    """The distribution with the log-odds theta over an automaton's masks.
+
+    What one method has computed serves the others, so one backward pass must go through all that they gave.
+
+    Args:
+        automaton: the masks.
+        theta: (N,) log-odds, float64 on the CPU; everything is differentiable in them.
+    """
+
+    automaton: Automaton
+    theta: Tensor
+
+    def log_partition(self) -> Tensor:
+        """Log of the sum of exp(theta . mask) over all masks."""
+        return self._sums[0][0]
+
+    def marginals(self) -> Tensor:
+        """(N,) probability that each block is kept: the gradient of the log-partition."""
+        with torch.enable_grad():
+            known = self if self.theta.requires_grad else Subsets(self.automaton, self.theta.detach().requires_grad_())
+            (out,) = torch.autograd.grad(known.log_partition(), known.theta, create_graph=self.theta.requires_grad)
+        return out
+
+    def log_prob(self, masks: Tensor) -> Tensor:
+        """(R, N) masks that obey the rules -> (R,) log-probabilities."""
+        return masks.to(self.theta) @ self.theta - self.log_partition()
+
+    def entropy(self) -> Tensor:
+        """In nats."""
+        return self.log_partition() - self.marginals() @ self.theta
+
+    def divergence(self, other: Subsets) -> Tensor:
+        """KL(self || other) in nats; both over the same automaton."""
+        mean = self.marginals() @ (self.theta - other.theta)
+        return mean - self.log_partition() + other.log_partition()
+
+    def sample(self, uniform: Tensor) -> Tensor:
+        """(R, N) numbers in [0, 1) -> (R, N) masks, float64; each row is drawn from its own numbers alone."""
+        return self._walk(len(uniform), self._sums, lambda i, odds: uniform[:, i] < odds.sigmoid())
+
+    def mode(self) -> Tensor:
+        """(N,) the most probable mask; of equally probable ones that which keeps the earlier blocks."""
+        return self._walk(1, self._values(torch.maximum), lambda i, odds: odds >= 0)[0]
+
+    def best(self, count: int) -> list[tuple[float, tuple[int, ...]]]:
+        """The most probable masks, best first, as (log-probability, kept blocks)."""
+        values: list[list[tuple[float, tuple[int, ...]]]] = [[(0.0, ())] for _ in range(self.automaton.num_ends)]
+        theta = self.theta.detach().tolist()
+        for i in reversed(range(self.automaton.num_blocks)):
+            tables = self.automaton.drop[i].tolist(), self.automaton.keep[i].tolist()
+            values.append([])  # forbidden
+            before = []
+            for drop, keep in zip(*tables, strict=True):
+                both = values[drop] + [(value + theta[i], (i, *rest)) for value, rest in values[keep]]
+                before.append(sorted(both, key=_order)[:count])
+            values = before
+        total = float(self.log_partition().detach())
+        return [(value - total, kept) for value, kept in values[0]]
+
+    @cached_property
+    def _sums(self) -> list[Tensor]:
+        """For every block and state before it: the log of the sum of exp(theta . mask) over all ways to go on."""
+        return self._values(_log_sum)
+
+    def _values(self, combine: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
+        """For every block and state before it: what `combine` makes of all ways to go on; ends with zeros."""
+        values = [self.theta.new_zeros(self.automaton.num_ends)]
+        for i in reversed(range(self.automaton.num_blocks)):
+            drop, keep = self._ways(i, values[-1])
+            # No infinity may enter what is differentiated twice: where one way is forbidden, only the other counts.
+            free = drop.isfinite() & keep.isfinite()
+            combined = combine(torch.where(free, drop, 0), torch.where(free, keep, 0))
+            values.append(torch.where(free, combined, torch.where(drop.isfinite(), drop, keep)))
+        return values[::-1]
+
+    def _ways(self, i: int, after: Tensor) -> tuple[Tensor, Tensor]:
+        """Of every state before block i: the value of dropping it and of keeping it, -inf where forbidden."""
+        after = torch.cat([after, after.new_tensor([-torch.inf])])
+        return after[self.automaton.drop[i]], self.theta[i] + after[self.automaton.keep[i]]
+
+    def _walk(
+        self,
+        num_rows: int,
+        values: Sequence[Tensor],
+        decide: Callable[[int, Tensor], Tensor],
+    ) -> Tensor:
+        """Go through the automaton, deciding by the log-odds (R,) of keeping each block, given those before it.
+
+        `values` say for every block and state before it what all ways to go on are worth.
+        """
+        with torch.no_grad():
+            state = torch.zeros(num_rows, dtype=torch.long)
+            masks = self.theta.new_zeros(num_rows, self.automaton.num_blocks)
+            for i in range(self.automaton.num_blocks):
+                drop, keep = self._ways(i, values[i + 1])
+                kept = decide(i, (keep - drop)[state])
+                state = torch.where(kept, self.automaton.keep[i][state], self.automaton.drop[i][state])
+                masks[:, i] = kept
+        return masks
+
+
+def _log_sum(a: Tensor, b: Tensor) -> Tensor:
+    """log(exp(a) + exp(b)), twice differentiable for any finite values."""
+    return a + nn.functional.softplus(b - a, threshold=50)
+
+
+def _order(item: tuple[float, tuple[int, ...]]) -> tuple[float, tuple[float, ...]]:
+    """Best first; of equally probable masks that which keeps the earlier blocks, all else being equal also more."""
+    value, kept = item
+    return -value, (*kept, math.inf)

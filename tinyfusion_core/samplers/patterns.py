@@ -1,0 +1,117 @@
+"""N:M patterns: keep N of every group of M consecutive blocks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..errors import UserError
+
+Pair = tuple[int, int]
+Pattern = Pair | list[Pair] | dict[str, Pair | list[Pair]] | str
+"""Keep N of M as users write it: one pair for every group, a list with a pair for each group, or either by list."""
+
+Parsed = Pair | list[Pair] | dict[str, Pair | list[Pair]]
+
+MAX_OPTIONS = 20_000
+
+
+def split_groups(pattern: Pattern, lists: Mapping[str, int]) -> list[Pair]:
+    """The (keep, of) pair of every group, over all lists in their order.
+
+    Raises:
+        UserError: the pattern is not well formed or does not cover a list exactly; names list, depth and group.
+    """
+    pattern = parse_pattern(pattern)
+    if isinstance(pattern, dict):
+        unknown, left = set(pattern) - set(lists), set(lists) - set(pattern)
+        if unknown or left:
+            raise UserError(
+                f"search.pattern: names the block list(s) {', '.join(sorted(pattern))}; "
+                f"the backbone has {', '.join(lists)}: give each of them a pattern"
+            )
+        by_list = pattern
+    else:
+        by_list = dict.fromkeys(lists, pattern)
+    groups: list[Pair] = []
+    for name, depth in lists.items():
+        part = by_list[name]
+        if isinstance(part, tuple):
+            keep, of = part
+            if depth % of:
+                raise UserError(
+                    f"search.pattern: [{keep}, {of}] does not fit '{name}' with {depth} blocks: "
+                    f"group {depth // of + 1} would need blocks {depth - depth % of} to {depth - depth % of + of - 1}. "
+                    f"{_fitting(keep, of, depth)}"
+                )
+            part = [(keep, of)] * (depth // of)
+        covered = 0
+        for g, (_, of) in enumerate(part):
+            covered += of
+            if covered > depth:
+                raise UserError(
+                    f"search.pattern: group {g + 1} of {len(part)} ends at block {covered - 1}, "
+                    f"but '{name}' has {depth} blocks"
+                )
+        if covered < depth:
+            raise UserError(
+                f"search.pattern: its {len(part)} groups cover {covered} of the {depth} blocks of '{name}'; "
+                f"add groups for blocks {covered} to {depth - 1} ([M, M] keeps M blocks for certain)"
+            )
+        groups += part
+    return groups
+
+
+def parse_pattern(value: Any) -> Parsed:
+    """Check a pattern as YAML gives it.
+
+    Raises:
+        UserError: not a pattern, among others the number that YAML makes of an unquoted `2:4`.
+    """
+    if isinstance(value, dict):
+        return {str(name): _parse_list(name, part) for name, part in value.items()}
+    return _parse_list("", value)
+
+
+def _parse_list(name: object, value: Any) -> Pair | list[Pair]:
+    """The pattern of one block list, or of all."""
+    key = f"search.pattern.{name}" if name else "search.pattern"
+    if isinstance(value, str) and ":" in value:
+        value = [int(v) if v.strip().isdigit() else v for v in value.split(":")]
+    numbers = [value] if isinstance(value, int) else list(value) if isinstance(value, (list, tuple)) else []
+    # No network has groups of 60 and more blocks; such numbers are what YAML makes of ratios.
+    if numbers and all(type(v) is int and v >= 60 for v in numbers):
+        ratios = ", ".join(f"{v // 60}:{v % 60}" for v in numbers)
+        pairs = [[v // 60, v % 60] for v in numbers]
+        raise UserError(
+            f"{key}: got {value}. YAML reads an unquoted {ratios} in base 60; "
+            f"write {pairs[0] if isinstance(value, int) else pairs}"
+        )
+    if isinstance(value, Sequence) and not isinstance(value, str) and value:
+        if all(isinstance(v, int) for v in value) and len(value) == 2:
+            keep, of = int(value[0]), int(value[1])
+            if not 0 <= keep <= of or of == 0:
+                raise UserError(f"{key}: [{keep}, {of}]: cannot keep {keep} of {of} blocks")
+            if math.comb(of, keep) > MAX_OPTIONS:
+                raise UserError(
+                    f"{key}: [{keep}, {of}] has {math.comb(of, keep):,} options in one group "
+                    f"(limit {MAX_OPTIONS:,}); use smaller groups"
+                )
+            return keep, of
+        if all(isinstance(v, (Sequence, str)) for v in value):
+            parts = [_parse_list(name, v) for v in value]
+            flat = [p for p in parts if isinstance(p, tuple)]
+            if len(flat) == len(parts):
+                return flat
+    raise UserError(
+        f"{key}: {value!r} is no pattern. Give [keep, of], as [2, 4]; "
+        "a list with such a pair for each group; or a mapping from block list to either"
+    )
+
+
+def _fitting(keep: int, of: int, depth: int) -> str:
+    fits = [m for m in range(2, depth + 1) if depth % m == 0]
+    best = min(fits, key=lambda m: abs(m - of), default=depth)
+    nearest = [max(1, round(keep * best / of)), best]
+    return f"Group sizes that divide {depth}: {', '.join(map(str, fits))}; nearest: {nearest}"

@@ -1,0 +1,216 @@
+"""Samplers that choose any mask within the rules, not one option for each group."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import require
+from ..runtime.seeding import Rng
+from .conditional_poisson import Subsets
+from .constraints import Rules, build
+from .grouped import BlockSampler, Draw, linear
+
+
+class SubsetSampler(BlockSampler):
+    """The conditional Poisson distribution over all masks that obey the rules; one gate logit a block."""
+
+    lr_gates = 0.05
+
+    def __init__(self, lists: Mapping[str, int], rules: Rules) -> None:
+        super().__init__(lists)
+        self.automaton, self.budget = build(rules, lists), rules.keep
+        self.logits = nn.Parameter(torch.zeros(self.num_blocks))
+
+    def marginals(self) -> Tensor:
+        return self._subsets(learning=False).marginals()
+
+    def mode(self) -> list[int]:
+        return self._subsets(learning=False).mode().nonzero().flatten().tolist()
+
+    def best(self, count: int) -> list[tuple[int, ...]]:
+        return [kept for _, kept in self._subsets(learning=False).best(count)]
+
+    def allows(self, kept: Sequence[int]) -> bool:
+        return self.automaton.accepts(kept)
+
+    def entropy(self) -> float:
+        return float(self._subsets(learning=False).entropy())
+
+    def confidence(self) -> list[float]:
+        subsets = self._subsets(learning=False)
+        return [float(subsets.log_prob(subsets.mode()[None]).exp())]
+
+    def choices(self) -> list[list[int]]:
+        return []
+
+    @property
+    def num_masks(self) -> int:
+        return self.automaton.num_masks
+
+    def _subsets(self, learning: bool = True) -> Subsets:
+        """On the CPU: a hundred tiny steps would wait for a GPU's launches."""
+        logits = self.logits if learning else self.logits.detach()
+        return Subsets(self.automaton, (logits + self.prior_logits).double().cpu())
+
+    def _masks(self, subsets: Subsets, num_rows: int, rng: Rng) -> Tensor:
+        return subsets.sample(rng.uniform("mask", num_rows, self.num_blocks))
+
+
+class ExactK(SubsetSampler):
+    """Any mask within the rules, straight through the exact marginals (SIMPLE, arXiv 2210.01941).
+
+    The forward value is a hard mask, the gradient that of the marginals. It is biased where the loss is not linear in
+    the gates; `ScoreFunction` is not.
+
+    Args:
+        lists: length of every block list, in execution order.
+        rules: what every mask obeys: `{keep: 14}`.
+    """
+
+    def sample(self, num_rows: int, rng: Rng) -> Draw:
+        subsets = self._subsets()
+        masks, soft = self._masks(subsets, num_rows, rng), subsets.marginals()
+        through = (masks + (soft - soft.detach())).to(self.logits)
+        return Draw(through, subsets.log_prob(masks).to(self.logits))
+
+
+class ScoreFunction(SubsetSampler):
+    """Any mask within the rules, by the score function with a leave-one-out baseline.
+
+    The baseline is Kool et al.'s ("Buy 4 REINFORCE samples, get a baseline for free!", 2019); Wijk et al. (arXiv
+    2407.16058) have searched subsets so.
+
+    Every sample runs under several masks, on identical draws; a mask's log-probability is weighed by how much lower its
+    loss is than the mean of the others'. Unbiased, needs no gradient through the blocks, and blocks that are dropped
+    are not run at all. Dropout is off meanwhile: it would tell a sample's masks apart.
+
+    Args:
+        lists: length of every block list, in execution order.
+        rules: what every mask obeys: `{keep: 14}`.
+        masks: masks for every sample; a step costs that many times the batch.
+        entropy: weight of the entropy, in units of the mean difference between the losses of a sample's masks, at the
+            first and at the last step, linear in between: how long the search stays open.
+    """
+
+    def __init__(
+        self, lists: Mapping[str, int], rules: Rules, masks: int = 4, entropy: tuple[float, float] = (0.3, 0.0)
+    ) -> None:
+        super().__init__(lists, rules)
+        require(masks >= 2, "search.sampler.masks", masks, "at least 2")
+        require(min(entropy) >= 0, "search.sampler.entropy", entropy, "weights of 0 or more")
+        self.masks_per_sample = masks
+        self.entropy_schedule, self.entropy_weight = entropy, entropy[0]
+
+    def anneal(self, progress: float) -> dict[str, float]:
+        self.entropy_weight = linear(self.entropy_schedule, progress)
+        weight = {"entropy weight": self.entropy_weight} if max(self.entropy_schedule) else {}
+        return {**weight, **super().anneal(progress)}
+
+    def sample(self, num_rows: int, rng: Rng) -> Draw:
+        subsets = self._subsets()
+        masks = self._masks(subsets, num_rows, rng)
+        return Draw(masks.to(self.logits), subsets.log_prob(masks).to(self.logits))
+
+    def surrogate(self, draw: Draw, loss: Tensor) -> Tensor:
+        losses = loss.detach().float().view(-1, self.masks_per_sample)
+        others = (losses.sum(1, keepdim=True) - losses) / (self.masks_per_sample - 1)
+        advantage = losses - others
+        total = (advantage.flatten() * draw.log_prob).mean()
+        if self.entropy_weight:
+            entropy = self._subsets().entropy().to(total)
+            total = total - self.entropy_weight * advantage.abs().mean() * entropy
+        # The weights see the plain mean; both parts reach disjoint parameters.
+        return loss.mean() + total
+
+
+class GumbelTopK(BlockSampler):
+    """The k blocks with the highest perturbed logits, relaxed by k softmaxes (arXiv 1901.10517): a baseline.
+
+    Its marginals have no closed form: what is reported is estimated from 2,000 fixed draws, an entropy of at most their
+    logarithm. The log-probability is that of the order in which the blocks were drawn.
+
+    Args:
+        lists: length of every block list, in execution order.
+        keep: how many blocks stay, of all together.
+        tau: temperature of the relaxation at the first and at the last step, linear in between.
+    """
+
+    lr_gates = 0.05
+    _NUM_DRAWS = 2000
+
+    def __init__(self, lists: Mapping[str, int], keep: int, tau: tuple[float, float] = (1.0, 0.1)) -> None:
+        super().__init__(lists)
+        right = type(keep) is int and 1 <= keep <= self.num_blocks
+        require(right, "search.sampler.keep", keep, f"1 to {self.num_blocks} blocks, of all lists together")
+        require(min(tau) > 0, "search.sampler.tau", tau, "temperatures above 0")
+        self.keep = self.budget = keep
+        self.tau_schedule, self.tau = tau, tau[0]
+        self.logits = nn.Parameter(torch.zeros(self.num_blocks))
+
+    def anneal(self, progress: float) -> dict[str, float]:
+        self.tau = linear(self.tau_schedule, progress)
+        return {"tau": self.tau, **super().anneal(progress)}
+
+    def sample(self, num_rows: int, rng: Rng) -> Draw:
+        scores = self.logits + self.prior_logits + rng.gumbel("mask", num_rows, self.num_blocks).to(self.logits)
+        order = scores.topk(self.keep, dim=1).indices
+        hard = torch.zeros_like(scores).scatter(1, order, 1.0)
+        soft, left = torch.zeros_like(scores), scores / self.tau
+        for _ in range(self.keep):
+            share = left.softmax(1)
+            soft = soft + share
+            left = left + (1 - share).clamp(min=1e-6).log() / self.tau
+        return Draw(hard + (soft - soft.detach()), self._log_prob(order))
+
+    def _log_prob(self, order: Tensor) -> Tensor:
+        """Of drawing these blocks one after the other (Plackett-Luce)."""
+        logits = self.logits + self.prior_logits
+        chosen = logits[order]
+        taken = torch.zeros(len(order), self.num_blocks, device=order.device).scatter(1, order, 1.0).bool()
+        rest = logits.expand(len(order), -1).masked_fill(taken, -torch.inf).logsumexp(1, keepdim=True)
+        later = chosen.flip(1).logcumsumexp(1).flip(1)
+        return (chosen - torch.logaddexp(later, rest)).sum(1)
+
+    def marginals(self) -> Tensor:
+        return self._fixed_draws().mean(0)
+
+    def mode(self) -> list[int]:
+        return sorted((self.logits.detach() + self.prior_logits).topk(self.keep).indices.tolist())
+
+    def best(self, count: int) -> list[tuple[int, ...]]:
+        masks, counts = torch.unique(self._fixed_draws(), dim=0, return_counts=True)
+        order = counts.argsort(descending=True, stable=True)
+        found = [tuple(masks[i].nonzero().flatten().tolist()) for i in order.tolist()]
+        # Masks that were never drawn follow in the order of their logits' sums.
+        logits = (self.logits.detach() + self.prior_logits).double().cpu()
+        unseen = Subsets(build(Rules(keep=self.keep), self.lists), logits).best(count)
+        ranked = dict.fromkeys([tuple(self.mode()), *found, *(kept for _, kept in unseen)])
+        return list(ranked)[:count]
+
+    def allows(self, kept: Sequence[int]) -> bool:
+        return len(kept) == self.keep
+
+    def entropy(self) -> float:
+        counts = torch.unique(self._fixed_draws(), dim=0, return_counts=True)[1]
+        return float(torch.special.entr(counts / counts.sum()).sum())
+
+    def confidence(self) -> list[float]:
+        mode = torch.zeros(self.num_blocks)
+        mode[self.mode()] = 1
+        return [float((self._fixed_draws() == mode).all(1).float().mean())]
+
+    def choices(self) -> list[list[int]]:
+        return []
+
+    @property
+    def num_masks(self) -> int:
+        return math.comb(self.num_blocks, self.keep)
+
+    def _fixed_draws(self) -> Tensor:
+        noise = Rng(0, "report").gumbel("mask", self._NUM_DRAWS, self.num_blocks)
+        order = ((self.logits.detach() + self.prior_logits).cpu() + noise).topk(self.keep, dim=1).indices
+        return torch.zeros_like(noise).scatter(1, order, 1.0)

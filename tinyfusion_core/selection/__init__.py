@@ -1,0 +1,1 @@
+"""Which blocks stay: the learned search, criteria, successive halving."""

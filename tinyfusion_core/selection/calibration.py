@@ -1,0 +1,246 @@
+"""Look at a network through calibration samples, the same inputs for every criterion of a run."""
+
+# No `from __future__ import annotations` here: the fields of a base class are resolved in the modules of the
+# classes that inherit them, where strings would mean nothing.
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..dataloading.order import order_of
+from ..errors import UserError, require
+from ..protocols.backbone import Stream, streams_of
+from ..protocols.block_call import BatchDim, Call, positional_names
+from ..protocols.task import Task
+from ..pruning.gating import Gates
+from ..runtime.distributed import batches, place, share, spread
+from ..runtime.progress import Tracker, track
+from ..runtime.seeding import Rng
+from ..training.trainer import Trainer
+from .criteria import Criterion
+
+Span = tuple[int, int]
+"""First and last of some blocks that follow each other."""
+
+
+class Measure(Protocol):
+    """A comparison of two streams, gathered over batches without keeping them."""
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Take in (..., D) tensors of one shape; the last dimension holds the features."""
+
+    def state(self) -> Any:
+        """What has been taken in, to be sent to another process."""
+
+    def merge(self, state: Any) -> None:
+        """Take in what another measure has taken in."""
+
+    def value(self) -> float: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibrated(Criterion):
+    """A heuristic that looks at training samples.
+
+    Args:
+        samples: how many; the whole data set when it has fewer.
+        batch_size: samples at once; changes nothing but speed and memory, and what an objective draws once for a
+            batch (the mask rate of MAR).
+    """
+
+    samples: int = 256
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("samples", "batch_size"):
+            require(getattr(self, name) >= 1, f"{type(self).__name__}.{name}", getattr(self, name), "at least 1")
+
+    def calibration(self, task: Task, trainer: Trainer) -> "Calibration":
+        return Calibration(task, trainer, self.samples, self.batch_size, name=type(self).__name__)
+
+
+class Calibration:
+    """A task's network and the samples that it is judged by. Every method leaves the network as it was.
+
+    Processes share the batches of samples: all must call a method alike, and get the same answer.
+
+    Args:
+        task: the network, its objective and data.
+        trainer: device, precision and seed.
+        samples: how many training samples to use, at most.
+        batch_size: samples at once.
+        name: what is being done, to show with the progress.
+
+    Attributes:
+        evaluations: sample forward passes so far, of all processes together.
+    """
+
+    def __init__(self, task: Task, trainer: Trainer, samples: int, batch_size: int, name: str = "calibration") -> None:
+        self.task, self.trainer, self.batch_size, self.name = task, trainer, batch_size, name
+        self.num_samples = min(samples, len(task.train))
+        self.evaluations = 0
+        self.device = trainer.accelerator.device
+        self._order = order_of(task.train, trainer.seed, "calibration", self.num_samples)
+
+    def losses(self, masks: Tensor, note: str = "") -> list[float]:
+        """The calibration loss under each of (K, N) masks of zeros and ones; infinite where it is not finite.
+
+        `note` goes behind the name of the progress.
+        """
+        with self._open(len(masks), note) as progress, torch.no_grad(), self._gates() as gates:
+
+            def work(rows: range) -> Tensor:
+                inputs, sums = self._inputs(rows), []
+                for mask in masks.to(self.device):
+                    gates.mask = mask.expand(len(rows), -1)
+                    sums.append(self._losses(inputs).cpu().double().sum())
+                    progress.advance(len(rows))
+                return torch.stack(sums)
+
+            totals = torch.stack(spread(self._parts, work)).sum(0)
+        means: list[float] = (totals / self.num_samples).nan_to_num(nan=torch.inf, neginf=torch.inf).tolist()
+        return means
+
+    def gradients(self) -> list[float]:
+        """For every block, the mean over samples of |dL/dm|, m being the block's mask, at m = 1."""
+        num_blocks = len(self.task.blocks)
+        with self._open(1) as progress, torch.enable_grad(), _frozen(self.task.teacher), self._gates() as gates:
+
+            def work(rows: range) -> Tensor:
+                inputs = self._inputs(rows)
+                gates.mask = mask = torch.ones(len(rows), num_blocks, device=self.device, requires_grad=True)
+                (gradient,) = torch.autograd.grad(self._losses(inputs).sum(), mask)
+                progress.advance(len(rows))
+                return gradient.abs().sum(0).cpu()
+
+            total = torch.stack(spread(self._parts, work)).sum(0)
+        return self.finite((total / self.num_samples).tolist())
+
+    def compare(self, spans: Sequence[Span], measure: Callable[[], Measure], clean: bool = False) -> list[float]:
+        """Compare the residual stream before and after each span, averaged over the streams.
+
+        Args:
+            spans: they may overlap.
+            measure: makes the measure of one span and stream.
+            clean: feed inputs without noise, as the published block-influence script does.
+        """
+        model, paths, declared = self.task.teacher, self.task.blocks, self.task.backbone.streams
+        # No span reaches over two lists.
+        streams = {span: streams_of(declared, paths[span[0]]) for span in spans}
+        measures = {span: [measure() for _ in streams[span]] for span in spans}
+        with self._open(1) as progress, torch.no_grad(), ExitStack() as hooks:
+            for span in spans:
+                before, after = _watch(
+                    measures[span], streams[span], model.get_submodule(paths[span[0]]), paths[span[0]]
+                )
+                first, last = (model.get_submodule(paths[i]) for i in span)
+                hooks.callback(first.register_forward_pre_hook(before, with_kwargs=True).remove)
+                hooks.callback(last.register_forward_hook(after).remove)
+            for rows in share(self._parts):
+                inputs = self._inputs(rows, clean)
+                with self.trainer.accelerator.autocast():
+                    self.task.loss.predict(model, inputs)
+                progress.advance(len(rows))
+        gathered = {span: [_together(own, measure()) for own in measures[span]] for span in spans}
+        return self.finite([sum(m.value() for m in gathered[span]) / len(streams[span]) for span in spans])
+
+    def finite(self, values: list[float]) -> list[float]:
+        """The values; raises UserError when one is not finite."""
+        if not all(map(math.isfinite, values)):
+            raise UserError(
+                f"{self.name}: what the calibration samples give is not finite; check the checkpoint and the data, "
+                "or use precision bf16 or fp32"
+            )
+        return values
+
+    @property
+    def _parts(self) -> list[range]:
+        """The samples in batches, which the processes share."""
+        return batches(self.num_samples, self.batch_size)
+
+    def _inputs(self, rows: range, clean: bool = False) -> dict[str, Tensor]:
+        """Prepared inputs of some samples. What a sample draws does not depend on the batch."""
+        task, seed = self.task, self.trainer.seed
+        prepare = task.loss.prepare_clean if clean else task.loss.prepare
+        batch = task.train.__getitems__([self._order[i] for i in rows])
+        on_device = {name: t.to(self.device) for name, t in batch.items()}
+        return prepare(on_device, Rng(seed, "calibration", first=rows.start, strata=self.num_samples))
+
+    def _losses(self, inputs: dict[str, Tensor]) -> Tensor:
+        with self.trainer.accelerator.autocast():
+            return self.task.loss.losses(self.task.teacher, inputs)
+
+    def _gates(self) -> Gates:
+        return Gates(self.task.teacher, self.task.blocks, self._batch_dim, self.task.backbone.streams)
+
+    @cached_property
+    def _batch_dim(self) -> BatchDim:
+        return self.task.batch_dim(self.task.teacher)
+
+    @contextmanager
+    def _open(self, passes: int, note: str = "") -> Iterator[Tracker]:
+        """The network in eval mode on the device, and the progress of this process's part of some passes."""
+        model = self.task.teacher.to(self.device)
+        training = [module for module in model.modules() if module.training]
+        show = self.trainer.accelerator.is_main_process
+        own = sum(map(len, share(self._parts)))
+        try:
+            model.eval()
+            with track(self.name + note, passes * own, show=show) as progress:
+                yield progress
+            self.evaluations += passes * self.num_samples
+        finally:
+            for module in training:
+                module.training = True
+
+
+def _together(own: Measure, empty: Measure) -> Measure:
+    """What all processes have measured, one after the other: the same on each of them."""
+    if place()[1] == 1:
+        return own
+    for state in spread(range(place()[1]), lambda process: own.state()):
+        empty.merge(state)
+    return empty
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No gradients for the weights."""
+    learning = [p for p in model.parameters() if p.requires_grad]
+    try:
+        model.requires_grad_(False)
+        yield
+    finally:
+        for p in learning:
+            p.requires_grad_(True)
+
+
+def _watch(
+    measures: Sequence[Measure], streams: Sequence[Stream], first: nn.Module, path: str
+) -> tuple[Callable[..., None], Callable[..., None]]:
+    """Hooks for before the first and after the last block of a span."""
+    names = positional_names(first.forward)
+    entered: list[Tensor] = []
+
+    def before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = Call(block.forward, names, args, kwargs, lambda leaf: None)
+        # Copies: the model may go on in place.
+        entered[:] = [call.stream(stream, path).clone() for stream in streams]
+
+    def after(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        for measure, stream, x in zip(measures, streams, entered, strict=True):
+            y = stream.of(output)
+            # In full precision: bf16 cannot tell two blocks apart that are nearly the identity.
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            with torch.autocast(x.device.type, enabled=False):
+                measure.add(x.to(dtype), y.to(dtype))
+        entered.clear()
+
+    return before, after

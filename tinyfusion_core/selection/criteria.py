@@ -1,0 +1,243 @@
+"""Selectors that do not learn. All return the same `Decision` as the search.
+
+Here: a choice of somebody's, and positions alone. `similarity.py` and `sensitivity.py` look at data.
+"""
+
+# No `from __future__ import annotations` here: the fields of a base class are resolved in the modules of the
+# classes that inherit them, where strings would mean nothing.
+
+import math
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch.utils._pytree import tree_map
+
+from ..errors import UserError
+from ..protocols.task import Task
+from ..pruning.decision import Decision, provenance
+from ..runtime.files import sha256
+from ..runtime.run_folder import RunFolder
+from ..samplers.budget import Quota, make_quota
+from ..samplers.patterns import Pattern, parse_pattern
+from ..training.trainer import Trainer
+from .search import Selector
+
+
+@dataclass(frozen=True)
+class Keep(Selector):
+    """Keep the blocks that somebody has chosen: by index, or as a decision file says.
+
+    Args:
+        blocks: indices of the blocks that stay.
+        decision: path of a `decision.json`, made for a checkpoint of the same architecture; or of a mergekit YAML, a
+            list of indices or of peft's `layer_replication`, or a `--prune-layers` argument of llama.cpp.
+    """
+
+    blocks: Sequence[int] = field(default_factory=tuple)
+    decision: str | None = None
+
+    def __post_init__(self) -> None:
+        if bool(self.blocks) == (self.decision is not None):
+            raise UserError("Keep: give blocks or decision, one of the two")
+        if len(set(self.blocks)) != len(self.blocks):
+            raise UserError(f"Keep: blocks {list(self.blocks)} names a block twice")
+
+    def __call__(self, task: Task, trainer: Trainer, run: RunFolder | None = None) -> Decision:
+        decision = self.preview(task.blocks)
+        source = {**decision.provenance, **provenance(trainer.seed, task.source)}
+        return replace(
+            decision, provenance=source if self.decision is None else {**source, "taken_from": self.decision}
+        )
+
+    def inputs(self) -> dict[str, str]:
+        return {} if self.decision is None else {"search.decision": sha256(Path(self.decision))}
+
+    def preview(self, blocks: Sequence[str]) -> Decision:
+        if self.decision is None:
+            return Decision(blocks=tuple(blocks), kept=tuple(sorted(self.blocks)), method="Keep")
+        return Decision.from_file(self.decision, blocks)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a criterion has found.
+
+    Attributes:
+        kept: indices of the blocks that stay.
+        evaluations: sample forward passes it took.
+        findings: what it was decided by, for the record.
+    """
+
+    kept: Sequence[int]
+    evaluations: int = 0
+    findings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Criterion(Selector):
+    """A heuristic that keeps as many blocks as it is told to.
+
+    Args:
+        keep: how many blocks stay: of all together, or a number for every block list, which may be 0.
+        pattern: keep N of every M blocks instead, as in `Search`. Give one of the two.
+        protect: indices of blocks that must stay.
+    """
+
+    keep: int | dict[str, int] | None = None
+    pattern: Pattern | int | None = None
+    protect: Sequence[int] = field(default_factory=tuple)
+
+    def __post_init__(self) -> None:
+        if (self.keep is None) == (self.pattern is None):
+            raise UserError(f"{type(self).__name__}: give keep or pattern, one of the two")
+        if self.pattern is not None:
+            object.__setattr__(self, "pattern", parse_pattern(self.pattern))
+
+    def __call__(self, task: Task, trainer: Trainer, run: RunFolder | None = None) -> Decision:
+        quota = self.quota(task.blocks)
+        verdict = self.decide(quota, task, trainer)
+        found = tree_map(_recorded, {"evaluations": verdict.evaluations, **verdict.findings})
+        where = {**provenance(trainer.seed, task.source), **found}
+        return self._decision(task.blocks, quota, verdict.kept, where)
+
+    def preview(self, blocks: Sequence[str]) -> Decision:
+        quota = self.quota(blocks)
+        return self._decision(blocks, quota, self.guess(quota), {})
+
+    def quota(self, blocks: Sequence[str]) -> Quota:
+        """What the decision must obey."""
+        assert not isinstance(self.pattern, int)  # parse_pattern refuses numbers
+        return make_quota(blocks, self.keep, self.pattern, self.protected(blocks), type(self).__name__)
+
+    def protected(self, blocks: Sequence[str]) -> Sequence[int]:
+        """Indices of the blocks that must stay."""
+        return self.protect
+
+    @abstractmethod
+    def decide(self, quota: Quota, task: Task, trainer: Trainer) -> Verdict:
+        """Choose blocks that obey the quota; the network comes back as it was."""
+
+    def guess(self, quota: Quota) -> Sequence[int]:
+        """Blocks that obey the quota, found without a network."""
+        return quota.top([0.0] * quota.num_blocks)
+
+    def _decision(self, blocks: Sequence[str], quota: Quota, kept: Sequence[int], where: Mapping[str, Any]) -> Decision:
+        return Decision(
+            blocks=tuple(blocks),
+            kept=tuple(sorted(kept)),
+            method=type(self).__name__,
+            pattern=self.pattern,
+            choices=() if self.pattern is None else tuple(choice.blocks for choice in quota.choices),
+            provenance=where,
+        )
+
+
+def _recorded(value: Any) -> Any:
+    """Six digits of a number; JSON has no infinity."""
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.6g}") if math.isfinite(value) else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nested(Criterion):
+    """Keep the blocks that an earlier search kept most often: several budgets from one search.
+
+    What the search decided comes first, in the order of its marginals, then the others: a smaller budget keeps a part
+    of what a larger one keeps, and the search's own budget its decision. The search's rules do not count; `protect`
+    does.
+
+    Args:
+        decision: path of the search's `decision.json`, made for a checkpoint of the same architecture.
+    """
+
+    decision: str
+
+    def inputs(self) -> dict[str, str]:
+        return {"search.decision": sha256(Path(self.decision))}
+
+    def preview(self, blocks: Sequence[str]) -> Decision:
+        Decision.load(self.decision).check_fits(blocks, "the network")
+        return super().preview(blocks)
+
+    def guess(self, quota: Quota) -> Sequence[int]:
+        found = Decision.load(self.decision)
+        if len(found.marginals) != quota.num_blocks:
+            raise UserError(
+                f"{self.decision}: has marginals of {len(found.marginals)} blocks, the network {quota.num_blocks}; "
+                "give the decision of a learned search of it"
+            )
+        scores = nested_scores(found)
+        kept = quota.top(scores)
+        for choice in quota.choices:
+            free = [i for i in choice.blocks if i not in quota.protected]
+            lowest = min((scores[i] for i in free if i in kept), default=math.inf)
+            tied = [i for i in free if scores[i] == lowest]
+            if not set(tied) <= set(kept):
+                raise UserError(
+                    f"{self.decision}: does not say which of the blocks {', '.join(map(str, tied))} to keep: their "
+                    "marginals are alike, as after a search that has settled; search with that budget"
+                )
+        return kept
+
+    def decide(self, quota: Quota, task: Task, trainer: Trainer) -> Verdict:
+        return Verdict(self.guess(quota), findings={"taken_from": self.decision})
+
+
+def nested_scores(decision: Decision) -> list[float]:
+    """The order in which blocks are kept as the budget grows: the decision's before the others, by their marginals."""
+    return [p + (i in decision.kept) for i, p in enumerate(decision.marginals)]
+
+
+class Positions(Criterion):
+    """Keep the blocks at certain positions of every choice.
+
+    A choice is a group of the pattern, a block list, or with one number for all lists their concatenation.
+    Where protected blocks take places, those go that are farthest from a wanted position.
+    """
+
+    @abstractmethod
+    def positions(self, num_kept: int, size: int) -> Sequence[int]:
+        """The wanted positions among `size` blocks."""
+
+    def guess(self, quota: Quota) -> Sequence[int]:
+        scores = [0.0] * quota.num_blocks
+        for choice in quota.choices:
+            wanted = self.positions(choice.num_kept, len(choice.blocks))
+            for position, block in enumerate(choice.blocks):
+                scores[block] = -min((abs(position - w) for w in wanted), default=0)
+        return quota.top(scores)
+
+    def decide(self, quota: Quota, task: Task, trainer: Trainer) -> Verdict:
+        return Verdict(self.guess(quota))
+
+
+class Uniform(Positions):
+    """Keep evenly spaced blocks: the last of each of k equal segments (of 8 blocks 1, 3, 5, 7)."""
+
+    def positions(self, num_kept: int, size: int) -> Sequence[int]:
+        return [(i + 1) * size // num_kept - 1 for i in range(num_kept)]
+
+
+class FirstN(Positions):
+    """Keep the first blocks."""
+
+    def positions(self, num_kept: int, size: int) -> Sequence[int]:
+        return range(num_kept)
+
+
+class LastN(Positions):
+    """Keep the last blocks."""
+
+    def positions(self, num_kept: int, size: int) -> Sequence[int]:
+        return range(size - num_kept, size)
+
+
+class BKSDM(Positions):
+    """Keep evenly spaced blocks from the first to the last (BK-SDM, arXiv:2305.15798; of 8 blocks 0, 2, 5, 7)."""
+
+    def positions(self, num_kept: int, size: int) -> Sequence[int]:
+        return [round(i * (size - 1) / max(1, num_kept - 1)) for i in range(num_kept)]

@@ -1,0 +1,326 @@
+"""The learned search: which blocks to keep so that fine-tuning can recover best (arXiv:2412.01199)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError, require
+from ..protocols.backbone import Batch, list_lengths
+from ..protocols.loss import LossAdapter
+from ..protocols.task import Task
+from ..pruning.decision import Decision, provenance
+from ..pruning.gating import Gates
+from ..pruning.weight_update import LoRA, WeightUpdate
+from ..runtime.run_folder import RunFolder
+from ..runtime.seeding import Rng, seed_of
+from ..samplers.constraints import Rules
+from ..samplers.grouped import BlockSampler, GroupedSampler
+from ..samplers.patterns import Pattern, parse_pattern
+from ..samplers.subset import ScoreFunction
+from ..training.loop import Fit
+from ..training.objective import Ema, Objective, Optimization, decay_for
+from ..training.trainer import Trainer
+
+
+class Selector(ABC):
+    """A stage that decides which blocks stay: the learned search, or a criterion."""
+
+    @abstractmethod
+    def __call__(self, task: Task, trainer: Trainer, run: RunFolder | None = None) -> Decision:
+        """Decide. Leaves the task's network as it was."""
+
+    def inputs(self) -> dict[str, str]:
+        """Files that decide the outcome besides the settings, by key, as their hashes."""
+        return {}
+
+    @abstractmethod
+    def preview(self, blocks: Sequence[str]) -> Decision:
+        """A decision it could come to, to plan with: budget and groups are right, which blocks stay may not be.
+
+        Raises:
+            UserError: the budget does not fit these blocks.
+        """
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What a search has learned.
+
+    Attributes:
+        sampler: the distribution, with the averaged gate logits.
+        num_steps: steps that it took.
+        evaluations: samples that it and its start ran the network on.
+    """
+
+    sampler: BlockSampler
+    num_steps: int
+    evaluations: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search(Selector):
+    """Learn the gate logits together with a weight update that stands for later fine-tuning.
+
+    Args:
+        pattern: keep N of M: `[2, 4]`, a list with a pair for each group, or a mapping by block list.
+            Short for `sampler: GroupedSampler`.
+        keep: how many blocks stay, of all or by block list, wherever they are. Short for `sampler: ScoreFunction` with
+            that rule; give one of the three.
+        tau: with `pattern`: Gumbel temperature at the first and at the last step; default the sampler's.
+        scaling: with `pattern`: factor on the gate logits at the first and at the last step; default the sampler's.
+        sampler: any distribution over masks.
+        steps: optimizer updates.
+        batch_size: samples of one update; default the trainer's.
+        warmup: fraction of the steps in which the weight update trains under the initial masks, before the gates
+            learn: their first gradients then come from weights that have begun to adapt. The paper's is 0; what it
+            is good for is measured in `benchmarks/RESULTS.md`.
+        update: the co-trained weight update.
+        lr_gates: learning rate of the gate logits, which have no weight decay; default the sampler's.
+        lr: learning rate of the weight update; default 1 / steps but at most 1e-3, which is the paper's 1e-4 at
+            10,000 steps. A short search has to move the weights faster, or it looks for what hurts least at once.
+        weight_decay: of the weight update.
+        clip: largest norm of the gradient of gates and weights together.
+        ema: decay of the average of the gate logits that decides; default 1 - 10 / steps, which is the
+            paper's 0.999 at 10,000 steps and lags as little in a short search.
+        start: a criterion whose choice the search begins with, instead of indifference.
+        prior: log-odds that the start gives to the blocks it keeps, and minus that to the others, at the first and at
+            the last step, linear in between. What the gates learn is added: with a last prior of 0 they alone decide.
+        dropped_values: the fraction of the samples that drop a block for which the block is run all the same, because a
+            pathwise gradient needs its value; weighed so that the gate's gradient keeps its mean. Less is faster
+            and noisier. A score function needs none.
+        confident: stop when the decision's confidence reaches this, after the warm-up at the earliest.
+    """
+
+    pattern: Pattern | int | None = None
+    keep: int | Mapping[str, int] | None = None
+    tau: tuple[float, float] | None = None
+    scaling: tuple[float, float] | None = None
+    sampler: Callable[[Mapping[str, int]], BlockSampler] | None = None
+    steps: int = 10_000
+    batch_size: int | None = None
+    warmup: float = 0.3
+    update: WeightUpdate = LoRA()
+    lr_gates: float | None = None
+    lr: float | None = None
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    ema: float | None = None
+    start: Selector | None = None
+    prior: tuple[float, float] = (1.0, 1.0)
+    dropped_values: float = 1.0
+    confident: float | None = None
+
+    def __post_init__(self) -> None:
+        if sum(given is not None for given in (self.pattern, self.keep, self.sampler)) != 1:
+            raise UserError("search: give pattern or keep or sampler, one of the three")
+        if self.pattern is None and self._shorthand():
+            raise UserError(f"search.{next(iter(self._shorthand()))} goes with pattern; set it in the sampler")
+        require(self.steps >= 1, "search.steps", self.steps, "at least 1")
+        require(self.batch_size is None or self.batch_size >= 1, "search.batch_size", self.batch_size, "at least 1")
+        require(0 <= self.warmup < 1, "search.warmup", self.warmup, "a fraction from 0 to below 1")
+        require(self.lr_gates is None or self.lr_gates > 0, "search.lr_gates", self.lr_gates, "a rate above 0")
+        require(min(self.prior) >= 0, "search.prior", self.prior, "log-odds of 0 or more")
+        if self.start is None and tuple(self.prior) != (1.0, 1.0):
+            raise UserError("search.prior says how much a start counts; give search.start too")
+        share = 0 < self.dropped_values <= 1
+        require(share, "search.dropped_values", self.dropped_values, "a fraction above 0, at most 1")
+        sure = self.confident is None or 0 < self.confident < 1
+        require(sure, "search.confident", self.confident, "a probability")
+        require(self.lr is None or self.lr >= 0, "search.lr", self.lr, "a rate")
+        require(self.ema is None or 0 <= self.ema < 1, "search.ema", self.ema, "a decay from 0 to below 1")
+        require(self.clip > 0, "search.clip", self.clip, "a norm above 0")
+        require(self.weight_decay >= 0, "search.weight_decay", self.weight_decay, "0 or more")
+        if self.pattern is not None:
+            object.__setattr__(self, "pattern", parse_pattern(self.pattern))
+
+    def inputs(self) -> dict[str, str]:
+        return {} if self.start is None else {f"start.{key}": value for key, value in self.start.inputs().items()}
+
+    def preview(self, blocks: Sequence[str]) -> Decision:
+        return self.preview_beside(blocks, {})
+
+    def preview_beside(self, blocks: Sequence[str], others: Mapping[str, Selector]) -> Decision:
+        """`preview`, with selectors beside the search, by key, that must keep as many blocks as it does."""
+        sampler = self.make_sampler(list_lengths(blocks))
+        decision = self._decision(sampler, blocks, {})
+        for key, other in {**({"start": self.start} if self.start else {}), **others}.items():
+            theirs, ours = len(other.preview(blocks).kept), len(decision.kept)
+            if theirs != ours and (sampler.budget is not None or sampler.choices()):
+                raise UserError(f"search.{key}: keeps {theirs} blocks, the search {ours}; give it the same number")
+        return decision
+
+    def make_sampler(self, lists: Mapping[str, int]) -> BlockSampler:
+        """The distribution over masks that the search starts from, for block lists of these lengths."""
+        if self.sampler is not None:
+            return self.sampler(lists)
+        if self.keep is not None:
+            rules = Rules(keep=self.keep)
+            rules.check(lists, "search")
+            return ScoreFunction(lists, rules)
+        assert self.pattern is not None and not isinstance(self.pattern, int)  # parse_pattern refuses numbers
+        return GroupedSampler(lists, self.pattern, **self._shorthand())
+
+    def _shorthand(self) -> dict[str, Any]:
+        """The options of the grouped sampler that are given here."""
+        given = {"tau": self.tau, "scaling": self.scaling}
+        return {name: value for name, value in given.items() if value is not None}
+
+    def __call__(self, task: Task, trainer: Trainer, run: RunFolder | None = None) -> Decision:
+        """Run the search. The network's weights are afterwards what they were, bit for bit.
+
+        Args:
+            task: what to prune; its blocks are decided upon.
+            trainer: how to train.
+            run: where to log and to keep checkpoints.
+
+        Returns:
+            The most probable mask of the averaged gate logits, with its confidences and marginals.
+
+        Raises:
+            UserError: the pattern does not fit the network, or the loss was not finite for too long.
+            Interrupted: a signal came; the same call with the same run folder goes on.
+        """
+        return self.decide(self.learn(task, trainer, run), task, trainer)
+
+    def decide(self, learned: Learned, task: Task, trainer: Trainer) -> Decision:
+        """What was learned decides."""
+        record = provenance(trainer.seed, task.source)
+        record = {**record, "steps": learned.num_steps, "evaluations": learned.evaluations}
+        return self._decision(learned.sampler, task.blocks, record)
+
+    def learn(self, task: Task, trainer: Trainer, run: RunFolder | None = None) -> Learned:
+        """The search without the decision. Arguments as for a call."""
+        trainer = trainer.with_batch_size(self.batch_size)
+        rate = min(1e-3, 1 / self.steps) if self.lr is None else self.lr
+        model = trainer.placed(task.teacher)
+        units, batch_dim = [model.get_submodule(path) for path in task.blocks], task.batch_dim(model)
+        sampler, evaluations = self.make_sampler(task.lists), 0
+        if self.start is not None:
+            first = self.start(
+                task, replace(trainer, trackers=()), None if run is None else run.part("search", "start")
+            )
+            sampler.prefer(first.kept, self.prior)
+            evaluations = int(first.provenance.get("evaluations", 0))
+        # AveragedModel begins with the values after the first step: no bias towards the initial ones.
+        ema = Ema(sampler, decay_for(self.steps) if self.ema is None else self.ema)
+        averaged = ema.average.module
+        assert isinstance(averaged, BlockSampler)
+        with torch.random.fork_rng(), ExitStack() as stack:
+            stack.callback(model.eval)
+            torch.manual_seed(seed_of(trainer.seed, "search", "update"))  # LoRA draws its initial values
+            with (
+                self.update.applied(model, task.blocks) as weights,
+                trainer.tuned(units),
+                Gates(model, task.blocks, batch_dim, task.backbone.streams) as gates,
+            ):
+                warmup = self.warmup if weights else 0.0  # weights that do not move need none
+                _train(model, dropout=sampler.masks_per_sample == 1)
+                objective = _GatedLoss(model, task.loss, sampler, averaged, gates, self, warmup)
+                gate_rate = self.lr_gates or sampler.lr_gates
+                groups = [
+                    {"params": list(sampler.parameters()), "lr": gate_rate, "weight_decay": 0.0},
+                    {"params": weights, "lr": rate, "weight_decay": self.weight_decay},
+                ]
+                how = Optimization(groups=groups, steps=self.steps, clip=self.clip, ema=ema)
+                Fit(trainer, "search", objective, task.train, task.loss.prepare, how, run).run()
+        if objective.num_steps == self.steps:  # else it stopped early, and is as sure as it was there
+            averaged.anneal(1.0)
+        evaluations += objective.num_steps * trainer.batch_size * sampler.masks_per_sample
+        return Learned(averaged.cpu(), objective.num_steps, evaluations)
+
+    def _decision(self, sampler: BlockSampler, blocks: Sequence[str], record: Mapping[str, Any]) -> Decision:
+        """What a distribution over masks decides."""
+        return Decision(
+            blocks=tuple(blocks),
+            kept=tuple(sampler.mode()),
+            method=type(self).__name__,
+            pattern=sampler.pattern,
+            choices=tuple(map(tuple, sampler.choices())),
+            confidences=tuple(sampler.confidence()),
+            marginals=tuple(sampler.marginals().tolist()),
+            provenance=record,
+        )
+
+
+def value_weights(mask: Tensor, share: float, rng: Rng) -> Tensor | None:
+    """(B, N) weights of the values of dropped blocks, of which a share is computed; None when all are, or none."""
+    if share == 1 or not mask.requires_grad:
+        return None
+    return (rng.uniform("dropped values", *mask.shape) < share).to(mask) / share
+
+
+def _train(model: nn.Module, dropout: bool) -> None:
+    """Put a network in training mode; without dropout where masks are to be compared on identical draws."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.train(dropout)
+
+
+class _GatedLoss(Objective):
+    """Sample masks, run the gated network, return the sampler's surrogate."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: LossAdapter,
+        sampler: BlockSampler,
+        averaged: BlockSampler,
+        gates: Gates,
+        search: Search,
+        warmup: float,
+    ) -> None:
+        super().__init__()
+        self.model, self.sampler, self.search, self.warmup = model, sampler, search, warmup
+        self.units = [model.get_submodule(path) for path in gates.blocks]
+        self.gates = list(sampler.parameters())
+        # The average is not trained: out of the module's sight, so that DDP does not wait for its gradients.
+        self.outside = (loss, averaged, gates)
+        self.num_steps = 0
+        self.temperatures: dict[str, float] = {}
+
+    def forward(self, inputs: Batch, rng: Rng) -> tuple[Tensor, Tensor]:
+        loss, _, gates = self.outside
+        copies = self.sampler.masks_per_sample
+        if copies > 1:  # on identical draws
+            inputs = {name: value.repeat_interleave(copies, 0) for name, value in inputs.items()}
+            rng = replace(rng, first=rng.first * copies)
+        num_rows = len(next(iter(inputs.values())))
+        draw = self.sampler.sample(num_rows, rng)
+        mask = draw.mask if self.learning else draw.mask.detach()
+        gates.set(mask, value_weights(mask, self.search.dropped_values, rng))
+        losses = loss.losses(self.model, inputs)
+        if self.learning:
+            return self.sampler.surrogate(draw, losses), losses.detach()
+        # A zero gradient, never none: distributed processes wait for it.
+        return losses.mean() + 0 * (draw.mask.sum() + draw.log_prob.sum()), losses.detach()
+
+    def before_step(self, progress: float) -> None:
+        self.num_steps = round(progress * (self.search.steps - 1)) + 1
+        self.learning = progress >= self.warmup
+        learned = max(0.0, (progress - self.warmup) / (1 - self.warmup))
+        self.temperatures = self.sampler.anneal(learned)
+        averaged = self.outside[1]
+        averaged.anneal(learned)
+        averaged.prior = averaged.prior_schedule[1]  # a start that fades has no say in the decision
+
+    def finished(self) -> bool:
+        confident, averaged = self.search.confident, self.outside[1]
+        return confident is not None and self.learning and min(averaged.confidence()) >= confident
+
+    def metrics(self) -> dict[str, Any]:
+        averaged = self.outside[1]
+        return {
+            "decision": averaged.mode(),
+            "marginals": [round(p, 5) for p in averaged.marginals().tolist()],
+            "confidence": round(min(averaged.confidence()), 5),
+            "entropy": round(averaged.entropy(), 5),
+            **self.temperatures,
+        }

@@ -1,0 +1,90 @@
+"""Criteria that ask the calibration loss: the loss of the network right after pruning, before any recovery."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import require
+from ..protocols.task import Task
+from ..runtime.seeding import generator
+from ..samplers.budget import Quota
+from ..training.trainer import Trainer
+from .calibration import Calibrated
+from .criteria import Verdict
+
+
+@dataclass(frozen=True, kw_only=True)
+class Random(Calibrated):
+    """Keep blocks at random, every mask within the budget with the same probability.
+
+    Args:
+        draws: distinct masks to draw, all there are when there are fewer; of several the one with the lowest
+            calibration loss is taken. One needs no samples.
+        seed: tells drawings of one run apart.
+    """
+
+    draws: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.draws >= 1, "Random.draws", self.draws, "at least 1")
+
+    def decide(self, quota: Quota, task: Task, trainer: Trainer) -> Verdict:
+        source = generator(trainer.seed, "random", self.seed)
+        masks = quota.distinct(self.draws, source)
+        if len(masks) == 1:
+            return Verdict(masks[0])
+        calibration = self.calibration(task, trainer)
+        losses = calibration.losses(_rows(masks, quota.num_blocks))
+        lowest = min(calibration.finite([min(losses)]))
+        return Verdict(masks[losses.index(lowest)], calibration.evaluations, {"losses": losses})
+
+
+class LeaveOneOut(Calibrated):
+    """Keep the blocks without which, one at a time, the calibration loss rises most ("sensitivity")."""
+
+    def decide(self, quota: Quota, task: Task, trainer: Trainer) -> Verdict:
+        calibration, everything = self.calibration(task, trainer), range(quota.num_blocks)
+        masks = [everything, *([j for j in everything if j != i] for i in everything)]
+        full, *losses = calibration.losses(_rows(masks, quota.num_blocks))
+        calibration.finite([full])
+        scores = [loss - full for loss in losses]
+        return Verdict(quota.top(scores), calibration.evaluations, {"scores": scores})
+
+
+class Greedy(Calibrated):
+    """Remove the block whose removal costs least calibration loss, then look again (SLEB, arXiv:2402.09025)."""
+
+    def decide(self, quota: Quota, task: Task, trainer: Trainer) -> Verdict:
+        calibration, kept = self.calibration(task, trainer), list(range(quota.num_blocks))
+        rounds = quota.num_blocks - len(quota.top([0.0] * quota.num_blocks))
+        removed: list[int] = []
+        lowest: list[float] = []
+        while candidates := quota.removable(kept):
+            masks = [[j for j in kept if j != i] for i in candidates]
+            note = f", block {len(removed) + 1} of {rounds}"
+            losses = calibration.losses(_rows(masks, quota.num_blocks), note)
+            lowest += calibration.finite([min(losses)])
+            best = losses.index(lowest[-1])
+            kept = masks[best]
+            removed.append(candidates[best])
+        return Verdict(kept, calibration.evaluations, {"removed": removed, "losses": lowest})
+
+
+class Taylor(Calibrated):
+    """Keep the blocks whose mask the loss depends on most: mean |dL/dm| at m = 1 (Michel et al., arXiv:1905.10650)."""
+
+    def decide(self, quota: Quota, task: Task, trainer: Trainer) -> Verdict:
+        calibration = self.calibration(task, trainer)
+        scores = calibration.gradients()
+        return Verdict(quota.top(scores), calibration.evaluations, {"scores": scores})
+
+
+def _rows(masks: Sequence[Sequence[int]], num_blocks: int) -> Tensor:
+    """(K, N) zeros and ones of blocks to keep."""
+    return torch.tensor([[float(i in kept) for i in range(num_blocks)] for kept in masks])

@@ -1,0 +1,174 @@
+"""Criteria that compare what goes into blocks with what comes out: those that change it least go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..errors import UserError
+from ..protocols.task import Task
+from ..samplers.budget import Quota
+from ..training.trainer import Trainer
+from .calibration import Calibrated, Measure, Span
+from .criteria import Verdict
+
+
+class Mean:
+    """The mean over samples and tokens of a comparison of feature vectors."""
+
+    def __init__(self, compare: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self.compare, self.total, self.count = compare, 0.0, 0
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        values = self.compare(x, y)
+        self.total += float(values.sum())
+        self.count += values.numel()
+
+    def state(self) -> tuple[float, int]:
+        return self.total, self.count
+
+    def merge(self, state: tuple[float, int]) -> None:
+        self.total += state[0]
+        self.count += state[1]
+
+    def value(self) -> float:
+        return self.total / self.count
+
+
+def cosine() -> Measure:
+    """Mean cosine between a token before and after."""
+    return Mean(lambda x, y: F.cosine_similarity(x, y, dim=-1))
+
+
+def squared_error() -> Measure:
+    """Mean squared difference of a token before and after."""
+    return Mean(lambda x, y: (y - x).square().mean(-1))
+
+
+Moments = tuple[int, list[Tensor], list[Tensor]]
+"""A number of tokens, their means, and their products about them."""
+
+
+class LinearCKA:
+    """Linear centred kernel alignment (Kornblith et al. 2019, arXiv:1905.00414) of tokens before and after.
+
+    |Y'X|² / (|X'X| |Y'Y|), Frobenius norms, for centred features. Only the products are kept, as running
+    co-moments: each batch is centred by its own mean, so that large means cost no precision.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.means: list[Tensor] = []
+        self.products: list[Tensor] = []  # X'X, Y'Y, Y'X, each (D, D)
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        x, y = x.flatten(0, -2), y.flatten(0, -2)
+        means = [x.mean(0), y.mean(0)]
+        x, y = x - means[0], y - means[1]
+        self.merge((len(x), means, [x.T @ x, y.T @ y, y.T @ x]))
+
+    def state(self) -> Moments:
+        return self.count, [t.cpu() for t in self.means], [t.cpu() for t in self.products]
+
+    def merge(self, state: Moments) -> None:
+        n, means, products = state
+        if not n:
+            return
+        if not self.count:
+            self.count, self.means, self.products = state
+            return
+        dx, dy = (new - old for new, old in zip(means, self.means, strict=True))
+        both = self.count + n
+        for product, new, left, right in zip(self.products, products, (dx, dy, dy), (dx, dy, dx), strict=True):
+            product += new + torch.outer(left, right) * (self.count * n / both)
+        self.means = [mean + d * (n / both) for mean, d in zip(self.means, (dx, dy), strict=True)]
+        self.count = both
+
+    def value(self) -> float:
+        xx, yy, yx = (float(product.norm()) for product in self.products)
+        return yx**2 / (xx * yy) if xx * yy else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockInfluence(Calibrated):
+    """Keep the blocks that turn their tokens most: 1 - mean cosine (BI of ShortGPT, arXiv:2403.03853).
+
+    Args:
+        reference: as in the published comparison of TinyFusion: on inputs without noise, and the last block stays.
+    """
+
+    reference: bool = False
+
+    def protected(self, blocks: Sequence[str]) -> Sequence[int]:
+        return [*self.protect, len(blocks) - 1] if self.reference else self.protect
+
+    def decide(self, quota: Quota, task: Task, trainer: Trainer) -> Verdict:
+        calibration = self.calibration(task, trainer)
+        spans = [(i, i) for i in range(quota.num_blocks)]
+        scores = [1 - similarity for similarity in calibration.compare(spans, cosine, clean=self.reference)]
+        return Verdict(quota.top(scores), calibration.evaluations, {"scores": scores})
+
+
+class InputOutputMSE(Calibrated):
+    """Keep the blocks whose output differs most from their input, by mean squares (Flux.1 Lite)."""
+
+    def decide(self, quota: Quota, task: Task, trainer: Trainer) -> Verdict:
+        calibration = self.calibration(task, trainer)
+        scores = calibration.compare([(i, i) for i in range(quota.num_blocks)], squared_error)
+        return Verdict(quota.top(scores), calibration.evaluations, {"scores": scores})
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpanSimilarity(Calibrated):
+    """Remove blocks that follow each other: the run of them that changes its input least (arXiv:2403.17887).
+
+    One run goes of every group of a pattern or every block list with its own number; with one number for all
+    lists it is the best run inside any of them.
+
+    Args:
+        measure: mean cosine of the tokens before and after, which ranks like the paper's angular distance for
+            single tokens; or linear CKA, which sees the whole set of tokens up to rotation and scale.
+    """
+
+    measure: Literal["cosine", "cka"] = "cosine"
+
+    def guess(self, quota: Quota) -> Sequence[int]:
+        return _without(quota, [spans[0] for spans in self._candidates(quota)])
+
+    def decide(self, quota: Quota, task: Task, trainer: Trainer) -> Verdict:
+        candidates = self._candidates(quota)
+        spans = [span for some in candidates for span in some]
+        calibration = self.calibration(task, trainer)
+        values = calibration.compare(spans, cosine if self.measure == "cosine" else LinearCKA)
+        similarity = dict(zip(spans, values, strict=True))
+        kept = _without(quota, [max(some, key=similarity.__getitem__) for some in candidates])
+        found = {"spans": [{"first": i, "last": j, "similarity": value} for (i, j), value in similarity.items()]}
+        return Verdict(kept, calibration.evaluations, found)
+
+    def _candidates(self, quota: Quota) -> list[list[Span]]:
+        """The runs that may go, for every choice that has to lose blocks."""
+        candidates = []
+        for choice in quota.choices:
+            size = len(choice.blocks) - choice.num_kept
+            if not size:
+                continue
+            runs = [run[i : i + size] for run in choice.lists for i in range(len(run) - size + 1)]
+            # Lists may take turns in the order of execution.
+            runs = [run for run in runs if run[-1] - run[0] == size - 1 and not quota.protected & set(run)]
+            if not runs:
+                raise UserError(
+                    f"SpanSimilarity: {choice.name} has no {size} blocks in a row inside one block list that could go "
+                    f"(protected: {sorted(quota.protected & set(choice.blocks))}); keep more, protect fewer, "
+                    "or give keep a number for every block list"
+                )
+            candidates.append([(run[0], run[-1]) for run in runs])
+        return candidates
+
+
+def _without(quota: Quota, spans: Sequence[Span]) -> list[int]:
+    return [i for i in range(quota.num_blocks) if not any(first <= i <= last for first, last in spans)]

@@ -1,0 +1,163 @@
+"""The best masks of a search, healed for a few steps each."""
+
+# No `from __future__ import annotations` here, for the reason given in criteria.py.
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import Diverged, UserError, require
+from ..protocols.task import Task
+from ..pruning.decision import Decision
+from ..pruning.prune import prune
+from ..runtime.files import digest
+from ..runtime.progress import track
+from ..runtime.run_folder import RunFolder
+from ..training.recover import Recover
+from ..training.trainer import Trainer
+from .calibration import Calibration
+from .search import Search, Selector
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finals(Selector):
+    """A search, and then successive halving (arXiv 1502.07943) of its most probable masks.
+
+    All finalists are healed for some steps; the better half of them, by the loss on calibration samples, for as many
+    again, until one is left. One that diverges is out. It repairs a search that could not tell its best masks apart,
+    and with `others` the search's masks meet those of criteria.
+
+    Args:
+        search: the search.
+        masks: how many of its most probable masks are healed.
+        others: selectors whose choices are finalists too. They must be within the search's budget.
+        steps: updates of a finalist in each round.
+        lr: learning rate of the healing.
+        batch_size: samples of one update; default the trainer's.
+        samples: training samples that judge a healed network.
+    """
+
+    search: Search
+    masks: int = 4
+    others: Sequence[Selector] = ()
+    steps: int = 25
+    lr: float = 1e-3
+    batch_size: int | None = None
+    samples: int = 256
+
+    def __post_init__(self) -> None:
+        for name in ("masks", "steps", "samples"):
+            require(getattr(self, name) >= 1, f"search.{name}", getattr(self, name), "at least 1")
+        require(self.lr > 0, "search.lr", self.lr, "a rate above 0")
+        require(self.batch_size is None or self.batch_size >= 1, "search.batch_size", self.batch_size, "at least 1")
+
+    @property
+    def healing(self) -> Recover:
+        """What a finalist gets in each round."""
+        return Recover(steps=self.steps, batch_size=self.batch_size, lr=self.lr, schedule="constant", ema=0.0)
+
+    def inputs(self) -> dict[str, str]:
+        parts = {"search": self.search, **self._by_key()}
+        return {f"{part}.{key}": value for part, selector in parts.items() for key, value in selector.inputs().items()}
+
+    def preview(self, blocks: Sequence[str]) -> Decision:
+        return self.search.preview_beside(blocks, self._by_key())
+
+    def _by_key(self) -> dict[str, Selector]:
+        return {f"others[{i}]": other for i, other in enumerate(self.others)}
+
+    def __call__(self, task: Task, trainer: Trainer, run: RunFolder | None = None) -> Decision:
+        quiet = replace(trainer, trackers=())  # each piece of work would be a run of its own
+        proposed, evaluations = self._others(task, quiet, run)
+        learned = self.search.learn(task, trainer, run)
+        decision = replace(self.search.decide(learned, task, trainer), method=type(self).__name__)
+        for kept in learned.sampler.best(self.masks):
+            proposed.setdefault(kept, []).append(type(self.search).__name__)
+        # They wait in main memory: a device may not hold them all.
+        students = {kept: prune(task, replace(decision, kept=kept)).cpu() for kept in proposed}
+        evaluations += int(decision.provenance["evaluations"])
+        findings: list[list[dict[str, Any]]] = []
+        while len(students) > 1:
+            number, losses = len(findings) + 1, dict[tuple[int, ...], float]()
+            show = quiet.accelerator.is_main_process
+            with track(f"finals, round {number}", len(students), show=show) as progress:
+                for kept, student in students.items():
+                    part = None if run is None else run.part("search", f"finals {number} of {_name(kept)}")
+                    losses[kept], looked_at = self._heal(task, student, quiet, part, number)
+                    evaluations += looked_at
+                    progress.advance()
+            best = [kept for kept in sorted(losses, key=losses.__getitem__) if math.isfinite(losses[kept])]
+            if not best:
+                raise UserError(
+                    f"search.lr is {self.lr}: after {self.steps} steps no finalist has a finite loss; lower it"
+                )
+            findings.append(
+                [
+                    {"kept": list(kept), "loss": loss if math.isfinite(loss) else None, "of": proposed[kept]}
+                    for kept, loss in losses.items()
+                ]
+            )
+            students = {kept: students[kept] for kept in best[: (len(students) + 1) // 2]}
+        (winner,) = students
+        return replace(
+            decision,
+            kept=winner,
+            # They are the probability of the mode.
+            confidences=decision.confidences if winner == decision.kept else (),
+            provenance={**decision.provenance, "evaluations": evaluations, "finals": findings},
+        )
+
+    def _heal(
+        self, task: Task, student: nn.Module, trainer: Trainer, part: RunFolder | None, number: int
+    ) -> tuple[float, int]:
+        """Heal a finalist some more. Returns its loss, infinite where it is not finite, and the samples looked at."""
+        healed = Calibration(replace(task, model=student), trainer, self.samples, 64, "finals")
+        try:
+            self.healing(task, student, None, trainer, part, stage=f"finals {number}")
+            (loss,) = healed.losses(torch.ones(1, len(healed.task.blocks)))
+        except Diverged:
+            loss = math.inf
+        student.cpu()
+        return loss, self.steps * (self.batch_size or trainer.batch_size) + healed.num_samples
+
+    def _others(
+        self, task: Task, trainer: Trainer, run: RunFolder | None
+    ) -> tuple[dict[tuple[int, ...], list[str]], int]:
+        """What the other selectors choose, with their names, and the samples they looked at.
+
+        They come first, for what is outside of the budget ends the run before a search has been paid for.
+        """
+        sampler, evaluations = self.search.make_sampler(task.lists), 0
+        proposed: dict[tuple[int, ...], list[str]] = {}
+        for i, other in enumerate(self.others):
+            found = other(task, trainer, None if run is None else run.part("search", f"other {i}"))
+            if not sampler.allows(found.kept):
+                raise UserError(
+                    f"search.others[{i}]: {found.method} keeps {' '.join(map(str, found.kept))}, which is outside of "
+                    "the search's budget; give it the same keep or pattern, and the same protected blocks"
+                )
+            proposed.setdefault(found.kept, []).append(found.method)
+            evaluations += int(found.provenance.get("evaluations", 0))
+        return proposed, evaluations
+
+
+def _name(kept: Sequence[int]) -> str:
+    """A short name for a folder; the indices themselves can be too many for one."""
+    return digest(list(kept))[:16]
+
+
+def search_of(selector: Selector | None) -> Search | None:
+    """The learned search in a selector, if there is one."""
+    inner = selector.search if isinstance(selector, Finals) else selector
+    return inner if isinstance(inner, Search) else None
+
+
+def trainings_of(selector: Selector) -> list[Search | Recover]:
+    """What a selector trains, one after the other."""
+    search = search_of(selector)
+    trainings: list[Search | Recover] = [] if search is None else [search]
+    return [*trainings, selector.healing] if isinstance(selector, Finals) else trainings

@@ -1,0 +1,248 @@
+"""Distillation: what a pruned network learns from its teacher (TinyFusion, arXiv:2412.01199, section 3.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ..errors import UserError, require
+from ..protocols.backbone import Batch, Streams, block_lists, streams_of
+from ..protocols.loss import LossAdapter, Prediction
+from ..protocols.task import Task
+from ..pruning.decision import Decision
+from ..runtime.seeding import Rng
+from .objective import Objective
+
+Tap = tuple[int, int]
+"""A block of the student and the block of the teacher whose output it should give, as positions among all blocks."""
+
+
+def derive_taps(decision: Decision) -> list[Tap]:
+    """Match the last kept block of every segment with the end of that segment in the teacher.
+
+    The segments are the groups that were decided independently. A decision without groups has one wherever
+    a run of removed blocks ends: the blocks before stand for them. Segments never reach over two block lists; one
+    that keeps nothing belongs to the one before it, or at the beginning of a list to the one after it.
+    """
+    position = {block: j for j, block in enumerate(decision.kept)}
+    ends = {blocks[-1] for blocks in decision.choices}
+    if not ends:
+        ends = {i for i in decision.removed if i + 1 in position}
+    taps: dict[int, int] = {}
+    for members in block_lists(decision.blocks).values():
+        last = None
+        for i in members:
+            last = position.get(i, last)
+            if last is not None and (i in ends or i == members[-1]):
+                taps[last] = i
+    return list(taps.items())
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputKD:
+    """Learn from the teacher's prediction on the same inputs, besides the training loss.
+
+    Args:
+        alpha_kd: weight of the distance to the teacher's prediction, as the objective defines it.
+        alpha_gt: weight of the training loss.
+    """
+
+    alpha_kd: float = 0.9
+    alpha_gt: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("alpha_kd", "alpha_gt"):
+            require(getattr(self, name) >= 0, f"recover.kd.{name}", getattr(self, name), "0 or more")
+        require(self.alpha_kd + self.alpha_gt > 0, "recover.kd.alpha_kd", self.alpha_kd, "it or alpha_gt above 0")
+
+    def taps_for(self, decision: Decision) -> list[Tap]:
+        """The blocks whose outputs are compared: none."""
+        return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedKD(OutputKD):
+    """Learn from the outputs of the teacher's blocks too, extreme activations left out.
+
+    The feature loss is the mean over taps of the mean squared difference. An activation is extreme when it is not
+    within `sigma` standard deviations of the mean of its sample (over tokens and channels).
+
+    Args:
+        alpha_kd: weight of the distance to the teacher's prediction, as the objective defines it.
+        alpha_gt: weight of the training loss.
+        beta: weight of the feature loss at the first and at the last step, linear in between.
+        sigma: how many standard deviations are not extreme; null leaves nothing out. The paper's 2 is as good as
+            4 on its large models and worse on our small ones, which have no massive activations.
+        mask: `joint` counts an element only where neither is extreme (the paper's text); `separate` puts zero in the
+            place of the student's and of the teacher's extreme activations, each by its own (the reference code).
+            The default is what samples best in `benchmarks/RESULTS.md`.
+        taps: pairs of (student block, teacher block), counted from 0; by default derived from the decision.
+    """
+
+    beta: tuple[float, float] = (1e-2, 0.0)
+    sigma: float | None = 4.0
+    mask: Literal["joint", "separate"] = "joint"
+    taps: list[tuple[int, int]] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(min(self.beta) >= 0, "recover.kd.beta", self.beta, "weights of 0 or more")
+        require(self.sigma is None or self.sigma > 0, "recover.kd.sigma", self.sigma, "a number above 0, or null")
+        require(self.taps is None or len(self.taps) > 0, "recover.kd.taps", self.taps, "at least one pair, or null")
+
+    def taps_for(self, decision: Decision) -> list[Tap]:
+        """The blocks whose outputs are compared.
+
+        Raises:
+            UserError: a given tap is out of range.
+        """
+        if self.taps is None:
+            return derive_taps(decision)
+        depths = len(decision.kept), len(decision.blocks)
+        for tap in self.taps:
+            if not all(0 <= i < depth for i, depth in zip(tap, depths, strict=True)):
+                raise UserError(
+                    f"recover.kd.taps: [{tap[0]}, {tap[1]}] is out of range; the student has blocks 0 to "
+                    f"{depths[0] - 1}, the teacher 0 to {depths[1] - 1}"
+                )
+        return [(s, t) for s, t in self.taps]
+
+
+class Distilled(Objective):
+    """alpha_kd * distance to the teacher + alpha_gt * training loss + beta * feature loss.
+
+    Args:
+        student: the network that learns.
+        task: the objective, and the teacher.
+        decision: how the student was made of the teacher.
+        kd: which terms.
+
+    Raises:
+        UserError: a tap is out of range.
+    """
+
+    def __init__(self, student: nn.Module, task: Task, decision: Decision, kd: OutputKD) -> None:
+        super().__init__()
+        self.model, self.kd = student, kd
+        self.taps = kd.taps_for(decision)
+        ours = task.backbone.block_paths(student)
+        self.paths = [ours[s] for s, _ in self.taps], [task.blocks[t] for _, t in self.taps]
+        self.units = [student.get_submodule(path) for path in ours]
+        # The teacher is not trained: out of the module's sight, so that nobody averages or saves it.
+        self.outside = task.loss, task.teacher, task.backbone.streams
+        units = [task.teacher.get_submodule(path) for path in task.blocks]
+        self.predicting = [(_Prediction(task.teacher, task.loss), units)]
+        self.beta = 0.0
+
+    def beside(self) -> list[tuple[nn.Module, Sequence[nn.Module]]]:
+        return list(self.predicting)
+
+    def forward(self, inputs: Batch, rng: Rng) -> tuple[Tensor, Tensor]:
+        loss, teacher, streams = self.outside
+        with torch.no_grad(), captured(teacher, self.paths[1], streams) as theirs:
+            ((predict, _),) = self.predicting
+            target = predict(inputs)
+        with captured(self.model, self.paths[0], streams) as ours:
+            prediction = loss.predict(self.model, inputs)
+        _check_shapes(prediction, target, "the student predicts", "the teacher")
+        terms = {"kd": loss.distance(prediction, target, inputs), "gt": loss.loss(prediction, inputs)}
+        total = self.kd.alpha_kd * terms["kd"] + self.kd.alpha_gt * terms["gt"]
+        if isinstance(self.kd, MaskedKD):
+            for tap, s, t in zip(self.taps, ours, theirs, strict=True):
+                _check_shapes(s, t, f"block {tap[0]} of the student gives", f"block {tap[1]} of the teacher")
+            pairs = [(s, t) for tap in zip(ours, theirs, strict=True) for s, t in zip(*tap, strict=True)]
+            compared = [feature_loss(s, t, self.kd.sigma, self.kd.mask) for s, t in pairs]
+            terms["feature"], terms["masked"] = (torch.stack(parts).mean(0) for parts in zip(*compared, strict=True))
+            total = total + self.beta * terms["feature"]
+        self.terms = {name: term.detach() for name, term in terms.items()}
+        return total.mean(), total.detach()
+
+    def before_step(self, progress: float) -> None:
+        if isinstance(self.kd, MaskedKD):
+            first, last = self.kd.beta
+            self.beta = first + (last - first) * progress
+
+    def metrics(self) -> dict[str, Any]:
+        return {"beta": self.beta} if isinstance(self.kd, MaskedKD) else {}
+
+
+class _Prediction(nn.Module):
+    """The teacher with its objective: one call runs all of it, which is what FSDP asks for."""
+
+    def __init__(self, model: nn.Module, loss: LossAdapter) -> None:
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, inputs: Batch) -> Prediction:
+        return self.loss.predict(self.model, inputs)
+
+
+def feature_loss(student: Tensor, teacher: Tensor, sigma: float | None, mask: str) -> tuple[Tensor, Tensor]:
+    """Compare the outputs of a matched pair of blocks.
+
+    Args:
+        student: (B, ...) output of the student's block.
+        teacher: the same of the teacher's.
+        sigma: how many standard deviations (unbiased) from the sample's mean are not extreme; None: any.
+        mask: "joint" or "separate", see `MaskedKD`.
+
+    Returns:
+        (B,) mean squared differences, and (B,) fractions of the activations that were left out of it.
+    """
+    precision = torch.promote_types(student.dtype, torch.float32)  # squares of half precision overflow
+    s, t = student.flatten(1).to(precision), teacher.flatten(1).to(precision)
+    if sigma is None:
+        return (s - t).square().mean(1), s.new_zeros(len(s))
+    keep_s, keep_t = _usual(s, sigma), _usual(t, sigma)
+    if mask == "joint":
+        keep = keep_s & keep_t
+        return ((s - t) * keep).square().sum(1) / keep.sum(1).clamp(min=1), 1 - keep.to(s).mean(1)
+    left_out = 1 - (keep_s.to(s) + keep_t.to(s)).mean(1) / 2
+    return (s * keep_s - t * keep_t).square().mean(1), left_out
+
+
+def _usual(x: Tensor, sigma: float) -> Tensor:
+    x = x.detach()
+    return (x - x.mean(1, keepdim=True)).abs() < sigma * x.std(1, keepdim=True)
+
+
+@contextmanager
+def captured(model: nn.Module, paths: Sequence[str], streams: Streams) -> Iterator[list[list[Tensor]]]:
+    """Keep what these blocks give out while the context is open: for every path, the tensor of each stream.
+
+    Raises:
+        UserError: the model goes on in place with what a block gave out, so that it is no longer that.
+    """
+    values: list[list[Tensor]] = [[] for _ in paths]
+    versions: dict[str, list[int]] = {}
+
+    def keep(slot: int, output: Any) -> None:
+        values[slot][:] = [stream.of(output) for stream in streams_of(streams, paths[slot])]
+        versions[paths[slot]] = [t._version for t in values[slot]]
+
+    handles = [
+        model.get_submodule(path).register_forward_hook(lambda _m, _args, output, slot=slot: keep(slot, output))
+        for slot, path in enumerate(paths)
+    ]
+    try:
+        yield values
+    finally:
+        for handle in handles:
+            handle.remove()
+    for path, tensors in zip(paths, values, strict=True):
+        if tensors and versions[path] != [t._version for t in tensors]:
+            raise UserError(f"the network changes the output of '{path}' in place; distil with OutputKD, or other taps")
+
+
+def _check_shapes(student: Any, teacher: Any, ours: str, theirs: str) -> None:
+    shapes = [[tuple(x.shape) for x in tree_leaves(p) if isinstance(x, Tensor)] for p in (student, teacher)]
+    if shapes[0] != shapes[1]:
+        raise UserError(
+            f"recover.kd: {ours} {shapes[0]}, {theirs} {shapes[1]}; distillation compares what has the same shape"
+        )

@@ -1,0 +1,134 @@
+"""Recovery: train a pruned network until it is good again. A fresh network is trained the same way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import Tensor, nn
+
+from ..errors import UserError, require
+from ..protocols.backbone import Batch
+from ..protocols.task import Task
+from ..pruning.decision import Decision
+from ..runtime.run_folder import RunFolder
+from ..runtime.seeding import Rng
+from .distillation import Distilled, OutputKD
+from .loop import Fit
+from .objective import Ema, Objective, Optimization, cosine, decay_for
+from .trainer import Trainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recover:
+    """Fine-tune with the task's own loss, or with that of a distillation.
+
+    Args:
+        kd: what to learn from the teacher besides: `OutputKD` or `MaskedKD`; null is plain fine-tuning.
+        steps: optimizer updates.
+        batch_size: samples of one update; default the trainer's.
+        lr: learning rate at the start.
+        schedule: `cosine` falls to `lr_final`, `constant` stays.
+        lr_final: learning rate that the cosine ends at.
+        weight_decay: AdamW's.
+        clip: largest norm of the gradient.
+        ema: decay of the average of the weights, which is what comes out; default 1 - 10 / steps, which is the
+            paper's 0.9999 at 100,000 steps. 0 returns the last weights.
+    """
+
+    kd: OutputKD | None = None
+    steps: int = 100_000
+    batch_size: int | None = None
+    lr: float = 2e-4
+    schedule: Literal["cosine", "constant"] = "cosine"
+    lr_final: float = 1e-4
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    ema: float | None = None
+
+    def __post_init__(self) -> None:
+        stage = "(of recover or train)"
+        require(self.steps >= 1, f"steps {stage}", self.steps, "at least 1; null leaves the stage out")
+        require(self.batch_size is None or self.batch_size >= 1, f"batch_size {stage}", self.batch_size, "at least 1")
+        require(self.lr > 0, f"lr {stage}", self.lr, "a rate above 0")
+        require(self.ema is None or 0 <= self.ema < 1, f"ema {stage}", self.ema, "a decay from 0 to below 1")
+        require(self.clip > 0, f"clip {stage}", self.clip, "a norm above 0")
+        require(self.weight_decay >= 0, f"weight_decay {stage}", self.weight_decay, "0 or more")
+        falls = self.schedule != "cosine" or 0 <= self.lr_final <= self.lr
+        require(falls, f"lr_final {stage}", self.lr_final, f"a rate from 0 to lr, which is {self.lr}")
+
+    def lasting(self, steps: int) -> Recover:
+        """This recovery in another number of steps, and with an average of as many: another's would be at the start."""
+        return replace(self, steps=steps, ema=None if self.ema else self.ema)
+
+    def __call__(
+        self,
+        task: Task,
+        student: nn.Module,
+        decision: Decision | None,
+        trainer: Trainer,
+        run: RunFolder | None = None,
+        stage: str = "recover",
+    ) -> nn.Module:
+        """Train a network in place.
+
+        Args:
+            task: the objective, the data and the teacher.
+            student: the network, pruned or fresh.
+            decision: how the student was made of the teacher; None for a fresh network, which has none.
+            trainer: how to train.
+            run: where to log and to keep checkpoints.
+            stage: name of the stage; random streams and log lines carry it.
+
+        Returns:
+            `student` with its averaged weights, in eval mode.
+
+        Raises:
+            UserError: the loss was not finite for too long, or student and teacher do not go together.
+            Interrupted: a signal came; the same call with the same run folder goes on.
+        """
+        trainer = trainer.with_batch_size(self.batch_size)
+        trainer.placed(student).train()
+        objective = self._objective(task, student, decision, trainer)
+        decay = decay_for(self.steps) if self.ema is None else self.ema
+        ema = Ema(student, decay) if decay else None
+        averaged = ema.average.module if ema else None  # copied before the blocks' forward is taken over
+        how = Optimization(
+            groups=[
+                {
+                    "params": [p for p in student.parameters() if p.requires_grad],
+                    "lr": self.lr,
+                    "weight_decay": self.weight_decay,
+                }
+            ],
+            steps=self.steps,
+            schedule=cosine(self.lr_final / self.lr) if self.schedule == "cosine" else lambda progress: 1.0,
+            clip=self.clip,
+            ema=ema,
+        )
+        with trainer.tuned([*objective.units, *(unit for _, units in objective.beside() for unit in units)]):
+            Fit(trainer, stage, objective, task.train, task.loss.prepare, how, run).run()
+        if averaged is not None:
+            student.load_state_dict(averaged.state_dict())
+        return student.eval()
+
+    def _objective(self, task: Task, student: nn.Module, decision: Decision | None, trainer: Trainer) -> Objective:
+        if self.kd is None:
+            return _PlainLoss(student, task)
+        if decision is None:
+            raise UserError("kd: a fresh network has no teacher to learn from; distillation goes with recover")
+        trainer.placed(task.teacher)
+        return Distilled(student, task, decision, self.kd)
+
+
+class _PlainLoss(Objective):
+    """The mean training loss."""
+
+    def __init__(self, model: nn.Module, task: Task) -> None:
+        super().__init__()
+        self.model, self.loss = model, task.loss
+        self.units = [model.get_submodule(path) for path in task.backbone.block_paths(model)]
+
+    def forward(self, inputs: Batch, rng: Rng) -> tuple[Tensor, Tensor]:
+        losses = self.loss.losses(self.model, inputs)
+        return losses.mean(), losses.detach()

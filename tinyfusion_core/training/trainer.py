@@ -1,0 +1,157 @@
+"""How every stage of a run trains."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import nn
+
+from ..errors import UserError, require
+from .block_transforms import tuned
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+INDIFFERENT = (
+    "num_workers",
+    "log_every",
+    "checkpoint_every",
+    "checkpoint_minutes",
+    "keep_checkpoints",
+    "max_skipped",
+    "max_bad_samples",
+    "micro_batch_size",
+    "sharding",
+    "activation_checkpointing",
+    "compile",
+    "timeout",
+    "trackers",
+    "project",
+)
+"""Settings of the trainer that change no number, but for rounding and the draws of dropout."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainer:
+    """How every stage of a run trains.
+
+    Args:
+        batch_size: samples of one optimizer update, over all processes.
+        precision: `auto` is bf16 on GPUs that have it and fp32 elsewhere.
+        seed: of the whole run: masks, noise, time steps, data order and initial weights are functions of it.
+        num_workers: processes that read data; 0 reads in the training process.
+        log_every: steps between two lines of `metrics.jsonl`.
+        checkpoint_every: steps between two checkpoints.
+        checkpoint_minutes: minutes after which there is one in any case.
+        keep_checkpoints: how many of a stage are kept; when the newest is damaged, the one before it counts.
+        max_skipped: stop after so many steps in a row with a loss or gradient that is not finite.
+        max_bad_samples: training samples that may be unreadable, counted over a stage each time one is met; another
+            is taken in its place, the same on any number of processes. One more stops the run.
+        micro_batch_size: largest number of samples of one forward pass on one process (a score function's samples run
+            under all of their masks); a process whose share of the batch is larger accumulates the gradients of
+            several passes. By default its share is one pass.
+        sharding: how several processes share a network: `ddp` gives each a copy, `fsdp` each a part of the weights,
+            their gradients and optimizer state, block by block (FSDP2).
+        activation_checkpointing: keep no activations inside of a block, compute them again in the backward pass.
+        compile: run every block through `torch.compile`.
+        timeout: seconds that a process waits for the others within a training step before the run ends with an error.
+        trackers: where to log besides `metrics.jsonl`: `tensorboard`, `wandb`, `trackio` and others that accelerate
+            knows; see docs/watching.md.
+        project: what trackers that have projects file the run under.
+    """
+
+    batch_size: int = 128
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    seed: int = 0
+    num_workers: int = 0
+    log_every: int = 10
+    checkpoint_every: int = 500
+    checkpoint_minutes: float = 15.0
+    keep_checkpoints: int = 2
+    max_skipped: int = 10
+    max_bad_samples: int = 0
+    micro_batch_size: int | None = None
+    sharding: Literal["ddp", "fsdp"] = "ddp"
+    activation_checkpointing: bool = False
+    compile: bool = False
+    timeout: int = 1800
+    trackers: tuple[str, ...] = ()
+    project: str = "tinyfusion"
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "log_every", "checkpoint_every", "keep_checkpoints", "max_skipped", "timeout"):
+            require(getattr(self, name) >= 1, f"trainer.{name}", getattr(self, name), "at least 1")
+        for name in ("num_workers", "max_bad_samples"):
+            require(getattr(self, name) >= 0, f"trainer.{name}", getattr(self, name), "0 or more")
+        require(self.checkpoint_minutes > 0, "trainer.checkpoint_minutes", self.checkpoint_minutes, "above 0")
+        size = self.micro_batch_size
+        require(size is None or size >= 1, "trainer.micro_batch_size", size, "at least 1")
+
+    @cached_property
+    def accelerator(self) -> Accelerator:
+        from accelerate import Accelerator, InitProcessGroupKwargs
+
+        precision = self.precision
+        if precision == "auto":
+            precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+        patience = InitProcessGroupKwargs(timeout=timedelta(seconds=self.timeout))
+        try:
+            accelerator = Accelerator(
+                mixed_precision="no" if precision == "fp32" else precision,
+                cpu=not torch.accelerator.is_available(),  # else torchrun's processes there stay alone
+                kwargs_handlers=[patience],
+            )
+        except ValueError as e:  # accelerate keeps one precision for each process
+            raise UserError(f"trainer.precision: {precision} cannot be had in this process: {e}") from e
+        started = int(os.environ.get("WORLD_SIZE", 1))
+        if started != accelerator.num_processes:
+            raise UserError(
+                f"started as one of {started} processes (WORLD_SIZE), but accelerate sees {accelerator.num_processes}: "
+                f"it cannot train with several on {accelerator.device.type}; start one"
+            )
+        if self.shards(accelerator) and precision == "fp16":
+            raise UserError("trainer.precision: fp16 and its loss scaling do not go with sharding fsdp; use bf16")
+        return accelerator
+
+    def shards(self, accelerator: Accelerator | None = None) -> bool:
+        """Whether there is anybody to share a network with, and it shall be shared."""
+        return self.sharding == "fsdp" and (accelerator or self.accelerator).num_processes > 1
+
+    def placed(self, model: nn.Module) -> nn.Module:
+        """A network where a stage wants it: on the device, unless its blocks are to be sharded there one by one."""
+        return model if self.shards() else model.to(self.accelerator.device)
+
+    def tuned(self, blocks: Iterable[nn.Module]) -> AbstractContextManager[None]:
+        """Recompute and compile blocks as the settings say, while the context is open. It must enclose gating."""
+        return tuned(blocks, recompute=self.activation_checkpointing, compiled=self.compile)
+
+    def split(self, processes: int) -> tuple[int, int]:
+        """Rows of the batch on one of so many processes, and rows of one of its forward passes.
+
+        Raises:
+            UserError: the batch cannot be split so.
+        """
+        rows, left = divmod(self.batch_size, processes)
+        if left or not rows:
+            raise UserError(
+                f"trainer.batch_size: {self.batch_size} cannot be split over {processes} processes; use a multiple"
+            )
+        micro = min(rows, self.micro_batch_size or rows)
+        if rows % micro:
+            raise UserError(
+                f"trainer.batch_size: {self.batch_size} over {processes} process(es) is {rows} samples for each, which "
+                f"cannot be split into passes of trainer.micro_batch_size {micro}; use a multiple of "
+                f"{processes * micro}"
+            )
+        return rows, micro
+
+    def with_batch_size(self, batch_size: int | None) -> Trainer:
+        """This trainer with another batch size, or itself when none is given."""
+        return self if batch_size is None else replace(self, batch_size=batch_size)
