@@ -27,7 +27,7 @@ import tinyfusion_core as tiny
 from tinyfusion_core.protocols.data import Tensors
 from tinyfusion_core.protocols.loss import LossAdapter
 from tinyfusion_core.protocols.registry import registry
-from tinyfusion_core.runtime.distributed import leave
+from tinyfusion_core.runtime.distributed import shutdown
 from tinyfusion_core.samplers.grouped import Draw, GroupedSampler
 from tinyfusion_core.samplers.subset import ExactK, GumbelTopK
 from tinyfusion_core.testing import pairs_of, spoken
@@ -279,4 +279,4 @@ def main(folder: Path, processes: int, *what: str) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
-    leave()
+    shutdown()

@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 import tinyfusion_core.pipeline.compare
 import tinyfusion_core.pipeline.run  # noqa: F401
 from tinyfusion_core.cli import main
-from tinyfusion_core.runtime.distributed import leave
+from tinyfusion_core.runtime.distributed import shutdown
 
 GRACE = 5.0
 """Seconds between asking the others to end and killing them; torchrun's are 30."""
@@ -56,7 +56,7 @@ def start(arguments: list[str], processes: int, log: Path) -> list[int]:
             code = main(arguments)
             if processes > 1:
                 assert torch.distributed.get_world_size() == processes
-                leave()
+                shutdown()
         finally:
             sys.stdout.flush()
             os._exit(code)

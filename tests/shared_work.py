@@ -18,7 +18,7 @@ from torch_fidelity import FeatureExtractorBase, register_feature_extractor
 import tinyfusion_core as tiny
 from small_run import digits_task
 from tinyfusion_core.evaluation.generation import generate
-from tinyfusion_core.runtime.distributed import leave, on_main, place, spread
+from tinyfusion_core.runtime.distributed import map_sharded, on_main_process, rank_and_world_size, shutdown
 from tinyfusion_core.runtime.seeding import generator
 from tinyfusion_core.selection.calibration import Calibration
 from tinyfusion_core.selection.similarity import LinearCKA, cosine, squared_error
@@ -76,8 +76,8 @@ class OnlyHere(tiny.Metric):
 
     def __call__(self, task, models, trainer):
         if self.fail:
-            raise tiny.UserError(f"it failed on process {place()[0]}")
-        return [tiny.Measurement("where", dict.fromkeys(models, float(place()[0])))]
+            raise tiny.UserError(f"it failed on process {rank_and_world_size()[0]}")
+        return [tiny.Measurement("where", dict.fromkeys(models, float(rank_and_world_size()[0])))]
 
 
 def figures() -> dict[str, Any]:
@@ -141,24 +141,24 @@ def criteria() -> dict[str, Any]:
 
 def main(folder: Path, run_dir: Path) -> None:
     assert TRAINER.accelerator.num_processes == 2
-    assert place() == (TRAINER.accelerator.process_index, 2)
+    assert rank_and_world_size() == (TRAINER.accelerator.process_index, 2)
     found = figures()
     # All processes hold the same, the one that measured nothing too.
-    assert spread(range(2), lambda i: json.dumps(found, sort_keys=True)) == [json.dumps(found, sort_keys=True)] * 2
+    assert map_sharded(range(2), lambda i: json.dumps(found, sort_keys=True)) == [json.dumps(found, sort_keys=True)] * 2
     task = digits_task()
     try:
         tiny.evaluate(task, {"teacher": task.teacher}, [OnlyHere(fail=True)], TRAINER)
     except tiny.UserError as e:
         message = str(e)
-        found["failure"] = spread(range(2), lambda i: message)
+        found["failure"] = map_sharded(range(2), lambda i: message)
     latency = tiny.evaluate(task, {"teacher": task.teacher}, [tiny.Latency(rounds=1, warmup=0)], TRAINER)[-1]
     found["latency"] = latency.note
     tiny.write_samples(tiny.RunFolder(run_dir), 11, 5, folder / "pictures", batch_size=3)
     tiny.write_samples(tiny.RunFolder(run_dir), 11, 5, folder / "set.npz", batch_size=3)
-    on_main(lambda: (folder / "found.json").write_text(json.dumps(found)))
+    on_main_process(lambda: (folder / "found.json").write_text(json.dumps(found)))
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main(Path(sys.argv[1]), Path(sys.argv[2]))
-    leave()
+    shutdown()

@@ -6,7 +6,7 @@ from .cli import main
 
 code = main()
 if "torch.distributed" in sys.modules:  # else there are no other processes, and importing it would take a second
-    from .runtime.distributed import leave
+    from .runtime.distributed import shutdown
 
-    leave()
+    shutdown()
 sys.exit(code)

@@ -39,13 +39,13 @@ class EncodeImages(Command):
             parser.add_argument(option, action="store_true", default=argparse.SUPPRESS, help=text)
 
     def __call__(self, options: argparse.Namespace) -> int:
-        from tinyfusion_core.runtime.distributed import place
+        from tinyfusion_core.runtime.distributed import rank_and_world_size
         from tinyfusion_images.encode import Encode
 
         own = ("command", "debug", "images", "out")
         given = {name: value for name, value in vars(options).items() if name not in own}
         made = Encode(**given)(options.images, options.out)
-        if place()[0] == 0:
+        if rank_and_world_size()[0] == 0:
             print(f"{options.out}: {made['num_images']:,} images in {len(made['shards']):,} shards, all verified")
             for name in made["skipped"]:
                 print(f"left out: {name}")
@@ -70,7 +70,7 @@ class SampleImages(Command):
         parser.add_argument("--batch-size", type=int, default=64, help="images at once, with --to (default: 64)")
 
     def __call__(self, options: argparse.Namespace) -> int:
-        from tinyfusion_core.runtime.distributed import place
+        from tinyfusion_core.runtime.distributed import rank_and_world_size
         from tinyfusion_core.runtime.run_folder import existing_run
         from tinyfusion_images.samples import sample_images, write_samples
 
@@ -79,6 +79,6 @@ class SampleImages(Command):
             made = write_samples(run, options.num, options.seed, options.to, options.batch_size)
         else:
             made = sample_images(run, options.num, options.seed, options.out)
-        if place()[0] == 0:
+        if rank_and_world_size()[0] == 0:
             print(made)
         return 0

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from tinyfusion_core.dataloading.shards import FORMAT_VERSION, METADATA, Shard, read_metadata, read_shard, write_shard
 from tinyfusion_core.errors import Interrupted, UserError, require
-from tinyfusion_core.runtime.distributed import on_main, place, told
+from tinyfusion_core.runtime.distributed import all_gather_object, on_main_process, rank_and_world_size
 from tinyfusion_core.runtime.files import digest, read_json, write_json
 from tinyfusion_core.runtime.locking import owned
 from tinyfusion_core.runtime.progress import track
@@ -115,12 +115,12 @@ class _Encoding:
 
     def run(self) -> dict[str, Any]:
         """See `Encode`."""
-        if len(set(told(digest(self._settings)))) > 1:
+        if len(set(all_gather_object(digest(self._settings)))) > 1:
             raise UserError(
                 "encode: processes see different images, or use different autoencoders; compare their disks"
             )
         with ExitStack() as stack:
-            on_main(lambda: self._take(stack))
+            on_main_process(lambda: self._take(stack))
             return self._make()
 
     def _take(self, stack: ExitStack) -> None:
@@ -132,7 +132,7 @@ class _Encoding:
 
     def _make(self) -> dict[str, Any]:
         """What is missing of this process's shards. Returns what all of them are."""
-        index, processes = place()
+        index, processes = rank_and_world_size()
         mine = self._parts[index::processes]
         finished = {part.name: found for part in mine if isinstance(found := self._verified(part), _Record)}
         missing = [part for part in mine if part.name not in finished]
@@ -145,14 +145,14 @@ class _Encoding:
                 )
             finished[part.name] = found
         # One that fails does not wait here for the others, whose shares may take hours: torchrun ends them.
-        records = sorted(chain(*told(list(finished.values()))), key=lambda record: record.shard.name)
+        records = sorted(chain(*all_gather_object(list(finished.values()))), key=lambda record: record.shard.name)
         content = {
             **self._settings,
             "num_images": sum(r.shard.count for r in records) // self._copies,
             "skipped": sorted({name for r in records for name in r.skipped}),
             "shards": [asdict(r.shard) for r in records],
         }
-        on_main(lambda: self._finish(content))
+        on_main_process(lambda: self._finish(content))
         return content
 
     def _finish(self, content: dict[str, Any]) -> None:
@@ -230,7 +230,7 @@ class _Encoding:
             generator=torch.Generator(),
         )
         total = sum(len(part.images) for part in parts)
-        with stop_requests() as stop, track("encode", total, show=place()[0] == 0) as progress:
+        with stop_requests() as stop, track("encode", total, show=rank_and_world_size()[0] == 0) as progress:
             read = zip(batches, loader, strict=True)
             for number, part in enumerate(parts):
                 made: list[dict[str, Tensor]] = []

@@ -17,7 +17,7 @@ from tinyfusion_core.evaluation.generation import balanced_labels, has_pictures,
 from tinyfusion_core.evaluation.metrics import Measurement, Metric, Models
 from tinyfusion_core.protocols.data import DataSource
 from tinyfusion_core.protocols.task import Task
-from tinyfusion_core.runtime.distributed import batches, finish, on_main
+from tinyfusion_core.runtime.distributed import batches, complete_sharded, on_main_process
 from tinyfusion_core.runtime.files import read_weights, save_tensors
 from tinyfusion_core.training.trainer import Trainer
 from tinyfusion_images.image_sets import ImageSet, open_images, rgb
@@ -89,7 +89,7 @@ class Fidelity(Metric):
             raise MissingFileError("\n".join(missing))
 
     def __call__(self, task: Task, models: Models, trainer: Trainer) -> list[Measurement]:
-        folder = on_main(lambda: Path(tempfile.mkdtemp(prefix="tinyfusion-")))
+        folder = on_main_process(lambda: Path(tempfile.mkdtemp(prefix="tinyfusion-")))
         try:
             return self.resume(task, models, trainer, folder)
         finally:
@@ -118,7 +118,7 @@ class Fidelity(Metric):
                 return {**network(rgb(pictures(task, x))), "finite": torch.isfinite(x).flatten(1).all(1).cpu()}
 
             made = _keep(folder / str(number), batches(self.num_samples, self.batch_size), work, f"samples of {name}")
-            return on_main(lambda: _figures(made, real, statistics, network))
+            return on_main_process(lambda: _figures(made, real, statistics, network))
 
         figures = {name: measure(i, name, model) for i, (name, model) in enumerate(models.items())}
         return self._rows(figures, known)
@@ -178,7 +178,7 @@ def _keep(folder: Path, parts: Sequence[range], work: Callable[[range], dict[str
     def path(rows: range) -> Path:
         return folder / f"{rows.start:08d}-{rows.stop:08d}.safetensors"
 
-    finish(parts, lambda rows: path(rows).exists(), lambda rows: save_tensors(path(rows), work(rows)), name)
+    complete_sharded(parts, lambda rows: path(rows).exists(), lambda rows: save_tensors(path(rows), work(rows)), name)
     return [path(rows) for rows in parts]
 
 

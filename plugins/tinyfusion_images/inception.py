@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tinyfusion_core.errors import UserError, nearest
-from tinyfusion_core.runtime.distributed import on_main
+from tinyfusion_core.runtime.distributed import on_main_process
 from tinyfusion_core.runtime.files import read_weights
 
 INCEPTION = "inception-v3-compat"
@@ -68,7 +68,7 @@ class FeatureNetwork:
 
 def fetch_inception() -> None:
     """Fetch the Inception weights of torch-fidelity to `inception_weights()`, if they are not there."""
-    on_main(_fetch)
+    on_main_process(_fetch)
     _fetch()  # on a machine that does not see the main process's disk
 
 

@@ -18,7 +18,7 @@ from tinyfusion_core.pipeline.run import make_task
 from tinyfusion_core.protocols.task import Task
 from tinyfusion_core.pruning.prune import load_pretrained, origin
 from tinyfusion_core.reporting.figures import draw_images
-from tinyfusion_core.runtime.distributed import batches, finish, on_main
+from tinyfusion_core.runtime.distributed import batches, complete_sharded, on_main_process
 from tinyfusion_core.runtime.files import read_json, read_weights, remove_partial, save_tensors, write_json
 from tinyfusion_core.runtime.run_folder import RunFolder
 from tinyfusion_core.training.trainer import Trainer
@@ -78,7 +78,7 @@ def write_samples(folder: RunFolder, num: int, seed: int, to: Path, batch_size: 
     task, model, trainer, made_with = _open(folder, seed)
     archive = to.suffix == ".npz"
     record = to.with_name(f"{to.name}.json") if archive else to / "samples.json"
-    before = on_main(lambda: _claim(record, to, made_with, num))
+    before = on_main_process(lambda: _claim(record, to, made_with, num))
     if archive and to.exists() and before == num:
         return to
 
@@ -160,7 +160,7 @@ def _write_folder(folder: Path, parts: Sequence[range], images: Callable[[range]
         for i, image in zip(rows, images(rows), strict=True):
             write_png(path(i), image)
 
-    finish(parts, lambda rows: all(path(i).exists() for i in rows), work, "samples")
+    complete_sharded(parts, lambda rows: all(path(i).exists() for i in rows), work, "samples")
 
 
 def _write_archive(to: Path, parts: Sequence[range], images: Callable[[range], Tensor], labels: Tensor) -> None:
@@ -170,5 +170,5 @@ def _write_archive(to: Path, parts: Sequence[range], images: Callable[[range], T
     def work(rows: range) -> None:
         save_tensors(path(rows), {"images": rgb(images(rows))})
 
-    finish(parts, lambda rows: path(rows).exists(), work, "samples")
-    on_main(lambda: write_archive(to, (read_weights(path(rows))["images"] for rows in parts), labels))
+    complete_sharded(parts, lambda rows: path(rows).exists(), work, "samples")
+    on_main_process(lambda: write_archive(to, (read_weights(path(rows))["images"] for rows in parts), labels))

@@ -16,7 +16,7 @@ from tinyfusion_core.errors import UserError, require
 from tinyfusion_core.evaluation.metrics import Measurement, Metric, Models
 from tinyfusion_core.protocols.data import DataSource
 from tinyfusion_core.protocols.task import Task
-from tinyfusion_core.runtime.distributed import batches, spread
+from tinyfusion_core.runtime.distributed import batches, map_sharded
 from tinyfusion_core.runtime.seeding import Rng
 from tinyfusion_core.training.trainer import Trainer
 from tinyfusion_llm.backbone import CausalLM
@@ -74,7 +74,7 @@ class Perplexity(Metric):
 
         values: dict[str, float | None] = {}
         for name, model in models.items():
-            found = spread(batches(len(firsts), self.batch_size), partial(read, model))
+            found = map_sharded(batches(len(firsts), self.batch_size), partial(read, model))
             total, count = (sum(column) for column in zip(*found, strict=True))
             values[name] = math.exp(total / count) if math.isfinite(total) and total / count < 700 else None
         note = f"{count:,} held-out tokens, windows of {window}, stride {stride}"

@@ -26,7 +26,7 @@ import torch
 sys.path.insert(0, sys.argv[1])
 import tinyfusion_core as tiny
 from tinyfusion_core.errors import FailedElsewhere, Interrupted
-from tinyfusion_core.runtime.distributed import everywhere, leave, on_main
+from tinyfusion_core.runtime.distributed import on_every_rank, shutdown, on_main_process
 from interrupted import BAD, TRAINER, Torn, recovered
 from toys import Match, planted_data
 from tinyfusion_core.dataloading.order import Order
@@ -52,14 +52,14 @@ def fails_on(process, error):
         return "fine"
     return work
 
-assert everywhere(lambda: me) == me
-assert on_main(lambda: me + 40) == 40
+assert on_every_rank(lambda: me) == me
+assert on_main_process(lambda: me + 40) == 40
 for process in (0, 1):
     kind = tiny.UserError if me == process else FailedElsewhere
-    expect(kind, "disk", lambda: everywhere(fails_on(process, tiny.UserError("disk"))))
+    expect(kind, "disk", lambda: on_every_rank(fails_on(process, tiny.UserError("disk"))))
 kind = ZeroDivisionError if me == 0 else FailedElsewhere
-expect(kind, "division", lambda: on_main(lambda: 1 / 0))
-told = expect(Interrupted, "now", lambda: everywhere(fails_on(1, Interrupted("now", signal.SIGTERM))))
+expect(kind, "division", lambda: on_main_process(lambda: 1 / 0))
+told = expect(Interrupted, "now", lambda: on_every_rank(fails_on(1, Interrupted("now", signal.SIGTERM))))
 assert told.signum == signal.SIGTERM
 
 class OnOne(Match):
@@ -130,7 +130,7 @@ expect(kind, "metrics.jsonl: cannot be written", lambda: recovered(tiny.RunFolde
 if me == 0:
     torch.save({"one to two": more, "torn": mended}, folder / "out.pt")
 accelerator.wait_for_everyone()
-leave()
+shutdown()
 """
 
 

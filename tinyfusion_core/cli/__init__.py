@@ -284,11 +284,11 @@ def _budgets(options: argparse.Namespace, flags: list[str]) -> int:
     from rich.table import Table
 
     from ..pipeline.budgets import budgets_of
-    from ..runtime.distributed import place
+    from ..runtime.distributed import rank_and_world_size
     from ..runtime.run_folder import existing_run
 
     rows = budgets_of(existing_run(options.run_dir), options.keep, options.recover_steps)
-    if place()[0] != 0:
+    if rank_and_world_size()[0] != 0:
         return 0
     table = Table("blocks", "kept", "parameters", "FLOPs", "held-out loss", "recovered")
     for row in rows:

@@ -28,7 +28,7 @@ from ..protocols.registry import record_of
 from ..protocols.task import Task
 from ..pruning.decision import Decision
 from ..pruning.prune import prune
-from ..runtime.distributed import on_main
+from ..runtime.distributed import on_main_process
 from ..runtime.files import digest, read_json, write_json
 from ..runtime.progress import Tracker
 from ..runtime.run_folder import RunFolder
@@ -157,9 +157,9 @@ class Cells:
             work: computes it.
             needs: an entry without which it has to be computed again.
         """
-        name = on_main(lambda: f"{kind}-{digest(key)[:24]}")  # the others may describe it otherwise
+        name = on_main_process(lambda: f"{kind}-{digest(key)[:24]}")  # the others may describe it otherwise
         path, scratch = self.folder / "cells" / f"{name}.json", RunFolder(self.folder / "cells" / name)
-        before = on_main(lambda: read_json(path) if path.exists() else {})
+        before = on_main_process(lambda: read_json(path) if path.exists() else {})
         made: dict[str, Any] = {}
         if not before or (needs and needs not in before):
             self.progress.tell(what)
@@ -176,7 +176,7 @@ class Cells:
             del content["of"]
             return content
 
-        return on_main(keep)
+        return on_main_process(keep)
 
     def _decision(self, kept: Sequence[int]) -> Decision:
         """Says nothing of groups, so that taps, and with them the recovery, follow from the kept blocks alone."""

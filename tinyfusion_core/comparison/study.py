@@ -1,7 +1,7 @@
 """Which choice of blocks recovers best? The same budget, data and recovery for all of them, and random subsets.
 
 `Compare` and `Audit` are two views on the same cells: a decision, the loss right after pruning, a healing. A finished
-cell is never computed again (see `cells.py`).
+cell is never computed again (see `cache.py`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..evaluation.frechet import Frechet
 from ..evaluation.metrics import HeldOutLoss, Metric
 from ..protocols.backbone import block_lists, list_lengths
 from ..protocols.task import Task
-from ..runtime.distributed import on_main
+from ..runtime.distributed import on_main_process
 from ..runtime.files import read_json
 from ..runtime.locking import owned
 from ..runtime.progress import track
@@ -143,7 +143,7 @@ class Comparison:
             def take() -> None:
                 stack.enter_context(owned(folder.path, "--run-dir"))
 
-            on_main(take)
+            on_main_process(take)
             progress = stack.enter_context(track(self.view, work, show=main))
             cells = Cells(task, self.recovery(recover), trainer, folder, progress, self._metrics(evaluate))
             teacher = cells.calibrate(range(len(task.blocks)))
@@ -171,7 +171,7 @@ class Comparison:
                 left_out=lineup.left_out,
                 note=f"draws for each of {len(task.held_out)} held-out samples: {cells.held_out.draws}",
             )
-            on_main(lambda: findings.save(folder / FINDINGS))
+            on_main_process(lambda: findings.save(folder / FINDINGS))
         return findings
 
     def _check_folder(self, folder: RunFolder) -> None:

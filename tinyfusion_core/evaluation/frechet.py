@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..errors import UserError, require
 from ..protocols.data import DataSource, FeatureSpace
 from ..protocols.task import Task
-from ..runtime.distributed import batches, share, spread
+from ..runtime.distributed import batches, local_share, map_sharded
 from ..runtime.progress import track
 from ..training.trainer import Trainer
 from .generation import sample_rows, training_labels
@@ -52,7 +52,7 @@ class Frechet(Metric):
         def real(rows: range) -> Tensor:
             return space(task.train.__getitems__(list(rows))["x"])[0].cpu()
 
-        reference = fid_features_to_statistics(torch.cat(spread(batches(len(task.train), self.batch_size), real)))
+        reference = fid_features_to_statistics(torch.cat(map_sharded(batches(len(task.train), self.batch_size), real)))
         labels = training_labels(task, range(self.num_samples))
         distances: dict[str, float | None] = {}
         accuracies: dict[str, float | None] = {}
@@ -74,7 +74,7 @@ class Frechet(Metric):
     ) -> tuple[Tensor, Tensor]:
         """(n, F) features of generated examples, and (n,) whether they show their label; both on the CPU."""
         parts = batches(self.num_samples, self.batch_size)
-        total, show = sum(map(len, share(parts))), trainer.accelerator.is_main_process
+        total, show = sum(map(len, local_share(parts))), trainer.accelerator.is_main_process
         with track(f"samples of {name}", total, show=show) as progress:
 
             def work(rows: range) -> tuple[Tensor, Tensor]:
@@ -83,5 +83,5 @@ class Frechet(Metric):
                 progress.advance(len(rows))
                 return features.cpu(), logits.argmax(1).cpu() == some
 
-            features, right = zip(*spread(parts, work), strict=True)
+            features, right = zip(*map_sharded(parts, work), strict=True)
         return torch.cat(features), torch.cat(right)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..protocols.task import Task
-from ..runtime.distributed import batches, share, spread
+from ..runtime.distributed import batches, local_share, map_sharded
 from ..runtime.progress import track
 from ..runtime.seeding import Rng
 from ..training.trainer import Trainer
@@ -53,7 +53,7 @@ def generate(
     """
     labels = training_labels(task, range(num_samples))
     parts = batches(num_samples, batch_size)
-    total, show = sum(map(len, share(parts))), trainer.accelerator.is_main_process
+    total, show = sum(map(len, local_share(parts))), trainer.accelerator.is_main_process
     with track(name, total, show=show) as progress:
 
         def work(rows: range) -> Tensor:
@@ -61,7 +61,7 @@ def generate(
             progress.advance(len(rows))
             return x
 
-        return torch.cat(spread(parts, work)), labels
+        return torch.cat(map_sharded(parts, work)), labels
 
 
 def has_pictures(task: Task) -> bool:

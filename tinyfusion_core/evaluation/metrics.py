@@ -18,7 +18,7 @@ from ..protocols.backbone import Backbone
 from ..protocols.data import DataSource
 from ..protocols.loss import LossAdapter
 from ..protocols.task import Task
-from ..runtime.distributed import batches, on_main, share, spread
+from ..runtime.distributed import batches, local_share, map_sharded, on_main_process
 from ..runtime.files import read_json, write_json
 from ..runtime.progress import track
 from ..runtime.seeding import Rng
@@ -51,7 +51,7 @@ class Metric(ABC):
     """A measurement of several networks. Implementations are frozen dataclasses: fields are the recipe's options.
 
     Attributes:
-        together: whether all processes call it alike and share the work (see `spread.py`). By default the main
+        together: whether all processes call it alike and share the work (see `distributed.map_sharded`). By default the main
             process measures alone and the others wait.
     """
 
@@ -133,7 +133,7 @@ class HeldOutLoss(Metric):
     def __call__(self, task: Task, models: Models, trainer: Trainer) -> list[Measurement]:
         num = len(task.held_out)
         parts = [(draw, rows) for draw in range(self.draws) for rows in batches(num, self.batch_size)]
-        total = len(models) * sum(len(rows) for _, rows in share(parts))
+        total = len(models) * sum(len(rows) for _, rows in local_share(parts))
         with track("held-out loss", total, show=trainer.accelerator.is_main_process) as progress:
 
             def mean(model: nn.Module) -> float:
@@ -145,7 +145,7 @@ class HeldOutLoss(Metric):
                     progress.advance(len(rows))
                     return found.float().cpu()
 
-                return float(torch.cat(spread(parts, losses)).double().mean())
+                return float(torch.cat(map_sharded(parts, losses)).double().mean())
 
             values: dict[str, float | None] = {name: mean(model) for name, model in models.items()}
         note = f"{self.draws} fixed draws for each of {num} held-out samples"
@@ -180,7 +180,7 @@ def check_teacher(task: Task, trainer: Trainer) -> None:
             both = [p for p in (prediction, nothing) if p is not None]
             return torch.stack([task.loss.loss(p, inputs).double().sum().cpu() for p in both])
 
-    totals = torch.stack(spread(batches(num, 32), work)).sum(0) / num
+    totals = torch.stack(map_sharded(batches(num, 32), work)).sum(0) / num
     if len(totals) == 1:
         return
     learned, trivial = totals.tolist()
@@ -217,16 +217,16 @@ def evaluate(
 def _measured(metric: Metric, task: Task, models: Models, trainer: Trainer, folder: Path | None) -> list[Measurement]:
     """A metric's figures, those that an earlier run has left if there are any."""
     record = None if folder is None else folder.with_name(f"{folder.name}.json")
-    before = on_main(lambda: read_json(record) if record is not None and record.exists() else None)
+    before = on_main_process(lambda: read_json(record) if record is not None and record.exists() else None)
     if before is not None:
         return [Measurement(**m) for m in before]
 
     def measure() -> list[Measurement]:
         return metric(task, models, trainer) if folder is None else metric.resume(task, models, trainer, folder)
 
-    made = [_finite(m) for m in (measure() if metric.together else on_main(measure))]
+    made = [_finite(m) for m in (measure() if metric.together else on_main_process(measure))]
     if record is not None:
-        on_main(lambda: write_json(record, [asdict(m) for m in made]))
+        on_main_process(lambda: write_json(record, [asdict(m) for m in made]))
     return made
 
 

@@ -12,7 +12,7 @@ from ..evaluation.metrics import HeldOutLoss, evaluate
 from ..protocols.task import Task
 from ..pruning.decision import Decision
 from ..pruning.prune import prune
-from ..runtime.distributed import on_main
+from ..runtime.distributed import on_main_process
 from ..runtime.files import write_json
 from ..runtime.run_folder import RunFolder
 from ..selection.criteria import Nested, nested_scores
@@ -79,7 +79,7 @@ def budgets_of(folder: RunFolder, keep: Sequence[int] = (), recover_steps: int =
 
 def _save(folder: RunFolder, rows: Sequence[Row], recover_steps: int) -> None:
     record = {"format_version": 1, "recover_steps": recover_steps, "rows": [asdict(row) for row in rows]}
-    on_main(lambda: write_json(folder / "budgets.json", record))
+    on_main_process(lambda: write_json(folder / "budgets.json", record))
 
 
 def _recovered(

@@ -18,7 +18,7 @@ from ..comparison.tables import Table, table_csv, tables, trials_csv
 from ..errors import UserError
 from ..evaluation.metrics import check_teacher
 from ..reporting.report import page, picture_html
-from ..runtime.distributed import on_main
+from ..runtime.distributed import on_main_process
 from ..runtime.files import write_text
 from ..runtime.run_folder import FINDINGS
 from .plan import make_comparison_plan
@@ -57,7 +57,7 @@ def compare_recipe(
         recipe.save(Path(run_dir))
         return write_comparison(run_dir, command)
 
-    return findings, on_main(keep)
+    return findings, on_main_process(keep)
 
 
 def write_comparison(run_dir: Path | str, command: str = "") -> Path:

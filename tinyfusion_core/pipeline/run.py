@@ -20,7 +20,7 @@ from ..protocols.task import Task
 from ..pruning.decision import Decision, versions
 from ..pruning.prune import load_pretrained, origin, prune, save_network, save_pretrained
 from ..reporting.report import write_report
-from ..runtime.distributed import everywhere, on_main
+from ..runtime.distributed import on_every_rank, on_main_process
 from ..runtime.files import save_tensors, write_json
 from ..runtime.locking import owned
 from ..runtime.run_folder import RunFolder
@@ -55,7 +55,7 @@ def run_recipe(
     """
     folder = RunFolder(run_dir)
     _ = recipe.trainer.accelerator  # from here on the processes know of each other
-    task = everywhere(lambda: _prepared(recipe, folder, command, restart_from))
+    task = on_every_rank(lambda: _prepared(recipe, folder, command, restart_from))
     if _to_be_searched(recipe, folder):
         check_teacher(task, recipe.trainer)
     with ExitStack() as stack:
@@ -64,9 +64,9 @@ def run_recipe(
             stack.enter_context(owned(folder.path, "--run-dir"))
             claim(recipe, folder, command, restart_from)
 
-        on_main(take)
+        on_main_process(take)
         _Run(recipe, task, folder).go()
-        on_main(lambda: write_report(folder))
+        on_main_process(lambda: write_report(folder))
     return folder / "report.html"
 
 
@@ -93,7 +93,7 @@ def _to_be_searched(recipe: Recipe, folder: RunFolder) -> bool:
     if recipe.train is not None or first is None:
         return False
     key = stage_keys(recipe)[f"{first}.search".lstrip(".")]
-    return on_main(lambda: folder.round(first).finished().get("search", {}).get("key") != key)
+    return on_main_process(lambda: folder.round(first).finished().get("search", {}).get("key") != key)
 
 
 def make_task(recipe: Recipe, model: nn.Module | None = None) -> Task:
@@ -146,11 +146,11 @@ class _Run:
         """The stage's result: read back when it has finished before, else made and marked as finished."""
         round_name, _, local = name.rpartition(".")
         folder = self.folder.round(round_name)
-        if on_main(lambda: folder.finished().get(local, {}).get("key") == self.keys[name]):
-            return everywhere(stored)
+        if on_main_process(lambda: folder.finished().get(local, {}).get("key") == self.keys[name]):
+            return on_every_rank(stored)
         start = time.monotonic()
         result = work()
-        on_main(
+        on_main_process(
             lambda: folder.finish(local, self.keys[name], folder.spent(time.monotonic() - start, local)),
         )
         return result
@@ -164,7 +164,7 @@ class _Run:
         model = recipe.train(self.task, model, None, recipe.trainer, self.folder, stage="train")
         made = {"checkpoint": "trained by this run", "seed": recipe.trainer.seed, "steps": recipe.train.steps}
         source = {**recipe.backbone.source(), **made}
-        on_main(lambda: save_network(model, recipe.backbone, source, self.folder / "teacher"))
+        on_main_process(lambda: save_network(model, recipe.backbone, source, self.folder / "teacher"))
         return model
 
     def _search(self, step: Round, name: str) -> Decision:
@@ -172,14 +172,14 @@ class _Run:
         decision = step.search(self.task, self.recipe.trainer, folder)
         recipe_hash = {"recipe_sha256": self.keys[f"{name}.search".lstrip(".")]}
         decision = replace(decision, provenance={**decision.provenance, **recipe_hash})
-        on_main(lambda: decision.save(folder / "decision.json"))
+        on_main_process(lambda: decision.save(folder / "decision.json"))
         return decision
 
     def _recover(self, step: Round, folder: RunFolder, decision: Decision) -> nn.Module:
         student = prune(self.task, decision)
         if step.recover is not None:
             student = step.recover(self.task, student, decision, self.recipe.trainer, folder)
-        on_main(lambda: save_pretrained(student, self.task, decision, folder / "student"))
+        on_main_process(lambda: save_pretrained(student, self.task, decision, folder / "student"))
         return student
 
     def _evaluate(self, models: Mapping[str, nn.Module]) -> None:
@@ -191,7 +191,7 @@ class _Run:
             for name, model in models.items():
                 what = f"pictures of {name}"
                 shown[name], shown["labels"] = generate(task, model, recipe.trainer, NUM_SHOWN, NUM_SHOWN, what)
-        on_main(lambda: self._keep(measurements, shown))
+        on_main_process(lambda: self._keep(measurements, shown))
 
     def _keep(self, measurements: Sequence[Measurement], shown: Mapping[str, Tensor]) -> None:
         """Write what was measured, and images of every network beside the labels they were generated for."""

@@ -28,16 +28,16 @@ _alone = False
 """Whether this process does something that the others wait for."""
 
 
-def place() -> tuple[int, int]:
-    """The number of this process, and of all that work together: it alone, within `on_main`."""
+def rank_and_world_size() -> tuple[int, int]:
+    """The number of this process, and of all that work together: it alone, within `on_main_process`."""
     if _alone or not dist.is_available() or not dist.is_initialized():
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
 
 
-def told(mine: T) -> list[T]:
+def all_gather_object(mine: T) -> list[T]:
     """What every process says, in their order; by pickle, so tensors belong on the CPU. All must call it alike."""
-    _, size = place()
+    _, size = rank_and_world_size()
     if size == 1:
         return [mine]
     found: list[Any] = [None] * size
@@ -45,7 +45,7 @@ def told(mine: T) -> list[T]:
     return found
 
 
-def everywhere(work: Callable[[], T]) -> T:
+def on_every_rank(work: Callable[[], T]) -> T:
     """Do something on every process, and wait for all of them.
 
     Args:
@@ -63,12 +63,15 @@ def everywhere(work: Callable[[], T]) -> T:
     return result
 
 
-def on_main(work: Callable[[], T]) -> T:
-    """Do something on the main process alone, and hand its result, by pickle, to all. Raises what `everywhere` does."""
+def on_main_process(work: Callable[[], T]) -> T:
+    """Do something on the main process alone and hand its result, by pickle, to all.
+
+    Raises what `on_every_rank` does.
+    """
 
     def mine() -> T | None:
         global _alone
-        if place()[0] != 0:
+        if rank_and_world_size()[0] != 0:
             return None
         before, _alone = _alone, True
         try:
@@ -76,16 +79,19 @@ def on_main(work: Callable[[], T]) -> T:
         finally:
             _alone = before
 
-    return all_of(mine)[0]  # type: ignore[return-value]  # the main process's is a T
+    return gather_results(mine)[0]  # type: ignore[return-value]  # the main process's is a T
 
 
-def all_of(work: Callable[[], T]) -> list[T]:
-    """Do something on every process, and give all of them what each made, by pickle. Raises what `everywhere` does."""
+def gather_results(work: Callable[[], T]) -> list[T]:
+    """Do something on every process and give all of them what each made, by pickle.
+
+    Raises what `on_every_rank` does.
+    """
     _, results = _exchange(work, share=True)
     return results
 
 
-def leave() -> None:
+def shutdown() -> None:
     """End the work of several processes, as the last thing that a program does.
 
     A backend's threads that are still there when the interpreter goes can abort a process whose work is done.
@@ -96,7 +102,7 @@ def leave() -> None:
 
 def _exchange(work: Callable[[], T], share: bool) -> tuple[T, list[T]]:
     """What `work` gave here, and, when it is to be shared, on each process."""
-    if place()[1] == 1:
+    if rank_and_world_size()[1] == 1:
         result = work()
         return result, [result]
     result, error = cast(T, None), None
@@ -106,11 +112,11 @@ def _exchange(work: Callable[[], T], share: bool) -> tuple[T, list[T]]:
         error = e
     signum = getattr(error, "signum", signal.SIGINT) if isinstance(error, KeyboardInterrupt) else None
     mine: tuple[Any, Any, Any] = (None if error is None else str(error), signum, result if share else None)
-    answers = told(mine)
+    answers = all_gather_object(mine)
     failed = [process for process, (message, _, _) in enumerate(answers) if message is not None]
     if not failed:
         return result, [shared for _, _, shared in answers]
-    if error is not None and failed[0] == place()[0]:
+    if error is not None and failed[0] == rank_and_world_size()[0]:
         raise error
     message, signum, _ = answers[failed[0]]
     raise FailedElsewhere(message) if signum is None else Interrupted(message, signum)
@@ -133,13 +139,13 @@ def batches(num: int, size: int) -> list[range]:
     return [range(first, min(first + size, num)) for first in range(0, num, size)]
 
 
-def share(items: Sequence[T]) -> Sequence[T]:
-    """The items that are this process's to work on, as `spread` deals them out."""
-    rank, size = place()
+def local_share(items: Sequence[T]) -> Sequence[T]:
+    """The items that are this process's to work on, as `map_sharded` deals them out."""
+    rank, size = rank_and_world_size()
     return items[rank::size]
 
 
-def spread(items: Sequence[T], work: Callable[[T], R]) -> list[R]:
+def map_sharded(items: Sequence[T], work: Callable[[T], R]) -> list[R]:
     """Do some work for every item, each process for its share of them. All processes must call it alike.
 
     Args:
@@ -150,13 +156,15 @@ def spread(items: Sequence[T], work: Callable[[T], R]) -> list[R]:
         The results for all items, in their order, on every process.
 
     Raises:
-        Exception: what `work` raised, as `together.everywhere` does.
+        Exception: what `work` raised, as `on_every_rank` does.
     """
-    found = all_of(lambda: [work(item) for item in share(items)])
+    found = gather_results(lambda: [work(item) for item in local_share(items)])
     return [found[i % len(found)][i // len(found)] for i in range(len(items))]
 
 
-def finish(batches: Sequence[range], done: Callable[[range], bool], work: Callable[[range], object], name: str) -> None:
+def complete_sharded(
+    batches: Sequence[range], done: Callable[[range], bool], work: Callable[[range], object], name: str
+) -> None:
     """Do the work that is not done yet, each process some of it; what it makes is kept in files that all can see.
 
     All processes must call it alike. It returns when everything is done.
@@ -167,15 +175,15 @@ def finish(batches: Sequence[range], done: Callable[[range], bool], work: Callab
         work: makes it, so that after an interruption it is there whole or not at all.
         name: what is being done, to show with the progress.
     """
-    mine = share(on_main(lambda: [rows for rows in batches if not done(rows)]))
+    mine = local_share(on_main_process(lambda: [rows for rows in batches if not done(rows)]))
 
     def do() -> None:
-        with track(name, sum(map(len, mine)), show=place()[0] == 0) as progress:
+        with track(name, sum(map(len, mine)), show=rank_and_world_size()[0] == 0) as progress:
             for rows in mine:
                 work(rows)
                 progress.advance(len(rows))
 
-    everywhere(do)
+    on_every_rank(do)
 
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -190,16 +198,16 @@ def fingerprint(tensors: Iterable[Tensor]) -> Tensor:
     return torch.tensor([float(total >> shift & 0xFFFF) for shift in (0, 16, 32)])
 
 
-def require_same(accelerator: Accelerator, tensors: Iterable[Tensor], what: str) -> None:
+def check_ranks_agree(accelerator: Accelerator, tensors: Iterable[Tensor], what: str) -> None:
     """Every process must call it.
 
     Raises:
         UserError: the processes do not hold the same tensors; raised on all of them.
     """
-    require_equal(accelerator.gather(fingerprint(tensors)[None].to(accelerator.device)), what)
+    check_rows_agree(accelerator.gather(fingerprint(tensors)[None].to(accelerator.device)), what)
 
 
-def require_equal(rows: Tensor, what: str) -> None:
+def check_rows_agree(rows: Tensor, what: str) -> None:
     """Raises UserError unless all rows of fingerprints, one for each process, are the same."""
     odd = (rows != rows[0]).any(1).nonzero().flatten().tolist()
     if odd:

@@ -2,7 +2,7 @@
 
 A state holds what the past decides about the future: how much is kept so far, how many blocks in a row were dropped
 and so on. Every path through the automaton is a mask that obeys all rules, and every such mask is one path;
-distributions over masks are dynamic programmes over it (see subsets.py).
+distributions over masks are dynamic programmes over it (see conditional_poisson.py).
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from ..protocols.backbone import Stream, streams_of
 from ..protocols.block_call import BatchDim, Call, positional_names
 from ..protocols.task import Task
 from ..pruning.gating import Gates
-from ..runtime.distributed import batches, place, share, spread
+from ..runtime.distributed import batches, local_share, map_sharded, rank_and_world_size
 from ..runtime.progress import Tracker, track
 from ..runtime.seeding import Rng
 from ..training.trainer import Trainer
@@ -104,7 +104,7 @@ class Calibration:
                     progress.advance(len(rows))
                 return torch.stack(sums)
 
-            totals = torch.stack(spread(self._parts, work)).sum(0)
+            totals = torch.stack(map_sharded(self._parts, work)).sum(0)
         means: list[float] = (totals / self.num_samples).nan_to_num(nan=torch.inf, neginf=torch.inf).tolist()
         return means
 
@@ -120,7 +120,7 @@ class Calibration:
                 progress.advance(len(rows))
                 return gradient.abs().sum(0).cpu()
 
-            total = torch.stack(spread(self._parts, work)).sum(0)
+            total = torch.stack(map_sharded(self._parts, work)).sum(0)
         return self.finite((total / self.num_samples).tolist())
 
     def compare(self, spans: Sequence[Span], measure: Callable[[], Measure], clean: bool = False) -> list[float]:
@@ -143,7 +143,7 @@ class Calibration:
                 first, last = (model.get_submodule(paths[i]) for i in span)
                 hooks.callback(first.register_forward_pre_hook(before, with_kwargs=True).remove)
                 hooks.callback(last.register_forward_hook(after).remove)
-            for rows in share(self._parts):
+            for rows in local_share(self._parts):
                 inputs = self._inputs(rows, clean)
                 with self.trainer.accelerator.autocast():
                     self.task.loss.predict(model, inputs)
@@ -190,7 +190,7 @@ class Calibration:
         model = self.task.teacher.to(self.device)
         training = [module for module in model.modules() if module.training]
         show = self.trainer.accelerator.is_main_process
-        own = sum(map(len, share(self._parts)))
+        own = sum(map(len, local_share(self._parts)))
         try:
             model.eval()
             with track(self.name + note, passes * own, show=show) as progress:
@@ -203,9 +203,9 @@ class Calibration:
 
 def _together(own: Measure, empty: Measure) -> Measure:
     """What all processes have measured, one after the other: the same on each of them."""
-    if place()[1] == 1:
+    if rank_and_world_size()[1] == 1:
         return own
-    for state in spread(range(place()[1]), lambda process: own.state()):
+    for state in map_sharded(range(rank_and_world_size()[1]), lambda process: own.state()):
         empty.merge(state)
     return empty
 

@@ -6,7 +6,7 @@
     def test_conformance(check):
         check()
 
-On the command line: `tinyfusion check-plugin NAME`. The checks themselves are in `conformance.py`.
+On the command line: `tinyfusion check-plugin NAME`. The checks themselves are in `checks.py`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a backbone and a loss must hold to, so that everything here works with them: `CHECKS`, functions of a `Subject`.
 
-They raise AssertionError, or the UserError that a user would see. `testing.py` runs them.
+They raise AssertionError, or the UserError that a user would see. `tinyfusion_core.testing` runs them.
 """
 
 from __future__ import annotations

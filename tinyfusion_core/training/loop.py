@@ -15,7 +15,7 @@ from ..dataloading.order import order_of
 from ..errors import Interrupted, UserError
 from ..protocols.backbone import Batch
 from ..protocols.data import Samples
-from ..runtime.distributed import everywhere, on_main, require_same
+from ..runtime.distributed import check_ranks_agree, on_every_rank, on_main_process
 from ..runtime.progress import track
 from ..runtime.run_folder import RunFolder
 from ..runtime.seeding import Rng, seed_of
@@ -112,7 +112,7 @@ class Fit:
         if accelerator.num_processes > 1:
             networks = [objective, *(network for network, _ in objective.beside())]
             tensors = (t for network in networks for t in network.state_dict().values())
-            require_same(accelerator, tensors, f"{self.stage}: the weights to begin with")
+            check_ranks_agree(accelerator, tensors, f"{self.stage}: the weights to begin with")
         if self.trainer.shards():
             from .fsdp import Shards  # imports slowly
 
@@ -226,7 +226,7 @@ class Fit:
             self.mishaps.settle()
             checkpoints.save(step, state, self.trainer.keep_checkpoints)
 
-        on_main(save)
+        on_main_process(save)
         self.mishaps.saved = time.monotonic()
 
     def _state(self, step: int, finished: bool) -> dict[str, Any]:
@@ -251,9 +251,9 @@ class Fit:
         if self.folder is None:
             return None
         checkpoints, folder = self.folder.checkpoints(self.stage), self.folder
-        name = on_main(checkpoints.newest)
-        state = None if name is None else everywhere(lambda: checkpoints.load(name))
-        on_main(lambda: folder.rewind(self.stage, int(state["step"]) if state else 0))
+        name = on_main_process(checkpoints.newest)
+        state = None if name is None else on_every_rank(lambda: checkpoints.load(name))
+        on_main_process(lambda: folder.rewind(self.stage, int(state["step"]) if state else 0))
         if state is None:
             return None
         self.objective.load_state_dict(state["weights"], strict=False)

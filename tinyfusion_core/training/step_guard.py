@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import Diverged, UserError
-from ..runtime.distributed import everywhere, fingerprint, require_equal
+from ..runtime.distributed import check_rows_agree, fingerprint, on_every_rank
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -90,7 +90,7 @@ class Mishaps:
         wild = (~torch.isfinite(torch.as_tensor(norm, device=means.device))).float()
         mine = torch.cat([means, wild[None], means.new_tensor(flags), fingerprint(gates).to(means)])
         everybody = self.accelerator.gather(mine[None]).cpu()
-        require_equal(everybody[:, -3:], f"{self.stage}: the gates at step {step + 1}")
+        check_rows_agree(everybody[:, -3:], f"{self.stage}: the gates at step {step + 1}")
         loss, *terms = everybody[:, : len(means)].mean(0).tolist()
         any_wild, interrupt, terminate, any_due, all_bad, failed = everybody[:, len(means) : -3].sum(0).tolist()
         return Agreed(
@@ -126,7 +126,7 @@ class Mishaps:
                 f"(it is {self.max_bad_samples}, and {self.bad} were met in {self.stage})"
             )
         if too_many or agreed.failed:
-            everywhere(self.settle)
+            on_every_rank(self.settle)
         self.streak = 0 if agreed.finite else self.streak + 1
         self.skipped += not agreed.finite
         if self.streak >= self.max_skipped:

@@ -2,7 +2,7 @@
 
 from my_backbone import MyBackbone, MyBackboneLoss
 
-from ..testing import parametrize_with_checks
+from tinyfusion_core.testing import parametrize_with_checks
 
 
 @parametrize_with_checks([(MyBackbone, MyBackboneLoss)])
