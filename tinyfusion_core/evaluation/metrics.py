@@ -51,7 +51,7 @@ class Metric(ABC):
     """A measurement of several networks. Implementations are frozen dataclasses: fields are the recipe's options.
 
     Attributes:
-        together: whether all processes call it alike and share the work (see `distributed.map_sharded`). By default the main
+        together: whether all processes call it alike and share the work (see `map_sharded`). By default the main
             process measures alone and the others wait.
     """
 

@@ -1,4 +1,4 @@
-"""What every block costs: parameters, operations, time. Whole numbers of them are a search's budget (see constraints.py)."""
+"""What every block costs: parameters, operations, time. Whole numbers of them are a search's budget."""
 
 from __future__ import annotations
 
