@@ -1,4 +1,7 @@
-"""Every test is offline, seeded and single-threaded; warnings are errors (see pyproject.toml)."""
+"""Every test is offline and seeded; warnings are errors (see pyproject.toml).
+
+Tests and the processes that they start use one thread, or as many as `TINYFUSION_TEST_THREADS` says.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
+os.environ["OMP_NUM_THREADS"] = os.environ.setdefault("TINYFUSION_TEST_THREADS", "1")
 
 from pathlib import Path
 
@@ -22,7 +26,7 @@ collect_ignore = ["third_party"]  # packages of their own, tested where they are
 @pytest.fixture(autouse=True)
 def _reproducible() -> None:
     torch.manual_seed(0)
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ["TINYFUSION_TEST_THREADS"]))
 
 
 @pytest.fixture

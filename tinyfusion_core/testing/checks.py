@@ -15,10 +15,10 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -37,10 +37,15 @@ from ..pruning.prune import load_pretrained, remove_blocks, save_network
 from ..runtime.seeding import Rng, generator
 from ..training.distillation import captured, derive_taps
 
+T = TypeVar("T")
+
 Pair = tuple[type[Backbone] | Backbone, type[LossAdapter] | LossAdapter]
 """A backbone and a loss that fit each other. Of a class, its `tiny()` instance is checked."""
 
 NUM_ROWS = 5
+ROUNDINGS = 32
+"""Units of rounding, of the largest number that went into a result, that are no difference between two results."""
+
 HEAVY = frozenset(
     [
         *("accelerate", "cv2", "datasets", "diffusers", "jax", "lm_eval", "matplotlib", "pandas", "peft", "scipy"),
@@ -57,10 +62,12 @@ class Subject:
     Args:
         backbone: an instance whose network runs in milliseconds.
         loss: an instance that fits it.
+        wide: networks and prepared inputs are cast to float64.
     """
 
     backbone: Backbone
     loss: LossAdapter
+    wide: bool = False
 
     @classmethod
     def of(cls, pair: Pair) -> Subject:
@@ -82,17 +89,23 @@ class Subject:
 
     def inputs(self) -> dict[str, Tensor]:
         """Prepared inputs."""
-        return self.loss.prepare(self.batch(), _rng())
+        inputs = self.loss.prepare(self.batch(), _rng())
+        return {name: t.double() if self.wide and t.is_floating_point() else t for name, t in inputs.items()}
 
     def gates(self, model: nn.Module) -> Gates:
-        """Gates for all blocks."""
+        """Gates for all blocks of a network; a new one is probed, which is not cast."""
         batch = self.batch()
-        task = Task(backbone=self.backbone, loss=self.loss, train=Tensors(batch), held_out=Tensors(batch), model=model)
-        return Gates(model, task.blocks, task.batch_dim(model), self.backbone.streams)
+        task = Task(backbone=self.backbone, loss=self.loss, train=Tensors(batch), held_out=Tensors(batch))
+        return Gates(model, task.blocks, task.batch_dim(task.teacher), self.backbone.streams)
+
+    def network(self) -> nn.Module:
+        """The whole network."""
+        model = self.backbone.build()
+        return model.double() if self.wide else model
 
     def pruned(self, removed: Sequence[int]) -> nn.Module:
         """The network without these blocks."""
-        model = self.backbone.build()
+        model = self.network()
         blocks = self.backbone.block_paths(model)
         remove_blocks(self.backbone, model, [blocks[i] for i in removed])
         return model.eval()
@@ -174,8 +187,9 @@ def check_hard_gated_is_pruned(subject: Subject) -> None:
             gated = subject.loss.predict(model, inputs)
         with torch.no_grad():
             pruned = subject.loss.predict(subject.pruned(removed), inputs)
+        message = f"the network without blocks {removed} predicts otherwise than one that skips them"
         for a, b in zip(_tensors(gated), _tensors(pruned), strict=True):
-            _close(a, b, 1e-5, f"the network without blocks {removed} predicts otherwise than one that skips them")
+            _close(a, b, 1e-5, message, size=_largest(b))
 
 
 def check_state_dict_untouched(subject: Subject) -> None:
@@ -235,58 +249,36 @@ def check_every_block_learns(subject: Subject) -> None:
 
 def check_sparse_is_dense(subject: Subject) -> None:
     """Losses, weight and gate gradients are those of the dense formula `m * f(x) + (1 - m) * x`."""
-    model, inputs = subject.backbone.build(), subject.inputs()
-    blocks = subject.backbone.block_paths(model)
-    mask = (
-        (torch.rand(NUM_ROWS, len(blocks), generator=generator("conformance", "mask")) < 0.5).float().requires_grad_()
-    )
-    wanted = [mask, *(p for p in model.parameters() if p.requires_grad)]
-
-    def run() -> tuple[Tensor, Sequence[Tensor | None]]:
-        losses = subject.loss.losses(model, inputs)
-        return losses.detach(), torch.autograd.grad(losses.sum(), wanted, allow_unused=True)
-
-    with dense_formula(model, blocks, mask, subject.backbone.streams):
-        dense_losses, dense = run()
-    with subject.gates(model) as gates:
-        gates.mask = mask
-        sparse_losses, sparse = run()
-    _close(sparse_losses, dense_losses, 1e-5, "gated losses are not those of the dense formula; see Backbone.streams")
-    for s, d, x in zip(sparse, dense, wanted, strict=True):
-        found, expected = (torch.zeros_like(x) if g is None else g for g in (s, d))
-        _close(found, expected, 1e-4, "gradients are not those of the dense formula")
+    losses, gradients = zip(*_precisely(subject, _sparse_and_dense), strict=True)
+    message = "gated losses are not those of the dense formula; see Backbone.streams"
+    _close(*losses, 1e-5, message, size=_largest(losses[1]))
+    size = max(_largest(expected) for expected in gradients[1])
+    for found, expected in zip(*gradients, strict=True):
+        _close(found, expected, 1e-4, "gradients are not those of the dense formula", size=size)
 
 
 def check_loss_per_sample(subject: Subject) -> None:
     """`loss` and `distance` are (B,) finite numbers, each of its own sample alone, whatever the order of the batch."""
-    model, inputs = subject.backbone.build(), subject.inputs()
     name = type(subject.loss).__name__
-    for key, t in inputs.items():
+    for key, t in subject.inputs().items():
         _hold(len(t) == NUM_ROWS, f"{name}.prepare: '{key}' has {len(t)} rows for a batch of {NUM_ROWS}")
     order = torch.tensor([3, 0, 4, 2, 1])
-
-    def numbers(rows: Tensor) -> list[tuple[str, Tensor]]:
-        some = {key: t[rows] for key, t in inputs.items()}
-        with torch.no_grad():
-            prediction = subject.loss.predict(model, some)
-            found = [("loss", subject.loss.loss(prediction, some))]
-            other = subject.loss.predict(subject.pruned(subject.every_other()), some)
-            with suppress(UserError):  # an objective that cannot distil says so
-                found.append(("distance", subject.loss.distance(other, prediction, some)))
-        return found
-
-    for (method, whole), (_, permuted), (_, part) in zip(
-        numbers(torch.arange(NUM_ROWS)), numbers(order), numbers(order[:2]), strict=True
-    ):
+    whole, permuted, part = _precisely(
+        subject, lambda it: _loss_and_distance(it, [torch.arange(NUM_ROWS), order, order[:2]])
+    )
+    for method, found in whole.items():
         where = f"{name}.{method}"
         _hold(
-            whole.shape == (NUM_ROWS,),
-            f"{where} returns the shape {tuple(whole.shape)} for {NUM_ROWS} samples; return one number for each: "
+            found.shape == (NUM_ROWS,),
+            f"{where} returns the shape {tuple(found.shape)} for {NUM_ROWS} samples; return one number for each: "
             f"({NUM_ROWS},), the mean over everything but the batch",
         )
-        _hold(bool(whole.isfinite().all()), f"{where} is not finite: {whole.tolist()}")
-        _close(permuted, whole[order], 1e-4, f"{where} changes when the samples change places")
-        _close(part, whole[order[:2]], 1e-4, f"{where} of a sample depends on the others of its batch")
+        _hold(bool(found.isfinite().all()), f"{where} is not finite: {found.tolist()}")
+    size = max(map(_largest, whole.values()))  # a distance is the difference of such numbers
+    for method, found in whole.items():
+        where = f"{name}.{method}"
+        _close(permuted[method], found[order], 1e-4, f"{where} changes when the samples change places", size)
+        _close(part[method], found[order[:2]], 1e-4, f"{where} of a sample depends on the others of its batch", size)
 
 
 def check_prepare(subject: Subject) -> None:
@@ -494,6 +486,47 @@ def _hooks(handles: Any) -> Iterator[None]:
             handle.remove()
 
 
+def _precisely(subject: Subject, run: Callable[[Subject], T]) -> T:
+    """What `run` finds in float64, where rounding decides nothing; as things are when they cannot be run in it."""
+    with suppress(Exception):  # whatever a stranger's class raises; it raises it again if float64 is not the reason
+        return run(replace(subject, wide=True))
+    return run(subject)
+
+
+def _sparse_and_dense(subject: Subject) -> list[tuple[Tensor, list[Tensor]]]:
+    """(B,) losses with the gradients of mask and weights, of gates and of the dense formula."""
+    model, inputs = subject.network(), subject.inputs()
+    blocks = subject.backbone.block_paths(model)
+    mask = _random_mask(len(blocks)).to(torch.float64 if subject.wide else torch.float32).requires_grad_()
+    wanted = [mask, *(p for p in model.parameters() if p.requires_grad)]
+
+    def run() -> tuple[Tensor, list[Tensor]]:
+        losses = subject.loss.losses(model, inputs)
+        found = torch.autograd.grad(losses.sum(), wanted, allow_unused=True)
+        return losses.detach(), [torch.zeros_like(x) if g is None else g for g, x in zip(found, wanted, strict=True)]
+
+    with dense_formula(model, blocks, mask, subject.backbone.streams):
+        dense = run()
+    with subject.gates(model) as gates:
+        gates.mask = mask
+        return [run(), dense]
+
+
+@torch.no_grad()
+def _loss_and_distance(subject: Subject, batches: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+    """For each selection of the rows: the losses of the network and of a pruned one, and their distances."""
+    teacher, student, inputs = subject.network(), subject.pruned(subject.every_other()), subject.inputs()
+    found = []
+    for rows in batches:
+        some = {key: t[rows] for key, t in inputs.items()}
+        theirs, ours = subject.loss.predict(teacher, some), subject.loss.predict(student, some)
+        numbers = {"loss": subject.loss.loss(theirs, some), "loss of a pruned network": subject.loss.loss(ours, some)}
+        with suppress(UserError):  # an objective that cannot distil says so
+            numbers["distance"] = subject.loss.distance(ours, theirs, some)
+        found.append(numbers)
+    return found
+
+
 def _no_grad_losses(subject: Subject, model: nn.Module) -> None:
     with torch.no_grad():
         subject.loss.losses(model, subject.inputs())
@@ -542,9 +575,21 @@ def _same(before: Mapping[str, Tensor], after: Mapping[str, Tensor], message: st
     _hold(not differ, f"{message}: {differ[:3]}")
 
 
-def _close(found: Tensor, expected: Tensor, tolerance: float, message: str) -> None:
-    """Equal up to a share of the largest value."""
+def _largest(x: Tensor) -> float:
+    return float(x.abs().max()) if x.numel() else 0.0
+
+
+def _close(found: Tensor, expected: Tensor, tolerance: float, message: str, size: float) -> None:
+    """Equal up to a share of the largest value, and to the rounding of the numbers that went into it.
+
+    Args:
+        found: a tensor of any shape.
+        expected: of the same shape.
+        tolerance: the share.
+        message: what is wrong otherwise.
+        size: the largest number that was added or subtracted on the way; beyond the values when they cancel.
+    """
     _hold(found.shape == expected.shape, f"{message}: {tuple(found.shape)} and {tuple(expected.shape)}")
-    scale = max(float(expected.abs().max()), 1e-3)
-    error = float((found - expected).abs().max())
-    _hold(error <= tolerance * scale, f"{message} (off by {error:.2g} of {scale:.2g})")
+    scale, error = _largest(expected), _largest(found - expected)
+    rounding = ROUNDINGS * torch.finfo(found.dtype).eps * size if found.is_floating_point() else 0.0
+    _hold(error <= tolerance * scale + rounding, f"{message} (off by {error:.2g} of {scale:.2g})")
