@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 import tinyfusion_core as tiny
+from places import TESTS
 from tinyfusion_core.cli import main
-from tinyfusion_core.comparison_report import write_comparison
+from tinyfusion_core.pipeline.compare import write_comparison
 
-BEFORE = Path(__file__).parent / "before_rooms"
+BEFORE = TESTS / "before_rooms"
 KEYS = json.loads((BEFORE / "keys.json").read_text())
 
 

@@ -15,13 +15,15 @@ import yaml
 
 import tinyfusion_core as tiny
 import toys
+from places import TESTS
 from small_run import RECIPE
-from tinyfusion_core import randomness
 from tinyfusion_core.cli import main
-from tinyfusion_core.plugins import registry
-from tinyfusion_core.randomness import Order, Rng, ShardedOrder, generator, seed_of
+from tinyfusion_core.dataloading.order import Order, ShardedOrder
+from tinyfusion_core.protocols.registry import registry
+from tinyfusion_core.runtime import seeding
+from tinyfusion_core.runtime.seeding import Rng, generator, seed_of
 
-BEFORE = Path(__file__).parent / "before_rooms"
+BEFORE = TESTS / "before_rooms"
 KEYS: list[tuple[Any, ...]] = [
     (0,),
     (3, "search", 5, "mask", 2),
@@ -71,7 +73,7 @@ def streams() -> dict[str, Any]:
 def spied(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """Fills with the keys of all seeds that are asked for, numbers as `#`."""
     seen: set[str] = set()
-    original = randomness.seed_of
+    original = seeding.seed_of
 
     def watched(*key: object) -> int:
         seen.add(" / ".join("#" if isinstance(part, int) else str(part) for part in key))
