@@ -26,7 +26,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 import tinyfusion_core as tiny
 from tinyfusion_core.protocols.data import Tensors
 from tinyfusion_core.protocols.loss import LossAdapter
-from tinyfusion_core.protocols.registry import registry
+from tinyfusion_core.registry.registry import registry
 from tinyfusion_core.runtime.distributed import shutdown
 from tinyfusion_core.samplers.grouped import Draw, GroupedSampler
 from tinyfusion_core.samplers.subset import ExactK, GumbelTopK

@@ -18,7 +18,7 @@ from tinyfusion_core.cli import main
 from tinyfusion_core.errors import UserError
 from tinyfusion_core.protocols.backbone import Backbone
 from tinyfusion_core.protocols.loss import LossAdapter
-from tinyfusion_core.protocols.registry import registry
+from tinyfusion_core.registry.registry import registry
 from tinyfusion_core.testing import name_of, pairs_of, parametrize_with_checks, run_check
 from tinyfusion_core.testing.checks import (
     CHECKS,

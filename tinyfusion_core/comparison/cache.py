@@ -24,10 +24,10 @@ from ..errors import Diverged, UserError
 from ..evaluation.frechet import Frechet
 from ..evaluation.metrics import HeldOutLoss
 from ..protocols.data import FeatureSpace, Samples
-from ..protocols.registry import record_of
 from ..protocols.task import Task
 from ..pruning.decision import Decision
 from ..pruning.prune import prune
+from ..registry.registry import record_of
 from ..runtime.distributed import on_main_process
 from ..runtime.files import digest, read_json, write_json
 from ..runtime.progress import Tracker
@@ -65,7 +65,7 @@ class Cells:
         self.trainer = replace(trainer, trackers=())  # hundreds of short trainings, whose logs go when they are done
         self.held_out, self.frechet = metrics
         self.accelerator = trainer.accelerator
-        self.features = _features(task.feature_space) if self.frechet is not None else None
+        self.features = None if self.frechet is None else _features(self.frechet.space(task))
         loss = _described(task.loss)
         self.sampling = {name: loss.pop(name) for name in task.loss.sampling_options() if name in loss}
         config = task.backbone.config(task.teacher)
@@ -117,7 +117,8 @@ class Cells:
         trainer = replace(self.trainer, seed=trial.seed)
         extra = self.frechet if full else None
         # What a change of the sampling or of the features changes is the distance alone.
-        name = "loss" if extra is None else digest([_described(extra, "batch_size"), self.sampling, self.features])
+        distance = [_described(extra, "batch_size", "features"), self.sampling, self.features]
+        name = "loss" if extra is None else digest(distance)
 
         def work(folder: RunFolder) -> dict[str, Any]:
             decision = self._decision(trial.kept)
@@ -222,10 +223,8 @@ def _stage(stage: Selector | Recover, trainer: Trainer) -> dict[str, Any]:
     return {"stage": what, "trainer": how}
 
 
-def _features(space: FeatureSpace | None) -> Any:
+def _features(space: FeatureSpace) -> Any:
     """What tells a feature space from others, as far as it can be seen from outside."""
-    if space is None:
-        return None
     weights = _weights(space) if isinstance(space, nn.Module) else None
     own = {k: v for k, v in vars(space).items() if k != "training" and isinstance(v, (int, float, str))}
     return [_described(type(space)), space.name, weights, _described(own)]

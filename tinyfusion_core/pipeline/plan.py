@@ -24,7 +24,8 @@ from ..selection.search import Search
 from ..selection.successive_halving import search_of
 from ..training.recover import Recover
 from .memory import Needs, Setup, gigabytes, search_needs, training_needs
-from .recipe import Recipe, Round
+from .recipe import Recipe
+from .schema import Round
 
 
 @dataclass

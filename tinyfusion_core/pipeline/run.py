@@ -27,7 +27,8 @@ from ..runtime.run_folder import RunFolder
 from ..runtime.seeding import seed_of
 from ..selection.successive_halving import trainings_of
 from .plan import make_plan
-from .recipe import Recipe, Round
+from .recipe import Recipe
+from .schema import Round
 from .stages import check_claim, claim, stage_keys
 
 NUM_SHOWN = 40

@@ -24,7 +24,7 @@ import torch
 from ..errors import UserError, nearest
 from ..protocols.backbone import Backbone
 from ..protocols.loss import LossAdapter
-from ..protocols.registry import Registry, load_plugin, registry
+from ..registry.registry import Registry, load_plugin, registry
 from .checks import CHECKS, Check, Pair, Subject
 
 
