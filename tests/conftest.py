@@ -11,6 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["OMP_NUM_THREADS"] = os.environ.setdefault("TINYFUSION_TEST_THREADS", "1")
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,14 @@ collect_ignore = ["third_party"]  # packages of their own, tested where they are
 def _reproducible() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(int(os.environ["TINYFUSION_TEST_THREADS"]))
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """What the test makes is in double precision, so that rounding decides nothing where numbers cancel."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture

@@ -63,6 +63,7 @@ def flux():
     return model, expand(model, ["transformer_blocks.*", "single_transformer_blocks.*"]), run, streams
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("make", [llama, flux])
 def test_identities(make) -> None:
     model, blocks, run, streams = make()
