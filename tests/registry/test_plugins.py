@@ -283,7 +283,7 @@ def test_a_file_is_run_once_and_takes_the_place_of_its_elder(tmp_path: Path) -> 
     assert second is not first
     assert second().config() == {"size": 64, "depth": 6}
     assert plugins.record_of(first) == {}
-    assert _described(second) == ["plugin_file_mine.MyBackbone", plugins.record_of(second)["sha256"]]  # for compare
+    assert _described(second) == ["plugin_file_mine:MyBackbone", plugins.record_of(second)["sha256"]]  # for compare
     (listed,) = (p for p in plugins.registry().plugins if p.name == "mine.py")
     assert (listed.distribution, listed.module) == ("file", str(path))
     path.write_text("raise RuntimeError('half-written')")

@@ -37,6 +37,7 @@ from ..selection.search import Selector
 from ..selection.successive_halving import Finals
 from ..training.recover import Recover
 from ..training.trainer import INDIFFERENT, Trainer
+from .legacy_keys import Name, then
 from .results import Trial
 
 
@@ -117,8 +118,8 @@ class Cells:
         trainer = replace(self.trainer, seed=trial.seed)
         extra = self.frechet if full else None
         # What a change of the sampling or of the features changes is the distance alone.
-        distance = [_described(extra, "batch_size", "features"), self.sampling, self.features]
-        name = "loss" if extra is None else digest(distance)
+        measured = [_described(extra, "batch_size", "features"), self.sampling, self.features]
+        name, old = ("loss", "loss") if extra is None else (digest(measured), digest(then(measured)))
 
         def work(folder: RunFolder) -> dict[str, Any]:
             decision = self._decision(trial.kept)
@@ -140,33 +141,46 @@ class Cells:
             "kept": list(trial.kept),
         }
         what = f"{trial.method or 'random subset'}, seed {trial.seed}: recovering"
-        figures = self._cell("healing", key, what, work, needs=name)
+        figures = self._cell("healing", key, what, work, needs=(name, old))
         self.progress.advance()
-        return replace(
-            trial, calibration=calibration, healed=figures["loss"], frechet=figures[name] if extra is not None else None
-        )
+        frechet = None if extra is None else figures[name if name in figures else old]
+        return replace(trial, calibration=calibration, healed=figures["loss"], frechet=frechet)
 
     def _cell(
-        self, kind: str, key: Mapping[str, Any], what: str, work: Callable[[RunFolder], dict[str, Any]], needs: str = ""
+        self,
+        kind: str,
+        key: Mapping[str, Any],
+        what: str,
+        work: Callable[[RunFolder], dict[str, Any]],
+        needs: Sequence[str] = (),
     ) -> dict[str, Any]:
         """The content of a cell; computed in a folder of its own, where checkpoints outlive a kill, if it is missing.
+
+        What was begun under the name of an old key, or finished, keeps that name.
 
         Args:
             kind: first part of the file's name.
             key: all that decides the content.
             what: to show while it is computed.
             work: computes it.
-            needs: an entry without which it has to be computed again.
+            needs: one of these entries must be there, or it has to be computed again.
         """
-        name = on_main_process(lambda: f"{kind}-{digest(key)[:24]}")  # the others may describe it otherwise
-        path, scratch = self.folder / "cells" / f"{name}.json", RunFolder(self.folder / "cells" / name)
+        folder = self.folder / "cells"
+
+        def named() -> str:
+            new, old = (f"{kind}-{digest(k)[:24]}" for k in (key, then(key)))
+            there = (name for name in (new, old) if (folder / f"{name}.json").exists() or (folder / name).exists())
+            return next(there, new)
+
+        name = on_main_process(named)  # the others may describe it otherwise
+        path, scratch = folder / f"{name}.json", RunFolder(folder / name)
         before = on_main_process(lambda: read_json(path) if path.exists() else {})
         made: dict[str, Any] = {}
-        if not before or (needs and needs not in before):
+        if not before or (needs and before.keys().isdisjoint(needs)):
             self.progress.tell(what)
             if self.accelerator.is_main_process:  # for those who watch
                 now = {"cell": name, "what": what, "done": self.progress.done, "total": self.progress.total}
-                write_json(self.folder / "cells" / "now.json", now)
+                write_json(folder / "now.json", now)
             made = work(scratch)
 
         def keep() -> dict[str, Any]:
@@ -188,19 +202,29 @@ class Cells:
         return _finite(self.held_out(self.task, {"model": model}, self.trainer)[0].values["model"])
 
 
+NEUTRAL = "neutral"
+"""In the metadata of a field that was added later: the value that means what was done before there was the field."""
+
+
 def _described(value: Any, *but: str) -> Any:
-    """Settings as JSON, those of these names left out. What cannot be told is never described in the same way twice."""
+    """Settings as JSON, those of these names left out. What cannot be told is never described in the same way twice.
+
+    Every field is there, also at its default: were it not, a default could change and the key would not. A field that
+    is added later says in its metadata which value is `NEUTRAL`, and is left out while it has that one, so that what
+    was computed before still counts. That value is written down once and for all; the default may move away from it.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        own = {f.name: _described(getattr(value, f.name)) for f in dataclasses.fields(value) if f.name not in but}
-        return {"class": _described(type(value)), **own}
+        own = {f: getattr(value, f.name) for f in dataclasses.fields(value) if f.name not in but}
+        told = {f.name: _described(v) for f, v in own.items() if NEUTRAL not in f.metadata or v != f.metadata[NEUTRAL]}
+        return {"class": _described(type(value)), **told}
     if isinstance(value, functools.partial):
         return [_described(v) for v in (value.func, value.args, value.keywords)]
     if isinstance(value, type) and "<locals>" not in value.__qualname__:
-        name, plugin = f"{value.__module__}.{value.__qualname__}", record_of(value)
-        return [name, plugin["sha256"]] if "file" in plugin else name
+        plugin = record_of(value)
+        return [Name.of(value), plugin["sha256"]] if "file" in plugin else Name.of(value)
     if inspect.isfunction(value) and value.__qualname__.isidentifier() and value.__closure__ is None:
         with suppress(OSError):
-            return [f"{value.__module__}.{value.__qualname__}", digest(inspect.getsource(value))]
+            return [Name.of(value), digest(inspect.getsource(value))]
     if isinstance(value, Mapping):
         return {str(k): _described(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
