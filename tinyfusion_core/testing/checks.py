@@ -251,7 +251,8 @@ def check_sparse_is_dense(subject: Subject) -> None:
     """Losses, weight and gate gradients are those of the dense formula `m * f(x) + (1 - m) * x`."""
     losses, gradients = zip(*_precisely(subject, _sparse_and_dense), strict=True)
     message = "gated losses are not those of the dense formula; see Backbone.streams"
-    _close(*losses, 1e-5, message, size=_largest(losses[1]))
+    sparse, dense = losses
+    _close(sparse, dense, 1e-5, message, size=_largest(dense))
     size = max(_largest(expected) for expected in gradients[1])
     for found, expected in zip(*gradients, strict=True):
         _close(found, expected, 1e-4, "gradients are not those of the dense formula", size=size)
