@@ -31,7 +31,7 @@ from tinyfusion_core.runtime.distributed import shutdown
 from tinyfusion_core.samplers.grouped import Draw, GroupedSampler
 from tinyfusion_core.samplers.subset import ExactK, GumbelTopK
 from tinyfusion_core.testing import pairs_of, spoken
-from tinyfusion_core.testing.checks import Subject
+from tinyfusion_core.testing.subject import Subject
 from toys import Match, Planted, planted_data
 
 DATA = planted_data()

@@ -20,7 +20,8 @@ from tinyfusion_core.protocols.backbone import Backbone
 from tinyfusion_core.protocols.loss import LossAdapter
 from tinyfusion_core.protocols.registry import registry
 from tinyfusion_core.testing import name_of, pairs_of, parametrize_with_checks, run_check
-from tinyfusion_core.testing.checks import CHECKS, check_light_import
+from tinyfusion_core.testing.checks import CHECKS
+from tinyfusion_core.testing.checks.structure import check_light_import
 from toys import Chain, Match, Planted
 
 WORKING = Planted(scales=(1, 1, 1, 1))

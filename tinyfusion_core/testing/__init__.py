@@ -25,7 +25,8 @@ from ..errors import UserError, nearest
 from ..protocols.backbone import Backbone
 from ..protocols.loss import LossAdapter
 from ..protocols.registry import Registry, load_plugin, registry
-from .checks import CHECKS, Check, Pair, Subject
+from .checks import CHECKS, Check
+from .subject import Pair, Subject
 
 
 def name_of(check: Check) -> str:
