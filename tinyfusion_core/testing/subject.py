@@ -1,13 +1,16 @@
-"""What the checks of a backbone and a loss look at."""
+"""What the checks of a backbone and a loss look at, and how an instance to check is made of a class."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import UserError
 from ..protocols.backbone import Backbone
 from ..protocols.data import Tensors
 from ..protocols.loss import LossAdapter
@@ -83,3 +86,31 @@ def random_mask(num_blocks: int) -> Tensor:
 def fixed_rng(first: int = 0) -> Rng:
     """The streams of the rows from `first` on, the same each time."""
     return Rng(0, "conformance", step=3, first=first)
+
+
+def made(thing: Any, *arguments: object, **options: object) -> tuple[Any, bool]:
+    """The instance to check of a class, or an instance as it is.
+
+    Args:
+        thing: the class, or an instance. Of a class that has a classmethod `tiny` it is what that returns.
+        arguments: what constructor and `tiny` take in any case.
+        options: what the constructor gets of these is what it has a parameter for.
+
+    Returns:
+        The instance, and whether it was given an option.
+
+    Raises:
+        UserError: the class needs more than that.
+    """
+    if not inspect.isclass(thing):
+        return thing, False
+    if hasattr(thing, "tiny"):
+        return thing.tiny(*arguments), False
+    taken = {name: value for name, value in options.items() if name in inspect.signature(thing).parameters}
+    try:
+        inspect.signature(thing).bind(*arguments, **taken)
+    except TypeError as e:
+        raise UserError(
+            f"{thing.__name__} cannot be made to be checked: {e}; give it a classmethod `tiny` that returns a small one"
+        ) from None
+    return thing(*arguments, **taken), bool(taken)

@@ -4,9 +4,17 @@ UserError that a user would see; its docstring says what holds, `tinyfusion_core
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
+from ...errors import UserError
+from ...pruning.weight_update import WeightUpdate
+from ...samplers.grouped import BlockSampler
+from ...training.distillation import OutputKD
 from ..subject import Subject
+from .distillation import DISTILLATION_CHECKS, DistillationSubject
 from .gating import (
     check_all_ones_is_plain,
     check_every_block_learns,
@@ -16,7 +24,9 @@ from .gating import (
     check_state_dict_untouched,
 )
 from .objective import check_loss_per_sample, check_predict_deterministic, check_prepare, check_same_inputs
+from .samplers import SAMPLER_CHECKS, SamplerSubject
 from .saving import check_save_and_load, check_taps
+from .selectors import SELECTOR_CHECKS, SelectorSubject
 from .structure import (
     check_blocks,
     check_copies,
@@ -25,10 +35,12 @@ from .structure import (
     check_streams,
     check_tiny,
 )
+from .weight_updates import UPDATE_CHECKS, UpdateSubject
 
-Check = Callable[[Subject], None]
+Check = Callable[[Any], None]
+"""Takes what its kind of subject is."""
 
-CHECKS: tuple[Check, ...] = (
+CHECKS: tuple[Callable[[Subject], None], ...] = (
     check_tiny,
     check_blocks,
     check_streams,
@@ -48,3 +60,49 @@ CHECKS: tuple[Check, ...] = (
     check_light_import,
     check_copies,
 )
+"""Of a backbone with a loss."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How one kind of thing is checked.
+
+    Attributes:
+        subject: makes what the checks look at of a class or an instance.
+        checks: in the order in which they are run.
+    """
+
+    subject: Callable[[Any], Any]
+    checks: tuple[Check, ...]
+
+
+PAIR = Kind(Subject.of, CHECKS)
+
+KINDS = {
+    "selector": Kind(SelectorSubject.of, SELECTOR_CHECKS),
+    "sampler": Kind(SamplerSubject.of, SAMPLER_CHECKS),
+    "weight_update": Kind(UpdateSubject.of, UPDATE_CHECKS),
+    "distillation": Kind(DistillationSubject.of, DISTILLATION_CHECKS),
+}
+"""What is checked by itself, by the registry's name of its kind."""
+
+
+def kind_of(thing: Any) -> Kind:
+    """How a pair of backbone and loss is checked, or a class or instance of one of the other kinds.
+
+    Raises:
+        UserError: there are no checks of such a thing.
+    """
+    if isinstance(thing, tuple):
+        return PAIR
+    cls = thing if inspect.isclass(thing) else type(thing)
+    bases = {"sampler": BlockSampler, "weight_update": WeightUpdate, "distillation": OutputKD}
+    for name, base in bases.items():
+        if issubclass(cls, base):
+            return KINDS[name]
+    if hasattr(cls, "preview"):  # the base class of selectors is not for this package to import
+        return KINDS["selector"]
+    kinds = ", ".join(KINDS).replace("_", " ")
+    raise UserError(
+        f"{cls.__name__} cannot be checked: it is no {kinds}; give a backbone with its loss: (MyBackbone, MyLoss)"
+    )
