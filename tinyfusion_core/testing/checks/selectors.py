@@ -121,7 +121,8 @@ def check_same_choice(subject: SelectorSubject) -> None:
     first, second = ((d.kept, d.marginals, d.confidences) for d in found)
     expect(
         first == second,
-        f"{subject.name} decides otherwise with the same seed: it keeps {list(found[0].kept)}, then {list(found[1].kept)}",
+        f"{subject.name} decides otherwise with the same seed: it keeps {list(found[0].kept)}, "
+        f"then {list(found[1].kept)}",
     )
 
 
