@@ -30,7 +30,7 @@ from tinyfusion_core.protocols.registry import registry
 from tinyfusion_core.runtime.distributed import shutdown
 from tinyfusion_core.samplers.grouped import Draw, GroupedSampler
 from tinyfusion_core.samplers.subset import ExactK, GumbelTopK
-from tinyfusion_core.testing import pairs_of, pair_name
+from tinyfusion_core.testing import pair_name, pairs_of
 from tinyfusion_core.testing.subject import Subject
 from toys import Match, Planted, planted_data
 
