@@ -132,7 +132,7 @@ def check_mode(subject: SamplerSubject) -> None:
         first == [mode, mode],
         f"{subject.name}.mode keeps {list(mode)}, best(1) {list(first[0])}, best(n) {list(first[1])}",
     )
-    count = f"{subject.name}.best gives {len(set(best))} different masks of {sampler.num_masks}"
+    count = f"{subject.name}.best gives {len(set(best))} different masks of {sampler.num_masks} in {len(best)}"
     expect(len(best) == len(set(best)) == sampler.num_masks, count)
     broken = [list(kept) for kept in best if not subject.obeys(list(kept))]
     expect(not broken, f"{subject.name}.best gives {broken[:1]}, which breaks the budget")

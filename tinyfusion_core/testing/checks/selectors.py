@@ -119,11 +119,8 @@ def check_same_choice(subject: SelectorSubject) -> None:
             states == global_states(), f"{subject.name} draws from a global generator; draw from `generator` or `Rng`"
         )
     first, second = ((d.kept, d.marginals, d.confidences) for d in found)
-    expect(
-        first == second,
-        f"{subject.name} decides otherwise with the same seed: it keeps {list(found[0].kept)}, "
-        f"then {list(found[1].kept)}",
-    )
+    kept = " and ".join(str(list(d.kept)) for d in found)
+    expect(first == second, f"{subject.name} decides otherwise the second time, with the same seed: it keeps {kept}")
 
 
 def check_network_values(subject: SelectorSubject) -> None:
