@@ -18,6 +18,7 @@ from places import ROOT
 from small_run import RECIPE, run
 from tinyfusion_core.cli import main
 from tinyfusion_core.pipeline.plan import make_plan
+from tinyfusion_core.pipeline.run import make_task
 from tinyfusion_core.pruning.prune import WEIGHTS
 
 ROUNDS = {
@@ -58,7 +59,7 @@ def test_each_student_is_the_next_rounds_teacher_and_source(rounds: Path, tmp_pa
     measured = {m["name"]: m["values"] for m in json.loads((folder / "metrics.json").read_text())["measurements"]}
     assert measured["blocks"] == {"teacher": 8, "d4 pruned": 4, "d4": 4, "d2 pruned": 2, "d2": 2}
     # What the second round began with is what the first one made, without two of its blocks.
-    task = tiny.run.make_task(tiny.load_recipe(rounds), tiny.load_pretrained(folder / "d4" / "student"))
+    task = make_task(tiny.load_recipe(rounds), tiny.load_pretrained(folder / "d4" / "student"))
     (loss,) = tiny.HeldOutLoss(draws=1)(task, {"x": tiny.prune(task, second)}, tiny.Trainer(precision="fp32"))
     assert loss.values["x"] == pytest.approx(measured["held-out loss"]["d2 pruned"], rel=1e-5)
     page = (folder / "report.html").read_text()

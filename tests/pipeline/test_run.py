@@ -278,7 +278,7 @@ def test_a_published_decision_is_applied_to_another_checkpoint(recipe: Path, tmp
     kept = [tiny.Decision.load(tmp_path / name / "decision.json").kept for name in ("first", "second")]
     assert kept[0] == kept[1]
     # The file is an input: with another content it is another run.
-    tiny.Keep([0, 1])(tiny.run.make_task(tiny.load_recipe(recipe)), tiny.Trainer(precision="fp32")).save(decision)
+    tiny.Keep([0, 1])(make_task(tiny.load_recipe(recipe)), tiny.Trainer(precision="fp32")).save(decision)
     assert run(recipe, tmp_path / "second", "--recover=null") == 2
     assert "search.decision (its content)" in capsys.readouterr().err
 

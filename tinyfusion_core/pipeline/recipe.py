@@ -27,6 +27,7 @@ from ..protocols.loss import LossAdapter
 from ..protocols.registry import PluginFile, load_plugin, registry
 from ..pruning.weight_update import WeightUpdate
 from ..runtime.files import write_atomic, write_text
+from ..runtime.stages import Stage, stages_of
 from ..samplers.constraints import Rules
 from ..samplers.grouped import BlockSampler
 from ..selection import criteria, successive_halving  # noqa: F401  # bring the names of their classes
@@ -118,6 +119,10 @@ class Recipe:
         if self.search is None:
             return dict(self.rounds or {})
         return {"": Round(search=self.search, recover=self.recover)}
+
+    def stages(self) -> list[Stage]:
+        """The stages of the run in their order; the settings of each are the object that does its work."""
+        return stages_of({**vars(self), "rounds": {name: vars(step) for name, step in (self.rounds or {}).items()}})
 
 
 def load_recipe(path: Path | str, flags: Sequence[str] = ()) -> Recipe:
