@@ -213,7 +213,7 @@ def test_gates_whose_gradient_is_no_number_do_not_move(tmp_path: Path) -> None:
     decision = how(task(), TRAINER, run)
     assert [entry["skipped"] for entry in run.metrics("search")] == [1, 2, 2]
     assert all(0 < p < 1 for p in decision.marginals)
-    assert run.mishaps("search") == {"steps skipped (loss or gradient not finite)": 2}
+    assert run.faults("search") == {"steps skipped (loss or gradient not finite)": 2}
 
 
 def test_too_many_of_them_end_the_stage_with_advice() -> None:

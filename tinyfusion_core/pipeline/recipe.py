@@ -22,6 +22,7 @@ from ..protocols.loss import LossAdapter
 from ..registry.registry import load_plugin
 from ..registry.sources import PluginFile
 from ..runtime.files import write_atomic, write_text
+from ..runtime.stages import Stage, stages_of
 from ..selection.search import Selector
 from ..training.recover import Recover
 from ..training.trainer import Trainer
@@ -76,6 +77,10 @@ class Recipe:
         if self.search is None:
             return dict(self.rounds or {})
         return {"": Round(search=self.search, recover=self.recover)}
+
+    def stages(self) -> list[Stage]:
+        """The stages of the run in their order; the settings of each are the object that does its work."""
+        return stages_of({**vars(self), "rounds": {name: vars(step) for name, step in (self.rounds or {}).items()}})
 
 
 def load_recipe(path: Path | str, flags: Sequence[str] = ()) -> Recipe:
