@@ -219,12 +219,8 @@ def _described(value: Any, *but: str) -> Any:
         return {"class": _described(type(value)), **told}
     if isinstance(value, functools.partial):
         return [_described(v) for v in (value.func, value.args, value.keywords)]
-    if isinstance(value, type) and "<locals>" not in value.__qualname__:
-        plugin = record_of(value)
-        return [Name.of(value), plugin["sha256"]] if "file" in plugin else Name.of(value)
-    if inspect.isfunction(value) and value.__qualname__.isidentifier() and value.__closure__ is None:
-        with suppress(OSError):
-            return [Name.of(value), digest(inspect.getsource(value))]
+    if isinstance(value, type) or inspect.isfunction(value):
+        return _named(value)
     if isinstance(value, Mapping):
         return {str(k): _described(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -232,6 +228,18 @@ def _described(value: Any, *but: str) -> Any:
     if isinstance(value, (float, Path, Enum, torch.dtype, torch.device)):
         return repr(value)  # JSON has no infinity
     return value if value is None or isinstance(value, (bool, int, str)) else uuid.uuid4().hex
+
+
+def _named(value: type[Any] | Callable[..., Any]) -> Any:
+    """A class or function by its name, with what tells it from another of that name; nothing twice if there is none."""
+    if isinstance(value, type):
+        if "<locals>" not in value.__qualname__:
+            plugin = record_of(value)
+            return [Name.of(value), plugin["sha256"]] if "file" in plugin else Name.of(value)
+    elif value.__qualname__.isidentifier() and value.__closure__ is None:  # type: ignore[attr-defined]
+        with suppress(OSError):
+            return [Name.of(value), digest(inspect.getsource(value))]
+    return uuid.uuid4().hex
 
 
 def _stage(stage: Selector | Recover, trainer: Trainer) -> dict[str, Any]:

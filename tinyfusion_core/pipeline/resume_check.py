@@ -89,15 +89,20 @@ def check_resume(recipe: Recipe, folder: RunFolder, command: str, restart_from: 
         named = next(i for i, stage in enumerate(stages) if i >= earliest and stage in present)
         if first > named:
             lines = [f"  {key}: {before.get(key)} -> {now.get(key)}" for key in changed]
-            raise UserError(
-                f"{folder.path} holds a run with other settings:\n"
-                + "\n".join(lines)
-                + "\nEither make a new run, or replace this one from the first stage concerned:\n"
-                f"  {command} --run-dir {_free_name(folder.path)}\n"
-                f"  {command} --run-dir {folder.path} --restart-from {keys[named]}"
-            )
+            raise UserError(_refusal(folder.path, lines, command, keys[named]))
         first = min(first, earliest)
     return Resume(now, stages[first:])
+
+
+def _refusal(path: Path, changes: Sequence[str], command: str, stage: str) -> str:
+    """What was changed in a run folder's settings, and the two ways on."""
+    return (
+        f"{path} holds a run with other settings:\n"
+        + "\n".join(changes)
+        + "\nEither make a new run, or replace this one from the first stage concerned:\n"
+        f"  {command} --run-dir {_free_name(path)}\n"
+        f"  {command} --run-dir {path} --restart-from {stage}"
+    )
 
 
 def stage_keys(recipe: Recipe) -> dict[str, str]:
