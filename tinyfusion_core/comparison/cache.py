@@ -236,7 +236,7 @@ def _named(value: type[Any] | Callable[..., Any]) -> Any:
         if "<locals>" not in value.__qualname__:
             plugin = record_of(value)
             return [Name.of(value), plugin["sha256"]] if "file" in plugin else Name.of(value)
-    elif value.__qualname__.isidentifier() and value.__closure__ is None:  # type: ignore[attr-defined]
+    elif value.__qualname__.isidentifier() and value.__closure__ is None:
         with suppress(OSError):
             return [Name.of(value), digest(inspect.getsource(value))]
     return uuid.uuid4().hex
