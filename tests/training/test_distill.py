@@ -215,8 +215,8 @@ def test_a_network_that_goes_on_in_place_is_noticed() -> None:
 def test_a_tap_between_blocks_of_different_width_is_named() -> None:
     decision = decided([0, 1, 2])
     objective = Distilled(tiny.prune(task(), decision), task(), decision, tiny.MaskedKD(taps=[(1, 2)]))
-    objective.outside[1].blocks[2].register_forward_hook(lambda m, args, out: out[:, :6])
-    objective.outside[1].blocks[3].forward = lambda x: torch.zeros(len(x), 8)
+    objective.unregistered[1].blocks[2].register_forward_hook(lambda m, args, out: out[:, :6])
+    objective.unregistered[1].blocks[3].forward = lambda x: torch.zeros(len(x), 8)
     with pytest.raises(tiny.UserError, match=r"block 1 of the student gives \[\(4, 8\)\], block 2 of the teacher"):
         objective({"x": torch.ones(4, 8), "target": torch.ones(4, 8)}, Rng(0, "test"))
 

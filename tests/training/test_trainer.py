@@ -15,7 +15,7 @@ from torch import nn
 import tinyfusion_core as tiny
 from places import TESTS
 from tinyfusion_core.pruning.prune import remove_blocks
-from tinyfusion_core.training.objective import cosine, decay_for
+from tinyfusion_core.training.objective import cosine, ema_decay
 from toys import Match, Planted, StopAt, planted_data
 
 TRAINER = tiny.Trainer(batch_size=16, precision="fp32", seed=0, checkpoint_every=7)
@@ -50,9 +50,9 @@ def test_the_average_weighs_the_past_by_its_decay() -> None:
     average = tiny.Recover(steps=2, lr=1e-2, schedule="constant", ema=0.75)(task(), student(), None, TRAINER)
     for a, b, c in zip(first.parameters(), second.parameters(), average.parameters(), strict=True):
         assert torch.allclose(c, 0.75 * a + 0.25 * b, atol=1e-6)
-    assert decay_for(10_000) == pytest.approx(0.999)
-    assert decay_for(100_000) == pytest.approx(0.9999)
-    assert decay_for(5) == 0
+    assert ema_decay(10_000) == pytest.approx(0.999)
+    assert ema_decay(100_000) == pytest.approx(0.9999)
+    assert ema_decay(5) == 0
 
 
 def test_the_learning_rate_follows_its_schedule(tmp_path: Path) -> None:
