@@ -77,7 +77,8 @@ class ShippedFeatures(FeatureSpace):
         return self._network.name
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        return self._network.to(images.device)(images)
+        found: tuple[Tensor, Tensor] = self._network.to(images.device)(images)
+        return found
 
     @cached_property
     def _network(self) -> SmallCNN:

@@ -19,7 +19,7 @@ from places import TESTS
 from small_run import RECIPE
 from tinyfusion_core.cli import main
 from tinyfusion_core.dataloading.order import Order, ShardedOrder
-from tinyfusion_core.protocols.registry import registry
+from tinyfusion_core.registry.registry import registry
 from tinyfusion_core.runtime import seeding
 from tinyfusion_core.runtime.seeding import Rng, generator, seed_of
 

@@ -20,13 +20,11 @@ from tinyfusion_core.protocols.backbone import Backbone
 from tinyfusion_core.protocols.loss import LossAdapter
 from tinyfusion_core.registry.registry import registry
 from tinyfusion_core.testing import name_of, pairs_of, parametrize_with_checks, run_check
-from tinyfusion_core.testing.checks import (
-    CHECKS,
-    Subject,
-    check_light_import,
-    check_loss_per_sample,
-    check_sparse_is_dense,
-)
+from tinyfusion_core.testing.checks import CHECKS
+from tinyfusion_core.testing.checks.gating import check_sparse_is_dense
+from tinyfusion_core.testing.checks.objective import check_loss_per_sample
+from tinyfusion_core.testing.checks.structure import check_light_import
+from tinyfusion_core.testing.subject import Subject
 from toys import Chain, Match, Planted
 
 WORKING = Planted(scales=(1, 1, 1, 1))

@@ -55,7 +55,7 @@ SECTIONS: dict[str, Any] = {
 KEYS = ("plugins", *SECTIONS)
 BASES = {name: kind.base_class() for name, kind in KINDS.items() if name != "command"}
 """The kinds of the registry whose classes a recipe can name, and what they derive from."""
-POLYMORPHIC = (*BASES.values(), Search)
+POLYMORPHIC: tuple[type[Any], ...] = (*BASES.values(), Search)
 """Types of values that are given as the name of a class."""
 PLAIN = (Trainer, Recover, Round, Rules, Compare, Audit)
 """Classes that a section is made of without saying so."""
