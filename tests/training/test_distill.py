@@ -245,8 +245,8 @@ def test_the_teacher_runs_once_a_step_without_graph_in_eval_mode_on_the_same_inp
 def test_beta_falls_with_the_steps_and_the_terms_are_logged(tmp_path: Path) -> None:
     decision = decided([1, 3, 4])
     whole, run = task(), tiny.RunFolder(tmp_path)
-    how = tiny.Recover(steps=5, lr=1e-4, kd=tiny.MaskedKD(beta=(0.4, 0.0), sigma=2.0))
-    how(whole, tiny.prune(whole, decision), decision, TRAINER, run)
+    recover = tiny.Recover(steps=5, lr=1e-4, kd=tiny.MaskedKD(beta=(0.4, 0.0), sigma=2.0))
+    recover(whole, tiny.prune(whole, decision), decision, TRAINER, run)
     lines = run.metrics("recover")
     assert [line["beta"] for line in lines] == pytest.approx([0.4, 0.3, 0.2, 0.1, 0.0])
     for line in lines:
