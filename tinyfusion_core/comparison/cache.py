@@ -36,7 +36,7 @@ from ..selection.calibration import Calibrated
 from ..selection.search import Selector
 from ..selection.successive_halving import Finals
 from ..training.recover import Recover
-from ..training.trainer import INDIFFERENT, Trainer
+from ..training.trainer import NUMERICALLY_NEUTRAL, Trainer
 from .legacy_keys import Name, then
 from .results import Trial
 
@@ -245,12 +245,12 @@ def _named(value: type[Any] | Callable[..., Any]) -> Any:
 def _stage(stage: Selector | Recover, trainer: Trainer) -> dict[str, Any]:
     """A stage and how it trains, but for what changes no number; of two batch sizes the one that counts."""
     if isinstance(stage, Calibrated):  # does not train
-        what, how = _described(stage, "batch_size"), _described(trainer, *INDIFFERENT, "batch_size")
+        what, how = _described(stage, "batch_size"), _described(trainer, *NUMERICALLY_NEUTRAL, "batch_size")
     elif isinstance(stage, Finals):  # its parts have batch sizes of their own, or the trainer's
-        what, how = _described(stage), _described(trainer, *INDIFFERENT)
+        what, how = _described(stage), _described(trainer, *NUMERICALLY_NEUTRAL)
     else:
         own: int | None = getattr(stage, "batch_size", None)
-        what, how = _described(stage, "batch_size"), _described(trainer.with_batch_size(own), *INDIFFERENT)
+        what, how = _described(stage, "batch_size"), _described(trainer.with_batch_size(own), *NUMERICALLY_NEUTRAL)
     how["precision"] = trainer.accelerator.mixed_precision
     return {"stage": what, "trainer": how}
 
