@@ -14,7 +14,7 @@ from ..pruning.decision import versions
 from ..runtime.files import digest, read_json, write_json
 from ..runtime.run_folder import RunFolder
 from ..runtime.stages import EVALUATE, Stage, stages_of
-from ..training.trainer import INDIFFERENT
+from ..training.trainer import NUMERICALLY_NEUTRAL
 from .recipe import Recipe, flatten
 
 OTHER_COMMANDS = ("compare", "audit")
@@ -118,7 +118,9 @@ def stage_keys(recipe: Recipe) -> dict[str, str]:
 
 def run_fingerprint(recipe: Recipe) -> dict[str, Any]:
     """Every setting and input file that can change a number, by key. The content of data sets is not hashed."""
-    settings = {k: v for k, v in flatten(recipe.settings).items() if k.removeprefix("trainer.") not in INDIFFERENT}
+    settings = {
+        k: v for k, v in flatten(recipe.settings).items() if k.removeprefix("trainer.") not in NUMERICALLY_NEUTRAL
+    }
     settings = {k: v for k, v in settings.items() if k.partition(".")[0] not in OTHER_COMMANDS}
     files, before = {f"plugins.{file.name}": file.sha256 for file in recipe.plugins}, ""
     for name, step in recipe.each_round().items():
