@@ -130,3 +130,15 @@ def test_a_command_that_there_is_and_one_that_fails(site: Path, capsys) -> None:
         "plugins 'core' and 'runplugin' both bring a command named 'run' (tinyfusion_register_commands); switch one of "
         "them off (TINYFUSION_BLOCK=runplugin), uninstall it, or rename the command\n"
     ) in capsys.readouterr().err
+
+
+def test_a_metric_names_its_feature_space_and_old_paths_of_classes_are_known(recipe: Path) -> None:
+    features = {"class_path": "ShippedFeatures", "init_args": {"data": "digits"}}
+    named = [{"class_path": "Frechet", "init_args": {"features": features}}, "tinyfusion_core.fidelity.Fidelity"]
+    frechet, fidelity = tiny.load_recipe(recipe, [f"--evaluate={json.dumps(named)}"]).evaluate
+    assert isinstance(frechet, tiny.Frechet)
+    assert frechet.features is not None
+    assert frechet.features.name == "penultimate layer (32) of a small CNN trained on digits"
+    assert type(fidelity).__module__ == "tinyfusion_images.fidelity"
+    with pytest.raises(tiny.UserError, match=r"unknown class 'others\.HeldOutLoss'"):
+        tiny.load_recipe(recipe, ["--evaluate=[others.HeldOutLoss]"])
