@@ -37,7 +37,7 @@ from ..selection.search import Selector
 from ..selection.successive_halving import Finals
 from ..training.recover import Recover
 from ..training.trainer import NUMERICALLY_NEUTRAL, Trainer
-from .legacy_keys import Name, then
+from .legacy_keys import NEUTRAL, Name, then
 from .results import Trial
 
 
@@ -200,10 +200,6 @@ class Cells:
     def _loss(self, model: nn.Module) -> float | None:
         model.to(self.accelerator.device)
         return _finite(self.held_out(self.task, {"model": model}, self.trainer)[0].values["model"])
-
-
-NEUTRAL = "neutral"
-"""In the metadata of a field that was added later: the value that means what was done before there was the field."""
 
 
 def _described(value: Any, *but: str) -> Any:

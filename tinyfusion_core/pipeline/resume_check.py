@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..comparison.legacy_keys import NEUTRAL, PATHS
 from ..errors import UserError, nearest
 from ..pruning.decision import versions
 from ..runtime.files import digest, read_json, write_json
@@ -118,10 +119,12 @@ def stage_keys(recipe: Recipe) -> dict[str, str]:
 
 def run_fingerprint(recipe: Recipe) -> dict[str, Any]:
     """Every setting and input file that can change a number, by key. The content of data sets is not hashed."""
+    flat = flatten(_as_first_told(recipe.settings))
     settings = {
-        k: v for k, v in flatten(recipe.settings).items() if k.removeprefix("trainer.") not in NUMERICALLY_NEUTRAL
+        key: value
+        for key, value in flat.items()
+        if key.removeprefix("trainer.") not in NUMERICALLY_NEUTRAL and key.partition(".")[0] not in OTHER_COMMANDS
     }
-    settings = {k: v for k, v in settings.items() if k.partition(".")[0] not in OTHER_COMMANDS}
     files, before = {f"plugins.{file.name}": file.sha256 for file in recipe.plugins}, ""
     for name, step in recipe.each_round().items():
         prefix = f"rounds.{name}." if name else ""
@@ -132,6 +135,23 @@ def run_fingerprint(recipe: Recipe) -> dict[str, Any]:
     if recipe.train is None:
         files["backbone.checkpoint"] = recipe.backbone.source().get("sha256", "")
     return {**settings, **{f"{key} (its content)": content for key, content in files.items()}}
+
+
+def _as_first_told(settings: Any) -> Any:
+    """Settings that a class of any release has told alike: where it was first, without what came later and is neutral."""
+    if isinstance(settings, list):
+        return [_as_first_told(value) for value in settings]
+    if not isinstance(settings, Mapping):
+        return settings
+    told = {key: _as_first_told(value) for key, value in settings.items()}
+    if "class_path" in told:
+        path = told["class_path"]
+        cls = resolve_name(path)
+        later = {f.name: f.metadata[NEUTRAL] for f in fields(cls) if NEUTRAL in f.metadata} if is_dataclass(cls) else {}
+        arguments = told.get("init_args") or {}
+        told["init_args"] = {key: v for key, v in arguments.items() if key not in later or v != later[key]}
+        told["class_path"] = PATHS.get(f"{path.partition('.')[0]}:{path.rpartition('.')[2]}", path)
+    return told
 
 
 def _path(key: str) -> list[str]:
