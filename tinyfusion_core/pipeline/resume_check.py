@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, NamedTuple
 
 import torch
@@ -138,7 +140,7 @@ def run_fingerprint(recipe: Recipe) -> dict[str, Any]:
 
 
 def _as_first_told(settings: Any) -> Any:
-    """Settings that a class of any release has told alike: where it was first, without what came later and is neutral."""
+    """Settings as every release tells them: classes where they were first, without later options that change nothing."""
     if isinstance(settings, list):
         return [_as_first_told(value) for value in settings]
     if not isinstance(settings, Mapping):
