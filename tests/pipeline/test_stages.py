@@ -15,18 +15,18 @@ KEYS = {
     "quickstart": {
         "search": "34c818d5c3c63f840a54cb92530042c3c6403fe9ce086f5a739f1f108c021128",
         "recover": "5390fae94346249dcd7689c4e9da831f7bce6628e686c90a9898f82e4c7f1eb8",
-        "evaluate": "20fac447a8a189acb9cbb2f17d2aa4f24e1c14b1be16d4a43b7ba8e14e3c95df",
+        "evaluate": "bd8fee89e95f872db580622f403663d034f7aa87d4deebf030838856da575787",
     },
     "progressive_digits": {
         "d4.search": "e981af3e56f71499788c70030eca2d609b664f075f6433acaad07f2076fc2130",
         "d4.recover": "48eaeb38aa8638306621f5a1558b574bd1e253b23c56dc51591a9bf36ddda572",
         "d2.search": "d6318e6a33b275419b8be56c1eeaadece3492d50f57aa412b1559596e69b029b",
         "d2.recover": "f47f32968715f9067eeeaf169adb27d23172e76e25a57d1609a53922e59833cf",
-        "evaluate": "20a63a9365834647cdae1e6b38243a737c30f65d06c029a4e1e919a316fff2ab",
+        "evaluate": "1babd40bca03658256c38bb0797759a8b1163661f61feeadc217353c48978e26",
     },
     "teacher_digits": {
         "train": "a8eea6eb48d80adb3f2dc7ea508fe129b86420acd5957a3b113e5b1bf3683ccc",
-        "evaluate": "ec02c39d64929ad136a186e2f4eab822633f950489135af3dfd293eb003603d1",
+        "evaluate": "9affd7f4cf237f7a2937ea0786f9d6d7640522f368113ecea52ca852ecbf21a9",
     },
 }
 """What `stages.json` holds of shipped recipes. With other keys, finished stages of old run folders would run again."""

@@ -140,7 +140,7 @@ def run_fingerprint(recipe: Recipe) -> dict[str, Any]:
 
 
 def _as_first_told(settings: Any) -> Any:
-    """Settings as every release tells them: classes where they were first, without later options that change nothing."""
+    """Settings as every release tells them: classes where they first were, no later options that change nothing."""
     if isinstance(settings, list):
         return [_as_first_told(value) for value in settings]
     if not isinstance(settings, Mapping):
