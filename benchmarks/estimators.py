@@ -1,11 +1,11 @@
-"""Gradient estimators of the expected loss against the truth, and searches against the masks that heal best.
+"""Gradient estimators of the expected loss against the truth, and searches against the masks that recover best.
 
 python benchmarks/estimators.py [--searches runs/samplers_d4-audit]
 
 The digits' teacher, 4 of its 8 blocks: all 70 masks are run on a fixed population of prepared samples, so the expected
 loss under any distribution over masks, and its gradient, are known. Every estimator draws batches from that population.
-With `--searches`, whole searches of several lengths: how often do they find the mask that heals best, and the one that
-hurts least right after pruning? The audit has healed all masks.
+With `--searches`, whole searches of several lengths: how often do they find the mask that recovers best, and the one
+that hurts least right after pruning? The audit has recovered all masks.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from placed import losses_of
 from torch import Tensor
 
 import tinyfusion_core as tiny
-from tinyfusion_core.comparison.results import Findings
+from tinyfusion_core.comparison.results import ComparisonResults
 from tinyfusion_core.samplers.grouped import BlockSampler
 from tinyfusion_core.selection.search import Selector, value_weights
 from tinyfusion_dit import DiT, GaussianDiffusion
@@ -175,11 +175,11 @@ def show(table: Sequence[dict[str, Any]]) -> None:
         print(name, *points, f"{seconds:.3f}", f"{even:.3f}", sep=" | ")
 
 
-def searches(task: tiny.Task, findings: Findings) -> list[dict[str, str | float]]:
+def searches(task: tiny.Task, results: ComparisonResults) -> list[dict[str, str | float]]:
     """How far searches of several lengths are from the best mask, and how often they find it; means of five seeds."""
-    by_seed, pruned = losses_of(findings)
-    healed = {kept: statistics.fmean(losses.values()) for kept, losses in by_seed.items()}
-    heals_best, hurts_least = min(healed, key=healed.__getitem__), min(pruned, key=pruned.__getitem__)
+    by_seed, pruned = losses_of(results)
+    recovered = {kept: statistics.fmean(losses.values()) for kept, losses in by_seed.items()}
+    recovers_best, hurts_least = min(recovered, key=recovered.__getitem__), min(pruned, key=pruned.__getitem__)
     table: list[dict[str, str | float]] = []
     for name, (make, lengths) in SEARCHES.items():
         for steps in lengths:
@@ -192,8 +192,8 @@ def searches(task: tiny.Task, findings: Findings) -> list[dict[str, str | float]
                     "search": name,
                     "steps": steps,
                     "seconds": (time.perf_counter() - start) / len(found),
-                    "regret": statistics.fmean(healed[kept] - healed[heals_best] for kept in found),
-                    "heals best": found.count(heals_best) / len(found),
+                    "regret": statistics.fmean(recovered[kept] - recovered[recovers_best] for kept in found),
+                    "recovers best": found.count(recovers_best) / len(found),
                     "hurts least": found.count(hurts_least) / len(found),
                 }
             )
@@ -207,9 +207,13 @@ def draw_searches(table: Sequence[dict[str, str | float]], path: Path) -> None:
     for name in SEARCHES:
         rows = [row for row in table if row["search"] == name]
         marks = "o-" if len(rows) > 1 else "*"
-        for axis, what in zip(axes, ("regret", "heals best", "hurts least"), strict=True):
+        for axis, what in zip(axes, ("regret", "recovers best", "hurts least"), strict=True):
             axis.plot([r["seconds"] for r in rows], [r[what] for r in rows], marks, label=name)
-    titles = ("healed loss above the best mask's", "finds the mask that heals best", "finds the mask that hurts least")
+    titles = (
+        "recovered loss above the best mask's",
+        "finds the mask that recovers best",
+        "finds the mask that hurts least",
+    )
     for axis, title in zip(axes, titles, strict=True):
         axis.set(title=title, xlabel="seconds of a search", xscale="log")
         axis.grid(alpha=0.3)
@@ -248,7 +252,7 @@ def main() -> None:
     draw(table, Path(__file__).parent / "figures" / "estimators.png")
     if options.searches:
         task.teacher.requires_grad_(True)
-        table = searches(task, Findings.load(options.searches / "findings.json"))
+        table = searches(task, ComparisonResults.load(options.searches / "findings.json"))
         draw_searches(table, Path(__file__).parent / "figures" / "searches.png")
 
 

@@ -1,6 +1,6 @@
-"""Place every choice of an audit that healed all masks: `python benchmarks/placed.py RUN_DIR`.
+"""Place every choice of an audit that recovered all masks: `python benchmarks/placed.py RUN_DIR`.
 
-A mask's healed loss is its mean over the seeds it was healed with, whoever chose it; the noise is the standard
+A mask's recovered loss is its mean over the seeds it was recovered with, whoever chose it; the noise is the standard
 deviation between seeds, pooled over the masks. A choice counts as good as the best when it is within two of them.
 """
 
@@ -11,32 +11,32 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from tinyfusion_core.comparison.results import Findings
+from tinyfusion_core.comparison.results import ComparisonResults
 from tinyfusion_core.comparison.statistics import spearman
 
 
 def main(run_dir: str) -> None:
-    findings = Findings.load(Path(run_dir) / "findings.json")
-    healed, calibration = losses_of(findings)
-    means = {kept: statistics.fmean(by_seed.values()) for kept, by_seed in healed.items()}
-    degrees = sum(len(by_seed) - 1 for by_seed in healed.values())
-    squares = sum((loss - means[kept]) ** 2 for kept, by_seed in healed.items() for loss in by_seed.values())
+    results = ComparisonResults.load(Path(run_dir) / "findings.json")
+    recovered, calibration = losses_of(results)
+    means = {kept: statistics.fmean(by_seed.values()) for kept, by_seed in recovered.items()}
+    degrees = sum(len(by_seed) - 1 for by_seed in recovered.values())
+    squares = sum((loss - means[kept]) ** 2 for kept, by_seed in recovered.items() for loss in by_seed.values())
     noise = (squares / degrees) ** 0.5 if degrees else float("nan")
     order = sorted(means, key=means.__getitem__)
     best, worst = order[0], order[-1]
     median = statistics.median(means.values())
     print(
-        f"{len(findings.blocks)} -> {len(best)}, {findings.steps} steps, all {len(order)} masks: best {_say(best)} "
+        f"{len(results.blocks)} -> {len(best)}, {results.steps} steps, all {len(order)} masks: best {_say(best)} "
         f"{means[best]:.4f}, median {median:.4f}, worst {_say(worst)} {means[worst]:.4f}; "
-        f"s.d. between healing seeds {noise:.4f}; teacher {findings.teacher:.4f}"
+        f"s.d. between recovery seeds {noise:.4f}; teacher {results.teacher:.4f}"
     )
     rho = spearman([calibration[k] for k in order], [means[k] for k in order])
-    print(f"Spearman's rho of calibration loss and healed loss: {rho:.2f}\n")
-    print("| choice | kept (seeds) | healed | rank | from the best, in s.d. (worst seed) | within 2 s.d. |")
+    print(f"Spearman's rho of calibration loss and recovered loss: {rho:.2f}\n")
+    print("| choice | kept (seeds) | recovered | rank | from the best, in s.d. (worst seed) | within 2 s.d. |")
     print("|---|---|---|---|---|---|")
     chosen: dict[str, list[tuple[int, ...]]] = defaultdict(list)
-    for trial in findings.trials:
-        chosen[trial.method].append(trial.kept)
+    for entry in results.entries:
+        chosen[entry.method].append(entry.kept)
     for name, kept in sorted(chosen.items(), key=lambda item: statistics.fmean(means[k] for k in item[1])):
         counts = {k: kept.count(k) for k in dict.fromkeys(kept)}
         said = ", ".join(f"{_say(k)}{f' x{n}' if len(kept) > 1 else ''}" for k, n in counts.items())
@@ -47,17 +47,19 @@ def main(run_dir: str) -> None:
         print(f"| {name} | {said} | {value:.4f} | {ranks} | {max(away):.1f} | {within} |")
 
 
-def losses_of(findings: Findings) -> tuple[dict[tuple[int, ...], dict[int, float]], dict[tuple[int, ...], float]]:
-    """Healed losses of every mask by seed, and its loss right after pruning."""
-    healed: dict[tuple[int, ...], dict[int, float]] = defaultdict(dict)
+def losses_of(
+    results: ComparisonResults,
+) -> tuple[dict[tuple[int, ...], dict[int, float]], dict[tuple[int, ...], float]]:
+    """Recovered losses of every mask by seed, and its loss right after pruning."""
+    recovered: dict[tuple[int, ...], dict[int, float]] = defaultdict(dict)
     calibration: dict[tuple[int, ...], float] = {}
-    for trial in (*findings.masks, *findings.trials):
-        assert trial.healed is not None and trial.calibration is not None
-        healed[trial.kept][trial.seed] = trial.healed
-        calibration[trial.kept] = trial.calibration
-    if len(healed) != findings.num_masks:
-        sys.exit(f"{len(healed)} of {findings.num_masks} masks were healed; this needs all of them")
-    return healed, calibration
+    for entry in (*results.masks, *results.entries):
+        assert entry.recovered is not None and entry.calibration is not None
+        recovered[entry.kept][entry.seed] = entry.recovered
+        calibration[entry.kept] = entry.calibration
+    if len(recovered) != results.num_masks:
+        sys.exit(f"{len(recovered)} of {results.num_masks} masks were recovered; this needs all of them")
+    return recovered, calibration
 
 
 def _say(kept: tuple[int, ...]) -> str:

@@ -13,14 +13,16 @@ import lazy_loader
 _lazy, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
 _MOVED = {
-    "Fidelity": "tinyfusion_images.fidelity",
-    "write_samples": "tinyfusion_images.samples",
+    "Fidelity": ("tinyfusion_images.fidelity", "Fidelity"),
+    "Findings": ("tinyfusion_core", "ComparisonResults"),
+    "write_samples": ("tinyfusion_images.samples", "write_samples"),
 }
-"""Names that live elsewhere now; they stay here for one release."""
+"""Names that live elsewhere now, or are called otherwise: module and name. They stay here for one release."""
 
 
 def __getattr__(name: str) -> Any:
     if name not in _MOVED:
         return _lazy(name)
-    warnings.warn(f"{__name__}.{name} is now {_MOVED[name]}.{name}", DeprecationWarning, stacklevel=2)
-    return getattr(importlib.import_module(_MOVED[name]), name)
+    module, now = _MOVED[name]
+    warnings.warn(f"{__name__}.{name} is now {module}.{now}", DeprecationWarning, stacklevel=2)
+    return getattr(importlib.import_module(module), now)

@@ -1,6 +1,6 @@
 import typing
 
-from .comparison.results import Findings as Findings
+from .comparison.results import ComparisonResults as ComparisonResults
 from .comparison.study import Audit as Audit
 from .comparison.study import Compare as Compare
 from .errors import UserError as UserError
@@ -74,5 +74,6 @@ from .training.distillation import derive_taps as derive_taps
 from .training.recover import Recover as Recover
 from .training.trainer import Trainer as Trainer
 
-Fidelity: typing.Any  # these two live in tinyfusion_images now, and here for one release
+Fidelity: typing.Any  # these live elsewhere now, or have other names, and stay here for one release
+Findings: typing.Any
 write_samples: typing.Any

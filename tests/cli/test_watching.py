@@ -122,7 +122,7 @@ def test_a_comparison_shows_its_cells(tmp_path: Path) -> None:
     (cells / "now.json").write_text(json.dumps(now))
     (cells / "healing-ab" / "metrics.jsonl").write_text(line(10, "recover") + line(20, "recover"))
     out = frame(tmp_path)
-    assert "1 decision cells, 0 calibration cells, 0 healing cells done" in out
+    assert "1 decision cells, 0 calibration cells, 0 recovery cells done" in out
     assert "4 of 30" in out and "Uniform, seed 3: recovering" in out and "step 20" in out
 
 

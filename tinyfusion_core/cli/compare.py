@@ -28,9 +28,9 @@ class Compare(Command):
         run_dir = options.run_dir or Path("runs") / f"{options.recipe.stem}-{self.name}"
         command = shlex.join(["tinyfusion", self.name, str(options.recipe), *options.overrides])
         recipe = load_recipe(options.recipe, options.overrides)
-        findings, report = compare_recipe(recipe, self.name, run_dir, command)
+        results, report = compare_recipe(recipe, self.name, run_dir, command)
         if recipe.trainer.accelerator.is_main_process:
-            print_tables(findings)
+            print_tables(results)
             print(f"report: {report}")
         return 0
 

@@ -15,7 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from ..comparison.results import Findings
+from ..comparison.results import ComparisonResults
 from ..errors import UserError
 from ..pipeline.compare import print_tables
 from ..reporting.report import duration, results_table
@@ -151,7 +151,10 @@ class View:
 
     def _comparison(self) -> Iterator[RenderableType]:
         cells = self.folder / "cells"
-        counts = {kind: len(list(cells.glob(f"{kind}-*.json"))) for kind in ("decision", "calibration", "healing")}
+        counts = {
+            what: len(list(cells.glob(f"{kind}-*.json")))
+            for what, kind in (("decision", "decision"), ("calibration", "calibration"), ("recovery", "healing"))
+        }
         yield Text(", ".join(f"{count} {kind} cells" for kind, count in counts.items()) + " done")
         now = read_json(cells / "now.json") if (cells / "now.json").exists() else None
         if now is not None:
@@ -242,6 +245,6 @@ def watch(path: Path, once: bool = False, every: float = 2.0) -> None:
                 time.sleep(every)
                 live.update(view.frame(), refresh=True)
     if view.compares:
-        print_tables(Findings.load(path / COMPARISON_RESULTS))
+        print_tables(ComparisonResults.load(path / COMPARISON_RESULTS))
     else:
         console.print(results_table(view.folder))

@@ -1,4 +1,4 @@
-"""The parts of a comparison, each a small file that is named by a hash of all that decides it: computed once."""
+"""The result cache of a comparison: each part is a small file, named by a hash of all that decides it."""
 
 from __future__ import annotations
 
@@ -21,15 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import Diverged, UserError
-from ..evaluation.frechet import Frechet
-from ..evaluation.metrics import HeldOutLoss
+from ..evaluation.metrics import HeldOutLoss, Metric, measure
 from ..protocols.data import FeatureSpace, Samples
 from ..protocols.task import Task
 from ..pruning.decision import Decision
 from ..pruning.prune import prune
 from ..registry.registry import record_of
 from ..runtime.distributed import on_main_process
-from ..runtime.files import digest, read_json, write_json
+from ..runtime.files import NEUTRAL, digest, read_json, write_json
 from ..runtime.progress import Tracker
 from ..runtime.run_folder import RunFolder
 from ..selection.calibration import Calibrated
@@ -37,38 +36,39 @@ from ..selection.search import Selector
 from ..selection.successive_halving import Finals
 from ..training.recover import Recover
 from ..training.trainer import NUMERICALLY_NEUTRAL, Trainer
-from .legacy_keys import NEUTRAL, Name, then
-from .results import Trial
+from .legacy_keys import Name, then
+from .results import Entry
 
 
-class Cells:
-    """What has been computed, as files; and the way to compute the rest.
+class ResultCache:
+    """What has been computed, as files called cells; and the way to compute the rest.
 
     Args:
         task: what to prune.
-        recover: how to heal.
+        recovery: how every subset is recovered.
         trainer: how to train, whatever its seed.
         folder: holds `cells/`.
         progress: moves on with every cell that is asked for.
-        metrics: what to measure.
+        held_out: how the losses are measured.
+        metrics: what else to measure of the candidates' networks, by the name of its column.
     """
 
     def __init__(
         self,
         task: Task,
-        recover: Recover,
+        recovery: Recover,
         trainer: Trainer,
         folder: RunFolder,
         progress: Tracker,
-        metrics: tuple[HeldOutLoss, Frechet | None],
+        held_out: HeldOutLoss,
+        metrics: Mapping[str, Metric],
     ) -> None:
-        self.task, self.recover, self.folder, self.progress = task, recover, folder, progress
+        self.task, self.recovery, self.folder, self.progress = task, recovery, folder, progress
         self.trainer = replace(trainer, trackers=())  # hundreds of short trainings, whose logs go when they are done
-        self.held_out, self.frechet = metrics
+        self.held_out, self.metrics = held_out, metrics
         self.accelerator = trainer.accelerator
-        self.features = None if self.frechet is None else _features(self.frechet.space(task))
         loss = _described(task.loss)
-        self.sampling = {name: loss.pop(name) for name in task.loss.sampling_options() if name in loss}
+        sampling = {name: loss.pop(name) for name in task.loss.sampling_options() if name in loss}
         config = task.backbone.config(task.teacher)
         network = [_described(task.backbone), _described(config), _weights(task.teacher)]
         self.training = {"network": network, "loss": loss, "data": _identity(task.train, 256)}
@@ -79,9 +79,14 @@ class Cells:
             "metric": _described(self.held_out, "batch_size"),
             "precision": self.accelerator.mixed_precision,
         }
+        # What a change of the sampling or of the features changes is the metrics alone.
+        features = _features(task.feature_space) if metrics and task.feature_space is not None else None
+        keys = {column: [_described(metric, "batch_size"), sampling, features] for column, metric in metrics.items()}
+        self.figures = {column: (digest(key), digest(then(key))) for column, key in keys.items()}
+        """Names of the metrics' figures in a cell: now, and in cells of before."""
 
-    def decide(self, name: str, selector: Selector, seed: int) -> Trial:
-        """Let a candidate choose. The trial has no losses yet. Raises UserError, naming the candidate, if it cannot."""
+    def decide(self, name: str, selector: Selector, seed: int) -> Entry:
+        """Let a candidate choose. The entry has no losses yet. Raises UserError, naming the candidate, if it cannot."""
         trainer = replace(self.trainer, seed=seed)
 
         def work(folder: RunFolder) -> dict[str, Any]:
@@ -100,7 +105,7 @@ class Cells:
         made = self._cell("decision", key, f"{name}, seed {seed}: choosing", work)
         self.progress.advance()
         kept, scores = tuple(made.pop("kept")), made.pop("scores")
-        return Trial(name, seed, kept, scores=None if scores is None else tuple(scores), **made)
+        return Entry(name, seed, kept, scores=None if scores is None else tuple(scores), **made)
 
     def calibrate(self, kept: Sequence[int]) -> float | None:
         """The held-out loss of the network with these blocks alone, without any recovery."""
@@ -112,39 +117,39 @@ class Cells:
         loss: float | None = self._cell("calibration", key, "loss right after pruning", work)["loss"]
         return loss
 
-    def heal(self, trial: Trial, full: bool = False) -> Trial:
-        """Prune and recover as the trial says; with `full`, measure the Fréchet distance too. None if it diverges."""
-        calibration = self.calibrate(trial.kept)
-        trainer = replace(self.trainer, seed=trial.seed)
-        extra = self.frechet if full else None
-        # What a change of the sampling or of the features changes is the distance alone.
-        measured = [_described(extra, "batch_size", "features"), self.sampling, self.features]
-        name, old = ("loss", "loss") if extra is None else (digest(measured), digest(then(measured)))
+    def recover(self, entry: Entry, full: bool = False) -> Entry:
+        """Prune and recover as the entry says; with `full`, measure all metrics too. None is there if it diverges."""
+        calibration = self.calibrate(entry.kept)
+        trainer = replace(self.trainer, seed=entry.seed)
+        figures_of = self.figures if full else {}
 
         def work(folder: RunFolder) -> dict[str, Any]:
-            decision = self._decision(trial.kept)
+            decision = self._decision(entry.kept)
             try:
-                student = self.recover(self.task, prune(self.task, decision), decision, trainer, folder)
+                student = self.recovery(self.task, prune(self.task, decision), decision, trainer, folder)
             except Diverged:
-                return {"loss": None, name: None}
+                return {"loss": None, **{name: None for name, _ in figures_of.values()}}
             figures = {"loss": self._loss(student)}
-            if extra is not None:
-                distance = extra(self.task, {"recovered": student}, trainer)[0].values["recovered"]
-                figures[name] = _finite(distance)
+            for column, (name, _) in figures_of.items():
+                found = measure(
+                    self.metrics[column], self.task, {"recovered": student}, trainer, folder / "evaluation" / name
+                )
+                figures[name] = found[0].values["recovered"] if found else None
             return figures
 
         key = {
             **{f"training {k}": v for k, v in self.training.items()},
             **self.measuring,
-            **_stage(self.recover, trainer),
+            **_stage(self.recovery, trainer),
             "patience": trainer.max_skipped,  # decides what has diverged
-            "kept": list(trial.kept),
+            "kept": list(entry.kept),
         }
-        what = f"{trial.method or 'random subset'}, seed {trial.seed}: recovering"
-        figures = self._cell("healing", key, what, work, needs=(name, old))
+        what = f"{entry.method or 'random subset'}, seed {entry.seed}: recovering"
+        figures = self._cell("healing", key, what, work, needs=list(figures_of.values()))
         self.progress.advance()
-        frechet = None if extra is None else figures[name if name in figures else old]
-        return replace(trial, calibration=calibration, healed=figures["loss"], frechet=frechet)
+        metrics = {column: figures[new if new in figures else old] for column, (new, old) in figures_of.items()}
+        known = {column: value for column, value in metrics.items() if value is not None}
+        return replace(entry, calibration=calibration, recovered=figures["loss"], metrics=known)
 
     def _cell(
         self,
@@ -152,7 +157,7 @@ class Cells:
         key: Mapping[str, Any],
         what: str,
         work: Callable[[RunFolder], dict[str, Any]],
-        needs: Sequence[str] = (),
+        needs: Sequence[tuple[str, str]] = (),
     ) -> dict[str, Any]:
         """The content of a cell; computed in a folder of its own, where checkpoints outlive a kill, if it is missing.
 
@@ -163,7 +168,7 @@ class Cells:
             key: all that decides the content.
             what: to show while it is computed.
             work: computes it.
-            needs: one of these entries must be there, or it has to be computed again.
+            needs: names, one of each pair must be there, or it has to be computed again.
         """
         folder = self.folder / "cells"
 
@@ -176,7 +181,7 @@ class Cells:
         path, scratch = folder / f"{name}.json", RunFolder(folder / name)
         before = on_main_process(lambda: read_json(path) if path.exists() else {})
         made: dict[str, Any] = {}
-        if not before or (needs and before.keys().isdisjoint(needs)):
+        if not before or any(before.keys().isdisjoint(names) for names in needs):
             self.progress.tell(what)
             if self.accelerator.is_main_process:  # for those who watch
                 now = {"cell": name, "what": what, "done": self.progress.done, "total": self.progress.total}
@@ -209,6 +214,8 @@ def _described(value: Any, *but: str) -> Any:
     is added later says in its metadata which value is `NEUTRAL`, and is left out while it has that one, so that what
     was computed before still counts. That value is written down once and for all; the default may move away from it.
     """
+    if isinstance(value, FeatureSpace):
+        return _features(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         own = {f: getattr(value, f.name) for f in dataclasses.fields(value) if f.name not in but}
         told = {f.name: _described(v) for f, v in own.items() if NEUTRAL not in f.metadata or v != f.metadata[NEUTRAL]}

@@ -1,4 +1,4 @@
-"""The pictures of a comparison."""
+"""The figures of a comparison."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ def draw_scatter(subsets: Sequence[Point], marks: Mapping[str, Point], learned: 
                 axis.set_minor_locator(NullLocator())
         axes.margins(0.05)
         axes.set(
-            xlabel="calibration loss (held out, right after pruning)", ylabel="healed loss (held out, after recovery)"
+            xlabel="calibration loss (held out, right after pruning)",
+            ylabel="recovered loss (held out, after recovery)",
         )
         _label_at_the_side(axes, marks, learned)
         save_figure(figure, path)
@@ -95,7 +96,7 @@ def draw_distribution(
             bottom.scatter(choices[name], [row] * len(choices[name]), s=34, color=color, alpha=0.75, linewidths=0)
         bottom.set_yticks(range(len(names)), names, parse_math=False)
         bottom.set_ylim(len(names) - 0.4, -0.6)
-        bottom.set(xlabel="healed loss (held out, after recovery)")
+        bottom.set(xlabel="recovered loss (held out, after recovery)")
         bottom.tick_params(axis="y", length=0)
         for axes in (top, bottom):
             axes.axvline(min(subsets), color=GREY, linewidth=1, linestyle=":", zorder=0)

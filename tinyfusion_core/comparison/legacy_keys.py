@@ -9,9 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
-NEUTRAL = "neutral"
-"""In the metadata of a field that was added later: the value that means what was done before there was the field."""
-
 
 class Name(str):
     """What a class or a function is called in a key, whatever module of its package it is in: `package:qualname`.

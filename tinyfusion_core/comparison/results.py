@@ -1,31 +1,33 @@
-"""What a comparison has found, as a file."""
+"""The results of a comparison, and the file that they are kept in."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from ..errors import UserError
+from ..evaluation.frechet import DISTANCE
 from ..runtime.files import read_json, write_json
 from ..samplers.budget import Budget
 
 FORMAT_VERSION = 1
+FILE_NAMES = {"entries": "trials", "recovered": "healed", DISTANCE: "frechet"}
+"""Attributes and metrics whose names in files are others."""
 
 
 @dataclass(frozen=True)
-class Trial:
-    """One subset of blocks, healed with one seed.
+class Entry:
+    """One subset of blocks, recovered with one seed.
 
     Attributes:
         method: name of the candidate that chose it; empty for a random subset.
-        seed: of the choice and of the healing.
+        seed: of the choice and of the recovery.
         kept: indices of the blocks that stay.
         calibration: held-out loss right after pruning; None where a loss is not finite.
-        healed: held-out loss after recovery; None where it has diverged.
-        frechet: Fréchet distance after recovery, where it is measured.
+        recovered: held-out loss after recovery; None where it has diverged.
+        metrics: the other metrics after recovery, by the name of their column; one that gave no figure is missing.
         scores: what the candidate gave each block, if it scores blocks; higher stays, None is not finite.
         seconds: that the choice took.
         evaluations: samples that the network was run on for it.
@@ -35,15 +37,30 @@ class Trial:
     seed: int
     kept: tuple[int, ...]
     calibration: float | None = None
-    healed: float | None = None
-    frechet: float | None = None
+    recovered: float | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
     scores: tuple[float | None, ...] | None = None
     seconds: float = 0.0
     evaluations: int = 0
 
+    def to_json(self) -> dict[str, Any]:
+        """As `findings.json` has it. Metrics that format_version 1 has no name for are there only if there are any."""
+        others = dict(self.metrics)
+        own = {DISTANCE: others.pop(DISTANCE, None)}
+        made = in_files({f.name: own if f.name == "metrics" else getattr(self, f.name) for f in fields(self)})
+        return {**made, "metrics": others} if others else made
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """The entry that `to_json` has written."""
+        given = from_files(data)
+        distance = given.pop(DISTANCE, None)
+        metrics = {} if distance is None else {DISTANCE: distance}
+        return cls(**{**given, "metrics": {**metrics, **given.get("metrics", {})}})
+
 
 @dataclass(frozen=True)
-class Findings:
+class ComparisonResults:
     """All that a comparison has found.
 
     Attributes:
@@ -55,7 +72,7 @@ class Findings:
         seeds: that every candidate was tried with.
         teacher: held-out loss of the whole network.
         learned: names of the candidates that are searches.
-        trials: of the candidates.
+        entries: of the candidates.
         masks: of the random subsets.
         left_out: criteria that cannot be had at this budget, and why.
         note: how the loss was measured.
@@ -69,23 +86,54 @@ class Findings:
     seeds: tuple[int, ...]
     teacher: float | None
     learned: tuple[str, ...]
-    trials: tuple[Trial, ...]
-    masks: tuple[Trial, ...]
+    entries: tuple[Entry, ...]
+    masks: tuple[Entry, ...]
     left_out: Mapping[str, str] = field(default_factory=dict)
     note: str = ""
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the metrics besides the held-out loss that any entry has a figure of."""
+        return tuple(dict.fromkeys(name for entry in self.entries for name in entry.metrics))
+
     def save(self, path: Path) -> None:
-        write_json(path, {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)})
+        """Write `findings.json`."""
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        own |= {name: [entry.to_json() for entry in own[name]] for name in ("entries", "masks")}
+        write_json(path, {"format_version": FORMAT_VERSION, **in_files(own)})
 
     @classmethod
-    def load(cls, path: Path) -> Findings:
-        """Raises UserError when the file is missing or holds no findings."""
+    def load(cls, path: Path) -> Self:
+        """Read `findings.json`. Raises UserError when the file is missing or is none."""
         data = read_json(path)
         if not isinstance(data, dict) or data.pop("format_version", None) != FORMAT_VERSION:
-            raise UserError(f"{path}: not the findings of a comparison, format_version {FORMAT_VERSION}")
-        for name in ("trials", "masks"):
-            data[name] = tuple(Trial(**{k: _tuples(v) for k, v in t.items()}) for t in data[name])
-        return cls(**{k: _tuples(v) for k, v in data.items()})
+            raise UserError(f"{path}: not the results of a comparison, format_version {FORMAT_VERSION}")
+        given = from_files(data)
+        for name in ("entries", "masks"):
+            given[name] = tuple(Entry.from_json(entry) for entry in data[FILE_NAMES.get(name, name)])
+        return cls(**given)
+
+
+def in_files(figures: Mapping[str, Any], missing: Any = None) -> dict[str, Any]:
+    """Attributes by the names that files have for them, and in the place of `metrics` every metric.
+
+    The Fréchet distance always is in that place, `missing` if it was not measured; other metrics go last.
+    """
+    made: dict[str, Any] = {}
+    last: dict[str, Any] = {}
+    for name, value in figures.items():
+        if name == "metrics":
+            last = dict(value)
+            made[FILE_NAMES[DISTANCE]] = last.pop(DISTANCE, missing)
+        else:
+            made[FILE_NAMES.get(name, name)] = value
+    return {**made, **last}
+
+
+def from_files(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The reverse of `in_files`, lists as tuples."""
+    names = {there: name for name, there in FILE_NAMES.items()}
+    return {names.get(name, name): _tuples(value) for name, value in data.items()}
 
 
 def _tuples(value: Any) -> Any:

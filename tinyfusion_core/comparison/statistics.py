@@ -1,21 +1,19 @@
-"""What the findings of a comparison come to: a row for each candidate, a rank correlation for each cheap score."""
+"""Statistics of a comparison: a summary of each candidate, a rank correlation for each cheap score."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
-import numpy as np
-
-from .results import Findings, Trial
+from .results import ComparisonResults, Entry
 
 RANDOM = "random subsets"
 
 
 @dataclass(frozen=True)
-class Mean:
+class MeanStd:
     """A mean and its standard deviation; none of either where a figure is missing or not finite."""
 
     mean: float | None
@@ -32,117 +30,110 @@ class Mean:
 
 
 @dataclass(frozen=True)
-class Row:
+class Summary:
     """A candidate over all seeds.
 
     Attributes:
         name: of the candidate, or `random subsets`.
         kept: what it keeps with each seed; nothing for the random subsets.
         calibration: held-out loss right after pruning.
-        healed: held-out loss after recovery.
-        frechet: Fréchet distance after recovery.
-        better: share of the random subsets that heal worse.
-        rank: 1 and the number of random subsets that heal better.
-        to_best: healed loss less that of the best random subset.
+        recovered: held-out loss after recovery.
+        metrics: the other metrics after recovery, by the name of their column.
+        better: share of the random subsets that recover worse.
+        rank: 1 and the number of random subsets that recover better.
+        to_best: recovered loss less that of the best random subset.
         seconds: that the choice takes.
         evaluations: samples that the network is run on for it.
     """
 
     name: str
     kept: tuple[tuple[int, ...], ...]
-    calibration: Mean
-    healed: Mean
-    frechet: Mean = Mean(None)
-    better: Mean = Mean(None)
-    rank: Mean = Mean(None)
-    to_best: Mean = Mean(None)
-    seconds: Mean = Mean(None)
-    evaluations: Mean = Mean(None)
+    calibration: MeanStd
+    recovered: MeanStd
+    metrics: Mapping[str, MeanStd] = field(default_factory=dict)
+    better: MeanStd = MeanStd(None)
+    rank: MeanStd = MeanStd(None)
+    to_best: MeanStd = MeanStd(None)
+    seconds: MeanStd = MeanStd(None)
+    evaluations: MeanStd = MeanStd(None)
 
 
-def rows(findings: Findings) -> list[Row]:
+def summaries(results: ComparisonResults) -> list[Summary]:
     """The candidates, best recovered first, and last the random subsets."""
     found = []
-    for name in dict.fromkeys(t.method for t in findings.trials):
-        trials = [t for t in findings.trials if t.method == name]
-        references = [reference(findings, t.seed) for t in trials]
-        places = [_place(t, masks) for t, masks in zip(trials, references, strict=True)]
+    for name in dict.fromkeys(e.method for e in results.entries):
+        entries = [e for e in results.entries if e.method == name]
+        references = [reference(results, e.seed) for e in entries]
+        places = [_place(e, masks) for e, masks in zip(entries, references, strict=True)]
         found.append(
-            Row(
+            Summary(
                 name=name,
-                kept=tuple(t.kept for t in trials),
-                calibration=_mean(t.calibration for t in trials),
-                healed=_mean(t.healed for t in trials),
-                frechet=_mean(t.frechet for t in trials),
+                kept=tuple(e.kept for e in entries),
+                calibration=_mean(e.calibration for e in entries),
+                recovered=_mean(e.recovered for e in entries),
+                metrics={metric: _mean(e.metrics.get(metric) for e in entries) for metric in results.columns},
                 better=_mean(better for _, better, _ in places),
                 rank=_mean(rank for rank, _, _ in places),
                 to_best=_mean(to_best for _, _, to_best in places),
-                seconds=_mean(t.seconds for t in trials),
-                evaluations=_mean(t.evaluations for t in trials),
+                seconds=_mean(e.seconds for e in entries),
+                evaluations=_mean(e.evaluations for e in entries),
             )
         )
-    found.sort(key=lambda row: _or_inf(row.healed.mean))
-    masks = reference(findings, findings.seeds[0])
+    found.sort(key=lambda summary: _or_inf(summary.recovered.mean))
+    masks = reference(results, results.seeds[0])
     if masks:
-        found.append(Row(RANDOM, (), _mean(m.calibration for m in masks), _mean(m.healed for m in masks)))
+        found.append(Summary(RANDOM, (), _mean(m.calibration for m in masks), _mean(m.recovered for m in masks)))
     return found
 
 
-def reference(findings: Findings, seed: int) -> list[Trial]:
-    """The random subsets healed with this seed, or with the first one where it healed none."""
-    return [m for m in findings.masks if m.seed == seed] or [m for m in findings.masks if m.seed == findings.seeds[0]]
+def reference(results: ComparisonResults, seed: int) -> list[Entry]:
+    """The random subsets recovered with this seed, or with the first one where none was."""
+    return [m for m in results.masks if m.seed == seed] or [m for m in results.masks if m.seed == results.seeds[0]]
 
 
-def guides(findings: Findings) -> dict[str, Mean]:
-    """How well each cheap score orders the random subsets: Spearman's correlation with the healed loss, best first.
+def guides(results: ComparisonResults) -> dict[str, MeanStd]:
+    """How well each cheap score orders the random subsets: Spearman's correlation with the recovered loss, best first.
 
-    Where a score is higher for better subsets its sign is turned, so that 1 is always the order of the healed loss.
+    Where a score is higher for better subsets its sign is turned, so that 1 is always the order of the recovered loss.
     """
-    seeds = dict.fromkeys(m.seed for m in findings.masks)
+    seeds = dict.fromkeys(m.seed for m in results.masks)
     found: dict[str, list[float | None]] = {}
     for seed in seeds:
-        masks = reference(findings, seed)
-        healed = [_or_inf(m.healed) for m in masks]
-        calibration = spearman([_or_inf(m.calibration) for m in masks], healed)
+        masks = reference(results, seed)
+        recovered = [_or_inf(m.recovered) for m in masks]
+        calibration = spearman([_or_inf(m.calibration) for m in masks], recovered)
         found.setdefault("calibration loss", []).append(calibration)
-        for trial in (t for t in findings.trials if t.seed == seed and t.scores is not None):
-            scores = [_or_inf(score) for score in trial.scores or ()]
+        for entry in (e for e in results.entries if e.seed == seed and e.scores is not None):
+            scores = [_or_inf(score) for score in entry.scores or ()]
             sums = [-sum(scores[i] for i in m.kept) for m in masks]
-            found.setdefault(f"{trial.method}, sum of scores", []).append(spearman(sums, healed))
+            found.setdefault(f"{entry.method}, sum of scores", []).append(spearman(sums, recovered))
     means = {name: _mean(values) for name, values in found.items()}
     return dict(sorted(means.items(), key=lambda item: (item[1].mean is None, -(item[1].mean or 0))))
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> float | None:
     """Rank correlation, equal values sharing the mean of their ranks; None where one side does not vary."""
-    if len(set(x)) < 2 or len(set(y)) < 2:
-        return None
-    return float(np.corrcoef(_ranks(x), _ranks(y))[0, 1])
+    from scipy.stats import spearmanr  # half a second, which no other command should wait
+
+    return float(spearmanr(x, y).statistic) if len(set(x)) > 1 and len(set(y)) > 1 else None
 
 
-def _place(trial: Trial, masks: Sequence[Trial]) -> tuple[float | None, float | None, float | None]:
-    """Rank among the random subsets, share of them that heal worse, difference to the best."""
+def _place(entry: Entry, masks: Sequence[Entry]) -> tuple[float | None, float | None, float | None]:
+    """Rank among the random subsets, share of them that recover worse, difference to the best."""
     if not masks:
         return None, None, None
-    own, losses = _or_inf(trial.healed), [_or_inf(m.healed) for m in masks]
+    own, losses = _or_inf(entry.recovered), [_or_inf(m.recovered) for m in masks]
     best = min(losses)
     to_best = own - best if math.isfinite(own) and math.isfinite(best) else None
     return 1.0 + sum(v < own for v in losses), sum(v > own for v in losses) / len(losses), to_best
 
 
-def _ranks(values: Sequence[float]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    _, place, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
-    last = counts.cumsum()
-    ranks: np.ndarray[tuple[int], np.dtype[np.float64]] = (last - (counts - 1) / 2)[place]
-    return ranks
-
-
-def _mean(values: Iterable[float | None]) -> Mean:
+def _mean(values: Iterable[float | None]) -> MeanStd:
     given = list(values)
     known = [v for v in given if v is not None]
     if len(known) < len(given) or not known:
-        return Mean(None)
-    return Mean(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None)
+        return MeanStd(None)
+    return MeanStd(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None)
 
 
 def _or_inf(value: float | None) -> float:

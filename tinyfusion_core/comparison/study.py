@@ -1,7 +1,7 @@
 """Which choice of blocks recovers best? The same budget, data and recovery for all of them, and random subsets.
 
-`Compare` and `Audit` are two views on the same cells: a decision, the loss right after pruning, a healing. A finished
-cell is never computed again (see `cache.py`).
+`Compare` and `Audit` are two views on the same cached results: a decision, the loss right after pruning, a recovery.
+What has finished is never computed again (see `cache.py`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import UserError, require
-from ..evaluation.frechet import Frechet
 from ..evaluation.metrics import HeldOutLoss, Metric
 from ..protocols.backbone import block_lists, list_lengths
 from ..protocols.task import Task
@@ -22,7 +21,7 @@ from ..runtime.locking import owned
 from ..runtime.progress import track
 from ..runtime.run_folder import COMPARISON_RESULTS, RunFolder
 from ..runtime.seeding import generator
-from ..samplers.budget import Budget, make_quota, spoken
+from ..samplers.budget import Budget, budget_text, make_quota
 from ..selection.criteria import BKSDM, Criterion, FirstN, LastN, Uniform
 from ..selection.search import Selector
 from ..selection.sensitivity import Greedy, LeaveOneOut, Taylor
@@ -30,8 +29,8 @@ from ..selection.similarity import BlockInfluence, InputOutputMSE, SpanSimilarit
 from ..selection.successive_halving import search_of
 from ..training.recover import Recover
 from ..training.trainer import Trainer
-from .cache import Cells
-from .results import Findings, Trial
+from .cache import ResultCache
+from .results import ComparisonResults, Entry
 from .statistics import RANDOM
 
 CRITERIA: tuple[type[Criterion], ...] = (
@@ -41,16 +40,16 @@ CRITERIA: tuple[type[Criterion], ...] = (
 
 
 @dataclass(frozen=True)
-class Lineup:
+class Candidates:
     """What is compared.
 
     Attributes:
-        candidates: searches and criteria by name.
+        selectors: searches and criteria by name.
         budget: how many blocks each of them keeps.
         left_out: criteria that cannot be had at this budget, with the reason.
     """
 
-    candidates: Mapping[str, Selector]
+    selectors: Mapping[str, Selector]
     budget: Budget
     left_out: Mapping[str, str] = field(default_factory=dict)
 
@@ -74,21 +73,21 @@ class Comparison:
         return type(self).__name__.lower()
 
     def reference(self) -> tuple[int, int]:
-        """How many random subsets to heal, and with how many seeds."""
+        """How many random subsets to recover, and with how many seeds."""
         raise NotImplementedError  # under ABC, jsonargparse would write sections as class_path and init_args
 
     def recovery(self, recover: Recover) -> Recover:
-        """How to heal."""
+        """How to recover."""
         return recover
 
-    def lineup(self, search: Selector | None, blocks: Sequence[str]) -> Lineup:
+    def candidates_for(self, search: Selector | None, blocks: Sequence[str]) -> Candidates:
         """What would be compared in a network with these blocks.
 
         Raises:
             UserError: candidates do not fit or differ in their budget, all of them are named; or there is nothing.
         """
         if self.candidates is not None:
-            return Lineup(self.candidates, _common_budget(self.view, self.candidates, blocks))
+            return Candidates(self.candidates, _common_budget(self.view, self.candidates, blocks))
         if search is None:
             raise UserError(f"{self.view}: give candidates, or a search to compare the criteria with")
         budget = _budget(search, blocks)
@@ -103,7 +102,7 @@ class Comparison:
                 left_out[criterion.__name__] = str(e)
             else:
                 candidates[criterion.__name__] = candidate
-        return Lineup(candidates, budget, left_out)
+        return Candidates(candidates, budget, left_out)
 
     def __call__(
         self,
@@ -113,31 +112,32 @@ class Comparison:
         run_dir: Path | str,
         search: Selector | None = None,
         evaluate: Sequence[Metric] = (),
-    ) -> Findings:
+    ) -> ComparisonResults:
         """Compute what is not there yet.
 
         Args:
             task: what to prune; candidates see its training data alone, figures are of its held-out data.
             recover: the recovery that every subset gets.
             trainer: how to train; its seed is the first one.
-            run_dir: where cells are kept, and the findings.
+            run_dir: where results are kept.
             search: with no candidates given: the one to compare every criterion with.
-            evaluate: a `HeldOutLoss` and, for `compare`, a `Frechet` with options of their own.
+            evaluate: a `HeldOutLoss` with options of its own and, for `compare`, metrics to measure of the candidates
+                besides; of a metric with several measurements the first counts (see `Metric.column`).
 
         Raises:
             UserError: candidates do not fit the network or differ in their budget, all of them are named; one cannot
-                decide, or not as it has promised; or the folder holds a run or the other view's findings.
+                decide, or not as it has promised; or the folder holds a run or the other view's results.
             Interrupted: a signal came; the same call goes on.
         """
-        lineup = self.lineup(search, task.blocks)
-        candidates, budget = lineup.candidates, lineup.budget
+        candidates = self.candidates_for(search, task.blocks)
+        selectors, budget = candidates.selectors, candidates.budget
         folder, main = RunFolder(run_dir), trainer.accelerator.is_main_process
         self._check_folder(folder)
         seeds = tuple(trainer.seed + i for i in range(self.seeds))
         num_random, num_seeds = self.reference()
         quota = make_quota(task.blocks, budget, None, (), self.view)
         subsets = quota.distinct(num_random, generator(trainer.seed, "comparison", "random subsets"))
-        work = 2 * len(candidates) * len(seeds) + len(subsets) * num_seeds
+        work = 2 * len(selectors) * len(seeds) + len(subsets) * num_seeds
         with ExitStack() as stack:
 
             def take() -> None:
@@ -145,47 +145,54 @@ class Comparison:
 
             on_main_process(take)
             progress = stack.enter_context(track(self.view, work, show=main))
-            cells = Cells(task, self.recovery(recover), trainer, folder, progress, self._metrics(evaluate))
-            teacher = cells.calibrate(range(len(task.blocks)))
-            decided = [cells.decide(name, c, seed) for seed in seeds for name, c in candidates.items()]
-            for trial in decided:
-                kept = len(trial.kept) if isinstance(budget, int) else _by_list(trial.kept, task.blocks)
+            held_out = next((m for m in evaluate if isinstance(m, HeldOutLoss)), HeldOutLoss())
+            cache = ResultCache(
+                task, self.recovery(recover), trainer, folder, progress, held_out, self._columns(evaluate)
+            )
+            teacher = cache.calibrate(range(len(task.blocks)))
+            decided = [cache.decide(name, s, seed) for seed in seeds for name, s in selectors.items()]
+            for entry in decided:
+                kept = len(entry.kept) if isinstance(budget, int) else _by_list(entry.kept, task.blocks)
                 if kept != budget:
                     raise UserError(
-                        f"{self.view}: with seed {trial.seed} {trial.method} keeps {spoken(kept)}, "
-                        f"where its preview keeps {spoken(budget)} of the blocks"
+                        f"{self.view}: with seed {entry.seed} {entry.method} keeps {budget_text(kept)}, "
+                        f"where its preview keeps {budget_text(budget)} of the blocks"
                     )
-            trials = tuple(cells.heal(trial, full=True) for trial in decided)
-            masks = tuple(cells.heal(Trial("", seed, kept)) for seed in seeds[:num_seeds] for kept in subsets)
-            findings = Findings(
+            results = ComparisonResults(
                 view=self.view,
                 blocks=tuple(task.blocks),
                 budget=budget,
                 num_masks=quota.num_masks,
-                steps=cells.recover.steps,
+                steps=cache.recovery.steps,
                 seeds=seeds,
                 teacher=teacher,
-                learned=tuple(name for name, c in candidates.items() if search_of(c)),
-                trials=trials,
-                masks=masks,
-                left_out=lineup.left_out,
-                note=f"draws for each of {len(task.held_out)} held-out samples: {cells.held_out.draws}",
+                learned=tuple(name for name, s in selectors.items() if search_of(s)),
+                entries=tuple(cache.recover(entry, full=True) for entry in decided),
+                masks=tuple(cache.recover(Entry("", seed, kept)) for seed in seeds[:num_seeds] for kept in subsets),
+                left_out=candidates.left_out,
+                note=f"draws for each of {len(task.held_out)} held-out samples: {held_out.draws}",
             )
-            on_main_process(lambda: findings.save(folder / COMPARISON_RESULTS))
-        return findings
+            on_main_process(lambda: results.save(folder / COMPARISON_RESULTS))
+        return results
 
     def _check_folder(self, folder: RunFolder) -> None:
         """Raise UserError when the folder holds something that this would overwrite."""
         what = "a run" if (folder / "run.json").exists() else ""
         found = folder / COMPARISON_RESULTS
         if found.exists() and (view := read_json(found).get("view")) != self.view:
-            what = f"the findings of another command ({view})"
+            what = f"the results of another command ({view})"
         if what:
             raise UserError(f"{folder.path}: holds {what}; choose another --run-dir")
 
-    def _metrics(self, evaluate: Sequence[Metric]) -> tuple[HeldOutLoss, Frechet | None]:
-        loss = next((m for m in evaluate if isinstance(m, HeldOutLoss)), HeldOutLoss())
-        return loss, next((m for m in evaluate if isinstance(m, Frechet)), None)
+    def _columns(self, evaluate: Sequence[Metric]) -> dict[str, Metric]:
+        """The metrics to measure besides the held-out loss, by the name of their column; equal names are numbered."""
+        columns: dict[str, Metric] = {}
+        names = [metric.column for metric in evaluate]
+        for i, (name, metric) in enumerate(zip(names, evaluate, strict=True)):
+            if name is not None:
+                same = names[:i].count(name)
+                columns[f"{name} ({same + 1})" if same else name] = metric
+        return columns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,8 +202,8 @@ class Compare(Comparison):
     Args:
         candidates: searches and criteria by name, all with the same budget; by default the recipe's search and
             every criterion.
-        seeds: how often each candidate decides and heals: with the trainer's seed, the next one, and so on.
-        random: random subsets to heal, with the first seed.
+        seeds: how often each candidate decides and recovers: with the trainer's seed, the next one, and so on.
+        random: random subsets to recover, with the first seed.
     """
 
     random: int = 16
@@ -211,14 +218,14 @@ class Compare(Comparison):
 
 @dataclass(frozen=True, kw_only=True)
 class Audit(Comparison):
-    """Heal random subsets, or all of them, and see how well every cheap score foretells the healed loss.
+    """Recover random subsets, or all of them, and see how well every cheap score foretells the recovered loss.
 
     Args:
         candidates: searches and criteria by name, all with the same budget; by default the recipe's search and
             every criterion.
-        seeds: how often each candidate decides and heals: with the trainer's seed, the next one, and so on.
+        seeds: how often each candidate decides and recovers: with the trainer's seed, the next one, and so on.
         masks: random subsets within the budget; all of them when there are no more.
-        healings: how many of the seeds the random subsets are healed with.
+        healings: how many of the seeds the random subsets are recovered with.
         steps: of every recovery, in the place of the recipe's. The average of the weights goes with them: of
             `recover.ema` only 0 counts, another decay would still be at the first weights.
     """
@@ -239,8 +246,8 @@ class Audit(Comparison):
     def recovery(self, recover: Recover) -> Recover:
         return recover.with_steps(self.steps)
 
-    def _metrics(self, evaluate: Sequence[Metric]) -> tuple[HeldOutLoss, Frechet | None]:
-        return super()._metrics(evaluate)[0], None
+    def _columns(self, evaluate: Sequence[Metric]) -> dict[str, Metric]:
+        return {}
 
 
 def _common_budget(view: str, candidates: Mapping[str, Selector], blocks: Sequence[str]) -> Budget:
@@ -256,7 +263,7 @@ def _common_budget(view: str, candidates: Mapping[str, Selector], blocks: Sequen
     if any(budget != other for budget in budgets.values() for other in budgets.values()):
         problems.append(
             f"{view}.candidates: not the same budget: "
-            + "; ".join(f"{name} keeps {spoken(budget)}" for name, budget in budgets.items())
+            + "; ".join(f"{name} keeps {budget_text(budget)}" for name, budget in budgets.items())
             + ". Only the same budget tells which choice is better"
         )
     if problems:

@@ -1,20 +1,20 @@
-"""The findings of a comparison as tables and as CSV."""
+"""The results of a comparison as tables and as CSV."""
 
 from __future__ import annotations
 
 import csv
 import io
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 
-from ..samplers.budget import spoken
-from .results import Findings
-from .statistics import RANDOM, Mean, Row, guides, reference, rows
+from ..samplers.budget import budget_text
+from .results import ComparisonResults, in_files
+from .statistics import RANDOM, MeanStd, Summary, guides, reference, summaries
 
 
 @dataclass(frozen=True)
-class Table:
-    """For a terminal and for a page.
+class TextTable:
+    """A table for a terminal and for a page.
 
     Attributes:
         title: what it shows.
@@ -29,159 +29,158 @@ class Table:
     notes: tuple[str, ...]
 
 
-def tables(findings: Findings) -> list[Table]:
+def tables(results: ComparisonResults) -> list[TextTable]:
     """The table of the candidates, and for an audit that of the cheap scores."""
-    if findings.view == "compare":
-        return [_compared(findings)]
-    return [_placed(findings), _guided(findings)]
+    if results.view == "compare":
+        return [_compared(results)]
+    return [_ranked(results), _guided(results)]
 
 
-def table_csv(findings: Findings) -> str:
-    """The candidates' rows with all figures, unrounded."""
+def table_csv(results: ComparisonResults) -> str:
+    """The candidates' summaries with all figures, unrounded."""
     lines = []
-    for row in rows(findings):
-        line: dict[str, object] = {"candidate": row.name, "kept": _kept(row, findings).replace("\n", "; ")}
-        for name, value in asdict(row).items():
-            if isinstance(value, dict):
-                line |= {name: value["mean"], f"{name}_sd": value["sd"]}
+    for summary in summaries(results):
+        line: dict[str, object] = {"candidate": summary.name, "kept": _kept(summary, results).replace("\n", "; ")}
+        figures = in_files({f.name: getattr(summary, f.name) for f in fields(summary)}, missing=MeanStd(None))
+        for name, value in figures.items():
+            if isinstance(value, MeanStd):
+                line |= {name: value.mean, f"{name}_sd": value.sd}
         lines.append(line)
     return _csv(lines)
 
 
-def trials_csv(findings: Findings) -> str:
-    """One line for every subset that was healed, with its seed."""
+def trials_csv(results: ComparisonResults) -> str:
+    """One line for every subset that was recovered, with its seed."""
     lines = []
-    for trial in (*findings.trials, *findings.masks):
-        line = {name: value for name, value in asdict(trial).items() if name != "scores"}
-        lines.append({**line, "method": trial.method or RANDOM, "kept": " ".join(map(str, trial.kept))})
+    for entry in (*results.entries, *results.masks):
+        line = in_files({f.name: getattr(entry, f.name) for f in fields(entry) if f.name != "scores"})
+        lines.append({**line, "method": entry.method or RANDOM, "kept": " ".join(map(str, entry.kept))})
     return _csv(lines)
 
 
-def _compared(findings: Findings) -> Table:
-    has_frechet = any(t.frechet is not None for t in findings.trials)
+def _compared(results: ComparisonResults) -> TextTable:
     body = []
-    for row in rows(findings):
-        candidate = row.name != RANDOM
+    for summary in summaries(results):
+        candidate = summary.name != RANDOM
         body.append(
             (
-                row.name if candidate else f"{RANDOM} ({_count(findings)})",
-                _kept(row, findings),
-                row.calibration.text(),
-                row.healed.text(),
-                *([row.frechet.text() if candidate else ""] if has_frechet else []),
-                _percent(row.better) if candidate and findings.masks else "",
-                f"{row.seconds.mean:.2g}" if row.seconds.mean is not None else "",
-                f"{row.evaluations.mean:,.0f}" if row.evaluations.mean is not None else "",
+                summary.name if candidate else f"{RANDOM} ({_count(results)})",
+                _kept(summary, results),
+                summary.calibration.text(),
+                summary.recovered.text(),
+                *(summary.metrics[name].text() if candidate else "" for name in results.columns),
+                _percent(summary.better) if candidate and results.masks else "",
+                f"{summary.seconds.mean:.2g}" if summary.seconds.mean is not None else "",
+                f"{summary.evaluations.mean:,.0f}" if summary.evaluations.mean is not None else "",
             )
         )
-    frechet = ("Fréchet distance",) if has_frechet else ()
-    columns = ("", "kept blocks", "calibration loss", "healed loss", *frechet, "better than random")
-    return Table(
-        title=f"{_task(findings)}, {_recovery(findings)}",
+    columns = ("", "kept blocks", "calibration loss", "recovered loss", *results.columns, "better than random")
+    return TextTable(
+        title=f"{_task(results)}, {_recovery(results)}",
         columns=(*columns, "seconds", "samples"),
         rows=tuple(body),
         notes=(
-            *_common_notes(findings),
+            *_common_notes(results),
             "seconds that the choice takes, and samples that the network is run on for it; those of a search go "
             "forward and backward (steps times batch), those of a criterion forward, Taylor's backward too",
         ),
     )
 
 
-def _placed(findings: Findings) -> Table:
+def _ranked(results: ComparisonResults) -> TextTable:
     body = [
         (
-            row.name if row.name != RANDOM else f"{RANDOM} ({_count(findings)})",
-            _kept(row, findings),
-            row.calibration.text(),
-            row.healed.text(),
+            summary.name if summary.name != RANDOM else f"{RANDOM} ({_count(results)})",
+            _kept(summary, results),
+            summary.calibration.text(),
+            summary.recovered.text(),
             *(
-                (row.rank.text(".3g"), _percent(row.better), Mean(row.to_best.mean).text("+.2g"))
-                if row.name != RANDOM
+                (summary.rank.text(".3g"), _percent(summary.better), MeanStd(summary.to_best.mean).text("+.2g"))
+                if summary.name != RANDOM
                 else [""] * 3
             ),
         )
-        for row in rows(findings)
+        for summary in summaries(results)
     ]
-    return Table(
-        title=f"{_task(findings)}, {_recovery(findings)}",
+    return TextTable(
+        title=f"{_task(results)}, {_recovery(results)}",
         columns=(
             "",
             "kept blocks",
             "calibration loss",
-            "healed loss",
-            f"rank of {_count(findings)}",
+            "recovered loss",
+            f"rank of {_count(results)}",
             "better than random",
             "from the best",
         ),
         rows=tuple(body),
         notes=(
-            *_common_notes(findings),
-            "rank: 1 and the number of random subsets that heal better; from the best: healed loss less that of "
-            "the best random subset, healed with the same seed if it was, else with the first",
+            *_common_notes(results),
+            "rank: 1 and the number of random subsets that recover better; from the best: recovered loss less "
+            "that of the best random subset, recovered with the same seed if it was, else with the first",
         ),
     )
 
 
-def _guided(findings: Findings) -> Table:
-    return Table(
-        title="Which cheap score foretells the healed loss?",
+def _guided(results: ComparisonResults) -> TextTable:
+    return TextTable(
+        title="Which cheap score foretells the recovered loss?",
         columns=("score", "Spearman's rho"),
-        rows=tuple((name, value.text(".2f")) for name, value in guides(findings).items()),
+        rows=tuple((name, value.text(".2f")) for name, value in guides(results).items()),
         notes=(
-            f"rank correlation with the healed loss over {_count(findings)} random subsets; 1 is the very same "
+            f"rank correlation with the recovered loss over {_count(results)} random subsets; 1 is the very same "
             "order, 0 none, -1 the opposite one; sums are over the kept blocks",
         ),
     )
 
 
-def _task(findings: Findings) -> str:
-    return f"{len(findings.blocks)} → {spoken(findings.budget)} blocks"
+def _task(results: ComparisonResults) -> str:
+    return f"{len(results.blocks)} → {budget_text(results.budget)} blocks"
 
 
-def _recovery(findings: Findings) -> str:
-    num = len(findings.seeds)
-    return f"{findings.steps:,} recovery steps, {num} seed{'s' if num > 1 else ''}"
+def _recovery(results: ComparisonResults) -> str:
+    num = len(results.seeds)
+    return f"{results.steps:,} recovery steps, {num} seed{'s' if num > 1 else ''}"
 
 
-def _count(findings: Findings) -> int:
-    return len(reference(findings, findings.seeds[0]))
+def _count(results: ComparisonResults) -> int:
+    return len(reference(results, results.seeds[0]))
 
 
-def _common_notes(findings: Findings) -> list[str]:
-    teacher = "" if findings.teacher is None else f"; the whole network's is {findings.teacher:.4g}"
-    spread = "; mean ± standard deviation over the seeds" if len(findings.seeds) > 1 else ""
+def _common_notes(results: ComparisonResults) -> list[str]:
+    teacher = "" if results.teacher is None else f"; the whole network's is {results.teacher:.4g}"
+    spread = "; mean ± standard deviation over the seeds" if len(results.seeds) > 1 else ""
     notes = [
-        f"calibration loss: held-out loss right after pruning; healed loss: after recovery ({findings.note}{teacher})"
+        f"calibration loss: held-out loss right after pruning; recovered loss: after recovery ({results.note}{teacher})"
         f"{spread}"
     ]
-    if findings.masks:
-        count, every = _count(findings), findings.num_masks
+    if results.masks:
+        count, every = _count(results), results.num_masks
         which = f"all {count} subsets" if count == every else f"{count} random subsets of {every:,}"
-        seeds = "each seed" if len({m.seed for m in findings.masks}) > 1 else "the first seed"
+        seeds = "each seed" if len({m.seed for m in results.masks}) > 1 else "the first seed"
         notes.append(
-            f"better than random: share of {which} within the budget that heal worse; they were healed with {seeds}, "
-            "and the ± in their own row is over the subsets"
+            f"better than random: share of {which} within the budget that recover worse; they were recovered with "
+            f"{seeds}, and the ± in their own row is over the subsets"
         )
-    notes += [f"{name} left out: {why}" for name, why in findings.left_out.items()]
+    notes += [f"{name} left out: {why}" for name, why in results.left_out.items()]
     return notes
 
 
-def _kept(row: Row, findings: Findings) -> str:
+def _kept(summary: Summary, results: ComparisonResults) -> str:
     """One line when every seed keeps the same blocks, else one for each seed."""
-    texts = [" ".join(map(str, kept)) for kept in row.kept]
+    texts = [" ".join(map(str, kept)) for kept in summary.kept]
     if len(set(texts)) <= 1:
         return "".join(texts[:1])
-    return "\n".join(f"seed {seed}: {text}" for seed, text in zip(findings.seeds, texts, strict=True))
+    return "\n".join(f"seed {seed}: {text}" for seed, text in zip(results.seeds, texts, strict=True))
 
 
-def _percent(share: Mean) -> str:
+def _percent(share: MeanStd) -> str:
     return "n/a" if share.mean is None else f"{share.mean:.0%}"
 
 
 def _csv(lines: Sequence[dict[str, object]]) -> str:
     out = io.StringIO()
-    writer = csv.DictWriter(out, list(lines[0]), lineterminator="\n")
+    writer = csv.DictWriter(out, list(dict.fromkeys(name for line in lines for name in line)), lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
     return out.getvalue()

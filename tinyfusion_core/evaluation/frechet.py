@@ -11,10 +11,13 @@ from ..errors import UserError, require
 from ..protocols.data import DataSource, FeatureSpace
 from ..protocols.task import Task
 from ..runtime.distributed import batches, local_share, map_sharded
+from ..runtime.files import NEUTRAL
 from ..runtime.progress import track
 from ..training.trainer import Trainer
 from .generation import sample_rows, training_labels
 from .metrics import Measurement, Metric, Models
+
+DISTANCE = "Fréchet distance"
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,9 @@ class Frechet(Metric):
 
     num_samples: int = 1000
     batch_size: int = 250
-    features: FeatureSpace | None = field(default=None, metadata={"neutral": None})
+    features: FeatureSpace | None = field(default=None, metadata={NEUTRAL: None})
     together = True
+    column = DISTANCE
 
     def __post_init__(self) -> None:
         require(self.num_samples >= 2, "evaluate: Frechet.num_samples", self.num_samples, "at least 2")
@@ -46,17 +50,12 @@ class Frechet(Metric):
                 "leave it out"
             )
 
-    def space(self, task: Task) -> FeatureSpace:
-        """Where a task's examples are compared. Raises UserError when neither this nor the task has a feature space."""
-        space = task.feature_space if self.features is None else self.features
-        if space is None:
-            raise UserError("Frechet: the task has no feature_space")
-        return space
-
     def __call__(self, task: Task, models: Models, trainer: Trainer) -> list[Measurement]:
         from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
-        space = self.space(task)
+        space = task.feature_space if self.features is None else self.features
+        if space is None:
+            raise UserError("Frechet: the task has no feature_space")
 
         def real(rows: range) -> Tensor:
             return space(task.train.__getitems__(list(rows))["x"])[0].cpu()
@@ -74,7 +73,7 @@ class Frechet(Metric):
                 accuracies[name] = float(right.float().mean())
         note = f"{self.num_samples} samples; features: {space.name}"
         return [
-            Measurement("Fréchet distance", distances, better="lower", note=note),
+            Measurement(DISTANCE, distances, better="lower", note=note),
             Measurement("conditional accuracy", accuracies, better="higher", note=note),
         ]
 

@@ -31,6 +31,7 @@ class Latency(Metric):
     batch_size: int = 64
     rounds: int = 20
     warmup: int = 3
+    column = None
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "rounds"):

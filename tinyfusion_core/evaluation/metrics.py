@@ -57,6 +57,14 @@ class Metric(ABC):
 
     together = False
 
+    @property
+    def column(self) -> str | None:
+        """What comparisons call the first measurement, the only one that they take; by default the class's name.
+
+        None keeps the metric out of comparisons, as what does not depend on how well a network has recovered.
+        """
+        return type(self).__name__
+
     @abstractmethod
     def __call__(self, task: Task, models: Models, trainer: Trainer) -> list[Measurement]:
         """Measure; the networks are in eval mode on the trainer's device."""
@@ -75,6 +83,8 @@ class Metric(ABC):
 @dataclass(frozen=True)
 class Size(Metric):
     """Blocks, parameters, and floating-point operations of one forward pass for one sample."""
+
+    column = None
 
     def __call__(self, task: Task, models: Models, trainer: Trainer) -> list[Measurement]:
         blocks: dict[str, float | None] = {}
@@ -125,6 +135,7 @@ class HeldOutLoss(Metric):
     draws: int = 4
     batch_size: int = 256
     together = True
+    column = None  # the loss has columns of its own
 
     def __post_init__(self) -> None:
         require(self.draws >= 1, "evaluate: HeldOutLoss.draws", self.draws, "at least 1")
@@ -210,21 +221,31 @@ def evaluate(
     return [
         measurement
         for i, metric in enumerate([Size(), *metrics])
-        for measurement in _measured(metric, task, ready, trainer, None if folder is None else folder / str(i))
+        for measurement in measure(metric, task, ready, trainer, None if folder is None else folder / str(i))
     ]
 
 
-def _measured(metric: Metric, task: Task, models: Models, trainer: Trainer, folder: Path | None) -> list[Measurement]:
-    """A metric's figures, those that an earlier run has left if there are any."""
+def measure(
+    metric: Metric, task: Task, models: Models, trainer: Trainer, folder: Path | None = None
+) -> list[Measurement]:
+    """A metric's figures, those that an earlier call has left if there are any. All processes must call it alike.
+
+    Args:
+        metric: what to measure.
+        task: objective and data.
+        models: the networks, in eval mode on the trainer's device.
+        trainer: device, precision and seed.
+        folder: for what the metric leaves if it is interrupted; its figures are left beside it.
+    """
     record = None if folder is None else folder.with_name(f"{folder.name}.json")
     before = on_main_process(lambda: read_json(record) if record is not None and record.exists() else None)
     if before is not None:
         return [Measurement(**m) for m in before]
 
-    def measure() -> list[Measurement]:
+    def work() -> list[Measurement]:
         return metric(task, models, trainer) if folder is None else metric.resume(task, models, trainer, folder)
 
-    made = [_finite(m) for m in (measure() if metric.together else on_main_process(measure))]
+    made = [_finite(m) for m in (work() if metric.together else on_main_process(work))]
     if record is not None:
         on_main_process(lambda: write_json(record, [asdict(m) for m in made]))
     return made

@@ -89,8 +89,8 @@ def _recovered(
         student = recover.with_steps(steps)(task, student, decision, trainer)
     except Diverged:
         return None
-    (healed,) = HeldOutLoss(draws=1)(task, {"student": student}, trainer)
-    return healed.values["student"]
+    (recovered,) = HeldOutLoss(draws=1)(task, {"student": student}, trainer)
+    return recovered.values["student"]
 
 
 def _told_apart(decision: Decision) -> list[int]:

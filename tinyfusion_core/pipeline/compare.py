@@ -1,4 +1,4 @@
-"""`tinyfusion compare` and `audit`: from a recipe, or from findings, to tables, figures and one page."""
+"""`tinyfusion compare` and `audit`: from a recipe, or from results, to tables, figures and one page."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import rich.table
 from rich.console import Console
 
 from ..comparison.figures import draw_distribution, draw_kept, draw_scatter
-from ..comparison.results import Findings
-from ..comparison.statistics import guides, reference, rows
+from ..comparison.results import ComparisonResults
+from ..comparison.statistics import guides, reference, summaries
 from ..comparison.study import Audit, Compare, Comparison
-from ..comparison.tables import Table, table_csv, tables, trials_csv
+from ..comparison.tables import TextTable, table_csv, tables, trials_csv
 from ..errors import UserError
 from ..evaluation.metrics import check_teacher
 from ..reporting.report import page, picture_html
@@ -26,13 +26,13 @@ from .recipe import Recipe
 from .run import make_task
 
 
-def compare_recipe(recipe: Recipe, view: str, run_dir: Path | str, command: str = "") -> tuple[Findings, Path]:
+def compare_recipe(recipe: Recipe, view: str, run_dir: Path | str, command: str = "") -> tuple[ComparisonResults, Path]:
     """Do what a recipe's `compare` or `audit` says, or what is left of it.
 
     Args:
         recipe: has a recovery, a search or candidates, and the checkpoint of a trained network.
         view: the section that counts; without it its defaults do.
-        run_dir: where cells are kept and the report is written.
+        run_dir: where results are kept and the report is written.
         command: what the user typed, for the record.
 
     Returns:
@@ -49,23 +49,23 @@ def compare_recipe(recipe: Recipe, view: str, run_dir: Path | str, command: str 
     assert recipe.recover is not None  # else the plan has a problem
     task = make_task(recipe)
     check_teacher(task, recipe.trainer)
-    findings = stage(task, recipe.recover, recipe.trainer, run_dir, recipe.search, recipe.evaluate)
+    results = stage(task, recipe.recover, recipe.trainer, run_dir, recipe.search, recipe.evaluate)
 
     def keep() -> Path:
         recipe.save(Path(run_dir))
         return write_comparison(run_dir, command)
 
-    return findings, on_main_process(keep)
+    return results, on_main_process(keep)
 
 
 def write_comparison(run_dir: Path | str, command: str = "") -> Path:
-    """Write tables, figures and `report.html` beside the findings in a folder. Returns the path of the page."""
+    """Write tables, figures and `report.html` beside the results in a folder. Returns the path of the page."""
     folder = Path(run_dir)
-    findings = Findings.load(folder / COMPARISON_RESULTS)
-    write_text(folder / "table.csv", table_csv(findings))
-    write_text(folder / "trials.csv", trials_csv(findings))
-    sections = [_table_html(table, findings.learned) for table in tables(findings)]
-    for title, file, caption in _draw(findings, folder / "figures"):
+    results = ComparisonResults.load(folder / COMPARISON_RESULTS)
+    write_text(folder / "table.csv", table_csv(results))
+    write_text(folder / "trials.csv", trials_csv(results))
+    sections = [_table_html(table, results.learned) for table in tables(results)]
+    for title, file, caption in _draw(results, folder / "figures"):
         picture = picture_html(folder / "figures" / file, "", title)
         sections.append(
             f"<section><h2>{title}</h2><div class='scroll'>{picture}</div>"
@@ -78,16 +78,16 @@ def write_comparison(run_dir: Path | str, command: str = "") -> Path:
         record += f"<details><summary>Recipe, resolved</summary><pre>{text}</pre></details>"
     if record:
         sections.append(f"<section><h2>Record</h2>{record}</section>")
-    text = page(folder.resolve().name, "", sections, brand=f"tinyfusion {findings.view}", style=OWN_STYLE)
+    text = page(folder.resolve().name, "", sections, brand=f"tinyfusion {results.view}", style=OWN_STYLE)
     write_text(folder / "report.html", text)
     return folder / "report.html"
 
 
-def print_tables(findings: Findings) -> None:
+def print_tables(results: ComparisonResults) -> None:
     """Print the tables; lines that a narrow terminal has to wrap are better than figures that it cuts off."""
     console = Console(highlight=False)
     console = Console(highlight=False, width=max(console.width, MIN_WIDTH))
-    for table in tables(findings):
+    for table in tables(results):
         shown = rich.table.Table(
             title=table.title, title_justify="left", title_style="bold", box=None, padding=(0, 1, 0, 0)
         )
@@ -102,33 +102,36 @@ def print_tables(findings: Findings) -> None:
         console.print()
 
 
-def _draw(findings: Findings, figures: Path) -> list[tuple[str, str, str]]:
+def _draw(results: ComparisonResults, figures: Path) -> list[tuple[str, str, str]]:
     """Draw what there are figures for. Returns sections as (title, file, caption)."""
-    found = rows(findings)
-    candidates = [row for row in found if row.kept]
-    healed = {row.name: row.healed.mean for row in candidates if row.healed.mean is not None}
+    found = summaries(results)
+    candidates = [s for s in found if s.kept]
+    recovered = {s.name: s.recovered.mean for s in candidates if s.recovered.mean is not None}
     subsets: dict[tuple[int, ...], list[tuple[float, float]]] = {}
-    for mask in findings.masks:
-        if mask.calibration is not None and mask.healed is not None:
-            subsets.setdefault(mask.kept, []).append((mask.calibration, mask.healed))
+    for mask in results.masks:
+        if mask.calibration is not None and mask.recovered is not None:
+            subsets.setdefault(mask.kept, []).append((mask.calibration, mask.recovered))
     points = [(some[0][0], sum(y for _, y in some) / len(some)) for some in subsets.values()]
     marks = {
-        row.name: (row.calibration.mean, healed[row.name])
-        for row in candidates
-        if row.calibration.mean is not None and row.name in healed
+        s.name: (s.calibration.mean, recovered[s.name])
+        for s in candidates
+        if s.calibration.mean is not None and s.name in recovered
     }
     drawn = []
-    if findings.view == "audit" and points:
-        choices = {n: [t.healed for t in findings.trials if t.method == n and t.healed is not None] for n in healed}
-        draw_distribution([y for _, y in points], choices, findings.learned, figures / "distribution.png")
+    if results.view == "audit" and points:
+        choices = {
+            name: [e.recovered for e in results.entries if e.method == name and e.recovered is not None]
+            for name in recovered
+        }
+        draw_distribution([y for _, y in points], choices, results.learned, figures / "distribution.png")
         caption = "Below: one mark for each seed, searches in blue. The dotted line is the best of the random subsets."
         drawn.append(("Where the choices fall", "distribution.png", caption))
     if points or marks:
-        draw_scatter(points, marks, findings.learned, figures / "scatter.png")
-        drawn.append(("Is the loss right after pruning a guide?", "scatter.png", _scatter_caption(findings)))
+        draw_scatter(points, marks, results.learned, figures / "scatter.png")
+        drawn.append(("Is the loss right after pruning a guide?", "scatter.png", _scatter_caption(results)))
     fractions = {
-        row.name: [sum(i in kept for kept in row.kept) / len(row.kept) for i in range(len(findings.blocks))]
-        for row in candidates
+        s.name: [sum(i in kept for kept in s.kept) / len(s.kept) for i in range(len(results.blocks))]
+        for s in candidates
     }
     draw_kept(fractions, figures / "kept.png")
     caption = "Dark: kept with every seed; pale: with none. Best recovered on top."
@@ -136,17 +139,17 @@ def _draw(findings: Findings, figures: Path) -> list[tuple[str, str, str]]:
     return drawn
 
 
-def _scatter_caption(findings: Findings) -> str:
+def _scatter_caption(results: ComparisonResults) -> str:
     caption = "Candidates are means over the seeds, searches in blue."
-    rho = guides(findings)["calibration loss"] if findings.masks else None
+    rho = guides(results)["calibration loss"] if results.masks else None
     if rho is not None and rho.mean is not None:
-        num = len(reference(findings, findings.seeds[0]))
+        num = len(reference(results, results.seeds[0]))
         caption = f"Spearman's rho over the {num} random subsets: {rho.text('.2f')}. {caption}"
-    lost = sum(t.calibration is None or t.healed is None for t in (*findings.trials, *findings.masks))
+    lost = sum(e.calibration is None or e.recovered is None for e in (*results.entries, *results.masks))
     return caption + (f" Not shown: {lost} with a loss that is not finite." if lost else "")
 
 
-def _table_html(table: Table, learned: Sequence[str]) -> str:
+def _table_html(table: TextTable, learned: Sequence[str]) -> str:
     head = "".join(f"<th>{html.escape(name)}</th>" for name in table.columns)
     body = "".join(
         f"<tr{' class=learned' if row[0] in learned else ''}><th scope='row'>{html.escape(row[0])}</th>"

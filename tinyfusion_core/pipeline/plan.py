@@ -19,7 +19,7 @@ from ..protocols.block_call import watched_streams
 from ..pruning.prune import remove_blocks
 from ..runtime.seeding import Rng
 from ..runtime.trackers import check_trackers
-from ..samplers.budget import spoken
+from ..samplers.budget import budget_text
 from ..selection.search import Search
 from ..selection.successive_halving import search_of
 from ..training.recover import Recover
@@ -199,14 +199,14 @@ def _comparison(stage: Comparison, plan: Plan, recipe: Recipe) -> None:
             f"{stage.view}: takes one search and one recovery; write a recipe of the round you want to compare in"
         )
     if recipe.recover is None:
-        raise UserError(f"{stage.view}: needs recover, to heal what was pruned")
+        raise UserError(f"{stage.view}: needs recover, to train what was pruned")
     if recipe.train is not None:
         raise UserError(
             f"{stage.view}: needs a trained network; run the recipe's train stage first, give the checkpoint to the "
             "backbone and set train: null"
         )
-    lineup = stage.lineup(recipe.search, _on_meta(recipe)[1])
-    counts = f"{len(lineup.candidates)} candidates that keep {spoken(lineup.budget)} blocks, {stage.seeds} seeds"
+    found = stage.candidates_for(recipe.search, _on_meta(recipe)[1])
+    counts = f"{len(found.selectors)} candidates that keep {budget_text(found.budget)} blocks, {stage.seeds} seeds"
     plan.rows.append((stage.view, counts))
 
 

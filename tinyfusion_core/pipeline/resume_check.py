@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..comparison.legacy_keys import NEUTRAL, PATHS
+from ..comparison.legacy_keys import PATHS
 from ..errors import UserError, nearest
 from ..pruning.decision import versions
-from ..runtime.files import digest, read_json, write_json
+from ..runtime.files import NEUTRAL, digest, read_json, write_json
 from ..runtime.run_folder import RunFolder
 from ..runtime.stages import EVALUATE, Stage, stages_of
 from ..training.trainer import NUMERICALLY_NEUTRAL

@@ -210,3 +210,10 @@ def _reason(error: BaseException) -> str:
 def digest(value: Any) -> str:
     """A hash of anything that JSON can hold."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+NEUTRAL = "neutral"
+"""In the metadata of a field that was added later: the value that means what was done before there was the field.
+
+While the field has that value, the keys of cached results leave it out, so that what was computed before still counts.
+"""

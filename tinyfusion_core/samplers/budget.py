@@ -17,7 +17,7 @@ Budget = int | Mapping[str, int]
 """How many blocks stay: of all together, or of every block list."""
 
 
-def spoken(budget: Budget) -> str:
+def budget_text(budget: Budget) -> str:
     """As it stands in a sentence."""
     if isinstance(budget, int):
         return str(budget)
