@@ -29,6 +29,8 @@ from tinyfusion_core.testing.checks import (
 )
 from toys import Chain, Match, Planted
 
+pytestmark = pytest.mark.numerics
+
 WORKING = Planted(scales=(1, 1, 1, 1))
 PLUGINS = [plugin.name for plugin in registry().plugins if {"backbone", "loss"} & {kind for kind, _ in plugin.brings}]
 
