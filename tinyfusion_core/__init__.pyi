@@ -20,7 +20,9 @@ from .protocols.backbone import Backbone as Backbone
 from .protocols.backbone import Batch as Batch
 from .protocols.backbone import Stream as Stream
 from .protocols.checkpoint_backbone import CheckpointBackbone as CheckpointBackbone
+from .protocols.command import Command as Command
 from .protocols.data import DataSource as DataSource
+from .protocols.data import FeatureSpace as FeatureSpace
 from .protocols.data import Tensors as Tensors
 from .protocols.loss import LossAdapter as LossAdapter
 from .protocols.task import Task as Task

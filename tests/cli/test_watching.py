@@ -18,8 +18,8 @@ from rich.console import Console
 import tinyfusion_core as tiny
 from small_run import RECIPE
 from tinyfusion_core.cli import main
-from tinyfusion_core.cli.watch import TAIL_BYTES, Tail, View, planned_stages, sparkline
-from tinyfusion_core.pipeline.stages import claim
+from tinyfusion_core.cli.watch import TAIL_BYTES, Tail, View, num_steps, shown_stages, sparkline
+from tinyfusion_core.pipeline.resume_check import take_run_folder
 from tinyfusion_core.runtime.files import write_json
 
 
@@ -42,7 +42,7 @@ def test_a_run_is_shown_while_it_stands_and_when_it_is_done(
     assert main(["watch", str(folder.path), "--once"]) == 2
     assert "no recipe.yaml" in capsys.readouterr().err
     made = tiny.load_recipe(recipe)
-    claim(made, folder, "tinyfusion run", None)
+    take_run_folder(made, folder, "tinyfusion run", None)
     decision = tiny.Keep([0, 3, 5, 6]).preview([f"blocks.{i}" for i in range(8)])
     decision.save(folder / "decision.json")
     folder.finish("search", "key", 75.0)
@@ -103,11 +103,12 @@ def test_only_the_end_of_a_long_file_is_read_and_a_rewound_one_anew(tmp_path: Pa
     assert tail.read() and [e["step"] for e in tail.entries["search"]] == list(range(1, 8))
 
 
-def test_rounds_and_finals_have_their_steps() -> None:
+def test_rounds_and_finals_have_their_steps(tmp_path: Path) -> None:
     finals = {"class_path": "Finals", "init_args": {"steps": 25, "search": {"init_args": {"steps": 90}}}}
     one = {"search": finals, "recover": {"steps": 7}}
     settings = {"train": {"steps": 5}, "rounds": {"d4": one, "d2": {"search": {"class_path": "Uniform"}}}}
-    assert [(s.title, s.round, s.steps) for s in planned_stages(settings)] == [
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    assert [(s.title, s.round, num_steps(s)) for s in shown_stages(tiny.RunFolder(tmp_path))] == [
         ("train", "", 5), ("d4 search", "d4", 90), ("d4 recover", "d4", 7), ("d2 search", "d2", None),
         ("evaluate", "", None),
     ]  # fmt: skip

@@ -23,8 +23,8 @@ import tinyfusion_core as tiny
 import toys
 from small_run import RECIPE
 from tinyfusion_core.cli import main
-from tinyfusion_core.comparison.cache import NEUTRAL, _described
-from tinyfusion_core.comparison.legacy_keys import FIELDS, PATHS, Name, then
+from tinyfusion_core.comparison.cache import _described
+from tinyfusion_core.comparison.legacy_keys import FIELDS, NEUTRAL, PATHS, Name, then
 from tinyfusion_core.comparison.results import Findings, Trial
 from tinyfusion_core.comparison.statistics import guides, rows, spearman
 from tinyfusion_core.comparison.study import Audit, Compare

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
+from typing import ClassVar, Literal
 
 from ..protocols.command import Command
 
@@ -12,7 +13,7 @@ from ..protocols.command import Command
 class Compare(Command):
     """Set criteria beside each other."""
 
-    name = "compare"
+    name: ClassVar[Literal["compare", "audit"]] = "compare"
     help = "prune with every criterion, recover all alike, and set them beside random subsets"
     takes_overrides = True
 

@@ -75,19 +75,19 @@ class CheckPlugin(Command):
         from ..errors import UserError
         from ..testing import check_plugin
 
-        verdicts, pair = [], ""
-        for verdict in check_plugin(options.name):
-            verdicts.append(verdict)
-            if verdict.pair != pair:
-                pair = verdict.pair
-                print(pair)
-            print(f"  {'FAIL' if verdict.error else 'ok  '}  {verdict.check:22} {verdict.meaning}", flush=True)
-            if verdict.error:
-                print(f"        {verdict.error}")
-        failed = [verdict.check for verdict in verdicts if verdict.error]
+        results, subject = [], ""
+        for result in check_plugin(options.name):
+            results.append(result)
+            if result.subject != subject:
+                subject = result.subject
+                print(subject)
+            print(f"  {'FAIL' if result.error else 'ok  '}  {result.check:22} {result.meaning}", flush=True)
+            if result.error:
+                print(f"        {result.error}")
+        failed = [result.check for result in results if result.error]
         if failed:
-            raise UserError(f"plugin '{options.name}': {len(failed)} of {len(verdicts)} checks failed")
-        print(f"all {len(verdicts)} checks hold")
+            raise UserError(f"plugin '{options.name}': {len(failed)} of {len(results)} checks failed")
+        print(f"all {len(results)} checks hold")
         return 0
 
 

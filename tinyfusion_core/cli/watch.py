@@ -6,11 +6,9 @@ import json
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -22,7 +20,8 @@ from ..errors import UserError
 from ..pipeline.compare import print_tables
 from ..reporting.report import duration, results_table
 from ..runtime.files import read_json
-from ..runtime.run_folder import FINDINGS, RunFolder
+from ..runtime.run_folder import COMPARISON_RESULTS, RunFolder
+from ..runtime.stages import EVALUATE, SEARCH, Stage
 
 LEVELS = "▁▂▃▄▅▆▇█"
 TAIL_BYTES = 256 * 1024
@@ -67,32 +66,14 @@ class Tail:
         return bool(new)
 
 
-@dataclass(frozen=True)
-class Stage:
-    """A stage of a run.
-
-    Attributes:
-        title: as shown.
-        round: name of the round it belongs to, empty where there are none.
-        name: as it is logged.
-        steps: how many it has, None where it does not count them.
-    """
-
-    title: str
-    round: str
-    name: str
-    steps: int | None
+def shown_stages(folder: RunFolder) -> list[Stage]:
+    """The stages of a run that take their time, in their order: a round without recovery does not recover."""
+    return [stage for stage in folder.stages() if stage.settings is not None]
 
 
-def planned_stages(settings: Mapping[str, Any]) -> list[Stage]:
-    """The stages of a resolved recipe, in their order."""
-    rounds = settings.get("rounds") or {"": settings}
-    found = [("", "train", settings.get("train"))]
-    found += [(name, stage, part.get(stage)) for name, part in rounds.items() for stage in ("search", "recover")]
-    stages = [
-        Stage(f"{name} {stage}".strip(), name, stage, _steps(section)) for name, stage, section in found if section
-    ]
-    return [*stages, Stage("evaluate", "", "evaluate", None)]
+def num_steps(stage: Stage) -> int | None:
+    """How many steps a stage has, None where it does not count them."""
+    return _steps(stage.settings) if isinstance(stage.settings, Mapping) else None
 
 
 def _steps(section: Mapping[str, Any]) -> int | None:
@@ -113,15 +94,16 @@ class View:
 
     def __init__(self, path: Path) -> None:
         self.folder = RunFolder(path)
-        self.compares = (path / "cells").is_dir() or (path / FINDINGS).exists()
+        self.compares = self.folder.holds_comparison()
         if not self.compares and not (path / "recipe.yaml").is_file():
             raise UserError(f"{path}: not a run folder (no recipe.yaml in it); has the run begun?")
         self.tails: dict[Path, Tail] = {}
         self.changed: float | None = None
 
     def finished(self) -> bool:
-        name = FINDINGS if self.compares else "metrics.json"
-        return (self.folder / name).exists() and (self.compares or "evaluate" in self.folder.finished())
+        if self.compares:
+            return (self.folder / COMPARISON_RESULTS).exists()
+        return (self.folder / "metrics.json").exists() and EVALUATE in self.folder.finished()
 
     def frame(self) -> RenderableType:
         """What to show now."""
@@ -138,7 +120,7 @@ class View:
         return tail
 
     def _run(self) -> Iterator[RenderableType]:
-        stages = planned_stages(yaml.safe_load((self.folder / "recipe.yaml").read_text()))
+        stages = shown_stages(self.folder)
         done = {name: self.folder.round(name).finished() for name in {stage.round for stage in stages}}
         current = next((s for s in stages if s.name not in done[s.round]), stages[-1])
         table = Table.grid(padding=(0, 2))
@@ -156,8 +138,11 @@ class View:
         # Every folder is read at every look, or the old lines of a round would pass for news later.
         tails = {name: self._tail(self.folder.round(name).path) for name in done}
         yield from self._training(tails[current.round].entries.get(current.name, ()), current)
-        decided = [s for s in stages if s.name == "search" and s.name in done[s.round]]
-        for stage in decided:
+        yield from self._decided([s for s in stages if s.name == SEARCH and s.name in done[s.round]])
+
+    def _decided(self, searches: Sequence[Stage]) -> Iterator[RenderableType]:
+        """What finished searches have decided."""
+        for stage in searches:
             path = self.folder.round(stage.round) / "decision.json"
             if path.exists():
                 decision = read_json(path)
@@ -174,18 +159,18 @@ class View:
             yield Text(now["what"])
             tail = self._tail(cells / now["cell"])
             for name, entries in list(tail.entries.items())[-1:]:
-                yield from self._training(entries, Stage(name, "", name, None))
+                yield from self._training(entries, Stage(name))
 
     def _training(self, entries: Sequence[Mapping[str, Any]], stage: Stage) -> Iterator[RenderableType]:
         """The stage that is at work, if it has logged anything."""
-        entries, pace = list(entries), 0.0
+        entries, pace, steps = list(entries), 0.0, num_steps(stage)
         if entries:
             last, first = entries[-1], entries[max(0, len(entries) - 10)]
             if len(entries) > 1 and last["seconds"] > first["seconds"]:
                 pace = (last["step"] - first["step"]) / (last["seconds"] - first["seconds"])
             yield Text("")
-            left = f"{duration((stage.steps - last['step']) / pace)} left" if pace and stage.steps else ""
-            yield _bar(last["step"], stage.steps, left)
+            left = f"{duration((steps - last['step']) / pace)} left" if pace and steps else ""
+            yield _bar(last["step"], steps, left)
             yield _facts(entries, pace)
         quiet = 0.0 if self.changed is None else time.monotonic() - self.changed
         between = (entries[-1]["step"] - entries[-2]["step"]) / pace if pace else 0.0
@@ -257,6 +242,6 @@ def watch(path: Path, once: bool = False, every: float = 2.0) -> None:
                 time.sleep(every)
                 live.update(view.frame(), refresh=True)
     if view.compares:
-        print_tables(Findings.load(path / FINDINGS))
+        print_tables(Findings.load(path / COMPARISON_RESULTS))
     else:
         console.print(results_table(view.folder))

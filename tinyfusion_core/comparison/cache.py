@@ -36,8 +36,8 @@ from ..selection.calibration import Calibrated
 from ..selection.search import Selector
 from ..selection.successive_halving import Finals
 from ..training.recover import Recover
-from ..training.trainer import INDIFFERENT, Trainer
-from .legacy_keys import Name, then
+from ..training.trainer import NUMERICALLY_NEUTRAL, Trainer
+from .legacy_keys import NEUTRAL, Name, then
 from .results import Trial
 
 
@@ -202,10 +202,6 @@ class Cells:
         return _finite(self.held_out(self.task, {"model": model}, self.trainer)[0].values["model"])
 
 
-NEUTRAL = "neutral"
-"""In the metadata of a field that was added later: the value that means what was done before there was the field."""
-
-
 def _described(value: Any, *but: str) -> Any:
     """Settings as JSON, those of these names left out. What cannot be told is never described in the same way twice.
 
@@ -219,12 +215,8 @@ def _described(value: Any, *but: str) -> Any:
         return {"class": _described(type(value)), **told}
     if isinstance(value, functools.partial):
         return [_described(v) for v in (value.func, value.args, value.keywords)]
-    if isinstance(value, type) and "<locals>" not in value.__qualname__:
-        plugin = record_of(value)
-        return [Name.of(value), plugin["sha256"]] if "file" in plugin else Name.of(value)
-    if inspect.isfunction(value) and value.__qualname__.isidentifier() and value.__closure__ is None:
-        with suppress(OSError):
-            return [Name.of(value), digest(inspect.getsource(value))]
+    if isinstance(value, type) or inspect.isfunction(value):
+        return _named(value)
     if isinstance(value, Mapping):
         return {str(k): _described(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -234,15 +226,27 @@ def _described(value: Any, *but: str) -> Any:
     return value if value is None or isinstance(value, (bool, int, str)) else uuid.uuid4().hex
 
 
+def _named(value: type[Any] | Callable[..., Any]) -> Any:
+    """A class or function by its name, with what tells it from another of that name; nothing twice if there is none."""
+    if isinstance(value, type):
+        if "<locals>" not in value.__qualname__:
+            plugin = record_of(value)
+            return [Name.of(value), plugin["sha256"]] if "file" in plugin else Name.of(value)
+    elif value.__qualname__.isidentifier() and value.__closure__ is None:
+        with suppress(OSError):
+            return [Name.of(value), digest(inspect.getsource(value))]
+    return uuid.uuid4().hex
+
+
 def _stage(stage: Selector | Recover, trainer: Trainer) -> dict[str, Any]:
     """A stage and how it trains, but for what changes no number; of two batch sizes the one that counts."""
     if isinstance(stage, Calibrated):  # does not train
-        what, how = _described(stage, "batch_size"), _described(trainer, *INDIFFERENT, "batch_size")
+        what, how = _described(stage, "batch_size"), _described(trainer, *NUMERICALLY_NEUTRAL, "batch_size")
     elif isinstance(stage, Finals):  # its parts have batch sizes of their own, or the trainer's
-        what, how = _described(stage), _described(trainer, *INDIFFERENT)
+        what, how = _described(stage), _described(trainer, *NUMERICALLY_NEUTRAL)
     else:
         own: int | None = getattr(stage, "batch_size", None)
-        what, how = _described(stage, "batch_size"), _described(trainer.with_batch_size(own), *INDIFFERENT)
+        what, how = _described(stage, "batch_size"), _described(trainer.with_batch_size(own), *NUMERICALLY_NEUTRAL)
     how["precision"] = trainer.accelerator.mixed_precision
     return {"stage": what, "trainer": how}
 

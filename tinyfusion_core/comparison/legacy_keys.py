@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
+NEUTRAL = "neutral"
+"""In the metadata of a field that was added later: the value that means what was done before there was the field."""
+
 
 class Name(str):
     """What a class or a function is called in a key, whatever module of its package it is in: `package:qualname`.
@@ -43,6 +46,7 @@ PATHS = {
     "tinyfusion_core:InputOutputMSE": "tinyfusion_core.similarity.InputOutputMSE",
     "tinyfusion_core:Keep": "tinyfusion_core.criteria.Keep",
     "tinyfusion_core:LastN": "tinyfusion_core.criteria.LastN",
+    "tinyfusion_core:Latency": "tinyfusion_core.latency.Latency",
     "tinyfusion_core:LeaveOneOut": "tinyfusion_core.sensitivity.LeaveOneOut",
     "tinyfusion_core:LoRA": "tinyfusion_core.recoverability.LoRA",
     "tinyfusion_core:MaskedKD": "tinyfusion_core.distill.MaskedKD",
@@ -53,6 +57,7 @@ PATHS = {
     "tinyfusion_core:Rules": "tinyfusion_core.rules.Rules",
     "tinyfusion_core:ScoreFunction": "tinyfusion_core.subset_samplers.ScoreFunction",
     "tinyfusion_core:Search": "tinyfusion_core.search.Search",
+    "tinyfusion_core:Size": "tinyfusion_core.evaluation.Size",
     "tinyfusion_core:SpanSimilarity": "tinyfusion_core.similarity.SpanSimilarity",
     "tinyfusion_core:Taylor": "tinyfusion_core.sensitivity.Taylor",
     "tinyfusion_core:Trainer": "tinyfusion_core.trainer.Trainer",
@@ -62,6 +67,7 @@ PATHS = {
     "tinyfusion_diffusers:ScheduledDiffusion": "tinyfusion_diffusers.objectives.ScheduledDiffusion",
     "tinyfusion_dit:DiT": "tinyfusion_dit.backbone.DiT",
     "tinyfusion_dit:GaussianDiffusion": "tinyfusion_dit.diffusion.GaussianDiffusion",
+    "tinyfusion_images:Fidelity": "tinyfusion_core.fidelity.Fidelity",
     "tinyfusion_images:SmallCNN": "tinyfusion_images.features.SmallCNN",
     "tinyfusion_llm:CausalLM": "tinyfusion_llm.backbone.CausalLM",
     "tinyfusion_llm:NextToken": "tinyfusion_llm.loss.NextToken",

@@ -20,7 +20,7 @@ from ..runtime.distributed import on_main_process
 from ..runtime.files import read_json
 from ..runtime.locking import owned
 from ..runtime.progress import track
-from ..runtime.run_folder import FINDINGS, RunFolder
+from ..runtime.run_folder import COMPARISON_RESULTS, RunFolder
 from ..runtime.seeding import generator
 from ..samplers.budget import Budget, make_quota, spoken
 from ..selection.criteria import BKSDM, Criterion, FirstN, LastN, Uniform
@@ -171,13 +171,14 @@ class Comparison:
                 left_out=lineup.left_out,
                 note=f"draws for each of {len(task.held_out)} held-out samples: {cells.held_out.draws}",
             )
-            on_main_process(lambda: findings.save(folder / FINDINGS))
+            on_main_process(lambda: findings.save(folder / COMPARISON_RESULTS))
         return findings
 
     def _check_folder(self, folder: RunFolder) -> None:
         """Raise UserError when the folder holds something that this would overwrite."""
         what = "a run" if (folder / "run.json").exists() else ""
-        if (folder / FINDINGS).exists() and (view := read_json(folder / FINDINGS).get("view")) != self.view:
+        found = folder / COMPARISON_RESULTS
+        if found.exists() and (view := read_json(found).get("view")) != self.view:
             what = f"the findings of another command ({view})"
         if what:
             raise UserError(f"{folder.path}: holds {what}; choose another --run-dir")
@@ -236,7 +237,7 @@ class Audit(Comparison):
         return self.masks, self.healings
 
     def recovery(self, recover: Recover) -> Recover:
-        return recover.lasting(self.steps)
+        return recover.with_steps(self.steps)
 
     def _metrics(self, evaluate: Sequence[Metric]) -> tuple[HeldOutLoss, Frechet | None]:
         return super()._metrics(evaluate)[0], None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ class Frechet(Metric):
 
     num_samples: int = 1000
     batch_size: int = 250
-    features: FeatureSpace | None = None
+    features: FeatureSpace | None = field(default=None, metadata={"neutral": None})
     together = True
 
     def __post_init__(self) -> None:

@@ -20,7 +20,7 @@ from ..evaluation.metrics import check_teacher
 from ..reporting.report import page, picture_html
 from ..runtime.distributed import on_main_process
 from ..runtime.files import write_text
-from ..runtime.run_folder import FINDINGS
+from ..runtime.run_folder import COMPARISON_RESULTS
 from .plan import make_comparison_plan
 from .recipe import Recipe
 from .run import make_task
@@ -61,7 +61,7 @@ def compare_recipe(recipe: Recipe, view: str, run_dir: Path | str, command: str 
 def write_comparison(run_dir: Path | str, command: str = "") -> Path:
     """Write tables, figures and `report.html` beside the findings in a folder. Returns the path of the page."""
     folder = Path(run_dir)
-    findings = Findings.load(folder / FINDINGS)
+    findings = Findings.load(folder / COMPARISON_RESULTS)
     write_text(folder / "table.csv", table_csv(findings))
     write_text(folder / "trials.csv", trials_csv(findings))
     sections = [_table_html(table, findings.learned) for table in tables(findings)]

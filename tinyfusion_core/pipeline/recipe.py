@@ -22,6 +22,7 @@ from ..protocols.loss import LossAdapter
 from ..registry.registry import load_plugin
 from ..registry.sources import PluginFile
 from ..runtime.files import write_atomic, write_text
+from ..runtime.stages import Stage, stages_of
 from ..selection.search import Selector
 from ..training.recover import Recover
 from ..training.trainer import Trainer
@@ -77,6 +78,10 @@ class Recipe:
             return dict(self.rounds or {})
         return {"": Round(search=self.search, recover=self.recover)}
 
+    def stages(self) -> list[Stage]:
+        """The stages of the run in their order; the settings of each are the object that does its work."""
+        return stages_of({**vars(self), "rounds": {name: vars(step) for name, step in (self.rounds or {}).items()}})
+
 
 def load_recipe(path: Path | str, flags: Sequence[str] = ()) -> Recipe:
     """Read a recipe.
@@ -89,14 +94,7 @@ def load_recipe(path: Path | str, flags: Sequence[str] = ()) -> Recipe:
         UserError: the first thing wrong, with its key, what was expected and the nearest known name.
     """
     path = Path(path)
-    try:
-        raw = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise MissingFileError(f"{path}: no such recipe (it comes first: tinyfusion run RECIPE --key value)") from None
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: not readable as YAML: {e}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: a recipe is a mapping with the keys {', '.join(KEYS)}")
+    raw = _read(path)
     for key, value in _overrides(flags):
         _override(raw, key.split("."), value)
     raw = {key: value for key, value in raw.items() if value is not None}
@@ -120,6 +118,19 @@ def load_recipe(path: Path | str, flags: Sequence[str] = ()) -> Recipe:
     if files:
         settings = {"plugins": [file.name for file in files], **settings}
     return Recipe(**{name: getattr(objects, name) for name in SECTIONS}, settings=settings, plugins=files)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What is in a recipe's file. Raises UserError when it is missing or no mapping."""
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise MissingFileError(f"{path}: no such recipe (it comes first: tinyfusion run RECIPE --key value)") from None
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: not readable as YAML: {e}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: a recipe is a mapping with the keys {', '.join(KEYS)}")
+    return raw
 
 
 def _load_plugins(path: Path, names: Any) -> list[PluginFile]:

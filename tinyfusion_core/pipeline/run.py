@@ -1,4 +1,4 @@
-"""A whole run: train if asked, search, prune, recover, evaluate, report; each finished stage is kept."""
+"""A whole run: its stages one after the other, each read back where it has finished before, and the report."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,13 @@ from ..runtime.files import save_tensors, write_json
 from ..runtime.locking import owned
 from ..runtime.run_folder import RunFolder
 from ..runtime.seeding import seed_of
+from ..runtime.stages import EVALUATE, RECOVER, SEARCH, TRAIN, Stage
+from ..selection.search import Search
 from ..selection.successive_halving import trainings_of
+from ..training.recover import Recover
 from .plan import make_plan
 from .recipe import Recipe
-from .schema import Round
-from .stages import check_claim, claim, stage_keys
+from .resume_check import check_resume, stage_keys, take_run_folder
 
 NUM_SHOWN = 40
 
@@ -63,10 +65,12 @@ def run_recipe(
 
         def take() -> None:
             stack.enter_context(owned(folder.path, "--run-dir"))
-            claim(recipe, folder, command, restart_from)
+            take_run_folder(recipe, folder, command, restart_from)
 
         on_main_process(take)
-        _Run(recipe, task, folder).go()
+        run = _Run(recipe, task, folder)
+        for stage in recipe.stages():
+            run.do(stage)
         on_main_process(lambda: write_report(folder))
     return folder / "report.html"
 
@@ -76,25 +80,33 @@ def _prepared(recipe: Recipe, folder: RunFolder, command: str, restart_from: str
     plan = make_plan(recipe)
     if plan.problems or plan.missing:
         raise UserError("\n".join(plan.problems + plan.missing))
-    rounds = recipe.each_round().values()
-    searched = [training for step in rounds for training in trainings_of(step.search)]
-    for stage in (recipe.train, *searched, *(step.recover for step in rounds)):
-        if stage is not None:
-            recipe.trainer.with_batch_size(stage.batch_size).split(recipe.trainer.accelerator.num_processes)
-    check_claim(recipe, folder, command, restart_from)
+    for stage in recipe.stages():
+        for training in _trainings(stage):
+            recipe.trainer.with_batch_size(training.batch_size).split(recipe.trainer.accelerator.num_processes)
+    check_resume(recipe, folder, command, restart_from)
     task = make_task(recipe)
     if recipe.train is None:
         _ = task.teacher  # a wrong checkpoint
     return task
 
 
+def _trainings(stage: Stage) -> Sequence[Search | Recover]:
+    """What a stage trains, one after the other."""
+    if stage.name == SEARCH:
+        return trainings_of(stage.settings)
+    return [stage.settings] if isinstance(stage.settings, Recover) else []
+
+
 def _to_be_searched(recipe: Recipe, folder: RunFolder) -> bool:
     """Whether a search would begin with the teacher that the recipe names; the same answer on every process."""
-    first = next(iter(recipe.each_round()), None)
-    if recipe.train is not None or first is None:
-        return False
-    key = stage_keys(recipe)[f"{first}.search".lstrip(".")]
-    return on_main_process(lambda: folder.round(first).finished().get("search", {}).get("key") != key)
+    first = recipe.stages()[0]
+    return first.name == SEARCH and not _has_finished(first, folder, stage_keys(recipe))
+
+
+def _has_finished(stage: Stage, folder: RunFolder, keys: Mapping[str, str]) -> bool:
+    """Whether a stage ran to its end with these settings; the same answer on every process."""
+    records = on_main_process(folder.round(stage.round).finished)
+    return records.get(stage.name, {}).get("key") == keys[stage.key]
 
 
 def make_task(recipe: Recipe, model: nn.Module | None = None) -> Task:
@@ -110,82 +122,118 @@ def make_task(recipe: Recipe, model: nn.Module | None = None) -> Task:
     )
 
 
+@dataclass(frozen=True)
+class _Work:
+    """What one kind of stage does.
+
+    Attributes:
+        run: makes the stage's result and writes it to the stage's folder.
+        load: reads the result of a finished stage back.
+        use: hands the result on to the stages that follow.
+    """
+
+    run: Callable[[Stage], Any]
+    load: Callable[[Stage], Any]
+    use: Callable[[Stage, Any], None]
+
+
 class _Run:
+    """A run, and what its stages have made so far.
+
+    Args:
+        recipe: what to do.
+        task: with the teacher that the first stage begins with. Each round's student takes the teacher's place.
+        folder: the run folder.
+    """
+
     def __init__(self, recipe: Recipe, task: Task, folder: RunFolder) -> None:
         self.recipe, self.task, self.folder = recipe, task, folder
         self.keys = stage_keys(recipe)
         self.accelerator = recipe.trainer.accelerator
+        self.models = {} if recipe.train else {"teacher": task.teacher}  # what there is to measure
+        self.decisions: dict[str, Decision] = {}  # by round
+        self.work = {
+            TRAIN: _Work(self._train, self._stored_teacher, self._use_trained),
+            SEARCH: _Work(self._search, self._stored_decision, self._use_decision),
+            RECOVER: _Work(self._recover, self._stored_student, self._use_student),
+            EVALUATE: _Work(self._evaluate, lambda stage: None, lambda stage, measured: None),
+        }
 
-    def go(self) -> None:
-        recipe, folder = self.recipe, self.folder
-        if recipe.train is not None:
-            trained = self._stage("train", self._train, lambda: load_pretrained(folder / "teacher"))
-            self.task = replace(self.task, model=trained, origin=origin(folder / "teacher"))
-        models: dict[str, nn.Module] = {"teacher": self.task.teacher}
-        for name, step in recipe.each_round().items():
-            models.update(self._round(name, step))
-        self._stage("evaluate", lambda: self._evaluate(models), lambda: None)
+    def do(self, stage: Stage) -> None:
+        """Read a stage's result back when it has finished before, else make it and mark the stage as finished."""
+        work, folder = self.work[stage.name], self.folder.round(stage.round)
+        if _has_finished(stage, self.folder, self.keys):
+            result = on_every_rank(lambda: work.load(stage))
+        else:
+            start = time.monotonic()
+            result = work.run(stage)
+            on_main_process(
+                lambda: folder.finish(
+                    stage.name, self.keys[stage.key], folder.spent(time.monotonic() - start, stage.name)
+                )
+            )
+        work.use(stage, result)
 
-    def _round(self, name: str, step: Round) -> dict[str, nn.Module]:
-        """Search, prune, recover; the student becomes the task's network. Returns what there is to measure."""
-        folder, before, prefix = self.folder.round(name), self.task, f"{name}." if name else ""
-        decision = self._stage(
-            f"{prefix}search", lambda: self._search(step, name), lambda: Decision.load(folder / "decision.json")
-        )
-        pruned = prune(before, decision).cpu()  # until it is measured
-        student = self._stage(
-            f"{prefix}recover",
-            lambda: self._recover(step, folder, decision),
-            lambda: _stored_student(folder, decision, f"{prefix}recover"),
-        )
-        if name:  # alone, it keeps the teacher as the task's network
-            self.task = replace(before, model=student, origin=origin(folder / "student"))
-        made = {f"{name} pruned".strip(): pruned}
-        return made if step.recover is None else {**made, name or "recovered": student}
-
-    def _stage(self, name: str, work: Callable[[], Any], stored: Callable[[], Any]) -> Any:
-        """The stage's result: read back when it has finished before, else made and marked as finished."""
-        round_name, _, local = name.rpartition(".")
-        folder = self.folder.round(round_name)
-        if on_main_process(lambda: folder.finished().get(local, {}).get("key") == self.keys[name]):
-            return on_every_rank(stored)
-        start = time.monotonic()
-        result = work()
-        on_main_process(
-            lambda: folder.finish(local, self.keys[name], folder.spent(time.monotonic() - start, local)),
-        )
-        return result
-
-    def _train(self) -> nn.Module:
-        recipe = self.recipe
-        assert recipe.train is not None
+    def _train(self, stage: Stage) -> nn.Module:
+        recipe, how = self.recipe, stage.settings
         with torch.random.fork_rng():
             torch.manual_seed(seed_of(recipe.trainer.seed, "train", "initial weights"))
-            model = recipe.backbone.construct(recipe.backbone.config())
-        model = recipe.train(self.task, model, None, recipe.trainer, self.folder, stage="train")
-        made = {"checkpoint": "trained by this run", "seed": recipe.trainer.seed, "steps": recipe.train.steps}
+            model: nn.Module = recipe.backbone.construct(recipe.backbone.config())
+        model = how(self.task, model, None, recipe.trainer, self.folder, stage=stage.name)
+        made = {"checkpoint": "trained by this run", "seed": recipe.trainer.seed, "steps": how.steps}
         source = {**recipe.backbone.source(), **made}
         on_main_process(lambda: save_network(model, recipe.backbone, source, self.folder / "teacher"))
         return model
 
-    def _search(self, step: Round, name: str) -> Decision:
-        folder = self.folder.round(name)
-        decision = step.search(self.task, self.recipe.trainer, folder)
-        recipe_hash = {"recipe_sha256": self.keys[f"{name}.search".lstrip(".")]}
+    def _stored_teacher(self, stage: Stage) -> nn.Module:
+        return load_pretrained(self.folder / "teacher")
+
+    def _use_trained(self, stage: Stage, trained: nn.Module) -> None:
+        self.task = replace(self.task, model=trained, origin=origin(self.folder / "teacher"))
+        self.models["teacher"] = self.task.teacher
+
+    def _search(self, stage: Stage) -> Decision:
+        folder = self.folder.round(stage.round)
+        decision: Decision = stage.settings(self.task, self.recipe.trainer, folder)
+        recipe_hash = {"recipe_sha256": self.keys[stage.key]}
         decision = replace(decision, provenance={**decision.provenance, **recipe_hash})
         on_main_process(lambda: decision.save(folder / "decision.json"))
         return decision
 
-    def _recover(self, step: Round, folder: RunFolder, decision: Decision) -> nn.Module:
+    def _stored_decision(self, stage: Stage) -> Decision:
+        return Decision.load(self.folder.round(stage.round) / "decision.json")
+
+    def _use_decision(self, stage: Stage, decision: Decision) -> None:
+        self.decisions[stage.round] = decision
+        self.models[f"{stage.round} pruned".strip()] = prune(self.task, decision).cpu()  # until it is measured
+
+    def _recover(self, stage: Stage) -> nn.Module:
+        folder, decision = self.folder.round(stage.round), self.decisions[stage.round]
         student = prune(self.task, decision)
-        if step.recover is not None:
-            student = step.recover(self.task, student, decision, self.recipe.trainer, folder)
+        if stage.settings is not None:
+            student = stage.settings(self.task, student, decision, self.recipe.trainer, folder)
         on_main_process(lambda: save_pretrained(student, self.task, decision, folder / "student"))
         return student
 
-    def _evaluate(self, models: Mapping[str, nn.Module]) -> None:
-        recipe, task = self.recipe, self.task
-        scratch = self.folder / "evaluation" / self.keys["evaluate"][:24]
+    def _stored_student(self, stage: Stage) -> nn.Module:
+        folder = self.folder.round(stage.round)
+        if Decision.load(folder / "student" / "decision.json") != self.decisions[stage.round]:
+            raise UserError(
+                f"{folder / 'decision.json'}: not the decision that student/ was made from; "
+                f"restore it, or run with --restart-from {stage.key}"
+            )
+        return load_pretrained(folder / "student")
+
+    def _use_student(self, stage: Stage, student: nn.Module) -> None:
+        if stage.round:  # alone, it keeps the teacher as the task's network
+            source = origin(self.folder.round(stage.round) / "student")
+            self.task = replace(self.task, model=student, origin=source)
+        if stage.settings is not None:
+            self.models[stage.round or "recovered"] = student
+
+    def _evaluate(self, stage: Stage) -> None:
+        recipe, task, models = self.recipe, self.task, self.models
+        scratch = self.folder / "evaluation" / self.keys[stage.key][:24]
         measurements = evaluate(task, models, recipe.evaluate, recipe.trainer, scratch)
         shown: dict[str, Tensor] = {}
         if has_pictures(task) and task.loss.generates:
@@ -205,12 +253,3 @@ class _Run:
             {"format_version": 1, "measurements": [asdict(m) for m in measurements], "versions": versions()},
         )
         shutil.rmtree(self.folder / "evaluation", ignore_errors=True)
-
-
-def _stored_student(folder: RunFolder, decision: Decision, stage: str) -> nn.Module:
-    if Decision.load(folder / "student" / "decision.json") != decision:
-        raise UserError(
-            f"{folder / 'decision.json'}: not the decision that student/ was made from; "
-            f"restore it, or run with --restart-from {stage}"
-        )
-    return load_pretrained(folder / "student")

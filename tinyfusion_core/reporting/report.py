@@ -16,6 +16,7 @@ from ..errors import UserError
 from ..pruning.decision import Decision
 from ..runtime.files import read_json, write_text
 from ..runtime.run_folder import RunFolder
+from ..runtime.stages import SEARCH
 from .figures import draw_dynamics, draw_images, draw_losses, draw_strip
 
 PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -57,8 +58,8 @@ def results_table(folder: RunFolder) -> Table:
         table.add_column("ratio", justify="right")
     for label, cells, ratio, _ in rows:
         table.add_row(label, *cells, *([ratio] if len(names) > 1 else []))
-    if mishaps := _mishaps(folder, _decisions(folder)):
-        table.caption, table.caption_justify = "; ".join(mishaps), "left"
+    if faults := _faults(folder):
+        table.caption, table.caption_justify = "; ".join(faults), "left"
     return table
 
 
@@ -98,15 +99,17 @@ def page(title: str, facts: str, sections: Sequence[str], brand: str = "tinyfusi
 """
 
 
-def _draw(folder: RunFolder, decisions: Mapping[str, Decision]) -> list[tuple[str, str, list[tuple[str, str]]]]:
-    """Draw what the run has figures for.
+Section = tuple[str, str, list[tuple[str, str]]]
+"""Title, caption and pictures; of a picture its file, and what it shows."""
 
-    Returns:
-        Sections as (title, caption, pictures), a picture being (file, what it shows).
-    """
-    figures = folder / "figures"
-    drawn: list[tuple[str, str, list[tuple[str, str]]]] = []
-    curves = {"train": folder.metrics("train")}
+
+def _draw(folder: RunFolder, decisions: Mapping[str, Decision]) -> list[Section]:
+    """Draw what the run has figures for."""
+    return [*_draw_decisions(folder, decisions), *_draw_samples(folder), *_draw_training(folder)]
+
+
+def _draw_decisions(folder: RunFolder, decisions: Mapping[str, Decision]) -> list[Section]:
+    figures, drawn = folder / "figures", list[Section]()
     for name, decision in decisions.items():
         made, prefix = folder.round(name), f"{name}_" if name else ""
         of = f": {name}" if name else ""
@@ -115,30 +118,38 @@ def _draw(folder: RunFolder, decisions: Mapping[str, Decision]) -> list[tuple[st
         sure = "; the numbers above are the confidence" if decision.confidences else ""
         caption = f"Removed: {removed}. Decided by {decision.method}{sure}."
         drawn.append((f"What was kept{of}", caption, [(f"{prefix}blocks.png", "")]))
-        search = made.metrics("search")
+        search = made.metrics(SEARCH)
         if search:
             draw_dynamics(search, len(decision.blocks), figures / f"{prefix}dynamics.png")
             caption = "The decision of the averaged gate logits at every logged step, after figure 6 of the paper."
             drawn.append((f"How the decision came about{of}", caption, [(f"{prefix}dynamics.png", "")]))
-        curves |= {f"{name} {stage}".strip(): made.metrics(stage) for stage in ("search", "recover")}
-    samples = folder / "samples.safetensors"
-    if samples.exists():
-        images = load_file(samples)
-        order = images.pop("labels").argsort(stable=True)
-        pictures: list[tuple[str, str]] = []
-        for name in [n for n in results(folder)[0] if n in images]:
-            file = f"samples_{name.replace(' ', '_')}.png"
-            draw_images(images[name][order], figures / file, columns=8)
-            pictures.append((file, name))
-        drawn.append(("Samples", "The same noise and label at the same place in every grid.", pictures))
-    curves = {stage: entries for stage, entries in curves.items() if entries}
-    if curves:
-        draw_losses(curves, figures / "losses.png")
-        caption = "Means between logged steps, and a running mean. A search's loss is that of sampled subnetworks."
-        if any("kd" in entry for entries in curves.values() for entry in entries[-1:]):
-            caption += " A distillation's is the weighted sum of its terms."
-        drawn.append(("Training", caption, [("losses.png", "")]))
     return drawn
+
+
+def _draw_samples(folder: RunFolder) -> list[Section]:
+    samples = folder / "samples.safetensors"
+    if not samples.exists():
+        return []
+    images = load_file(samples)
+    order = images.pop("labels").argsort(stable=True)
+    pictures: list[tuple[str, str]] = []
+    for name in [n for n in results(folder)[0] if n in images]:
+        file = f"samples_{name.replace(' ', '_')}.png"
+        draw_images(images[name][order], folder / "figures" / file, columns=8)
+        pictures.append((file, name))
+    return [("Samples", "The same noise and label at the same place in every grid.", pictures)]
+
+
+def _draw_training(folder: RunFolder) -> list[Section]:
+    curves = {stage.title: folder.round(stage.round).metrics(stage.name) for stage in folder.stages()}
+    curves = {title: entries for title, entries in curves.items() if entries}
+    if not curves:
+        return []
+    draw_losses(curves, folder / "figures" / "losses.png")
+    caption = "Means between logged steps, and a running mean. A search's loss is that of sampled subnetworks."
+    if any("kd" in entry for entries in curves.values() for entry in entries[-1:]):
+        caption += " A distillation's is the weighted sum of its terms."
+    return [("Training", caption, [("losses.png", "")])]
 
 
 def picture_html(path: Path, shown: str, title: str) -> str:
@@ -171,17 +182,16 @@ def _summary_html(folder: RunFolder, decisions: Mapping[str, Decision]) -> str:
         facts.append(f"confidence {', '.join(f'{c:.2f}' for c in confidences)}")
     if stages:
         facts.append(f"{duration(total)} in all ({times})")
-    facts += _mishaps(folder, decisions)
+    facts += _faults(folder)
     return f"<p class='facts'>{html.escape(' · '.join(facts))}</p>"
 
 
-def _mishaps(folder: RunFolder, decisions: Mapping[str, Decision]) -> list[str]:
-    """What the stages got over, in words."""
-    stages = [("", "train"), *((name, stage) for name in decisions for stage in ("search", "recover"))]
+def _faults(folder: RunFolder) -> list[str]:
+    """The steps that the stages have skipped and the samples that they have replaced, in words."""
     return [
-        f"{f'{name} {stage}'.strip()}: {count} {what}"
-        for name, stage in stages
-        for what, count in folder.round(name).mishaps(stage).items()
+        f"{stage.title}: {count} {what}"
+        for stage in folder.stages()
+        for what, count in folder.round(stage.round).faults(stage.name).items()
     ]
 
 
@@ -222,8 +232,8 @@ def _record_html(folder: RunFolder, decisions: Mapping[str, Decision]) -> str:
 
 def _decisions(folder: RunFolder) -> dict[str, Decision]:
     """What the rounds of a run have decided, by name; a search of its own is the round without a name."""
-    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
-    paths = {name: folder.round(name) / "decision.json" for name in recipe.get("rounds") or [""]}
+    searches = [stage for stage in folder.stages() if stage.name == SEARCH]
+    paths = {stage.round: folder.round(stage.round) / "decision.json" for stage in searches}
     return {name: Decision.load(path) for name, path in paths.items() if path.exists()}
 
 

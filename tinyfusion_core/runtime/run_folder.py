@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ..errors import UserError
 from .checkpoints import Checkpoints
 from .files import read_json, write_json, write_text
+from .stages import OUTPUTS, Stage, stages_of
 
-MADE_BY = {
-    "train": ("teacher",),
-    "search": ("decision.json",),
-    "recover": ("student",),
-    "evaluate": ("metrics.json", "samples.safetensors", "evaluation", "figures", "report.html"),
-}
-"""What each stage leaves, besides its lines of `metrics.jsonl`."""
-MISHAPS = {"skipped": "steps skipped (loss or gradient not finite)", "bad_samples": "unreadable samples replaced"}
+FAULTS = {"skipped": "steps skipped (loss or gradient not finite)", "bad_samples": "unreadable samples replaced"}
 """What a line of `metrics.jsonl` counts that should be zero, and how to say it."""
-FINDINGS = "findings.json"
+COMPARISON_RESULTS = "findings.json"
 """What a comparison leaves in its folder, and a run never does."""
 
 
@@ -46,6 +42,14 @@ class RunFolder:
     def round(self, name: str) -> RunFolder:
         """The folder of a round; a search of its own is the round without a name, in the run folder itself."""
         return RunFolder(self / name) if name else self
+
+    def stages(self) -> list[Stage]:
+        """The stages of the run, as its `recipe.yaml` has them."""
+        return stages_of(yaml.safe_load((self / "recipe.yaml").read_text()))
+
+    def holds_comparison(self) -> bool:
+        """Whether a comparison was begun here, rather than a run."""
+        return any((self / name).exists() for name in (COMPARISON_RESULTS, "cells"))
 
     # Metrics
 
@@ -71,10 +75,10 @@ class RunFolder:
         logged: list[float] = [e.get("seconds", 0.0) for e in self.metrics(stage)[-1:]]
         return max([seconds, *logged])
 
-    def mishaps(self, stage: str) -> dict[str, int]:
-        """What a stage got over, by name: steps that were skipped, samples that could not be read."""
+    def faults(self, stage: str) -> dict[str, int]:
+        """The steps that a stage has skipped and the samples that it has replaced, counted by what they are."""
         last = self.metrics(stage)[-1:]
-        return {name: e[key] for e in last for key, name in MISHAPS.items() if e.get(key)}
+        return {name: e[key] for e in last for key, name in FAULTS.items() if e.get(key)}
 
     def rewind(self, stage: str, step: int) -> None:
         """Forget the lines of a stage after `step`: they will be made again."""
@@ -110,17 +114,16 @@ class RunFolder:
         write_json(self / "stages.json", {**self.finished(), stage: {"key": key, "seconds": round(seconds, 1)}})
         self.drop_checkpoints(stage)
 
-    def restart(self, stages: Sequence[str]) -> None:
-        """Forget these stages, what they logged and what they made."""
-        write_json(self / "stages.json", {k: v for k, v in self.finished().items() if k not in stages})
-        for name in [name for stage in stages for name in MADE_BY[stage]]:
+    def restart(self, stage: str) -> None:
+        """Forget a stage, what it logged and what it made."""
+        write_json(self / "stages.json", {k: v for k, v in self.finished().items() if k != stage})
+        for name in OUTPUTS[stage]:
             if (self / name).is_dir():
                 shutil.rmtree(self / name)
             else:
                 (self / name).unlink(missing_ok=True)
-        for stage in stages:
-            self.drop_checkpoints(stage)
-            self.rewind(stage, -1)
+        self.drop_checkpoints(stage)
+        self.rewind(stage, -1)
 
 
 def _parsed(line: str) -> dict[str, Any] | None:
@@ -133,7 +136,7 @@ def _parsed(line: str) -> dict[str, Any] | None:
 
 def existing_run(path: Path | str) -> RunFolder:
     """The folder of a run that exists. Raises UserError when there is none."""
-    if (Path(path) / FINDINGS).exists():
+    if (Path(path) / COMPARISON_RESULTS).exists():
         raise UserError(f"{path}: a comparison, not a run; its page is {Path(path) / 'report.html'}")
     if not (Path(path) / "recipe.yaml").is_file():
         raise UserError(f"{path}: not a run folder (no recipe.yaml in it)")

@@ -1,0 +1,185 @@
+"""May a run go on in a folder? With the same settings it goes on; with others it is refused and told what to do."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any, NamedTuple
+
+import torch
+
+from ..comparison.legacy_keys import NEUTRAL, PATHS
+from ..errors import UserError, nearest
+from ..pruning.decision import versions
+from ..runtime.files import digest, read_json, write_json
+from ..runtime.run_folder import RunFolder
+from ..runtime.stages import EVALUATE, Stage, stages_of
+from ..training.trainer import NUMERICALLY_NEUTRAL
+from .recipe import Recipe, flatten
+
+OTHER_COMMANDS = ("compare", "audit")
+"""Sections that a run does not read."""
+
+
+class Resume(NamedTuple):
+    """What going on in a run folder means.
+
+    Attributes:
+        fingerprint: that of the recipe.
+        forget: the stages whose results must go first, those that the recipe no longer has among them.
+    """
+
+    fingerprint: dict[str, Any]
+    forget: Sequence[Stage]
+
+
+def take_run_folder(recipe: Recipe, folder: RunFolder, command: str, restart_from: str | None) -> None:
+    """Make the folder this recipe's: forget what has to be made again, and record what is to be run.
+
+    Args:
+        recipe: what is to be run.
+        folder: the run folder.
+        command: what the user typed, for the way on that is offered.
+        restart_from: forget this stage and the later ones.
+
+    Raises:
+        UserError: as `check_resume` does.
+    """
+    settings, forget = check_resume(recipe, folder, command, restart_from)
+    present = recipe.stages()
+    for stage in forget:
+        folder.round(stage.round).restart(stage.name)
+        if stage.round and stage not in present:
+            shutil.rmtree(folder / stage.round, ignore_errors=True)
+    recipe.save(folder.path)
+    accelerator = recipe.trainer.accelerator
+    hardware = {
+        "device": str(accelerator.device),
+        "precision": accelerator.mixed_precision,
+        "processes": accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+    }
+    write_json(
+        folder / "run.json",
+        {"format_version": 1, "command": command, "versions": versions(), "hardware": hardware, "settings": settings},
+    )
+
+
+def check_resume(recipe: Recipe, folder: RunFolder, command: str, restart_from: str | None) -> Resume:
+    """Whether the recipe's run may begin or go on in the folder; changes nothing.
+
+    Raises:
+        UserError: the folder holds a comparison, or a run with other settings of which `restart_from` leaves results,
+            or there is no such stage.
+    """
+    now = run_fingerprint(recipe)
+    record = folder / "run.json"
+    before = read_json(record)["settings"] if record.exists() else now
+    if not record.exists() and folder.holds_comparison():
+        raise UserError(f"{folder.path}: holds a comparison; choose another --run-dir")
+    stages = stages_of(_sections(now, before))
+    keys = [stage.key for stage in stages]
+    if restart_from is not None and restart_from not in keys:
+        raise UserError(f"--restart-from: no stage '{restart_from}'{nearest(restart_from, keys)}")
+    first = keys.index(restart_from) if restart_from else len(keys)
+    if changed := sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k)):
+        # What a removed stage left must go too, but only a stage that there is can be named.
+        earliest = min(keys.index(_decided_by(recipe, key, keys)) for key in changed)
+        present = recipe.stages()
+        named = next(i for i, stage in enumerate(stages) if i >= earliest and stage in present)
+        if first > named:
+            lines = [f"  {key}: {before.get(key)} -> {now.get(key)}" for key in changed]
+            raise UserError(_refusal(folder.path, lines, command, keys[named]))
+        first = min(first, earliest)
+    return Resume(now, stages[first:])
+
+
+def _refusal(path: Path, changes: Sequence[str], command: str, stage: str) -> str:
+    """What was changed in a run folder's settings, and the two ways on."""
+    return (
+        f"{path} holds a run with other settings:\n"
+        + "\n".join(changes)
+        + "\nEither make a new run, or replace this one from the first stage concerned:\n"
+        f"  {command} --run-dir {_free_name(path)}\n"
+        f"  {command} --run-dir {path} --restart-from {stage}"
+    )
+
+
+def stage_keys(recipe: Recipe) -> dict[str, str]:
+    """For every stage, by its key, a hash of all that decides its outcome, that of the stages before it included."""
+    settings = run_fingerprint(recipe)
+    stages = [stage.key for stage in recipe.stages()]
+    upstream, hashes = "", {}
+    for stage in stages:
+        own = {k: v for k, v in settings.items() if _decided_by(recipe, k, stages) == stage}
+        hashes[stage] = upstream = digest([upstream, own])
+    return hashes
+
+
+def run_fingerprint(recipe: Recipe) -> dict[str, Any]:
+    """Every setting and input file that can change a number, by key. The content of data sets is not hashed."""
+    flat = flatten(_as_first_told(recipe.settings))
+    settings = {
+        key: value
+        for key, value in flat.items()
+        if key.removeprefix("trainer.") not in NUMERICALLY_NEUTRAL and key.partition(".")[0] not in OTHER_COMMANDS
+    }
+    files, before = {f"plugins.{file.name}": file.sha256 for file in recipe.plugins}, ""
+    for name, step in recipe.each_round().items():
+        prefix = f"rounds.{name}." if name else ""
+        files.update({f"{prefix}{key}": content for key, content in step.search.inputs().items()})
+        if before:
+            settings[f"{prefix}search (comes after)"] = before
+        before = name
+    if recipe.train is None:
+        files["backbone.checkpoint"] = recipe.backbone.source().get("sha256", "")
+    return {**settings, **{f"{key} (its content)": content for key, content in files.items()}}
+
+
+def _as_first_told(settings: Any) -> Any:
+    """Settings as every release tells them: classes where they first were, no later options that change nothing."""
+    if isinstance(settings, list):
+        return [_as_first_told(value) for value in settings]
+    if not isinstance(settings, Mapping):
+        return settings
+    told = {key: _as_first_told(value) for key, value in settings.items()}
+    if "class_path" in told:
+        path = told["class_path"]
+        cls = resolve_name(path)
+        later = {f.name: f.metadata[NEUTRAL] for f in fields(cls) if NEUTRAL in f.metadata} if is_dataclass(cls) else {}
+        arguments = told.get("init_args") or {}
+        told["init_args"] = {key: v for key, v in arguments.items() if key not in later or v != later[key]}
+        told["class_path"] = PATHS.get(f"{path.partition('.')[0]}:{path.rpartition('.')[2]}", path)
+    return told
+
+
+def _path(key: str) -> list[str]:
+    """The way to a setting of a fingerprint; what stands in brackets behind it says more than the setting itself."""
+    return key.partition(" ")[0].split(".")
+
+
+def _sections(*fingerprints: Mapping[str, Any]) -> dict[str, Any]:
+    """The sections that the recipes of these fingerprints had, nested as they were, without the values in them."""
+    nested: dict[str, Any] = {}
+    for key in (key for settings in fingerprints for key, value in settings.items() if value is not None):
+        inner = nested
+        for name in _path(key):
+            inner = inner.setdefault(name, {})
+    return nested
+
+
+def _decided_by(recipe: Recipe, key: str, stages: Sequence[str]) -> str:
+    """The first stage whose outcome a setting can change: its own section's, or all of them."""
+    section, *names = _path(key)
+    if section == "loss" and ".".join(names) in recipe.loss.sampling_options():
+        return EVALUATE
+    own = ".".join(names[:2]) if section == "rounds" else section
+    return own if own in stages else stages[0]
+
+
+def _free_name(path: Path) -> Path:
+    number = next(n for n in range(2, 10_000) if not path.with_name(f"{path.name}-{n}").exists())
+    return path.with_name(f"{path.name}-{number}")
