@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test test-all lint smollm2 bench gpu-check clean
+.PHONY: demo test test-all test-cpus lint smollm2 bench gpu-check clean
 
 demo: .venv/.ready
 	$(BIN)/tinyfusion run recipes/quickstart.yaml
@@ -12,6 +12,13 @@ test: .venv/.ready lint
 
 test-all: .venv/.ready lint
 	$(BIN)/pytest -n 2 -m "slow or not slow"
+
+# What rounding can change, with the instructions and the threads of other processors.
+CPUS := TINYFUSION_TEST_THREADS=1 TINYFUSION_TEST_THREADS=2 TINYFUSION_TEST_THREADS=4 \
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=AVX2
+
+test-cpus: .venv/.ready
+	for cpu in $(CPUS); do echo "$$cpu" && env "$$cpu" $(BIN)/pytest -n 2 -m "numerics and not slow" || exit 1; done
 
 lint: .venv/.ready
 	$(BIN)/ruff check .

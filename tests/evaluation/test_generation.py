@@ -14,6 +14,8 @@ from tinyfusion_images import Digits
 from tinyfusion_mar import MAR, MaskedTokenDiffusion
 from tinyfusion_sit import FlowMatching, SiT
 
+pytestmark = pytest.mark.numerics
+
 CASES: dict[str, tuple[type[tiny.Backbone], tiny.LossAdapter]] = {
     "ddpm": (DiT, GaussianDiffusion(sampling_steps=4, cfg_scale=1.5)),
     "ddim": (DiT, GaussianDiffusion(sampling_steps=4, sampler="ddim")),

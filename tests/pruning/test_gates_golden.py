@@ -11,6 +11,8 @@ from tinyfusion_core.pruning.gating import Gates
 from tinyfusion_core.samplers.grouped import GroupedSampler
 from tinyfusion_dit.model import DiT
 
+pytestmark = pytest.mark.numerics
+
 
 @pytest.mark.parametrize("name", ["tinyfusion_gates_12_24", "tinyfusion_gates_24_34"])
 def test_masks_outputs_and_every_gradient(name: str) -> None:

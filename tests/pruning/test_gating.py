@@ -17,6 +17,8 @@ from tinyfusion_core.testing.dense_formula import dense_formula
 from tinyfusion_core.training.distillation import captured
 from toys import Block, DoubleNet, Net
 
+pytestmark = pytest.mark.numerics
+
 BATCH, TOKENS, WIDTH = 6, 5, 8
 LISTS = ["first.*", "second.*"]
 

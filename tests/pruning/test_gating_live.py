@@ -11,7 +11,7 @@ from tinyfusion_core.protocols.block_call import probed_batch_dims
 from tinyfusion_core.pruning.gating import Gates
 from tinyfusion_core.testing.dense_formula import dense_formula
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of other libraries
+pytestmark = [pytest.mark.numerics, pytest.mark.filterwarnings("ignore")]  # of other libraries
 
 
 def randomise(model: nn.Module) -> nn.Module:

@@ -17,6 +17,8 @@ from tinyfusion_core.runtime.seeding import Rng
 from tinyfusion_core.samplers.grouped import GroupedSampler
 from tinyfusion_core.samplers.patterns import parse_pattern, split_groups
 
+pytestmark = pytest.mark.numerics
+
 
 def with_logits(lists: dict[str, int], pattern, *logits: list[float], **options) -> GroupedSampler:
     sampler = GroupedSampler(lists, pattern, **{"scaling": (100.0, 100.0), **options})

@@ -22,6 +22,8 @@ from tinyfusion_core.samplers.subset import ExactK, GumbelTopK, ScoreFunction
 from tinyfusion_core.selection.costs import block_costs, whole
 from toys import Match, Planted, Residual, StopAt, planted_data
 
+pytestmark = pytest.mark.numerics
+
 WORKING = [1, 3, 4, 7]
 TRAINER = tiny.Trainer(batch_size=16, seed=0, log_every=10)
 LISTS = {"blocks": 8}

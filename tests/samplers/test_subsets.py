@@ -15,6 +15,8 @@ from tinyfusion_core.errors import UserError
 from tinyfusion_core.samplers.conditional_poisson import Subsets
 from tinyfusion_core.samplers.constraints import Rules, build
 
+pytestmark = pytest.mark.numerics
+
 TWO_LISTS = {"first": 5, "second": 3}
 
 

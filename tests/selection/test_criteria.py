@@ -28,6 +28,8 @@ from tinyfusion_dit import GaussianDiffusion
 from tinyfusion_dit.model import DiT as Network
 from toys import Chain, DoubleNet, Match, Net, Planted, planted_data
 
+pytestmark = pytest.mark.numerics
+
 POSITIONS = [Uniform, FirstN, LastN, BKSDM]
 SCORES = [BlockInfluence, InputOutputMSE, LeaveOneOut, Taylor]
 DATA = [*SCORES, Greedy, SpanSimilarity]

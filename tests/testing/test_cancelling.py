@@ -15,6 +15,8 @@ from tinyfusion_core.testing.checks.objective import check_loss_per_sample
 from tinyfusion_core.testing.subject import Subject
 from toys import Match, Planted
 
+pytestmark = pytest.mark.numerics
+
 
 @dataclass(frozen=True)
 class Divergence(Match):

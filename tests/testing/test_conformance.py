@@ -12,6 +12,8 @@ from tinyfusion_core.testing import pairs_of, parametrize_with_checks
 from tinyfusion_core.testing.checks import CHECKS
 from toys import Match, Planted
 
+pytestmark = pytest.mark.numerics
+
 WORKING = Planted(scales=(1, 1, 1, 1))
 PLUGINS = [plugin.name for plugin in registry().plugins if {"backbone", "loss"} & {kind for kind, _ in plugin.brings}]
 

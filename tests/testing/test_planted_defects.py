@@ -22,6 +22,8 @@ from tinyfusion_core.testing.checks import CHECKS
 from tinyfusion_core.testing.checks.structure import check_light_import
 from toys import Chain, Match, Planted
 
+pytestmark = pytest.mark.numerics
+
 # One plugin for every check, broken where that check looks.
 
 

@@ -15,6 +15,8 @@ from plugin_files import own_tests, pip_install
 from small_run import run
 from tinyfusion_core.registry import registry as plugins
 
+pytestmark = pytest.mark.numerics
+
 PACKAGE = TESTS / "third_party" / "tinyfusion_timm"
 
 

@@ -24,6 +24,8 @@ from tinyfusion_dit.model import DiT as Network
 from tinyfusion_dit.process import Process, linear_betas
 from toys import DoubleNet, Match, Net, Planted, planted_data
 
+pytestmark = pytest.mark.numerics
+
 TRAINER = tiny.Trainer(batch_size=16, precision="fp32", seed=0, log_every=1)
 
 

@@ -50,9 +50,10 @@ def expect_close(found: Tensor, expected: Tensor, tolerance: float, message: str
 
 
 def largest(x: Tensor) -> float:
-    """The largest of the finite numbers of a tensor of any shape, without sign."""
-    finite = x[x.isfinite()]
-    return float(finite.abs().max()) if finite.numel() else 0.0
+    """The largest of the finite numbers of a tensor of any shape, without sign; 0 of truth values."""
+    if x.dtype == torch.bool or not x.isfinite().any():
+        return 0.0
+    return float(x[x.isfinite()].abs().max())
 
 
 @contextmanager

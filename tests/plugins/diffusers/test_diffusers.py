@@ -24,7 +24,7 @@ from tinyfusion_core.runtime.seeding import Rng
 from tinyfusion_diffusers import DiffusersTransformer, RectifiedFlow
 from tinyfusion_diffusers.structure import construct, shorten
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of other libraries
+pytestmark = [pytest.mark.numerics, pytest.mark.filterwarnings("ignore")]  # of other libraries
 
 
 def gated(task: tiny.Task) -> Gates:

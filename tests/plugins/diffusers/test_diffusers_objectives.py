@@ -17,7 +17,7 @@ import tinyfusion_core as tiny
 from tinyfusion_core.runtime.seeding import Rng
 from tinyfusion_diffusers import EncodedPrompts, RectifiedFlow, ScheduledDiffusion
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of other libraries
+pytestmark = [pytest.mark.numerics, pytest.mark.filterwarnings("ignore")]  # of other libraries
 
 ROWS = 6
 

@@ -19,7 +19,7 @@ from tinyfusion_core.protocols.loss import LossAdapter
 from tinyfusion_core.runtime.seeding import generator
 from tinyfusion_diffusers import calling
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of other libraries
+pytestmark = [pytest.mark.numerics, pytest.mark.filterwarnings("ignore")]  # of other libraries
 
 STEPS, ROWS = 3, 2
 SQUARE = {"guidance_scale": 1.0, "height": 64, "width": 64}

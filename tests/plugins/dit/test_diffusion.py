@@ -25,6 +25,8 @@ from tinyfusion_dit.process import (
     strided_steps,
 )
 
+pytestmark = pytest.mark.numerics
+
 # Tables and formulas
 
 

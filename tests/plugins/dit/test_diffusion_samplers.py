@@ -23,6 +23,8 @@ from tinyfusion_dit.process import (
     strided_steps,
 )
 
+pytestmark = pytest.mark.numerics
+
 
 def run(
     objective: GaussianDiffusion, model: Network, tensors: dict[str, Tensor], dtype: torch.dtype, **kwargs: Any

@@ -13,6 +13,8 @@ from torch.nn.functional import conv2d, group_norm, interpolate, pad, silu
 from tinyfusion_core.errors import MissingFileError, UserError
 from tinyfusion_images.autoencoder import check_autoencoder, decode, fingerprint, load_autoencoder
 
+pytestmark = pytest.mark.numerics
+
 MULT, BLOCKS, WIDTH, Z = (1, 1, 2), 2, 32, 6
 
 

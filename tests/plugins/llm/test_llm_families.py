@@ -17,7 +17,7 @@ from tinyfusion_core.pruning.gating import Gates
 from tinyfusion_llm import CausalLM, NextToken
 from tinyfusion_llm.layers import find_layers
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers
+pytestmark = [pytest.mark.numerics, pytest.mark.filterwarnings("ignore")]  # of transformers
 KEPT = (0, 2, 3, 5)
 TOKENS = torch.randint(3, VOCABULARY, (3, 12), generator=torch.Generator().manual_seed(0))
 

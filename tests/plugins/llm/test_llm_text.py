@@ -19,7 +19,7 @@ from tinyfusion_core.runtime.seeding import generator
 from tinyfusion_llm import CausalLM, Generation, LmEval, NextToken, Perplexity, TextTokens
 from tinyfusion_llm.loss import IGNORED
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers
+pytestmark = [pytest.mark.numerics, pytest.mark.filterwarnings("ignore")]  # of transformers
 
 
 def words(seed: int, num: int) -> str:

@@ -19,6 +19,8 @@ from tinyfusion_mar import MAR, MaskedTokenDiffusion
 from tinyfusion_mar import model as networks
 from tinyfusion_mar.tokens import patchify, take, unpatchify
 
+pytestmark = pytest.mark.numerics
+
 ONE_PASS, MULTI_STEP = 1e-5, 2e-5
 OFFICIAL_NAMES = {
     "vae_embed_dim": "in_channels",

@@ -20,6 +20,8 @@ from tinyfusion_sit import FlowMatching, SiT
 from tinyfusion_sit.model import SiT as Network
 from tinyfusion_sit.path import coefficients
 
+pytestmark = pytest.mark.numerics
+
 ONE_PASS, MULTI_STEP = 1e-5, 2e-5
 PATHS = ["linear", "gvp", "vp"]
 
