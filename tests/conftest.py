@@ -1,4 +1,7 @@
-"""Every test is offline, seeded and single-threaded; warnings are errors (see pyproject.toml)."""
+"""Every test is offline and seeded; warnings are errors (see pyproject.toml).
+
+Tests and the processes that they start use one thread, or as many as `TINYFUSION_TEST_THREADS` says.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,9 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
+os.environ["OMP_NUM_THREADS"] = os.environ.setdefault("TINYFUSION_TEST_THREADS", "1")
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,7 +27,15 @@ collect_ignore = ["third_party"]  # packages of their own, tested where they are
 @pytest.fixture(autouse=True)
 def _reproducible() -> None:
     torch.manual_seed(0)
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ["TINYFUSION_TEST_THREADS"]))
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """What the test makes is in double precision, so that rounding decides nothing where numbers cancel."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture

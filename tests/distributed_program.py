@@ -26,12 +26,12 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 import tinyfusion_core as tiny
 from tinyfusion_core.protocols.data import Tensors
 from tinyfusion_core.protocols.loss import LossAdapter
-from tinyfusion_core.protocols.registry import registry
+from tinyfusion_core.registry.registry import registry
 from tinyfusion_core.runtime.distributed import shutdown
 from tinyfusion_core.samplers.grouped import Draw, GroupedSampler
 from tinyfusion_core.samplers.subset import ExactK, GumbelTopK
-from tinyfusion_core.testing import pairs_of, spoken
-from tinyfusion_core.testing.checks import Subject
+from tinyfusion_core.testing import pair_name, pairs_of
+from tinyfusion_core.testing.subject import Subject
 from toys import Match, Planted, planted_data
 
 DATA = planted_data()
@@ -223,7 +223,7 @@ def families(trainer: tiny.Trainer) -> dict[str, Any]:
             kd = tiny.OutputKD() if type(subject.loss).distance is not LossAdapter.distance else None
             tiny.Recover(steps=2, lr=1e-3, kd=kd, ema=0.5)(work, student, decision, trainer)
         assert kinds == {False, trainer.shards()}
-        found[spoken(pair)] = {"marginals": torch.tensor(decision.marginals), "norms": norms}
+        found[pair_name(pair)] = {"marginals": torch.tensor(decision.marginals), "norms": norms}
     return found
 
 

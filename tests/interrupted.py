@@ -32,11 +32,11 @@ def task(loss: tiny.LossAdapter | None = None, train: Any = None) -> tiny.Task:
 
 
 def recovered(
-    run: tiny.RunFolder | None = None, trainer: tiny.Trainer = TRAINER, how: tiny.Recover = RECOVER, **given: Any
+    run: tiny.RunFolder | None = None, trainer: tiny.Trainer = TRAINER, recover: tiny.Recover = RECOVER, **given: Any
 ) -> dict[str, torch.Tensor]:
     model = Planted().build()
     remove_blocks(Planted(), model, [f"blocks.{i}" for i in (0, 2, 5, 6, 7)])
-    return how(task(**given), model, None, trainer, run).state_dict()
+    return recover(task(**given), model, None, trainer, run).state_dict()
 
 
 def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
@@ -78,7 +78,7 @@ class Torn:
 BAD = frozenset({5, 9})
 
 
-def mended() -> Tensors:
+def substituted() -> Tensors:
     x = planted_data().columns["x"].clone()
     for index in BAD:
         x[index] = planted_data().columns["x"][seed_of("in the place of", index, 0) % len(x)]

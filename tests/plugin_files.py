@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 PLUGIN = """
-from tinyfusion_core.protocols.hookspecs import hookimpl
+from tinyfusion_core.registry.hooks import hookimpl
 from tinyfusion_core.protocols.data import DataSource
 
 class {name}(DataSource):

@@ -22,6 +22,8 @@ from tinyfusion_core.runtime.distributed import map_sharded, on_main_process, ra
 from tinyfusion_core.runtime.seeding import generator
 from tinyfusion_core.selection.calibration import Calibration
 from tinyfusion_core.selection.similarity import LinearCKA, cosine, squared_error
+from tinyfusion_images.fidelity import Fidelity
+from tinyfusion_images.samples import write_samples
 from tinyfusion_mar import MAR, MaskedTokenDiffusion
 from toys import Match, Planted, planted_data
 
@@ -89,8 +91,8 @@ def figures() -> dict[str, Any]:
         tiny.HeldOutLoss(draws=2, batch_size=64),  # 10 parts
         tiny.HeldOutLoss(draws=1, batch_size=1000),  # one: less than there are processes
         tiny.Frechet(num_samples=29, batch_size=8),
-        tiny.Fidelity(num_samples=21, batch_size=6, num_reference=30, features="toy", pruned=True),
-        tiny.Fidelity(num_samples=12, batch_size=100, num_reference=11, features="toy"),
+        Fidelity(num_samples=21, batch_size=6, num_reference=30, features="toy", pruned=True),
+        Fidelity(num_samples=12, batch_size=100, num_reference=11, features="toy"),
         OnlyHere(),
     ]
     for i, m in enumerate(tiny.evaluate(task, models, metrics, TRAINER)):
@@ -153,8 +155,8 @@ def main(folder: Path, run_dir: Path) -> None:
         found["failure"] = map_sharded(range(2), lambda i: message)
     latency = tiny.evaluate(task, {"teacher": task.teacher}, [tiny.Latency(rounds=1, warmup=0)], TRAINER)[-1]
     found["latency"] = latency.note
-    tiny.write_samples(tiny.RunFolder(run_dir), 11, 5, folder / "pictures", batch_size=3)
-    tiny.write_samples(tiny.RunFolder(run_dir), 11, 5, folder / "set.npz", batch_size=3)
+    write_samples(tiny.RunFolder(run_dir), 11, 5, folder / "pictures", batch_size=3)
+    write_samples(tiny.RunFolder(run_dir), 11, 5, folder / "set.npz", batch_size=3)
     on_main_process(lambda: (folder / "found.json").write_text(json.dumps(found)))
 
 

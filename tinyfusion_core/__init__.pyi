@@ -20,12 +20,11 @@ from .protocols.backbone import Backbone as Backbone
 from .protocols.backbone import Batch as Batch
 from .protocols.backbone import Stream as Stream
 from .protocols.checkpoint_backbone import CheckpointBackbone as CheckpointBackbone
+from .protocols.command import Command as Command
 from .protocols.data import DataSource as DataSource
+from .protocols.data import FeatureSpace as FeatureSpace
 from .protocols.data import Tensors as Tensors
-from .protocols.hookspecs import API_VERSION as API_VERSION
-from .protocols.hookspecs import hookimpl as hookimpl
 from .protocols.loss import LossAdapter as LossAdapter
-from .protocols.registry import load_plugin as load_plugin
 from .protocols.task import Task as Task
 from .protocols.wrap import wrap as wrap
 from .pruning.decision import Decision as Decision
@@ -38,6 +37,9 @@ from .pruning.weight_update import Frozen as Frozen
 from .pruning.weight_update import Full as Full
 from .pruning.weight_update import LoRA as LoRA
 from .pruning.weight_update import WeightUpdate as WeightUpdate
+from .registry.hooks import API_VERSION as API_VERSION
+from .registry.hooks import hookimpl as hookimpl
+from .registry.registry import load_plugin as load_plugin
 from .runtime.run_folder import RunFolder as RunFolder
 from .runtime.seeding import Rng as Rng
 from .samplers.constraints import Rules as Rules

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from tinyfusion_core.protocols.backbone import Backbone
 from tinyfusion_core.protocols.data import DataSource
-from tinyfusion_core.protocols.hookspecs import hookimpl
 from tinyfusion_core.protocols.loss import LossAdapter
+from tinyfusion_core.registry.hooks import hookimpl
 from tinyfusion_diffusers.backbone import DiffusersTransformer
 from tinyfusion_diffusers.data import EncodedPrompts
 from tinyfusion_diffusers.objectives import RectifiedFlow, ScheduledDiffusion

@@ -114,18 +114,10 @@ def run(model: nn.Module, x: Tensor, timestep: Tensor, inputs: Batch, guidance: 
         UserError: the data lack something, or guidance is missing, or not taken.
     """
     cls, config = class_of(model), settings(model)
-    takes = parameters(cls)
-    weights = next(model.parameters())
-    call: dict[str, Any] = {"timestep": timestep, "return_dict": False}
-    for argument, name in GIVEN.items():
-        if argument in takes and name in inputs:
-            value = inputs[name]
-            call[argument] = value.to(weights.dtype) if value.is_floating_point() and name != "mask" else value
-        elif argument in takes and takes[argument].default is inspect.Parameter.empty:
-            raise UserError(f"data: {cls.__name__} takes '{name}' ({argument}), which the samples do not have")
-    call.update({name: make(x, call, config) for name, make in DERIVED.items() if name in takes})
-    needed = [name for name, p in takes.items() if p.default is inspect.Parameter.empty and name not in call]
-    if unknown := [name for name in needed if name not in ("self", "hidden_states", "kwargs", "args")]:
+    dtype = next(model.parameters()).dtype
+    call: dict[str, Any] = {"timestep": timestep, "return_dict": False, **_given(cls, inputs, dtype)}
+    call.update({name: make(x, call, config) for name, make in DERIVED.items() if name in parameters(cls)})
+    if unknown := [name for name in _required(cls) if name not in (*call, "self", "hidden_states", "kwargs", "args")]:
         raise UserError(f"loss: {cls.__name__} takes '{unknown[0]}', and this package does not know what that is")
     if bool(config.get("guidance_embeds")) != (guidance is not None):
         raise UserError(
@@ -137,13 +129,32 @@ def run(model: nn.Module, x: Tensor, timestep: Tensor, inputs: Batch, guidance: 
         scale = guidance * config.get("guidance_embeds_scale", 1.0)
         call["guidance"] = torch.full((len(x),), scale, dtype=torch.float32, device=x.device)
     try:
-        out: Tensor = model(pack(cls, x.to(weights.dtype)), **call)[0]
+        out: Tensor = model(pack(cls, x.to(dtype)), **call)[0]
     except (AttributeError, TypeError, ValueError) as e:  # networks that want more than their signatures say
         raise UserError(
             f"loss: {cls.__name__} cannot be called with latents {list(x.shape)} and {', '.join(call)} ({e}); "
             "docs/diffusers.md lists the networks that are known"
         ) from e
     return unpack(cls, out, x)
+
+
+def _required(cls: type[nn.Module]) -> list[str]:
+    """The arguments that a network's forward cannot do without."""
+    return [name for name, p in parameters(cls).items() if p.default is inspect.Parameter.empty]
+
+
+def _given(cls: type[nn.Module], inputs: Batch, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The arguments that the data have, by name. Raises UserError when they lack one that the network needs."""
+    call, required = {}, _required(cls)
+    for argument, name in GIVEN.items():
+        if argument not in parameters(cls):
+            continue
+        if name in inputs:
+            value = inputs[name]
+            call[argument] = value.to(dtype) if value.is_floating_point() and name != "mask" else value
+        elif argument in required:
+            raise UserError(f"data: {cls.__name__} takes '{name}' ({argument}), which the samples do not have")
+    return call
 
 
 def pack(cls: type[nn.Module], x: Tensor) -> Tensor:
@@ -244,15 +255,8 @@ def example(
 def _example(
     config: Mapping[str, Any], cls: type[nn.Module], num_rows: int, latent: Sequence[int] | None, tokens: int
 ) -> dict[str, Tensor]:
-    takes, channels = parameters(cls), config["in_channels"] // (4 if takes_patches(cls) else 1)
-    size = tuple(latent or _latent(config))
-    video = takes_voxels(cls) or frames_first(config) or isinstance(config.get("patch_size"), (list, tuple))
-    if len(size) != (3 if video else 2):
-        wanted = "[frames, height, width]" if video else "[height, width]"
-        found = list(size) or "not set, and the config does not say"
-        raise UserError(f"backbone.latent: {found}; {cls.__name__} takes {wanted} of the latents")
-    shape = (size[0], channels, *size[1:]) if frames_first(config) else (channels, *size)
-    batch = {"x": torch.zeros(num_rows, *shape)}
+    takes = parameters(cls)
+    batch = {"x": torch.zeros(num_rows, *_shape(config, cls, tuple(latent or _latent(config))))}
     if "class_labels" in takes:
         batch["y"] = torch.arange(num_rows) % config["num_embeds_ada_norm"]
     if "encoder_hidden_states" in takes:
@@ -265,6 +269,17 @@ def _example(
     if "pooled_projections" in takes:
         batch["pooled"] = torch.zeros(num_rows, config["pooled_projection_dim"])
     return batch
+
+
+def _shape(config: Mapping[str, Any], cls: type[nn.Module], size: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of one sample's latents of this size. Raises UserError when the network takes other dimensions."""
+    channels = config["in_channels"] // (4 if takes_patches(cls) else 1)
+    video = takes_voxels(cls) or frames_first(config) or isinstance(config.get("patch_size"), (list, tuple))
+    if len(size) != (3 if video else 2):
+        wanted = "[frames, height, width]" if video else "[height, width]"
+        found = list(size) or "not set, and the config does not say"
+        raise UserError(f"backbone.latent: {found}; {cls.__name__} takes {wanted} of the latents")
+    return (size[0], channels, *size[1:]) if frames_first(config) else (channels, *size)
 
 
 def _latent(config: Mapping[str, Any]) -> tuple[int, ...]:

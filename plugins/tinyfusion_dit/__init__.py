@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from tinyfusion_core.protocols.backbone import Backbone
 from tinyfusion_core.protocols.data import DataSource
-from tinyfusion_core.protocols.hookspecs import hookimpl
 from tinyfusion_core.protocols.loss import LossAdapter
+from tinyfusion_core.registry.hooks import hookimpl
 from tinyfusion_dit.backbone import DiT
 from tinyfusion_dit.diffusion import GaussianDiffusion
 from tinyfusion_dit.latents import LatentFolders, Latents

@@ -2,28 +2,50 @@
 
 from __future__ import annotations
 
-from tinyfusion_core.evaluation.metrics import Metric
-from tinyfusion_core.protocols.command import Command
-from tinyfusion_core.protocols.data import DataSource
-from tinyfusion_core.protocols.hookspecs import hookimpl
-from tinyfusion_images.commands import EncodeImages, SampleImages
-from tinyfusion_images.digits import Digits
-from tinyfusion_images.fashion import Fashion
-from tinyfusion_images.fidelity import Fidelity
+from typing import TYPE_CHECKING
 
-__all__ = ["Digits", "Fashion", "Fidelity"]
+import lazy_loader
+
+from tinyfusion_core.registry.hooks import hookimpl
+
+if TYPE_CHECKING:
+    from tinyfusion_core.evaluation.metrics import Metric
+    from tinyfusion_core.protocols.command import Command
+    from tinyfusion_core.protocols.data import DataSource, FeatureSpace
+    from tinyfusion_images.digits import Digits as Digits
+    from tinyfusion_images.fashion import Fashion as Fashion
+    from tinyfusion_images.fidelity import Fidelity as Fidelity
+
+# Imported when they are used: `tinyfusion --help` asks this module for its commands.
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__, submod_attrs={"digits": ["Digits"], "fashion": ["Fashion"], "fidelity": ["Fidelity"]}
+)
 
 
 @hookimpl
 def tinyfusion_register_data() -> list[type[DataSource]]:
+    from tinyfusion_images.digits import Digits
+    from tinyfusion_images.fashion import Fashion
+
     return [Digits, Fashion]
 
 
 @hookimpl
 def tinyfusion_register_metrics() -> list[type[Metric]]:
+    from tinyfusion_images.fidelity import Fidelity
+
     return [Fidelity]
 
 
 @hookimpl
+def tinyfusion_register_feature_spaces() -> list[type[FeatureSpace]]:
+    from tinyfusion_images.features import ShippedFeatures
+
+    return [ShippedFeatures]
+
+
+@hookimpl
 def tinyfusion_register_commands() -> list[type[Command]]:
+    from tinyfusion_images.commands import EncodeImages, SampleImages
+
     return [EncodeImages, SampleImages]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from tinyfusion_core.protocols.data import FeatureSpace
 from tinyfusion_core.runtime.files import load_strict, read_weights
 
 
-class SmallCNN(nn.Module):
+class SmallCNN(nn.Module, FeatureSpace):
     """A small classifier of grey images into ten classes; its penultimate activations are the features.
 
     `train_features.py` beside this file made the shipped weights.
@@ -56,6 +60,29 @@ def fresh(name: str) -> SmallCNN:
 def weights(name: str) -> Path:
     """Where the shipped weights for one of the data sets are."""
     return Path(__file__).with_name(f"{name}_features.safetensors")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShippedFeatures(FeatureSpace):
+    """The penultimate layer of a small classifier of grey images, values in [-1, 1], that is shipped trained.
+
+    Args:
+        data: what it was trained on: digits (8x8 images) or fashion (28x28).
+    """
+
+    data: Literal["digits", "fashion"]
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return self._network.name
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        found: tuple[Tensor, Tensor] = self._network.to(images.device)(images)
+        return found
+
+    @cached_property
+    def _network(self) -> SmallCNN:
+        return shipped(self.data)
 
 
 def shipped(name: str) -> SmallCNN:

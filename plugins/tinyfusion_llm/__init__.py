@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from tinyfusion_core.evaluation.metrics import Metric
 from tinyfusion_core.protocols.backbone import Backbone
 from tinyfusion_core.protocols.data import DataSource
-from tinyfusion_core.protocols.hookspecs import hookimpl
 from tinyfusion_core.protocols.loss import LossAdapter
+from tinyfusion_core.registry.hooks import hookimpl
 from tinyfusion_llm.backbone import CausalLM
 from tinyfusion_llm.loss import NextToken
 from tinyfusion_llm.metrics import Generation, LmEval, Perplexity
@@ -32,5 +31,5 @@ def tinyfusion_register_data() -> list[type[DataSource]]:
 
 
 @hookimpl
-def tinyfusion_register_metrics() -> list[type[Any]]:
+def tinyfusion_register_metrics() -> list[type[Metric]]:
     return [Perplexity, Generation, LmEval]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,12 +11,21 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from tinyfusion_core.errors import MissingFileError, UserError, require
+from tinyfusion_core.errors import UserError, require
 from tinyfusion_core.protocols.backbone import Backbone
 from tinyfusion_core.runtime.files import digest, sha256
 from tinyfusion_core.runtime.seeding import generator
 from tinyfusion_llm.layers import construct, find_layers, shorten
 from tinyfusion_llm.optional import need
+from tinyfusion_llm.pretrained import (
+    as_json,
+    check_causal,
+    check_kind,
+    explained,
+    first_line,
+    load_tokenizer,
+    vocabulary_size,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +82,7 @@ class CausalLM(Backbone):
         config = self._pretrained_config()
         self._agreed(config)
         given: dict[str, Any] = {} if self.gguf_file else {"config": config, "use_safetensors": True}
-        with torch.random.fork_rng(), _named(self.model):
+        with torch.random.fork_rng(), explained(self.model):
             found: Any = AutoModelForCausalLM.from_pretrained(
                 self.model, **self._where(), **given, dtype=self.dtype, output_loading_info=True
             )
@@ -87,14 +94,14 @@ class CausalLM(Backbone):
             )
         if self.gguf_file:
             model = _plain(model)
-        _check_causal(model)
+        check_causal(model)
         find_layers(model)
         return _evaluating(model)
 
     def config(self, model: nn.Module | None = None) -> dict[str, Any]:
         """The transformers config. Raises UserError when neither a model nor `network` says what it is."""
         if model is not None:
-            return _as_json(model.config)
+            return as_json(model.config)
         if self.model is None:
             return dict(self.network or {})
         if self.network is not None and not Path(self.model).is_dir():
@@ -111,9 +118,9 @@ class CausalLM(Backbone):
             made = AutoConfig.for_model(**{k: v for k, v in config.items() if k != "transformers_version"})
         except (ValueError, TypeError) as e:
             raise UserError(
-                f"backbone: transformers cannot read a config of model_type '{kind}': {_first(e)}"
+                f"backbone: transformers cannot read a config of model_type '{kind}': {first_line(e)}"
             ) from None
-        _check_kind(made, str(kind))
+        check_kind(made, str(kind))
         model: nn.Module = construct(config, str(torch.get_default_device()))
         return model
 
@@ -126,7 +133,7 @@ class CausalLM(Backbone):
 
     def example(self, num_rows: int) -> dict[str, Tensor]:
         """Token numbers `tokens` (num_rows, T), and `labels`, the same."""
-        tokens = torch.arange(num_rows * self.context).view(num_rows, -1) % min(100, _vocabulary(self.config()))
+        tokens = torch.arange(num_rows * self.context).view(num_rows, -1) % min(100, vocabulary_size(self.config()))
         return {"tokens": tokens, "labels": tokens.clone()}
 
     @classmethod
@@ -188,7 +195,7 @@ class CausalLM(Backbone):
 
     def _agreed(self, config: Any) -> dict[str, Any]:
         """The config as JSON. Raises UserError when `network` says otherwise."""
-        found = _as_json(config)
+        found = as_json(config)
         for key, value in (self.network or {}).items():
             if found.get(key, value) != value:
                 raise UserError(f"backbone.network: {key} is {value!r}, in {self.model} it is {found[key]!r}")
@@ -200,91 +207,15 @@ class CausalLM(Backbone):
         assert self.model is not None
         if self.gguf_file:
             need("gguf", "gguf", "backbone.gguf_file")
-        with _named(self.model):
+        with explained(self.model):
             config = AutoConfig.from_pretrained(self.model, **self._where())
-        _check_kind(config, self.model)
+        check_kind(config, self.model)
         return config
-
-
-def load_tokenizer(name: str, revision: str | None, gguf_file: str | None, required: bool = True) -> Any:
-    """The tokenizer of a model.
-
-    Args:
-        name: folder or hub id.
-        revision: on the hub.
-        gguf_file: name of a GGUF file that holds it.
-        required: whether it has to be there.
-
-    Raises:
-        UserError: it is not there though required.
-    """
-    from transformers import AutoTokenizer
-
-    if gguf_file:
-        need("gguf", "gguf", "gguf_file")
-    more = {"gguf_file": gguf_file} if gguf_file else {}
-    try:
-        return AutoTokenizer.from_pretrained(name, revision=revision or "main", **more)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        if not required:
-            return None
-        raise MissingFileError(
-            f"data.tokenizer: no tokenizer in '{name}' ({_first(e)}); expected tokenizer.json or what "
-            "AutoTokenizer of transformers reads. Copy the original model's tokenizer files there"
-        ) from None
-
-
-class _named:  # noqa: N801  # a context, like those of contextlib
-    """Turn what transformers raises about a model into a message that says what to do."""
-
-    def __init__(self, model: str) -> None:
-        self.model = model
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, UserError) or not isinstance(error, Exception):
-            return
-        local = Path(self.model).is_dir()
-        if isinstance(error, OSError) and not local:
-            raise MissingFileError(
-                f"backbone.model: '{self.model}' is no folder, and the Hugging Face hub does not give it "
-                f"({_first(error)}). Give a folder, or an id that you have access to (`hf auth login`)"
-            ) from None
-        expected = "expected config.json and model.safetensors as save_pretrained of transformers writes them"
-        raise UserError(f"backbone.model: '{self.model}' cannot be read ({_first(error)}); {expected}") from None
-
-
-def _check_kind(config: Any, name: str) -> None:
-    from transformers import AutoModelForCausalLM
-
-    if getattr(config, "is_encoder_decoder", False):
-        raise UserError(
-            f"backbone.model: '{name}' ({config.model_type}) is an encoder-decoder; expected a decoder-only model"
-        )
-    if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise UserError(
-            f"backbone.model: '{name}' ({config.model_type}) is not a decoder-only language model; "
-            "AutoModelForCausalLM of transformers has none for it"
-        )
-
-
-def _check_causal(model: Any) -> None:
-    """Raise UserError when a token sees later ones: BERT and its like load as causal models too."""
-    tokens = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]]) % _vocabulary(_as_json(model.config))
-    with torch.no_grad():
-        logits = model.eval()(input_ids=tokens, use_cache=False).logits[:, :3].float()
-    rounding = max(1e-5, 4 * torch.finfo(model.dtype).eps)
-    if (logits[0] - logits[1]).abs().max() > rounding * logits.abs().max():
-        raise UserError(
-            f"backbone.model: {type(model).__name__} is not decoder-only: its predictions depend on later tokens"
-        )
 
 
 def _plain(model: Any) -> Any:
     """A model read from a GGUF file as one that knows nothing of it, so that it can be trained and saved."""
-    config = {k: v for k, v in _as_json(model.config).items() if k != "quantization_config"}
+    config = {k: v for k, v in as_json(model.config).items() if k != "quantization_config"}
     with torch.random.fork_rng():
         plain = construct(config, "cpu").to(model.dtype)
     plain.load_state_dict({name: t.to(model.dtype) for name, t in model.state_dict().items()}, strict=True)
@@ -296,18 +227,3 @@ def _plain(model: Any) -> Any:
 def _evaluating(model: Any) -> nn.Module:
     evaluating: nn.Module = model.eval()
     return evaluating
-
-
-def _as_json(config: Any) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
-    return {key: value for key, value in found.items() if key not in ("_name_or_path", "transformers_version")}
-
-
-def _vocabulary(config: Mapping[str, Any]) -> int:
-    sizes = [config, config.get("text_config") or {}]
-    return int(next((part["vocab_size"] for part in sizes if "vocab_size" in part), 100))
-
-
-def _first(error: Exception) -> str:
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return re.sub(r"\s+", " ", line)[:200]

@@ -22,7 +22,8 @@ from tinyfusion_core.training.trainer import Trainer
 from tinyfusion_llm.backbone import CausalLM
 from tinyfusion_llm.loss import IGNORED, NextToken
 from tinyfusion_llm.optional import need
-from tinyfusion_llm.text import Rows, TextTokens
+from tinyfusion_llm.rows import Rows
+from tinyfusion_llm.text import TextTokens
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from tinyfusion_core.protocols.backbone import Backbone
-from tinyfusion_core.protocols.hookspecs import hookimpl
 from tinyfusion_core.protocols.loss import LossAdapter
+from tinyfusion_core.registry.hooks import hookimpl
 from tinyfusion_mar.backbone import MAR
 from tinyfusion_mar.masked import MaskedTokenDiffusion
 

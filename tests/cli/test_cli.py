@@ -12,6 +12,7 @@ import pytest
 
 from plugin_files import PLUGIN, install
 from tinyfusion_core.cli import main
+from tinyfusion_core.registry.hooks import KINDS
 
 
 def test_help_needs_no_heavy_import() -> None:
@@ -41,7 +42,18 @@ def test_plugins_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plugins", "--json"]) == 0
     found = {p["name"]: p for p in json.loads(capsys.readouterr().out)}
     assert ["backbone", "DiT"] in found["dit"]["brings"]
-    assert found["images"]["brings"] == [["data", "Digits"], ["data", "Fashion"]]
+    assert found["images"]["brings"] == [
+        ["data", "Digits"],
+        ["data", "Fashion"],
+        ["metric", "Fidelity"],
+        ["feature_space", "ShippedFeatures"],
+        ["command", "encode"],
+        ["command", "sample"],
+    ]
+    assert {kind for p in found.values() for kind, _ in p["brings"]} == set(KINDS)
+    assert ["selector", "Greedy"] in found["core"]["brings"]
+    assert ["command", "run"] in found["core"]["brings"]
+    assert found["core"]["distribution"] == "tinyfusion"
     assert found["dit"]["distribution"] == "tinyfusion"
     assert found["dit"]["version"] == importlib.metadata.version("tinyfusion")
     assert found["dit"]["module"] == "tinyfusion_dit"

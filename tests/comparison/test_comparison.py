@@ -10,7 +10,7 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,6 +24,7 @@ import toys
 from small_run import RECIPE
 from tinyfusion_core.cli import main
 from tinyfusion_core.comparison.cache import _described
+from tinyfusion_core.comparison.legacy_keys import FIELDS, NEUTRAL, PATHS, Name, then
 from tinyfusion_core.comparison.results import Findings, Trial
 from tinyfusion_core.comparison.statistics import guides, rows, spearman
 from tinyfusion_core.comparison.study import Audit, Compare
@@ -34,6 +35,7 @@ from tinyfusion_core.pipeline.plan import make_comparison_plan, make_plan
 from tinyfusion_core.pipeline.run import make_task
 from tinyfusion_core.protocols.backbone import Backbone
 from tinyfusion_core.protocols.data import Tensors
+from tinyfusion_core.runtime.files import digest
 from tinyfusion_core.runtime.progress import track
 from tinyfusion_core.samplers.grouped import GroupedSampler
 from tinyfusion_core.selection.criteria import FirstN, Keep, LastN, Uniform, Verdict
@@ -254,7 +256,50 @@ def test_a_function_is_known_by_its_source(tmp_path: Path) -> None:
 
     first, again, other = (_described(load(text).sampler) for text in ("one", "one", "two"))
     assert first == again != other
-    assert first[0] == other[0] == "samplers.sampler"
+    assert first[0] == other[0] == "samplers:sampler"
+    assert then(first) == ["samplers.sampler", first[1]]
+
+
+@dataclass(frozen=True)
+class Grown:
+    """Settings of which one was renamed and another added; 1 is what was done before there was `more`."""
+
+    size: int = 3
+    more: int = field(default=2, metadata={NEUTRAL: 1})
+
+
+def test_a_key_does_not_depend_on_where_a_class_is_and_old_keys_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    search = tiny.Search(sampler=functools.partial(tiny.ScoreFunction, rules=tiny.Rules(keep=4)))
+    key = _described(search)
+    old = then(key)
+    assert digest(old) != digest(key)
+    for cls in (tiny.Search, tiny.ScoreFunction, tiny.Rules, tiny.LoRA):
+        monkeypatch.setattr(cls, "__module__", "tinyfusion_core.somewhere.else")
+    assert _described(search) == key
+    assert then(_described(search)) == old
+    assert "somewhere" not in json.dumps([key, old])
+    monkeypatch.setattr(Grown, "__module__", "plugin.now")  # not in the tables: what is not of this package
+    assert then(_described(Grown(more=1))) == {"class": "plugin.now.Grown", "size": 3}
+    monkeypatch.setitem(PATHS, "plugin:Grown", "plugin.then.Small")
+    monkeypatch.setitem(FIELDS, "plugin:Grown", {"size": "width"})
+    assert then(_described([Grown(more=1)])) == [{"class": "plugin.then.Small", "width": 3}]
+
+
+def test_a_field_that_is_added_costs_no_results_and_a_default_that_changes_does() -> None:
+    assert _described(Grown(more=1)) == {"class": Name.of(Grown), "size": 3}
+    assert _described(Grown()) == {"class": Name.of(Grown), "size": 3, "more": 2}
+
+
+def test_what_is_computed_now_is_found_when_classes_have_moved(
+    tmp_path: Path, worked: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compare = Compare(candidates=FIRST_AND_LAST, seeds=1, random=1)
+    before = compare(task(), RECOVER, TRAINER, tmp_path, evaluate=LOSS)
+    for cls in (FirstN, LastN, tiny.Recover, tiny.Trainer, tiny.HeldOutLoss, toys.Match, toys.Planted):
+        monkeypatch.setattr(cls, "__module__", cls.__module__.partition(".")[0] + ".somewhere")
+    worked.clear()
+    assert compare(task(), RECOVER, TRAINER, tmp_path, evaluate=LOSS) == before
+    assert worked == {}
 
 
 @dataclass(frozen=True)

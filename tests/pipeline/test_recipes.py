@@ -11,7 +11,7 @@ import yaml
 
 import tinyfusion_core as tiny
 from places import ROOT
-from tinyfusion_core.cli import _brought, _parser, main
+from tinyfusion_core.cli import main, parse
 from tinyfusion_core.pipeline.plan import make_plan
 from tinyfusion_core.pipeline.recipe import flatten
 from tinyfusion_core.selection.search import Search
@@ -134,7 +134,7 @@ def test_the_latents_that_headers_say_how_to_make_are_those_of_the_recipe() -> N
     for path in RECIPES:
         header = " ".join(line[1:].strip() for line in path.read_text().splitlines() if line.startswith("#"))
         for words in re.findall(r"tinyfusion (encode .*?)(?= For the FID| Budget:)", header):
-            made = _parser(_brought()).parse_args(words.split())
+            _, made = parse(words.split())
             data = tiny.load_recipe(path).data
             assert str(made.out) == data.folder
             assert getattr(made, "name", made.vae) == data.vae

@@ -12,8 +12,9 @@ from torch import nn
 
 import tinyfusion_core as tiny
 from places import ROOT
-from tinyfusion_core.cli import _COMMANDS, _brought, _parser
+from tinyfusion_core.cli import parse
 from tinyfusion_core.pipeline.plan import make_plan
+from tinyfusion_core.registry.registry import registry
 from toys import Residual
 
 README = (ROOT / "README.md").read_text()
@@ -52,14 +53,13 @@ def test_the_commands_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     lines = re.findall(r"^tinyfusion (.*?)(?:  #.*)?$", README, re.MULTILINE)
     commands = [shlex.split(line) for line in lines]
-    brought = _brought()
-    assert {c[0] for c in commands} == {*_COMMANDS, *brought}
+    assert {c[0] for c in commands} == set(registry().classes["command"])
     for words in commands:
-        options, flags = _parser(brought).parse_known_args(words)
+        _, options = parse(words)
         if options.command in ("run", "validate"):
-            assert make_plan(tiny.load_recipe(options.recipe, flags)).problems == []
+            assert make_plan(tiny.load_recipe(options.recipe, options.overrides)).problems == []
         else:
-            assert not flags
+            assert not getattr(options, "overrides", [])
 
 
 def test_the_file_map_names_every_room() -> None:

@@ -13,7 +13,7 @@ from tinyfusion_core.errors import UserError
 from tinyfusion_core.protocols.backbone import Stream, expand
 from tinyfusion_core.protocols.block_call import named_batch_dims, probed_batch_dims
 from tinyfusion_core.pruning.gating import Gates
-from tinyfusion_core.testing.checks import dense_formula
+from tinyfusion_core.testing.dense_formula import dense_formula
 from tinyfusion_core.training.distillation import captured
 from toys import Block, DoubleNet, Net
 
@@ -79,6 +79,7 @@ def test_lists_may_have_streams_of_their_own() -> None:
         Gates(net, blocks[:1], dims, {"single": (Stream("x"),)})
 
 
+@pytest.mark.usefixtures("float64")
 def test_in_inference_mode() -> None:
     net, blocks, dims, x, c = make()
     mask = some_masks(len(blocks))[0]
@@ -97,6 +98,7 @@ def test_all_ones_is_the_plain_forward_bit_for_bit(with_grad: bool) -> None:
         assert torch.equal(net(x, c), plain)
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("case", range(6))
 @pytest.mark.parametrize("use_checkpoint", [False, True])
 def test_gradients_equal_the_dense_formula(case: int, use_checkpoint: bool) -> None:
@@ -118,6 +120,7 @@ def test_gradients_equal_the_dense_formula(case: int, use_checkpoint: bool) -> N
         assert (g - e).abs().max() <= 1e-5 * max(1.0, float(e.abs().max()))
 
 
+@pytest.mark.usefixtures("float64")
 def test_without_mask_gradient_dropped_samples_are_not_run() -> None:
     net, blocks, dims, x, c = make()
     mask = some_masks(len(blocks))[0]
@@ -165,6 +168,7 @@ def test_hard_gated_equals_pruned() -> None:
     assert torch.equal(gated, net(x, c))
 
 
+@pytest.mark.usefixtures("float64")
 def test_two_streams_move_together() -> None:
     net = DoubleNet(WIDTH)
     blocks = expand(net, ["blocks.*"])
@@ -200,6 +204,7 @@ def test_undeclared_stream_is_refused() -> None:
             net(image, text)
 
 
+@pytest.mark.usefixtures("float64")
 def test_batch_as_large_as_the_number_of_tokens() -> None:
     # A table of (tokens, width) looks batched when there are as many samples as tokens.
     net, blocks, dims, x, c = make(batch=TOKENS)
@@ -210,6 +215,7 @@ def test_batch_as_large_as_the_number_of_tokens() -> None:
     assert torch.allclose(out, dense(net, blocks, mask, x, c), atol=1e-6)
 
 
+@pytest.mark.usefixtures("float64")
 def test_named_batch_arguments() -> None:
     net, blocks, _, x, c = make()
     mask = torch.ones(BATCH, len(blocks))

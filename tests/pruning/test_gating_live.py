@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tinyfusion_core.protocols.backbone import Stream, expand
 from tinyfusion_core.protocols.block_call import probed_batch_dims
 from tinyfusion_core.pruning.gating import Gates
-from tinyfusion_core.testing.checks import dense_formula
+from tinyfusion_core.testing.dense_formula import dense_formula
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of other libraries
 
@@ -63,6 +63,7 @@ def flux():
     return model, expand(model, ["transformer_blocks.*", "single_transformer_blocks.*"]), run, streams
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("make", [llama, flux])
 def test_identities(make) -> None:
     model, blocks, run, streams = make()

@@ -18,6 +18,7 @@ import tinyfusion_core as tiny
 from places import TESTS
 from shared_work import figures
 from small_run import RECIPE
+from tinyfusion_images.samples import write_samples
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 ENV = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
@@ -51,7 +52,7 @@ def test_two_processes_find_what_one_finds(finished: Path, tmp_path: Path) -> No
     assert "is it the right checkpoint" in one["untrained"]
     assert two["mar"] == one["mar"]  # batches are not cut, so that what is drawn for one stays the same
     # Samples: the same in one process, as files and as an archive, whatever the batch.
-    tiny.write_samples(tiny.RunFolder(finished), 11, 5, tmp_path / "alone", batch_size=11)
+    write_samples(tiny.RunFolder(finished), 11, 5, tmp_path / "alone", batch_size=11)
     with np.load(tmp_path / "set.npz", allow_pickle=False) as archive:
         images, labels = archive["arr_0"], archive["arr_1"]
     assert images.shape == (11, 8, 8, 3)

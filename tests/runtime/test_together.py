@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 import tinyfusion_core as tiny
-from interrupted import BAD, Torn, mended, recovered, stopped
+from interrupted import BAD, Torn, recovered, stopped, substituted
 from places import TESTS
 from tinyfusion_core.runtime.locking import owned
 from toys import planted_data
@@ -111,7 +111,7 @@ assert [entry["step"] for entry in manifest["checkpoints"]] == list(range(1, 21)
 # Samples that one process meets are counted by both; too many end both.
 run = tiny.RunFolder(folder / "torn")
 torn = Torn(planted_data(), BAD)
-mended = recovered(run, replace(TRAINER, max_bad_samples=99), train=torn)
+substituted = recovered(run, replace(TRAINER, max_bad_samples=99), train=torn)
 met_by_the_second = frozenset([Order(0, "recover", 64, 16)[8]])
 kind = tiny.UserError if me == 1 else FailedElsewhere
 expect(kind, "image file is truncated", lambda: recovered(train=Torn(planted_data(), met_by_the_second)))
@@ -128,7 +128,7 @@ calm = replace(TRAINER, checkpoint_every=1000)
 expect(kind, "metrics.jsonl: cannot be written", lambda: recovered(tiny.RunFolder(folder / "full"), calm, loss=Full()))
 
 if me == 0:
-    torch.save({"one to two": more, "torn": mended}, folder / "out.pt")
+    torch.save({"one to two": more, "torn": substituted}, folder / "out.pt")
 accelerator.wait_for_everyone()
 shutdown()
 """
@@ -166,7 +166,7 @@ def test_two_processes_bear_it_alike(tmp_path: Path) -> None:
     assert close(found["one to two"], whole)
     assert close(recovered(tiny.RunFolder(tmp_path / "two to one")), whole)
     # The same samples are put in the place of bad ones, and as many are counted.
-    assert close(found["torn"], recovered(train=mended()))
+    assert close(found["torn"], recovered(train=substituted()))
     counted = tiny.RunFolder(tmp_path / "torn").metrics()[-1]["bad_samples"]
     run = tiny.RunFolder(tmp_path / "torn by one")
     with pytest.warns(UserWarning, match="took another one"):

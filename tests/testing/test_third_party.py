@@ -13,7 +13,7 @@ import yaml
 from places import TESTS
 from plugin_files import own_tests, pip_install
 from small_run import run
-from tinyfusion_core.protocols import registry as plugins
+from tinyfusion_core.registry import registry as plugins
 
 PACKAGE = TESTS / "third_party" / "tinyfusion_timm"
 

@@ -215,8 +215,8 @@ def test_a_network_that_goes_on_in_place_is_noticed() -> None:
 def test_a_tap_between_blocks_of_different_width_is_named() -> None:
     decision = decided([0, 1, 2])
     objective = Distilled(tiny.prune(task(), decision), task(), decision, tiny.MaskedKD(taps=[(1, 2)]))
-    objective.outside[1].blocks[2].register_forward_hook(lambda m, args, out: out[:, :6])
-    objective.outside[1].blocks[3].forward = lambda x: torch.zeros(len(x), 8)
+    objective.unregistered[1].blocks[2].register_forward_hook(lambda m, args, out: out[:, :6])
+    objective.unregistered[1].blocks[3].forward = lambda x: torch.zeros(len(x), 8)
     with pytest.raises(tiny.UserError, match=r"block 1 of the student gives \[\(4, 8\)\], block 2 of the teacher"):
         objective({"x": torch.ones(4, 8), "target": torch.ones(4, 8)}, Rng(0, "test"))
 
@@ -245,8 +245,8 @@ def test_the_teacher_runs_once_a_step_without_graph_in_eval_mode_on_the_same_inp
 def test_beta_falls_with_the_steps_and_the_terms_are_logged(tmp_path: Path) -> None:
     decision = decided([1, 3, 4])
     whole, run = task(), tiny.RunFolder(tmp_path)
-    how = tiny.Recover(steps=5, lr=1e-4, kd=tiny.MaskedKD(beta=(0.4, 0.0), sigma=2.0))
-    how(whole, tiny.prune(whole, decision), decision, TRAINER, run)
+    recover = tiny.Recover(steps=5, lr=1e-4, kd=tiny.MaskedKD(beta=(0.4, 0.0), sigma=2.0))
+    recover(whole, tiny.prune(whole, decision), decision, TRAINER, run)
     lines = run.metrics("recover")
     assert [line["beta"] for line in lines] == pytest.approx([0.4, 0.3, 0.2, 0.1, 0.0])
     for line in lines:

@@ -103,19 +103,19 @@ def test_recomputed_passes_and_replicated_checkpoints_give_the_same_numbers(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["fail:ddp", "fail:fsdp"])
-def test_a_process_that_fails_ends_the_others(tmp_path: Path, how: str) -> None:
-    done = torchrun(PROGRAM, tmp_path, 2, how, timeout=240)
+@pytest.mark.parametrize("what", ["fail:ddp", "fail:fsdp"])
+def test_a_process_that_fails_ends_the_others(tmp_path: Path, what: str) -> None:
+    done = torchrun(PROGRAM, tmp_path, 2, what, timeout=240)
     assert done.returncode != 0
     assert done.stderr.count("UserError: this process cannot go on") == 1
     assert not (tmp_path / "found.pt").exists()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["sleep:ddp", "sleep:fsdp"])
-def test_a_process_that_hangs_is_not_waited_for(tmp_path: Path, how: str) -> None:
+@pytest.mark.parametrize("what", ["sleep:ddp", "sleep:fsdp"])
+def test_a_process_that_hangs_is_not_waited_for(tmp_path: Path, what: str) -> None:
     start = time.monotonic()
-    done = torchrun(PROGRAM, tmp_path, 2, how, timeout=300)  # it would sleep for 1,000 seconds
+    done = torchrun(PROGRAM, tmp_path, 2, what, timeout=300)  # it would sleep for 1,000 seconds
     assert done.returncode != 0
     assert "imed out" in done.stderr or "imeout" in done.stderr, done.stderr[-3000:]
     assert time.monotonic() - start < 240

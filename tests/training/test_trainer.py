@@ -15,7 +15,7 @@ from torch import nn
 import tinyfusion_core as tiny
 from places import TESTS
 from tinyfusion_core.pruning.prune import remove_blocks
-from tinyfusion_core.training.objective import cosine, decay_for
+from tinyfusion_core.training.objective import cosine, ema_decay
 from toys import Match, Planted, StopAt, planted_data
 
 TRAINER = tiny.Trainer(batch_size=16, precision="fp32", seed=0, checkpoint_every=7)
@@ -50,9 +50,9 @@ def test_the_average_weighs_the_past_by_its_decay() -> None:
     average = tiny.Recover(steps=2, lr=1e-2, schedule="constant", ema=0.75)(task(), student(), None, TRAINER)
     for a, b, c in zip(first.parameters(), second.parameters(), average.parameters(), strict=True):
         assert torch.allclose(c, 0.75 * a + 0.25 * b, atol=1e-6)
-    assert decay_for(10_000) == pytest.approx(0.999)
-    assert decay_for(100_000) == pytest.approx(0.9999)
-    assert decay_for(5) == 0
+    assert ema_decay(10_000) == pytest.approx(0.999)
+    assert ema_decay(100_000) == pytest.approx(0.9999)
+    assert ema_decay(5) == 0
 
 
 def test_the_learning_rate_follows_its_schedule(tmp_path: Path) -> None:
@@ -77,17 +77,17 @@ def test_reading_in_other_processes_changes_nothing() -> None:
 
 
 def test_a_stop_request_finishes_the_step_and_resumes_bit_for_bit(tmp_path: Path) -> None:
-    how = tiny.Recover(steps=30, lr=1e-2)
-    whole = how(task(), student(), None, TRAINER, whole_run := tiny.RunFolder(tmp_path / "whole"))
+    recover = tiny.Recover(steps=30, lr=1e-2)
+    whole = recover(task(), student(), None, TRAINER, whole_run := tiny.RunFolder(tmp_path / "whole"))
     run = tiny.RunFolder(tmp_path / "stopped")
     stopping = tiny.Task(backbone=Planted(), loss=StopAt(), train=planted_data(), held_out=planted_data(16))
     with pytest.raises(KeyboardInterrupt, match="stopped at step 12 of 30 of recover") as caught:
-        how(stopping, student(), None, TRAINER, run)
+        recover(stopping, student(), None, TRAINER, run)
     assert caught.value.signum == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     with (run / "metrics.jsonl").open("a") as file:  # a line beyond the checkpoint, and one cut short
         file.write(json.dumps({"stage": "recover", "step": 20, "loss": 9.0}) + '\n{"stage": "rec')
-    resumed = how(task(), student(), None, TRAINER, run)
+    resumed = recover(task(), student(), None, TRAINER, run)
     for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -113,14 +113,14 @@ def test_dropout_resumes_bit_for_bit_too(tmp_path: Path) -> None:
         torch.manual_seed(2)
         return Noisy()
 
-    how = tiny.Recover(steps=30, lr=1e-2)
-    whole = how(task(), fresh(), None, TRAINER)
+    recover = tiny.Recover(steps=30, lr=1e-2)
+    whole = recover(task(), fresh(), None, TRAINER)
     run = tiny.RunFolder(tmp_path)
     stopping = tiny.Task(backbone=Planted(), loss=StopAt(), train=planted_data(), held_out=planted_data(16))
     with pytest.raises(KeyboardInterrupt):
-        how(stopping, fresh(), None, TRAINER, run)
+        recover(stopping, fresh(), None, TRAINER, run)
     torch.manual_seed(77)
-    resumed = how(task(), fresh(), None, TRAINER, run)
+    resumed = recover(task(), fresh(), None, TRAINER, run)
     for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
 

@@ -138,8 +138,11 @@ class View:
         # Every folder is read at every look, or the old lines of a round would pass for news later.
         tails = {name: self._tail(self.folder.round(name).path) for name in done}
         yield from self._training(tails[current.round].entries.get(current.name, ()), current)
-        decided = [s for s in stages if s.name == SEARCH and s.name in done[s.round]]
-        for stage in decided:
+        yield from self._decided([s for s in stages if s.name == SEARCH and s.name in done[s.round]])
+
+    def _decided(self, searches: Sequence[Stage]) -> Iterator[RenderableType]:
+        """What finished searches have decided."""
+        for stage in searches:
             path = self.folder.round(stage.round) / "decision.json"
             if path.exists():
                 decision = read_json(path)

@@ -24,10 +24,10 @@ from ..errors import Diverged, UserError
 from ..evaluation.frechet import Frechet
 from ..evaluation.metrics import HeldOutLoss
 from ..protocols.data import FeatureSpace, Samples
-from ..protocols.registry import record_of
 from ..protocols.task import Task
 from ..pruning.decision import Decision
 from ..pruning.prune import prune
+from ..registry.registry import record_of
 from ..runtime.distributed import on_main_process
 from ..runtime.files import digest, read_json, write_json
 from ..runtime.progress import Tracker
@@ -36,7 +36,8 @@ from ..selection.calibration import Calibrated
 from ..selection.search import Selector
 from ..selection.successive_halving import Finals
 from ..training.recover import Recover
-from ..training.trainer import INDIFFERENT, Trainer
+from ..training.trainer import NUMERICALLY_NEUTRAL, Trainer
+from .legacy_keys import NEUTRAL, Name, then
 from .results import Trial
 
 
@@ -65,7 +66,7 @@ class Cells:
         self.trainer = replace(trainer, trackers=())  # hundreds of short trainings, whose logs go when they are done
         self.held_out, self.frechet = metrics
         self.accelerator = trainer.accelerator
-        self.features = _features(task.feature_space) if self.frechet is not None else None
+        self.features = None if self.frechet is None else _features(self.frechet.space(task))
         loss = _described(task.loss)
         self.sampling = {name: loss.pop(name) for name in task.loss.sampling_options() if name in loss}
         config = task.backbone.config(task.teacher)
@@ -117,7 +118,8 @@ class Cells:
         trainer = replace(self.trainer, seed=trial.seed)
         extra = self.frechet if full else None
         # What a change of the sampling or of the features changes is the distance alone.
-        name = "loss" if extra is None else digest([_described(extra, "batch_size"), self.sampling, self.features])
+        measured = [_described(extra, "batch_size", "features"), self.sampling, self.features]
+        name, old = ("loss", "loss") if extra is None else (digest(measured), digest(then(measured)))
 
         def work(folder: RunFolder) -> dict[str, Any]:
             decision = self._decision(trial.kept)
@@ -139,33 +141,46 @@ class Cells:
             "kept": list(trial.kept),
         }
         what = f"{trial.method or 'random subset'}, seed {trial.seed}: recovering"
-        figures = self._cell("healing", key, what, work, needs=name)
+        figures = self._cell("healing", key, what, work, needs=(name, old))
         self.progress.advance()
-        return replace(
-            trial, calibration=calibration, healed=figures["loss"], frechet=figures[name] if extra is not None else None
-        )
+        frechet = None if extra is None else figures[name if name in figures else old]
+        return replace(trial, calibration=calibration, healed=figures["loss"], frechet=frechet)
 
     def _cell(
-        self, kind: str, key: Mapping[str, Any], what: str, work: Callable[[RunFolder], dict[str, Any]], needs: str = ""
+        self,
+        kind: str,
+        key: Mapping[str, Any],
+        what: str,
+        work: Callable[[RunFolder], dict[str, Any]],
+        needs: Sequence[str] = (),
     ) -> dict[str, Any]:
         """The content of a cell; computed in a folder of its own, where checkpoints outlive a kill, if it is missing.
+
+        What was begun under the name of an old key, or finished, keeps that name.
 
         Args:
             kind: first part of the file's name.
             key: all that decides the content.
             what: to show while it is computed.
             work: computes it.
-            needs: an entry without which it has to be computed again.
+            needs: one of these entries must be there, or it has to be computed again.
         """
-        name = on_main_process(lambda: f"{kind}-{digest(key)[:24]}")  # the others may describe it otherwise
-        path, scratch = self.folder / "cells" / f"{name}.json", RunFolder(self.folder / "cells" / name)
+        folder = self.folder / "cells"
+
+        def named() -> str:
+            new, old = (f"{kind}-{digest(k)[:24]}" for k in (key, then(key)))
+            there = (name for name in (new, old) if (folder / f"{name}.json").exists() or (folder / name).exists())
+            return next(there, new)
+
+        name = on_main_process(named)  # the others may describe it otherwise
+        path, scratch = folder / f"{name}.json", RunFolder(folder / name)
         before = on_main_process(lambda: read_json(path) if path.exists() else {})
         made: dict[str, Any] = {}
-        if not before or (needs and needs not in before):
+        if not before or (needs and before.keys().isdisjoint(needs)):
             self.progress.tell(what)
             if self.accelerator.is_main_process:  # for those who watch
                 now = {"cell": name, "what": what, "done": self.progress.done, "total": self.progress.total}
-                write_json(self.folder / "cells" / "now.json", now)
+                write_json(folder / "now.json", now)
             made = work(scratch)
 
         def keep() -> dict[str, Any]:
@@ -188,18 +203,20 @@ class Cells:
 
 
 def _described(value: Any, *but: str) -> Any:
-    """Settings as JSON, those of these names left out. What cannot be told is never described in the same way twice."""
+    """Settings as JSON, those of these names left out. What cannot be told is never described in the same way twice.
+
+    Every field is there, also at its default: were it not, a default could change and the key would not. A field that
+    is added later says in its metadata which value is `NEUTRAL`, and is left out while it has that one, so that what
+    was computed before still counts. That value is written down once and for all; the default may move away from it.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        own = {f.name: _described(getattr(value, f.name)) for f in dataclasses.fields(value) if f.name not in but}
-        return {"class": _described(type(value)), **own}
+        own = {f: getattr(value, f.name) for f in dataclasses.fields(value) if f.name not in but}
+        told = {f.name: _described(v) for f, v in own.items() if NEUTRAL not in f.metadata or v != f.metadata[NEUTRAL]}
+        return {"class": _described(type(value)), **told}
     if isinstance(value, functools.partial):
         return [_described(v) for v in (value.func, value.args, value.keywords)]
-    if isinstance(value, type) and "<locals>" not in value.__qualname__:
-        name, plugin = f"{value.__module__}.{value.__qualname__}", record_of(value)
-        return [name, plugin["sha256"]] if "file" in plugin else name
-    if inspect.isfunction(value) and value.__qualname__.isidentifier() and value.__closure__ is None:
-        with suppress(OSError):
-            return [f"{value.__module__}.{value.__qualname__}", digest(inspect.getsource(value))]
+    if isinstance(value, type) or inspect.isfunction(value):
+        return _named(value)
     if isinstance(value, Mapping):
         return {str(k): _described(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -209,23 +226,33 @@ def _described(value: Any, *but: str) -> Any:
     return value if value is None or isinstance(value, (bool, int, str)) else uuid.uuid4().hex
 
 
+def _named(value: type[Any] | Callable[..., Any]) -> Any:
+    """A class or function by its name, with what tells it from another of that name; nothing twice if there is none."""
+    if isinstance(value, type):
+        if "<locals>" not in value.__qualname__:
+            plugin = record_of(value)
+            return [Name.of(value), plugin["sha256"]] if "file" in plugin else Name.of(value)
+    elif value.__qualname__.isidentifier() and value.__closure__ is None:
+        with suppress(OSError):
+            return [Name.of(value), digest(inspect.getsource(value))]
+    return uuid.uuid4().hex
+
+
 def _stage(stage: Selector | Recover, trainer: Trainer) -> dict[str, Any]:
     """A stage and how it trains, but for what changes no number; of two batch sizes the one that counts."""
     if isinstance(stage, Calibrated):  # does not train
-        what, how = _described(stage, "batch_size"), _described(trainer, *INDIFFERENT, "batch_size")
+        what, how = _described(stage, "batch_size"), _described(trainer, *NUMERICALLY_NEUTRAL, "batch_size")
     elif isinstance(stage, Finals):  # its parts have batch sizes of their own, or the trainer's
-        what, how = _described(stage), _described(trainer, *INDIFFERENT)
+        what, how = _described(stage), _described(trainer, *NUMERICALLY_NEUTRAL)
     else:
         own: int | None = getattr(stage, "batch_size", None)
-        what, how = _described(stage, "batch_size"), _described(trainer.with_batch_size(own), *INDIFFERENT)
+        what, how = _described(stage, "batch_size"), _described(trainer.with_batch_size(own), *NUMERICALLY_NEUTRAL)
     how["precision"] = trainer.accelerator.mixed_precision
     return {"stage": what, "trainer": how}
 
 
-def _features(space: FeatureSpace | None) -> Any:
+def _features(space: FeatureSpace) -> Any:
     """What tells a feature space from others, as far as it can be seen from outside."""
-    if space is None:
-        return None
     weights = _weights(space) if isinstance(space, nn.Module) else None
     own = {k: v for k, v in vars(space).items() if k != "training" and isinstance(v, (int, float, str))}
     return [_described(type(space)), space.name, weights, _described(own)]

@@ -237,7 +237,7 @@ class Audit(Comparison):
         return self.masks, self.healings
 
     def recovery(self, recover: Recover) -> Recover:
-        return recover.lasting(self.steps)
+        return recover.with_steps(self.steps)
 
     def _metrics(self, evaluate: Sequence[Metric]) -> tuple[HeldOutLoss, Frechet | None]:
         return super()._metrics(evaluate)[0], None

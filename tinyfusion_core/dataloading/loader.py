@@ -1,4 +1,4 @@
-"""Reading training data that may be damaged, in this process or in others."""
+"""The data loader: reads training samples, here or in worker processes, and substitutes those that are damaged."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from ..protocols.data import Samples
 from ..runtime.seeding import seed_of
 
 ATTEMPTS = 8
-"""Samples to try in the place of a bad one."""
+"""Substitutes to try for a bad sample."""
 BUGS = (TypeError, AttributeError, NameError, AssertionError, NotImplementedError)
 """What a data set's code raises, not its files."""
 
 
 @dataclass(frozen=True)
-class Read:
+class LoadedBatch:
     """A batch, and what could not be read for it.
 
     Attributes:
-        batch: the named tensors; None when there was nothing to put in the place of a bad sample.
-        bad: for every bad sample what was wrong.
+        batch: the named tensors; None when no substitute was found for a bad sample.
+        problems: for every bad sample what was wrong.
     """
 
     batch: Batch | None
-    bad: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
 
 
-def read_batches(data: Samples, indices: Iterable[list[int]], num_workers: int) -> Iterator[Read]:
-    """Read batches of samples, in other processes when there are workers.
+def load_batches(data: Samples, indices: Iterable[list[int]], num_workers: int) -> Iterator[LoadedBatch]:
+    """Load batches of samples, in other processes when there are workers.
 
-    A sample that cannot be read is replaced by another, which depends on its index alone: any number of processes puts
-    the same one in its place.
+    Another sample is substituted for one that cannot be read. It depends on the bad one's index alone, so any number
+    of processes takes the same one.
 
     Args:
         data: the samples.
@@ -49,7 +49,7 @@ def read_batches(data: Samples, indices: Iterable[list[int]], num_workers: int) 
         UserError: a process that reads has been killed.
     """
     loader: DataLoader[Any] = DataLoader(
-        _Tolerant(data),  # type: ignore[arg-type]  # read by lists of indices, see Samples
+        _Substituting(data),  # type: ignore[arg-type]  # read by lists of indices, see Samples
         batch_sampler=indices,
         collate_fn=_as_is,
         num_workers=num_workers,
@@ -67,8 +67,8 @@ def read_batches(data: Samples, indices: Iterable[list[int]], num_workers: int) 
         ) from e
 
 
-class _Tolerant:
-    """Samples, as `Read` instead of an exception: one that was raised in another process would lose its words."""
+class _Substituting:
+    """Samples, with others for bad ones; no exception, for one raised in a worker process would lose its message."""
 
     def __init__(self, data: Samples) -> None:
         self.data = data
@@ -76,27 +76,27 @@ class _Tolerant:
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitems__(self, indices: list[int]) -> Read:
+    def __getitems__(self, indices: list[int]) -> LoadedBatch:
         try:
-            return Read(self.data.__getitems__(indices))
+            return LoadedBatch(self.data.__getitems__(indices))
         except BUGS:
             raise
         except Exception:  # whatever a data set makes of a damaged file; rows read alone will tell which one
-            return self._mended(indices)
+            return self._substituted(indices)
 
-    def _mended(self, indices: list[int]) -> Read:
-        instead, bad = list(indices), []
+    def _substituted(self, indices: list[int]) -> LoadedBatch:
+        chosen, problems = list(indices), []
         for row, index in enumerate(indices):
             problem = self._problem(index)
             if problem is None:
                 continue
-            bad.append(f"training sample {index} cannot be read: {problem}")
+            problems.append(f"training sample {index} cannot be read: {problem}")
             others = (seed_of("in the place of", index, i) % len(self.data) for i in range(ATTEMPTS))
             found = next((other for other in others if self._problem(other) is None), None)
             if found is None:
-                return Read(None, tuple(bad))
-            instead[row] = found
-        return Read(self.data.__getitems__(instead), tuple(bad))
+                return LoadedBatch(None, tuple(problems))
+            chosen[row] = found
+        return LoadedBatch(self.data.__getitems__(chosen), tuple(problems))
 
     def _problem(self, index: int) -> str | None:
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -21,15 +21,18 @@ from .metrics import Measurement, Metric, Models
 class Frechet(Metric):
     """Fréchet distance between generated and real examples, and how often generated ones show their label.
 
-    The features are those of the data set's own feature space, so the distance is not comparable with FID.
+    Unless another is named, the features are those of the data set's own feature space, so the distance is not
+    comparable with FID.
 
     Args:
         num_samples: examples to generate with each model, from the same noise and labels.
         batch_size: examples at once.
+        features: where the examples are compared; by default the data set's own feature space.
     """
 
     num_samples: int = 1000
     batch_size: int = 250
+    features: FeatureSpace | None = field(default=None, metadata={"neutral": None})
     together = True
 
     def __post_init__(self) -> None:
@@ -37,17 +40,23 @@ class Frechet(Metric):
         require(self.batch_size >= 1, "evaluate: Frechet.batch_size", self.batch_size, "at least 1")
 
     def check(self, data: DataSource) -> None:
-        if data.feature_space() is None:
+        if self.features is None and data.feature_space() is None:
             raise UserError(
-                f"evaluate: Frechet needs a feature space, and {type(data).__name__} has none; leave it out"
+                f"evaluate: Frechet needs a feature space, and {type(data).__name__} has none; name one (features) or "
+                "leave it out"
             )
+
+    def space(self, task: Task) -> FeatureSpace:
+        """Where a task's examples are compared. Raises UserError when neither this nor the task has a feature space."""
+        space = task.feature_space if self.features is None else self.features
+        if space is None:
+            raise UserError("Frechet: the task has no feature_space")
+        return space
 
     def __call__(self, task: Task, models: Models, trainer: Trainer) -> list[Measurement]:
         from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
-        space = task.feature_space
-        if space is None:
-            raise UserError("Frechet: the task has no feature_space")
+        space = self.space(task)
 
         def real(rows: range) -> Tensor:
             return space(task.train.__getitems__(list(rows))["x"])[0].cpu()

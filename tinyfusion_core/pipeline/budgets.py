@@ -86,7 +86,7 @@ def _recovered(
     task: Task, student: nn.Module, decision: Decision, recover: Recover, steps: int, trainer: Trainer
 ) -> float | None:
     try:
-        student = recover.lasting(steps)(task, student, decision, trainer)
+        student = recover.with_steps(steps)(task, student, decision, trainer)
     except Diverged:
         return None
     (healed,) = HeldOutLoss(draws=1)(task, {"student": student}, trainer)

@@ -26,9 +26,7 @@ from .recipe import Recipe
 from .run import make_task
 
 
-def compare_recipe(
-    recipe: Recipe, view: Literal["compare", "audit"], run_dir: Path | str, command: str = ""
-) -> tuple[Findings, Path]:
+def compare_recipe(recipe: Recipe, view: str, run_dir: Path | str, command: str = "") -> tuple[Findings, Path]:
     """Do what a recipe's `compare` or `audit` says, or what is left of it.
 
     Args:

@@ -151,12 +151,7 @@ def _search(plan: Plan, recipe: Recipe, stage: Stage, model: nn.Module) -> tuple
 
 
 def _train(
-    plan: Plan,
-    recipe: Recipe,
-    stage: Stage,
-    model: nn.Module,
-    teacher: nn.Module | None,
-    decision: Decision | None,
+    plan: Plan, recipe: Recipe, stage: Stage, model: nn.Module, teacher: nn.Module | None, decision: Decision | None
 ) -> None:
     """Plan a training: that of a pruned network, or, without a teacher, of a fresh one."""
     prefix, how = _prefix(stage), stage.settings
@@ -180,13 +175,7 @@ def _given(decision: Decision) -> str:
     return "" if decision.choices else f", if blocks {', '.join(map(str, decision.kept))} stay"
 
 
-def _memory(
-    plan: Plan,
-    recipe: Recipe,
-    name: str,
-    stage: Search | Recover,
-    needs: Callable[[Setup], Needs],
-) -> None:
+def _memory(plan: Plan, recipe: Recipe, name: str, stage: Search | Recover, needs: Callable[[Setup], Needs]) -> None:
     """Plan what a stage needs of every device's memory."""
     if (hardware := plan.hardware) is None:
         return

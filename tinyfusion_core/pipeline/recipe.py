@@ -1,75 +1,33 @@
-"""From YAML and flags to the objects of a run. The schema is the signatures of the classes themselves."""
+"""From YAML and flags to the objects of a run."""
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import re
-import types
-import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import docstring_parser
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentError
 
 from ..comparison.study import Audit, Compare
-from ..errors import MissingFileError, UserError, nearest
-from ..evaluation import frechet, latency  # noqa: F401  # bring the names of their classes
+from ..errors import MissingFileError, UserError
 from ..evaluation.metrics import Metric
 from ..protocols.backbone import Backbone
 from ..protocols.data import DataSource
 from ..protocols.loss import LossAdapter
-from ..protocols.registry import PluginFile, load_plugin, registry
-from ..pruning.weight_update import WeightUpdate
+from ..registry.registry import load_plugin
+from ..registry.sources import PluginFile
 from ..runtime.files import write_atomic, write_text
 from ..runtime.stages import Stage, stages_of
-from ..samplers.constraints import Rules
-from ..samplers.grouped import BlockSampler
-from ..selection import criteria, successive_halving  # noqa: F401  # bring the names of their classes
-from ..selection.search import Search, Selector
-from ..training.distillation import OutputKD
+from ..selection.search import Selector
 from ..training.recover import Recover
 from ..training.trainer import Trainer
+from .schema import KEYS, SECTIONS, Round, checked, schema
 
-
-@dataclass(frozen=True, kw_only=True)
-class Round:
-    """One step of progressive pruning; its student is the next round's teacher and source.
-
-    Args:
-        search: decides which blocks stay.
-        recover: trains the pruned network.
-    """
-
-    search: Selector
-    recover: Recover | None = None
-
-
-SECTIONS: dict[str, Any] = {
-    "backbone": Backbone,
-    "loss": LossAdapter,
-    "data": DataSource,
-    "trainer": Trainer,
-    "train": Recover,
-    "search": Selector,
-    "recover": Recover,
-    "rounds": dict[str, Round],
-    "evaluate": list[Metric],
-    "compare": Compare,
-    "audit": Audit,
-}
-KEYS = ("plugins", *SECTIONS)
-BROUGHT = {"backbone": Backbone, "loss": LossAdapter, "data": DataSource, "metric": Metric}
-"""Kinds that plugins register. The core has metrics of its own besides."""
-POLYMORPHIC = (Backbone, LossAdapter, DataSource, Selector, Search, Metric, WeightUpdate, BlockSampler, OutputKD)
-PLAIN = (Trainer, Recover, Round, Rules, Compare, Audit)
-"""Classes that a section is made of without saying so."""
-OPTIONAL = ("train", "search", "recover", "rounds", "compare", "audit")
 RESERVED = ("teacher", "student", "figures", "checkpoints", "evaluation")
 """Names of a run folder that no round can have."""
 
@@ -136,14 +94,7 @@ def load_recipe(path: Path | str, flags: Sequence[str] = ()) -> Recipe:
         UserError: the first thing wrong, with its key, what was expected and the nearest known name.
     """
     path = Path(path)
-    try:
-        raw = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise MissingFileError(f"{path}: no such recipe (it comes first: tinyfusion run RECIPE --key value)") from None
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: not readable as YAML: {e}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: a recipe is a mapping with the keys {', '.join(KEYS)}")
+    raw = _read(path)
     for key, value in _overrides(flags):
         _override(raw, key.split("."), value)
     raw = {key: value for key, value in raw.items() if value is not None}
@@ -153,12 +104,8 @@ def load_recipe(path: Path | str, flags: Sequence[str] = ()) -> Recipe:
             raise UserError(f"{path}: the key '{key}' is missing")
     _check_rounds(path, raw)
     try:
-        checked = {
-            name: _checked(name, value, SECTIONS[name]) if name in SECTIONS else _unknown(name, KEYS)
-            for name, value in raw.items()
-        }
         parser = schema()
-        config = parser.parse_object(checked)
+        config = parser.parse_object(checked(raw))
         objects = parser.instantiate(config)
     except UserError as e:
         raise UserError(f"{path}: {e}") from None
@@ -171,6 +118,19 @@ def load_recipe(path: Path | str, flags: Sequence[str] = ()) -> Recipe:
     if files:
         settings = {"plugins": [file.name for file in files], **settings}
     return Recipe(**{name: getattr(objects, name) for name in SECTIONS}, settings=settings, plugins=files)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What is in a recipe's file. Raises UserError when it is missing or no mapping."""
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise MissingFileError(f"{path}: no such recipe (it comes first: tinyfusion run RECIPE --key value)") from None
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: not readable as YAML: {e}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: a recipe is a mapping with the keys {', '.join(KEYS)}")
+    return raw
 
 
 def _load_plugins(path: Path, names: Any) -> list[PluginFile]:
@@ -201,17 +161,6 @@ def _check_rounds(path: Path, raw: Mapping[str, Any]) -> None:
             )
 
 
-def schema() -> ArgumentParser:
-    """The parser of a recipe, made from the signatures of its classes."""
-    set_parsing_settings(subclasses_enabled=list(POLYMORPHIC))
-    parser = ArgumentParser(prog="tinyfusion run RECIPE", exit_on_error=False)
-    for name, kind in SECTIONS.items():
-        optional = kind | None if name in OPTIONAL else kind
-        default: Any = Trainer() if kind is Trainer else [] if name == "evaluate" else None
-        parser.add_argument(f"--{name}", type=optional, default=default)
-    return parser
-
-
 def flatten(settings: Any, prefix: str = "") -> dict[str, Any]:
     """Nested settings as dotted keys, class names and arguments under the key they belong to."""
     if isinstance(settings, Mapping) and "class_path" in settings:
@@ -221,35 +170,6 @@ def flatten(settings: Any, prefix: str = "") -> dict[str, Any]:
         parts = [flatten(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in settings.items()]
         return {key: value for part in parts for key, value in part.items()}
     return {prefix: settings}
-
-
-def describe_keys() -> str:
-    """Every key of a recipe with its default and meaning, from the signatures and docstrings of the classes."""
-    lines = [
-        "plugins: Python files beside the recipe that bring backbones, losses, data or metrics; their code is run",
-    ]
-    for section, kind in SECTIONS.items():
-        base = typing.get_args(kind)[-1] if typing.get_origin(kind) in (list, dict) else kind
-        lines.append(f"{section}:")
-        for name, cls in (_known(base) if base in POLYMORPHIC else {base.__name__: base}).items():
-            lines += _describe_class(name, cls)
-    for base in (WeightUpdate, BlockSampler, OutputKD):
-        lines.append(f"values of the type {base.__name__}:")
-        for name, cls in _known(base).items():
-            lines += _describe_class(name, cls)
-    return "\n".join(lines) + "\n"
-
-
-def _describe_class(name: str, cls: type[Any]) -> list[str]:
-    # Inherited options are explained where they are declared.
-    texts = [docstring_parser.parse(part.__doc__ or "") for part in cls.__mro__[-2::-1]]
-    meaning = {p.arg_name: " ".join((p.description or "").split()) for text in texts for p in text.params}
-    lines = [f"  {name}: {texts[-1].short_description or ''}"]
-    for key, parameter in inspect.signature(cls).parameters.items():
-        if not key.startswith("_") and key != "lists":
-            default = "" if parameter.default is parameter.empty else f" = {parameter.default!r}"
-            lines.append(f"    {key}{default}: {meaning.get(key, '')}")
-    return lines
 
 
 def _overrides(flags: Sequence[str]) -> list[tuple[str, Any]]:
@@ -285,88 +205,6 @@ def _override(config: dict[str, Any], path: list[str], value: Any) -> None:
             inner = inner["init_args"]
         config = inner
     config[last] = value
-
-
-def _checked(key: str, value: Any, kind: Any, default: Any = None) -> Any:
-    """The value with class names made full; raises UserError at the first unknown name."""
-    kind = _without_none(kind)
-    if typing.get_origin(kind) in (list, Sequence) and isinstance(value, list):
-        return [_checked(f"{key}[{i}]", v, typing.get_args(kind)[0]) for i, v in enumerate(value)]
-    if typing.get_origin(kind) is dict and isinstance(value, dict):
-        return {k: _checked(f"{key}.{k}", v, typing.get_args(kind)[1]) for k, v in value.items()}
-    if value is None or not inspect.isclass(kind):
-        return value
-    if kind in PLAIN:
-        if not isinstance(value, dict):
-            keys = ", ".join(inspect.signature(kind).parameters)
-            raise UserError(f"{key}: got {value!r}; expected a mapping with keys among {keys}")
-        return _checked_arguments(key, value, kind)
-    if kind not in POLYMORPHIC:
-        return value
-    if isinstance(value, str):
-        value = {"class_path": value}
-    usual = "Search" if kind in (Selector, Search) else type(default).__name__ if isinstance(default, kind) else None
-    if isinstance(value, dict) and "class_path" not in value and usual:
-        value = {"class_path": usual, "init_args": value}
-    if not isinstance(value, dict) or not isinstance(value.get("class_path"), str):
-        raise UserError(f"{key}: give the name of a class, or class_path and init_args{nearest('', _known(kind))}")
-    extra = set(value) - {"class_path", "init_args"}
-    if extra:
-        raise UserError(f"{key}: '{sorted(extra)[0]}' stands beside class_path; arguments go under init_args")
-    known = _known(kind)
-    name = value["class_path"].rpartition(".")[2]
-    # A full path may go through a package's own front door; it must be the package of the class all the same.
-    package = known[name].__module__.partition(".")[0] if name in known else ""
-    if name not in known or value["class_path"].partition(".")[0] not in (name, package):
-        raise UserError(f"{key}: unknown class '{value['class_path']}'{nearest(name, known)}")
-    arguments = _checked_arguments(key, value.get("init_args") or {}, known[name])
-    return {"class_path": _full(known[name]), "init_args": arguments}
-
-
-def _checked_arguments(key: str, arguments: Mapping[str, Any], cls: type[Any]) -> dict[str, Any]:
-    known = {name: p for name, p in inspect.signature(cls).parameters.items() if not name.startswith("_")}
-    for name, parameter in known.items():
-        if parameter.default is parameter.empty and name not in arguments and cls in PLAIN:
-            raise UserError(f"{key}.{name}: missing")
-    hints = typing.get_type_hints(cls.__init__)
-    out = {}
-    for name, value in arguments.items():
-        if name not in known:
-            raise UserError(f"{key}.{name}: unknown key{nearest(str(name), known)}")
-        hint = hints.get(name, Any)
-        if value is None and hint is not Any and type(None) not in typing.get_args(hint):
-            raise UserError(f"{key}.{name}: null is not allowed; expected {getattr(hint, '__name__', hint)}")
-        out[name] = _checked(f"{key}.{name}", value, hint, known[name].default)
-    return out
-
-
-def _unknown(name: str, known: Iterable[str]) -> typing.NoReturn:
-    raise UserError(f"{name}: unknown key{nearest(str(name), known)}")
-
-
-def _known(base: type[Any]) -> dict[str, type[Any]]:
-    """Every class of a kind, by name: what plugins bring, or what the core has."""
-    kind = next((kind for kind, brought in BROUGHT.items() if base is brought), "")
-    if kind and base is not Metric:
-        return registry().classes[kind]
-    found = {} if inspect.isabstract(base) else {base.__name__: base}
-    for cls in base.__subclasses__():
-        found.update(_known(cls))
-    return {**found, **registry().classes[kind]} if kind else found
-
-
-def _full(cls: type[Any]) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
-
-
-def _without_none(kind: Any) -> Any:
-    """The class behind `X | None`, and behind a factory `Callable[[...], X]`."""
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        kinds = [k for k in typing.get_args(kind) if k is not type(None)]
-        kind = kinds[0] if len(kinds) == 1 else Any
-    if typing.get_origin(kind) is Callable and typing.get_args(kind)[-1] in POLYMORPHIC:
-        return typing.get_args(kind)[-1]
-    return kind
 
 
 def _root_message(error: BaseException) -> str:

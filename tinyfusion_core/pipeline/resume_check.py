@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, NamedTuple
 
 import torch
 
+from ..comparison.legacy_keys import NEUTRAL, PATHS
 from ..errors import UserError, nearest
 from ..pruning.decision import versions
 from ..runtime.files import digest, read_json, write_json
 from ..runtime.run_folder import RunFolder
 from ..runtime.stages import EVALUATE, Stage, stages_of
-from ..training.trainer import INDIFFERENT
+from ..training.trainer import NUMERICALLY_NEUTRAL
 from .recipe import Recipe, flatten
 
 OTHER_COMMANDS = ("compare", "audit")
@@ -89,15 +92,20 @@ def check_resume(recipe: Recipe, folder: RunFolder, command: str, restart_from: 
         named = next(i for i, stage in enumerate(stages) if i >= earliest and stage in present)
         if first > named:
             lines = [f"  {key}: {before.get(key)} -> {now.get(key)}" for key in changed]
-            raise UserError(
-                f"{folder.path} holds a run with other settings:\n"
-                + "\n".join(lines)
-                + "\nEither make a new run, or replace this one from the first stage concerned:\n"
-                f"  {command} --run-dir {_free_name(folder.path)}\n"
-                f"  {command} --run-dir {folder.path} --restart-from {keys[named]}"
-            )
+            raise UserError(_refusal(folder.path, lines, command, keys[named]))
         first = min(first, earliest)
     return Resume(now, stages[first:])
+
+
+def _refusal(path: Path, changes: Sequence[str], command: str, stage: str) -> str:
+    """What was changed in a run folder's settings, and the two ways on."""
+    return (
+        f"{path} holds a run with other settings:\n"
+        + "\n".join(changes)
+        + "\nEither make a new run, or replace this one from the first stage concerned:\n"
+        f"  {command} --run-dir {_free_name(path)}\n"
+        f"  {command} --run-dir {path} --restart-from {stage}"
+    )
 
 
 def stage_keys(recipe: Recipe) -> dict[str, str]:
@@ -113,8 +121,12 @@ def stage_keys(recipe: Recipe) -> dict[str, str]:
 
 def run_fingerprint(recipe: Recipe) -> dict[str, Any]:
     """Every setting and input file that can change a number, by key. The content of data sets is not hashed."""
-    settings = {k: v for k, v in flatten(recipe.settings).items() if k.removeprefix("trainer.") not in INDIFFERENT}
-    settings = {k: v for k, v in settings.items() if k.partition(".")[0] not in OTHER_COMMANDS}
+    flat = flatten(_as_first_told(recipe.settings))
+    settings = {
+        key: value
+        for key, value in flat.items()
+        if key.removeprefix("trainer.") not in NUMERICALLY_NEUTRAL and key.partition(".")[0] not in OTHER_COMMANDS
+    }
     files, before = {f"plugins.{file.name}": file.sha256 for file in recipe.plugins}, ""
     for name, step in recipe.each_round().items():
         prefix = f"rounds.{name}." if name else ""
@@ -125,6 +137,23 @@ def run_fingerprint(recipe: Recipe) -> dict[str, Any]:
     if recipe.train is None:
         files["backbone.checkpoint"] = recipe.backbone.source().get("sha256", "")
     return {**settings, **{f"{key} (its content)": content for key, content in files.items()}}
+
+
+def _as_first_told(settings: Any) -> Any:
+    """Settings as every release tells them: classes where they were first, no later option that changes nothing."""
+    if isinstance(settings, list):
+        return [_as_first_told(value) for value in settings]
+    if not isinstance(settings, Mapping):
+        return settings
+    told = {key: _as_first_told(value) for key, value in settings.items()}
+    if "class_path" in told:
+        path = told["class_path"]
+        cls = resolve_name(path)
+        later = {f.name: f.metadata[NEUTRAL] for f in fields(cls) if NEUTRAL in f.metadata} if is_dataclass(cls) else {}
+        arguments = told.get("init_args") or {}
+        told["init_args"] = {key: v for key, v in arguments.items() if key not in later or v != later[key]}
+        told["class_path"] = PATHS.get(f"{path.partition('.')[0]}:{path.rpartition('.')[2]}", path)
+    return told
 
 
 def _path(key: str) -> list[str]:

@@ -178,7 +178,7 @@ class _Run:
         recipe, how = self.recipe, stage.settings
         with torch.random.fork_rng():
             torch.manual_seed(seed_of(recipe.trainer.seed, "train", "initial weights"))
-            model = recipe.backbone.construct(recipe.backbone.config())
+            model: nn.Module = recipe.backbone.construct(recipe.backbone.config())
         model = how(self.task, model, None, recipe.trainer, self.folder, stage=stage.name)
         made = {"checkpoint": "trained by this run", "seed": recipe.trainer.seed, "steps": how.steps}
         source = {**recipe.backbone.source(), **made}
@@ -194,7 +194,7 @@ class _Run:
 
     def _search(self, stage: Stage) -> Decision:
         folder = self.folder.round(stage.round)
-        decision = stage.settings(self.task, self.recipe.trainer, folder)
+        decision: Decision = stage.settings(self.task, self.recipe.trainer, folder)
         recipe_hash = {"recipe_sha256": self.keys[stage.key]}
         decision = replace(decision, provenance={**decision.provenance, **recipe_hash})
         on_main_process(lambda: decision.save(folder / "decision.json"))

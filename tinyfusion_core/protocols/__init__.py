@@ -1,1 +1,1 @@
-"""What a plugin implements, and how it is found: backbone, loss, data, hooks, registry, task."""
+"""What a plugin implements: backbone, loss, data, command; and the task that they make up."""

@@ -1,4 +1,4 @@
-"""A command that a plugin adds to the command line."""
+"""A command of the command line: the core's own and those that plugins add are of one kind."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from typing import ClassVar
 
 
 class Command(ABC):
-    """`tinyfusion NAME ...`. Heavy libraries are imported when it is called."""
+    """`tinyfusion NAME ...`. Import heavy libraries when it is called: `tinyfusion --help` imports its module."""
 
     #: What is typed after `tinyfusion`.
     name: ClassVar[str]
     #: One line for `tinyfusion --help`.
     help: ClassVar[str]
+    #: Whether keys of a recipe may follow, `--search.steps 600`; they are in `options.overrides`, a list of words.
+    takes_overrides: ClassVar[bool] = False
 
     @abstractmethod
     def add_arguments(self, parser: ArgumentParser) -> None:

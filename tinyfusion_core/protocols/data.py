@@ -33,14 +33,15 @@ class Sharded(Samples, Protocol):
         ...
 
 
-class FeatureSpace(Protocol):
+class FeatureSpace(ABC):
     """A fixed network that turns images into features and class logits."""
 
+    #: What the features are, for the record.
     name: str
 
+    @abstractmethod
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(B, C, H, W) images as the data has them -> (B, F) features, (B, K) class logits."""
-        ...
 
 
 class DataSource(ABC):

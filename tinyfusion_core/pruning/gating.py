@@ -119,7 +119,6 @@ class Gates:
                 f"block '{self.blocks[j]}' got {inputs[0].shape[0]} samples, the mask has {len(mask)} rows"
             )
         kept, run, rest = self._rows[j]
-        weight = None if self._weights is None else self._weights[:, j]
         learning = mask.requires_grad and torch.is_grad_enabled()
         versions = [_version(x) for x in inputs]
         # First with the graph: older torch keeps what autocast has cast under no_grad, and its gradients are lost.
@@ -133,23 +132,34 @@ class Gates:
         if versions != [_version(x) for x in inputs]:
             raise UserError(f"block '{self.blocks[j]}' changes its input in place, which gating cannot undo")
         items = self._items(j, output)
-        merged = [stream.output or 0 for stream in self._streams[j]]
-        for i, item in enumerate(items):
-            if i not in merged and len(run) < len(mask) and any(isinstance(v, Tensor) for v in tree_leaves(item)):
-                raise UserError(
-                    f"block '{self.blocks[j]}' returns a tensor at index {i} that is no declared stream; "
-                    "name it in Backbone.streams"
-                )
-        for i, x in zip(merged, inputs, strict=True):
+        self._check_items(j, items, inputs, partly=len(run) < len(mask))
+        weight = None if self._weights is None else self._weights[:, j]
+        for stream, x in zip(self._streams[j], inputs, strict=True):
+            i = stream.output or 0
+            items[i] = _Merge.apply(x, items[i], value[i] if value else None, mask, kept, run, rest, weight)
+        if isinstance(output, Tensor):
+            return items[0]
+        return type(output)._make(items) if hasattr(output, "_make") else type(output)(items)
+
+    def _check_items(self, j: int, items: Sequence[Any], inputs: Sequence[Tensor], partly: bool) -> None:
+        """Raise UserError when what a block gives out cannot be merged with what came in.
+
+        A stream must keep its shape; and where the block ran for a part of the samples, a tensor that no stream
+        accounts for has rows that nobody knows.
+        """
+        declared = [stream.output or 0 for stream in self._streams[j]]
+        for i, x in zip(declared, inputs, strict=True):
             if items[i].shape[1:] != x.shape[1:]:
                 raise UserError(
                     f"block '{self.blocks[j]}' makes {list(items[i].shape[1:])} of a stream of {list(x.shape[1:])} a "
                     "sample, so it cannot be skipped; leave it out of Backbone.blocks"
                 )
-            items[i] = _Merge.apply(x, items[i], value[i] if value else None, mask, kept, run, rest, weight)
-        if isinstance(output, Tensor):
-            return items[0]
-        return type(output)._make(items) if hasattr(output, "_make") else type(output)(items)
+        for i, item in enumerate(items):
+            if partly and i not in declared and any(isinstance(leaf, Tensor) for leaf in tree_leaves(item)):
+                raise UserError(
+                    f"block '{self.blocks[j]}' returns a tensor at index {i} that is no declared stream; "
+                    "name it in Backbone.streams"
+                )
 
     def _items(self, j: int, output: Any) -> list[Any]:
         if isinstance(output, Tensor):

@@ -60,13 +60,7 @@ def read_kept(path: Path, num_blocks: int) -> list[int]:
     Raises:
         UserError: the file is missing, none of these, or repeats, reorders or invents blocks.
     """
-    try:
-        text = path.read_text()
-        content = yaml.safe_load(text)
-    except FileNotFoundError:
-        raise MissingFileError(f"{path}: no such file") from None
-    except (OSError, ValueError, yaml.YAMLError) as e:
-        raise UserError(f"{path}: not readable ({' '.join(str(e).split())})") from None
+    text, content = _read(path)
     removed = re.fullmatch(r"\s*--prune-layers[ =]\s*(\d+(?:\s*,\s*\d+)*)\s*", text)
     if removed:
         gone = [int(i) for i in removed[1].split(",")]
@@ -74,16 +68,36 @@ def read_kept(path: Path, num_blocks: int) -> list[int]:
         return [i for i in range(num_blocks) if i not in gone]
     if isinstance(content, dict) and isinstance(content.get("slices"), list):
         content = [_layer_range(path, piece) for piece in content["slices"]]
-    flat = isinstance(content, list) and all(isinstance(i, int) for i in content)
-    pairs = isinstance(content, list) and all(isinstance(p, list) and len(p) == 2 for p in content)
-    if not content or not (flat or pairs):
+    kept = _listed(content)
+    if not kept:
         raise UserError(
             f"{path}: not a decision; expected a decision.json, a mergekit YAML with slices, --prune-layers 1,2, a "
             "layer_replication list such as [[0, 4], [6, 8]], or a list of indices"
         )
-    kept = list(content) if flat else [i for first, stop in content for i in range(first, stop)]
     _check(path, kept, num_blocks)
     return kept
+
+
+def _read(path: Path) -> tuple[str, Any]:
+    """A file as text, and what YAML makes of it. Raises UserError when it is missing or not readable."""
+    try:
+        text = path.read_text()
+        return text, yaml.safe_load(text)
+    except FileNotFoundError:
+        raise MissingFileError(f"{path}: no such file") from None
+    except (OSError, ValueError, yaml.YAMLError) as e:
+        raise UserError(f"{path}: not readable ({' '.join(str(e).split())})") from None
+
+
+def _listed(content: Any) -> list[int]:
+    """The blocks of a list of indices, or of half-open ranges; none when it is neither."""
+    if not isinstance(content, list):
+        return []
+    if all(isinstance(i, int) for i in content):
+        return list(content)
+    if all(isinstance(pair, list) and len(pair) == 2 for pair in content):
+        return [i for first, stop in content for i in range(first, stop)]
+    return []
 
 
 def _layer_range(path: Path, piece: Any) -> Any:

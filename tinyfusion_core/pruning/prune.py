@@ -11,8 +11,8 @@ from torch import nn
 
 from ..errors import MissingFileError, UserError
 from ..protocols.backbone import WEIGHTS, Backbone, block_lists
-from ..protocols.registry import record_of, registry
 from ..protocols.task import Task
+from ..registry.registry import record_of, registry
 from ..runtime.files import digest, read_json, sha256, write_json, write_text
 from .decision import Decision
 

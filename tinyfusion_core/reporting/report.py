@@ -99,14 +99,17 @@ def page(title: str, facts: str, sections: Sequence[str], brand: str = "tinyfusi
 """
 
 
-def _draw(folder: RunFolder, decisions: Mapping[str, Decision]) -> list[tuple[str, str, list[tuple[str, str]]]]:
-    """Draw what the run has figures for.
+Section = tuple[str, str, list[tuple[str, str]]]
+"""Title, caption and pictures; of a picture its file, and what it shows."""
 
-    Returns:
-        Sections as (title, caption, pictures), a picture being (file, what it shows).
-    """
-    figures = folder / "figures"
-    drawn: list[tuple[str, str, list[tuple[str, str]]]] = []
+
+def _draw(folder: RunFolder, decisions: Mapping[str, Decision]) -> list[Section]:
+    """Draw what the run has figures for."""
+    return [*_draw_decisions(folder, decisions), *_draw_samples(folder), *_draw_training(folder)]
+
+
+def _draw_decisions(folder: RunFolder, decisions: Mapping[str, Decision]) -> list[Section]:
+    figures, drawn = folder / "figures", list[Section]()
     for name, decision in decisions.items():
         made, prefix = folder.round(name), f"{name}_" if name else ""
         of = f": {name}" if name else ""
@@ -120,25 +123,33 @@ def _draw(folder: RunFolder, decisions: Mapping[str, Decision]) -> list[tuple[st
             draw_dynamics(search, len(decision.blocks), figures / f"{prefix}dynamics.png")
             caption = "The decision of the averaged gate logits at every logged step, after figure 6 of the paper."
             drawn.append((f"How the decision came about{of}", caption, [(f"{prefix}dynamics.png", "")]))
+    return drawn
+
+
+def _draw_samples(folder: RunFolder) -> list[Section]:
     samples = folder / "samples.safetensors"
-    if samples.exists():
-        images = load_file(samples)
-        order = images.pop("labels").argsort(stable=True)
-        pictures: list[tuple[str, str]] = []
-        for name in [n for n in results(folder)[0] if n in images]:
-            file = f"samples_{name.replace(' ', '_')}.png"
-            draw_images(images[name][order], figures / file, columns=8)
-            pictures.append((file, name))
-        drawn.append(("Samples", "The same noise and label at the same place in every grid.", pictures))
+    if not samples.exists():
+        return []
+    images = load_file(samples)
+    order = images.pop("labels").argsort(stable=True)
+    pictures: list[tuple[str, str]] = []
+    for name in [n for n in results(folder)[0] if n in images]:
+        file = f"samples_{name.replace(' ', '_')}.png"
+        draw_images(images[name][order], folder / "figures" / file, columns=8)
+        pictures.append((file, name))
+    return [("Samples", "The same noise and label at the same place in every grid.", pictures)]
+
+
+def _draw_training(folder: RunFolder) -> list[Section]:
     curves = {stage.title: folder.round(stage.round).metrics(stage.name) for stage in folder.stages()}
     curves = {title: entries for title, entries in curves.items() if entries}
-    if curves:
-        draw_losses(curves, figures / "losses.png")
-        caption = "Means between logged steps, and a running mean. A search's loss is that of sampled subnetworks."
-        if any("kd" in entry for entries in curves.values() for entry in entries[-1:]):
-            caption += " A distillation's is the weighted sum of its terms."
-        drawn.append(("Training", caption, [("losses.png", "")]))
-    return drawn
+    if not curves:
+        return []
+    draw_losses(curves, folder / "figures" / "losses.png")
+    caption = "Means between logged steps, and a running mean. A search's loss is that of sampled subnetworks."
+    if any("kd" in entry for entries in curves.values() for entry in entries[-1:]):
+        caption += " A distillation's is the weighted sum of its terms."
+    return [("Training", caption, [("losses.png", "")])]
 
 
 def picture_html(path: Path, shown: str, title: str) -> str:

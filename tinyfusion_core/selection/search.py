@@ -25,7 +25,7 @@ from ..samplers.grouped import BlockSampler, GroupedSampler
 from ..samplers.patterns import Pattern, parse_pattern
 from ..samplers.subset import ScoreFunction
 from ..training.loop import Fit
-from ..training.objective import Ema, Objective, Optimization, decay_for
+from ..training.objective import Ema, Objective, Optimization, ema_decay
 from ..training.trainer import Trainer
 
 
@@ -199,8 +199,8 @@ class Search(Selector):
         """The search without the decision. Arguments as for a call."""
         trainer = trainer.with_batch_size(self.batch_size)
         rate = min(1e-3, 1 / self.steps) if self.lr is None else self.lr
-        model = trainer.placed(task.teacher)
-        units, batch_dim = [model.get_submodule(path) for path in task.blocks], task.batch_dim(model)
+        model = trainer.to_device(task.teacher)
+        blocks, batch_dim = [model.get_submodule(path) for path in task.blocks], task.batch_dim(model)
         sampler, evaluations = self.make_sampler(task.lists), 0
         if self.start is not None:
             first = self.start(
@@ -209,7 +209,7 @@ class Search(Selector):
             sampler.prefer(first.kept, self.prior)
             evaluations = int(first.provenance.get("evaluations", 0))
         # AveragedModel begins with the values after the first step: no bias towards the initial ones.
-        ema = Ema(sampler, decay_for(self.steps) if self.ema is None else self.ema)
+        ema = Ema(sampler, ema_decay(self.steps) if self.ema is None else self.ema)
         averaged = ema.average.module
         assert isinstance(averaged, BlockSampler)
         with torch.random.fork_rng(), ExitStack() as stack:
@@ -217,7 +217,7 @@ class Search(Selector):
             torch.manual_seed(seed_of(trainer.seed, "search", "update"))  # LoRA draws its initial values
             with (
                 self.update.applied(model, task.blocks) as weights,
-                trainer.tuned(units),
+                trainer.transformed(blocks),
                 Gates(model, task.blocks, batch_dim, task.backbone.streams) as gates,
             ):
                 warmup = self.warmup if weights else 0.0  # weights that do not move need none
@@ -228,8 +228,8 @@ class Search(Selector):
                     {"params": list(sampler.parameters()), "lr": gate_rate, "weight_decay": 0.0},
                     {"params": weights, "lr": rate, "weight_decay": self.weight_decay},
                 ]
-                how = Optimization(groups=groups, steps=self.steps, clip=self.clip, ema=ema)
-                Fit(trainer, "search", objective, task.train, task.loss.prepare, how, run).run()
+                optimization = Optimization(groups=groups, steps=self.steps, clip=self.clip, ema=ema)
+                Fit(trainer, "search", objective, task.train, task.loss.prepare, optimization, run).run()
         if objective.num_steps == self.steps:  # else it stopped early, and is as sure as it was there
             averaged.anneal(1.0)
         evaluations += objective.num_steps * trainer.batch_size * sampler.masks_per_sample
@@ -279,15 +279,15 @@ class _GatedLoss(Objective):
     ) -> None:
         super().__init__()
         self.model, self.sampler, self.search, self.warmup = model, sampler, search, warmup
-        self.units = [model.get_submodule(path) for path in gates.blocks]
+        self.blocks = [model.get_submodule(path) for path in gates.blocks]
         self.gates = list(sampler.parameters())
-        # The average is not trained: out of the module's sight, so that DDP does not wait for its gradients.
-        self.outside = (loss, averaged, gates)
+        # The average is not trained: in a tuple it is not registered, so that DDP does not wait for its gradients.
+        self.unregistered = (loss, averaged, gates)
         self.num_steps = 0
         self.temperatures: dict[str, float] = {}
 
     def forward(self, inputs: Batch, rng: Rng) -> tuple[Tensor, Tensor]:
-        loss, _, gates = self.outside
+        loss, _, gates = self.unregistered
         copies = self.sampler.masks_per_sample
         if copies > 1:  # on identical draws
             inputs = {name: value.repeat_interleave(copies, 0) for name, value in inputs.items()}
@@ -307,16 +307,16 @@ class _GatedLoss(Objective):
         self.learning = progress >= self.warmup
         learned = max(0.0, (progress - self.warmup) / (1 - self.warmup))
         self.temperatures = self.sampler.anneal(learned)
-        averaged = self.outside[1]
+        averaged = self.unregistered[1]
         averaged.anneal(learned)
         averaged.prior = averaged.prior_schedule[1]  # a start that fades has no say in the decision
 
     def finished(self) -> bool:
-        confident, averaged = self.search.confident, self.outside[1]
+        confident, averaged = self.search.confident, self.unregistered[1]
         return confident is not None and self.learning and min(averaged.confidence()) >= confident
 
     def metrics(self) -> dict[str, Any]:
-        averaged = self.outside[1]
+        averaged = self.unregistered[1]
         return {
             "decision": averaged.mode(),
             "marginals": [round(p, 5) for p in averaged.marginals().tolist()],

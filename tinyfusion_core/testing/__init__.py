@@ -6,7 +6,9 @@
     def test_conformance(check):
         check()
 
-On the command line: `tinyfusion check-plugin NAME`. The checks themselves are in `checks.py`.
+Selectors, samplers, weight updates and distillation losses are checked alike, each by itself:
+`@parametrize_with_checks([MyCriterion, MySampler])`. On the command line: `tinyfusion check-plugin NAME`. The checks
+themselves are in `checks`.
 """
 
 from __future__ import annotations
@@ -24,8 +26,12 @@ import torch
 from ..errors import UserError, nearest
 from ..protocols.backbone import Backbone
 from ..protocols.loss import LossAdapter
-from ..protocols.registry import Registry, load_plugin, registry
-from .checks import CHECKS, Check, Pair, Subject
+from ..registry.registry import Registry, load_plugin, registry
+from .checks import KINDS, Check, kind_of
+from .subject import Pair, Subject
+
+Checked = Pair | Any
+"""A backbone and a loss; or a selector, a sampler, a weight update or a distillation loss, class or instance."""
 
 
 def name_of(check: Check) -> str:
@@ -33,8 +39,8 @@ def name_of(check: Check) -> str:
     return check.__name__.removeprefix("check_")
 
 
-def run_check(check: Check, pair: Pair) -> None:
-    """Run one check; the global generators come back as they were.
+def run_check(check: Check, thing: Checked) -> None:
+    """Run one check of a thing; the global generators come back as they were.
 
     Raises:
         AssertionError: it does not hold.
@@ -43,98 +49,114 @@ def run_check(check: Check, pair: Pair) -> None:
     numpy_state, python_state = np.random.get_state(), random.getstate()
     with torch.random.fork_rng():
         try:
-            check(Subject.of(pair))
+            check(kind_of(thing).subject(thing))
         finally:
             np.random.set_state(numpy_state)
             random.setstate(python_state)
 
 
-def parametrize_with_checks(pairs: Sequence[Pair], expected_failures: Mapping[str, str] | None = None) -> Any:
-    """Decorate a test `def test_conformance(check): check()` so that it runs for every check of every pair.
+def parametrize_with_checks(things: Sequence[Checked], expected_failures: Mapping[str, str] | None = None) -> Any:
+    """Decorate a test `def test_conformance(check): check()` so that it runs for every check of everything.
 
     Args:
-        pairs: backbones with losses, classes (their `tiny()` is checked) or instances.
+        things: pairs of backbone and loss, selectors, samplers, weight updates, distillation losses; classes or
+            instances. Of a class, its `tiny()` is checked. One that needs no `tiny` may have none: then `keep` is given
+            to selectors, and the block lists with `keep` or `rules` to samplers.
         expected_failures: names of checks that fail, with the reason. One that does not fail fails the test.
 
     Raises:
-        UserError: `expected_failures` names no check.
+        UserError: `expected_failures` names no check, or there are no checks of such a thing.
     """
     import pytest
 
     expected = dict(expected_failures or {})
-    names = [name_of(check) for check in CHECKS]
+    checks = [(thing, check) for thing in things for check in kind_of(thing).checks]
+    names = [name_of(check) for _, check in checks]
     for name in expected:
         if name not in names:
             raise UserError(f"expected_failures: no check '{name}'{nearest(name, names)}")
     parameters = [
         pytest.param(
-            partial(run_check, check, pair),
-            id=f"{spoken(pair, '-')}-{name}",
+            partial(run_check, check, thing),
+            id=f"{_name(thing, '-')}-{name}",
             marks=[pytest.mark.xfail(reason=expected[name], strict=True)] if name in expected else [],
         )
-        for pair in pairs
-        for name, check in zip(names, CHECKS, strict=True)
+        for name, (thing, check) in zip(names, checks, strict=True)
     ]
     return pytest.mark.parametrize("check", parameters)
 
 
-def spoken(pair: Pair, between: str = " + ") -> str:
+def pair_name(pair: Pair, between: str = " + ") -> str:
     """The names of a backbone and a loss."""
-    return between.join(part.__name__ if inspect.isclass(part) else type(part).__name__ for part in pair)
+    return between.join(map(_class_name, pair))
+
+
+def _name(thing: Checked, between: str = " + ") -> str:
+    return pair_name(thing, between) if isinstance(thing, tuple) else _class_name(thing)
+
+
+def _class_name(thing: Any) -> str:
+    return thing.__name__ if inspect.isclass(thing) else type(thing).__name__
 
 
 @dataclass(frozen=True)
-class Verdict:
+class CheckResult:
     """What came of one check.
 
     Attributes:
-        pair: names of the backbone and the loss.
+        subject: names of the backbone and the loss, or of what was checked by itself.
         check: name of the check.
         meaning: what it looks at.
         error: why it does not hold; None when it does.
     """
 
-    pair: str
+    subject: str
     check: str
     meaning: str
     error: str | None
 
 
-def check_plugin(name: str) -> Iterator[Verdict]:
-    """Check an installed plugin, one verdict after the other.
+def check_plugin(name: str) -> Iterator[CheckResult]:
+    """Check an installed plugin, one result after the other.
 
     Every backbone of the plugin is paired with every loss of the plugin that runs on its tiny network; with those of
     the other plugins when none of its own does, or when it brings none. A plugin with losses alone is paired with
-    the backbones of the others in the same way.
+    the backbones of the others in the same way. Its selectors, samplers, weight updates and distillation losses follow.
 
     Args:
         name: of its entry point, or the path of a plugin that is one Python file, which is loaded.
 
     Raises:
-        UserError: there is no such plugin, it could not be loaded, or nothing that it brings can be paired.
+        UserError: there is no such plugin, it could not be loaded, or nothing that it brings can be checked.
     """
-    for pair in pairs_of(load_plugin(name).name if name.endswith(".py") else name, registry()):
-        for check in CHECKS:
+    for thing in checked_of(load_plugin(name).name if name.endswith(".py") else name, registry()):
+        for check in kind_of(thing).checks:
             error = None
             try:
-                run_check(check, pair)
-            except Exception as e:  # whatever a stranger's class raises is its verdict
+                run_check(check, thing)
+            except Exception as e:  # whatever a stranger's class raises is what came of it
                 lines = str(e).strip().splitlines() or [""]
                 error = lines[0] if isinstance(e, (AssertionError, UserError)) else f"{type(e).__name__}: {lines[0]}"
-            yield Verdict(spoken(pair), name_of(check), " ".join((check.__doc__ or "").split()), error)
+            yield CheckResult(_name(thing), name_of(check), " ".join((check.__doc__ or "").split()), error)
+
+
+def checked_of(name: str, found: Registry) -> list[Checked]:
+    """All that is checked of a plugin; see `check_plugin`."""
+    things: list[Checked] = [*pairs_of(name, found)]
+    for kind in KINDS:
+        things += _brought(name, found).get(kind, [])
+    if not things:
+        kinds = ", ".join(KINDS).replace("_", " ")
+        raise UserError(
+            f"plugin '{name}' brings neither a backbone nor a loss, nor a {kinds}; there is nothing to check"
+        )
+    return things
 
 
 def pairs_of(name: str, found: Registry) -> list[Pair]:
-    """The pairs in which a plugin is checked; see `check_plugin`."""
-    plugins = {plugin.name: plugin for plugin in found.plugins}
-    if name not in plugins:
-        raise UserError(f"no plugin '{name}' is installed{nearest(name, plugins)}")
-    if plugins[name].error:
-        raise UserError(f"plugin '{name}' could not be loaded: {plugins[name].error}")
-    own = {kind: [found.classes[kind][n] for k, n in plugins[name].brings if k == kind] for kind in found.classes}
+    """The pairs in which a plugin is checked; see `check_plugin`. None when it brings neither backbones nor losses."""
+    own = _brought(name, found)
     everything = {kind: list(classes.values()) for kind, classes in found.classes.items()}
-    if not own["backbone"] and not own["loss"]:
-        raise UserError(f"plugin '{name}' brings neither a backbone nor a loss; there is nothing to check")
     pairs: list[Pair] = []
     for backbone in own["backbone"]:
         pairs += _fitting([backbone], own["loss"]) or _fitting([backbone], everything["loss"])
@@ -151,6 +173,19 @@ def pairs_of(name: str, found: Registry) -> list[Pair]:
     return pairs
 
 
+def _brought(name: str, found: Registry) -> dict[str, list[type[Any]]]:
+    """The classes that a plugin brings, by kind. Raises UserError when it is not there, or could not be loaded."""
+    plugins = {plugin.name: plugin for plugin in found.plugins}
+    if name not in plugins:
+        raise UserError(f"no plugin '{name}' is installed{nearest(name, plugins)}")
+    if plugins[name].error:
+        raise UserError(f"plugin '{name}' could not be loaded: {plugins[name].error}")
+    brought: dict[str, list[type[Any]]] = {kind: [] for kind in found.classes}
+    for kind, cls in plugins[name].brings:
+        brought[kind].append(found.classes[kind][cls])
+    return brought
+
+
 def _fitting(backbones: Sequence[type[Backbone]], losses: Sequence[type[LossAdapter]]) -> list[Pair]:
     return [(backbone, loss) for backbone in backbones for loss in losses if _misfit((backbone, loss)) is None]
 
@@ -162,5 +197,5 @@ def _misfit(pair: Pair) -> str | None:
         with torch.no_grad():
             subject.loss.predict(subject.backbone.build(), subject.inputs())
     except Exception as e:
-        return f"{spoken(pair)}: {type(e).__name__}: {e}"
+        return f"{pair_name(pair)}: {type(e).__name__}: {e}"
     return None

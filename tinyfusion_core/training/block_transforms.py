@@ -1,4 +1,4 @@
-"""Blocks that are computed again instead of remembered, and blocks that are compiled."""
+"""Transforms of blocks: activation checkpointing and compilation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 @contextmanager
-def tuned(blocks: Iterable[nn.Module], recompute: bool, compiled: bool) -> Iterator[None]:
+def block_transforms(blocks: Iterable[nn.Module], recompute: bool, compiled: bool) -> Iterator[None]:
     """Take over the `forward` of blocks while the context is open; their keys and hooks stay as they are.
 
     Open it around `Gates`, so that a gate calls what is here: its own bookkeeping is neither recomputed nor compiled.
@@ -26,7 +26,7 @@ def tuned(blocks: Iterable[nn.Module], recompute: bool, compiled: bool) -> Itera
     before = [(block, block.__dict__.get("forward")) for block in blocks if recompute or compiled]
     try:
         for block, _ in before:
-            block.forward = _tuned(block.forward, recompute, compiled)
+            block.forward = _transformed(block.forward, recompute, compiled)
         yield
     finally:
         for block, forward in before:
@@ -36,7 +36,7 @@ def tuned(blocks: Iterable[nn.Module], recompute: bool, compiled: bool) -> Itera
                 block.__dict__["forward"] = forward
 
 
-def _tuned(plain: Callable[..., Any], recompute: bool, compiled: bool) -> Callable[..., Any]:
+def _transformed(plain: Callable[..., Any], recompute: bool, compiled: bool) -> Callable[..., Any]:
     # Gates give a block another number of rows in every step.
     run = torch.compile(plain, dynamic=True) if compiled else plain
 

@@ -133,18 +133,18 @@ class Distilled(Objective):
         self.taps = kd.taps_for(decision)
         ours = task.backbone.block_paths(student)
         self.paths = [ours[s] for s, _ in self.taps], [task.blocks[t] for _, t in self.taps]
-        self.units = [student.get_submodule(path) for path in ours]
-        # The teacher is not trained: out of the module's sight, so that nobody averages or saves it.
-        self.outside = task.loss, task.teacher, task.backbone.streams
-        units = [task.teacher.get_submodule(path) for path in task.blocks]
-        self.predicting = [(_Prediction(task.teacher, task.loss), units)]
+        self.blocks = [student.get_submodule(path) for path in ours]
+        # The teacher is not trained: in a tuple it is not registered, so that nobody averages or saves it.
+        self.unregistered = task.loss, task.teacher, task.backbone.streams
+        blocks = [task.teacher.get_submodule(path) for path in task.blocks]
+        self.predicting = [(_Prediction(task.teacher, task.loss), blocks)]
         self.beta = 0.0
 
-    def beside(self) -> list[tuple[nn.Module, Sequence[nn.Module]]]:
+    def frozen_modules(self) -> list[tuple[nn.Module, Sequence[nn.Module]]]:
         return list(self.predicting)
 
     def forward(self, inputs: Batch, rng: Rng) -> tuple[Tensor, Tensor]:
-        loss, teacher, streams = self.outside
+        loss, teacher, streams = self.unregistered
         with torch.no_grad(), captured(teacher, self.paths[1], streams) as theirs:
             ((predict, _),) = self.predicting
             target = predict(inputs)

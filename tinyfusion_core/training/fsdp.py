@@ -1,4 +1,4 @@
-"""Networks whose weights are spread over the processes, block by block (FSDP2), and made whole again."""
+"""Networks whose weights are sharded over the processes, block by block (FSDP2), and made whole again."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed._composable_state import _module_state_mapping  # fully_shard has no public way back
+from torch.distributed._composable_state import _module_state_mapping  # see `_PlainModule`
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 from ..errors import Diverged, Interrupted
@@ -21,14 +23,14 @@ from .objective import Ema, Objective
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-Replaced = dict[int, Any]
-"""The sharded parameter in the place of each plain one, by the plain one's `id`."""
+ShardedParameters = dict[int, nn.Parameter]
+"""The sharded parameter that stands for each plain one, by the plain one's `id`."""
 
 
-class Shards:
+class ShardedNetworks:
     """The networks of one training, sharded while the context is open.
 
-    The student's blocks, gradients and optimizer state are spread, its average and the networks beside it (a teacher)
+    The student's blocks, gradients and optimizer state are sharded, its average and the frozen networks (a teacher)
     likewise: each is as large as the student or larger. The gates stay whole: they are tiny, and every process
     samples with them. Every process must call every method.
 
@@ -40,35 +42,35 @@ class Shards:
 
     def __init__(self, accelerator: Accelerator, objective: Objective, ema: Ema | None) -> None:
         self.accelerator, self.objective, self.ema = accelerator, objective, ema
-        self.mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-        self.stack = ExitStack()
-        self.replaced: Replaced = {}
+        self._sharded: ShardedParameters = {}
+        self._stack = ExitStack()
 
-    def __enter__(self) -> Shards:
+    def __enter__(self) -> ShardedNetworks:
+        mesh = init_device_mesh(self.accelerator.device.type, (self.accelerator.num_processes,))
         with ExitStack() as stack:
-            for network, units in self.objective.beside():
-                stack.enter_context(sharded(network, units, self.mesh, trained=False))
+            for network, blocks in self.objective.frozen_modules():
+                stack.enter_context(sharded(network, blocks, mesh, trained=False))
             if self.ema is not None:
-                average, blocks = self.ema.average.module, set(self.objective.units)
-                copies = [average.get_submodule(path) for path, m in self.ema.source.named_modules() if m in blocks]
+                average, originals = self.ema.average.module, set(self.objective.blocks)
+                copies = [average.get_submodule(path) for path, m in self.ema.source.named_modules() if m in originals]
                 if copies:  # else it averages the gates
-                    stack.enter_context(sharded(average, copies, self.mesh, trained=False))
-            units, gates = self.objective.units, self.objective.gates
-            self.replaced = stack.enter_context(sharded(self.objective, units, self.mesh, gates))
-            self.stack = stack.pop_all()
+                    stack.enter_context(sharded(average, copies, mesh, trained=False))
+            blocks, gates = self.objective.blocks, self.objective.gates
+            self._sharded = stack.enter_context(sharded(self.objective, blocks, mesh, gates))
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self.stack.__exit__(*error)
+        self._stack.__exit__(*error)
 
     def parameters(self, plain: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-        """What stands in the place of some parameters now."""
-        return [self.replaced.get(id(p), p) for p in plain]
+        """The parameters that now stand for some of before."""
+        return [self._sharded.get(id(p), p) for p in plain]
 
     def clip(self, parameters: Sequence[nn.Parameter], largest: float) -> Tensor:
-        """Average the gates' gradients, then scale all to a norm of at most `largest`. Returns the norm before.
+        """Average the gates' gradients, then scale all to a norm of at most `largest`. Returns the () norm before.
 
-        Those of the sharded parameters are averaged in the backward pass.
+        The gradients of the sharded parameters are averaged in the backward pass.
         """
         if gates := [p.grad for p in self.objective.gates if p.grad is not None]:
             mean = self.accelerator.reduce(torch.cat([g.flatten() for g in gates]), reduction="mean")
@@ -81,17 +83,22 @@ class Shards:
         torch._foreach_mul_([*shards, *gates], (largest / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
-    def gathered(self, state: Any) -> Any:
-        """A state dict with whole tensors on the CPU in the place of sharded ones, on the main process alone."""
+    def state_dict(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Weights, optimizer and average, whole and on the CPU on the main process; the others have none of them.
 
-        def whole(t: DTensor) -> Tensor | None:
-            full = t.full_tensor()
-            return full.cpu() if self.accelerator.is_main_process else None
+        torch has functions for the optimizer's state too. They take a step with gradients of zero where a parameter
+        has no state yet, which would use up the bias correction of gates that wait for the end of the warm-up.
+        """
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        trained = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+        return {
+            "weights": get_model_state_dict(self.objective, options=trained),
+            "optimizer": tree_map_only(DTensor, self._whole, optimizer.state_dict()),
+            "ema": get_model_state_dict(self.ema.average, options=whole) if self.ema else None,
+        }
 
-        return tree_map_only(DTensor, whole, state)
-
-    def spread(self, state: dict[str, Any], parameters: Sequence[nn.Parameter]) -> dict[str, Any]:
-        """An optimizer's whole state dict, laid out like the parameters that it is for."""
+    def shard_moments(self, state: dict[str, Any], parameters: Sequence[nn.Parameter]) -> dict[str, Any]:
+        """An optimizer's whole state dict, sharded like the parameters that it is for."""
 
         def like(p: nn.Parameter, value: Any) -> Any:
             if not isinstance(p, DTensor) or not isinstance(value, Tensor) or value.shape != p.shape:
@@ -104,16 +111,20 @@ class Shards:
         }
         return {**state, "state": moments}
 
+    def _whole(self, t: DTensor) -> Tensor | None:
+        full = t.full_tensor()
+        return full.cpu() if self.accelerator.is_main_process else None
+
 
 @contextmanager
 def sharded(
     root: nn.Module,
-    units: Sequence[nn.Module],
+    blocks: Sequence[nn.Module],
     mesh: DeviceMesh,
     replicated: Sequence[nn.Parameter] = (),
     trained: bool = True,
-) -> Iterator[Replaced]:
-    """Spread a network's parameters over the processes while the context is open, each block as one unit.
+) -> Iterator[ShardedParameters]:
+    """Shard a network's parameters over the processes while the context is open, each block as one unit.
 
     A unit is a whole block: gating runs the inside of a block once or twice, and collectives in there would not match
     between processes. Weights are gathered in their own precision and cast by autocast as everywhere, gradients
@@ -123,8 +134,8 @@ def sharded(
     they were. After an error that the processes do not share nothing can be gathered any more, and the weights are NaN.
 
     Args:
-        root: the module whose call runs everything; what is in no unit forms one of its own.
-        units: its blocks.
+        root: the module whose call runs everything; what is in no block forms a unit of its own.
+        blocks: its blocks.
         mesh: the processes, and the kind of device that computes.
         replicated: parameters that every process keeps whole; the caller averages their gradients.
         trained: False for a network that is only run.
@@ -132,58 +143,105 @@ def sharded(
     Yields:
         The sharded parameters.
     """
-    plain = [(m, type(m), set(m.__dict__), _hooks(m), dict(m._parameters)) for m in root.modules()]
-    home = next((p.device for p in root.parameters()), torch.device("cpu"))
-    kept, policy = set(replicated), MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for module in (*units, root):
-        # A teacher's head may be called after its forward, so its root stays gathered.
-        free = module is not root or trained
-        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=free, ignored_params=kept)
-    before = {m: parameters for m, *_, parameters in plain}
-    added = [set(m.__dict__) - names for m, _, names, _, _ in plain]
-    replaced: Replaced = {}
-    for module, _, _, _, parameters in plain:
-        for name, p in parameters.items():
-            new = module._parameters[name]
-            if p is not None and isinstance(new, DTensor):
-                replaced[id(p)] = new
-                p.data, p.grad = p.new_empty(0), None
-    for p in kept:
-        p.data = p.data.to(mesh.device_type)
-    together = False
+    network = _Network(root, blocks)
+    network.shard(mesh, set(replicated), trained)
+    shared = False
     try:
-        yield replaced
-        together = True
+        yield network.sharded
+        shared = True
     except (Interrupted, Diverged) as e:  # a stop that was agreed upon, and this, every process raises at the same step
-        together = isinstance(e, Diverged) or e.agreed
+        shared = isinstance(e, Diverged) or e.agreed
         raise
     finally:
-        for unit in (*units, root):
+        if shared:
+            network.gather()
+        else:
+            network.invalidate()
+        network.restore()
+
+
+class _Network:
+    """One network, sharded in place: gating has taken over the forward of the very modules, so no copy would do."""
+
+    def __init__(self, root: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        self.root, self.units = root, (*blocks, root)
+        self.home = next((p.device for p in root.parameters()), torch.device("cpu"))
+        self.plain = {m: _PlainModule(m) for m in root.modules()}
+        self.sharded: ShardedParameters = {}
+
+    def shard(self, mesh: DeviceMesh, replicated: set[nn.Parameter], trained: bool) -> None:
+        """Shard every unit, and free the memory of the plain parameters."""
+        policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for unit in self.units:
+            # A teacher's head may be called after its forward, so its root stays gathered.
+            free = unit is not self.root or trained
+            fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=free, ignored_params=replicated)
+        for module, plain in self.plain.items():
+            plain.note_additions()
+            now = _own_parameters(module)
+            for name, p in plain.parameters.items():
+                if isinstance(now[name], DTensor):
+                    self.sharded[id(p)] = now[name]
+                    p.data, p.grad = p.new_empty(0), None
+        for p in replicated:
+            p.data = p.data.to(mesh.device_type)
+
+    def gather(self) -> None:
+        """Copy the values of the sharded parameters to the plain ones, one collective for each unit."""
+        for unit in self.units:
             assert isinstance(unit, FSDPModule)
-            if together:
-                unit.unshard()  # one collective for all of its parameters
+            unit.unshard()
             for module in unit.modules():
-                for name, new in module._parameters.items():
-                    old = before[module].get(name)
-                    if old is not None and id(old) in replaced and not isinstance(new, DTensor):
-                        assert new is not None
-                        old.data = new.detach().to(home, copy=True)
+                for name, new in _own_parameters(module).items():
+                    old = self.plain[module].parameters.get(name)
+                    if id(old) in self.sharded and not isinstance(new, DTensor):  # else another unit's
+                        assert old is not None
+                        old.data = new.detach().to(self.home, copy=True)
             unit.reshard()
-        for old in (p for own in before.values() for p in own.values() if p is not None and id(p) in replaced):
-            if not together:
-                old.data = torch.full(replaced[id(old)].shape, torch.nan, dtype=old.dtype)
-        for buffer in root.buffers():
-            buffer.data = buffer.data.to(home)
-        for (module, kind, _, hooks, parameters), extra in zip(plain, added, strict=True):
-            module.__class__ = kind
-            module._parameters.update(parameters)
-            _module_state_mapping.pop(module, None)
-            for name in extra:
-                module.__dict__.pop(name, None)
-            for name, known in hooks.items():
-                for key in set(module.__dict__[name]) - known:
-                    del module.__dict__[name][key]
+
+    def invalidate(self) -> None:
+        """Fill the plain parameters with NaN: their values are lost."""
+        for p in (p for plain in self.plain.values() for p in plain.parameters.values() if id(p) in self.sharded):
+            p.data = torch.full(self.sharded[id(p)].shape, torch.nan, dtype=p.dtype)
+
+    def restore(self) -> None:
+        """Make all modules plain again."""
+        for plain in self.plain.values():
+            plain.restore()
+        for buffer in self.root.buffers():
+            buffer.data = buffer.data.to(self.home)
 
 
-def _hooks(module: nn.Module) -> dict[str, set[Any]]:
-    return {name: set(value) for name, value in module.__dict__.items() if "hooks" in name and hasattr(value, "keys")}
+class _PlainModule:
+    """A module as it was before `fully_shard`, which has no public way back.
+
+    `fully_shard` changes a module's class, adds attributes and hooks, replaces parameters and keeps a table of the
+    modules' states, in which one that is sharded a second time must not be found. All that depends on this is here.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.kind, self.parameters = module, type(module), _own_parameters(module)
+        self._added, self._attributes = set[str](), set(vars(module))
+        self._hooks = {
+            name: set(value) for name, value in vars(module).items() if "hooks" in name and hasattr(value, "keys")
+        }
+
+    def note_additions(self) -> None:
+        """Remember what `fully_shard` has just added; what training adds later stays."""
+        self._added = set(vars(self.module)) - self._attributes
+
+    def restore(self) -> None:
+        self.module.__class__ = self.kind
+        for name, p in self.parameters.items():
+            self.module.register_parameter(name, p)
+        for name in self._added:
+            vars(self.module).pop(name, None)
+        for name, known in self._hooks.items():
+            hooks = vars(self.module)[name]
+            for key in set(hooks) - known:
+                del hooks[key]
+        _module_state_mapping.pop(self.module, None)
+
+
+def _own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    return dict(module.named_parameters(recurse=False, remove_duplicate=False))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..dataloading.loader import Read, read_batches
+from ..dataloading.loader import LoadedBatch, load_batches
 from ..dataloading.order import order_of
 from ..errors import Interrupted, UserError
 from ..protocols.backbone import Batch
@@ -18,15 +18,20 @@ from ..protocols.data import Samples
 from ..runtime.distributed import check_ranks_agree, on_every_rank, on_main_process
 from ..runtime.progress import track
 from ..runtime.run_folder import RunFolder
-from ..runtime.seeding import Rng, seed_of
+from ..runtime.seeding import Rng
 from ..runtime.signals import stop_requests
 from ..runtime.trackers import tracked
 from .objective import Objective, Optimization
-from .step_guard import Agreed, Mishaps
+from .state import Meter, TrainingState
+from .step_guard import StepGuard, StepReport
 from .trainer import Trainer
+from .update import Rows, Update
 
 if TYPE_CHECKING:
-    from .fsdp import Shards
+    from .fsdp import ShardedNetworks
+
+Track = Callable[[Mapping[str, Any], int], None]
+"""Hands the values of a step to the trackers."""
 
 
 class Fit:
@@ -55,20 +60,13 @@ class Fit:
         optimization: Optimization,
         folder: RunFolder | None,
     ) -> None:
-        self.trainer, self.stage, self.objective = trainer, stage, objective
-        self.data, self.prepare, self.how, self.folder = data, prepare, optimization, folder
-        self.accelerator = trainer.accelerator
-        self.main = self.accelerator.is_main_process
-        self.rows, self.micro = trainer.split(self.accelerator.num_processes)
-        self.first = self.accelerator.process_index * self.rows
-        self.shards: Shards | None = None
-        # Sum of the losses of the finite steps since the last logged one, and their number; seconds that earlier
-        # processes spent; means of the last step's terms.
-        self.window, self.count, self.before = 0.0, 0, 0.0
-        self.terms: dict[str, float] = {}
-        self.mishaps = Mishaps(
-            stage, self.accelerator, trainer.max_skipped, trainer.max_bad_samples, trainer.checkpoint_minutes
-        )
+        self.trainer, self.stage, self.objective, self.data = trainer, stage, objective, data
+        self.prepare, self.optimization, self.folder = prepare, optimization, folder
+        accelerator = trainer.accelerator
+        guard = StepGuard(stage, accelerator, trainer.max_skipped, trainer.max_bad_samples)
+        self._state = TrainingState(objective, optimization.ema, accelerator.scaler, Meter(), guard)
+        self._rows = Rows.of(trainer)
+        self._saved = time.monotonic()
 
     def run(self) -> None:
         """Train.
@@ -77,174 +75,131 @@ class Fit:
             Interrupted: SIGINT or SIGTERM came; the step was finished and a checkpoint saved.
             UserError: too many steps in a row were not finite, the data cannot be read, or the disk is full.
         """
+        trainer, steps, main = self.trainer, self.optimization.steps, self.trainer.accelerator.is_main_process
         with ExitStack() as stack:
-            start = self._begin(stack)
-            order = order_of(self.data, self.trainer.seed, self.stage, self.trainer.batch_size)
-            indices = order.steps(start, self.how.steps, self.first, self.rows)
-            self.started = time.monotonic()
+            update, start = self._begin(stack)
+            order = order_of(self.data, trainer.seed, self.stage, trainer.batch_size)
+            indices = order.steps(start, steps, self._rows.first, self._rows.count)
+            self._state.meter.start()
             stop = stack.enter_context(stop_requests())
             stack.enter_context(torch.random.fork_rng())
-            progress = stack.enter_context(track(self.stage, self.how.steps, done=start, show=self.main))
-            self.track = stack.enter_context(self._tracked(start))
-            for step, read in enumerate(read_batches(self.data, indices, self.trainer.num_workers), start):
-                agreed = self._step(step, read, stop)
-                progress.advance(note=f"loss {agreed.loss:.4f}")
+            progress = stack.enter_context(track(self.stage, steps, done=start, show=main))
+            log_to = stack.enter_context(self._trackers(start))
+            for step, loaded in enumerate(load_batches(self.data, indices, trainer.num_workers), start):
+                report = self._step(update, step, loaded, stop)
+                progress.advance(note=f"loss {report.loss:.4f}")
                 done, finished = step + 1, self.objective.finished()
-                last = finished or done == self.how.steps
-                if last or done % self.trainer.log_every == 0:
-                    self._log(done)
-                if last or agreed.signum or agreed.save or done % self.trainer.checkpoint_every == 0:
-                    self._save(done, finished)
-                if agreed.signum and self.folder is not None:
-                    text = f"stopped at step {done} of {self.how.steps} of {self.stage}"
-                    raise Interrupted(f"{text}, all of it saved", agreed.signum, agreed=True)
-                if agreed.signum:
-                    raise Interrupted(f"stopped at step {done} of {self.stage}", agreed.signum, agreed=True)
+                last = finished or done == steps
+                if last or done % trainer.log_every == 0:
+                    self._log(update, done, log_to)
+                if last or report.signum or report.checkpoint_due or done % trainer.checkpoint_every == 0:
+                    self._save(update, done, finished)
+                if report.signum:
+                    self._interrupt(done, report.signum)
                 if last:
                     break
-        self.accelerator.free_memory()
+        trainer.accelerator.free_memory()
 
-    def _begin(self, stack: ExitStack) -> int:
-        """Load what has been saved, place or shard the networks, make the optimizer. Returns the first step to do."""
-        objective, accelerator = self.objective, self.accelerator
-        average = self.how.ema.average if self.how.ema else None
-        state = self._load()
+    def _begin(self, stack: ExitStack) -> tuple[Update, int]:
+        """Load what has been saved, place or shard the networks, make the optimizer. Returns it, and the first step."""
+        objective, steps = self.objective, self.optimization.steps
+        saved = self._load()
+        self._check_ranks_agree()
+        networks = self._place(stack)
+        update = Update(self.trainer, self.stage, objective, self.prepare, self.optimization, self._rows, networks)
+        if saved is None:
+            return update, 0
+        moments, step = saved["optimizer"], int(saved["step"])
+        update.optimizer.load_state_dict(networks.shard_moments(moments, update.parameters) if networks else moments)
+        if saved["finished"] or step >= steps:
+            objective.before_step(self.optimization.progress(step - 1))  # schedules stand where they stood
+            return update, steps
+        return update, step
+
+    def _check_ranks_agree(self) -> None:
+        accelerator = self.trainer.accelerator
         if accelerator.num_processes > 1:
-            networks = [objective, *(network for network, _ in objective.beside())]
+            networks = [self.objective, *(network for network, _ in self.objective.frozen_modules())]
             tensors = (t for network in networks for t in network.state_dict().values())
             check_ranks_agree(accelerator, tensors, f"{self.stage}: the weights to begin with")
+
+    def _place(self, stack: ExitStack) -> ShardedNetworks | None:
+        """Bring the networks to the device, or shard them while the stack is open."""
+        accelerator, ema, networks = self.trainer.accelerator, self.optimization.ema, None
         if self.trainer.shards():
-            from .fsdp import Shards  # imports slowly
+            from .fsdp import ShardedNetworks  # imports slowly
 
-            self.shards = stack.enter_context(Shards(accelerator, objective, self.how.ema))
+            networks = stack.enter_context(ShardedNetworks(accelerator, self.objective, ema))
         else:
-            objective.to(accelerator.device)
-        if average is not None:
-            average.to(accelerator.device)
-        placed = self.shards.parameters if self.shards else list
-        groups = [
-            {**group, "params": placed(group["params"]), "base_lr": group["lr"]}
-            for group in self.how.groups
-            if len(group["params"])
-        ]
-        self.parameters = [p for group in groups for p in group["params"]]
-        self.raw = torch.optim.AdamW(groups, weight_decay=0.0)
-        if state is not None:
-            moments = state["optimizer"]
-            self.raw.load_state_dict(self.shards.spread(moments, self.parameters) if self.shards else moments)
-        self.optimizer = accelerator.prepare_optimizer(self.raw, device_placement=False)
-        # Its evaluation mode is without DDP.
-        sharded = self.shards is not None
-        self.module = accelerator.prepare_model(objective, device_placement=False, evaluation_mode=sharded)
-        if state is None:
-            return 0
-        step = int(state["step"])
-        if state["finished"] or step >= self.how.steps:
-            objective.before_step(self._progress(step - 1))  # schedules stand where they stood
-            return self.how.steps
-        return step
+            self.objective.to(accelerator.device)
+        if ema is not None:
+            ema.average.to(accelerator.device)
+        return networks
 
-    def _step(self, step: int, read: Read, stop: list[int]) -> Agreed:
-        """One update."""
-        accelerator = self.accelerator
-        progress = self._progress(step)
-        for group in self.raw.param_groups:
-            group["lr"] = group["base_lr"] * self.how.schedule(progress)
-        self.objective.before_step(progress)
-        if read.batch is None:
-            raise UserError(f"{read.bad[-1]}, and no sample to take in its place either")
-        batch = {name: t.to(accelerator.device, non_blocking=True) for name, t in read.batch.items()}
-        found = torch.stack([self._pass(step, batch, row) for row in range(0, self.rows, self.micro)]).mean(0)
-        if self.shards is None:
-            norm = accelerator.clip_grad_norm_(self.parameters, self.how.clip)
-        else:
-            norm = self.shards.clip(self.parameters, self.how.clip)
-        agreed = self.mishaps.agree(step, found, norm, self.objective.gates, len(read.bad), stop)
-        self.mishaps.bear(step, agreed, read.bad)
-        self.terms = dict(zip(self.objective.terms, agreed.terms, strict=True))
-        if not self.objective.learning:  # gradients of zero would use up Adam's bias correction: too large first steps
-            for gate in self.objective.gates:
-                gate.grad = None
-        if agreed.finite or accelerator.scaler is not None:  # a loss scaler must see the overflow to adapt
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if agreed.finite:
-            self.window, self.count = self.window + agreed.loss, self.count + 1
-        if agreed.finite and self.how.ema is not None:
-            self.how.ema.average.update_parameters(self.how.ema.source)
-        return agreed
+    def _step(self, update: Update, step: int, loaded: LoadedBatch, stop: list[int]) -> StepReport:
+        """One update, in which all processes agree."""
+        update.begin(step)
+        if loaded.batch is None:
+            raise UserError(f"{loaded.problems[-1]}, and no sample to take in its place either")
+        means, norm = update.accumulate(step, loaded.batch)
+        guard = self._state.guard
+        report = guard.reduce(
+            step,
+            means,
+            norm,
+            self.objective.gates,
+            bad_samples=len(loaded.problems),
+            checkpoint_due=time.monotonic() - self._saved >= 60 * self.trainer.checkpoint_minutes,
+            stop=stop,
+        )
+        guard.check(step, report, loaded.problems)
+        update.apply(report.finite)
+        self._state.meter.add(report, list(self.objective.terms))
+        return report
 
-    def _progress(self, step: int) -> float:
-        return step / max(1, self.how.steps - 1)
-
-    def _pass(self, step: int, batch: Batch, row: int) -> Tensor:
-        """Forward and backward for some of this process's rows. Returns the mean of the losses and of their terms."""
-        trainer, first = self.trainer, self.first + row
-        # Dropout and its like draw from the global generator; a step's numbers must not depend on the past.
-        torch.manual_seed(seed_of(trainer.seed, self.stage, step, "forward", first))
-        rng = Rng(trainer.seed, self.stage, step, first)
-        some = {name: t[row : row + self.micro] for name, t in batch.items()}
-        # FSDP averages after every pass: whole gradients would take the memory that it is there to save.
-        last = row + self.micro == self.rows
-        with nullcontext() if last or self.shards else self.accelerator.no_sync(self.module):
-            loss, losses = self.module(self.prepare(some, rng), rng)
-            self.accelerator.backward(loss * (self.micro / self.rows))
-        return torch.stack([values.mean().float() for values in (losses, *self.objective.terms.values())])
-
-    def _log(self, step: int) -> None:
-        if self.folder is not None and self.main:
+    def _log(self, update: Update, step: int, log_to: Track) -> None:
+        meter, guard = self._state.meter, self._state.guard
+        if self.folder is not None and self.trainer.accelerator.is_main_process:
             values = {
-                "loss": self.window / self.count if self.count else None,
-                "lr": [group["lr"] for group in self.raw.param_groups],
-                "skipped": self.mishaps.skipped,
-                "bad_samples": self.mishaps.bad,
-                "seconds": round(self._seconds(), 2),
-                **{name: round(value, 6) for name, value in self.terms.items()},
+                "loss": meter.loss(),
+                "lr": [group["lr"] for group in update.optimizer.param_groups],
+                "skipped": guard.skipped,
+                "bad_samples": guard.bad_samples,
+                "seconds": round(meter.seconds(), 2),
+                **{name: round(value, 6) for name, value in meter.terms.items()},
                 **self.objective.metrics(),
             }
             try:
                 self.folder.log(self.stage, step, values)
             except UserError as e:
-                self.mishaps.trouble = e
-            self.track(values, step)
-        self.window, self.count = 0.0, 0
+                guard.pending = e
+            log_to(values, step)
+        meter.reset()
 
-    def _tracked(self, start: int) -> AbstractContextManager[Callable[[Mapping[str, Any], int], None]]:
-        if self.folder is None or not self.main:
+    def _trackers(self, start: int) -> AbstractContextManager[Track]:
+        if self.folder is None or not self.trainer.accelerator.is_main_process:
             return nullcontext(lambda values, step: None)
         return tracked(self.trainer.trackers, self.trainer.project, self.folder.path, self.stage, start)
 
-    def _seconds(self) -> float:
-        return self.before + time.monotonic() - self.started
+    def _interrupt(self, done: int, signum: int) -> None:
+        """End a training that was asked to stop; all processes were."""
+        if self.folder is None:
+            raise Interrupted(f"stopped at step {done} of {self.stage}", signum, agreed=True)
+        text = f"stopped at step {done} of {self.optimization.steps} of {self.stage}"
+        raise Interrupted(f"{text}, all of it saved", signum, agreed=True)
 
-    def _save(self, step: int, finished: bool) -> None:
+    def _save(self, update: Update, step: int, finished: bool) -> None:
         if self.folder is None:
             return
-        checkpoints, state = self.folder.checkpoints(self.stage), self._state(step, finished)
+        checkpoints, guard = self.folder.checkpoints(self.stage), self._state.guard
+        state = self._state.state_dict(step, finished, update.optimizer, update.networks)
 
         def save() -> None:
-            self.mishaps.settle()
+            guard.raise_pending()
             checkpoints.save(step, state, self.trainer.keep_checkpoints)
 
         on_main_process(save)
-        self.mishaps.saved = time.monotonic()
-
-    def _state(self, step: int, finished: bool) -> dict[str, Any]:
-        """All that goes on from here; with sharded networks whole on the main process alone."""
-        frozen = {name for name, p in self.objective.named_parameters() if not p.requires_grad}
-        tensors = {
-            "weights": {k: v for k, v in self.objective.state_dict().items() if k not in frozen},
-            "optimizer": self.raw.state_dict(),
-            "ema": self.how.ema.average.state_dict() if self.how.ema else None,
-        }
-        return {
-            "step": step,
-            "finished": finished,
-            **(self.shards.gathered(tensors) if self.shards else tensors),
-            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
-            "counters": [self.window, self.count, self._seconds()],
-            "mishaps": [self.mishaps.skipped, self.mishaps.streak, self.mishaps.bad],
-        }
+        self._saved = time.monotonic()
 
     def _load(self) -> dict[str, Any] | None:
         """Take over the last checkpoint, all but the optimizer's state; None when there is none."""
@@ -254,13 +209,6 @@ class Fit:
         name = on_main_process(checkpoints.newest)
         state = None if name is None else on_every_rank(lambda: checkpoints.load(name))
         on_main_process(lambda: folder.rewind(self.stage, int(state["step"]) if state else 0))
-        if state is None:
-            return None
-        self.objective.load_state_dict(state["weights"], strict=False)
-        if self.how.ema is not None:
-            self.how.ema.average.load_state_dict(state["ema"])
-        if state["scaler"] is not None and self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.window, self.count, self.before = state["counters"]
-        self.mishaps.skipped, self.mishaps.streak, self.mishaps.bad = state["mishaps"]
+        if state is not None:
+            self._state.load_state_dict(state)
         return state

@@ -20,13 +20,13 @@ class Objective(nn.Module, ABC):
     """What a stage minimises. Everything differentiable happens in `forward`, inside what DDP or FSDP wraps.
 
     Attributes:
-        units: the blocks of the network in it, each of which is sharded as one.
+        blocks: the blocks of the network in it, each of which is sharded as one.
         gates: parameters that every process keeps whole and that decide: they must be the same everywhere.
         learning: whether the gates move in this step; else the optimizer does not hear of them.
         terms: (B,) parts of the losses of the last forward pass, of which the means are recorded.
     """
 
-    units: Sequence[nn.Module] = ()
+    blocks: Sequence[nn.Module] = ()
     gates: Sequence[nn.Parameter] = ()
     learning: bool = True
     terms: Mapping[str, Tensor] = {}
@@ -46,7 +46,7 @@ class Objective(nn.Module, ABC):
         """What to record at a logged step, besides the loss and its terms."""
         return {}
 
-    def beside(self) -> list[tuple[nn.Module, Sequence[nn.Module]]]:
+    def frozen_modules(self) -> list[tuple[nn.Module, Sequence[nn.Module]]]:
         """Networks that it runs and does not train, by the module whose call runs them, with their blocks."""
         return []
 
@@ -87,12 +87,16 @@ class Optimization:
     clip: float = 1.0
     ema: Ema | None = None
 
+    def progress(self, step: int) -> float:
+        """Where a step is in the stage: 0 at the first one, 1 at the last."""
+        return step / max(1, self.steps - 1)
+
 
 def cosine(final: float) -> Callable[[float], float]:
     """A schedule that falls from 1 to `final` along half a cosine."""
     return lambda progress: final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def decay_for(steps: int) -> float:
+def ema_decay(steps: int) -> float:
     """The decay of an average that looks back over a tenth of the steps: 0.999 for 10,000, 0.9999 for 100,000."""
     return max(0.0, 1 - 10 / steps)

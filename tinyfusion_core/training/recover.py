@@ -15,7 +15,7 @@ from ..runtime.run_folder import RunFolder
 from ..runtime.seeding import Rng
 from .distillation import Distilled, OutputKD
 from .loop import Fit
-from .objective import Ema, Objective, Optimization, cosine, decay_for
+from .objective import Ema, Objective, Optimization, cosine, ema_decay
 from .trainer import Trainer
 
 
@@ -57,8 +57,8 @@ class Recover:
         falls = self.schedule != "cosine" or 0 <= self.lr_final <= self.lr
         require(falls, f"lr_final {stage}", self.lr_final, f"a rate from 0 to lr, which is {self.lr}")
 
-    def lasting(self, steps: int) -> Recover:
-        """This recovery in another number of steps, and with an average of as many: another's would be at the start."""
+    def with_steps(self, steps: int) -> Recover:
+        """This recovery in another number of steps; an average, if there is one, gets the decay for as many."""
         return replace(self, steps=steps, ema=None if self.ema else self.ema)
 
     def __call__(
@@ -88,12 +88,12 @@ class Recover:
             Interrupted: a signal came; the same call with the same run folder goes on.
         """
         trainer = trainer.with_batch_size(self.batch_size)
-        trainer.placed(student).train()
+        trainer.to_device(student).train()
         objective = self._objective(task, student, decision, trainer)
-        decay = decay_for(self.steps) if self.ema is None else self.ema
+        decay = ema_decay(self.steps) if self.ema is None else self.ema
         ema = Ema(student, decay) if decay else None
         averaged = ema.average.module if ema else None  # copied before the blocks' forward is taken over
-        how = Optimization(
+        optimization = Optimization(
             groups=[
                 {
                     "params": [p for p in student.parameters() if p.requires_grad],
@@ -106,8 +106,9 @@ class Recover:
             clip=self.clip,
             ema=ema,
         )
-        with trainer.tuned([*objective.units, *(unit for _, units in objective.beside() for unit in units)]):
-            Fit(trainer, stage, objective, task.train, task.loss.prepare, how, run).run()
+        frozen_blocks = [block for _, blocks in objective.frozen_modules() for block in blocks]
+        with trainer.transformed([*objective.blocks, *frozen_blocks]):
+            Fit(trainer, stage, objective, task.train, task.loss.prepare, optimization, run).run()
         if averaged is not None:
             student.load_state_dict(averaged.state_dict())
         return student.eval()
@@ -117,7 +118,7 @@ class Recover:
             return _PlainLoss(student, task)
         if decision is None:
             raise UserError("kd: a fresh network has no teacher to learn from; distillation goes with recover")
-        trainer.placed(task.teacher)
+        trainer.to_device(task.teacher)
         return Distilled(student, task, decision, self.kd)
 
 
@@ -127,7 +128,7 @@ class _PlainLoss(Objective):
     def __init__(self, model: nn.Module, task: Task) -> None:
         super().__init__()
         self.model, self.loss = model, task.loss
-        self.units = [model.get_submodule(path) for path in task.backbone.block_paths(model)]
+        self.blocks = [model.get_submodule(path) for path in task.backbone.block_paths(model)]
 
     def forward(self, inputs: Batch, rng: Rng) -> tuple[Tensor, Tensor]:
         losses = self.loss.losses(self.model, inputs)

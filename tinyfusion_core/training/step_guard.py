@@ -1,10 +1,9 @@
-"""What a training gets over, and what ends it: the same on every process."""
+"""Decides after every step whether a training goes on: every process takes the same decision."""
 
 from __future__ import annotations
 
 import math
 import signal
-import time
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -21,114 +20,119 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Agreed:
-    """What the processes told each other in a step; the same on all of them.
+class StepReport:
+    """What happened in a step on all processes together; the same on each of them.
 
     Attributes:
         loss: mean over the whole batch.
         terms: means of its parts.
         finite: whether the loss and every process's gradient are.
-        signum: the signal that any of them was sent, 0 for none.
-        save: whether it is time for a checkpoint on any of them.
-        bad: samples that could not be read, on all of them together.
-        failed: whether any of them cannot go on.
+        signum: the signal that any process was sent, 0 for none.
+        checkpoint_due: whether any process finds that it is time for a checkpoint.
+        bad_samples: samples that could not be read.
+        failed: whether any process cannot go on.
     """
 
     loss: float
     terms: Sequence[float]
     finite: bool
     signum: int
-    save: bool
-    bad: int
+    checkpoint_due: bool
+    bad_samples: int
     failed: bool
 
 
-class Mishaps:
-    """Counts steps that were skipped and samples that could not be read, and ends a training that has too many.
+class StepGuard:
+    """Counts skipped non-finite steps and unreadable samples, and ends a training that has too many.
 
     Args:
-        stage: what is trained.
+        stage: what is trained, for messages.
         accelerator: knows the processes.
-        max_skipped: steps in a row that may be skipped, less one.
-        max_bad_samples: samples that may be unreadable.
-        minutes: between two checkpoints.
+        max_skipped: so many skipped steps in a row end the training.
+        max_bad_samples: more unreadable samples end it.
 
     Attributes:
         skipped: steps so far whose loss or gradient was not finite.
-        bad: samples so far that could not be read.
-        trouble: what keeps this process from going on; the others hear of it in the next step.
-        saved: when the last checkpoint was written.
+        streak: those of them that the last steps were, without one that was finite since.
+        bad_samples: samples so far that could not be read, on all processes.
+        pending: the error that keeps this process from going on; the others hear of it in the next step.
     """
 
-    def __init__(
-        self, stage: str, accelerator: Accelerator, max_skipped: int, max_bad_samples: int, minutes: float
-    ) -> None:
+    def __init__(self, stage: str, accelerator: Accelerator, max_skipped: int, max_bad_samples: int) -> None:
         self.stage, self.accelerator = stage, accelerator
-        self.max_skipped, self.max_bad_samples, self.minutes = max_skipped, max_bad_samples, minutes
-        self.skipped, self.streak, self.bad = 0, 0, 0
-        self.trouble: UserError | None = None
-        self.saved = time.monotonic()
+        self.max_skipped, self.max_bad_samples = max_skipped, max_bad_samples
+        self.skipped, self.streak, self.bad_samples = 0, 0, 0
+        self.pending: UserError | None = None
 
-    def agree(
-        self, step: int, means: Tensor, norm: Any, gates: Iterable[Tensor], bad: int, stop: Sequence[int]
-    ) -> Agreed:
-        """Hear of the other processes in one message, so that all of them skip, save, stop or fail, or none.
+    def reduce(
+        self,
+        step: int,
+        means: Tensor,
+        norm: Any,
+        gates: Iterable[Tensor],
+        *,
+        bad_samples: int,
+        checkpoint_due: bool,
+        stop: Sequence[int],
+    ) -> StepReport:
+        """Put together what the processes know of a step, in one collective: all skip, save, stop or fail, or none.
 
         Args:
             step: the step.
-            means: of the losses on this process, and of their terms.
-            norm: of its gradient.
+            means: (1 + terms,) of the losses on this process, and of their terms.
+            norm: of this process's gradient.
             gates: what must be the same on all processes.
-            bad: samples that it could not read.
-            stop: signals that it was sent.
+            bad_samples: how many samples this process could not read.
+            checkpoint_due: whether it is time for a checkpoint here.
+            stop: signals that this process was sent.
 
         Raises:
             UserError: the processes do not hold the same gates; raised on all of them.
         """
-        due = time.monotonic() - self.saved >= 60 * self.minutes
-        flags = [signal.SIGINT in stop, signal.SIGTERM in stop, due, bad, self.trouble is not None]
-        wild = (~torch.isfinite(torch.as_tensor(norm, device=means.device))).float()
-        mine = torch.cat([means, wild[None], means.new_tensor(flags), fingerprint(gates).to(means)])
+        has_pending = self.pending is not None
+        flags = [signal.SIGINT in stop, signal.SIGTERM in stop, checkpoint_due, bad_samples, has_pending]
+        not_finite = (~torch.isfinite(torch.as_tensor(norm, device=means.device))).float()
+        mine = torch.cat([means, not_finite[None], means.new_tensor(flags), fingerprint(gates).to(means)])
         everybody = self.accelerator.gather(mine[None]).cpu()
         check_rows_agree(everybody[:, -3:], f"{self.stage}: the gates at step {step + 1}")
         loss, *terms = everybody[:, : len(means)].mean(0).tolist()
-        any_wild, interrupt, terminate, any_due, all_bad, failed = everybody[:, len(means) : -3].sum(0).tolist()
-        return Agreed(
+        any_not_finite, interrupt, terminate, due, bad, failed = everybody[:, len(means) : -3].sum(0).tolist()
+        return StepReport(
             loss=loss,
             terms=terms,
-            finite=math.isfinite(loss) and not any_wild,
+            finite=math.isfinite(loss) and not any_not_finite,
             signum=signal.SIGTERM if terminate else signal.SIGINT if interrupt else 0,
-            save=any_due > 0,
-            bad=int(all_bad),
+            checkpoint_due=due > 0,
+            bad_samples=int(bad),
             failed=failed > 0,
         )
 
-    def bear(self, step: int, agreed: Agreed, bad: Sequence[str]) -> None:
-        """Count what happened in a step.
+    def check(self, step: int, report: StepReport, problems: Sequence[str]) -> None:
+        """Count what happened in a step, and raise when the training cannot go on.
 
         Args:
             step: the step.
-            agreed: what happened.
-            bad: for every sample that this process could not read what was wrong.
+            report: what happened on all processes.
+            problems: what was wrong with each sample that this process could not read.
 
         Raises:
             Diverged: too many steps in a row were not finite.
-            UserError: too many samples could not be read, or a process cannot go on.
-            FailedElsewhere: the same, seen from the other processes.
+            UserError: too many samples could not be read, or this process cannot go on.
+            FailedElsewhere: another process cannot go on.
         """
-        for text in bad:
-            warnings.warn(f"{text}; took another one", stacklevel=2)
-        self.bad += agreed.bad
-        too_many = agreed.bad > 0 and self.bad > self.max_bad_samples
-        if too_many and bad:
-            self.trouble = UserError(
-                f"{bad[-1]}. Mend it, or let the run get over some with trainer.max_bad_samples "
-                f"(it is {self.max_bad_samples}, and {self.bad} were met in {self.stage})"
+        for problem in problems:
+            warnings.warn(f"{problem}; took another one", stacklevel=2)
+        self.bad_samples += report.bad_samples
+        too_many = report.bad_samples > 0 and self.bad_samples > self.max_bad_samples
+        if too_many and problems:
+            self.pending = UserError(
+                f"{problems[-1]}. Mend it, or let the run get over some with trainer.max_bad_samples "
+                f"(it is {self.max_bad_samples}, and {self.bad_samples} were met in {self.stage})"
             )
-        if too_many or agreed.failed:
-            on_every_rank(self.settle)
-        self.streak = 0 if agreed.finite else self.streak + 1
-        self.skipped += not agreed.finite
+        if too_many or report.failed:
+            on_every_rank(self.raise_pending)
+        self.streak = 0 if report.finite else self.streak + 1
+        self.skipped += not report.finite
         if self.streak >= self.max_skipped:
             raise Diverged(
                 f"{self.stage}: loss or gradient not finite in {self.streak} steps in a row (up to step {step + 1}). "
@@ -136,7 +140,15 @@ class Mishaps:
                 "trainer.max_skipped sets the patience"
             )
 
-    def settle(self) -> None:
-        """Raise this process's trouble, if it has any."""
-        if self.trouble is not None:
-            raise self.trouble
+    def raise_pending(self) -> None:
+        """Raise the error that keeps this process from going on, if there is one."""
+        if self.pending is not None:
+            raise self.pending
+
+    def state_dict(self) -> list[int]:
+        """Its counts, as checkpoints hold them."""
+        return [self.skipped, self.streak, self.bad_samples]
+
+    def load_state_dict(self, state: Sequence[int]) -> None:
+        """Count on from a checkpoint."""
+        self.skipped, self.streak, self.bad_samples = state

@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from ..errors import UserError, require
-from .block_transforms import tuned
+from .block_transforms import block_transforms
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-INDIFFERENT = (
+NUMERICALLY_NEUTRAL = (
     "num_workers",
     "log_every",
     "checkpoint_every",
@@ -124,13 +124,13 @@ class Trainer:
         """Whether there is anybody to share a network with, and it shall be shared."""
         return self.sharding == "fsdp" and (accelerator or self.accelerator).num_processes > 1
 
-    def placed(self, model: nn.Module) -> nn.Module:
-        """A network where a stage wants it: on the device, unless its blocks are to be sharded there one by one."""
+    def to_device(self, model: nn.Module) -> nn.Module:
+        """Move a network to the device, unless its blocks are to be sharded there one by one. Returns it."""
         return model if self.shards() else model.to(self.accelerator.device)
 
-    def tuned(self, blocks: Iterable[nn.Module]) -> AbstractContextManager[None]:
+    def transformed(self, blocks: Iterable[nn.Module]) -> AbstractContextManager[None]:
         """Recompute and compile blocks as the settings say, while the context is open. It must enclose gating."""
-        return tuned(blocks, recompute=self.activation_checkpointing, compiled=self.compile)
+        return block_transforms(blocks, recompute=self.activation_checkpointing, compiled=self.compile)
 
     def split(self, processes: int) -> tuple[int, int]:
         """Rows of the batch on one of so many processes, and rows of one of its forward passes.

@@ -22,13 +22,14 @@ from tinyfusion_core.runtime.distributed import batches
 from tinyfusion_core.runtime.files import save_tensors
 from tinyfusion_dit import GaussianDiffusion
 from tinyfusion_images import Digits, fidelity
+from tinyfusion_images.fidelity import Fidelity
 from tinyfusion_images.image_sets import open_images, rgb, write_archive, write_png
 from tinyfusion_images.inception import INCEPTION, INCEPTION_FILE, FeatureNetwork, inception_weights
 
-TOY = tiny.Fidelity(num_samples=24, batch_size=10, num_reference=30, features="toy")
+TOY = Fidelity(num_samples=24, batch_size=10, num_reference=30, features="toy")
 
 
-def figures(metric: tiny.Fidelity, task: tiny.Task, folder: Path | None = None) -> dict[str, float | None]:
+def figures(metric: Fidelity, task: tiny.Task, folder: Path | None = None) -> dict[str, float | None]:
     models = {"teacher": task.teacher}
     rows = metric(task, models, TRAINER) if folder is None else metric.resume(task, models, TRAINER, folder)
     return {row.name: row.values["teacher"] for row in rows}
@@ -154,15 +155,15 @@ def test_what_is_missing_is_said_before_the_run(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     assert inception.URL_INCEPTION_V3.endswith(INCEPTION_FILE)
     with pytest.raises(MissingFileError) as e:
-        tiny.Fidelity(reference="none.npz").check(Digits())
+        Fidelity(reference="none.npz").check(Digits())
     assert "reference: 'none.npz' does not exist" in str(e.value)
     assert f"weights: '{tmp_path / 'hub' / 'checkpoints' / INCEPTION_FILE}' does not exist" in str(e.value)
-    tiny.Fidelity(download=True).check(Digits())
+    Fidelity(download=True).check(Digits())
     inception_weights().parent.mkdir(parents=True)
     inception_weights().touch()
-    tiny.Fidelity().check(Digits())
+    Fidelity().check(Digits())
     with pytest.raises(MissingFileError, match=r"weights: 'mine.pth'"):
-        tiny.Fidelity(weights="mine.pth", download=True).check(Digits())
+        Fidelity(weights="mine.pth", download=True).check(Digits())
 
     class Latents(Digits):
         pixels = tiny.DataSource.pixels

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import tinyfusion_core as tiny
 from llm_toys import VOCABULARY, folder, tokenizer
 from tinyfusion_core.cli import main
+from tinyfusion_core.runtime.seeding import generator
 from tinyfusion_llm import CausalLM, Generation, LmEval, NextToken, Perplexity, TextTokens
 from tinyfusion_llm.loss import IGNORED
 
@@ -115,7 +116,7 @@ def test_packed_rows_are_the_documents_in_a_seeded_order(data: TextTokens, texts
     rows = train.__getitems__(list(range(len(train))))["tokens"]
     assert rows.shape[1] == 12
     text = rows.flatten().tolist()
-    order = torch.randperm(8, generator=tiny.randomness.generator(0, "documents")).tolist()
+    order = torch.randperm(8, generator=generator(0, "documents")).tolist()
     assert text == [token for i in order[1:] for token in documents[i]][: len(text)]
     held = held_out.__getitems__(list(range(len(held_out))))["tokens"].flatten().tolist()
     assert held == documents[order[0]][: len(held)]

@@ -19,8 +19,8 @@ from plugin_files import PLUGIN, install, own_tests, pip_install
 from small_run import run
 from tinyfusion_core.cli import main
 from tinyfusion_core.comparison.cache import _described
-from tinyfusion_core.protocols import hookspecs
-from tinyfusion_core.protocols import registry as plugins
+from tinyfusion_core.registry import registry as plugins
+from tinyfusion_core.registry.hooks import KINDS
 from tinyfusion_core.testing import name_of
 from tinyfusion_core.testing.checks import CHECKS
 from tinyfusion_core.testing.scaffold import TEMPLATE, new_plugin
@@ -61,8 +61,9 @@ def test_switches(site: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     monkeypatch.setenv("TINYFUSION_BLOCK", "flowers,mar,ditt")
     with pytest.warns(UserWarning, match="TINYFUSION_BLOCK") as warned:
         found = listed(capsys)
+    known = ", ".join(sorted({*found} - {"core"}))
     assert [str(w.message) for w in warned] == [
-        f"TINYFUSION_BLOCK: no plugin 'ditt' is installed; did you mean 'dit'? (known: {', '.join(sorted(found))})"
+        f"TINYFUSION_BLOCK: no plugin 'ditt' is installed; did you mean 'dit'? (known: {known})"
     ]
     assert found["flowers"]["error"] == found["mar"]["error"] == "switched off by TINYFUSION_BLOCK"
     assert not found["flowers"]["brings"]
@@ -72,7 +73,7 @@ def test_switches(site: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     monkeypatch.delenv("TINYFUSION_BLOCK")
     monkeypatch.setenv("TINYFUSION_PLUGINS", "flowers, dit")
     plugins._installed.cache_clear()
-    assert {name for name, p in listed(capsys).items() if not p["error"]} == {"flowers", "dit"}
+    assert {name for name, p in listed(capsys).items() if not p["error"]} == {"core", "flowers", "dit"}
     assert main(["plugins"]) == 0
     assert "\nmar: switched off by TINYFUSION_PLUGINS\n" in capsys.readouterr().out
 
@@ -282,7 +283,7 @@ def test_a_file_is_run_once_and_takes_the_place_of_its_elder(tmp_path: Path) -> 
     assert second is not first
     assert second().config() == {"size": 64, "depth": 6}
     assert plugins.record_of(first) == {}
-    assert _described(second) == ["plugin_file_mine.MyBackbone", plugins.record_of(second)["sha256"]]  # for compare
+    assert _described(second) == ["plugin_file_mine:MyBackbone", plugins.record_of(second)["sha256"]]  # for compare
     (listed,) = (p for p in plugins.registry().plugins if p.name == "mine.py")
     assert (listed.distribution, listed.module) == ("file", str(path))
     path.write_text("raise RuntimeError('half-written')")
@@ -301,39 +302,94 @@ def test_the_page_shows_the_example_as_it_is() -> None:
     assert len(EXAMPLE.splitlines()) <= 60
 
 
-HOOKS = {name: f for name, f in vars(hookspecs).items() if name.startswith("tinyfusion_")}
-
-
 def test_every_hook_is_documented_and_has_a_user() -> None:
-    assert set(HOOKS) == set(plugins.HOOKS.values())
-    root = DOCS.parent.parent
-    users = [*root.glob("plugins/*/__init__.py"), *root.glob("tests/third_party/*/*.py")]
+    users = [*ROOT.glob("plugins/*/__init__.py"), ROOT / "tinyfusion_core" / "builtins.py"]
     code, page = "".join(p.read_text() for p in users), DOCS.read_text()
-    for name, f in HOOKS.items():
-        assert (f.__doc__ or "").strip().startswith("Return "), name
-        assert f"`{name}`" in page, name
-        assert f"def {name}(" in code, name
+    for kind in KINDS.values():
+        module, _, base = kind.base.partition(":")
+        public = f"tiny.{base}" if hasattr(tiny, base) else f"{module}.{base}"
+        assert f"| `{kind.hook}` | `{public}` | {kind.where} |" in page
+        assert f"def {kind.hook}(" in code
+        assert getattr(tiny, base, kind.base_class()) is kind.base_class()
     assert "18 checks" in page
     for check in CHECKS:
         assert f"| `{name_of(check)}` | {' '.join((check.__doc__ or '').split())} |" in page
 
 
-@pytest.mark.parametrize("kind", plugins.HOOKS)
-def test_every_hook_brings_its_classes_under_their_names(kind: str, tmp_path: Path) -> None:
-    base = {"backbone": "Planted", "loss": "Match", "data": "DataSource", "metric": "Latency"}[kind]
-    body = "def train(self): ...\n    def held_out(self): ..." if kind == "data" else "pass"
-    (tmp_path / "mine.py").write_text(
-        "import tinyfusion_core as tiny\nfrom tinyfusion_core.protocols.data import DataSource\n"
-        "from tinyfusion_core.evaluation.latency import Latency\nfrom toys import Match, Planted\n"
-        f"class Mine({base}):\n    {body}\n"
-        f"@tiny.hookimpl\ndef {plugins.HOOKS[kind]}():\n    return [Mine]\n"
+CONCRETE = {
+    "backbone": "from toys import Planted as Base",
+    "loss": "from toys import Match as Base",
+    "data": "from tinyfusion_images import Digits as Base",
+    "metric": "from tinyfusion_core import Latency as Base",
+    "selector": "from tinyfusion_core import Uniform as Base",
+    "sampler": "from tinyfusion_core import ExactK as Base",
+    "weight_update": "from tinyfusion_core import Frozen as Base",
+    "distillation": "from tinyfusion_core import OutputKD as Base",
+    "feature_space": "from tinyfusion_images.features import ShippedFeatures as Base",
+    "command": "from tinyfusion_core.cli.plugins import Keys as Base",
+}
+
+
+def bringing(kind: str, body: str = "pass") -> str:
+    """A plugin with one class of a kind, called `Mine`."""
+    return (
+        f"import tinyfusion_core as tiny\n{CONCRETE[kind]}\nclass Mine(Base):\n    {body}\n"
+        f"@tiny.hookimpl\ndef {KINDS[kind].hook}():\n    return [Mine]\n"
     )
-    tiny.load_plugin(tmp_path / "mine.py")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_hook_brings_its_classes_under_their_names(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(bringing(kind, "name = 'Mine'" if kind == "command" else "pass"))
+    file = tiny.load_plugin(tmp_path / "mine.py")
     found = plugins.registry()
-    assert found.find(kind, "Mine").__module__ == "plugin_file_mine"
+    mine = found.find(kind, "Mine")
+    assert mine.__module__ == "plugin_file_mine"
     assert (kind, "Mine") in next(p for p in found.plugins if p.name == "mine.py").brings
+    assert plugins.record_of(mine) == {"file": "mine.py", "sha256": file.sha256}
     with pytest.raises(tiny.UserError, match="no plugin brings 'Mime'; did you mean 'Mine'"):
         found.find(kind, "Mime")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_name_of_the_core_or_of_a_plugin_is_taken(kind: str, tmp_path: Path) -> None:
+    owner, taken = next((p.name, name) for p in plugins.registry().plugins for k, name in p.brings if k == kind)
+    code = bringing(kind, f"name = {taken!r}") if kind == "command" else bringing(kind).replace("Mine", taken)
+    message = wrong(code, tmp_path)
+    spoken = kind.replace("_", " ")
+    assert f"plugins '{owner}' and 'wrong.py' both bring a {spoken} named '{taken}' ({KINDS[kind].hook})" in message
+    assert ("TINYFUSION_BLOCK" in message) == (owner != "core")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_class_without_its_hook_is_told_which(kind: str, tmp_path: Path) -> None:
+    message = wrong(bringing(kind).partition("@tiny")[0], tmp_path)
+    assert f"has the class Mine but no hook that returns it; add a function {KINDS[kind].hook}() with @tiny" in message
+
+
+def test_a_class_of_another_kind_and_a_command_without_a_name(tmp_path: Path) -> None:
+    hook = KINDS["selector"].hook
+    assert f"{hook} returns Mine, which is no Selector; derive it" in wrong(
+        bringing("sampler").replace(KINDS["sampler"].hook, hook), tmp_path
+    )
+    command = (
+        "import tinyfusion_core as tiny\nfrom tinyfusion_core.protocols.command import Command\n"
+        "class Mine(Command):\n    def add_arguments(self, parser): ...\n    def __call__(self, options): ...\n"
+        f"@tiny.hookimpl\ndef {KINDS['command'].hook}():\n    return [Mine]\n"
+    )
+    assert "returns Mine, which lacks name; give it that attribute, a text" in wrong(command, tmp_path)
+    assert "returns Mine, which lacks help; give it that attribute, a text" in wrong(
+        command.replace("(Command):\n", "(Command):\n    name = 'mine'\n"), tmp_path
+    )
+
+
+def test_the_core_cannot_be_switched_off(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("TINYFUSION_PLUGINS", "images")
+    monkeypatch.setenv("TINYFUSION_BLOCK", "core")
+    plugins._installed.cache_clear()
+    found = listed(capsys)
+    assert {name for name, p in found.items() if not p["error"]} == {"core", "images"}
+    assert ["selector", "Search"] in found["core"]["brings"]
 
 
 def test_a_new_plugin_installs_and_passes_its_own_tests(

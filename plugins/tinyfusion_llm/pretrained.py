@@ -1,0 +1,109 @@
+"""Configs and tokenizers as transformers has them, and messages that say what to do when it has none."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tinyfusion_core.errors import MissingFileError, UserError
+from tinyfusion_llm.optional import need
+
+
+def load_tokenizer(name: str, revision: str | None, gguf_file: str | None, required: bool = True) -> Any:
+    """The tokenizer of a model.
+
+    Args:
+        name: folder or hub id.
+        revision: on the hub.
+        gguf_file: name of a GGUF file that holds it.
+        required: whether it has to be there.
+
+    Raises:
+        UserError: it is not there though required.
+    """
+    from transformers import AutoTokenizer
+
+    if gguf_file:
+        need("gguf", "gguf", "gguf_file")
+    more = {"gguf_file": gguf_file} if gguf_file else {}
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision or "main", **more)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        if not required:
+            return None
+        raise MissingFileError(
+            f"data.tokenizer: no tokenizer in '{name}' ({first_line(e)}); expected tokenizer.json or what "
+            "AutoTokenizer of transformers reads. Copy the original model's tokenizer files there"
+        ) from None
+
+
+class explained:  # noqa: N801  # a context, like those of contextlib
+    """Turn what transformers raises about a model into a message that says what to do."""
+
+    def __init__(self, model: str) -> None:
+        self.model = model
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, UserError) or not isinstance(error, Exception):
+            return
+        local = Path(self.model).is_dir()
+        if isinstance(error, OSError) and not local:
+            raise MissingFileError(
+                f"backbone.model: '{self.model}' is no folder, and the Hugging Face hub does not give it "
+                f"({first_line(error)}). Give a folder, or an id that you have access to (`hf auth login`)"
+            ) from None
+        expected = "expected config.json and model.safetensors as save_pretrained of transformers writes them"
+        raise UserError(f"backbone.model: '{self.model}' cannot be read ({first_line(error)}); {expected}") from None
+
+
+def check_kind(config: Any, name: str) -> None:
+    """Raise UserError when a config is not that of a decoder-only language model."""
+    from transformers import AutoModelForCausalLM
+
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(
+            f"backbone.model: '{name}' ({config.model_type}) is an encoder-decoder; expected a decoder-only model"
+        )
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise UserError(
+            f"backbone.model: '{name}' ({config.model_type}) is not a decoder-only language model; "
+            "AutoModelForCausalLM of transformers has none for it"
+        )
+
+
+def check_causal(model: Any) -> None:
+    """Raise UserError when a token sees later ones: BERT and its like load as causal models too."""
+    tokens = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]]) % vocabulary_size(as_json(model.config))
+    with torch.no_grad():
+        logits = model.eval()(input_ids=tokens, use_cache=False).logits[:, :3].float()
+    rounding = max(1e-5, 4 * torch.finfo(model.dtype).eps)
+    if (logits[0] - logits[1]).abs().max() > rounding * logits.abs().max():
+        raise UserError(
+            f"backbone.model: {type(model).__name__} is not decoder-only: its predictions depend on later tokens"
+        )
+
+
+def as_json(config: Any) -> dict[str, Any]:
+    """A transformers config as JSON, without what a place or a version would change."""
+    found: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    return {key: value for key, value in found.items() if key not in ("_name_or_path", "transformers_version")}
+
+
+def vocabulary_size(config: Mapping[str, Any]) -> int:
+    """How many tokens there are; 100 where a config does not say."""
+    sizes = [config, config.get("text_config") or {}]
+    return int(next((part["vocab_size"] for part in sizes if "vocab_size" in part), 100))
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error that says anything."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return re.sub(r"\s+", " ", line)[:200]

@@ -1,0 +1,81 @@
+"""What the core itself brings, through the door that plugins use; a name of these no plugin can have.
+
+Imports stand inside of the hooks: `tinyfusion --help` asks for the commands alone.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .registry.hooks import hookimpl
+
+if TYPE_CHECKING:
+    from .evaluation.metrics import Metric
+    from .protocols.command import Command
+    from .pruning.weight_update import WeightUpdate
+    from .samplers.grouped import BlockSampler
+    from .selection.search import Selector
+    from .training.distillation import OutputKD
+
+
+@hookimpl
+def tinyfusion_register_metrics() -> list[type[Metric]]:
+    from .evaluation.frechet import Frechet
+    from .evaluation.latency import Latency
+    from .evaluation.metrics import HeldOutLoss, Size
+
+    return [Size, HeldOutLoss, Frechet, Latency]
+
+
+@hookimpl
+def tinyfusion_register_selectors() -> list[type[Selector]]:
+    from .selection import criteria, sensitivity, similarity
+    from .selection.search import Search
+    from .selection.successive_halving import Finals
+
+    return [
+        Search,
+        Finals,
+        criteria.Keep,
+        criteria.Nested,
+        criteria.Uniform,
+        criteria.FirstN,
+        criteria.LastN,
+        criteria.BKSDM,
+        sensitivity.Random,
+        sensitivity.LeaveOneOut,
+        sensitivity.Greedy,
+        sensitivity.Taylor,
+        similarity.BlockInfluence,
+        similarity.InputOutputMSE,
+        similarity.SpanSimilarity,
+    ]
+
+
+@hookimpl
+def tinyfusion_register_samplers() -> list[type[BlockSampler]]:
+    from .samplers.grouped import GroupedSampler
+    from .samplers.subset import ExactK, GumbelTopK, ScoreFunction
+
+    return [GroupedSampler, ExactK, ScoreFunction, GumbelTopK]
+
+
+@hookimpl
+def tinyfusion_register_weight_updates() -> list[type[WeightUpdate]]:
+    from .pruning.weight_update import Frozen, Full, LoRA
+
+    return [Frozen, LoRA, Full]
+
+
+@hookimpl
+def tinyfusion_register_distillations() -> list[type[OutputKD]]:
+    from .training.distillation import MaskedKD, OutputKD
+
+    return [OutputKD, MaskedKD]
+
+
+@hookimpl
+def tinyfusion_register_commands() -> list[type[Command]]:
+    from .cli import COMMANDS
+
+    return list(COMMANDS)

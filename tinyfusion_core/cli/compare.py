@@ -1,0 +1,113 @@
+"""`tinyfusion compare`, `audit`, `costs` and `budgets`: which choice of blocks is worth what."""
+
+from __future__ import annotations
+
+import shlex
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from ..protocols.command import Command
+
+
+class Compare(Command):
+    """Set criteria beside each other."""
+
+    name: ClassVar[Literal["compare", "audit"]] = "compare"
+    help = "prune with every criterion, recover all alike, and set them beside random subsets"
+    takes_overrides = True
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        parser.add_argument("recipe", type=Path)
+        parser.add_argument("--run-dir", type=Path, help=f"default: runs/NAME_OF_THE_RECIPE-{self.name}")
+
+    def __call__(self, options: Namespace) -> int:
+        from ..pipeline.compare import compare_recipe, print_tables
+        from ..pipeline.recipe import load_recipe
+
+        run_dir = options.run_dir or Path("runs") / f"{options.recipe.stem}-{self.name}"
+        command = shlex.join(["tinyfusion", self.name, str(options.recipe), *options.overrides])
+        recipe = load_recipe(options.recipe, options.overrides)
+        findings, report = compare_recipe(recipe, self.name, run_dir, command)
+        if recipe.trainer.accelerator.is_main_process:
+            print_tables(findings)
+            print(f"report: {report}")
+        return 0
+
+
+class Audit(Compare):
+    """Set cheap scores beside the loss after recovery."""
+
+    name = "audit"
+    help = "recover many random subsets and see how well cheap scores foretell the recovered loss"
+
+
+class Costs(Command):
+    """Measure blocks."""
+
+    name = "costs"
+    help = "measure what every block costs, for a budget in parameters, FLOPs or time"
+    takes_overrides = True
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        parser.add_argument("recipe", type=Path)
+
+    def __call__(self, options: Namespace) -> int:
+        from rich.console import Console
+        from rich.table import Table
+
+        from ..pipeline.recipe import load_recipe
+        from ..protocols.data import Tensors
+        from ..protocols.task import Task
+        from ..selection.costs import block_costs, whole
+
+        recipe = load_recipe(options.recipe, options.overrides)
+        backbone = recipe.backbone
+        # Neither weights nor data change what a block costs.
+        examples, model = Tensors(backbone.example(1)), backbone.construct(backbone.config())
+        task = Task(backbone=backbone, loss=recipe.loss, train=examples, held_out=examples, model=model)
+        costs = block_costs(task, recipe.trainer)
+        table = Table("block", "parameters", "FLOPs", "ms")
+        for path, parameters, flops, ms in zip(task.blocks, *costs.values(), strict=True):
+            table.add_row(path, f"{parameters:,.0f}", f"{flops:,.0f}", f"{ms:.3f}")
+        console = Console(highlight=False)
+        console.print(table)
+        for name, values in costs.items():
+            rules = f"costs: {whole(values)}, budget: {round(sum(whole(values)) / 2)}"
+            console.print(f"half of the {name}: rules: {{{rules}}}", soft_wrap=True)
+        return 0
+
+
+class Budgets(Command):
+    """Several students from one search."""
+
+    name = "budgets"
+    help = "prune a run's teacher to several budgets by what its search has learned"
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        parser.add_argument("run_dir", type=Path)
+        parser.add_argument(
+            "--keep", type=int, nargs="+", default=(), metavar="K", help="blocks (default: all numbers)"
+        )
+        parser.add_argument(
+            "--recover-steps", type=int, default=0, metavar="N", help="recover each student (default: 0)"
+        )
+
+    def __call__(self, options: Namespace) -> int:
+        from rich.console import Console
+        from rich.table import Table
+
+        from ..pipeline.budgets import budgets_of
+        from ..runtime.distributed import rank_and_world_size
+        from ..runtime.run_folder import existing_run
+
+        rows = budgets_of(existing_run(options.run_dir), options.keep, options.recover_steps)
+        if rank_and_world_size()[0] != 0:
+            return 0
+        table = Table("blocks", "kept", "parameters", "FLOPs", "held-out loss", "recovered")
+        for row in rows:
+            figures = ((row.parameters, ",.0f"), (row.flops, ",.0f"), (row.pruned, ".4g"), (row.recovered, ".4g"))
+            shown = ["" if value is None else format(value, how) for value, how in figures]
+            table.add_row(str(len(row.kept)), " ".join(map(str, row.kept)), *shown)
+        Console(highlight=False).print(table)
+        return 0

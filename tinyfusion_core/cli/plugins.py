@@ -1,0 +1,109 @@
+"""`tinyfusion plugins`, `keys`, `check-plugin` and `new-plugin`: what there is, and how to add to it."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from ..protocols.command import Command
+
+
+class Keys(Command):
+    """List what recipes can say."""
+
+    name = "keys"
+    help = "list every key that a recipe can have"
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        pass
+
+    def __call__(self, options: Namespace) -> int:
+        from ..pipeline.schema import describe_keys
+
+        print(describe_keys(), end="")
+        return 0
+
+
+class Plugins(Command):
+    """List what can be named."""
+
+    name = "plugins"
+    help = "list installed plugins and what they bring"
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        parser.add_argument("--json", action="store_true", help="for programs")
+
+    def __call__(self, options: Namespace) -> int:
+        import dataclasses
+        import json
+
+        from rich.console import Console
+        from rich.table import Table
+
+        from ..registry.registry import registry
+
+        plugins = registry().plugins
+        if options.json:
+            print(json.dumps([dataclasses.asdict(p) for p in plugins], indent=2))
+            return 0
+        table = Table("plugin", "kind", "brings", "module", "distribution")
+        table.columns[2].no_wrap = True  # names to copy
+        for p in plugins:
+            about = (p.module, f"{p.distribution} {p.version}")
+            table.add_section()
+            for i, kind in enumerate(dict.fromkeys(kind for kind, _ in p.brings) or ["left out"]):
+                brings = "\n".join(name for k, name in p.brings if k == kind)
+                table.add_row("" if i else p.name, kind, brings, *(("", "") if i else about))
+        console = Console(highlight=False)
+        console.print(table)
+        for p in plugins:
+            if p.error:
+                console.print(f"{p.name}: {p.error}", soft_wrap=True, markup=False)
+        return 0
+
+
+class CheckPlugin(Command):
+    """Run the conformance kit."""
+
+    name = "check-plugin"
+    help = "check that what a plugin brings holds to the contract"
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        parser.add_argument("name", help="of the plugin, as `tinyfusion plugins` lists it, or its Python file")
+
+    def __call__(self, options: Namespace) -> int:
+        from ..errors import UserError
+        from ..testing import check_plugin
+
+        results, subject = [], ""
+        for result in check_plugin(options.name):
+            results.append(result)
+            if result.subject != subject:
+                subject = result.subject
+                print(subject)
+            print(f"  {'FAIL' if result.error else 'ok  '}  {result.check:22} {result.meaning}", flush=True)
+            if result.error:
+                print(f"        {result.error}")
+        failed = [result.check for result in results if result.error]
+        if failed:
+            raise UserError(f"plugin '{options.name}': {len(failed)} of {len(results)} checks failed")
+        print(f"all {len(results)} checks hold")
+        return 0
+
+
+class NewPlugin(Command):
+    """Write the template."""
+
+    name = "new-plugin"
+    help = "write a small package that brings a backbone and a loss, to begin with"
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        parser.add_argument("name", help="of the package: my-backbone")
+        parser.add_argument("--into", type=Path, default=Path(), help="the folder that gets it (default: this one)")
+
+    def __call__(self, options: Namespace) -> int:
+        from ..testing.scaffold import new_plugin
+
+        folder = new_plugin(options.name, options.into)
+        print(f"{folder}: README.md says how to go on")
+        return 0

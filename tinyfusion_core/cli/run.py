@@ -1,0 +1,82 @@
+"""`tinyfusion run` and `validate`: do what a recipe says, or say what that would be."""
+
+from __future__ import annotations
+
+import shlex
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from ..protocols.command import Command
+
+
+class Run(Command):
+    """Do what a recipe says."""
+
+    name = "run"
+    help = "do what a recipe says, or what is left of it"
+    takes_overrides = True
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        parser.add_argument("recipe", type=Path)
+        parser.add_argument("--run-dir", type=Path, help="the run folder (default: runs/NAME_OF_THE_RECIPE)")
+        parser.add_argument(
+            "--restart-from",
+            metavar="STAGE",
+            help="forget this stage (train, search, recover, evaluate; ROUND.search ...) and the later ones, then run",
+        )
+
+    def __call__(self, options: Namespace) -> int:
+        from rich.console import Console
+
+        from ..pipeline.recipe import load_recipe
+        from ..pipeline.run import run_recipe
+        from ..reporting.report import results_table
+        from ..runtime.run_folder import RunFolder
+
+        run_dir = options.run_dir or Path("runs") / options.recipe.stem
+        command = shlex.join(["tinyfusion", self.name, str(options.recipe), *options.overrides])
+        recipe = load_recipe(options.recipe, options.overrides)
+        report = run_recipe(recipe, run_dir, command, options.restart_from)
+        if not recipe.trainer.accelerator.is_main_process:
+            return 0
+        console = Console(highlight=False)
+        console.print(results_table(RunFolder(run_dir)))
+        console.print(f"report: {report}", soft_wrap=True)
+        return 0
+
+
+class Validate(Command):
+    """Plan a recipe."""
+
+    name = "validate"
+    help = "plan a recipe on the meta device and print the plan"
+    takes_overrides = True
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        parser.add_argument("recipe", type=Path)
+        parser.add_argument("--devices", type=int, default=1, help="plan the memory of so many (default: 1)")
+        parser.add_argument("--memory", help="of each device, as 24GB: say when the plan does not fit")
+
+    def __call__(self, options: Namespace) -> int:
+        from rich.console import Console
+        from rich.table import Table
+
+        from ..errors import UserError, require
+        from ..pipeline.memory import parse_bytes
+        from ..pipeline.plan import Hardware, make_plan
+        from ..pipeline.recipe import load_recipe
+
+        require(options.devices >= 1, "--devices", options.devices, "at least 1")
+        hardware = Hardware(options.devices, None if options.memory is None else parse_bytes(options.memory))
+        plan = make_plan(load_recipe(options.recipe, options.overrides), comparisons=True, hardware=hardware)
+        table = Table(title=f"{options.recipe}", title_justify="left", show_header=False)
+        for what, value in plan.rows:
+            table.add_row(what, value)
+        console = Console(highlight=False)
+        console.print(table)
+        for missing in plan.missing:
+            console.print(f"needed to run: {missing}", soft_wrap=True)
+        if plan.problems:
+            raise UserError("\n".join(f"{options.recipe}: {p}" for p in plan.problems))
+        console.print("the plan works out" + (", once these are there" if plan.missing else ""))
+        return 0

@@ -1,0 +1,190 @@
+"""What a recipe may say. The schema is the signatures of the classes themselves."""
+
+from __future__ import annotations
+
+import inspect
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import docstring_parser
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from ..comparison.study import Audit, Compare
+from ..errors import UserError, nearest
+from ..evaluation.metrics import Metric
+from ..protocols.backbone import Backbone
+from ..protocols.data import DataSource
+from ..protocols.loss import LossAdapter
+from ..registry.hooks import KINDS
+from ..registry.registry import registry
+from ..samplers.constraints import Rules
+from ..selection.search import Search, Selector
+from ..training.recover import Recover
+from ..training.trainer import Trainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """One step of progressive pruning; its student is the next round's teacher and source.
+
+    Args:
+        search: decides which blocks stay.
+        recover: trains the pruned network.
+    """
+
+    search: Selector
+    recover: Recover | None = None
+
+
+SECTIONS: dict[str, Any] = {
+    "backbone": Backbone,
+    "loss": LossAdapter,
+    "data": DataSource,
+    "trainer": Trainer,
+    "train": Recover,
+    "search": Selector,
+    "recover": Recover,
+    "rounds": dict[str, Round],
+    "evaluate": list[Metric],
+    "compare": Compare,
+    "audit": Audit,
+}
+KEYS = ("plugins", *SECTIONS)
+BASES = {name: kind.base_class() for name, kind in KINDS.items() if name != "command"}
+"""The kinds of the registry whose classes a recipe can name, and what they derive from."""
+POLYMORPHIC: tuple[type[Any], ...] = (*BASES.values(), Search)
+"""Types of values that are given as the name of a class."""
+PLAIN = (Trainer, Recover, Round, Rules, Compare, Audit)
+"""Classes that a section is made of without saying so."""
+OPTIONAL = ("train", "search", "recover", "rounds", "compare", "audit")
+
+
+def schema() -> ArgumentParser:
+    """The parser of a recipe, made from the signatures of its classes."""
+    set_parsing_settings(subclasses_enabled=list(POLYMORPHIC))
+    parser = ArgumentParser(prog="tinyfusion run RECIPE", exit_on_error=False)
+    for name, kind in SECTIONS.items():
+        optional = kind | None if name in OPTIONAL else kind
+        default: Any = Trainer() if kind is Trainer else [] if name == "evaluate" else None
+        parser.add_argument(f"--{name}", type=optional, default=default)
+    return parser
+
+
+def describe_keys() -> str:
+    """Every key of a recipe with its default and meaning, from the signatures and docstrings of the classes."""
+    kinds = ", ".join(name.replace("_", " ") for name in BASES)
+    lines = [f"plugins: Python files beside the recipe that bring classes ({kinds}); their code is run"]
+    bases = {section: _without_none(_item(kind)) for section, kind in SECTIONS.items()}
+    for section, base in bases.items():
+        lines.append(f"{section}:")
+        for name, cls in (known(base) if base in POLYMORPHIC else {base.__name__: base}).items():
+            lines += _describe_class(name, cls)
+    for base in BASES.values():
+        if base not in bases.values():
+            lines.append(f"values of the type {base.__name__}:")
+            for name, cls in known(base).items():
+                lines += _describe_class(name, cls)
+    return "\n".join(lines) + "\n"
+
+
+def _describe_class(name: str, cls: type[Any]) -> list[str]:
+    # Inherited options are explained where they are declared.
+    texts = [docstring_parser.parse(part.__doc__ or "") for part in cls.__mro__[-2::-1]]
+    meaning = {p.arg_name: " ".join((p.description or "").split()) for text in texts for p in text.params}
+    lines = [f"  {name}: {texts[-1].short_description or ''}"]
+    for key, parameter in inspect.signature(cls).parameters.items():
+        if not key.startswith("_") and key != "lists":
+            default = "" if parameter.default is parameter.empty else f" = {parameter.default!r}"
+            lines.append(f"    {key}{default}: {meaning.get(key, '')}")
+    return lines
+
+
+def checked(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The sections of a recipe with class names made full, as the parser of `schema` wants them.
+
+    Raises:
+        UserError: the first unknown name, with its key and the nearest known one.
+    """
+    for name in raw:
+        if name not in SECTIONS:
+            raise UserError(f"{name}: unknown key{nearest(str(name), KEYS)}")
+    return {name: _checked(name, value, SECTIONS[name]) for name, value in raw.items()}
+
+
+def known(base: type[Any]) -> dict[str, type[Any]]:
+    """The classes that a value of this type can be, by the names that recipes call them."""
+    kind = next(name for name, other in BASES.items() if issubclass(base, other))
+    return {name: cls for name, cls in registry().classes[kind].items() if issubclass(cls, base)}
+
+
+def _checked(key: str, value: Any, kind: Any, default: Any = None) -> Any:
+    kind = _without_none(kind)
+    if typing.get_origin(kind) in (list, Sequence) and isinstance(value, list):
+        return [_checked(f"{key}[{i}]", v, _item(kind)) for i, v in enumerate(value)]
+    if typing.get_origin(kind) is dict and isinstance(value, dict):
+        return {k: _checked(f"{key}.{k}", v, _item(kind)) for k, v in value.items()}
+    if value is None or not inspect.isclass(kind):
+        return value
+    if kind in PLAIN:
+        if not isinstance(value, dict):
+            keys = ", ".join(inspect.signature(kind).parameters)
+            raise UserError(f"{key}: got {value!r}; expected a mapping with keys among {keys}")
+        return _checked_arguments(key, value, kind)
+    return _checked_class(key, value, kind, default) if kind in POLYMORPHIC else value
+
+
+def _checked_class(key: str, value: Any, kind: type[Any], default: Any) -> dict[str, Any]:
+    """`class_path` and `init_args` of a value that is a class by its name, or only the arguments of the usual one."""
+    if isinstance(value, str):
+        value = {"class_path": value}
+    usual = "Search" if kind in (Selector, Search) else type(default).__name__ if isinstance(default, kind) else None
+    if isinstance(value, dict) and "class_path" not in value and usual:
+        value = {"class_path": usual, "init_args": value}
+    if not isinstance(value, dict) or not isinstance(value.get("class_path"), str):
+        raise UserError(f"{key}: give the name of a class, or class_path and init_args{nearest('', known(kind))}")
+    extra = set(value) - {"class_path", "init_args"}
+    if extra:
+        raise UserError(f"{key}: '{sorted(extra)[0]}' stands beside class_path; arguments go under init_args")
+    package, name = value["class_path"].partition(".")[0], value["class_path"].rpartition(".")[2]
+    cls = known(kind).get(name)
+    # A full path may be an old one, or go through a package's own front door; it must be the package of the class all
+    # the same, or the core, where some classes of plugins once were.
+    if cls is None or package not in (name, cls.__module__.partition(".")[0], "tinyfusion_core"):
+        raise UserError(f"{key}: unknown class '{value['class_path']}'{nearest(name, known(kind))}")
+    arguments = _checked_arguments(key, value.get("init_args") or {}, cls)
+    return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": arguments}
+
+
+def _checked_arguments(key: str, arguments: Mapping[str, Any], cls: type[Any]) -> dict[str, Any]:
+    known = {name: p for name, p in inspect.signature(cls).parameters.items() if not name.startswith("_")}
+    for name, parameter in known.items():
+        if parameter.default is parameter.empty and name not in arguments and cls in PLAIN:
+            raise UserError(f"{key}.{name}: missing")
+    hints = typing.get_type_hints(cls.__init__)
+    out = {}
+    for name, value in arguments.items():
+        if name not in known:
+            raise UserError(f"{key}.{name}: unknown key{nearest(str(name), known)}")
+        hint = hints.get(name, Any)
+        if value is None and hint is not Any and type(None) not in typing.get_args(hint):
+            raise UserError(f"{key}.{name}: null is not allowed; expected {getattr(hint, '__name__', hint)}")
+        out[name] = _checked(f"{key}.{name}", value, hint, known[name].default)
+    return out
+
+
+def _item(kind: Any) -> Any:
+    """What a list or a mapping holds; anything else itself."""
+    return typing.get_args(kind)[-1] if typing.get_origin(kind) in (list, dict, Sequence) else kind
+
+
+def _without_none(kind: Any) -> Any:
+    """The class behind `X | None`, and behind a factory `Callable[[...], X]`."""
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        kinds = [k for k in typing.get_args(kind) if k is not type(None)]
+        kind = kinds[0] if len(kinds) == 1 else Any
+    if typing.get_origin(kind) is Callable and typing.get_args(kind)[-1] in POLYMORPHIC:
+        return typing.get_args(kind)[-1]
+    return kind

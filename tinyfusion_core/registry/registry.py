@@ -1,0 +1,161 @@
+"""All classes that a recipe or the command line can name."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from importlib.machinery import ModuleSpec
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import module_from_spec
+from pathlib import Path
+from typing import Any
+
+from ..errors import MissingFileError, UserError, nearest
+from .answers import Classes, brought, spoken
+from .hooks import BLOCKED, KINDS
+from .sources import CORE, Plugin, PluginFile, installed, load, names
+
+BUILTINS = "tinyfusion_core.builtins"
+"""The core's own plugin. Known by name, so that no metadata of an installed package are needed to find it."""
+
+
+@dataclass(frozen=True)
+class Registry:
+    """All plugins, and their classes by kind and name."""
+
+    plugins: tuple[Plugin, ...]
+    classes: Classes
+
+    def find(self, kind: str, name: str, made_by: Mapping[str, str] | None = None) -> type[Any]:
+        """The class of this name.
+
+        Args:
+            kind: a key of `KINDS`.
+            name: of the class.
+            made_by: what `record_of` said of it, for the message.
+
+        Raises:
+            UserError: no plugin brings it; with the nearest name, and what brought it when it was used.
+        """
+        try:
+            return self.classes[kind][name]
+        except KeyError:
+            pass
+        hint = nearest(name, self.classes.get(kind, {}))
+        if made_by and "file" in made_by:
+            raise UserError(
+                f"{kind}: no plugin brings '{name}', which came from the file {made_by['file']} (sha256 "
+                f"{made_by['sha256'][:12]}). Load that first, which runs its code: "
+                f"tiny.load_plugin('path/to/{made_by['file']}')"
+            )
+        if made_by:
+            hint = f"; it came from {made_by['distribution']} {made_by['version']}: is that installed?"
+        raise UserError(f"{kind}: no plugin brings '{name}'{hint}")
+
+    def joined(self, plugin: Plugin, classes: Classes) -> Registry:
+        """A registry with one more plugin. Raises UserError, naming both owners, when names collide."""
+        for other in self.plugins:
+            if other.name == plugin.name:
+                both = f"{other.distribution} {other.version} and {plugin.distribution} {plugin.version}"
+                raise UserError(f"two plugins are named '{plugin.name}', of {both}; uninstall one, or rename one")
+            for kind, name in plugin.brings:
+                if (kind, name) in other.brings:
+                    off = [p.name for p in (other, plugin) if p.can_be_blocked]
+                    way = f"switch one of them off ({BLOCKED}={off[0]}), uninstall it, or " if off else ""
+                    raise UserError(
+                        f"plugins '{other.name}' and '{plugin.name}' both bring a {kind.replace('_', ' ')} named "
+                        f"'{name}' ({KINDS[kind].hook}); {way}rename the {'command' if kind == 'command' else 'class'}"
+                    )
+        merged = {kind: {**known, **classes.get(kind, {})} for kind, known in self.classes.items()}
+        return Registry((*self.plugins, plugin), merged)
+
+
+_files: dict[str, tuple[PluginFile, Plugin, Classes]] = {}
+"""What `load_plugin` has loaded, by name; a file of the same name takes the place of the one before."""
+
+
+def registry() -> Registry:
+    """Everything that the core and plugins bring. Loads the installed ones once; one that fails costs a warning.
+
+    Raises:
+        UserError: two plugins have the same name, or bring classes of the same kind and name.
+    """
+    return _with_files(_files)
+
+
+def load_plugin(path: Path | str) -> PluginFile:
+    """Load a plugin that is one Python file: its code runs, and its hooks are asked.
+
+    Loading a file of the same name again takes its place; the same content is not run a second time.
+
+    Raises:
+        UserError: there is no such file, its code fails, or its hooks or names are not as they should be.
+    """
+    path = Path(path)
+    try:
+        file = PluginFile(path, path.read_bytes())
+    except OSError as e:
+        raise MissingFileError(f"plugins: {path}: {e.strerror}; paths are relative to the recipe") from None
+    if file.name in _files and _files[file.name][0].sha256 == file.sha256:
+        return file
+    before = sys.modules.get(file.module)
+    module = module_from_spec(ModuleSpec(file.module, None, origin=str(path.resolve())))
+    module.__file__ = str(path.resolve())
+    sys.modules[file.module] = module  # dataclasses, pickle and recipes look their classes up there
+    try:
+        exec(compile(file.content, str(path), "exec"), vars(module))
+        classes = brought(module)
+        plugin = Plugin(file.name, str(path), "file", file.sha256[:12], names(classes))
+        loaded = {**_files, file.name: (file, plugin, classes)}
+        _with_files(loaded)  # raises when names collide
+    except Exception as e:  # whatever the file raises is its author's to read
+        del sys.modules[file.module]
+        if before is not None:
+            sys.modules[file.module] = before
+        raise UserError(f"plugin {path}: {spoken(e)}") from e
+    _files.update(loaded)
+    return file
+
+
+def record_of(cls: type[Any]) -> dict[str, str]:
+    """What brings a class, for the record: `file` and `sha256`, or `distribution` and `version`; empty if no plugin."""
+    for file, _, classes in _files.values():
+        if any(cls in named.values() for named in classes.values()):
+            return {"file": file.name, "sha256": file.sha256}
+    try:
+        found = _installed()
+    except UserError:  # names that collide are no reason to lose a network that is about to be saved
+        return {}
+    for plugin in found.plugins:
+        if any(found.classes[kind].get(name) is cls for kind, name in plugin.brings):
+            return {"distribution": plugin.distribution, "version": plugin.version}
+    return {}
+
+
+def _with_files(files: Mapping[str, tuple[PluginFile, Plugin, Classes]]) -> Registry:
+    found = _installed()
+    for _, plugin, classes in files.values():
+        found = found.joined(plugin, classes)
+    return found
+
+
+@cache
+def _installed() -> Registry:
+    found = _core()
+    for point in installed():
+        found = found.joined(*load(point))
+    return found
+
+
+def _core() -> Registry:
+    """What the core itself brings."""
+    classes = brought(import_module(BUILTINS))
+    try:
+        number = version("tinyfusion")
+    except PackageNotFoundError:  # a checkout that was never installed
+        number = "unknown"
+    plugin = Plugin(CORE, BUILTINS, "tinyfusion", number, names(classes))
+    return Registry((), {kind: {} for kind in KINDS}).joined(plugin, classes)

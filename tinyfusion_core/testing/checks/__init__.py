@@ -1,0 +1,103 @@
+"""Everything that is checked, by what it is checked of. A check is a function that raises an AssertionError, or the
+UserError that a user would see; its docstring says what holds, `tinyfusion_core.testing` runs it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ...errors import UserError
+from ...registry.hooks import KINDS as REGISTERED
+from ..subject import Subject
+from .distillation import DISTILLATION_CHECKS, DistillationSubject
+from .gating import (
+    check_all_ones_is_plain,
+    check_every_block_learns,
+    check_hard_gated_is_pruned,
+    check_nobody_keeps_a_block,
+    check_sparse_is_dense,
+    check_state_dict_untouched,
+)
+from .objective import check_loss_per_sample, check_predict_deterministic, check_prepare, check_same_inputs
+from .samplers import SAMPLER_CHECKS, SamplerSubject
+from .saving import check_save_and_load, check_taps
+from .selectors import SELECTOR_CHECKS, SelectorSubject
+from .structure import (
+    check_blocks,
+    check_copies,
+    check_light_import,
+    check_meta_device,
+    check_streams,
+    check_tiny,
+)
+from .weight_updates import UPDATE_CHECKS, UpdateSubject
+
+Check = Callable[[Any], None]
+"""Takes what its kind of subject is."""
+
+CHECKS: tuple[Callable[[Subject], None], ...] = (
+    check_tiny,
+    check_blocks,
+    check_streams,
+    check_all_ones_is_plain,
+    check_hard_gated_is_pruned,
+    check_state_dict_untouched,
+    check_nobody_keeps_a_block,
+    check_every_block_learns,
+    check_sparse_is_dense,
+    check_loss_per_sample,
+    check_prepare,
+    check_same_inputs,
+    check_predict_deterministic,
+    check_save_and_load,
+    check_meta_device,
+    check_taps,
+    check_light_import,
+    check_copies,
+)
+"""Of a backbone with a loss."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How one kind of thing is checked.
+
+    Attributes:
+        subject: makes what the checks look at of a class or an instance.
+        checks: in the order in which they are run.
+    """
+
+    subject: Callable[[Any], Any]
+    checks: tuple[Check, ...]
+
+
+PAIR = Kind(Subject.of, CHECKS)
+
+KINDS = {
+    "selector": Kind(SelectorSubject.of, SELECTOR_CHECKS),
+    "sampler": Kind(SamplerSubject.of, SAMPLER_CHECKS),
+    "weight_update": Kind(UpdateSubject.of, UPDATE_CHECKS),
+    "distillation": Kind(DistillationSubject.of, DISTILLATION_CHECKS),
+}
+"""What is checked by itself, by the registry's name of its kind."""
+
+
+def kind_of(thing: Any) -> Kind:
+    """How a pair of backbone and loss is checked, or a class or instance of one of the other kinds.
+
+    Raises:
+        UserError: there are no checks of such a thing.
+    """
+    if isinstance(thing, tuple):
+        return PAIR
+    cls = thing if inspect.isclass(thing) else type(thing)
+    for name, kind in KINDS.items():
+        if issubclass(cls, REGISTERED[name].base_class()):
+            return kind
+    kinds = ", ".join(KINDS).replace("_", " ")
+    raise UserError(
+        f"{cls.__name__} cannot be checked: it is no {kinds}; give a backbone with its loss: (MyBackbone, MyLoss)"
+    )

@@ -1,0 +1,44 @@
+"""The published formula of gating, as the reference for the gates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..protocols.backbone import FIRST, Streams
+from ..protocols.block_call import entering
+from .assertions import removing
+
+
+@contextmanager
+def dense_formula(model: nn.Module, blocks: Sequence[str], mask: Tensor, streams: Streams = FIRST) -> Iterator[None]:
+    """Gate by the published formula: every block computed for every sample, `m * f(x) + (1 - m) * x`.
+
+    What `Gates` must agree with, and what its cost is compared with.
+
+    Args:
+        model: the network.
+        blocks: paths of the N blocks.
+        mask: (B, N) of any numbers.
+        streams: the blocks' residual streams.
+    """
+
+    def mix(j: int, path: str, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        items = [output] if isinstance(output, Tensor) else list(output)
+        for stream, before in entering(block, args, kwargs, streams, path):
+            m = mask[:, j].view(-1, *[1] * (before.ndim - 1))
+            i = stream.output or 0
+            items[i] = items[i] * m + before * (1 - m)
+        if isinstance(output, Tensor):
+            return items[0]
+        return type(output)._make(items) if hasattr(output, "_make") else type(output)(items)
+
+    with removing(
+        model.get_submodule(path).register_forward_hook(partial(mix, j, path), with_kwargs=True)
+        for j, path in enumerate(blocks)
+    ):
+        yield

@@ -1,0 +1,118 @@
+"""What a training goes on from after an interruption."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
+
+from .objective import Ema, Objective
+from .step_guard import StepGuard, StepReport
+
+if TYPE_CHECKING:
+    from .fsdp import ShardedNetworks
+
+
+class Meter:
+    """The mean loss of the finite steps since the last logged one, the last step's terms, and the time spent.
+
+    Attributes:
+        terms: means of the parts of the last step's loss, by their names.
+    """
+
+    def __init__(self) -> None:
+        self.terms: dict[str, float] = {}
+        self._sum, self._count = 0.0, 0
+        self._before, self._started = 0.0, time.monotonic()  # seconds that earlier processes spent
+
+    def start(self) -> None:
+        """Begin to count the seconds."""
+        self._started = time.monotonic()
+
+    def add(self, report: StepReport, names: Sequence[str]) -> None:
+        """Take in a step, whose loss has parts of these names."""
+        self.terms = dict(zip(names, report.terms, strict=True))
+        if report.finite:
+            self._sum, self._count = self._sum + report.loss, self._count + 1
+
+    def loss(self) -> float | None:
+        """The mean loss, None when no step was finite."""
+        return self._sum / self._count if self._count else None
+
+    def reset(self) -> None:
+        """Begin a new mean."""
+        self._sum, self._count = 0.0, 0
+
+    def seconds(self) -> float:
+        """Spent in the stage by this process and by those before it."""
+        return self._before + time.monotonic() - self._started
+
+    def state_dict(self) -> list[float]:
+        """As checkpoints hold it."""
+        return [self._sum, self._count, self.seconds()]
+
+    def load_state_dict(self, state: Sequence[Any]) -> None:
+        """Go on from a checkpoint."""
+        self._sum, self._count, self._before = state
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """All that a checkpoint holds: random streams, schedules and the order of the data are functions of the step.
+
+    Args:
+        objective: what is trained, of which frozen parameters are left out.
+        ema: its average, if there is one.
+        scaler: the loss scaler of fp16.
+        meter: the loss since the last logged step.
+        guard: the counts of what went wrong.
+    """
+
+    objective: Objective
+    ema: Ema | None
+    scaler: GradScaler | None
+    meter: Meter
+    guard: StepGuard
+
+    def state_dict(
+        self, step: int, finished: bool, optimizer: Optimizer, networks: ShardedNetworks | None
+    ) -> dict[str, Any]:
+        """The content of a checkpoint; of sharded networks whole on the main process alone.
+
+        Args:
+            step: steps done.
+            finished: whether the stage has stopped before its last step.
+            optimizer: the optimizer.
+            networks: the sharded networks, None where every process has all; all processes must call it then.
+        """
+        if networks is not None:
+            tensors = networks.state_dict(optimizer)
+        else:
+            frozen = {name for name, p in self.objective.named_parameters() if not p.requires_grad}
+            tensors = {
+                "weights": {k: v for k, v in self.objective.state_dict().items() if k not in frozen},
+                "optimizer": optimizer.state_dict(),
+                "ema": self.ema.average.state_dict() if self.ema else None,
+            }
+        return {
+            "step": step,
+            "finished": finished,
+            **tensors,
+            "scaler": self.scaler.state_dict() if self.scaler else None,
+            "counters": self.meter.state_dict(),
+            "mishaps": self.guard.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a checkpoint, all but the optimizer's state: there is no optimizer yet, nor anything sharded."""
+        self.objective.load_state_dict(state["weights"], strict=False)
+        if self.ema is not None:
+            self.ema.average.load_state_dict(state["ema"])
+        if state["scaler"] is not None and self.scaler is not None:
+            self.scaler.load_state_dict(state["scaler"])
+        self.meter.load_state_dict(state["counters"])
+        self.guard.load_state_dict(state["mishaps"])
