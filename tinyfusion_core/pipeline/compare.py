@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import html
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -14,10 +12,10 @@ from ..comparison.figures import draw_distribution, draw_kept, draw_scatter
 from ..comparison.results import Findings
 from ..comparison.statistics import guides, reference, rows
 from ..comparison.study import Audit, Compare, Comparison
-from ..comparison.tables import Table, table_csv, tables, trials_csv
+from ..comparison.tables import table_csv, tables, trials_csv
 from ..errors import UserError
 from ..evaluation.metrics import check_teacher
-from ..reporting.report import page, picture_html
+from ..reporting.page import Figures, Picture, render_page
 from ..runtime.distributed import on_main_process
 from ..runtime.files import write_text
 from ..runtime.run_folder import COMPARISON_RESULTS
@@ -64,22 +62,18 @@ def write_comparison(run_dir: Path | str, command: str = "") -> Path:
     findings = Findings.load(folder / COMPARISON_RESULTS)
     write_text(folder / "table.csv", table_csv(findings))
     write_text(folder / "trials.csv", trials_csv(findings))
-    sections = [_table_html(table, findings.learned) for table in tables(findings)]
-    for title, file, caption in _draw(findings, folder / "figures"):
-        picture = picture_html(folder / "figures" / file, "", title)
-        sections.append(
-            f"<section><h2>{title}</h2><div class='scroll'>{picture}</div>"
-            f"<p class='note'>{html.escape(caption)}</p></section>"
-        )
     recipe = folder / "recipe.yaml"
-    record = f"<pre>{html.escape(command)}</pre>" if command else ""
-    if recipe.exists():
-        text = html.escape(recipe.read_text())
-        record += f"<details><summary>Recipe, resolved</summary><pre>{text}</pre></details>"
-    if record:
-        sections.append(f"<section><h2>Record</h2>{record}</section>")
-    text = page(folder.resolve().name, "", sections, brand=f"tinyfusion {findings.view}", style=OWN_STYLE)
-    write_text(folder / "report.html", text)
+    page = render_page(
+        "comparison.html.j2",
+        title=folder.resolve().name,
+        figures=_draw(findings, folder / "figures"),
+        command=command,
+        recipe=recipe.read_text() if recipe.exists() else "",
+        brand=f"tinyfusion {findings.view}",
+        tables=tables(findings),
+        learned=findings.learned,
+    )
+    write_text(folder / "report.html", page)
     return folder / "report.html"
 
 
@@ -102,8 +96,8 @@ def print_tables(findings: Findings) -> None:
         console.print()
 
 
-def _draw(findings: Findings, figures: Path) -> list[tuple[str, str, str]]:
-    """Draw what there are figures for. Returns sections as (title, file, caption)."""
+def _draw(findings: Findings, figures: Path) -> list[Figures]:
+    """Draw what there are figures for."""
     found = rows(findings)
     candidates = [row for row in found if row.kept]
     healed = {row.name: row.healed.mean for row in candidates if row.healed.mean is not None}
@@ -122,17 +116,18 @@ def _draw(findings: Findings, figures: Path) -> list[tuple[str, str, str]]:
         choices = {n: [t.healed for t in findings.trials if t.method == n and t.healed is not None] for n in healed}
         draw_distribution([y for _, y in points], choices, findings.learned, figures / "distribution.png")
         caption = "Below: one mark for each seed, searches in blue. The dotted line is the best of the random subsets."
-        drawn.append(("Where the choices fall", "distribution.png", caption))
+        drawn.append(Figures("Where the choices fall", caption, [Picture(figures / "distribution.png")]))
     if points or marks:
         draw_scatter(points, marks, findings.learned, figures / "scatter.png")
-        drawn.append(("Is the loss right after pruning a guide?", "scatter.png", _scatter_caption(findings)))
+        title, caption = "Is the loss right after pruning a guide?", _scatter_caption(findings)
+        drawn.append(Figures(title, caption, [Picture(figures / "scatter.png")]))
     fractions = {
         row.name: [sum(i in kept for kept in row.kept) / len(row.kept) for i in range(len(findings.blocks))]
         for row in candidates
     }
     draw_kept(fractions, figures / "kept.png")
     caption = "Dark: kept with every seed; pale: with none. Best recovered on top."
-    drawn.append(("Which blocks stay", "kept.png", caption))
+    drawn.append(Figures("Which blocks stay", caption, [Picture(figures / "kept.png")]))
     return drawn
 
 
@@ -146,28 +141,4 @@ def _scatter_caption(findings: Findings) -> str:
     return caption + (f" Not shown: {lost} with a loss that is not finite." if lost else "")
 
 
-def _table_html(table: Table, learned: Sequence[str]) -> str:
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in table.columns)
-    body = "".join(
-        f"<tr{' class=learned' if row[0] in learned else ''}><th scope='row'>{html.escape(row[0])}</th>"
-        + "".join(f"<td>{html.escape(cell).replace(chr(10), '<br>')}</td>" for cell in row[1:])
-        + "</tr>"
-        for row in table.rows
-    )
-    notes = "".join(f"<li>{html.escape(note)}</li>" for note in table.notes)
-    return (
-        f"<section><h2>{html.escape(table.title)}</h2><div class='scroll'><table class='plain'><thead><tr>{head}</tr>"
-        f"</thead><tbody>{body}</tbody></table></div><ul class='notes'>{notes}</ul></section>"
-    )
-
-
 MIN_WIDTH = 110
-OWN_STYLE = """
-.plain td:last-child { color: inherit; font-weight: inherit; }
-.plain { font-size: .9rem; } .plain th, .plain td { padding: .35rem .5rem; }
-.plain thead th { white-space: normal; vertical-align: bottom; }
-.plain td, .plain tbody th { vertical-align: top; } .plain .learned { color: var(--accent); }
-.plain td:nth-child(2):not(:last-child) { white-space: normal; text-align: left; min-width: 8rem; max-width: 15rem; }
-.plain th:nth-child(2):not(:last-child) { text-align: left; }
-ul.notes { padding-left: 1rem; }
-"""
