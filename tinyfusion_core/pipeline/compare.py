@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import html
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -14,10 +12,10 @@ from ..comparison.figures import draw_distribution, draw_kept, draw_scatter
 from ..comparison.results import ComparisonResults
 from ..comparison.statistics import guides, reference, summaries
 from ..comparison.study import Audit, Compare, Comparison
-from ..comparison.tables import TextTable, table_csv, tables, trials_csv
+from ..comparison.tables import table_csv, tables, trials_csv
 from ..errors import UserError
 from ..evaluation.metrics import check_teacher
-from ..reporting.report import page, picture_html
+from ..reporting.page import Figures, Picture, render_page
 from ..runtime.distributed import on_main_process
 from ..runtime.files import write_text
 from ..runtime.run_folder import COMPARISON_RESULTS
@@ -64,22 +62,18 @@ def write_comparison(run_dir: Path | str, command: str = "") -> Path:
     results = ComparisonResults.load(folder / COMPARISON_RESULTS)
     write_text(folder / "table.csv", table_csv(results))
     write_text(folder / "trials.csv", trials_csv(results))
-    sections = [_table_html(table, results.learned) for table in tables(results)]
-    for title, file, caption in _draw(results, folder / "figures"):
-        picture = picture_html(folder / "figures" / file, "", title)
-        sections.append(
-            f"<section><h2>{title}</h2><div class='scroll'>{picture}</div>"
-            f"<p class='note'>{html.escape(caption)}</p></section>"
-        )
     recipe = folder / "recipe.yaml"
-    record = f"<pre>{html.escape(command)}</pre>" if command else ""
-    if recipe.exists():
-        text = html.escape(recipe.read_text())
-        record += f"<details><summary>Recipe, resolved</summary><pre>{text}</pre></details>"
-    if record:
-        sections.append(f"<section><h2>Record</h2>{record}</section>")
-    text = page(folder.resolve().name, "", sections, brand=f"tinyfusion {results.view}", style=OWN_STYLE)
-    write_text(folder / "report.html", text)
+    page = render_page(
+        "comparison.html.j2",
+        title=folder.resolve().name,
+        figures=_draw(results, folder / "figures"),
+        command=command,
+        recipe=recipe.read_text() if recipe.exists() else "",
+        brand=f"tinyfusion {results.view}",
+        tables=tables(results),
+        learned=results.learned,
+    )
+    write_text(folder / "report.html", page)
     return folder / "report.html"
 
 
@@ -102,22 +96,16 @@ def print_tables(results: ComparisonResults) -> None:
         console.print()
 
 
-def _draw(results: ComparisonResults, figures: Path) -> list[tuple[str, str, str]]:
-    """Draw what there are figures for. Returns sections as (title, file, caption)."""
-    found = summaries(results)
-    candidates = [s for s in found if s.kept]
+def _draw(results: ComparisonResults, figures: Path) -> list[Figures]:
+    """Draw what there are figures for."""
+    candidates = [s for s in summaries(results) if s.kept]
     recovered = {s.name: s.recovered.mean for s in candidates if s.recovered.mean is not None}
-    subsets: dict[tuple[int, ...], list[tuple[float, float]]] = {}
-    for mask in results.masks:
-        if mask.calibration is not None and mask.recovered is not None:
-            subsets.setdefault(mask.kept, []).append((mask.calibration, mask.recovered))
-    points = [(some[0][0], sum(y for _, y in some) / len(some)) for some in subsets.values()]
     marks = {
         s.name: (s.calibration.mean, recovered[s.name])
         for s in candidates
         if s.calibration.mean is not None and s.name in recovered
     }
-    drawn = []
+    points, drawn = _points(results), []
     if results.view == "audit" and points:
         choices = {
             name: [e.recovered for e in results.entries if e.method == name and e.recovered is not None]
@@ -125,18 +113,27 @@ def _draw(results: ComparisonResults, figures: Path) -> list[tuple[str, str, str
         }
         draw_distribution([y for _, y in points], choices, results.learned, figures / "distribution.png")
         caption = "Below: one mark for each seed, searches in blue. The dotted line is the best of the random subsets."
-        drawn.append(("Where the choices fall", "distribution.png", caption))
+        drawn.append(Figures("Where the choices fall", caption, [Picture(figures / "distribution.png")]))
     if points or marks:
         draw_scatter(points, marks, results.learned, figures / "scatter.png")
-        drawn.append(("Is the loss right after pruning a guide?", "scatter.png", _scatter_caption(results)))
+        title, caption = "Is the loss right after pruning a guide?", _scatter_caption(results)
+        drawn.append(Figures(title, caption, [Picture(figures / "scatter.png")]))
     fractions = {
         s.name: [sum(i in kept for kept in s.kept) / len(s.kept) for i in range(len(results.blocks))]
         for s in candidates
     }
     draw_kept(fractions, figures / "kept.png")
     caption = "Dark: kept with every seed; pale: with none. Best recovered on top."
-    drawn.append(("Which blocks stay", "kept.png", caption))
-    return drawn
+    return [*drawn, Figures("Which blocks stay", caption, [Picture(figures / "kept.png")])]
+
+
+def _points(results: ComparisonResults) -> list[tuple[float, float]]:
+    """Of every random subset its loss right after pruning, and the mean of its losses after recovery."""
+    subsets: dict[tuple[int, ...], list[tuple[float, float]]] = {}
+    for mask in results.masks:
+        if mask.calibration is not None and mask.recovered is not None:
+            subsets.setdefault(mask.kept, []).append((mask.calibration, mask.recovered))
+    return [(some[0][0], sum(y for _, y in some) / len(some)) for some in subsets.values()]
 
 
 def _scatter_caption(results: ComparisonResults) -> str:
@@ -149,28 +146,4 @@ def _scatter_caption(results: ComparisonResults) -> str:
     return caption + (f" Not shown: {lost} with a loss that is not finite." if lost else "")
 
 
-def _table_html(table: TextTable, learned: Sequence[str]) -> str:
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in table.columns)
-    body = "".join(
-        f"<tr{' class=learned' if row[0] in learned else ''}><th scope='row'>{html.escape(row[0])}</th>"
-        + "".join(f"<td>{html.escape(cell).replace(chr(10), '<br>')}</td>" for cell in row[1:])
-        + "</tr>"
-        for row in table.rows
-    )
-    notes = "".join(f"<li>{html.escape(note)}</li>" for note in table.notes)
-    return (
-        f"<section><h2>{html.escape(table.title)}</h2><div class='scroll'><table class='plain'><thead><tr>{head}</tr>"
-        f"</thead><tbody>{body}</tbody></table></div><ul class='notes'>{notes}</ul></section>"
-    )
-
-
 MIN_WIDTH = 110
-OWN_STYLE = """
-.plain td:last-child { color: inherit; font-weight: inherit; }
-.plain { font-size: .9rem; } .plain th, .plain td { padding: .35rem .5rem; }
-.plain thead th { white-space: normal; vertical-align: bottom; }
-.plain td, .plain tbody th { vertical-align: top; } .plain .learned { color: var(--accent); }
-.plain td:nth-child(2):not(:last-child) { white-space: normal; text-align: left; min-width: 8rem; max-width: 15rem; }
-.plain th:nth-child(2):not(:last-child) { text-align: left; }
-ul.notes { padding-left: 1rem; }
-"""

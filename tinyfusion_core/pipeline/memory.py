@@ -28,6 +28,7 @@ from ..runtime.seeding import Rng
 from ..selection.search import Search
 from ..training.distillation import Distilled
 from ..training.recover import Recover
+from ..training.trainer import Trainer
 from .activations import Saved, saved_by
 
 
@@ -50,6 +51,19 @@ class Setup:
     micro_batch_size: int | None = None
     checkpointing: bool = False
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+
+    @classmethod
+    def of(cls, trainer: Trainer, devices: int) -> Setup:
+        """As a trainer spreads it. Raises UserError when its batch cannot be split over so many devices."""
+        trainer.split(devices)
+        return cls(
+            batch_size=trainer.batch_size,
+            devices=devices,
+            sharding=trainer.sharding,
+            micro_batch_size=trainer.micro_batch_size,
+            checkpointing=trainer.activation_checkpointing,
+            precision=trainer.precision,
+        )
 
     @property
     def rows(self) -> int:

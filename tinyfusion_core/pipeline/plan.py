@@ -16,8 +16,10 @@ from ..errors import MissingFileError, UserError
 from ..evaluation.metrics import count_flops
 from ..protocols.backbone import list_lengths, owner
 from ..protocols.block_call import watched_streams
+from ..pruning.decision import Decision
 from ..pruning.prune import remove_blocks
 from ..runtime.seeding import Rng
+from ..runtime.stages import EVALUATE, SEARCH, Stage
 from ..runtime.trackers import check_trackers
 from ..samplers.budget import budget_text
 from ..selection.search import Search
@@ -25,25 +27,6 @@ from ..selection.successive_halving import search_of
 from ..training.recover import Recover
 from .memory import Needs, Setup, gigabytes, search_needs, training_needs
 from .recipe import Recipe
-from .schema import Round
-
-
-@dataclass
-class Plan:
-    """The plan of a run, or of a comparison.
-
-    Attributes:
-        rows: what would happen, as (what, value).
-        problems: what makes it impossible.
-        missing: files that it will need and that are not there.
-    """
-
-    rows: list[tuple[str, str]] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-
-
-Part = Callable[[Plan, Recipe], None]
 
 
 @dataclass(frozen=True)
@@ -59,6 +42,26 @@ class Hardware:
     memory: float | None = None
 
 
+@dataclass
+class Plan:
+    """The plan of a run, or of a comparison.
+
+    Attributes:
+        hardware: what it is made for; None: memory is not planned.
+        rows: what would happen, as (what, value).
+        problems: what makes it impossible.
+        missing: files that it will need and that are not there.
+    """
+
+    hardware: Hardware | None = None
+    rows: list[tuple[str, str]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+
+Part = Callable[[Plan, Recipe], None]
+
+
 def make_plan(recipe: Recipe, comparisons: bool = False, hardware: Hardware | None = None) -> Plan:
     """Plan a run; problems are collected, not raised.
 
@@ -68,17 +71,16 @@ def make_plan(recipe: Recipe, comparisons: bool = False, hardware: Hardware | No
         hardware: plan too how much memory every stage needs on it, which takes seconds.
     """
     stages = [stage for stage in (recipe.compare, recipe.audit) if stage is not None and comparisons]
-    parts: list[Part] = [_network, partial(_stages, hardware), _checkpoint, _data, _metrics, _trackers]
-    return _make(recipe, [*parts, *(partial(_comparison, s) for s in stages)])
+    parts: list[Part] = [_network, _stages, _checkpoint, _data, _metrics, _trackers]
+    return _make(Plan(hardware), recipe, [*parts, *(partial(_comparison, s) for s in stages)])
 
 
 def make_comparison_plan(recipe: Recipe, stage: Comparison) -> Plan:
     """Plan a comparison in the same way."""
-    return _make(recipe, [_network, _checkpoint, _data, _metrics, partial(_comparison, stage)])
+    return _make(Plan(), recipe, [_network, _checkpoint, _data, _metrics, partial(_comparison, stage)])
 
 
-def _make(recipe: Recipe, parts: Sequence[Part]) -> Plan:
-    plan = Plan()
+def _make(plan: Plan, recipe: Recipe, parts: Sequence[Part]) -> Plan:
     for part in parts:
         _collect(plan, partial(part, plan, recipe))
     return plan
@@ -102,35 +104,31 @@ def _network(plan: Plan, recipe: Recipe) -> None:
     plan.rows.append(("before pruning", _size(recipe, model)))
 
 
-def _stages(hardware: Hardware | None, plan: Plan, recipe: Recipe) -> None:
+def _stages(plan: Plan, recipe: Recipe) -> None:
+    teacher: nn.Module | None = None
+    decision: Decision | None = None
     model, _ = _on_meta(recipe)
-    if recipe.train is not None:
-        plan.rows.append(("train", _training(recipe, recipe.train)))
-        needs = partial(training_needs, recipe.backbone, recipe.loss, model, recipe.train)
-        _memory(plan, recipe, hardware, "train", recipe.train, needs)
-    if recipe.train is not None and recipe.train.kd is not None:
-        plan.problems.append("train.kd: a fresh network has no teacher to learn from; distillation goes with recover")
+    for stage in recipe.stages():
+        try:
+            if stage.name == SEARCH:
+                teacher, (decision, model) = model, _search(plan, recipe, stage, model)
+            elif stage.name != EVALUATE and stage.settings is not None:
+                _train(plan, recipe, stage, model, teacher, decision)
+        except UserError as e:
+            raise UserError(f"rounds.{stage.round}: {e}" if stage.round else str(e)) from e
     if recipe.recover is not None and recipe.search is None:
         plan.problems.append(
             "recover: there is no search before it, so nothing is pruned; add one, or set recover: null"
         )
-    for name, step in recipe.each_round().items():
-        try:
-            model = _round(plan, recipe, hardware, f"{name}: " if name else "", step, model)
-        except UserError as e:
-            raise UserError(f"rounds.{name}: {e}" if name else str(e)) from e
 
 
-def _round(
-    plan: Plan, recipe: Recipe, hardware: Hardware | None, prefix: str, step: Round, model: nn.Module
-) -> nn.Module:
-    """Plan one search and recovery; returns the pruned network."""
+def _search(plan: Plan, recipe: Recipe, stage: Stage, model: nn.Module) -> tuple[Decision, nn.Module]:
+    """Plan a search. Returns a decision as it may come out, and the network pruned by it."""
+    prefix, selector = _prefix(stage), stage.settings
     blocks = recipe.backbone.block_paths(model)
-    decision = step.search.preview(blocks)
-    # Groups say how many blocks of which list stay, whichever they are.
-    given = "" if decision.choices else f", if blocks {', '.join(map(str, decision.kept))} stay"
+    decision = selector.preview(blocks)
     plan.rows.append((f"{prefix}keeps", f"{len(decision.kept)} of {len(blocks)} blocks"))
-    if (search := search_of(step.search)) is not None:
+    if (search := search_of(selector)) is not None:
         sampler = search.make_sampler(list_lengths(blocks))
         if sampler.budget is None and not sampler.choices():
             plan.rows[-1] = (f"{prefix}keeps", f"as many of {len(blocks)} blocks as the budget pays for")
@@ -144,44 +142,44 @@ def _round(
         update = type(search.update).__name__
         plan.rows.append((f"{prefix}search", f"{_budget(recipe, search)}{copies}, weight update {update}"))
         needed = partial(search_needs, recipe.backbone, recipe.loss, model, search)
-        _memory(plan, recipe, hardware, f"{prefix}search", search, needed)
+        _memory(plan, recipe, f"{prefix}search", search, needed)
     pruned = copy.deepcopy(model)
     remove_blocks(recipe.backbone, pruned, [blocks[i] for i in decision.removed])
     several = len(list_lengths(blocks)) > 1  # whose blocks are not alike
-    plan.rows.append((f"{prefix}after pruning", _size(recipe, pruned) + given * several))
-    if step.recover is not None:
-        plan.rows.append((f"{prefix}recover", _training(recipe, step.recover)))
-        if step.recover.kd is not None and (taps := step.recover.kd.taps_for(decision)):
-            table = ", ".join(f"{student} ↔ {teacher}" for student, teacher in taps)
-            plan.rows.append((f"{prefix}taps", f"student ↔ teacher: {table}{given}"))
-        needs = partial(
-            training_needs, recipe.backbone, recipe.loss, pruned, step.recover, teacher=model, decision=decision
-        )
-        _memory(plan, recipe, hardware, f"{prefix}recover", step.recover, needs)
-    return pruned
+    plan.rows.append((f"{prefix}after pruning", _size(recipe, pruned) + _given(decision) * several))
+    return decision, pruned
 
 
-def _memory(
-    plan: Plan,
-    recipe: Recipe,
-    hardware: Hardware | None,
-    name: str,
-    stage: Search | Recover,
-    needs: Callable[[Setup], Needs],
+def _train(
+    plan: Plan, recipe: Recipe, stage: Stage, model: nn.Module, teacher: nn.Module | None, decision: Decision | None
 ) -> None:
+    """Plan a training: that of a pruned network, or, without a teacher, of a fresh one."""
+    prefix, how = _prefix(stage), stage.settings
+    plan.rows.append((f"{prefix}{stage.name}", _training(recipe, how)))
+    if how.kd is not None and decision is not None and (taps := how.kd.taps_for(decision)):
+        table = ", ".join(f"{student} ↔ {teacher}" for student, teacher in taps)
+        plan.rows.append((f"{prefix}taps", f"student ↔ teacher: {table}{_given(decision)}"))
+    needs = partial(training_needs, recipe.backbone, recipe.loss, model, how, teacher=teacher, decision=decision)
+    _memory(plan, recipe, f"{prefix}{stage.name}", how, needs)
+    if how.kd is not None and decision is None:
+        plan.problems.append("train.kd: a fresh network has no teacher to learn from; distillation goes with recover")
+
+
+def _prefix(stage: Stage) -> str:
+    """What its rows begin with."""
+    return f"{stage.round}: " if stage.round else ""
+
+
+def _given(decision: Decision) -> str:
+    """What a row that depends on the kept blocks adds; groups say how many of which list stay, whichever they are."""
+    return "" if decision.choices else f", if blocks {', '.join(map(str, decision.kept))} stay"
+
+
+def _memory(plan: Plan, recipe: Recipe, name: str, stage: Search | Recover, needs: Callable[[Setup], Needs]) -> None:
     """Plan what a stage needs of every device's memory."""
-    if hardware is None:
+    if (hardware := plan.hardware) is None:
         return
-    trainer = recipe.trainer.with_batch_size(stage.batch_size)
-    trainer.split(hardware.devices)  # raises when it cannot be
-    setup = Setup(
-        batch_size=trainer.batch_size,
-        devices=hardware.devices,
-        sharding=trainer.sharding,
-        micro_batch_size=trainer.micro_batch_size,
-        checkpointing=trainer.activation_checkpointing,
-        precision=trainer.precision,
-    )
+    setup = Setup.of(recipe.trainer.with_batch_size(stage.batch_size), hardware.devices)
     found = needs(setup)
     plan.rows.append((f"{name}: memory", found.describe(setup)))
     total = found.total(setup.checkpointing)

@@ -1,0 +1,66 @@
+"""One HTML page that needs no other file, from a template and what it is to show."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+TEMPLATES = Environment(
+    loader=PackageLoader("tinyfusion_core.reporting"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG file.
+
+    Attributes:
+        path: the file.
+        shown: what it shows, to stand under it.
+    """
+
+    path: Path
+    shown: str = ""
+
+    @property
+    def data(self) -> str:
+        """The file's content in base64."""
+        return base64.b64encode(self.path.read_bytes()).decode()
+
+
+@dataclass(frozen=True)
+class Figures:
+    """A section of a page: pictures beside each other, and a caption."""
+
+    title: str
+    caption: str
+    pictures: Sequence[Picture]
+
+
+def render_page(
+    template: str, title: str, figures: Sequence[Figures], command: str, recipe: str, brand: str, **more: Any
+) -> str:
+    """The HTML of a page. All texts are plain: the template escapes them.
+
+    Args:
+        template: name of a file in `templates/` that extends `page.html.j2`.
+        title: of the page.
+        figures: the sections of pictures.
+        command: what made it; empty leaves it out of the record.
+        recipe: the resolved recipe, likewise.
+        brand: to stand above the title.
+        more: what the template itself asks for.
+    """
+    return TEMPLATES.get_template(template).render(
+        title=title, figures=figures, command=command, recipe=recipe, brand=brand, **more
+    )
