@@ -38,7 +38,7 @@ from tinyfusion_core.protocols.data import Tensors
 from tinyfusion_core.runtime.files import digest
 from tinyfusion_core.runtime.progress import track
 from tinyfusion_core.samplers.grouped import GroupedSampler
-from tinyfusion_core.selection.criteria import FirstN, Keep, LastN, Uniform, Verdict
+from tinyfusion_core.selection.criteria import CriterionResult, FirstN, Keep, LastN, Uniform
 from tinyfusion_core.selection.sensitivity import Greedy, LeaveOneOut
 from tinyfusion_core.selection.similarity import BlockInfluence
 from tinyfusion_images.features import shipped
@@ -425,7 +425,7 @@ def test_several_block_lists(tmp_path: Path) -> None:
 
 class Disobedient(FirstN):
     def decide(self, quota, task, trainer):
-        return Verdict((0, 1))
+        return CriterionResult((0, 1))
 
 
 def test_a_candidate_that_does_not_keep_its_budget_is_refused(tmp_path: Path, worked: Counter[str]) -> None:

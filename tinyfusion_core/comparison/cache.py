@@ -32,9 +32,7 @@ from ..runtime.distributed import on_main_process
 from ..runtime.files import digest, read_json, write_json
 from ..runtime.progress import Tracker
 from ..runtime.run_folder import RunFolder
-from ..selection.calibration import Calibrated
-from ..selection.search import Selector
-from ..selection.successive_halving import Finals
+from ..selection.base import Decisive, Selector
 from ..training.recover import Recover
 from ..training.trainer import INDIFFERENT, Trainer
 from .legacy_keys import Name, then
@@ -96,7 +94,7 @@ class Cells:
             scores = None if scores is None else [_finite(s) for s in scores]
             return {"kept": list(decision.kept), "scores": scores, "seconds": seconds, "evaluations": cost}
 
-        key = {**self.training, **_stage(selector, trainer), **selector.inputs()}
+        key = {**self.training, **_stage(selector, selector.decisive(trainer)), **selector.inputs()}
         made = self._cell("decision", key, f"{name}, seed {seed}: choosing", work)
         self.progress.advance()
         kept, scores = tuple(made.pop("kept")), made.pop("scores")
@@ -136,7 +134,7 @@ class Cells:
         key = {
             **{f"training {k}": v for k, v in self.training.items()},
             **self.measuring,
-            **_stage(self.recover, trainer),
+            **_stage(self.recover, Decisive(trainer.with_batch_size(self.recover.batch_size), but=("batch_size",))),
             "patience": trainer.max_skipped,  # decides what has diverged
             "kept": list(trial.kept),
         }
@@ -234,17 +232,11 @@ def _described(value: Any, *but: str) -> Any:
     return value if value is None or isinstance(value, (bool, int, str)) else uuid.uuid4().hex
 
 
-def _stage(stage: Selector | Recover, trainer: Trainer) -> dict[str, Any]:
+def _stage(stage: Selector | Recover, decisive: Decisive) -> dict[str, Any]:
     """A stage and how it trains, but for what changes no number; of two batch sizes the one that counts."""
-    if isinstance(stage, Calibrated):  # does not train
-        what, how = _described(stage, "batch_size"), _described(trainer, *INDIFFERENT, "batch_size")
-    elif isinstance(stage, Finals):  # its parts have batch sizes of their own, or the trainer's
-        what, how = _described(stage), _described(trainer, *INDIFFERENT)
-    else:
-        own: int | None = getattr(stage, "batch_size", None)
-        what, how = _described(stage, "batch_size"), _described(trainer.with_batch_size(own), *INDIFFERENT)
-    how["precision"] = trainer.accelerator.mixed_precision
-    return {"stage": what, "trainer": how}
+    how = _described(decisive.trainer, *INDIFFERENT, *decisive.but_of_trainer)
+    how["precision"] = decisive.trainer.accelerator.mixed_precision
+    return {"stage": _described(stage, *decisive.but), "trainer": how}
 
 
 def _features(space: FeatureSpace) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..runtime.files import read_json, write_json
-from ..samplers.budget import Budget
+from ..samplers.constraints import Budget
 
 FORMAT_VERSION = 1
 

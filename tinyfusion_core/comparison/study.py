@@ -14,7 +14,6 @@ from pathlib import Path
 from ..errors import UserError, require
 from ..evaluation.frechet import Frechet
 from ..evaluation.metrics import HeldOutLoss, Metric
-from ..protocols.backbone import block_lists, list_lengths
 from ..protocols.task import Task
 from ..runtime.distributed import on_main_process
 from ..runtime.files import read_json
@@ -22,12 +21,12 @@ from ..runtime.locking import owned
 from ..runtime.progress import track
 from ..runtime.run_folder import FINDINGS, RunFolder
 from ..runtime.seeding import generator
-from ..samplers.budget import Budget, make_quota, spoken
+from ..samplers.compiled import compile_constraints
+from ..samplers.constraints import Budget, spoken
+from ..selection.base import Selector, count_by_list
 from ..selection.criteria import BKSDM, Criterion, FirstN, LastN, Uniform
-from ..selection.search import Selector
 from ..selection.sensitivity import Greedy, LeaveOneOut, Taylor
 from ..selection.similarity import BlockInfluence, InputOutputMSE, SpanSimilarity
-from ..selection.successive_halving import search_of
 from ..training.recover import Recover
 from ..training.trainer import Trainer
 from .cache import Cells
@@ -135,8 +134,8 @@ class Comparison:
         self._check_folder(folder)
         seeds = tuple(trainer.seed + i for i in range(self.seeds))
         num_random, num_seeds = self.reference()
-        quota = make_quota(task.blocks, budget, None, (), self.view)
-        subsets = quota.distinct(num_random, generator(trainer.seed, "comparison", "random subsets"))
+        allowed = compile_constraints(task.blocks, self.view, keep=budget)
+        subsets = allowed.distinct(num_random, generator(trainer.seed, "comparison", "random subsets"))
         work = 2 * len(candidates) * len(seeds) + len(subsets) * num_seeds
         with ExitStack() as stack:
 
@@ -149,7 +148,7 @@ class Comparison:
             teacher = cells.calibrate(range(len(task.blocks)))
             decided = [cells.decide(name, c, seed) for seed in seeds for name, c in candidates.items()]
             for trial in decided:
-                kept = len(trial.kept) if isinstance(budget, int) else _by_list(trial.kept, task.blocks)
+                kept = len(trial.kept) if isinstance(budget, int) else count_by_list(trial.kept, task.blocks)
                 if kept != budget:
                     raise UserError(
                         f"{self.view}: with seed {trial.seed} {trial.method} keeps {spoken(kept)}, "
@@ -161,11 +160,11 @@ class Comparison:
                 view=self.view,
                 blocks=tuple(task.blocks),
                 budget=budget,
-                num_masks=quota.num_masks,
+                num_masks=allowed.num_masks,
                 steps=cells.recover.steps,
                 seeds=seeds,
                 teacher=teacher,
-                learned=tuple(name for name, c in candidates.items() if search_of(c)),
+                learned=tuple(name for name, c in candidates.items() if c.learned() is not None),
                 trials=trials,
                 masks=masks,
                 left_out=lineup.left_out,
@@ -264,21 +263,8 @@ def _common_budget(view: str, candidates: Mapping[str, Selector], blocks: Sequen
 
 
 def _budget(candidate: Selector, blocks: Sequence[str]) -> Budget:
-    """How many blocks of each list it keeps, or of all where lists share a choice."""
-    decision = candidate.preview(blocks)
-    choices = decision.choices
-    if (search := search_of(candidate)) is not None and not choices:
-        budget = search.make_sampler(list_lengths(blocks)).budget
-        if budget is None:
-            raise UserError("has a budget of costs; only candidates that keep the same number of blocks are compared")
-        return budget
-    if isinstance(candidate, Criterion):
-        choices = tuple(choice.blocks for choice in candidate.quota(blocks).choices)
-    lists = [set(members) for members in block_lists(blocks).values()]
-    shared = len(lists) == 1 or not all(any(members.issuperset(choice) for members in lists) for choice in choices)
-    return len(decision.kept) if shared else _by_list(decision.kept, blocks)
-
-
-def _by_list(kept: Sequence[int], blocks: Sequence[str]) -> dict[str, int]:
-    """How many blocks of each list are kept."""
-    return {name: len(set(members) & set(kept)) for name, members in block_lists(blocks).items()}
+    budget = candidate.budget(blocks)
+    if budget is None:
+        raise UserError("has a budget of costs; only candidates that keep the same number of blocks are compared")
+    candidate.preview(blocks)  # what else is wrong with it shows here
+    return budget

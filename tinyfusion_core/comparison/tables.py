@@ -7,7 +7,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from ..samplers.budget import spoken
+from ..samplers.constraints import spoken
 from .results import Findings
 from .statistics import RANDOM, Mean, Row, guides, reference, rows
 

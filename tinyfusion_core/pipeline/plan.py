@@ -19,9 +19,8 @@ from ..protocols.block_call import watched_streams
 from ..pruning.prune import remove_blocks
 from ..runtime.seeding import Rng
 from ..runtime.trackers import check_trackers
-from ..samplers.budget import spoken
+from ..samplers.constraints import spoken
 from ..selection.search import Search
-from ..selection.successive_halving import search_of
 from ..training.recover import Recover
 from .memory import Needs, Setup, gigabytes, search_needs, training_needs
 from .recipe import Recipe
@@ -130,7 +129,7 @@ def _round(
     # Groups say how many blocks of which list stay, whichever they are.
     given = "" if decision.choices else f", if blocks {', '.join(map(str, decision.kept))} stay"
     plan.rows.append((f"{prefix}keeps", f"{len(decision.kept)} of {len(blocks)} blocks"))
-    if (search := search_of(step.search)) is not None:
+    if (search := step.search.learned()) is not None:
         sampler = search.make_sampler(list_lengths(blocks))
         if sampler.budget is None and not sampler.choices():
             plan.rows[-1] = (f"{prefix}keeps", f"as many of {len(blocks)} blocks as the budget pays for")

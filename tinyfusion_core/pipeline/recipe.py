@@ -22,7 +22,7 @@ from ..protocols.loss import LossAdapter
 from ..registry.registry import load_plugin
 from ..registry.sources import PluginFile
 from ..runtime.files import write_atomic, write_text
-from ..selection.search import Selector
+from ..selection.base import Selector
 from ..training.recover import Recover
 from ..training.trainer import Trainer
 from .schema import KEYS, SECTIONS, Round, checked, schema

@@ -25,7 +25,6 @@ from ..runtime.files import save_tensors, write_json
 from ..runtime.locking import owned
 from ..runtime.run_folder import RunFolder
 from ..runtime.seeding import seed_of
-from ..selection.successive_halving import trainings_of
 from .plan import make_plan
 from .recipe import Recipe
 from .schema import Round
@@ -77,7 +76,7 @@ def _prepared(recipe: Recipe, folder: RunFolder, command: str, restart_from: str
     if plan.problems or plan.missing:
         raise UserError("\n".join(plan.problems + plan.missing))
     rounds = recipe.each_round().values()
-    searched = [training for step in rounds for training in trainings_of(step.search)]
+    searched = [training for step in rounds for training in step.search.trainings()]
     for stage in (recipe.train, *searched, *(step.recover for step in rounds)):
         if stage is not None:
             recipe.trainer.with_batch_size(stage.batch_size).split(recipe.trainer.accelerator.num_processes)
