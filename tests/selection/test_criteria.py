@@ -15,6 +15,7 @@ import tinyfusion_core as tiny
 from criteria_tasks import TRAINER, given, planted, scores
 from small_run import RECIPE
 from tinyfusion_core.errors import UserError
+from tinyfusion_core.samplers.constraints import Rules
 from tinyfusion_core.selection.calibration import Calibrated, Calibration
 from tinyfusion_core.selection.criteria import BKSDM, Criterion, FirstN, LastN, Uniform
 from tinyfusion_core.selection.sensitivity import Greedy, LeaveOneOut, Random, Taylor
@@ -286,3 +287,50 @@ def test_recipes_name_them(criterion: type[Criterion], tmp_path) -> None:
     made = tiny.load_recipe(path).search
     assert type(made) is criterion
     assert (made.pattern, list(made.protect)) == ((2, 4), [1])
+
+
+@pytest.mark.parametrize("criterion", [c for c in ALL if c is not SpanSimilarity])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"keep": 4, "constraints": Rules(max_run=2, together=[[3, 4]], remove=[6])},
+        {"pattern": (2, 4), "constraints": Rules(max_run=2)},
+        {"constraints": Rules(costs=[1, 2, 1, 2, 1, 2, 1, 2], budget=6, protect=[5])},
+    ],
+)
+def test_every_criterion_obeys_constraints(criterion: type[Criterion], options: dict[str, Any]) -> None:
+    how, task = criterion(**options), planted()
+    allowed = how.compiled(task.blocks)
+    assert allowed.accepts(how.preview(task.blocks).kept)
+    assert allowed.accepts(how(task, TRAINER).kept)
+
+
+def test_a_span_obeys_constraints_or_says_why_it_cannot() -> None:
+    how = SpanSimilarity(keep=5, constraints=Rules(together=[[0, 1]]))
+    assert set(how(planted(), TRAINER).kept) & {0, 1} in (set(), {0, 1})
+    with pytest.raises(UserError, match="removes a run of every group or list by itself"):
+        SpanSimilarity(pattern=(2, 4), constraints=Rules(max_run=2)).preview(planted().blocks)
+
+
+def test_a_search_takes_constraints() -> None:
+    blocks = planted().blocks
+    by_number = tiny.Search(keep=4, protect=[0], constraints=Rules(max_run=2))
+    sampler = by_number.make_sampler({"blocks": 8})
+    assert sampler.allows([0, 3, 5, 6]) and not sampler.allows([1, 3, 5, 6]) and not sampler.allows([0, 4, 5, 6])
+    grouped = tiny.Search(pattern=(2, 4), protect=[0], constraints=Rules(remove=[7])).make_sampler({"blocks": 8})
+    assert grouped.num_masks == 3 * 3
+    assert grouped.allows([0, 3, 4, 5]) and not grouped.allows([1, 3, 4, 5]) and not grouped.allows([0, 1, 6, 7])
+    costs = tiny.Search(constraints=Rules(costs=[1] * 8, budget=3))
+    assert len(costs.preview(blocks).kept) == 3 and costs.budget(blocks) is None
+    for wrong, message in (
+        ({"pattern": (2, 4), "constraints": Rules(max_run=2)}, r"search\.constraints\.max_run: .*use keep"),
+        ({"keep": 4, "constraints": Rules(keep=4)}, r"search\.constraints\.keep: say it as search\.keep"),
+        ({"keep": 4, "constraints": Rules(costs=[1] * 8, budget=3)}, "one of the three"),
+        ({"keep": 4, "constraints": Rules(budget=3)}, "costs and budget go together"),
+    ):
+        with pytest.raises(UserError, match=message):
+            tiny.Search(**wrong)
+    with pytest.raises(UserError, match=r"search\.constraints: no mask of 8 blocks obeys"):
+        tiny.Search(keep=2, constraints=Rules(max_run=1)).preview(blocks)
+    with pytest.raises(UserError, match=r"group 2 \(blocks 4 to 7\) cannot keep 2 of 4"):
+        tiny.Search(pattern=(2, 4), protect=[4, 5, 6]).preview(blocks)

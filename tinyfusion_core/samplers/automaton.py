@@ -122,8 +122,8 @@ class Automaton:
         reached = torch.tensor([0])
         for i, (drop, keep) in enumerate(zip(self.drop, self.keep, strict=True)):
             after = torch.cat([drop[reached], keep[reached]]) if i in kept else drop[reached]
-            reached = after.unique()
-            reached = reached[reached < self._num_after(i)]
+            possible = {state for state in after.tolist() if state < self._num_after(i)}
+            reached = torch.tensor(sorted(possible), dtype=torch.long)
         return len(reached) > 0
 
     def best(self, weights: Sequence[int], late: bool = False) -> tuple[int, ...]:
