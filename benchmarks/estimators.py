@@ -26,8 +26,9 @@ from torch import Tensor
 
 import tinyfusion_core as tiny
 from tinyfusion_core.comparison.results import ComparisonResults
-from tinyfusion_core.samplers.grouped import BlockSampler
-from tinyfusion_core.selection.search import Selector, value_weights
+from tinyfusion_core.samplers.base import BlockSampler
+from tinyfusion_core.selection.base import Selector
+from tinyfusion_core.selection.gated_loss import value_weights
 from tinyfusion_dit import DiT, GaussianDiffusion
 from tinyfusion_images import Digits
 
@@ -140,7 +141,7 @@ def gradients(truth: Truth) -> list[dict[str, str | float]]:
         for name, (make, share) in ESTIMATORS.items():
             sampler = make(LISTS)
             if kept:
-                sampler.prefer(kept, (strength, strength))
+                sampler.set_prior(kept, (strength, strength))
             exact = truth.gradient(sampler)
             start = time.perf_counter()
             estimates = torch.stack([truth.estimate(sampler, share, i) for i in range(ESTIMATES)])

@@ -28,7 +28,8 @@ from tinyfusion_core.protocols.data import Tensors
 from tinyfusion_core.protocols.loss import LossAdapter
 from tinyfusion_core.registry.registry import registry
 from tinyfusion_core.runtime.distributed import shutdown
-from tinyfusion_core.samplers.grouped import Draw, GroupedSampler
+from tinyfusion_core.samplers.base import Draw
+from tinyfusion_core.samplers.grouped import GroupedSampler
 from tinyfusion_core.samplers.subset import ExactK, GumbelTopK
 from tinyfusion_core.testing import pair_name, pairs_of
 from tinyfusion_core.testing.subject import Subject

@@ -42,13 +42,14 @@ from .registry.hooks import hookimpl as hookimpl
 from .registry.registry import load_plugin as load_plugin
 from .runtime.run_folder import RunFolder as RunFolder
 from .runtime.seeding import Rng as Rng
+from .samplers.base import BlockSampler as BlockSampler
+from .samplers.base import Draw as Draw
 from .samplers.constraints import Rules as Rules
-from .samplers.grouped import BlockSampler as BlockSampler
-from .samplers.grouped import Draw as Draw
 from .samplers.grouped import GroupedSampler as GroupedSampler
 from .samplers.subset import ExactK as ExactK
 from .samplers.subset import GumbelTopK as GumbelTopK
 from .samplers.subset import ScoreFunction as ScoreFunction
+from .selection.base import Selector as Selector
 from .selection.calibration import Calibrated as Calibrated
 from .selection.calibration import Calibration as Calibration
 from .selection.criteria import BKSDM as BKSDM
@@ -59,7 +60,6 @@ from .selection.criteria import LastN as LastN
 from .selection.criteria import Nested as Nested
 from .selection.criteria import Uniform as Uniform
 from .selection.search import Search as Search
-from .selection.search import Selector as Selector
 from .selection.sensitivity import Greedy as Greedy
 from .selection.sensitivity import LeaveOneOut as LeaveOneOut
 from .selection.sensitivity import Random as Random

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from .evaluation.metrics import Metric
     from .protocols.command import Command
     from .pruning.weight_update import WeightUpdate
-    from .samplers.grouped import BlockSampler
-    from .selection.search import Selector
+    from .samplers.base import BlockSampler
+    from .selection.base import Selector
     from .training.distillation import OutputKD
 
 

@@ -22,7 +22,7 @@ from tinyfusion_core.errors import UserError
 from tinyfusion_core.pipeline.compare import write_comparison
 from tinyfusion_core.protocols.backbone import Backbone
 from tinyfusion_core.protocols.data import Tensors
-from tinyfusion_core.selection.criteria import FirstN, Keep, LastN, Uniform, Verdict
+from tinyfusion_core.selection.criteria import CriterionResult, FirstN, Keep, LastN, Uniform
 from tinyfusion_core.selection.sensitivity import Greedy, LeaveOneOut
 from tinyfusion_core.selection.similarity import BlockInfluence
 
@@ -199,7 +199,7 @@ def test_several_block_lists(tmp_path: Path) -> None:
 
 class Disobedient(FirstN):
     def decide(self, quota, task, trainer):
-        return Verdict((0, 1))
+        return CriterionResult((0, 1))
 
 
 def test_a_candidate_that_does_not_keep_its_budget_is_refused(tmp_path: Path, worked: Counter[str]) -> None:

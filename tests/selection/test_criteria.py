@@ -1,258 +1,42 @@
-"""Every heuristic: numbers worked out by hand, planted truth, budgets, and the published block influence."""
+"""Every heuristic: planted truth, budgets, positions, and what cannot be."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from torch import Tensor, nn
 
-import golden_data
 import tinyfusion_core as tiny
-from golden_data import assert_close_rel, weights
+from criteria_tasks import TRAINER, given, planted, scores
 from small_run import RECIPE
 from tinyfusion_core.errors import UserError
-from tinyfusion_core.protocols.backbone import Backbone, Stream
-from tinyfusion_core.protocols.data import Tensors
-from tinyfusion_core.protocols.loss import LossAdapter
+from tinyfusion_core.samplers.constraints import Rules
 from tinyfusion_core.selection.calibration import Calibrated, Calibration
 from tinyfusion_core.selection.criteria import BKSDM, Criterion, FirstN, LastN, Uniform
 from tinyfusion_core.selection.sensitivity import Greedy, LeaveOneOut, Random, Taylor
-from tinyfusion_core.selection.similarity import BlockInfluence, InputOutputMSE, LinearCKA, SpanSimilarity, cosine
-from tinyfusion_dit import GaussianDiffusion
-from tinyfusion_dit.model import DiT as Network
-from toys import Chain, DoubleNet, Match, Net, Planted, planted_data
+from tinyfusion_core.selection.similarity import BlockInfluence, InputOutputMSE, SpanSimilarity
+from toys import Match, Net
 
 pytestmark = pytest.mark.numerics
 
 POSITIONS = [Uniform, FirstN, LastN, BKSDM]
+
+
 SCORES = [BlockInfluence, InputOutputMSE, LeaveOneOut, Taylor]
+
+
 DATA = [*SCORES, Greedy, SpanSimilarity]
+
+
 ALL = [*POSITIONS, Random, *DATA]
+
+
 WORKING = (1, 3, 4, 7)
-TRAINER = tiny.Trainer(batch_size=16, precision="fp32", seed=0)
-
-
-def planted(loss: LossAdapter | None = None, scales: tuple[float, ...] = (0, 1, 0, 1, 1, 0, 0, 1)) -> tiny.Task:
-    data = planted_data()
-    return tiny.Task(backbone=Planted(scales=scales), loss=loss or Match(), train=data, held_out=data)
-
-
-# Networks small enough to work out by hand
-
-
-@dataclass(frozen=True)
-class Given(Backbone):
-    """Stands for a network that a test has built."""
-
-    paths: tuple[str, ...] = ("blocks.*",)
-    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-
-    def build(self) -> nn.Module:
-        raise NotImplementedError
-
-    def config(self, model: nn.Module | None = None) -> dict[str, Any]:
-        return {}
-
-    @classmethod
-    def construct(cls, config: Mapping[str, Any]) -> nn.Module:
-        raise NotImplementedError
-
-    def blocks(self, model: nn.Module) -> Sequence[str]:
-        return self.paths
-
-    def after_prune(self, model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
-        pass
-
-    def example(self, num_rows: int) -> dict[str, Tensor]:
-        return {name: torch.ones(num_rows, *shape) for name, shape in self.shapes.items()}
-
-    @classmethod
-    def tiny(cls) -> Given:
-        return cls()
-
-
-class TwoStreams(Given):
-    streams: ClassVar[Sequence[Stream]] = (Stream("hidden", 1), Stream("encoder", 0))
-
-
-@dataclass(frozen=True)
-class Plain(LossAdapter):
-    """Feeds the data as they are; the loss is half the squared distance to `target`, summed over features."""
-
-    target: float = 0.0
-
-    def prepare(self, batch: Mapping[str, Tensor], rng: tiny.Rng) -> dict[str, Tensor]:
-        return dict(batch)
-
-    def predict(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-        return model(**inputs)
-
-    def loss(self, prediction: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
-        return 0.5 * (prediction - self.target).square().flatten(1).sum(1)
-
-    def distance(self, student: Tensor, teacher: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
-        raise NotImplementedError
-
-
-class Linear(nn.Module):
-    def __init__(self, matrix: Tensor) -> None:
-        super().__init__()
-        self.matrix = nn.Parameter(matrix)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.matrix.T
-
-
-class Product(nn.Module):
-    def __init__(self, matrices: Sequence[Tensor]) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(map(Linear, matrices))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
-        return x
-
-
-def given(model: nn.Module, data: dict[str, Tensor], backbone: type[Given] = Given, **options: Any) -> tiny.Task:
-    shapes = {name: tuple(t.shape[1:]) for name, t in data.items()}
-    columns = Tensors(data)
-    return tiny.Task(
-        backbone=backbone(shapes=shapes, **options), loss=Plain(), train=columns, held_out=columns, model=model
-    )
-
-
-def turn(degrees: float, factor: float = 1.0) -> Tensor:
-    a = math.radians(degrees)
-    return factor * torch.tensor([[math.cos(a), -math.sin(a)], [math.sin(a), math.cos(a)]])
-
-
-def scalars(*factors: float, x: Sequence[float] = (1.0,), target: float = 0.0) -> tiny.Task:
-    task = given(Product([torch.tensor([[float(f)]]) for f in factors]), {"x": torch.tensor(x)[:, None]})
-    return replace(task, loss=Plain(target))
-
-
-def scores(decision: tiny.Decision) -> list[float]:
-    return decision.provenance["scores"]
-
-
-def test_block_influence_by_hand() -> None:
-    x = torch.tensor([[[1.0, 0.0], [0.0, 2.0]], [[3.0, 4.0], [-1.0, 1.0]]])
-    task = given(Product([turn(60), turn(0, 3.0), turn(90), turn(180)]), {"x": x})
-    decision = BlockInfluence(keep=2)(task, TRAINER)
-    assert scores(decision) == pytest.approx([0.5, 0.0, 1.0, 2.0], abs=1e-6)
-    assert decision.kept == (2, 3)
-    assert decision.provenance["evaluations"] == 2
-
-
-def test_input_output_mse_by_hand() -> None:
-    # Tokens of length 1 and 3, mean square 5; turning by 60 degrees moves a token by its length.
-    x = torch.tensor([[1.0, 0.0], [0.0, 3.0]])
-    task = given(Product([turn(60), turn(0, 3.0), turn(180)]), {"x": x})
-    decision = InputOutputMSE(keep=1)(task, TRAINER)
-    # Per feature: 5 / 2, then 5 * 2² / 2, then with lengths tripled 45 * 2² / 2.
-    assert scores(decision) == pytest.approx([2.5, 10.0, 90.0], rel=1e-5)
-    assert decision.kept == (2,)
-
-
-def test_leave_one_out_by_hand() -> None:
-    # y = 2 * 1 * 4 * x = 8 x, loss (8 x - 1)² / 2 with x = 1, -1: full (49 + 81) / 4.
-    decision = LeaveOneOut(keep=2)(scalars(2, 1, 4, x=(1.0, -1.0), target=1), TRAINER)
-    without = [((y - 1) ** 2 + (-y - 1) ** 2) / 4 for y in (4, 8, 2)]
-    assert scores(decision) == pytest.approx([w - 32.5 for w in without])
-    assert decision.kept == (0, 1)
-    assert decision.provenance["evaluations"] == 2 * (1 + 3)
-
-
-def test_greedy_sees_what_belongs_together() -> None:
-    task = scalars(4, 0.25, 8, 0.125, target=1)
-    # One at a time 4, then 8 seem to cost least; but once 4 has gone, 0.25 must follow.
-    assert LeaveOneOut(keep=2)(task, TRAINER).kept == (1, 3)
-    decision = Greedy(keep=2)(task, TRAINER)
-    assert decision.kept == (2, 3)
-    assert decision.provenance["removed"] == [0, 1]
-    assert decision.provenance["losses"] == [0.5 * 0.75**2, 0.0]
-    assert decision.provenance["evaluations"] == 4 + 3
-
-
-def test_taylor_by_hand() -> None:
-    # y = product of (1 + m (f - 1)) times x; dL/dm = (y - 9) x (f - 1) times the other factors; y = 6 x.
-    decision = Taylor(keep=1)(scalars(2, 1, 3, x=(1.0, -1.0), target=9), TRAINER)
-    mean = (abs(6 - 9) + abs(-6 - 9)) / 2  # the slopes have both signs
-    assert scores(decision) == pytest.approx([mean * 1 * 3, 0.0, mean * 2 * 2])
-    assert decision.kept == (2,)
-    assert decision.provenance["evaluations"] == 2
-
-
-def test_span_similarity_by_hand() -> None:
-    x = torch.tensor([[[1.0, 2.0], [2.0, -1.0]]])
-    task = given(Product([turn(10), turn(40), turn(-40), turn(60)]), {"x": x})
-    decision = SpanSimilarity(keep=2)(task, TRAINER)
-    found = {(s["first"], s["last"]): s["similarity"] for s in decision.provenance["spans"]}
-    expected = {(0, 1): 50, (1, 2): 0, (2, 3): 20}
-    assert found == pytest.approx({span: math.cos(math.radians(a)) for span, a in expected.items()}, abs=1e-6)
-    assert decision.kept == (0, 3)
-    assert SpanSimilarity(keep=2, protect=[1])(task, TRAINER).kept == (0, 1)
-
-
-def test_cka_sees_the_set_of_tokens_and_the_cosine_each_of_them() -> None:
-    # A quarter turn moves every token and no distance between them; squashing one feature does the contrary.
-    x = torch.tensor([[[5.0, 1.0], [5.0, -1.0], [5.5, 1.0], [5.5, -1.0]]])
-    squash = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
-    task = given(Product([turn(90), turn(-90), squash]), {"x": x})
-    assert SpanSimilarity(keep=2, protect=[1])(task, TRAINER).kept == (0, 1)
-    assert SpanSimilarity(keep=2, protect=[1], measure="cka")(task, TRAINER).kept == (1, 2)
-
-
-@pytest.mark.parametrize("offset", [0.0, 300.0])
-def test_streamed_cka_is_that_of_all_tokens_at_once(offset: float) -> None:
-    x = torch.randn(40, 3, 5)
-    x, y = x + offset, torch.tanh(x @ torch.randn(5, 5)) + 0.3 * x - 2 * offset
-    measure = LinearCKA()
-    for some in torch.randperm(40).split(7):
-        measure.add(x[some], y[some])
-    # The kernel form: products of samples instead of features.
-    kernels = [(t - t.mean(0)) @ (t - t.mean(0)).T for t in (x.flatten(0, 1).double(), y.flatten(0, 1).double())]
-    expected = (kernels[0] * kernels[1]).sum() / (kernels[0].norm() * kernels[1].norm())
-    assert measure.value() == pytest.approx(float(expected), rel=1e-4)
-    assert 0.1 < expected < 0.99
-
-
-def test_streams_are_averaged_by_name() -> None:
-    class Pair(nn.Module):
-        """Turns the image by 90 degrees and the text not at all; returns the text first."""
-
-        def forward(self, hidden: Tensor, encoder: Tensor) -> tuple[Tensor, Tensor]:
-            return 2 * encoder, hidden @ turn(90).T
-
-    model = DoubleNet(width=2, depth=2)
-    model.blocks, model.head = nn.ModuleList([Pair(), Pair()]), nn.Linear(1, 1)
-    data = {"hidden": torch.randn(3, 4, 2), "encoder": torch.randn(3, 2, 2)}
-    task = given(model, data, TwoStreams)
-    assert scores(BlockInfluence(keep=1)(task, TRAINER)) == pytest.approx([0.5, 0.5], abs=1e-6)
-    # Over both blocks the image has turned by 180 degrees.
-    spans = Calibration(task, TRAINER, 3, 2).compare([(0, 1)], cosine)
-    assert spans == pytest.approx([(1 - 1) / 2], abs=1e-6)
-    assert LeaveOneOut(keep=1)(task, TRAINER).kept in ((0,), (1,))
-
-
-def test_a_block_that_works_in_place_is_still_compared_with_its_input() -> None:
-    class Flip(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x.neg_()
-
-    model = Product([])
-    model.blocks = nn.ModuleList([Flip(), nn.Identity()])
-    assert scores(BlockInfluence(keep=1)(given(model, {"x": torch.randn(4, 2)}), TRAINER)) == pytest.approx([2, 0])
-
-
-# Positions
 
 
 @pytest.mark.parametrize(
@@ -280,9 +64,6 @@ def test_positions_in_groups_and_around_protected_blocks() -> None:
     assert LastN(keep={"a": 1, "b": 2}).preview(["a.0", "a.1", "b.0", "b.1", "b.2"]).kept == (1, 3, 4)
 
 
-# Random
-
-
 def test_random_masks_are_a_function_of_both_seeds() -> None:
     kept = {seed: Random(keep=4, seed=seed)(planted(), TRAINER).kept for seed in range(8)}
     assert len(set(kept.values())) > 4
@@ -301,9 +82,6 @@ def test_of_several_draws_the_lowest_calibration_loss_is_taken() -> None:
     assert Calibration(planted(), TRAINER, 256, 64).losses(kept) == pytest.approx([min(losses)], rel=1e-5)
     assert Random(keep=4, draws=500)(planted(), TRAINER).kept == WORKING  # all 70 masks
     assert Random(keep=4, protect=[0, 1, 3, 4], draws=5)(planted(), TRAINER).kept == (0, 1, 3, 4)
-
-
-# All of them
 
 
 class Shifted(Match):
@@ -449,33 +227,6 @@ def test_the_whole_data_set_when_it_is_smaller() -> None:
     assert BlockInfluence(keep=4, samples=10)(planted(), TRAINER).provenance["evaluations"] == 10
 
 
-def test_statistics_are_taken_in_full_precision() -> None:
-    # In bf16 the cosine of a token that is turned by half a degree is 1.
-    task = given(Product([turn(0.5), turn(0.3)]), {"x": torch.randn(4, 2) + 2})
-    model = task.teacher.to(torch.bfloat16)
-    task = given(model, {"x": (torch.randn(64, 2) + 2).bfloat16()})
-    assert all(-1e-4 < s < 1e-3 for s in scores(BlockInfluence(keep=1)(task, TRAINER)))
-    assert len(set(scores(BlockInfluence(keep=1)(task, TRAINER)))) == 2
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_measures_run_outside_of_autocast(dtype: torch.dtype) -> None:
-    seen: set[tuple[bool, torch.dtype]] = set()
-
-    class Spy(LinearCKA):
-        def add(self, x: Tensor, y: Tensor) -> None:
-            seen.add((torch.is_autocast_enabled("cpu"), y.dtype))
-            super().add(x, y)
-
-    task = given(Product([turn(10).to(dtype)]), {"x": torch.randn(8, 2, dtype=dtype)})
-    with torch.autocast("cpu", dtype=torch.bfloat16):  # what the trainer's precision does
-        Calibration(task, TRAINER, 8, 4).compare([(0, 0)], Spy)
-    assert seen == {(False, dtype)}
-
-
-# What cannot be
-
-
 class Exploding(Match):
     """Not a number as soon as block 1 is missing; `always`: even when it is there."""
 
@@ -540,64 +291,48 @@ def test_recipes_name_them(criterion: type[Criterion], tmp_path) -> None:
     assert (made.pattern, list(made.protect)) == ((2, 4), [1])
 
 
-# The published block influence
-
-
-class Fed(GaussianDiffusion):
-    """The inputs of the golden data, as they are."""
-
-    def prepare_clean(self, batch: Mapping[str, Tensor], rng: tiny.Rng) -> dict[str, Tensor]:
-        return {"x_t": batch["x"], "t": batch["t"], "y": batch["y"], "drop": torch.zeros(len(batch["x"]), dtype=bool)}
-
-
+@pytest.mark.parametrize("criterion", [c for c in ALL if c is not SpanSimilarity])
 @pytest.mark.parametrize(
-    ("prefix", "dtype", "tolerance"), [("", torch.float32, 5e-6), ("f64.", torch.float64, 1e-10)], ids=["f32", "f64"]
+    "options",
+    [
+        {"keep": 4, "constraints": Rules(max_run=2, together=[[3, 4]], remove=[6])},
+        {"pattern": (2, 4), "constraints": Rules(max_run=2)},
+        {"constraints": Rules(costs=[1, 2, 1, 2, 1, 2, 1, 2], budget=6, protect=[5])},
+    ],
 )
-def test_published_block_influence(prefix: str, dtype: torch.dtype, tolerance: float, monkeypatch) -> None:
-    monkeypatch.setattr("tinyfusion_dit.model.sinusoid", golden_data.sinusoid)
-    tensors, config = golden_data.load("bi_dit_small")
-    model = Network(**config["model"])
-    model.load_state_dict(weights(golden_data.load(config["weights_from"])[0]))
-    model.to(dtype)
-    batches = [{"x": tensors["in.x"][b].to(dtype), "t": tensors["in.t"][b], "y": tensors["in.y"][b]} for b in range(3)]
-
-    def task(some: Sequence[dict[str, Tensor]]) -> tiny.Task:
-        return replace(given(model, {k: torch.cat([batch[k] for batch in some]) for k in some[0]}), loss=Fed())
-
-    def similarities(some: Sequence[dict[str, Tensor]]) -> Tensor:
-        values = Calibration(task(some), TRAINER, 12, 4).compare([(i, i) for i in range(4)], cosine, clean=True)
-        return torch.tensor(values, dtype=torch.float64)
-
-    per_batch = torch.stack([similarities([batch]) for batch in batches])
-    assert_close_rel(per_batch, tensors[f"{prefix}bi.cos_per_batch"], tolerance)
-    assert_close_rel(similarities(batches), tensors[f"{prefix}bi.scores"], tolerance)
-    for num_removed in (1, 2):
-        decision = BlockInfluence(keep=4 - num_removed, reference=True)(task(batches), TRAINER)
-        assert scores(decision) == pytest.approx([1 - s for s in tensors["bi.scores"].tolist()], rel=1e-4)
-        assert list(decision.kept) == tensors[f"bi.kept.{num_removed}"].tolist()
-        assert sorted(decision.removed) == sorted(tensors[f"bi.removed.{num_removed}"].tolist())
+def test_every_criterion_obeys_constraints(criterion: type[Criterion], options: dict[str, Any]) -> None:
+    how, task = criterion(**options), planted()
+    allowed = how.compiled(task.blocks)
+    assert allowed.accepts(how.preview(task.blocks).kept)
+    assert allowed.accepts(how(task, TRAINER).kept)
 
 
-def test_the_published_script_never_removes_the_last_block() -> None:
-    model = Chain(8, (1, 1, 0))
-    task = replace(given(model, {"x": torch.randn(8, 8)}), loss=CleanPlain())
-    assert BlockInfluence(keep=2)(task, TRAINER).kept == (0, 1)
-    assert 2 in BlockInfluence(keep=2, reference=True)(task, TRAINER).kept
-    assert BlockInfluence(keep=2, reference=True).preview(task.blocks).kept == (0, 2)
+def test_a_span_obeys_constraints_or_says_why_it_cannot() -> None:
+    how = SpanSimilarity(keep=5, constraints=Rules(together=[[0, 1]]))
+    assert set(how(planted(), TRAINER).kept) & {0, 1} in (set(), {0, 1})
+    with pytest.raises(UserError, match="removes a run of every group or list by itself"):
+        SpanSimilarity(pattern=(2, 4), constraints=Rules(max_run=2)).preview(planted().blocks)
 
 
-class CleanPlain(Plain):
-    def prepare_clean(self, batch: Mapping[str, Tensor], rng: tiny.Rng) -> dict[str, Tensor]:
-        return dict(batch)
-
-
-def test_diffusion_without_noise() -> None:
-    batch = {"x": torch.randn(500, 1, 2, 2), "y": torch.arange(500) % 10}
-    loss = GaussianDiffusion(label_drop=0.5)
-    inputs = loss.prepare_clean(batch, tiny.Rng(0, "calibration", strata=500))
-    assert torch.equal(inputs["x_t"], batch["x"]) and torch.equal(inputs["y"], batch["y"])
-    assert torch.equal(inputs["t"].unique(), torch.arange(250))
-    assert not inputs["drop"].any()
-    batch["x_std"] = torch.full_like(batch["x"], 3.0)
-    drawn = loss.prepare_clean(batch, tiny.Rng(0, "calibration"))["x_t"] - batch["x"]
-    assert drawn.std() == pytest.approx(3.0, rel=0.1)
+def test_a_search_takes_constraints() -> None:
+    blocks = planted().blocks
+    by_number = tiny.Search(keep=4, protect=[0], constraints=Rules(max_run=2))
+    sampler = by_number.make_sampler({"blocks": 8})
+    assert sampler.allows([0, 3, 5, 6]) and not sampler.allows([1, 3, 5, 6]) and not sampler.allows([0, 4, 5, 6])
+    grouped = tiny.Search(pattern=(2, 4), protect=[0], constraints=Rules(remove=[7])).make_sampler({"blocks": 8})
+    assert grouped.num_masks == 3 * 3
+    assert grouped.allows([0, 3, 4, 5]) and not grouped.allows([1, 3, 4, 5]) and not grouped.allows([0, 1, 6, 7])
+    costs = tiny.Search(constraints=Rules(costs=[1] * 8, budget=3))
+    assert len(costs.preview(blocks).kept) == 3 and costs.budget(blocks) is None
+    for wrong, message in (
+        ({"pattern": (2, 4), "constraints": Rules(max_run=2)}, r"search\.constraints\.max_run: .*use keep"),
+        ({"keep": 4, "constraints": Rules(keep=4)}, r"search\.constraints\.keep: say it as search\.keep"),
+        ({"keep": 4, "constraints": Rules(costs=[1] * 8, budget=3)}, "one of the three"),
+        ({"keep": 4, "constraints": Rules(budget=3)}, "costs and budget go together"),
+    ):
+        with pytest.raises(UserError, match=message):
+            tiny.Search(**wrong)
+    with pytest.raises(UserError, match=r"search\.constraints: no mask of 8 blocks obeys"):
+        tiny.Search(keep=2, constraints=Rules(max_run=1)).preview(blocks)
+    with pytest.raises(UserError, match=r"group 2 \(blocks 4 to 7\) cannot keep 2 of 4"):
+        tiny.Search(pattern=(2, 4), protect=[4, 5, 6]).preview(blocks)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 import tinyfusion_core as tiny
 from tinyfusion_core.errors import UserError
 from tinyfusion_core.pruning.weight_update import WeightUpdate
-from tinyfusion_core.samplers.grouped import BlockSampler, Draw, GroupedSampler
+from tinyfusion_core.samplers.base import BlockSampler, Draw
+from tinyfusion_core.samplers.grouped import GroupedSampler
 from toys import Match, Planted, StopAt, planted_data
 
 UPDATES = [tiny.Frozen(), tiny.LoRA(rank=2, alpha=4), tiny.Full()]

@@ -31,9 +31,7 @@ from ..runtime.distributed import on_main_process
 from ..runtime.files import NEUTRAL, digest, read_json, write_json
 from ..runtime.progress import Tracker
 from ..runtime.run_folder import RunFolder
-from ..selection.calibration import Calibrated
-from ..selection.search import Selector
-from ..selection.successive_halving import Finals
+from ..selection.base import Decisive, Selector
 from ..training.recover import Recover
 from ..training.trainer import NUMERICALLY_NEUTRAL, Trainer
 from .legacy_keys import Name, then
@@ -101,7 +99,7 @@ class ResultCache:
             scores = None if scores is None else [_finite(s) for s in scores]
             return {"kept": list(decision.kept), "scores": scores, "seconds": seconds, "evaluations": cost}
 
-        key = {**self.training, **_stage(selector, trainer), **selector.inputs()}
+        key = {**self.training, **_stage(selector, selector.decisive(trainer)), **selector.inputs()}
         made = self._cell("decision", key, f"{name}, seed {seed}: choosing", work)
         self.progress.advance()
         kept, scores = tuple(made.pop("kept")), made.pop("scores")
@@ -140,7 +138,7 @@ class ResultCache:
         key = {
             **{f"training {k}": v for k, v in self.training.items()},
             **self.measuring,
-            **_stage(self.recovery, trainer),
+            **_stage(self.recovery, Decisive(trainer.with_batch_size(self.recovery.batch_size), but=("batch_size",))),
             "patience": trainer.max_skipped,  # decides what has diverged
             "kept": list(entry.kept),
         }
@@ -245,17 +243,11 @@ def _named(value: type[Any] | Callable[..., Any]) -> Any:
     return uuid.uuid4().hex
 
 
-def _stage(stage: Selector | Recover, trainer: Trainer) -> dict[str, Any]:
+def _stage(stage: Selector | Recover, decisive: Decisive) -> dict[str, Any]:
     """A stage and how it trains, but for what changes no number; of two batch sizes the one that counts."""
-    if isinstance(stage, Calibrated):  # does not train
-        what, how = _described(stage, "batch_size"), _described(trainer, *NUMERICALLY_NEUTRAL, "batch_size")
-    elif isinstance(stage, Finals):  # its parts have batch sizes of their own, or the trainer's
-        what, how = _described(stage), _described(trainer, *NUMERICALLY_NEUTRAL)
-    else:
-        own: int | None = getattr(stage, "batch_size", None)
-        what, how = _described(stage, "batch_size"), _described(trainer.with_batch_size(own), *NUMERICALLY_NEUTRAL)
-    how["precision"] = trainer.accelerator.mixed_precision
-    return {"stage": what, "trainer": how}
+    how = _described(decisive.trainer, *NUMERICALLY_NEUTRAL, *decisive.but_of_trainer)
+    how["precision"] = decisive.trainer.accelerator.mixed_precision
+    return {"stage": _described(stage, *decisive.but), "trainer": how}
 
 
 def _features(space: FeatureSpace) -> Any:

@@ -10,7 +10,7 @@ from typing import Any, Self
 from ..errors import UserError
 from ..evaluation.frechet import DISTANCE
 from ..runtime.files import read_json, write_json
-from ..samplers.budget import Budget
+from ..samplers.constraints import Budget
 
 FORMAT_VERSION = 1
 FILE_NAMES = {"entries": "trials", "recovered": "healed", DISTANCE: "frechet"}

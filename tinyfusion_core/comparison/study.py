@@ -13,7 +13,6 @@ from pathlib import Path
 
 from ..errors import UserError, require
 from ..evaluation.metrics import HeldOutLoss, Metric
-from ..protocols.backbone import block_lists, list_lengths
 from ..protocols.task import Task
 from ..runtime.distributed import on_main_process
 from ..runtime.files import read_json
@@ -21,12 +20,12 @@ from ..runtime.locking import owned
 from ..runtime.progress import track
 from ..runtime.run_folder import COMPARISON_RESULTS, RunFolder
 from ..runtime.seeding import generator
-from ..samplers.budget import Budget, budget_text, make_quota
+from ..samplers.compiled import compile_constraints
+from ..samplers.constraints import Budget, budget_text
+from ..selection.base import Selector, count_by_list
 from ..selection.criteria import BKSDM, Criterion, FirstN, LastN, Uniform
-from ..selection.search import Selector
 from ..selection.sensitivity import Greedy, LeaveOneOut, Taylor
 from ..selection.similarity import BlockInfluence, InputOutputMSE, SpanSimilarity
-from ..selection.successive_halving import search_of
 from ..training.recover import Recover
 from ..training.trainer import Trainer
 from .cache import ResultCache
@@ -135,8 +134,8 @@ class Comparison:
         self._check_folder(folder)
         seeds = tuple(trainer.seed + i for i in range(self.seeds))
         num_random, num_seeds = self.reference()
-        quota = make_quota(task.blocks, budget, None, (), self.view)
-        subsets = quota.distinct(num_random, generator(trainer.seed, "comparison", "random subsets"))
+        allowed = compile_constraints(task.blocks, self.view, keep=budget)
+        subsets = allowed.distinct(num_random, generator(trainer.seed, "comparison", "random subsets"))
         work = 2 * len(selectors) * len(seeds) + len(subsets) * num_seeds
         with ExitStack() as stack:
 
@@ -152,7 +151,7 @@ class Comparison:
             teacher = cache.calibrate(range(len(task.blocks)))
             decided = [cache.decide(name, s, seed) for seed in seeds for name, s in selectors.items()]
             for entry in decided:
-                kept = len(entry.kept) if isinstance(budget, int) else _by_list(entry.kept, task.blocks)
+                kept = len(entry.kept) if isinstance(budget, int) else count_by_list(entry.kept, task.blocks)
                 if kept != budget:
                     raise UserError(
                         f"{self.view}: with seed {entry.seed} {entry.method} keeps {budget_text(kept)}, "
@@ -162,11 +161,11 @@ class Comparison:
                 view=self.view,
                 blocks=tuple(task.blocks),
                 budget=budget,
-                num_masks=quota.num_masks,
+                num_masks=allowed.num_masks,
                 steps=cache.recovery.steps,
                 seeds=seeds,
                 teacher=teacher,
-                learned=tuple(name for name, s in selectors.items() if search_of(s)),
+                learned=tuple(name for name, s in selectors.items() if s.learned() is not None),
                 entries=tuple(cache.recover(entry, full=True) for entry in decided),
                 masks=tuple(cache.recover(Entry("", seed, kept)) for seed in seeds[:num_seeds] for kept in subsets),
                 left_out=candidates.left_out,
@@ -272,21 +271,8 @@ def _common_budget(view: str, candidates: Mapping[str, Selector], blocks: Sequen
 
 
 def _budget(candidate: Selector, blocks: Sequence[str]) -> Budget:
-    """How many blocks of each list it keeps, or of all where lists share a choice."""
-    decision = candidate.preview(blocks)
-    choices = decision.choices
-    if (search := search_of(candidate)) is not None and not choices:
-        budget = search.make_sampler(list_lengths(blocks)).budget
-        if budget is None:
-            raise UserError("has a budget of costs; only candidates that keep the same number of blocks are compared")
-        return budget
-    if isinstance(candidate, Criterion):
-        choices = tuple(choice.blocks for choice in candidate.quota(blocks).choices)
-    lists = [set(members) for members in block_lists(blocks).values()]
-    shared = len(lists) == 1 or not all(any(members.issuperset(choice) for members in lists) for choice in choices)
-    return len(decision.kept) if shared else _by_list(decision.kept, blocks)
-
-
-def _by_list(kept: Sequence[int], blocks: Sequence[str]) -> dict[str, int]:
-    """How many blocks of each list are kept."""
-    return {name: len(set(members) & set(kept)) for name, members in block_lists(blocks).items()}
+    budget = candidate.budget(blocks)
+    if budget is None:
+        raise UserError("has a budget of costs; only candidates that keep the same number of blocks are compared")
+    candidate.preview(blocks)  # what else is wrong with it shows here
+    return budget

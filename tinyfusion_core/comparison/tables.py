@@ -7,7 +7,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from ..samplers.budget import budget_text
+from ..samplers.constraints import budget_text
 from .results import ComparisonResults, in_files
 from .statistics import RANDOM, MeanStd, Summary, guides, reference, summaries
 

@@ -21,9 +21,8 @@ from ..pruning.prune import remove_blocks
 from ..runtime.seeding import Rng
 from ..runtime.stages import EVALUATE, SEARCH, Stage
 from ..runtime.trackers import check_trackers
-from ..samplers.budget import budget_text
+from ..samplers.constraints import budget_text
 from ..selection.search import Search
-from ..selection.successive_halving import search_of
 from ..training.recover import Recover
 from .memory import Needs, Setup, gigabytes, search_needs, training_needs
 from .recipe import Recipe
@@ -128,7 +127,7 @@ def _search(plan: Plan, recipe: Recipe, stage: Stage, model: nn.Module) -> tuple
     blocks = recipe.backbone.block_paths(model)
     decision = selector.preview(blocks)
     plan.rows.append((f"{prefix}keeps", f"{len(decision.kept)} of {len(blocks)} blocks"))
-    if (search := search_of(selector)) is not None:
+    if (search := selector.learned()) is not None:
         sampler = search.make_sampler(list_lengths(blocks))
         if sampler.budget is None and not sampler.choices():
             plan.rows[-1] = (f"{prefix}keeps", f"as many of {len(blocks)} blocks as the budget pays for")

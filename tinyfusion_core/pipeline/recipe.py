@@ -23,7 +23,7 @@ from ..registry.registry import load_plugin
 from ..registry.sources import PluginFile
 from ..runtime.files import write_atomic, write_text
 from ..runtime.stages import Stage, stages_of
-from ..selection.search import Selector
+from ..selection.base import Selector
 from ..training.recover import Recover
 from ..training.trainer import Trainer
 from .schema import KEYS, SECTIONS, Round, checked, schema

@@ -26,8 +26,8 @@ from ..runtime.locking import owned
 from ..runtime.run_folder import RunFolder
 from ..runtime.seeding import seed_of
 from ..runtime.stages import EVALUATE, RECOVER, SEARCH, TRAIN, Stage
+from ..selection.base import Selector
 from ..selection.search import Search
-from ..selection.successive_halving import trainings_of
 from ..training.recover import Recover
 from .plan import make_plan
 from .recipe import Recipe
@@ -93,7 +93,8 @@ def _prepared(recipe: Recipe, folder: RunFolder, command: str, restart_from: str
 def _trainings(stage: Stage) -> Sequence[Search | Recover]:
     """What a stage trains, one after the other."""
     if stage.name == SEARCH:
-        return trainings_of(stage.settings)
+        selector: Selector = stage.settings
+        return selector.trainings()
     return [stage.settings] if isinstance(stage.settings, Recover) else []
 
 

@@ -21,7 +21,8 @@ from ..protocols.loss import LossAdapter
 from ..registry.hooks import KINDS
 from ..registry.registry import registry
 from ..samplers.constraints import Rules
-from ..selection.search import Search, Selector
+from ..selection.base import Selector
+from ..selection.search import Search
 from ..training.recover import Recover
 from ..training.trainer import Trainer
 

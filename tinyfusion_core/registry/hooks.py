@@ -84,12 +84,12 @@ KINDS = {
     ),
     "selector": Kind(
         "tinyfusion_register_selectors",
-        "tinyfusion_core.selection.search:Selector",
+        "tinyfusion_core.selection.base:Selector",
         "`search`, `compare.candidates`",
     ),
     "sampler": Kind(
         "tinyfusion_register_samplers",
-        "tinyfusion_core.samplers.grouped:BlockSampler",
+        "tinyfusion_core.samplers.base:BlockSampler",
         "`search.sampler`",
     ),
     "weight_update": Kind(

@@ -18,7 +18,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from .constraints import Automaton
+from .automaton import Automaton
 
 
 @dataclass(frozen=True)

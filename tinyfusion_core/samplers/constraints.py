@@ -1,23 +1,24 @@
-"""What every mask of a search must obey, as an automaton that reads the blocks in order.
-
-A state holds what the past decides about the future: how much is kept so far, how many blocks in a row were dropped
-and so on. Every path through the automaton is a mask that obeys all rules, and every such mask is one path;
-distributions over masks are dynamic programmes over it (see conditional_poisson.py).
-"""
+"""What a mask must obey, as users say it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor
+from typing import Any
 
 from ..errors import UserError, nearest, require
+from .automaton import Automaton, Demands, Segment, automaton_of
 
-MAX_STATES = 2_000_000
+Budget = int | Mapping[str, int]
+"""How many blocks stay: of all together, or of every block list."""
+
+
+def budget_text(budget: Budget) -> str:
+    """As it stands in a sentence."""
+    if isinstance(budget, int):
+        return str(budget)
+    return " + ".join(f"{num} of '{name}'" for name, num in budget.items())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,31 +53,23 @@ class Rules:
 
     def check(self, lists: Mapping[str, int], key: str = "search.sampler.rules") -> None:
         """Raises UserError, naming the key, when a rule has no meaning for block lists of these lengths."""
-        num_blocks = sum(lists.values())
-
-        def need(holds: bool, name: str, value: object, expected: str) -> None:
-            require(holds, f"{key}.{name}", value, expected)
-
         by_costs = self.costs is not None and self.budget is not None
         by_number = self.costs is None and self.budget is None
-        one = by_number if self.keep is not None else by_costs
-        require(one, key, self.given(), "keep, or costs with budget")
+        require(by_number if self.keep is not None else by_costs, key, self.given(), "keep, or costs with budget")
+        if self.keep is not None:
+            check_keep(self.keep, lists, f"{key}.keep")
         if isinstance(self.keep, Mapping):
-            if unknown := [name for name in self.keep if name not in lists]:
-                hint = nearest(unknown[0], lists)
-                raise UserError(f"{key}.keep: the network has no block list '{unknown[0]}'{hint}")
-            missing = [name for name in lists if name not in self.keep]
-            need(not missing, "keep", dict(self.keep), f"a number for {', '.join(missing)} too")
-            for name, depth in lists.items():
-                need(_in(self.keep[name], 0, depth), f"keep.{name}", self.keep[name], f"0 to {depth}")
-            need(sum(self.keep.values()) > 0, "keep", dict(self.keep), "at least one block in all")
-        elif self.keep is not None:
-            need(_in(self.keep, 1, num_blocks), "keep", self.keep, f"1 to {num_blocks} blocks")
+            require(sum(self.keep.values()) > 0, f"{key}.keep", dict(self.keep), "at least one block in all")
+        self.check_shape(sum(lists.values()), key)
+
+    def check_shape(self, num_blocks: int, key: str) -> None:
+        """Raises UserError when a rule other than `keep` has no meaning for so many blocks."""
         if self.costs is not None:
             right = len(self.costs) == num_blocks and all(type(c) is int and c >= 0 for c in self.costs)
-            need(right, "costs", list(self.costs), f"{num_blocks} whole numbers")
+            require(right, f"{key}.costs", list(self.costs), f"{num_blocks} whole numbers")
             least = min((c for c in self.costs if c), default=1)
-            need(_in(self.budget, least, math.inf), "budget", self.budget, "enough for one block, a whole number")
+            enough = _in(self.budget, least, math.inf)
+            require(enough, f"{key}.budget", self.budget, "enough for one block, a whole number")
         indices = f"different indices from 0 to {num_blocks - 1}"
         for name, blocks in (
             ("protect", self.protect),
@@ -84,17 +77,8 @@ class Rules:
             ("together", [i for group in self.together for i in group]),
         ):
             right = all(0 <= i < num_blocks for i in blocks) and len(set(blocks)) == len(blocks)
-            need(right, name, getattr(self, name), indices)
-        need(self.max_run is None or self.max_run >= 0, "max_run", self.max_run, "0 or more blocks")
-
-    def slack(self) -> int:
-        """What a mask may leave of the largest use of the budget: less than the cheapest that could still be added."""
-        assert self.costs is not None
-        grouped = [tuple(group) for group in self.together]
-        units = [*grouped, *((i,) for i in range(len(self.costs)) if all(i not in group for group in grouped))]
-        fixed = {*self.protect, *self.remove}
-        free = [sum(self.costs[i] for i in unit) for unit in units if fixed.isdisjoint(unit)]
-        return min((cost for cost in free if cost), default=1)
+            require(right, f"{key}.{name}", getattr(self, name), indices)
+        require(self.max_run is None or self.max_run >= 0, f"{key}.max_run", self.max_run, "0 or more blocks")
 
     def without(self, name: str) -> Rules:
         """These rules but one."""
@@ -102,179 +86,97 @@ class Rules:
         return replace(self, **{name: default})
 
 
+def check_said(owner: str, constraints: Rules | None, ways: Mapping[str, object], how_many: str) -> None:
+    """Raise UserError unless what stays is said in one way: a setting of the owner, or costs with a budget.
+
+    Args:
+        owner: whose settings these are, for messages.
+        constraints: the setting of that name.
+        ways: the other settings that say it, by name.
+        how_many: these in a word.
+    """
+    given = Rules() if constraints is None else constraints
+    if given.keep is not None:
+        raise UserError(f"{owner}.constraints.keep: say it as {owner}.keep")
+    if (given.costs is None) != (given.budget is None):
+        raise UserError(f"{owner}.constraints: costs and budget go together")
+    if sum(value is not None for value in ways.values()) + (given.costs is not None) != 1:
+        names = " or ".join(ways)
+        raise UserError(f"{owner}: give {names}, one of the {how_many}, or constraints with costs and budget alone")
+
+
+def combined(keep: Budget | None, protect: Sequence[int], constraints: Rules | None) -> Rules:
+    """One set of rules from the settings of a selector."""
+    given = Rules() if constraints is None else constraints
+    return replace(given, keep=keep, protect=tuple(sorted({*given.protect, *protect})))
+
+
+def check_keep(keep: Budget, lists: Mapping[str, int], key: str) -> None:
+    """Raises UserError, naming the key, unless block lists of these lengths can keep so many."""
+    if not isinstance(keep, Mapping):
+        num_blocks = sum(lists.values())
+        require(_in(keep, 1, num_blocks), key, keep, f"1 to {num_blocks} blocks")
+        return
+    for name in keep:
+        if name not in lists:
+            raise UserError(f"{key}: the network has no block list '{name}'{nearest(name, lists)}")
+    if missing := [name for name in lists if name not in keep]:
+        raise UserError(f"{key}: says nothing of the block list(s) {', '.join(missing)}; give each a number")
+    for name, depth in lists.items():
+        require(_in(keep[name], 0, depth), f"{key}.{name}", keep[name], f"0 to {depth} blocks")
+
+
 def _in(value: object, least: float, most: float) -> bool:
     """Whether a value is a whole number within bounds."""
     return type(value) is int and least <= value <= most
 
 
-class _State(NamedTuple):
-    used: int = 0  # blocks kept, or their cost; of this list where every list has its own number
-    run: int = 0  # dropped blocks just before, in this list
-    phase: int = 0  # contiguous: 0 before the dropped run, 1 in it, 2 after
-    open: tuple[tuple[int, bool], ...] = ()  # sets of `together` that have begun and not ended, and how
-
-
-class _Place(NamedTuple):
-    """Where a block is."""
-
-    block: int  # its number over all lists
-    name: str  # of its list
-    first: bool  # of its list
-    last: bool
-
-
-@dataclass(frozen=True)
-class Automaton:
-    """The masks that obey some rules.
-
-    Attributes:
-        drop: for every block a table: state before it -> state after it when the block is dropped. The number of
-            states after it stands for "forbidden".
-        keep: the same when it is kept.
-        num_ends: how many states there are after the last block.
-        num_masks: how many masks there are.
-        dearest: the most that a mask uses of the budget.
-    """
-
-    drop: tuple[Tensor, ...]
-    keep: tuple[Tensor, ...]
-    num_ends: int
-    num_masks: int
-    dearest: int
-
-    @property
-    def num_blocks(self) -> int:
-        return len(self.drop)
-
-    def accepts(self, kept: Sequence[int]) -> bool:
-        """Whether the mask that keeps these blocks obeys the rules."""
-        state = 0
-        for i, (drop, keep) in enumerate(zip(self.drop, self.keep, strict=True)):
-            table = keep if i in kept else drop
-            if state >= len(table):  # it was forbidden
-                return False
-            state = int(table[state])
-        return state < self.num_ends
-
-
-def build(rules: Rules, lists: Mapping[str, int]) -> Automaton:
-    """The automaton of the masks that obey the rules; states from which no mask can be finished are left out.
+def build(rules: Rules, lists: Mapping[str, int], key: str = "search.sampler.rules") -> Automaton:
+    """The automaton of the masks that obey the rules, for block lists that follow each other.
 
     Raises:
         UserError: a rule has no meaning for these lists, or no mask obeys them all; names those that are too many.
     """
-    rules.check(lists)
-    found = _automaton(rules, lists)
+    rules.check(lists, key)
+    depths = tuple(lists.values())
+    return build_from(rules, lambda some: demands_of(some, depths, segments_of(some.keep, lists)), key)
+
+
+def build_from(rules: Rules, demands: Callable[[Rules], Demands], key: str) -> Automaton:
+    """The automaton of the rules, which `demands` spells out; raises UserError as `build` does."""
+    found = automaton_of(demands(rules), key)
     if found is not None:
         return found
     blame = []
     for name, value in rules.given().items():
         if name in ("keep", "costs", "budget"):
             continue
-        fewer = rules.without(name)
-        if (without := _automaton(fewer, lists)) is not None:
+        if (without := automaton_of(demands(rules.without(name)), key)) is not None:
             blame.append(f"{name} {value} (without it {without.num_masks:,} masks would do)")
     given = ", ".join(f"{name} {value}" for name, value in rules.given().items())
     reason = "; in the way: " + "; ".join(blame) if blame else ""
-    raise UserError(f"search.sampler.rules: no mask of {sum(lists.values())} blocks obeys {given}{reason}")
+    raise UserError(f"{key}: no mask of {sum(demands(rules).lists)} blocks obeys {given}{reason}")
 
 
-def _automaton(rules: Rules, lists: Mapping[str, int]) -> Automaton | None:
-    paths = _explore(rules, lists)
-    found = _prune(rules, *paths)
-    if found is None or rules.costs is None:
-        return found
-    return _prune(rules, *paths, least=found.dearest - rules.slack())
+def segments_of(keep: Budget | None, lists: Mapping[str, int]) -> tuple[Segment, ...]:
+    """What stays of which part of lists that follow each other; nothing where costs say it."""
+    if keep is None:
+        return ()
+    if isinstance(keep, Mapping):
+        return tuple(Segment(depth, keep[name]) for name, depth in lists.items())
+    return (Segment(sum(lists.values()), keep),)
 
 
-_Layers = list[dict[_State, int]]
-_Moves = list[list[tuple[_State | None, _State | None]]]
-
-
-def _explore(rules: Rules, lists: Mapping[str, int]) -> tuple[_Layers, _Moves]:
-    """The states before and after every block, and for each where dropping and keeping the block lead."""
-    blocks = [(name, i, depth) for name, depth in lists.items() for i in range(depth)]
-    layers: _Layers = [{_State(): 0}]
-    moves: _Moves = []
-    for index, (name, i, depth) in enumerate(blocks):
-        following: dict[_State, int] = {}
-        out: list[tuple[_State | None, _State | None]] = []
-        place = _Place(index, name, first=i == 0, last=i == depth - 1)
-        for state in layers[-1]:
-            pair = tuple(_move(rules, state, place, kept) for kept in (False, True))
-            for after in pair:
-                if after is not None:
-                    following.setdefault(after, len(following))
-            out.append((pair[0], pair[1]))
-        moves.append(out)
-        layers.append(following)
-        if sum(map(len, layers)) > MAX_STATES:
-            fix = "fewer or closer blocks in together" if rules.costs is None else "costs of smaller numbers"
-            raise UserError(f"search.sampler.rules: these need too many states; give {fix}")
-    return layers, moves
-
-
-def _prune(rules: Rules, layers: _Layers, moves: _Moves, least: int = 0) -> Automaton | None:
-    """Keep the states from which an end that uses more than the least can be reached; count the masks on the way."""
-    counts: dict[_State, int] = {state: 1 for state in layers[-1] if _done(rules, state, least)}
-    names = {state: i for i, state in enumerate(counts)}
-    num_ends, drops, keeps = len(counts), [], []
-    dearest = max((state.used for state in counts), default=0)
-    for layer, out in zip(reversed(layers[:-1]), reversed(moves), strict=True):
-        before: dict[_State, int] = {}
-        rows: list[tuple[int, int]] = []
-        for state, pair in zip(layer, out, strict=True):
-            total = sum(counts.get(after, 0) for after in pair if after is not None)
-            if total:
-                before[state] = total
-                dead = len(names)
-                a, b = (names.get(after, dead) if after is not None else dead for after in pair)
-                rows.append((a, b))
-        if not rows:
-            return None
-        table = torch.tensor(rows)
-        drops.append(table[:, 0])
-        keeps.append(table[:, 1])
-        counts, names = before, {state: i for i, state in enumerate(before)}
-    return Automaton(tuple(reversed(drops)), tuple(reversed(keeps)), num_ends, next(iter(counts.values())), dearest)
-
-
-def _move(rules: Rules, state: _State, place: _Place, kept: bool) -> _State | None:
-    """The state after a block, or None when the rules forbid it."""
-    index = place.block
-    if (index in rules.protect and not kept) or (index in rules.remove and kept):
-        return None
-    run = 0 if place.first else state.run
-    phase = 0 if place.first else state.phase
-    run = 0 if kept else run + 1
-    if rules.max_run is not None and run > rules.max_run:
-        return None
-    if rules.contiguous:
-        if not kept and phase == 2:
-            return None
-        phase = phase if (kept and phase != 1) else 2 if kept else 1
-    open_sets = dict(state.open)
-    for number, members in enumerate(rules.together):
-        if index in members:
-            if open_sets.setdefault(number, kept) != kept:
-                return None
-            if index == max(members):
-                del open_sets[number]
-    used = state.used + (rules.costs[index] if rules.costs is not None else 1) * kept
-    limit = rules.budget if rules.costs is not None else rules.keep
-    if isinstance(limit, Mapping):
-        if used > limit[place.name] or (place.last and used != limit[place.name]):
-            return None
-        used = 0 if place.last else used
-    elif limit is not None and used > limit:
-        return None
-    # What no rule asks for would only multiply the states.
-    run = run if rules.max_run is not None and not place.last else 0
-    phase = phase if rules.contiguous and not place.last else 0
-    return _State(used, run, phase, tuple(sorted(open_sets.items())))
-
-
-def _done(rules: Rules, state: _State, least: int) -> bool:
-    if rules.costs is not None:
-        return state.used > least
-    return isinstance(rules.keep, Mapping) or state.used == rules.keep
+def demands_of(rules: Rules, depths: tuple[int, ...], segments: tuple[Segment, ...]) -> Demands:
+    """The rules for lists of these lengths, block by block."""
+    return Demands(
+        lists=depths,
+        segments=segments,
+        costs=None if rules.costs is None else tuple(rules.costs),
+        budget=rules.budget or 0,
+        protect=frozenset(rules.protect),
+        remove=frozenset(rules.remove),
+        together=tuple(map(frozenset, rules.together)),
+        max_run=rules.max_run,
+        contiguous=rules.contiguous,
+    )

@@ -1,123 +1,19 @@
-"""Distributions over block masks, with gradients to their logits."""
+"""The sampler of the paper: an option for every group of consecutive blocks."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import require
+from ..errors import UserError, require
 from ..runtime.seeding import Rng
+from .base import BlockSampler, Draw, linear
 from .patterns import Pattern, parse_pattern, split_groups
-
-
-@dataclass(frozen=True)
-class Draw:
-    """Sampled masks.
-
-    Attributes:
-        mask: (B, N) zeros and ones; carries the gradient to the logits when the estimator is pathwise.
-        log_prob: (B,) log-probability of each draw in nats, differentiable.
-    """
-
-    mask: Tensor
-    log_prob: Tensor
-
-
-class BlockSampler(nn.Module, ABC):
-    """A distribution over masks that keep a fixed budget of blocks; owns the gate logits.
-
-    Args:
-        lists: length of every block list, in execution order; the N columns of a mask follow it.
-    """
-
-    #: Learning rate of the logits that suits them, unless a search says otherwise.
-    lr_gates: ClassVar[float] = 1e-3
-    #: Masks that every sample runs under; the rows of a draw come in runs of that many.
-    masks_per_sample: int = 1
-    #: How many blocks every mask keeps, of all or by block list; None when masks differ in it, or groups say it.
-    budget: int | Mapping[str, int] | None = None
-
-    def __init__(self, lists: Mapping[str, int]) -> None:
-        super().__init__()
-        self.lists = dict(lists)
-        self.pattern: Any = None  # what a decision records of the budget, if it can be said as a pattern
-        self.num_blocks = sum(lists.values())
-        # A mask that somebody believes in, as signs, and how much at the first, at the last and at this step.
-        self.register_buffer("preference", torch.zeros(self.num_blocks), persistent=False)
-        self.prior_schedule, self.prior = (0.0, 0.0), 0.0
-
-    def prefer(self, kept: Sequence[int], prior: tuple[float, float]) -> None:
-        """Believe in a mask: what the gates learn is added to its log-odds.
-
-        Args:
-            kept: the blocks that it keeps.
-            prior: log-odds that these have, and minus that the others, at the first and at the last step, linear in
-                between.
-        """
-        self.get_buffer("preference").fill_(-1.0)[list(kept)] = 1.0
-        self.prior_schedule, self.prior = prior, prior[0]
-
-    @property
-    def prior_logits(self) -> Tensor:
-        """(N,) log-odds of the blocks before the gates have learned anything."""
-        return self.prior * self.get_buffer("preference")
-
-    def anneal(self, progress: float) -> dict[str, float]:
-        """Move schedules to a point of the search, 0 at the first step and 1 at the last; returns them by name."""
-        self.prior = linear(self.prior_schedule, progress)
-        return {"prior": self.prior} if any(self.prior_schedule) else {}
-
-    @abstractmethod
-    def sample(self, num_rows: int, rng: Rng) -> Draw:
-        """Draw B masks, row i from stream i of `rng`; each obeys the budget exactly."""
-
-    def surrogate(self, draw: Draw, loss: Tensor) -> Tensor:
-        """The scalar to minimise, given the (B,) losses under the drawn masks.
-
-        By default their mean: the gradient travels through the mask. A score-function estimator adds
-        `log_prob` times an advantage.
-        """
-        return loss.mean()
-
-    @abstractmethod
-    def marginals(self) -> Tensor:
-        """(N,) probability that each block is kept."""
-
-    @abstractmethod
-    def mode(self) -> list[int]:
-        """Indices of the kept blocks in the most probable mask."""
-
-    @abstractmethod
-    def best(self, count: int) -> list[tuple[int, ...]]:
-        """The kept blocks of the most probable masks, best first; fewer when there are no more."""
-
-    @abstractmethod
-    def allows(self, kept: Sequence[int]) -> bool:
-        """Whether the mask that keeps these blocks is within the budget."""
-
-    @abstractmethod
-    def entropy(self) -> float:
-        """Entropy of the distribution in nats."""
-
-    @abstractmethod
-    def confidence(self) -> list[float]:
-        """Probability of the mode, for each independent choice; a decision is as sure as the least of them."""
-
-    @abstractmethod
-    def choices(self) -> list[list[int]]:
-        """The blocks that each independent choice is about, in the order of `confidence`; none when it is one."""
-
-    @property
-    @abstractmethod
-    def num_masks(self) -> int:
-        """Size of the search space."""
 
 
 class GroupedSampler(BlockSampler):
@@ -138,6 +34,8 @@ class GroupedSampler(BlockSampler):
         initial: initial value of all logits.
         estimator: "straight-through", as the paper has it, or "reinmax" (arXiv 2304.08612), its second-order
             correction, which has no use for `tau`.
+        protect: blocks that must stay, counted over all lists.
+        remove: blocks that must go.
     """
 
     def __init__(
@@ -148,6 +46,8 @@ class GroupedSampler(BlockSampler):
         scaling: tuple[float, float] = (10.0, 100.0),
         initial: float = 0.02,
         estimator: Literal["straight-through", "reinmax"] = "straight-through",
+        protect: Sequence[int] = (),
+        remove: Sequence[int] = (),
     ) -> None:
         super().__init__(lists)
         require(min(tau) > 0, "search.tau", tau, "temperatures above 0")
@@ -160,8 +60,18 @@ class GroupedSampler(BlockSampler):
         self.tau_schedule, self.scaling_schedule = tau, scaling
         self.tau, self.scaling = tau[0], scaling[0]
         self.logits = nn.ParameterList()
-        for g, (keep, of) in enumerate(self.groups):
+        stay = {**dict.fromkeys(remove, 0.0), **dict.fromkeys(protect, 1.0)}
+        for g, ((keep, of), members) in enumerate(zip(self.groups, self.choices(), strict=True)):
             options = _options(keep, of)
+            for i, block in enumerate(members):
+                if block in stay:
+                    options = options[options[:, i] == stay[block]]
+            if not len(options):
+                fixed = ", ".join(str(block) for block in members if block in stay)
+                raise UserError(
+                    f"search.pattern: group {g + 1} (blocks {members[0]} to {members[-1]}) cannot keep {keep} of {of}: "
+                    f"too many of its blocks are protected or removed ({fixed})"
+                )
             self.register_buffer(f"options_{g}", options, persistent=False)
             self.logits.append(nn.Parameter(torch.full((len(options),), initial)))
 
@@ -219,8 +129,11 @@ class GroupedSampler(BlockSampler):
         return [kept for _, kept in found]
 
     def allows(self, kept: Sequence[int]) -> bool:
-        counts = [len(set(members).intersection(kept)) for members in self.choices()]
-        return counts == [keep for keep, _ in self.groups]
+        for g, members in enumerate(self.choices()):
+            mask = torch.tensor([float(block in kept) for block in members])
+            if not (self._options(g).cpu() == mask).all(1).any():
+                return False
+        return set(kept) <= set(range(self.num_blocks))
 
     def entropy(self) -> float:
         return sum(float(torch.special.entr(p).sum()) for p in self._probabilities())
@@ -234,7 +147,7 @@ class GroupedSampler(BlockSampler):
 
     @property
     def num_masks(self) -> int:
-        return math.prod(math.comb(of, keep) for keep, of in self.groups)
+        return math.prod(len(logits) for logits in self.logits)
 
     def _options(self, g: int) -> Tensor:
         return self.get_buffer(f"options_{g}")
@@ -271,8 +184,3 @@ def _reinmax(scores_K: Tensor, hard_BK: Tensor) -> Tensor:
         return p * (scores_K - (p * scores_K).sum(-1, keepdim=True))
 
     return 2 * linearised((hard_BK + law) / 2) - linearised(law) / 2
-
-
-def linear(ends: tuple[float, float], progress: float) -> float:
-    """The value at a progress from 0 to 1 between two ends."""
-    return ends[0] + (ends[1] - ends[0]) * progress

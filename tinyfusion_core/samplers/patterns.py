@@ -79,26 +79,10 @@ def _parse_list(name: object, value: Any) -> Pair | list[Pair]:
     key = f"search.pattern.{name}" if name else "search.pattern"
     if isinstance(value, str) and ":" in value:
         value = [int(v) if v.strip().isdigit() else v for v in value.split(":")]
-    numbers = [value] if isinstance(value, int) else list(value) if isinstance(value, (list, tuple)) else []
-    # No network has groups of 60 and more blocks; such numbers are what YAML makes of ratios.
-    if numbers and all(type(v) is int and v >= 60 for v in numbers):
-        ratios = ", ".join(f"{v // 60}:{v % 60}" for v in numbers)
-        pairs = [[v // 60, v % 60] for v in numbers]
-        raise UserError(
-            f"{key}: got {value}. YAML reads an unquoted {ratios} in base 60; "
-            f"write {pairs[0] if isinstance(value, int) else pairs}"
-        )
+    _check_base_60(key, value)
     if isinstance(value, Sequence) and not isinstance(value, str) and value:
         if all(isinstance(v, int) for v in value) and len(value) == 2:
-            keep, of = int(value[0]), int(value[1])
-            if not 0 <= keep <= of or of == 0:
-                raise UserError(f"{key}: [{keep}, {of}]: cannot keep {keep} of {of} blocks")
-            if math.comb(of, keep) > MAX_OPTIONS:
-                raise UserError(
-                    f"{key}: [{keep}, {of}] has {math.comb(of, keep):,} options in one group "
-                    f"(limit {MAX_OPTIONS:,}); use smaller groups"
-                )
-            return keep, of
+            return _parse_pair(key, int(value[0]), int(value[1]))
         if all(isinstance(v, (Sequence, str)) for v in value):
             parts = [_parse_list(name, v) for v in value]
             flat = [p for p in parts if isinstance(p, tuple)]
@@ -108,6 +92,29 @@ def _parse_list(name: object, value: Any) -> Pair | list[Pair]:
         f"{key}: {value!r} is no pattern. Give [keep, of], as [2, 4]; "
         "a list with such a pair for each group; or a mapping from block list to either"
     )
+
+
+def _check_base_60(key: str, value: Any) -> None:
+    """Raise UserError for numbers that YAML makes of ratios: no network has groups of 60 and more blocks."""
+    numbers = [value] if isinstance(value, int) else list(value) if isinstance(value, (list, tuple)) else []
+    if numbers and all(type(v) is int and v >= 60 for v in numbers):
+        ratios = ", ".join(f"{v // 60}:{v % 60}" for v in numbers)
+        pairs = [[v // 60, v % 60] for v in numbers]
+        raise UserError(
+            f"{key}: got {value}. YAML reads an unquoted {ratios} in base 60; "
+            f"write {pairs[0] if isinstance(value, int) else pairs}"
+        )
+
+
+def _parse_pair(key: str, keep: int, of: int) -> Pair:
+    if not 0 <= keep <= of or of == 0:
+        raise UserError(f"{key}: [{keep}, {of}]: cannot keep {keep} of {of} blocks")
+    if math.comb(of, keep) > MAX_OPTIONS:
+        raise UserError(
+            f"{key}: [{keep}, {of}] has {math.comb(of, keep):,} options in one group "
+            f"(limit {MAX_OPTIONS:,}); use smaller groups"
+        )
+    return keep, of
 
 
 def _fitting(keep: int, of: int, depth: int) -> str:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from ..errors import require
 from ..runtime.seeding import Rng
+from .base import BlockSampler, Draw, linear
 from .conditional_poisson import Subsets
 from .constraints import Rules, build
-from .grouped import BlockSampler, Draw, linear
 
 
 class SubsetSampler(BlockSampler):

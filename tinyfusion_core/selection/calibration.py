@@ -23,6 +23,7 @@ from ..runtime.distributed import batches, local_share, map_sharded, rank_and_wo
 from ..runtime.progress import Tracker, track
 from ..runtime.seeding import Rng
 from ..training.trainer import Trainer
+from .base import Decisive
 from .criteria import Criterion
 
 Span = tuple[int, int]
@@ -61,6 +62,9 @@ class Calibrated(Criterion):
         super().__post_init__()
         for name in ("samples", "batch_size"):
             require(getattr(self, name) >= 1, f"{type(self).__name__}.{name}", getattr(self, name), "at least 1")
+
+    def decisive(self, trainer: Trainer) -> Decisive:
+        return Decisive(trainer, but=("batch_size",), but_of_trainer=("batch_size",))  # it does not train
 
     def calibration(self, task: Task, trainer: Trainer) -> "Calibration":
         return Calibration(task, trainer, self.samples, self.batch_size, name=type(self).__name__)

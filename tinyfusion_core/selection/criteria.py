@@ -20,10 +20,11 @@ from ..protocols.task import Task
 from ..pruning.decision import Decision, provenance
 from ..runtime.files import sha256
 from ..runtime.run_folder import RunFolder
-from ..samplers.budget import Quota, make_quota
+from ..samplers.compiled import Constraints, compile_constraints
+from ..samplers.constraints import Budget, Rules, check_said
 from ..samplers.patterns import Pattern, parse_pattern
 from ..training.trainer import Trainer
-from .search import Selector
+from .base import Selector
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Keep(Selector):
 
 
 @dataclass(frozen=True)
-class Verdict:
+class CriterionResult:
     """What a criterion has found.
 
     Attributes:
@@ -84,53 +85,67 @@ class Criterion(Selector):
         keep: how many blocks stay: of all together, or a number for every block list, which may be 0.
         pattern: keep N of every M blocks instead, as in `Search`. Give one of the two.
         protect: indices of blocks that must stay.
+        constraints: further rules for what stays; with costs and a budget they stand alone, in the place of the two.
     """
 
     keep: int | dict[str, int] | None = None
     pattern: Pattern | int | None = None
     protect: Sequence[int] = field(default_factory=tuple)
+    constraints: Rules | None = field(default=None, metadata={"neutral": None})
 
     def __post_init__(self) -> None:
-        if (self.keep is None) == (self.pattern is None):
-            raise UserError(f"{type(self).__name__}: give keep or pattern, one of the two")
+        ways = {"keep": self.keep, "pattern": self.pattern}
+        check_said(type(self).__name__, self.constraints, ways, "two")
         if self.pattern is not None:
             object.__setattr__(self, "pattern", parse_pattern(self.pattern))
 
     def __call__(self, task: Task, trainer: Trainer, run: RunFolder | None = None) -> Decision:
-        quota = self.quota(task.blocks)
-        verdict = self.decide(quota, task, trainer)
-        found = tree_map(_recorded, {"evaluations": verdict.evaluations, **verdict.findings})
+        constraints = self.compiled(task.blocks)
+        result = self.decide(constraints, task, trainer)
+        found = tree_map(_recorded, {"evaluations": result.evaluations, **result.findings})
         where = {**provenance(trainer.seed, task.source), **found}
-        return self._decision(task.blocks, quota, verdict.kept, where)
+        return self._decision(task.blocks, constraints, result.kept, where)
 
     def preview(self, blocks: Sequence[str]) -> Decision:
-        quota = self.quota(blocks)
-        return self._decision(blocks, quota, self.guess(quota), {})
+        constraints = self.compiled(blocks)
+        return self._decision(blocks, constraints, self.guess(constraints), {})
 
-    def quota(self, blocks: Sequence[str]) -> Quota:
+    def budget(self, blocks: Sequence[str]) -> Budget | None:
+        return self.compiled(blocks).budget
+
+    def compiled(self, blocks: Sequence[str]) -> Constraints:
         """What the decision must obey."""
         assert not isinstance(self.pattern, int)  # parse_pattern refuses numbers
-        return make_quota(blocks, self.keep, self.pattern, self.protected(blocks), type(self).__name__)
+        return compile_constraints(
+            blocks,
+            type(self).__name__,
+            keep=self.keep,
+            pattern=self.pattern,
+            protect=self.protected(blocks),
+            constraints=self.constraints,
+        )
 
     def protected(self, blocks: Sequence[str]) -> Sequence[int]:
         """Indices of the blocks that must stay."""
         return self.protect
 
     @abstractmethod
-    def decide(self, quota: Quota, task: Task, trainer: Trainer) -> Verdict:
-        """Choose blocks that obey the quota; the network comes back as it was."""
+    def decide(self, constraints: Constraints, task: Task, trainer: Trainer) -> CriterionResult:
+        """Choose blocks that obey the constraints; the network comes back as it was."""
 
-    def guess(self, quota: Quota) -> Sequence[int]:
-        """Blocks that obey the quota, found without a network."""
-        return quota.top([0.0] * quota.num_blocks)
+    def guess(self, constraints: Constraints) -> Sequence[int]:
+        """Blocks that obey the constraints, found without a network."""
+        return constraints.best([0.0] * constraints.num_blocks)
 
-    def _decision(self, blocks: Sequence[str], quota: Quota, kept: Sequence[int], where: Mapping[str, Any]) -> Decision:
+    def _decision(
+        self, blocks: Sequence[str], constraints: Constraints, kept: Sequence[int], where: Mapping[str, Any]
+    ) -> Decision:
         return Decision(
             blocks=tuple(blocks),
             kept=tuple(sorted(kept)),
             method=type(self).__name__,
             pattern=self.pattern,
-            choices=() if self.pattern is None else tuple(choice.blocks for choice in quota.choices),
+            choices=() if self.pattern is None else tuple(choice.blocks for choice in constraints.choices),
             provenance=where,
         )
 
@@ -163,28 +178,26 @@ class Nested(Criterion):
         Decision.load(self.decision).check_fits(blocks, "the network")
         return super().preview(blocks)
 
-    def guess(self, quota: Quota) -> Sequence[int]:
+    def guess(self, constraints: Constraints) -> Sequence[int]:
         found = Decision.load(self.decision)
-        if len(found.marginals) != quota.num_blocks:
+        if len(found.marginals) != constraints.num_blocks:
             raise UserError(
-                f"{self.decision}: has marginals of {len(found.marginals)} blocks, the network {quota.num_blocks}; "
-                "give the decision of a learned search of it"
+                f"{self.decision}: has marginals of {len(found.marginals)} blocks, the network "
+                f"{constraints.num_blocks}; give the decision of a learned search of it"
             )
         scores = nested_scores(found)
-        kept = quota.top(scores)
-        for choice in quota.choices:
-            free = [i for i in choice.blocks if i not in quota.protected]
-            lowest = min((scores[i] for i in free if i in kept), default=math.inf)
-            tied = [i for i in free if scores[i] == lowest]
-            if not set(tied) <= set(kept):
-                raise UserError(
-                    f"{self.decision}: does not say which of the blocks {', '.join(map(str, tied))} to keep: their "
-                    "marginals are alike, as after a search that has settled; search with that budget"
-                )
+        kept = constraints.best(scores)
+        alike = {scores[i] for i in set(kept) ^ set(constraints.best(scores, late=True))}
+        if alike:
+            tied = [i for i, score in enumerate(scores) if score in alike and i not in constraints.protected]
+            raise UserError(
+                f"{self.decision}: does not say which of the blocks {', '.join(map(str, tied))} to keep: their "
+                "marginals are alike, as after a search that has settled; search with that budget"
+            )
         return kept
 
-    def decide(self, quota: Quota, task: Task, trainer: Trainer) -> Verdict:
-        return Verdict(self.guess(quota), findings={"taken_from": self.decision})
+    def decide(self, constraints: Constraints, task: Task, trainer: Trainer) -> CriterionResult:
+        return CriterionResult(self.guess(constraints), findings={"taken_from": self.decision})
 
 
 def nested_scores(decision: Decision) -> list[float]:
@@ -203,16 +216,33 @@ class Positions(Criterion):
     def positions(self, num_kept: int, size: int) -> Sequence[int]:
         """The wanted positions among `size` blocks."""
 
-    def guess(self, quota: Quota) -> Sequence[int]:
-        scores = [0.0] * quota.num_blocks
-        for choice in quota.choices:
-            wanted = self.positions(choice.num_kept, len(choice.blocks))
-            for position, block in enumerate(choice.blocks):
-                scores[block] = -min((abs(position - w) for w in wanted), default=0)
-        return quota.top(scores)
+    def guess(self, constraints: Constraints) -> Sequence[int]:
+        scores = [0.0] * constraints.num_blocks
+        for choice in constraints.choices:
+            if choice.num_kept is None:
+                return self._guess_number(constraints)
+            self._score(scores, choice.blocks, choice.num_kept)
+        return constraints.best(scores)
 
-    def decide(self, quota: Quota, task: Task, trainer: Trainer) -> Verdict:
-        return Verdict(self.guess(quota))
+    def _guess_number(self, constraints: Constraints) -> Sequence[int]:
+        """With costs, the number of blocks whose wanted positions come closest to what is allowed; the largest."""
+        blocks, found = range(constraints.num_blocks), []
+        for number in range(constraints.num_blocks, 0, -1):
+            scores = [0.0] * constraints.num_blocks
+            wanted = self._score(scores, blocks, number)
+            kept = constraints.best(scores)
+            found.append((len(wanted ^ set(kept)), kept))
+        return min(found, key=lambda pair: pair[0])[1]
+
+    def _score(self, scores: list[float], blocks: Sequence[int], num_kept: int) -> set[int]:
+        """Write down how far each block is from a wanted position, as a score; returns the blocks that are there."""
+        wanted = self.positions(num_kept, len(blocks))
+        for position, block in enumerate(blocks):
+            scores[block] = -min((abs(position - w) for w in wanted), default=0)
+        return {blocks[w] for w in wanted}
+
+    def decide(self, constraints: Constraints, task: Task, trainer: Trainer) -> CriterionResult:
+        return CriterionResult(self.guess(constraints))
 
 
 class Uniform(Positions):

@@ -2,51 +2,32 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from ..errors import UserError, require
-from ..protocols.backbone import Batch, list_lengths
-from ..protocols.loss import LossAdapter
+from ..protocols.backbone import list_lengths
 from ..protocols.task import Task
 from ..pruning.decision import Decision, provenance
 from ..pruning.gating import Gates
 from ..pruning.weight_update import LoRA, WeightUpdate
 from ..runtime.run_folder import RunFolder
-from ..runtime.seeding import Rng, seed_of
-from ..samplers.constraints import Rules
-from ..samplers.grouped import BlockSampler, GroupedSampler
+from ..runtime.seeding import seed_of
+from ..samplers.base import BlockSampler
+from ..samplers.constraints import Budget, Rules, build, check_keep, check_said, combined
+from ..samplers.grouped import GroupedSampler
 from ..samplers.patterns import Pattern, parse_pattern
 from ..samplers.subset import ScoreFunction
 from ..training.loop import Fit
-from ..training.objective import Ema, Objective, Optimization, ema_decay
+from ..training.objective import Ema, Optimization, ema_decay
+from ..training.recover import Recover
 from ..training.trainer import Trainer
-
-
-class Selector(ABC):
-    """A stage that decides which blocks stay: the learned search, or a criterion."""
-
-    @abstractmethod
-    def __call__(self, task: Task, trainer: Trainer, run: RunFolder | None = None) -> Decision:
-        """Decide. Leaves the task's network as it was."""
-
-    def inputs(self) -> dict[str, str]:
-        """Files that decide the outcome besides the settings, by key, as their hashes."""
-        return {}
-
-    @abstractmethod
-    def preview(self, blocks: Sequence[str]) -> Decision:
-        """A decision it could come to, to plan with: budget and groups are right, which blocks stay may not be.
-
-        Raises:
-            UserError: the budget does not fit these blocks.
-        """
+from .base import Decisive, Selector
+from .gated_loss import GatedLoss, train_mode
 
 
 @dataclass(frozen=True)
@@ -76,6 +57,9 @@ class Search(Selector):
         tau: with `pattern`: Gumbel temperature at the first and at the last step; default the sampler's.
         scaling: with `pattern`: factor on the gate logits at the first and at the last step; default the sampler's.
         sampler: any distribution over masks.
+        protect: indices of blocks that must stay; with `keep` or `pattern`.
+        constraints: further rules for the masks. With `pattern` only `protect` and `remove`; with costs and a budget
+            they stand alone, in the place of the three.
         steps: optimizer updates.
         batch_size: samples of one update; default the trainer's.
         warmup: fraction of the steps in which the weight update trains under the initial masks, before the gates
@@ -116,10 +100,21 @@ class Search(Selector):
     prior: tuple[float, float] = (1.0, 1.0)
     dropped_values: float = 1.0
     confident: float | None = None
+    protect: Sequence[int] | None = field(default=None, metadata={"neutral": None})
+    constraints: Rules | None = field(default=None, metadata={"neutral": None})
 
     def __post_init__(self) -> None:
-        if sum(given is not None for given in (self.pattern, self.keep, self.sampler)) != 1:
-            raise UserError("search: give pattern or keep or sampler, one of the three")
+        ways = {"pattern": self.pattern, "keep": self.keep, "sampler": self.sampler}
+        check_said("search", self.constraints, ways, "three")
+        if self.sampler is not None and (self.protect or self.constraints):
+            raise UserError("search: protect and constraints go with keep or pattern; give a sampler rules of its own")
+        if self.pattern is not None and self.constraints is not None:
+            across = sorted(self.constraints.given().keys() - {"protect", "remove"})
+            if across:
+                raise UserError(
+                    f"search.constraints.{across[0]}: holds across the groups of a pattern, which choose each for "
+                    "itself; use keep"
+                )
         if self.pattern is None and self._shorthand():
             raise UserError(f"search.{next(iter(self._shorthand()))} goes with pattern; set it in the sampler")
         require(self.steps >= 1, "search.steps", self.steps, "at least 1")
@@ -160,12 +155,28 @@ class Search(Selector):
         """The distribution over masks that the search starts from, for block lists of these lengths."""
         if self.sampler is not None:
             return self.sampler(lists)
+        rules = combined(self.keep, self.protect or (), self.constraints)
+        if self.pattern is not None:
+            assert not isinstance(self.pattern, int)  # parse_pattern refuses numbers
+            rules.check_shape(sum(lists.values()), "search.constraints")
+            return GroupedSampler(lists, self.pattern, **self._shorthand(), protect=rules.protect, remove=rules.remove)
         if self.keep is not None:
-            rules = Rules(keep=self.keep)
-            rules.check(lists, "search")
-            return ScoreFunction(lists, rules)
-        assert self.pattern is not None and not isinstance(self.pattern, int)  # parse_pattern refuses numbers
-        return GroupedSampler(lists, self.pattern, **self._shorthand())
+            check_keep(self.keep, lists, "search.keep")
+        build(rules, lists, "search.constraints")  # what is wrong with them is said under this key
+        return ScoreFunction(lists, rules)
+
+    def budget(self, blocks: Sequence[str]) -> Budget | None:
+        sampler = self.make_sampler(list_lengths(blocks))
+        return super().budget(blocks) if sampler.choices() else sampler.budget
+
+    def learned(self) -> Search | None:
+        return self
+
+    def trainings(self) -> Sequence[Search | Recover]:
+        return (self,)
+
+    def decisive(self, trainer: Trainer) -> Decisive:
+        return Decisive(trainer.with_batch_size(self.batch_size), but=("batch_size",))
 
     def _shorthand(self) -> dict[str, Any]:
         """The options of the grouped sampler that are given here."""
@@ -206,7 +217,7 @@ class Search(Selector):
             first = self.start(
                 task, replace(trainer, trackers=()), None if run is None else run.part("search", "start")
             )
-            sampler.prefer(first.kept, self.prior)
+            sampler.set_prior(first.kept, self.prior)
             evaluations = int(first.provenance.get("evaluations", 0))
         # AveragedModel begins with the values after the first step: no bias towards the initial ones.
         ema = Ema(sampler, ema_decay(self.steps) if self.ema is None else self.ema)
@@ -221,8 +232,17 @@ class Search(Selector):
                 Gates(model, task.blocks, batch_dim, task.backbone.streams) as gates,
             ):
                 warmup = self.warmup if weights else 0.0  # weights that do not move need none
-                _train(model, dropout=sampler.masks_per_sample == 1)
-                objective = _GatedLoss(model, task.loss, sampler, averaged, gates, self, warmup)
+                train_mode(model, dropout=sampler.masks_per_sample == 1)
+                objective = GatedLoss(
+                    model,
+                    task.loss,
+                    (sampler, averaged),
+                    gates,
+                    steps=self.steps,
+                    warmup=warmup,
+                    dropped_values=self.dropped_values,
+                    confident=self.confident,
+                )
                 gate_rate = self.lr_gates or sampler.lr_gates
                 groups = [
                     {"params": list(sampler.parameters()), "lr": gate_rate, "weight_decay": 0.0},
@@ -247,80 +267,3 @@ class Search(Selector):
             marginals=tuple(sampler.marginals().tolist()),
             provenance=record,
         )
-
-
-def value_weights(mask: Tensor, share: float, rng: Rng) -> Tensor | None:
-    """(B, N) weights of the values of dropped blocks, of which a share is computed; None when all are, or none."""
-    if share == 1 or not mask.requires_grad:
-        return None
-    return (rng.uniform("dropped values", *mask.shape) < share).to(mask) / share
-
-
-def _train(model: nn.Module, dropout: bool) -> None:
-    """Put a network in training mode; without dropout where masks are to be compared on identical draws."""
-    model.train()
-    for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.train(dropout)
-
-
-class _GatedLoss(Objective):
-    """Sample masks, run the gated network, return the sampler's surrogate."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        loss: LossAdapter,
-        sampler: BlockSampler,
-        averaged: BlockSampler,
-        gates: Gates,
-        search: Search,
-        warmup: float,
-    ) -> None:
-        super().__init__()
-        self.model, self.sampler, self.search, self.warmup = model, sampler, search, warmup
-        self.blocks = [model.get_submodule(path) for path in gates.blocks]
-        self.gates = list(sampler.parameters())
-        # The average is not trained: in a tuple it is not registered, so that DDP does not wait for its gradients.
-        self.unregistered = (loss, averaged, gates)
-        self.num_steps = 0
-        self.temperatures: dict[str, float] = {}
-
-    def forward(self, inputs: Batch, rng: Rng) -> tuple[Tensor, Tensor]:
-        loss, _, gates = self.unregistered
-        copies = self.sampler.masks_per_sample
-        if copies > 1:  # on identical draws
-            inputs = {name: value.repeat_interleave(copies, 0) for name, value in inputs.items()}
-            rng = replace(rng, first=rng.first * copies)
-        num_rows = len(next(iter(inputs.values())))
-        draw = self.sampler.sample(num_rows, rng)
-        mask = draw.mask if self.learning else draw.mask.detach()
-        gates.set(mask, value_weights(mask, self.search.dropped_values, rng))
-        losses = loss.losses(self.model, inputs)
-        if self.learning:
-            return self.sampler.surrogate(draw, losses), losses.detach()
-        # A zero gradient, never none: distributed processes wait for it.
-        return losses.mean() + 0 * (draw.mask.sum() + draw.log_prob.sum()), losses.detach()
-
-    def before_step(self, progress: float) -> None:
-        self.num_steps = round(progress * (self.search.steps - 1)) + 1
-        self.learning = progress >= self.warmup
-        learned = max(0.0, (progress - self.warmup) / (1 - self.warmup))
-        self.temperatures = self.sampler.anneal(learned)
-        averaged = self.unregistered[1]
-        averaged.anneal(learned)
-        averaged.prior = averaged.prior_schedule[1]  # a start that fades has no say in the decision
-
-    def finished(self) -> bool:
-        confident, averaged = self.search.confident, self.unregistered[1]
-        return confident is not None and self.learning and min(averaged.confidence()) >= confident
-
-    def metrics(self) -> dict[str, Any]:
-        averaged = self.unregistered[1]
-        return {
-            "decision": averaged.mode(),
-            "marginals": [round(p, 5) for p in averaged.marginals().tolist()],
-            "confidence": round(min(averaged.confidence()), 5),
-            "entropy": round(averaged.entropy(), 5),
-            **self.temperatures,
-        }

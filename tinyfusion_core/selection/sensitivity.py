@@ -11,10 +11,10 @@ from torch import Tensor
 from ..errors import require
 from ..protocols.task import Task
 from ..runtime.seeding import generator
-from ..samplers.budget import Quota
+from ..samplers.compiled import Constraints
 from ..training.trainer import Trainer
 from .calibration import Calibrated
-from .criteria import Verdict
+from .criteria import CriterionResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,55 +34,58 @@ class Random(Calibrated):
         super().__post_init__()
         require(self.draws >= 1, "Random.draws", self.draws, "at least 1")
 
-    def decide(self, quota: Quota, task: Task, trainer: Trainer) -> Verdict:
+    def decide(self, constraints: Constraints, task: Task, trainer: Trainer) -> CriterionResult:
         source = generator(trainer.seed, "random", self.seed)
-        masks = quota.distinct(self.draws, source)
+        masks = constraints.distinct(self.draws, source)
         if len(masks) == 1:
-            return Verdict(masks[0])
+            return CriterionResult(masks[0])
         calibration = self.calibration(task, trainer)
-        losses = calibration.losses(_rows(masks, quota.num_blocks))
+        losses = calibration.losses(_rows(masks, constraints.num_blocks))
         lowest = min(calibration.finite([min(losses)]))
-        return Verdict(masks[losses.index(lowest)], calibration.evaluations, {"losses": losses})
+        return CriterionResult(masks[losses.index(lowest)], calibration.evaluations, {"losses": losses})
 
 
 class LeaveOneOut(Calibrated):
     """Keep the blocks without which, one at a time, the calibration loss rises most ("sensitivity")."""
 
-    def decide(self, quota: Quota, task: Task, trainer: Trainer) -> Verdict:
-        calibration, everything = self.calibration(task, trainer), range(quota.num_blocks)
+    def decide(self, constraints: Constraints, task: Task, trainer: Trainer) -> CriterionResult:
+        calibration, everything = self.calibration(task, trainer), range(constraints.num_blocks)
         masks = [everything, *([j for j in everything if j != i] for i in everything)]
-        full, *losses = calibration.losses(_rows(masks, quota.num_blocks))
+        full, *losses = calibration.losses(_rows(masks, constraints.num_blocks))
         calibration.finite([full])
         scores = [loss - full for loss in losses]
-        return Verdict(quota.top(scores), calibration.evaluations, {"scores": scores})
+        return CriterionResult(constraints.best(scores), calibration.evaluations, {"scores": scores})
 
 
 class Greedy(Calibrated):
-    """Remove the block whose removal costs least calibration loss, then look again (SLEB, arXiv:2402.09025)."""
+    """Remove the block whose removal costs least calibration loss, then look again (SLEB, arXiv:2402.09025).
 
-    def decide(self, quota: Quota, task: Task, trainer: Trainer) -> Verdict:
-        calibration, kept = self.calibration(task, trainer), list(range(quota.num_blocks))
-        rounds = quota.num_blocks - len(quota.top([0.0] * quota.num_blocks))
+    Blocks that constraints hold together go together. With a budget of costs it ends as soon as the budget is met.
+    """
+
+    def decide(self, constraints: Constraints, task: Task, trainer: Trainer) -> CriterionResult:
+        calibration, kept = self.calibration(task, trainer), list(range(constraints.num_blocks))
+        rounds = constraints.num_blocks - len(constraints.best([0.0] * constraints.num_blocks))
         removed: list[int] = []
         lowest: list[float] = []
-        while candidates := quota.removable(kept):
-            masks = [[j for j in kept if j != i] for i in candidates]
+        while candidates := constraints.removable(kept):
+            masks = [[j for j in kept if j not in unit] for unit in candidates]
             note = f", block {len(removed) + 1} of {rounds}"
-            losses = calibration.losses(_rows(masks, quota.num_blocks), note)
+            losses = calibration.losses(_rows(masks, constraints.num_blocks), note)
             lowest += calibration.finite([min(losses)])
             best = losses.index(lowest[-1])
             kept = masks[best]
-            removed.append(candidates[best])
-        return Verdict(kept, calibration.evaluations, {"removed": removed, "losses": lowest})
+            removed += candidates[best]
+        return CriterionResult(kept, calibration.evaluations, {"removed": removed, "losses": lowest})
 
 
 class Taylor(Calibrated):
     """Keep the blocks whose mask the loss depends on most: mean |dL/dm| at m = 1 (Michel et al., arXiv:1905.10650)."""
 
-    def decide(self, quota: Quota, task: Task, trainer: Trainer) -> Verdict:
+    def decide(self, constraints: Constraints, task: Task, trainer: Trainer) -> CriterionResult:
         calibration = self.calibration(task, trainer)
         scores = calibration.gradients()
-        return Verdict(quota.top(scores), calibration.evaluations, {"scores": scores})
+        return CriterionResult(constraints.best(scores), calibration.evaluations, {"scores": scores})
 
 
 def _rows(masks: Sequence[Sequence[int]], num_blocks: int) -> Tensor:

@@ -12,13 +12,13 @@ from torch.nn import functional as F
 
 from ..errors import UserError
 from ..protocols.task import Task
-from ..samplers.budget import Quota
+from ..samplers.compiled import Constraints
 from ..training.trainer import Trainer
 from .calibration import Calibrated, Measure, Span
-from .criteria import Verdict
+from .criteria import CriterionResult
 
 
-class Mean:
+class MeanSimilarity:
     """The mean over samples and tokens of a comparison of feature vectors."""
 
     def __init__(self, compare: Callable[[Tensor, Tensor], Tensor]) -> None:
@@ -42,12 +42,12 @@ class Mean:
 
 def cosine() -> Measure:
     """Mean cosine between a token before and after."""
-    return Mean(lambda x, y: F.cosine_similarity(x, y, dim=-1))
+    return MeanSimilarity(lambda x, y: F.cosine_similarity(x, y, dim=-1))
 
 
 def squared_error() -> Measure:
     """Mean squared difference of a token before and after."""
-    return Mean(lambda x, y: (y - x).square().mean(-1))
+    return MeanSimilarity(lambda x, y: (y - x).square().mean(-1))
 
 
 Moments = tuple[int, list[Tensor], list[Tensor]]
@@ -107,20 +107,20 @@ class BlockInfluence(Calibrated):
     def protected(self, blocks: Sequence[str]) -> Sequence[int]:
         return [*self.protect, len(blocks) - 1] if self.reference else self.protect
 
-    def decide(self, quota: Quota, task: Task, trainer: Trainer) -> Verdict:
+    def decide(self, constraints: Constraints, task: Task, trainer: Trainer) -> CriterionResult:
         calibration = self.calibration(task, trainer)
-        spans = [(i, i) for i in range(quota.num_blocks)]
+        spans = [(i, i) for i in range(constraints.num_blocks)]
         scores = [1 - similarity for similarity in calibration.compare(spans, cosine, clean=self.reference)]
-        return Verdict(quota.top(scores), calibration.evaluations, {"scores": scores})
+        return CriterionResult(constraints.best(scores), calibration.evaluations, {"scores": scores})
 
 
 class InputOutputMSE(Calibrated):
     """Keep the blocks whose output differs most from their input, by mean squares (Flux.1 Lite)."""
 
-    def decide(self, quota: Quota, task: Task, trainer: Trainer) -> Verdict:
+    def decide(self, constraints: Constraints, task: Task, trainer: Trainer) -> CriterionResult:
         calibration = self.calibration(task, trainer)
-        scores = calibration.compare([(i, i) for i in range(quota.num_blocks)], squared_error)
-        return Verdict(quota.top(scores), calibration.evaluations, {"scores": scores})
+        scores = calibration.compare([(i, i) for i in range(constraints.num_blocks)], squared_error)
+        return CriterionResult(constraints.best(scores), calibration.evaluations, {"scores": scores})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +128,7 @@ class SpanSimilarity(Calibrated):
     """Remove blocks that follow each other: the run of them that changes its input least (arXiv:2403.17887).
 
     One run goes of every group of a pattern or every block list with its own number; with one number for all
-    lists it is the best run inside any of them.
+    lists it is the best run inside any of them. With constraints, it is the best of the runs whose removal obeys them.
 
     Args:
         measure: mean cosine of the tokens before and after, which ranks like the paper's angular distance for
@@ -137,38 +137,61 @@ class SpanSimilarity(Calibrated):
 
     measure: Literal["cosine", "cka"] = "cosine"
 
-    def guess(self, quota: Quota) -> Sequence[int]:
-        return _without(quota, [spans[0] for spans in self._candidates(quota)])
+    def guess(self, constraints: Constraints) -> Sequence[int]:
+        return _without(constraints, [spans[0] for spans in self._candidates(constraints)])
 
-    def decide(self, quota: Quota, task: Task, trainer: Trainer) -> Verdict:
-        candidates = self._candidates(quota)
+    def decide(self, constraints: Constraints, task: Task, trainer: Trainer) -> CriterionResult:
+        candidates = self._candidates(constraints)
         spans = [span for some in candidates for span in some]
         calibration = self.calibration(task, trainer)
         values = calibration.compare(spans, cosine if self.measure == "cosine" else LinearCKA)
         similarity = dict(zip(spans, values, strict=True))
-        kept = _without(quota, [max(some, key=similarity.__getitem__) for some in candidates])
+        kept = _without(constraints, [max(some, key=similarity.__getitem__) for some in candidates])
         found = {"spans": [{"first": i, "last": j, "similarity": value} for (i, j), value in similarity.items()]}
-        return Verdict(kept, calibration.evaluations, found)
+        return CriterionResult(kept, calibration.evaluations, found)
 
-    def _candidates(self, quota: Quota) -> list[list[Span]]:
+    def _candidates(self, constraints: Constraints) -> list[list[Span]]:
         """The runs that may go, for every choice that has to lose blocks."""
+        if not constraints.independent:
+            return [self._allowed(constraints)]
         candidates = []
-        for choice in quota.choices:
-            size = len(choice.blocks) - choice.num_kept
+        for choice in constraints.choices:
+            size = len(choice.blocks) - (choice.num_kept or 0)
             if not size:
                 continue
-            runs = [run[i : i + size] for run in choice.lists for i in range(len(run) - size + 1)]
-            # Lists may take turns in the order of execution.
-            runs = [run for run in runs if run[-1] - run[0] == size - 1 and not quota.protected & set(run)]
+            runs = [run for run in _runs(choice.lists, size) if not constraints.protected & set(run)]
             if not runs:
                 raise UserError(
                     f"SpanSimilarity: {choice.name} has no {size} blocks in a row inside one block list that could go "
-                    f"(protected: {sorted(quota.protected & set(choice.blocks))}); keep more, protect fewer, "
+                    f"(protected: {sorted(constraints.protected & set(choice.blocks))}); keep more, protect fewer, "
                     "or give keep a number for every block list"
                 )
             candidates.append([(run[0], run[-1]) for run in runs])
         return candidates
 
+    def _allowed(self, constraints: Constraints) -> list[Span]:
+        """The runs of any length whose removal obeys the constraints."""
+        if len(constraints.choices) > 1:
+            raise UserError(
+                "SpanSimilarity: removes a run of every group or list by itself, so constraints across them cannot be "
+                "obeyed; give keep one number for all, or take another criterion"
+            )
+        lists, everything = constraints.choices[0].lists, set(range(constraints.num_blocks))
+        runs = [run for size in everything for run in _runs(lists, size + 1)]
+        spans = [(run[0], run[-1]) for run in runs if constraints.accepts(everything - set(run))]
+        if not spans:
+            raise UserError(
+                "SpanSimilarity: no mask that obeys the constraints removes a single run of blocks in one block list; "
+                "loosen them, or take another criterion"
+            )
+        return spans
 
-def _without(quota: Quota, spans: Sequence[Span]) -> list[int]:
-    return [i for i in range(quota.num_blocks) if not any(first <= i <= last for first, last in spans)]
+
+def _runs(lists: Sequence[Sequence[int]], size: int) -> list[Sequence[int]]:
+    """All blocks that follow each other inside of a list, so many at a time."""
+    runs = [run[i : i + size] for run in lists for i in range(len(run) - size + 1)]
+    return [run for run in runs if run[-1] - run[0] == size - 1]  # lists may take turns in the order of execution
+
+
+def _without(constraints: Constraints, spans: Sequence[Span]) -> list[int]:
+    return [i for i in range(constraints.num_blocks) if not any(first <= i <= last for first, last in spans)]

@@ -17,10 +17,12 @@ from ..pruning.prune import prune
 from ..runtime.files import digest
 from ..runtime.progress import track
 from ..runtime.run_folder import RunFolder
+from ..samplers.constraints import Budget
 from ..training.recover import Recover
 from ..training.trainer import Trainer
+from .base import Selector
 from .calibration import Calibration
-from .search import Search, Selector
+from .search import Search
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +68,15 @@ class Finals(Selector):
 
     def preview(self, blocks: Sequence[str]) -> Decision:
         return self.search.preview_beside(blocks, self._by_key())
+
+    def budget(self, blocks: Sequence[str]) -> Budget | None:
+        return self.search.budget(blocks)
+
+    def learned(self) -> Search | None:
+        return self.search
+
+    def trainings(self) -> Sequence[Search | Recover]:
+        return (self.search, self.healing)
 
     def _by_key(self) -> dict[str, Selector]:
         return {f"others[{i}]": other for i, other in enumerate(self.others)}
@@ -148,16 +159,3 @@ class Finals(Selector):
 def _name(kept: Sequence[int]) -> str:
     """A short name for a folder; the indices themselves can be too many for one."""
     return digest(list(kept))[:16]
-
-
-def search_of(selector: Selector | None) -> Search | None:
-    """The learned search in a selector, if there is one."""
-    inner = selector.search if isinstance(selector, Finals) else selector
-    return inner if isinstance(inner, Search) else None
-
-
-def trainings_of(selector: Selector) -> list[Search | Recover]:
-    """What a selector trains, one after the other."""
-    search = search_of(selector)
-    trainings: list[Search | Recover] = [] if search is None else [search]
-    return [*trainings, selector.healing] if isinstance(selector, Finals) else trainings

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ...errors import UserError
 from ...runtime.seeding import generator
+from ...samplers.base import BlockSampler, Draw
 from ...samplers.constraints import Rules
-from ...samplers.grouped import BlockSampler, Draw
 from ..assertions import expect, global_states, seed_everything
 from ..small_network import LISTS, NUM_KEPT
 from ..subject import fixed_rng, made

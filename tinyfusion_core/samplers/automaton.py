@@ -1,0 +1,293 @@
+"""The masks that obey some demands, as an automaton that reads the blocks in order.
+
+A state holds what the past decides about the future: how much is kept so far, how many blocks in a row were dropped
+and so on. Every path through the automaton is a mask that obeys all demands, and every such mask is one path;
+distributions over masks are dynamic programmes over it (see conditional_poisson.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+
+MAX_STATES = 2_000_000
+
+
+class Segment(NamedTuple):
+    """Blocks that follow each other.
+
+    Attributes:
+        size: how many they are.
+        kept: how many of them stay.
+    """
+
+    size: int
+    kept: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demands:
+    """What every mask must obey, block by block.
+
+    Attributes:
+        lists: lengths of the block lists; runs of dropped blocks end where a list ends.
+        segments: what stays of every part of the network; they cover it. Empty with `costs`.
+        costs: what each block costs.
+        budget: with `costs`: the most that the kept blocks may cost together.
+        protect: blocks that must stay.
+        remove: blocks that must go.
+        together: sets of blocks that stay or go together.
+        max_run: the longest run of dropped blocks in a list.
+        contiguous: whether the dropped blocks of a list are one run.
+    """
+
+    lists: tuple[int, ...]
+    segments: tuple[Segment, ...] = ()
+    costs: tuple[int, ...] | None = None
+    budget: int = 0
+    protect: frozenset[int] = frozenset()
+    remove: frozenset[int] = frozenset()
+    together: tuple[frozenset[int], ...] = ()
+    max_run: int | None = None
+    contiguous: bool = False
+
+    def slack(self) -> int:
+        """What a mask may leave of the largest use of the budget: less than the cheapest that could still be added."""
+        assert self.costs is not None
+        alone = (frozenset([i]) for i in range(len(self.costs)) if all(i not in group for group in self.together))
+        fixed = self.protect | self.remove
+        free = [sum(self.costs[i] for i in unit) for unit in (*self.together, *alone) if fixed.isdisjoint(unit)]
+        return min((cost for cost in free if cost), default=1)
+
+
+class _State(NamedTuple):
+    used: int = 0  # blocks kept of this segment, or the cost of all that are kept
+    run: int = 0  # dropped blocks just before, in this list
+    phase: int = 0  # contiguous: 0 before the dropped run, 1 in it, 2 after
+    open: tuple[tuple[int, bool], ...] = ()  # sets of `together` that have begun and not ended, and how
+
+
+class _Place(NamedTuple):
+    """Where a block is."""
+
+    block: int
+    first: bool  # of its list
+    last: bool
+    segment: Segment | None
+    closes: bool  # the last of its segment
+
+
+@dataclass(frozen=True, eq=False)
+class Automaton:
+    """The masks that obey some demands.
+
+    Attributes:
+        drop: for every block a table: state before it -> state after it when the block is dropped. The number of
+            states after it stands for "forbidden".
+        keep: the same when it is kept.
+        num_ends: how many states there are after the last block.
+        num_masks: how many masks there are.
+        dearest: with costs, the most that a mask uses of the budget.
+    """
+
+    drop: tuple[Tensor, ...]
+    keep: tuple[Tensor, ...]
+    num_ends: int
+    num_masks: int
+    dearest: int
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.drop)
+
+    def accepts(self, kept: Collection[int]) -> bool:
+        """Whether the mask that keeps these blocks obeys the demands."""
+        state = 0
+        for i, (drop, keep) in enumerate(zip(self.drop, self.keep, strict=True)):
+            table = keep if i in kept else drop
+            if state >= len(table):  # it was forbidden
+                return False
+            state = int(table[state])
+        return state < self.num_ends
+
+    def accepts_within(self, kept: Collection[int]) -> bool:
+        """Whether some mask obeys the demands and keeps none but these blocks."""
+        reached = torch.tensor([0])
+        for i, (drop, keep) in enumerate(zip(self.drop, self.keep, strict=True)):
+            after = torch.cat([drop[reached], keep[reached]]) if i in kept else drop[reached]
+            possible = {state for state in after.tolist() if state < self._num_after(i)}
+            reached = torch.tensor(sorted(possible), dtype=torch.long)
+        return len(reached) > 0
+
+    def best(self, weights: Sequence[int], late: bool = False) -> tuple[int, ...]:
+        """The blocks that the mask with the largest sum of weights keeps; of equal ones the earlier, or the later."""
+        values: list[list[int | None]] = [[0] * self.num_ends]
+        tables = [(drop.tolist(), keep.tolist()) for drop, keep in zip(self.drop, self.keep, strict=True)]
+        for weight, (drop, keep) in zip(reversed(weights), reversed(tables), strict=True):
+            after = [*values[-1], None]  # forbidden
+            ways = [(after[a], _plus(after[b], weight)) for a, b in zip(drop, keep, strict=True)]
+            values.append([max((v for v in pair if v is not None), default=None) for pair in ways])
+        values.reverse()
+        state, kept = 0, []
+        for i, (drop, keep) in enumerate(tables):
+            after = [*values[i + 1], None]
+            dropping, keeping = after[drop[state]], _plus(after[keep[state]], weights[i])
+            if dropping is None or (keeping is not None and (keeping > dropping or (keeping == dropping and not late))):
+                kept.append(i)
+                state = keep[state]
+            else:
+                state = drop[state]
+        return tuple(kept)
+
+    def masks(self) -> Iterator[tuple[int, ...]]:
+        """The kept blocks of all masks, in lexicographic order."""
+        waiting: list[tuple[int, tuple[int, ...], int]] = [(0, (), 0)]  # block, those kept before it, state
+        while waiting:
+            i, kept, state = waiting.pop()
+            if i == self.num_blocks:
+                yield kept
+                continue
+            for table, with_it in ((self.drop[i], kept), (self.keep[i], (*kept, i))):
+                after = int(table[state])
+                if after < self._num_after(i):
+                    waiting.append((i + 1, with_it, after))
+
+    def _num_after(self, i: int) -> int:
+        """How many states there are after block i."""
+        return self.num_ends if i + 1 == self.num_blocks else len(self.drop[i + 1])
+
+
+def _plus(value: int | None, weight: int) -> int | None:
+    return None if value is None else value + weight
+
+
+@lru_cache(maxsize=16)
+def automaton_of(demands: Demands, key: str) -> Automaton | None:
+    """The automaton of the masks that obey; states from which no mask can be finished are left out. None: no mask.
+
+    Raises:
+        UserError: it would need too many states.
+    """
+    paths = _explore(demands, key)
+    found = _prune(demands, *paths)
+    if found is None or demands.costs is None:
+        return found
+    return _prune(demands, *paths, least=found.dearest - demands.slack())
+
+
+_Layers = list[dict[_State, int]]
+_Moves = list[list[tuple[_State | None, _State | None]]]
+
+
+def _places(demands: Demands) -> Iterator[_Place]:
+    ends = [(i == 0, i == depth - 1) for depth in demands.lists for i in range(depth)]
+    parts: list[tuple[Segment | None, bool]] = [
+        (segment, i == segment.size - 1) for segment in demands.segments for i in range(segment.size)
+    ]
+    for block, ((first, last), (segment, closes)) in enumerate(
+        zip(ends, parts or [(None, False)] * len(ends), strict=True)
+    ):
+        yield _Place(block, first, last, segment, closes)
+
+
+def _explore(demands: Demands, key: str) -> tuple[_Layers, _Moves]:
+    """The states before and after every block, and for each where dropping and keeping the block lead."""
+    layers: _Layers = [{_State(): 0}]
+    moves: _Moves = []
+    num_states = 1
+    for place in _places(demands):
+        following: dict[_State, int] = {}
+        out: list[tuple[_State | None, _State | None]] = []
+        for state in layers[-1]:
+            pair = _move(demands, state, place, False), _move(demands, state, place, True)
+            for after in pair:
+                if after is not None:
+                    following.setdefault(after, len(following))
+            out.append(pair)
+        moves.append(out)
+        layers.append(following)
+        num_states += len(following)
+        if num_states > MAX_STATES:
+            fix = "fewer or closer blocks in together" if demands.costs is None else "costs of smaller numbers"
+            raise UserError(f"{key}: these need too many states; give {fix}")
+    return layers, moves
+
+
+def _prune(demands: Demands, layers: _Layers, moves: _Moves, least: int = 0) -> Automaton | None:
+    """Keep the states from which an end that uses more than the least can be reached; count the masks on the way."""
+    counts: dict[_State, int] = {state: 1 for state in layers[-1] if demands.costs is None or state.used > least}
+    names = {state: i for i, state in enumerate(counts)}
+    num_ends, drops, keeps = len(counts), [], []
+    dearest = max((state.used for state in counts), default=0)
+    for layer, out in zip(reversed(layers[:-1]), reversed(moves), strict=True):
+        before: dict[_State, int] = {}
+        rows: list[tuple[int, int]] = []
+        for state, pair in zip(layer, out, strict=True):
+            total = sum(counts.get(after, 0) for after in pair if after is not None)
+            if total:
+                before[state] = total
+                dead = len(names)
+                a, b = (names.get(after, dead) if after is not None else dead for after in pair)
+                rows.append((a, b))
+        if not rows:
+            return None
+        table = torch.tensor(rows)
+        drops.append(table[:, 0])
+        keeps.append(table[:, 1])
+        counts, names = before, {state: i for i, state in enumerate(before)}
+    return Automaton(tuple(reversed(drops)), tuple(reversed(keeps)), num_ends, next(iter(counts.values())), dearest)
+
+
+def _move(demands: Demands, state: _State, place: _Place, kept: bool) -> _State | None:
+    """The state after a block, or None when the demands forbid it."""
+    if place.block in (demands.remove if kept else demands.protect):
+        return None
+    used = _used(demands, state.used, place, kept)
+    open_sets = _open_sets(demands, state.open, place.block, kept)
+    if used is None or open_sets is None:
+        return None
+    # What no demand asks for would only multiply the states.
+    run = phase = 0
+    if demands.max_run is not None:
+        run = 0 if kept else 1 + (0 if place.first else state.run)
+        if run > demands.max_run:
+            return None
+    if demands.contiguous:
+        before = 0 if place.first else state.phase
+        if not kept and before == 2:
+            return None
+        phase = 1 if not kept else min(2, 2 * before)
+    return _State(used, 0 if place.last else run, 0 if place.last else phase, open_sets)
+
+
+def _used(demands: Demands, used: int, place: _Place, kept: bool) -> int | None:
+    """What is used after a block, None when that is too much, or in the end of a segment too little."""
+    if place.segment is None:
+        assert demands.costs is not None
+        used += demands.costs[place.block] * kept
+        return used if used <= demands.budget else None
+    used += kept
+    if used > place.segment.kept or (place.closes and used != place.segment.kept):
+        return None
+    return 0 if place.closes else used
+
+
+def _open_sets(
+    demands: Demands, before: tuple[tuple[int, bool], ...], block: int, kept: bool
+) -> tuple[tuple[int, bool], ...] | None:
+    """The sets of `together` that are open after a block, None when it differs from the others of its set."""
+    sets = dict(before)
+    for number, members in enumerate(demands.together):
+        if block in members:
+            if sets.setdefault(number, kept) != kept:
+                return None
+            if block == max(members):
+                del sets[number]
+    return tuple(sorted(sets.items()))

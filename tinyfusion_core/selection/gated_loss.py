@@ -1,0 +1,108 @@
+"""What a search minimises: the loss of the network under drawn masks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..protocols.backbone import Batch
+from ..protocols.loss import LossAdapter
+from ..pruning.gating import Gates
+from ..runtime.seeding import Rng
+from ..samplers.base import BlockSampler
+from ..training.objective import Objective
+
+
+def value_weights(mask: Tensor, share: float, rng: Rng) -> Tensor | None:
+    """(B, N) weights of the values of dropped blocks, of which a share is computed; None when all are, or none."""
+    if share == 1 or not mask.requires_grad:
+        return None
+    return (rng.uniform("dropped values", *mask.shape) < share).to(mask) / share
+
+
+def train_mode(model: nn.Module, dropout: bool) -> None:
+    """Put a network in training mode; without dropout where masks are to be compared on identical draws."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.train(dropout)
+
+
+class GatedLoss(Objective):
+    """Sample masks, run the gated network, return the sampler's surrogate.
+
+    Args:
+        model: the gated network, in training mode.
+        loss: the objective.
+        samplers: the distribution that learns, and its average, which decides.
+        gates: of the network's blocks.
+        steps: of the search.
+        warmup: fraction of them in which the gates do not learn.
+        dropped_values: see `Search`.
+        confident: the confidence at which the search is finished; None: never.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: LossAdapter,
+        samplers: tuple[BlockSampler, BlockSampler],
+        gates: Gates,
+        *,
+        steps: int,
+        warmup: float,
+        dropped_values: float,
+        confident: float | None,
+    ) -> None:
+        super().__init__()
+        self.sampler, averaged = samplers
+        self.model, self.steps, self.warmup = model, steps, warmup
+        self.dropped_values, self.confident = dropped_values, confident
+        self.blocks = [model.get_submodule(path) for path in gates.blocks]
+        self.gates = list(self.sampler.parameters())
+        # The average is not trained: in a tuple it is not registered, so that DDP does not wait for its gradients.
+        self.unregistered = (loss, averaged, gates)
+        self.num_steps = 0
+        self.temperatures: dict[str, float] = {}
+
+    def forward(self, inputs: Batch, rng: Rng) -> tuple[Tensor, Tensor]:
+        loss, _, gates = self.unregistered
+        copies = self.sampler.masks_per_sample
+        if copies > 1:  # on identical draws
+            inputs = {name: value.repeat_interleave(copies, 0) for name, value in inputs.items()}
+            rng = replace(rng, first=rng.first * copies)
+        num_rows = len(next(iter(inputs.values())))
+        draw = self.sampler.sample(num_rows, rng)
+        mask = draw.mask if self.learning else draw.mask.detach()
+        gates.set(mask, value_weights(mask, self.dropped_values, rng))
+        losses = loss.losses(self.model, inputs)
+        if self.learning:
+            return self.sampler.surrogate(draw, losses), losses.detach()
+        # A zero gradient, never none: distributed processes wait for it.
+        return losses.mean() + 0 * (draw.mask.sum() + draw.log_prob.sum()), losses.detach()
+
+    def before_step(self, progress: float) -> None:
+        self.num_steps = round(progress * (self.steps - 1)) + 1
+        self.learning = progress >= self.warmup
+        learned = max(0.0, (progress - self.warmup) / (1 - self.warmup))
+        self.temperatures = self.sampler.anneal(learned)
+        averaged = self.unregistered[1]
+        averaged.anneal(learned)
+        averaged.prior = averaged.prior_schedule[1]  # a start that fades has no say in the decision
+
+    def finished(self) -> bool:
+        if self.confident is None or not self.learning:
+            return False
+        return min(self.unregistered[1].confidence()) >= self.confident
+
+    def metrics(self) -> dict[str, Any]:
+        averaged = self.unregistered[1]
+        return {
+            "decision": averaged.mode(),
+            "marginals": [round(p, 5) for p in averaged.marginals().tolist()],
+            "confidence": round(min(averaged.confidence()), 5),
+            "entropy": round(averaged.entropy(), 5),
+            **self.temperatures,
+        }
