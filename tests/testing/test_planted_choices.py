@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import tinyfusion_core as tiny
+from places import ROOT
 from tinyfusion_core.errors import UserError
 from tinyfusion_core.registry.registry import Plugin, Registry
 from tinyfusion_core.samplers.constraints import Rules
@@ -347,8 +348,11 @@ def test_a_defect_is_caught(name: str, thing: type, message: str) -> None:
 def test_every_check_has_a_defect_and_says_what_it_looks_at() -> None:
     assert {name for name, _, _ in BROKEN} == set(CHECKS)
     assert len(CHECKS) == sum(len(kind.checks) for kind in KINDS.values())
-    for check in CHECKS.values():
-        assert (check.__doc__ or "").strip().endswith("."), check
+    page = (ROOT / "docs" / "writing-a-plugin.md").read_text()
+    for name, check in CHECKS.items():
+        meaning = " ".join((check.__doc__ or "").split())
+        assert meaning.endswith(".")
+        assert f"| `{name}` | {meaning} |" in page
 
 
 class NeedsMore(First):

@@ -132,7 +132,7 @@ def check_network_values(subject: SelectorSubject) -> None:
 
 
 def check_network_modes(subject: SelectorSubject) -> None:
-    """So are its modules, their training flags, hooks and `forward`, and what requires or has a gradient."""
+    """Modules, training flags, hooks and `forward` are what they were, and what requires or has a gradient."""
     task = small_task()
     before = modes_of(task.teacher)
     subject.selector(task, small_trainer())
