@@ -1,4 +1,4 @@
-"""The best masks of a search, healed for a few steps each."""
+"""The best masks of a search, recovered for a few steps each."""
 
 # No `from __future__ import annotations` here, for the reason given in criteria.py.
 
@@ -29,18 +29,18 @@ from .search import Search
 class Finals(Selector):
     """A search, and then successive halving (arXiv 1502.07943) of its most probable masks.
 
-    All finalists are healed for some steps; the better half of them, by the loss on calibration samples, for as many
+    All finalists are recovered for some steps; the better half of them, by the loss on calibration samples, for as many
     again, until one is left. One that diverges is out. It repairs a search that could not tell its best masks apart,
     and with `others` the search's masks meet those of criteria.
 
     Args:
         search: the search.
-        masks: how many of its most probable masks are healed.
+        masks: how many of its most probable masks are recovered.
         others: selectors whose choices are finalists too. They must be within the search's budget.
         steps: updates of a finalist in each round.
-        lr: learning rate of the healing.
+        lr: learning rate of the recovery.
         batch_size: samples of one update; default the trainer's.
-        samples: training samples that judge a healed network.
+        samples: training samples that judge a recovered network.
     """
 
     search: Search
@@ -58,7 +58,7 @@ class Finals(Selector):
         require(self.batch_size is None or self.batch_size >= 1, "search.batch_size", self.batch_size, "at least 1")
 
     @property
-    def healing(self) -> Recover:
+    def recovery(self) -> Recover:
         """What a finalist gets in each round."""
         return Recover(steps=self.steps, batch_size=self.batch_size, lr=self.lr, schedule="constant", ema=0.0)
 
@@ -76,7 +76,7 @@ class Finals(Selector):
         return self.search
 
     def trainings(self) -> Sequence[Search | Recover]:
-        return (self.search, self.healing)
+        return (self.search, self.recovery)
 
     def _by_key(self) -> dict[str, Selector]:
         return {f"others[{i}]": other for i, other in enumerate(self.others)}
@@ -98,7 +98,7 @@ class Finals(Selector):
             with track(f"finals, round {number}", len(students), show=show) as progress:
                 for kept, student in students.items():
                     part = None if run is None else run.part("search", f"finals {number} of {_name(kept)}")
-                    losses[kept], looked_at = self._heal(task, student, quiet, part, number)
+                    losses[kept], looked_at = self._recover(task, student, quiet, part, number)
                     evaluations += looked_at
                     progress.advance()
             best = [kept for kept in sorted(losses, key=losses.__getitem__) if math.isfinite(losses[kept])]
@@ -122,18 +122,18 @@ class Finals(Selector):
             provenance={**decision.provenance, "evaluations": evaluations, "finals": findings},
         )
 
-    def _heal(
+    def _recover(
         self, task: Task, student: nn.Module, trainer: Trainer, part: RunFolder | None, number: int
     ) -> tuple[float, int]:
-        """Heal a finalist some more. Returns its loss, infinite where it is not finite, and the samples looked at."""
-        healed = Calibration(replace(task, model=student), trainer, self.samples, 64, "finals")
+        """Recover a finalist some more. Returns its loss, infinite where it is not finite, and the samples looked at."""
+        recovered = Calibration(replace(task, model=student), trainer, self.samples, 64, "finals")
         try:
-            self.healing(task, student, None, trainer, part, stage=f"finals {number}")
-            (loss,) = healed.losses(torch.ones(1, len(healed.task.blocks)))
+            self.recovery(task, student, None, trainer, part, stage=f"finals {number}")
+            (loss,) = recovered.losses(torch.ones(1, len(recovered.task.blocks)))
         except Diverged:
             loss = math.inf
         student.cpu()
-        return loss, self.steps * (self.batch_size or trainer.batch_size) + healed.num_samples
+        return loss, self.steps * (self.batch_size or trainer.batch_size) + recovered.num_samples
 
     def _others(
         self, task: Task, trainer: Trainer, run: RunFolder | None
