@@ -125,7 +125,7 @@ class Finals(Selector):
     def _recover(
         self, task: Task, student: nn.Module, trainer: Trainer, part: RunFolder | None, number: int
     ) -> tuple[float, int]:
-        """Recover a finalist some more. Returns its loss, infinite where it is not finite, and the samples looked at."""
+        """Train a finalist some more. Returns its loss, infinite where it is not finite, and the samples looked at."""
         recovered = Calibration(replace(task, model=student), trainer, self.samples, 64, "finals")
         try:
             self.recovery(task, student, None, trainer, part, stage=f"finals {number}")
