@@ -229,7 +229,7 @@ def test_a_row_is_drawn_from_its_own_numbers() -> None:
         (Rules(keep="3"), r"keep is '3'; expected 1 to 8 blocks"),
         (Rules(keep={"first": 0, "second": 0}), r"keep is .*; expected at least one block in all"),
         (Rules(costs=[1] * 8, budget={"first": 3}), r"budget is {'first': 3}; expected enough for one block, a whole"),
-        (Rules(keep={"first": 2}), "expected a number for second too"),
+        (Rules(keep={"first": 2}), "says nothing of the block list.s. second"),
         (Rules(keep={"first": 2, "secnd": 1}), "no block list 'secnd'; did you mean 'second'"),
         (Rules(keep={"first": 6, "second": 1}), r"search\.sampler\.rules\.keep\.first is 6; expected 0 to 5"),
         (Rules(costs=[1, 2], budget=4), "expected 8 whole numbers"),

@@ -93,4 +93,4 @@ def test_candidates_without_groups_are_compared_by_what_they_keep() -> None:
     assert tiny.Search(sampler=partial(GumbelTopK, keep=6)).budget(blocks) == 6
     costs = partial(ScoreFunction, rules=Rules(costs=[1] * 12, budget=5))
     with pytest.raises(tiny.UserError, match="has a budget of costs"):
-        Compare(candidates={"costs": tiny.Search(sampler=costs)}).lineup(None, blocks)
+        Compare(candidates={"costs": tiny.Search(sampler=costs)}).candidates_for(None, blocks)

@@ -57,16 +57,16 @@ class KeepsOneMore(First):
 
 
 class ForgetsProtected(tiny.FirstN):
-    def quota(self, blocks: Sequence[str]) -> Any:
-        return replace(self, protect=()).quota(blocks) if self.protect else super().quota(blocks)
+    def compiled(self, blocks: Sequence[str]) -> Any:
+        return replace(self, protect=()).compiled(blocks) if self.protect else super().compiled(blocks)
 
 
 class AddsLists(tiny.FirstN):
     """Counts over all lists what it is told of each."""
 
-    def quota(self, blocks: Sequence[str]) -> Any:
+    def compiled(self, blocks: Sequence[str]) -> Any:
         alike = isinstance(self.keep, dict)
-        return replace(self, keep=sum(self.keep.values())).quota(blocks) if alike else super().quota(blocks)
+        return replace(self, keep=sum(self.keep.values())).compiled(blocks) if alike else super().compiled(blocks)
 
 
 class PreviewsMore(First):
