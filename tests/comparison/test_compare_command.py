@@ -117,7 +117,7 @@ def test_a_recipe_that_cannot_be_compared_is_told_why(comparing: Path, tmp_path:
         "--compare.candidates={1: {class_path: FirstN, init_args: {keep: 4}}}"
     )
     message = error("--compare.candidates={a: FirstN}")
-    assert "FirstN: give keep or pattern, one of the two" in message and "search" not in message
+    assert "FirstN: give keep or pattern or budget, one of the three" in message and "search" not in message
     assert not (tmp_path / "run").exists()
 
 

@@ -123,7 +123,7 @@ def test_a_sampler_spelled_out_is_the_short_form() -> None:
     built = recipe.search.make_sampler({"blocks": 8})
     assert isinstance(built, tiny.GroupedSampler)
     assert built.groups == [(4, 8)]
-    with pytest.raises(tiny.UserError, match="one of the three"):
+    with pytest.raises(tiny.UserError, match="one of the four"):
         tiny.load_recipe(path, ["--search.sampler", sampler])
     with pytest.raises(tiny.UserError, match="tau goes with pattern"):
         tiny.load_recipe(path, ["--search.pattern=null", "--search.sampler", sampler])

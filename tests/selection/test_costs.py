@@ -12,19 +12,19 @@ import tinyfusion_core as tiny
 from planted_search import TRAINER, task
 from tinyfusion_core.cli import main
 from tinyfusion_core.comparison.study import Compare
-from tinyfusion_core.samplers.constraints import Rules
+from tinyfusion_core.samplers.constraints import Rules, Spending
 from tinyfusion_core.samplers.subset import GumbelTopK, ScoreFunction
-from tinyfusion_core.selection.costs import block_costs, whole
+from tinyfusion_core.selection.costs import NetworkCosts, network_costs, whole
 
 
 def test_costs_of_blocks() -> None:
     planted = task()
-    costs = block_costs(planted, TRAINER, batch_size=4, rounds=5)
-    assert costs["parameters"] == [72.0] * 8
-    assert costs["FLOPs"] == [2.0 * 8 * 8] * 8
-    assert len(costs["latency"]) == 8
-    assert len(set(costs["latency"])) == 1, "what differs between blocks that are alike is noise"
-    assert min(costs["latency"]) > 0
+    assert network_costs("parameters", planted, TRAINER) == NetworkCosts((72,) * 8, 0)
+    assert network_costs("flops", planted, TRAINER) == NetworkCosts((2 * 8 * 8,) * 8, 0)
+    latency = network_costs("latency_ns", planted, TRAINER, batch_size=4)
+    assert len(latency.blocks) == 8
+    assert len(set(latency.blocks)) == 1, "what differs between blocks that are alike is noise"
+    assert min(latency.blocks) > 0 and latency.outside >= 0
     assert whole([1.0, 2.0, 0.001]) == [50, 100, 1]
     assert whole([0.0, 0.0]) == [1, 1]
 
@@ -54,10 +54,9 @@ def test_blocks_without_an_operation_that_counts_have_costs_too() -> None:
         loss_fn=lambda model, batch: model(batch["x"]).square().mean(1),
         data={"x": torch.randn(32, 4)},
     )
-    costs = block_costs(wrapped, TRAINER, batch_size=4, rounds=2)
-    assert costs["parameters"] == [4.0] * 3
-    assert costs["FLOPs"] == [0.0] * 3
-    assert min(costs["latency"]) > 0
+    assert network_costs("parameters", wrapped, TRAINER).blocks == (4,) * 3
+    assert network_costs("flops", wrapped, TRAINER).blocks == (0,) * 3
+    assert min(network_costs("latency_ns", wrapped, TRAINER, batch_size=4).blocks) > 0
 
 
 def test_rules_and_samplers_in_a_recipe(recipe, capsys) -> None:
@@ -87,10 +86,13 @@ def test_rules_and_samplers_in_a_recipe(recipe, capsys) -> None:
 def test_candidates_without_groups_are_compared_by_what_they_keep() -> None:
     blocks = [f"encoder_blocks.{i}" for i in range(6)] + [f"decoder_blocks.{i}" for i in range(6)]
     by_list = {"encoder_blocks": 2, "decoder_blocks": 4}
-    assert tiny.Search(keep=6).budget(blocks) == 6
-    assert tiny.Finals(search=tiny.Search(keep=6)).budget(blocks) == 6
-    assert tiny.Search(keep=by_list).budget(blocks) == by_list
-    assert tiny.Search(sampler=partial(GumbelTopK, keep=6)).budget(blocks) == 6
+    assert tiny.Search(keep=6).keeps(blocks) == 6
+    assert tiny.Finals(search=tiny.Search(keep=6)).keeps(blocks) == 6
+    assert tiny.Search(keep=by_list).keeps(blocks) == by_list
+    assert tiny.Search(sampler=partial(GumbelTopK, keep=6)).keeps(blocks) == 6
     costs = partial(ScoreFunction, rules=Rules(costs=[1] * 12, budget=5))
-    with pytest.raises(tiny.UserError, match="has a budget of costs"):
-        Compare(candidates={"costs": tiny.Search(sampler=costs)}).candidates_for(None, blocks)
+    found = Compare(candidates={"costs": tiny.Search(sampler=costs)}).candidates_for(None, blocks)
+    assert found.budget == Spending((1,) * 12, 5)
+    with pytest.raises(tiny.UserError, match="not the same budget: costs keeps what 5 of 12 in costs pays for; number"):
+        both = {"costs": tiny.Search(sampler=costs), "number": tiny.Search(keep=5)}
+        Compare(candidates=both).candidates_for(None, blocks)

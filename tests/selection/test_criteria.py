@@ -15,7 +15,7 @@ import tinyfusion_core as tiny
 from criteria_tasks import TRAINER, given, planted, scores
 from small_run import RECIPE
 from tinyfusion_core.errors import UserError
-from tinyfusion_core.samplers.constraints import Rules
+from tinyfusion_core.samplers.constraints import Rules, Spending
 from tinyfusion_core.selection.calibration import Calibrated, Calibration
 from tinyfusion_core.selection.criteria import BKSDM, Criterion, FirstN, LastN, Uniform
 from tinyfusion_core.selection.sensitivity import Greedy, LeaveOneOut, Random, Taylor
@@ -259,8 +259,8 @@ def test_a_loss_that_is_never_finite_is_an_error(criterion: type[Criterion]) -> 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Uniform(), "Uniform: give keep or pattern, one of the two"),
-        (lambda: Taylor(keep=4, pattern=(2, 4)), "Taylor: give keep or pattern, one of the two"),
+        (lambda: Uniform(), "Uniform: give keep or pattern or budget, one of the three"),
+        (lambda: Taylor(keep=4, pattern=(2, 4)), "Taylor: give keep or pattern or budget, one of the three"),
         (lambda: Greedy(keep=4, samples=0), r"Greedy\.samples is 0; expected at least 1"),
         (lambda: Greedy(keep=4, batch_size=0), r"Greedy\.batch_size is 0; expected at least 1"),
         (lambda: Random(keep=4, draws=0), r"Random\.draws is 0; expected at least 1"),
@@ -323,11 +323,11 @@ def test_a_search_takes_constraints() -> None:
     assert grouped.num_masks == 3 * 3
     assert grouped.allows([0, 3, 4, 5]) and not grouped.allows([1, 3, 4, 5]) and not grouped.allows([0, 1, 6, 7])
     costs = tiny.Search(constraints=Rules(costs=[1] * 8, budget=3))
-    assert len(costs.preview(blocks).kept) == 3 and costs.budget(blocks) is None
+    assert len(costs.preview(blocks).kept) == 3 and costs.keeps(blocks) == Spending((1,) * 8, 3)
     for wrong, message in (
         ({"pattern": (2, 4), "constraints": Rules(max_run=2)}, r"search\.constraints\.max_run: .*use keep"),
         ({"keep": 4, "constraints": Rules(keep=4)}, r"search\.constraints\.keep: say it as search\.keep"),
-        ({"keep": 4, "constraints": Rules(costs=[1] * 8, budget=3)}, "one of the three"),
+        ({"keep": 4, "constraints": Rules(costs=[1] * 8, budget=3)}, "one of the four"),
         ({"keep": 4, "constraints": Rules(budget=3)}, "costs and budget go together"),
     ):
         with pytest.raises(UserError, match=message):

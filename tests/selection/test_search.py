@@ -229,9 +229,9 @@ def test_a_search_that_was_stopped_in_its_last_step_decides_like_any_other(tmp_p
 
 
 def test_pattern_and_sampler_exclude_each_other() -> None:
-    with pytest.raises(UserError, match="pattern or keep or sampler, one of the three"):
+    with pytest.raises(UserError, match="pattern or keep or budget or sampler, one of the four"):
         tiny.Search()
-    with pytest.raises(UserError, match="pattern or keep or sampler, one of the three"):
+    with pytest.raises(UserError, match="pattern or keep or budget or sampler, one of the four"):
         tiny.Search(pattern=(1, 2), sampler=lambda lists: GroupedSampler(lists))
 
 

@@ -118,7 +118,7 @@ def test_dropped_blocks_are_not_run_by_the_score_function() -> None:
         (lambda: tiny.Search(keep=4, dropped_values=0.0), r"search\.dropped_values is 0\.0"),
         (lambda: tiny.Search(keep=4, confident=1.5), r"search\.confident is 1\.5"),
         (lambda: tiny.Search(keep=4, prior=(1.0, -1.0)), r"search\.prior is \(1\.0, -1\.0\)"),
-        (lambda: tiny.Search(keep=4, pattern=(2, 4)), "one of the three"),
+        (lambda: tiny.Search(keep=4, pattern=(2, 4)), "one of the four"),
     ],
 )
 def test_options_without_a_meaning(make, message: str) -> None:

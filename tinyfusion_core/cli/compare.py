@@ -57,24 +57,30 @@ class Costs(Command):
         from rich.table import Table
 
         from ..pipeline.recipe import load_recipe
-        from ..protocols.data import Tensors
         from ..protocols.task import Task
-        from ..selection.costs import block_costs, whole
+        from ..selection.budget import CostBudget, measure
+        from ..selection.costs import whole
 
         recipe = load_recipe(options.recipe, options.overrides)
         backbone = recipe.backbone
         # Neither weights nor data change what a block costs.
-        examples, model = Tensors(backbone.example(1)), backbone.construct(backbone.config())
-        task = Task(backbone=backbone, loss=recipe.loss, train=examples, held_out=examples, model=model)
-        costs = block_costs(task, recipe.trainer)
+        task = Task.without_data(backbone, recipe.loss, backbone.construct(backbone.config()))
+        halves = {
+            name: CostBudget(said, 0.5, relative=True)
+            for name, said in (("parameters", "parameters"), ("FLOPs", "flops"), ("latency", "latency_ms"))
+        }
+        costs = measure(halves.values(), task, recipe.trainer)
         table = Table("block", "parameters", "FLOPs", "ms")
-        for path, parameters, flops, ms in zip(task.blocks, *costs.values(), strict=True):
-            table.add_row(path, f"{parameters:,.0f}", f"{flops:,.0f}", f"{ms:.3f}")
+        columns = [(*found.blocks, found.outside) for found in costs.values()]
+        for path, parameters, flops, ns in zip([*task.blocks, "(outside of the blocks)"], *columns, strict=True):
+            table.add_row(path, f"{parameters:,}", f"{flops:,}", f"{ns / 1e6:.3f}")
         console = Console(highlight=False)
         console.print(table)
-        for name, values in costs.items():
-            rules = f"costs: {whole(values)}, budget: {round(sum(whole(values)) / 2)}"
-            console.print(f"half of the {name}: rules: {{{rules}}}", soft_wrap=True)
+        for name, half in halves.items():
+            found = costs[half.name]
+            console.print(f"half of the {name}: budget: {{{half.said}: 0.5x}}: {half.describe(found)}", soft_wrap=True)
+            rules = f"costs: {whole(found.blocks)}, budget: {round(sum(whole(found.blocks)) / 2)}"
+            console.print(f"half of the {name}: rules: {{{rules}}}, of the blocks alone", soft_wrap=True)
         return 0
 
 

@@ -10,7 +10,7 @@ from typing import Any, Self
 from ..errors import UserError
 from ..evaluation.frechet import DISTANCE
 from ..runtime.files import read_json, write_json
-from ..samplers.constraints import Budget
+from ..samplers.constraints import Budget, budget_text
 
 FORMAT_VERSION = 1
 FILE_NAMES = {"entries": "trials", "recovered": "healed", DISTANCE: "frechet"}
@@ -66,7 +66,7 @@ class ComparisonResults:
     Attributes:
         view: `compare` or `audit`.
         blocks: paths of the blocks, in execution order.
-        budget: how many blocks stay: of all together, or of every block list.
+        budget: how many blocks stay: of all together, or of every block list; or what they may cost, in a sentence.
         num_masks: how many subsets there are within the budget.
         steps: of every recovery.
         seeds: that every candidate was tried with.
@@ -80,7 +80,7 @@ class ComparisonResults:
 
     view: str
     blocks: tuple[str, ...]
-    budget: Budget
+    budget: Budget | str
     num_masks: int
     steps: int
     seeds: tuple[int, ...]
@@ -90,6 +90,11 @@ class ComparisonResults:
     masks: tuple[Entry, ...]
     left_out: Mapping[str, str] = field(default_factory=dict)
     note: str = ""
+
+    @property
+    def kept(self) -> str:
+        """What stays, as it stands in a sentence."""
+        return self.budget if isinstance(self.budget, str) else f"{budget_text(self.budget)} blocks"
 
     @property
     def columns(self) -> tuple[str, ...]:

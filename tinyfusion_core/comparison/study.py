@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UserError, require
@@ -21,36 +21,15 @@ from ..runtime.progress import track
 from ..runtime.run_folder import COMPARISON_RESULTS, RunFolder
 from ..runtime.seeding import generator
 from ..samplers.compiled import compile_constraints
-from ..samplers.constraints import Budget, budget_text
-from ..selection.base import Selector, count_by_list
-from ..selection.criteria import BKSDM, Criterion, FirstN, LastN, Uniform
-from ..selection.sensitivity import Greedy, LeaveOneOut, Taylor
-from ..selection.similarity import BlockInfluence, InputOutputMSE, SpanSimilarity
+from ..selection.base import Selector
+from ..selection.budget import CostBudget, measure, save_costs
+from ..selection.costs import NetworkCosts
 from ..training.recover import Recover
 from ..training.trainer import Trainer
 from .cache import ResultCache
+from .candidates import Candidates, line_up
 from .results import ComparisonResults, Entry
 from .statistics import RANDOM
-
-CRITERIA: tuple[type[Criterion], ...] = (
-    Uniform, FirstN, LastN, BKSDM, BlockInfluence, InputOutputMSE, SpanSimilarity, LeaveOneOut, Greedy, Taylor
-)  # fmt: skip
-"""All but the random one, which is what they are judged by."""
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """What is compared.
-
-    Attributes:
-        selectors: searches and criteria by name.
-        budget: how many blocks each of them keeps.
-        left_out: criteria that cannot be had at this budget, with the reason.
-    """
-
-    selectors: Mapping[str, Selector]
-    budget: Budget
-    left_out: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,29 +58,34 @@ class Comparison:
         """How to recover."""
         return recover
 
-    def candidates_for(self, search: Selector | None, blocks: Sequence[str]) -> Candidates:
+    def cost_budgets(self, search: Selector | None) -> list[CostBudget]:
+        """The budgets of costs among the candidates; see `Selector.cost_budgets`."""
+        given = self._given(search).values()
+        return [budget for selector in given for budget in selector.cost_budgets()]
+
+    def candidates_for(
+        self, search: Selector | None, blocks: Sequence[str], costs: Mapping[str, NetworkCosts] | None = None
+    ) -> Candidates:
         """What would be compared in a network with these blocks.
+
+        Args:
+            search: with no candidates given: the one to compare every criterion with.
+            blocks: paths of the blocks.
+            costs: what the network costs, by the names of the `cost_budgets`.
 
         Raises:
             UserError: candidates do not fit or differ in their budget, all of them are named; or there is nothing.
         """
+        selectors, costs = self._given(search), costs or {}
+        return line_up(self.view, selectors, blocks, costs, every=self.candidates is None)
+
+    def _given(self, search: Selector | None) -> dict[str, Selector]:
+        """The candidates that are spelled out, by name."""
         if self.candidates is not None:
-            return Candidates(self.candidates, _common_budget(self.view, self.candidates, blocks))
+            return self.candidates
         if search is None:
             raise UserError(f"{self.view}: give candidates, or a search to compare the criteria with")
-        budget = _budget(search, blocks)
-        keep = budget if isinstance(budget, int) else dict(budget)
-        candidates: dict[str, Selector] = {"search": search}
-        left_out = {}
-        for criterion in CRITERIA:
-            try:
-                candidate = criterion(keep=keep)
-                candidate.preview(blocks)
-            except UserError as e:
-                left_out[criterion.__name__] = str(e)
-            else:
-                candidates[criterion.__name__] = candidate
-        return Candidates(candidates, budget, left_out)
+        return {"search": search}
 
     def __call__(
         self,
@@ -128,13 +112,16 @@ class Comparison:
                 decide, or not as it has promised; or the folder holds a run or the other view's results.
             Interrupted: a signal came; the same call goes on.
         """
-        candidates = self.candidates_for(search, task.blocks)
-        selectors, budget = candidates.selectors, candidates.budget
         folder, main = RunFolder(run_dir), trainer.accelerator.is_main_process
+        costs: dict[str, NetworkCosts] = {}
+        if budgets := self.cost_budgets(search):
+            costs = on_main_process(lambda: measure(budgets, task, trainer, folder.path))
+        candidates = self.candidates_for(search, task.blocks, costs)
+        selectors = candidates.selectors
         self._check_folder(folder)
         seeds = tuple(trainer.seed + i for i in range(self.seeds))
         num_random, num_seeds = self.reference()
-        allowed = compile_constraints(task.blocks, self.view, keep=budget)
+        allowed = compile_constraints(task.blocks, self.view, **candidates.settings)
         subsets = allowed.distinct(num_random, generator(trainer.seed, "comparison", "random subsets"))
         work = 2 * len(selectors) * len(seeds) + len(subsets) * num_seeds
         with ExitStack() as stack:
@@ -143,6 +130,7 @@ class Comparison:
                 stack.enter_context(owned(folder.path, "--run-dir"))
 
             on_main_process(take)
+            on_main_process(lambda: save_costs(costs, task, trainer, folder.path))
             progress = stack.enter_context(track(self.view, work, show=main))
             held_out = next((m for m in evaluate if isinstance(m, HeldOutLoss)), HeldOutLoss())
             cache = ResultCache(
@@ -151,16 +139,12 @@ class Comparison:
             teacher = cache.calibrate(range(len(task.blocks)))
             decided = [cache.decide(name, s, seed) for seed in seeds for name, s in selectors.items()]
             for entry in decided:
-                kept = len(entry.kept) if isinstance(budget, int) else count_by_list(entry.kept, task.blocks)
-                if kept != budget:
-                    raise UserError(
-                        f"{self.view}: with seed {entry.seed} {entry.method} keeps {budget_text(kept)}, "
-                        f"where its preview keeps {budget_text(budget)} of the blocks"
-                    )
+                if problem := candidates.outside(entry.kept, task.blocks):
+                    raise UserError(f"{self.view}: with seed {entry.seed} {entry.method} keeps {problem}")
             results = ComparisonResults(
                 view=self.view,
                 blocks=tuple(task.blocks),
-                budget=budget,
+                budget=candidates.recorded,
                 num_masks=allowed.num_masks,
                 steps=cache.recovery.steps,
                 seeds=seeds,
@@ -247,32 +231,3 @@ class Audit(Comparison):
 
     def _columns(self, evaluate: Sequence[Metric]) -> dict[str, Metric]:
         return {}
-
-
-def _common_budget(view: str, candidates: Mapping[str, Selector], blocks: Sequence[str]) -> Budget:
-    """How many blocks all candidates keep. Raises UserError unless they agree, in total if that is all one promises."""
-    problems, budgets = [], {}
-    for name, candidate in candidates.items():
-        try:
-            budgets[name] = _budget(candidate, blocks)
-        except UserError as e:
-            problems.append(f"{view}.candidates.{name}: {e}")
-    if any(isinstance(budget, int) for budget in budgets.values()):
-        budgets = {name: b if isinstance(b, int) else sum(b.values()) for name, b in budgets.items()}
-    if any(budget != other for budget in budgets.values() for other in budgets.values()):
-        problems.append(
-            f"{view}.candidates: not the same budget: "
-            + "; ".join(f"{name} keeps {budget_text(budget)}" for name, budget in budgets.items())
-            + ". Only the same budget tells which choice is better"
-        )
-    if problems:
-        raise UserError("\n".join(problems))
-    return next(iter(budgets.values()))
-
-
-def _budget(candidate: Selector, blocks: Sequence[str]) -> Budget:
-    budget = candidate.budget(blocks)
-    if budget is None:
-        raise UserError("has a budget of costs; only candidates that keep the same number of blocks are compared")
-    candidate.preview(blocks)  # what else is wrong with it shows here
-    return budget

@@ -7,7 +7,6 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from ..samplers.constraints import budget_text
 from .results import ComparisonResults, in_files
 from .statistics import RANDOM, MeanStd, Summary, guides, reference, summaries
 
@@ -135,7 +134,7 @@ def _guided(results: ComparisonResults) -> TextTable:
 
 
 def _task(results: ComparisonResults) -> str:
-    return f"{len(results.blocks)} → {budget_text(results.budget)} blocks"
+    return f"{len(results.blocks)} → {results.kept}"
 
 
 def _recovery(results: ComparisonResults) -> str:

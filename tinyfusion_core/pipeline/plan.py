@@ -16,12 +16,15 @@ from ..errors import MissingFileError, UserError
 from ..evaluation.metrics import count_flops
 from ..protocols.backbone import list_lengths, owner
 from ..protocols.block_call import watched_streams
+from ..protocols.task import Task
 from ..pruning.decision import Decision
 from ..pruning.prune import remove_blocks
 from ..runtime.seeding import Rng
 from ..runtime.stages import EVALUATE, SEARCH, Stage
 from ..runtime.trackers import check_trackers
-from ..samplers.constraints import budget_text
+from ..samplers.constraints import Spending
+from ..selection.base import Selector
+from ..selection.budget import measure
 from ..selection.search import Search
 from ..training.recover import Recover
 from .memory import Needs, Setup, gigabytes, search_needs, training_needs
@@ -123,14 +126,22 @@ def _stages(plan: Plan, recipe: Recipe) -> None:
 
 def _search(plan: Plan, recipe: Recipe, stage: Stage, model: nn.Module) -> tuple[Decision, nn.Module]:
     """Plan a search. Returns a decision as it may come out, and the network pruned by it."""
-    prefix, selector = _prefix(stage), stage.settings
-    blocks = recipe.backbone.block_paths(model)
+    prefix, blocks = _prefix(stage), recipe.backbone.block_paths(model)
+    budgets = stage.settings.cost_budgets()
+    costs = measure(budgets, Task.without_data(recipe.backbone, recipe.loss, model), recipe.trainer)
+    for said in dict.fromkeys(budget.describe(costs[budget.name]) for budget in budgets):
+        plan.rows.append((f"{prefix}budget", said))
+    selector: Selector = stage.settings.bound(costs)
     decision = selector.preview(blocks)
-    plan.rows.append((f"{prefix}keeps", f"{len(decision.kept)} of {len(blocks)} blocks"))
+    paid = isinstance(selector.keeps(blocks), Spending)
+    kept = (
+        f"as many of {len(blocks)} blocks as the budget pays for"
+        if paid
+        else f"{len(decision.kept)} of {len(blocks)} blocks"
+    )
+    plan.rows.append((f"{prefix}keeps", kept))
     if (search := selector.learned()) is not None:
         sampler = search.make_sampler(list_lengths(blocks))
-        if sampler.budget is None and not sampler.choices():
-            plan.rows[-1] = (f"{prefix}keeps", f"as many of {len(blocks)} blocks as the budget pays for")
         masks = f"{sampler.num_masks:,} possible masks"
         if groups := sampler.choices():
             ranges = ", ".join(f"{g[0]}-{g[-1]}" for g in groups)
@@ -202,8 +213,11 @@ def _comparison(stage: Comparison, plan: Plan, recipe: Recipe) -> None:
             f"{stage.view}: needs a trained network; run the recipe's train stage first, give the checkpoint to the "
             "backbone and set train: null"
         )
-    found = stage.candidates_for(recipe.search, _on_meta(recipe)[1])
-    counts = f"{len(found.selectors)} candidates that keep {budget_text(found.budget)} blocks, {stage.seeds} seeds"
+    model, blocks = _on_meta(recipe)
+    task = Task.without_data(recipe.backbone, recipe.loss, model)
+    costs = measure(stage.cost_budgets(recipe.search), task, recipe.trainer)
+    found = stage.candidates_for(recipe.search, blocks, costs)
+    counts = f"{len(found.selectors)} candidates that keep {found.said}, {stage.seeds} seeds"
     plan.rows.append((stage.view, counts))
 
 

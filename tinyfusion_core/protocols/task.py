@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..runtime.seeding import Rng
 from .backbone import Backbone, list_lengths
 from .block_call import BatchDim, named_batch_dims, probed_batch_dims
-from .data import FeatureSpace, Samples
+from .data import FeatureSpace, Samples, Tensors
 from .loss import LossAdapter
 
 
@@ -40,6 +40,12 @@ class Task:
     pixels: Callable[[Tensor], Tensor | None] = lambda x: None
     model: nn.Module | None = None
     origin: Mapping[str, Any] | None = None
+
+    @classmethod
+    def without_data(cls, backbone: Backbone, loss: LossAdapter, model: nn.Module) -> Self:
+        """A network and its objective with the backbone's examples for data, to see what it costs and how it runs."""
+        examples = Tensors(backbone.example(1))
+        return cls(backbone=backbone, loss=loss, train=examples, held_out=examples, model=model)
 
     @property
     def source(self) -> Mapping[str, Any]:

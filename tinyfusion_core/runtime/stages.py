@@ -9,7 +9,7 @@ from typing import Any
 TRAIN, SEARCH, RECOVER, EVALUATE = "train", "search", "recover", "evaluate"
 OUTPUTS = {
     TRAIN: ("teacher",),
-    SEARCH: ("decision.json",),
+    SEARCH: ("decision.json", "costs.json"),
     RECOVER: ("student",),
     EVALUATE: ("metrics.json", "samples.safetensors", "evaluation", "figures", "report.html"),
 }

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.seeding import Rng
+from .constraints import Budget, Spending
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,9 @@ class BlockSampler(nn.Module, ABC):
     lr_gates: ClassVar[float] = 1e-3
     #: Masks that every sample runs under; the rows of a draw come in runs of that many.
     masks_per_sample: int = 1
-    #: How many blocks every mask keeps, of all or by block list; None when masks differ in it, or groups say it.
-    budget: int | Mapping[str, int] | None = None
+    #: How many blocks every mask keeps, of all or by block list, or what they may cost; None when groups say it, or
+    #: nothing does.
+    budget: Budget | Spending | None = None
 
     def __init__(self, lists: Mapping[str, int]) -> None:
         super().__init__()

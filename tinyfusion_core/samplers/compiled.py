@@ -13,7 +13,7 @@ from ..errors import UserError, require
 from ..protocols.backbone import block_lists
 from .automaton import Automaton, Segment
 from .conditional_poisson import Subsets
-from .constraints import Budget, Rules, build_from, check_keep, combined, demands_of
+from .constraints import Budget, Rules, Spending, build_from, check_keep, combined, demands_of
 from .patterns import Pattern, split_groups
 
 
@@ -42,14 +42,14 @@ class Constraints:
 
     Attributes:
         choices: the groups of a pattern, the block lists, or the network; every block is in one of them.
-        budget: how many blocks stay, of all or by list; None when that differs from mask to mask.
+        budget: how many blocks stay, of all or by list, or what they may cost.
         rules: that were given besides a pattern.
         automaton: the masks, of blocks in this `order`.
         order: the index of every block of the automaton.
     """
 
     choices: tuple[Choice, ...]
-    budget: Budget | None
+    budget: Budget | Spending
     rules: Rules
     automaton: Automaton
     order: tuple[int, ...]
@@ -178,13 +178,11 @@ def compile_constraints(
     segments = tuple(Segment(len(c.blocks), c.num_kept) for c in choices if c.num_kept is not None)
     key = f"{owner}.constraints"
     automaton = build_from(rules, lambda some: demands_of(_reordered(some, order), depths, segments), key)
-    return Constraints(tuple(choices), _budget(choices, lists), rules, automaton, order)
+    return Constraints(tuple(choices), rules.spending or _number(choices, lists), rules, automaton, order)
 
 
-def _budget(choices: Sequence[Choice], lists: Mapping[str, Sequence[int]]) -> Budget | None:
-    """How many blocks stay: of every list, or of all where lists share a choice or there is one; None with costs."""
-    if any(choice.num_kept is None for choice in choices):
-        return None
+def _number(choices: Sequence[Choice], lists: Mapping[str, Sequence[int]]) -> Budget:
+    """How many blocks stay: of every list, or of all where lists share a choice or there is one."""
     if len(lists) == 1 or any(len(choice.lists) > 1 for choice in choices):
         return sum(choice.num_kept or 0 for choice in choices)
     return {name: sum(c.num_kept or 0 for c in choices if set(c.blocks) <= set(lists[name])) for name in lists}

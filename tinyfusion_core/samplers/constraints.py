@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -14,10 +14,29 @@ Budget = int | Mapping[str, int]
 """How many blocks stay: of all together, or of every block list."""
 
 
-def budget_text(budget: Budget) -> str:
+@dataclass(frozen=True)
+class Spending:
+    """A budget of costs.
+
+    Attributes:
+        costs: what each block costs, whole numbers.
+        budget: the most that the blocks that stay may cost together.
+    """
+
+    costs: tuple[int, ...]
+    budget: int
+
+    def cost_of(self, kept: Collection[int]) -> int:
+        """What some blocks cost together."""
+        return sum(self.costs[i] for i in kept)
+
+
+def budget_text(budget: Budget | Spending) -> str:
     """As it stands in a sentence."""
     if isinstance(budget, int):
         return str(budget)
+    if isinstance(budget, Spending):
+        return f"what {budget.budget:,} of {sum(budget.costs):,} in costs pays for"
     return " + ".join(f"{num} of '{name}'" for name, num in budget.items())
 
 
@@ -80,20 +99,24 @@ class Rules:
             require(right, f"{key}.{name}", getattr(self, name), indices)
         require(self.max_run is None or self.max_run >= 0, f"{key}.max_run", self.max_run, "0 or more blocks")
 
+    @property
+    def spending(self) -> Spending | None:
+        """The budget of costs, if there is one."""
+        return None if self.costs is None or self.budget is None else Spending(tuple(self.costs), self.budget)
+
     def without(self, name: str) -> Rules:
         """These rules but one."""
         default: Any = next(f.default for f in fields(self) if f.name == name)
         return replace(self, **{name: default})
 
 
-def check_said(owner: str, constraints: Rules | None, ways: Mapping[str, object], how_many: str) -> None:
+def check_said(owner: str, constraints: Rules | None, ways: Mapping[str, object]) -> None:
     """Raise UserError unless what stays is said in one way: a setting of the owner, or costs with a budget.
 
     Args:
         owner: whose settings these are, for messages.
         constraints: the setting of that name.
         ways: the other settings that say it, by name.
-        how_many: these in a word.
     """
     given = Rules() if constraints is None else constraints
     if given.keep is not None:
@@ -101,8 +124,8 @@ def check_said(owner: str, constraints: Rules | None, ways: Mapping[str, object]
     if (given.costs is None) != (given.budget is None):
         raise UserError(f"{owner}.constraints: costs and budget go together")
     if sum(value is not None for value in ways.values()) + (given.costs is not None) != 1:
-        names = " or ".join(ways)
-        raise UserError(f"{owner}: give {names}, one of the {how_many}, or constraints with costs and budget alone")
+        names, number = " or ".join(ways), {3: "three", 4: "four"}[len(ways)]
+        raise UserError(f"{owner}: give {names}, one of the {number}, or constraints with costs and budget alone")
 
 
 def combined(keep: Budget | None, protect: Sequence[int], constraints: Rules | None) -> Rules:

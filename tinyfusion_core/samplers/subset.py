@@ -22,7 +22,8 @@ class SubsetSampler(BlockSampler):
 
     def __init__(self, lists: Mapping[str, int], rules: Rules) -> None:
         super().__init__(lists)
-        self.automaton, self.budget = build(rules, lists), rules.keep
+        self.automaton = build(rules, lists)
+        self.budget = rules.spending if rules.keep is None else rules.keep
         self.logits = nn.Parameter(torch.zeros(self.num_blocks))
 
     def marginals(self) -> Tensor:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from ..protocols.backbone import block_lists
 from ..protocols.task import Task
 from ..pruning.decision import Decision
+from ..runtime.distributed import on_main_process
 from ..runtime.run_folder import RunFolder
-from ..samplers.constraints import Budget
+from ..samplers.constraints import Budget, Spending
 from ..training.recover import Recover
 from ..training.trainer import Trainer
+from .budget import CostBudget, measure, save_costs
+from .costs import NetworkCosts
 
 if TYPE_CHECKING:
     from .search import Search
@@ -53,8 +56,23 @@ class Selector(ABC):
             UserError: the budget does not fit these blocks.
         """
 
-    def budget(self, blocks: Sequence[str]) -> Budget | None:
-        """How many blocks stay: of every list, of all where lists share a choice; None when costs decide."""
+    def cost_budgets(self) -> Sequence[CostBudget]:
+        """The budgets in it, its parts' included, that say nothing of blocks until a network's costs are known."""
+        return ()
+
+    def bound(self, costs: Mapping[str, NetworkCosts]) -> Self:
+        """The selector with rules in the place of its `cost_budgets`, from what a network costs, by their names.
+
+        Raises:
+            UserError: a budget cannot be met.
+        """
+        return self
+
+    def keeps(self, blocks: Sequence[str]) -> Budget | Spending | None:
+        """How many blocks stay: of every list, of all where lists share a choice; or what they may cost.
+
+        None when it does not know. A selector with `cost_budgets` must be `bound` first, as for `preview`.
+        """
         decision = self.preview(blocks)
         lists = [set(members) for members in block_lists(blocks).values()]
         apart = all(any(members.issuperset(choice) for members in lists) for choice in decision.choices)
@@ -71,6 +89,36 @@ class Selector(ABC):
     def decisive(self, trainer: Trainer) -> Decisive:
         """What of its settings and of a trainer's can change its outcome."""
         return Decisive(trainer)
+
+
+S = TypeVar("S", bound=Selector)
+
+
+def bind(selector: S, task: Task, trainer: Trainer, run: RunFolder | None) -> tuple[S, dict[str, Any]]:
+    """Bind a selector to what the task's network costs, if it has budgets of costs.
+
+    Args:
+        selector: with or without such budgets.
+        task: the network.
+        trainer: how to run it.
+        run: keeps what was measured, so that what is interrupted goes on with the same numbers.
+
+    Returns:
+        The bound selector, and what was measured, for the record.
+    """
+    budgets = selector.cost_budgets()
+    if not budgets:
+        return selector, {}
+
+    def work() -> dict[str, NetworkCosts]:
+        found = measure(budgets, task, trainer, run.path if run else None)
+        if run is not None:
+            save_costs(found, task, trainer, run.path)
+        return found
+
+    costs = on_main_process(work)
+    said = list(dict.fromkeys(budget.describe(costs[budget.name]) for budget in budgets))
+    return selector.bound(costs), {"budget": said, "costs": {name: asdict(found) for name, found in costs.items()}}
 
 
 def count_by_list(kept: Collection[int], blocks: Sequence[str]) -> dict[str, int]:

@@ -1,13 +1,16 @@
-"""What every block costs: parameters, operations, time. Whole numbers of them are a search's budget."""
+"""What a network costs: each of its blocks, and all that lies outside of them, in parameters, operations and time."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from statistics import median
+from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..protocols.task import Task
@@ -16,31 +19,49 @@ from ..runtime.seeding import Rng
 from ..training.trainer import Trainer
 
 RESOLUTION = 100
-"""What the dearest block costs in whole numbers."""
+"""What the dearest block costs in `whole` numbers."""
+BATCH_SIZE, ROUNDS = 64, 20
+"""Samples of a timed pass, and how many of them there are; the median counts."""
+
+CostKind = Literal["parameters", "flops", "latency_ns"]
 
 
-def block_costs(task: Task, trainer: Trainer, batch_size: int = 64, rounds: int = 20) -> dict[str, list[float]]:
-    """Parameters, FLOPs of one sample, and milliseconds of a batch, for every block.
+@dataclass(frozen=True)
+class NetworkCosts:
+    """Parameters, operations of one sample, or nanoseconds of a forward pass.
+
+    Attributes:
+        blocks: of every block.
+        outside: of all that is no block.
+    """
+
+    blocks: tuple[int, ...]
+    outside: int
+
+    @property
+    def total(self) -> int:
+        """Of the whole network."""
+        return sum(self.blocks) + self.outside
+
+
+def network_costs(kind: CostKind, task: Task, trainer: Trainer, batch_size: int = BATCH_SIZE) -> NetworkCosts:
+    """Measure a task's network. One on the meta device is enough: what has to run is then made with random weights.
 
     Blocks that are alike in parameters and FLOPs take the same time: the median of theirs, whose differences are noise
     and would rule masks out.
 
     Args:
+        kind: what to measure.
         task: the network and its objective.
-        trainer: device and precision.
+        trainer: device and precision of timed passes.
         batch_size: samples of a timed pass.
-        rounds: timed passes; the median counts.
     """
-    model = task.teacher.to(trainer.accelerator.device)
-    blocks = {path: model.get_submodule(path) for path in task.blocks}
-    parameters = [float(sum(p.numel() for p in block.parameters())) for block in blocks.values()]
-    flops = _flops(task, model)
-    latency = _latency(task, trainer, model, batch_size, rounds)
-    kinds = list(zip(parameters, flops, strict=True))
-    alike: dict[tuple[float, float], list[float]] = {}
-    for kind, milliseconds in zip(kinds, latency, strict=True):
-        alike.setdefault(kind, []).append(milliseconds)
-    return {"parameters": parameters, "FLOPs": flops, "latency": [median(alike[kind]) for kind in kinds]}
+    if kind == "parameters":
+        return _parameters(task)
+    if kind == "flops":
+        return _flops(task)
+    alike = list(zip(_parameters(task).blocks, _flops(task).blocks, strict=True))
+    return _latency(task, trainer, alike, batch_size)
 
 
 def whole(costs: Sequence[float]) -> list[int]:
@@ -49,7 +70,22 @@ def whole(costs: Sequence[float]) -> list[int]:
     return [max(1, round(cost / unit)) for cost in costs]
 
 
-def _flops(task: Task, model: nn.Module) -> list[float]:
+def _parameters(task: Task) -> NetworkCosts:
+    model = task.teacher
+    blocks = tuple(sum(p.numel() for p in model.get_submodule(path).parameters()) for path in task.blocks)
+    return NetworkCosts(blocks, sum(p.numel() for p in model.parameters()) - sum(blocks))
+
+
+def _flops(task: Task) -> NetworkCosts:
+    try:
+        return _counted(task, task.teacher)
+    except (NotImplementedError, RuntimeError):
+        if not _is_meta(task.teacher):
+            raise
+        return _counted(task, _built(task))  # an operation without a meta kernel
+
+
+def _counted(task: Task, model: nn.Module) -> NetworkCosts:
     inputs = _inputs(task, model, 1)
     # As many operations on fused kernels, which the counter does not know on a CPU.
     with torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
@@ -57,37 +93,67 @@ def _flops(task: Task, model: nn.Module) -> list[float]:
         with counter:
             task.loss.predict(model, inputs)
     found = counter.get_flop_counts()
-    return [float(sum(found.get(f"{type(model).__name__}.{path}", {}).values())) for path in task.blocks]
+    blocks = tuple(int(sum(found.get(f"{type(model).__name__}.{path}", {}).values())) for path in task.blocks)
+    return NetworkCosts(blocks, int(counter.get_total_flops()) - sum(blocks))
 
 
-def _latency(task: Task, trainer: Trainer, model: nn.Module, batch_size: int, rounds: int) -> list[float]:
-    inputs, device = _inputs(task, model, batch_size), trainer.accelerator.device
-    times: dict[str, list[float]] = {path: [] for path in task.blocks}
-    started: dict[str, float] = {}
+def _latency(task: Task, trainer: Trainer, kinds: Sequence[tuple[int, int]], batch_size: int) -> NetworkCosts:
+    """A whole pass by the clock, divided by the shares of the blocks in passes that stop the clock at each of them."""
+    device = trainer.accelerator.device
+    model = (_built(task) if _is_meta(task.teacher) else task.teacher).to(device)
+    inputs = _inputs(task, model, batch_size)
+    alone: list[float] = []
+    stopped: list[float] = []
+    by_kind: dict[tuple[int, int], list[float]] = {}
 
     def now() -> float:
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
         return time.perf_counter()
 
-    handles = []
-    for path in task.blocks:
-        block = model.get_submodule(path)
-        handles.append(block.register_forward_pre_hook(lambda *_, path=path: started.update({path: now()})))
-        handles.append(block.register_forward_hook(lambda *_, path=path: times[path].append(now() - started[path])))
-    try:
-        with torch.no_grad(), track("latency", rounds, show=trainer.accelerator.is_main_process) as progress:
-            for _ in range(rounds):
-                with trainer.accelerator.autocast():
-                    task.loss.predict(model, inputs)
+    def timed(times: list[float]) -> None:
+        start = now()
+        with torch.no_grad(), trainer.accelerator.autocast():
+            task.loss.predict(model, inputs)
+        times.append(now() - start)
+
+    with track("latency", 2 * ROUNDS, show=trainer.accelerator.is_main_process) as progress:
+        for _ in range(ROUNDS):
+            timed(alone)
+            progress.advance()
+        with ExitStack() as hooks:
+            for path, kind in zip(task.blocks, kinds, strict=True):
+                _stop_clock(model.get_submodule(path), now, by_kind.setdefault(kind, []), hooks)
+            for _ in range(ROUNDS):
+                timed(stopped)
                 progress.advance()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [1e3 * median(times[path][len(times[path]) // 5 :]) for path in task.blocks]
+    scale = 1e9 * _settled(alone) / _settled(stopped)
+    blocks = tuple(round(scale * _settled(by_kind[kind])) for kind in kinds)
+    return NetworkCosts(blocks, max(0, round(1e9 * _settled(alone)) - sum(blocks)))
 
 
-def _inputs(task: Task, model: nn.Module, num_rows: int) -> dict[str, torch.Tensor]:
+def _stop_clock(block: nn.Module, now: Callable[[], float], times: list[float], hooks: ExitStack) -> None:
+    """Note how long every call of a block takes, until the hooks close."""
+    started: list[float] = []
+    hooks.callback(block.register_forward_pre_hook(lambda *_: started.append(now())).remove)
+    hooks.callback(block.register_forward_hook(lambda *_: times.append(now() - started.pop())).remove)
+
+
+def _settled(times: Sequence[float]) -> float:
+    """The median without the first fifth, in which caches fill."""
+    return median(times[len(times) // 5 :])
+
+
+def _is_meta(model: nn.Module) -> bool:
+    return next(model.parameters()).is_meta
+
+
+def _built(task: Task) -> nn.Module:
+    """A network like the task's, with random weights."""
+    return task.backbone.construct(task.backbone.config(task.teacher)).eval()
+
+
+def _inputs(task: Task, model: nn.Module, num_rows: int) -> dict[str, Tensor]:
     device = next(model.parameters()).device
-    batch = {name: t.to(device) for name, t in task.backbone.example(num_rows).items()}
-    return task.loss.prepare(batch, Rng(0, "costs"))
+    inputs = task.loss.prepare(task.backbone.example(num_rows), Rng(0, "costs"))
+    return {name: t.to(device) for name, t in inputs.items()}

@@ -11,7 +11,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from torch.utils._pytree import tree_map
 
@@ -21,10 +21,12 @@ from ..pruning.decision import Decision, provenance
 from ..runtime.files import sha256
 from ..runtime.run_folder import RunFolder
 from ..samplers.compiled import Constraints, compile_constraints
-from ..samplers.constraints import Budget, Rules, check_said
+from ..samplers.constraints import Budget, Rules, Spending, check_said, combined
 from ..samplers.patterns import Pattern, parse_pattern
 from ..training.trainer import Trainer
-from .base import Selector
+from .base import Selector, bind
+from .budget import CostBudget, check_bound, parse_budget
+from .costs import NetworkCosts
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,9 @@ class Criterion(Selector):
 
     Args:
         keep: how many blocks stay: of all together, or a number for every block list, which may be 0.
-        pattern: keep N of every M blocks instead, as in `Search`. Give one of the two.
+        pattern: keep N of every M blocks instead, as in `Search`.
+        budget: what the pruned network may cost at most instead: `0.5x` of its parameters, `{parameters: 400M}`,
+            `{flops: 0.5x}` or `{latency_ms: 20}` of a pass of `batch_size` 64; measured. Give one of the three.
         protect: indices of blocks that must stay.
         constraints: further rules for what stays; with costs and a budget they stand alone, in the place of the two.
     """
@@ -92,29 +96,43 @@ class Criterion(Selector):
     pattern: Pattern | int | None = None
     protect: Sequence[int] = field(default_factory=tuple)
     constraints: Rules | None = field(default=None, metadata={"neutral": None})
+    budget: str | float | dict[str, str | float] | None = field(default=None, metadata={"neutral": None})
 
     def __post_init__(self) -> None:
-        ways = {"keep": self.keep, "pattern": self.pattern}
-        check_said(type(self).__name__, self.constraints, ways, "two")
+        ways = {"keep": self.keep, "pattern": self.pattern, "budget": self.budget}
+        check_said(type(self).__name__, self.constraints, ways)
+        self.cost_budgets()
         if self.pattern is not None:
             object.__setattr__(self, "pattern", parse_pattern(self.pattern))
 
     def __call__(self, task: Task, trainer: Trainer, run: RunFolder | None = None) -> Decision:
-        constraints = self.compiled(task.blocks)
-        result = self.decide(constraints, task, trainer)
+        how, costs = bind(self, task, trainer, run)
+        constraints = how.compiled(task.blocks)
+        result = how.decide(constraints, task, trainer)
         found = tree_map(_recorded, {"evaluations": result.evaluations, **result.findings})
-        where = {**provenance(trainer.seed, task.source), **found}
-        return self._decision(task.blocks, constraints, result.kept, where)
+        where = {**provenance(trainer.seed, task.source), **found, **costs}
+        return how._decision(task.blocks, constraints, result.kept, where)
 
     def preview(self, blocks: Sequence[str]) -> Decision:
         constraints = self.compiled(blocks)
         return self._decision(blocks, constraints, self.guess(constraints), {})
 
-    def budget(self, blocks: Sequence[str]) -> Budget | None:
+    def cost_budgets(self) -> Sequence[CostBudget]:
+        return () if self.budget is None else (parse_budget(self.budget, type(self).__name__),)
+
+    def bound(self, costs: Mapping[str, NetworkCosts]) -> Self:
+        rules = combined(None, self.protect, self.constraints)
+        for budget in self.cost_budgets():
+            rules = budget.rules(costs[budget.name], rules, type(self).__name__)
+            return replace(self, budget=None, constraints=rules)
+        return self
+
+    def keeps(self, blocks: Sequence[str]) -> Budget | Spending:
         return self.compiled(blocks).budget
 
     def compiled(self, blocks: Sequence[str]) -> Constraints:
         """What the decision must obey."""
+        check_bound(self.budget, type(self).__name__)
         assert not isinstance(self.pattern, int)  # parse_pattern refuses numbers
         return compile_constraints(
             blocks,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -18,7 +18,7 @@ from ..pruning.weight_update import LoRA, WeightUpdate
 from ..runtime.run_folder import RunFolder
 from ..runtime.seeding import seed_of
 from ..samplers.base import BlockSampler
-from ..samplers.constraints import Budget, Rules, build, check_keep, check_said, combined
+from ..samplers.constraints import Budget, Rules, Spending, build, check_keep, check_said, combined
 from ..samplers.grouped import GroupedSampler
 from ..samplers.patterns import Pattern, parse_pattern
 from ..samplers.subset import ScoreFunction
@@ -26,7 +26,9 @@ from ..training.loop import Fit
 from ..training.objective import Ema, Optimization, ema_decay
 from ..training.recover import Recover
 from ..training.trainer import Trainer
-from .base import Decisive, Selector
+from .base import Decisive, Selector, bind
+from .budget import CostBudget, check_bound, parse_budget
+from .costs import NetworkCosts
 from .gated_loss import GatedLoss, train_mode
 
 
@@ -53,13 +55,16 @@ class Search(Selector):
         pattern: keep N of M: `[2, 4]`, a list with a pair for each group, or a mapping by block list.
             Short for `sampler: GroupedSampler`.
         keep: how many blocks stay, of all or by block list, wherever they are. Short for `sampler: ScoreFunction` with
-            that rule; give one of the three.
+            that rule.
+        budget: what the pruned network may cost at most: `0.5x` of its parameters, `{parameters: 400M}`,
+            `{flops: 0.5x}` or `{latency_ms: 20}` of a pass of `batch_size` 64; measured. Short for
+            `sampler: ScoreFunction` with costs; give one of the four.
         tau: with `pattern`: Gumbel temperature at the first and at the last step; default the sampler's.
         scaling: with `pattern`: factor on the gate logits at the first and at the last step; default the sampler's.
         sampler: any distribution over masks.
-        protect: indices of blocks that must stay; with `keep` or `pattern`.
+        protect: indices of blocks that must stay; not with `sampler`.
         constraints: further rules for the masks. With `pattern` only `protect` and `remove`; with costs and a budget
-            they stand alone, in the place of the three.
+            they stand alone, in the place of the four.
         steps: optimizer updates.
         batch_size: samples of one update; default the trainer's.
         warmup: fraction of the steps in which the weight update trains under the initial masks, before the gates
@@ -102,12 +107,16 @@ class Search(Selector):
     confident: float | None = None
     protect: Sequence[int] | None = field(default=None, metadata={"neutral": None})
     constraints: Rules | None = field(default=None, metadata={"neutral": None})
+    budget: str | float | dict[str, str | float] | None = field(default=None, metadata={"neutral": None})
 
     def __post_init__(self) -> None:
-        ways = {"pattern": self.pattern, "keep": self.keep, "sampler": self.sampler}
-        check_said("search", self.constraints, ways, "three")
+        ways = {"pattern": self.pattern, "keep": self.keep, "budget": self.budget, "sampler": self.sampler}
+        check_said("search", self.constraints, ways)
+        self._own_budget()
         if self.sampler is not None and (self.protect or self.constraints):
-            raise UserError("search: protect and constraints go with keep or pattern; give a sampler rules of its own")
+            raise UserError(
+                "search: protect and constraints go with keep, pattern or budget; give a sampler rules of its own"
+            )
         if self.pattern is not None and self.constraints is not None:
             across = sorted(self.constraints.given().keys() - {"protect", "remove"})
             if across:
@@ -147,12 +156,13 @@ class Search(Selector):
         decision = self._decision(sampler, blocks, {})
         for key, other in {**({"start": self.start} if self.start else {}), **others}.items():
             theirs, ours = len(other.preview(blocks).kept), len(decision.kept)
-            if theirs != ours and (sampler.budget is not None or sampler.choices()):
+            if theirs != ours and (isinstance(sampler.budget, int | Mapping) or sampler.choices()):
                 raise UserError(f"search.{key}: keeps {theirs} blocks, the search {ours}; give it the same number")
         return decision
 
     def make_sampler(self, lists: Mapping[str, int]) -> BlockSampler:
         """The distribution over masks that the search starts from, for block lists of these lengths."""
+        check_bound(self.budget, "search")
         if self.sampler is not None:
             return self.sampler(lists)
         rules = combined(self.keep, self.protect or (), self.constraints)
@@ -165,9 +175,22 @@ class Search(Selector):
         build(rules, lists, "search.constraints")  # what is wrong with them is said under this key
         return ScoreFunction(lists, rules)
 
-    def budget(self, blocks: Sequence[str]) -> Budget | None:
+    def cost_budgets(self) -> Sequence[CostBudget]:
+        return (*self._own_budget(), *(self.start.cost_budgets() if self.start else ()))
+
+    def bound(self, costs: Mapping[str, NetworkCosts]) -> Self:
+        how = replace(self, start=self.start.bound(costs)) if self.start else self
+        for budget in self._own_budget():
+            rules = combined(None, self.protect or (), self.constraints)
+            return replace(how, budget=None, constraints=budget.rules(costs[budget.name], rules, "search"))
+        return how
+
+    def _own_budget(self) -> Sequence[CostBudget]:
+        return () if self.budget is None else (parse_budget(self.budget, "search"),)
+
+    def keeps(self, blocks: Sequence[str]) -> Budget | Spending | None:
         sampler = self.make_sampler(list_lengths(blocks))
-        return super().budget(blocks) if sampler.choices() else sampler.budget
+        return super().keeps(blocks) if sampler.choices() else sampler.budget
 
     def learned(self) -> Search | None:
         return self
@@ -198,7 +221,9 @@ class Search(Selector):
             UserError: the pattern does not fit the network, or the loss was not finite for too long.
             Interrupted: a signal came; the same call with the same run folder goes on.
         """
-        return self.decide(self.learn(task, trainer, run), task, trainer)
+        how, costs = bind(self, task, trainer, run)
+        decision = how.decide(how.learn(task, trainer, run), task, trainer)
+        return replace(decision, provenance={**decision.provenance, **costs})
 
     def decide(self, learned: Learned, task: Task, trainer: Trainer) -> Decision:
         """What was learned decides."""

@@ -3,9 +3,9 @@
 # No `from __future__ import annotations` here, for the reason given in criteria.py.
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -17,11 +17,13 @@ from ..pruning.prune import prune
 from ..runtime.files import digest
 from ..runtime.progress import track
 from ..runtime.run_folder import RunFolder
-from ..samplers.constraints import Budget
+from ..samplers.constraints import Budget, Spending
 from ..training.recover import Recover
 from ..training.trainer import Trainer
-from .base import Selector
+from .base import Selector, bind
+from .budget import CostBudget
 from .calibration import Calibration
+from .costs import NetworkCosts
 from .search import Search
 
 
@@ -69,8 +71,15 @@ class Finals(Selector):
     def preview(self, blocks: Sequence[str]) -> Decision:
         return self.search.preview_beside(blocks, self._by_key())
 
-    def budget(self, blocks: Sequence[str]) -> Budget | None:
-        return self.search.budget(blocks)
+    def cost_budgets(self) -> Sequence[CostBudget]:
+        return [budget for part in (self.search, *self.others) for budget in part.cost_budgets()]
+
+    def bound(self, costs: Mapping[str, NetworkCosts]) -> Self:
+        others = [other.bound(costs) for other in self.others]
+        return replace(self, search=self.search.bound(costs), others=others) if self.cost_budgets() else self
+
+    def keeps(self, blocks: Sequence[str]) -> Budget | Spending | None:
+        return self.search.keeps(blocks)
 
     def learned(self) -> Search | None:
         return self.search
@@ -82,6 +91,11 @@ class Finals(Selector):
         return {f"others[{i}]": other for i, other in enumerate(self.others)}
 
     def __call__(self, task: Task, trainer: Trainer, run: RunFolder | None = None) -> Decision:
+        how, costs = bind(self, task, trainer, run)
+        decision = how._halve(task, trainer, run)
+        return replace(decision, provenance={**decision.provenance, **costs})
+
+    def _halve(self, task: Task, trainer: Trainer, run: RunFolder | None) -> Decision:
         quiet = replace(trainer, trackers=())  # each piece of work would be a run of its own
         proposed, evaluations = self._others(task, quiet, run)
         learned = self.search.learn(task, trainer, run)

@@ -1,0 +1,128 @@
+"""What is compared: selectors with one budget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import UserError
+from ..samplers.constraints import Budget, Rules, Spending, budget_text
+from ..selection.base import Selector, count_by_list
+from ..selection.costs import NetworkCosts
+from ..selection.criteria import BKSDM, Criterion, FirstN, LastN, Uniform
+from ..selection.sensitivity import Greedy, LeaveOneOut, Taylor
+from ..selection.similarity import BlockInfluence, InputOutputMSE, SpanSimilarity
+
+CRITERIA: tuple[type[Criterion], ...] = (
+    Uniform, FirstN, LastN, BKSDM, BlockInfluence, InputOutputMSE, SpanSimilarity, LeaveOneOut, Greedy, Taylor
+)  # fmt: skip
+"""All but the random one, which is what they are judged by."""
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What is compared.
+
+    Attributes:
+        selectors: searches and criteria by name.
+        budget: how many blocks each of them keeps, or what they may cost.
+        measured: a budget of measured costs in a sentence, else empty.
+        left_out: criteria that cannot be had at this budget, with the reason.
+    """
+
+    selectors: Mapping[str, Selector]
+    budget: Budget | Spending
+    measured: str = ""
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def recorded(self) -> Budget | str:
+        """The budget for the record; one of costs in a sentence."""
+        return self.measured or budget_text(self.budget) if isinstance(self.budget, Spending) else self.budget
+
+    @property
+    def said(self) -> str:
+        """The budget in a sentence: "4 blocks"."""
+        return self.recorded if isinstance(self.recorded, str) else f"{budget_text(self.recorded)} blocks"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings of a criterion that say the budget."""
+        return _settings(self.budget)
+
+    def outside(self, kept: Sequence[int], blocks: Sequence[str]) -> str:
+        """What is wrong with a choice that does not keep to the budget; empty when it does."""
+        if isinstance(self.budget, Spending):
+            cost, most = self.budget.cost_of(kept), self.budget.budget
+            return f"blocks that cost {cost:,}, where the budget is {most:,}" if cost > most else ""
+        found = len(kept) if isinstance(self.budget, int) else count_by_list(kept, blocks)
+        if found == self.budget:
+            return ""
+        return f"{budget_text(found)}, where its preview keeps {budget_text(self.budget)} of the blocks"
+
+
+def line_up(
+    view: str, given: Mapping[str, Selector], blocks: Sequence[str], costs: Mapping[str, NetworkCosts], every: bool
+) -> Candidates:
+    """The candidates of a comparison.
+
+    Args:
+        view: whose they are, for messages.
+        given: the selectors that are spelled out, by name.
+        blocks: paths of the network's blocks.
+        costs: what the network costs, by the names of the selectors' `cost_budgets`.
+        every: add every criterion, with the budget of the given ones.
+
+    Raises:
+        UserError: the given ones do not fit or differ in their budget; all of them are named.
+    """
+    measured = {b.describe(costs[b.name]) for selector in given.values() for b in selector.cost_budgets()}
+    selectors = {name: selector.bound(costs) for name, selector in given.items()}
+    budget = _common_budget(view, selectors, blocks)
+    left_out = {}
+    for criterion in CRITERIA if every else ():
+        try:
+            candidate = criterion(**_settings(budget))
+            candidate.preview(blocks)
+        except UserError as e:
+            left_out[criterion.__name__] = str(e)
+        else:
+            selectors[criterion.__name__] = candidate
+    return Candidates(selectors, budget, " or ".join(sorted(measured)), left_out)
+
+
+def _settings(budget: Budget | Spending) -> dict[str, Any]:
+    if isinstance(budget, Spending):
+        return {"constraints": Rules(costs=budget.costs, budget=budget.budget)}
+    return {"keep": dict(budget) if isinstance(budget, Mapping) else budget}
+
+
+def _common_budget(view: str, candidates: Mapping[str, Selector], blocks: Sequence[str]) -> Budget | Spending:
+    """What all candidates keep. Raises UserError unless they agree, in total if that is all one promises."""
+    problems: list[str] = []
+    budgets: dict[str, Budget | Spending] = {}
+    for name, candidate in candidates.items():
+        try:
+            budgets[name] = _budget(candidate, blocks)
+        except UserError as e:
+            problems.append(f"{view}.candidates.{name}: {e}")
+    if any(isinstance(budget, int) for budget in budgets.values()):
+        budgets = {name: sum(b.values()) if isinstance(b, Mapping) else b for name, b in budgets.items()}
+    if any(budget != other for budget in budgets.values() for other in budgets.values()):
+        problems.append(
+            f"{view}.candidates: not the same budget: "
+            + "; ".join(f"{name} keeps {budget_text(budget)}" for name, budget in budgets.items())
+            + ". Only the same budget tells which choice is better"
+        )
+    if problems:
+        raise UserError("\n".join(problems))
+    return next(iter(budgets.values()))
+
+
+def _budget(candidate: Selector, blocks: Sequence[str]) -> Budget | Spending:
+    budget = candidate.keeps(blocks)
+    if budget is None:
+        raise UserError("does not say how many blocks stay; only candidates with the same budget are compared")
+    candidate.preview(blocks)  # what else is wrong with it shows here
+    return budget

@@ -1,0 +1,212 @@
+"""Budgets of costs as users say them, of the whole network: `0.5x`, `{parameters: 400M}`, `{latency_ms: 20}`."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError, nearest, require
+from ..protocols.task import Task
+from ..runtime.files import digest, read_json, write_json
+from ..samplers.constraints import Rules
+from ..training.trainer import Trainer
+from .costs import BATCH_SIZE, RESOLUTION, CostKind, NetworkCosts, network_costs
+
+FILE = "costs.json"
+"""Keeps what was measured in a run folder, for a measured time is never the same again."""
+_WAYS = "0.5x, {parameters: 400M}, {flops: 0.5x} or {latency_ms: 20}"
+_SUFFIXES = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
+_MOST_SUMS = 20_000
+"""As many different sums of costs are told apart exactly; more are rounded, or an automaton would grow too large."""
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """How costs of a kind are said.
+
+    Attributes:
+        kind: what is measured.
+        name: of the user's unit, in sentences.
+        scale: as many of what is measured make one of it.
+    """
+
+    kind: CostKind
+    name: str
+    scale: float = 1.0
+
+
+_UNITS = {
+    "parameters": _Unit("parameters", "parameters"),
+    "flops": _Unit("flops", "FLOPs of a sample"),
+    "latency_ms": _Unit("latency_ns", "ms", 1e6),
+}
+
+
+@dataclass(frozen=True)
+class CostBudget:
+    """The most that the pruned network may cost, all that lies outside of its blocks included.
+
+    Attributes:
+        said: the unit: parameters, flops or latency_ms.
+        amount: in that unit, or a share of what the network costs unpruned.
+        relative: whether it is a share.
+        batch_size: of latency: samples of the pass that is timed.
+    """
+
+    said: str
+    amount: float
+    relative: bool
+    batch_size: int = BATCH_SIZE
+
+    @property
+    def name(self) -> str:
+        """What is to be measured: budgets of one name need the same costs."""
+        return f"{self.said}, batch {self.batch_size}" if self.said == "latency_ms" else self.said
+
+    def rules(self, costs: NetworkCosts, given: Rules, owner: str) -> Rules:
+        """The rules with the budget among them, in whole numbers that no mask can obey and break the budget.
+
+        Args:
+            costs: what the budget is of.
+            given: the other rules.
+            owner: whose setting the budget is, for messages.
+
+        Raises:
+            UserError: it does not pay for one block, or for all of them; names the key and the nearest value.
+        """
+        key, target, unit = f"{owner}.budget", self._target(costs), _UNITS[self.said].name
+        if not any(costs.blocks):
+            raise UserError(f"{key}: {unit} of the blocks cannot be counted; give {_WAYS}")
+        needed = sum(costs.blocks[i] for i in given.protect if 0 <= i < len(costs.blocks))
+        least = costs.outside + (needed or min(cost for cost in costs.blocks if cost))
+        numbers, budget = _whole(costs.blocks, math.floor(target - costs.outside))
+        if target < least or budget < min(number for number in numbers if number):
+            raise UserError(
+                f"{key}: {self._text(target)} {unit} are too few: {self._text(costs.outside)} lie outside of the "
+                f"blocks, and with those that must stay it is {self._text(least)}; give {self._said(least, costs)}"
+            )
+        if target >= costs.total:
+            raise UserError(
+                f"{key}: {self._text(target)} {unit} pay for the whole network, which has {self._text(costs.total)}; "
+                "give less, as 0.5x"
+            )
+        return replace(given, costs=numbers, budget=budget)
+
+    def describe(self, costs: NetworkCosts) -> str:
+        """What it comes to, in a sentence."""
+        unit, target = _UNITS[self.said].name, self._target(costs)
+        left = f"{self._text(target - costs.outside)} are left for them"
+        return (
+            f"at most {self._text(target)} of {self._text(costs.total)} {unit} ({target / costs.total:.3g}x); "
+            f"{self._text(costs.outside)} lie outside of the blocks, {left}"
+        )
+
+    def _target(self, costs: NetworkCosts) -> float:
+        return self.amount * costs.total if self.relative else self.amount * _UNITS[self.said].scale
+
+    def _text(self, cost: float) -> str:
+        return _amount(cost / _UNITS[self.said].scale)
+
+    def _said(self, least: float, costs: NetworkCosts) -> str:
+        """The least value that would do, rounded up, as it is written in a recipe."""
+        if self.relative:
+            return f"{{{self.said}: {math.ceil(1000 * least / costs.total) / 1000:g}x}}"
+        value = least / _UNITS[self.said].scale
+        step = 10.0 ** (math.floor(math.log10(value)) - 3)
+        return f"{{{self.said}: {_amount(math.ceil(value / step) * step)}}}"
+
+
+def parse_budget(value: Any, owner: str) -> CostBudget:
+    """Check a budget as YAML gives it.
+
+    Args:
+        value: `0.5x`, or a mapping of one unit to a share or a number; `{latency_ms: 20, batch_size: 1}`.
+        owner: whose setting it is, for messages.
+
+    Raises:
+        UserError: it is none.
+    """
+    key = f"{owner}.budget"
+    given = {"parameters": value} if isinstance(value, str) else value
+    if not isinstance(given, Mapping):
+        raise UserError(f"{key} is {value!r}; give {_WAYS}")
+    for name in given:
+        if name not in (*_UNITS, "batch_size"):
+            raise UserError(f"{key}.{name}: unknown key{nearest(str(name), (*_UNITS, 'batch_size'))}")
+    said = [name for name in given if name in _UNITS]
+    if len(said) != 1 or ("batch_size" in given and said != ["latency_ms"]):
+        raise UserError(f"{key} is {dict(given)}; give one of {_WAYS}; batch_size goes with latency_ms")
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)\s*([KMGBTx]?)\s*", str(given[said[0]]))
+    amount = float(found[1]) * _SUFFIXES.get(found[2], 1.0) if found else 0.0
+    relative = found is not None and found[2] == "x"
+    expected = f"a number above 0, with K, M, G or T if it is large, or a share below 1x: {_WAYS}"
+    require(amount > 0 and not (relative and amount >= 1), f"{key}.{said[0]}", given[said[0]], expected)
+    size = given.get("batch_size", BATCH_SIZE)
+    require(str(size).removesuffix(".0").isdigit() and float(size) >= 1, f"{key}.batch_size", size, "at least 1")
+    return CostBudget(said[0], amount, relative, int(float(size)))
+
+
+def check_bound(budget: object, owner: str) -> None:
+    """Raise UserError when a selector with such a setting is asked for what only a network's costs can tell."""
+    if budget is not None:
+        raise UserError(
+            f"{owner}.budget: depends on what the network costs; measure that and use selector.bound(costs)"
+        )
+
+
+def measure(
+    budgets: Iterable[CostBudget], task: Task, trainer: Trainer, folder: Path | None = None
+) -> dict[str, NetworkCosts]:
+    """What the budgets are of, by their names.
+
+    Args:
+        budgets: of one network.
+        task: the network; one on the meta device is enough.
+        trainer: how to run it.
+        folder: where `save_costs` has kept what was measured before, if it has.
+    """
+    path = None if folder is None else folder / FILE
+    known = read_json(path) if path is not None and path.exists() else {}
+    stored = known["costs"] if known and known["network"] == _identity(task, trainer) else {}
+    found: dict[str, NetworkCosts] = {}
+    for budget in budgets:
+        if budget.name in stored:
+            entry = stored[budget.name]
+            found[budget.name] = NetworkCosts(tuple(entry["blocks"]), entry["outside"])
+        elif budget.name not in found:
+            found[budget.name] = network_costs(_UNITS[budget.said].kind, task, trainer, budget.batch_size)
+    return found
+
+
+def save_costs(costs: Mapping[str, NetworkCosts], task: Task, trainer: Trainer, folder: Path) -> None:
+    """Keep what was measured; `latency_ms` in nanoseconds."""
+    if costs:
+        made = {name: asdict(found) for name, found in costs.items()}
+        write_json(folder / FILE, {"format_version": 1, "network": _identity(task, trainer), "costs": made})
+
+
+def _identity(task: Task, trainer: Trainer) -> str:
+    """What tells networks, and ways to run them, apart."""
+    accelerator = trainer.accelerator
+    return digest([task.backbone.config(task.teacher), accelerator.device.type, accelerator.mixed_precision])
+
+
+def _whole(costs: tuple[int, ...], room: int) -> tuple[tuple[int, ...], int]:
+    """Costs and budget in smaller numbers, if there are too many different ones: costs rounded up, the budget down."""
+    if math.prod(1 + number for number in Counter(costs).values()) <= _MOST_SUMS:
+        return costs, room
+    most = max(costs)
+    return tuple(-(-cost * RESOLUTION // most) for cost in costs), room * RESOLUTION // most
+
+
+def _amount(amount: float) -> str:
+    """Four digits of a number, with K, M, G or T if it is large."""
+    for suffix in ("T", "G", "M", "K"):
+        if abs(amount) >= _SUFFIXES[suffix]:
+            return f"{amount / _SUFFIXES[suffix]:.4g}{suffix}"
+    return f"{amount:.4g}"
