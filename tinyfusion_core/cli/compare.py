@@ -51,6 +51,7 @@ class Costs(Command):
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         parser.add_argument("recipe", type=Path)
+        parser.add_argument("--batch-size", type=int, default=1, help="samples of a timed pass; default 1")
 
     def __call__(self, options: Namespace) -> int:
         from rich.console import Console
@@ -58,29 +59,25 @@ class Costs(Command):
 
         from ..pipeline.recipe import load_recipe
         from ..protocols.task import Task
-        from ..selection.budget import CostBudget, measure
-        from ..selection.costs import whole
+        from ..selection.budget import measure, parse_budget
 
         recipe = load_recipe(options.recipe, options.overrides)
         backbone = recipe.backbone
         # Neither weights nor data change what a block costs.
         task = Task.without_data(backbone, recipe.loss, backbone.construct(backbone.config()))
-        halves = {
-            name: CostBudget(said, 0.5, relative=True)
-            for name, said in (("parameters", "parameters"), ("FLOPs", "flops"), ("latency", "latency_ms"))
-        }
-        costs = measure(halves.values(), task, recipe.trainer)
+        batch_size = {} if options.batch_size == 1 else {"batch_size": options.batch_size}
+        halves = [parse_budget(said, "costs") for said in (
+            {"parameters": "0.5x"}, {"flops": "0.5x"}, {"latency_ms": "0.5x", **batch_size}
+        )]  # fmt: skip
+        costs = measure(halves, task, recipe.trainer)
         table = Table("block", "parameters", "FLOPs", "ms")
-        columns = [(*found.blocks, found.outside) for found in costs.values()]
-        for path, parameters, flops, ns in zip([*task.blocks, "(outside of the blocks)"], *columns, strict=True):
+        columns = [(*costs[half.name].blocks, costs[half.name].outside) for half in halves]
+        for path, parameters, flops, ns in zip([*task.blocks, "outside of the blocks"], *columns, strict=True):
             table.add_row(path, f"{parameters:,}", f"{flops:,}", f"{ns / 1e6:.3f}")
         console = Console(highlight=False)
         console.print(table)
-        for name, half in halves.items():
-            found = costs[half.name]
-            console.print(f"half of the {name}: budget: {{{half.said}: 0.5x}}: {half.describe(found)}", soft_wrap=True)
-            rules = f"costs: {whole(found.blocks)}, budget: {round(sum(whole(found.blocks)) / 2)}"
-            console.print(f"half of the {name}: rules: {{{rules}}}, of the blocks alone", soft_wrap=True)
+        for half in halves:
+            console.print(f"search: {{budget: {half}}}  # {half.describe(costs[half.name])}", soft_wrap=True)
         return 0
 
 

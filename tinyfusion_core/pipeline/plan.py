@@ -132,14 +132,9 @@ def _search(plan: Plan, recipe: Recipe, stage: Stage, model: nn.Module) -> tuple
     for said in dict.fromkeys(budget.describe(costs[budget.name]) for budget in budgets):
         plan.rows.append((f"{prefix}budget", said))
     selector: Selector = stage.settings.bound(costs)
-    decision = selector.preview(blocks)
-    paid = isinstance(selector.keeps(blocks), Spending)
-    kept = (
-        f"as many of {len(blocks)} blocks as the budget pays for"
-        if paid
-        else f"{len(decision.kept)} of {len(blocks)} blocks"
-    )
-    plan.rows.append((f"{prefix}keeps", kept))
+    decision, paid = selector.preview(blocks), isinstance(selector.keeps(blocks), Spending)
+    how_many = ("as many", " as the budget pays for") if paid else (str(len(decision.kept)), "")
+    plan.rows.append((f"{prefix}keeps", f"{how_many[0]} of {len(blocks)} blocks{how_many[1]}"))
     if (search := selector.learned()) is not None:
         sampler = search.make_sampler(list_lengths(blocks))
         masks = f"{sampler.num_masks:,} possible masks"
@@ -217,8 +212,7 @@ def _comparison(stage: Comparison, plan: Plan, recipe: Recipe) -> None:
     task = Task.without_data(recipe.backbone, recipe.loss, model)
     costs = measure(stage.cost_budgets(recipe.search), task, recipe.trainer)
     found = stage.candidates_for(recipe.search, blocks, costs)
-    counts = f"{len(found.selectors)} candidates that keep {found.said}, {stage.seeds} seeds"
-    plan.rows.append((stage.view, counts))
+    plan.rows.append((stage.view, f"{len(found.selectors)} candidates that keep {found.said}, {stage.seeds} seeds"))
 
 
 def _on_meta(recipe: Recipe) -> tuple[nn.Module, list[str]]:

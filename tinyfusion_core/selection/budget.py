@@ -15,12 +15,14 @@ from ..protocols.task import Task
 from ..runtime.files import digest, read_json, write_json
 from ..samplers.constraints import Rules
 from ..training.trainer import Trainer
-from .costs import BATCH_SIZE, RESOLUTION, CostKind, NetworkCosts, network_costs
+from .costs import BATCH_SIZE, CostKind, NetworkCosts, network_costs
 
 FILE = "costs.json"
 """Keeps what was measured in a run folder, for a measured time is never the same again."""
 _WAYS = "0.5x, {parameters: 400M}, {flops: 0.5x} or {latency_ms: 20}"
 _SUFFIXES = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
+_RESOLUTION = 100
+"""What the dearest block costs where costs are rounded."""
 _MOST_SUMS = 20_000
 """As many different sums of costs are told apart exactly; more are rounded, or an automaton would grow too large."""
 
@@ -68,6 +70,12 @@ class CostBudget:
         """What is to be measured: budgets of one name need the same costs."""
         return f"{self.said}, batch {self.batch_size}" if self.said == "latency_ms" else self.said
 
+    def __str__(self) -> str:
+        """As it is written in a recipe."""
+        amount = f"{self.amount:g}x" if self.relative else _amount(self.amount)
+        size = f", batch_size: {self.batch_size}" if self.batch_size != BATCH_SIZE else ""
+        return f"{{{self.said}: {amount}{size}}}"
+
     def rules(self, costs: NetworkCosts, given: Rules, owner: str) -> Rules:
         """The rules with the budget among them, in whole numbers that no mask can obey and break the budget.
 
@@ -88,7 +96,7 @@ class CostBudget:
         if target < least or budget < min(number for number in numbers if number):
             raise UserError(
                 f"{key}: {self._text(target)} {unit} are too few: {self._text(costs.outside)} lie outside of the "
-                f"blocks, and with those that must stay it is {self._text(least)}; give {self._said(least, costs)}"
+                f"blocks, and with those that must stay it is {self._text(least)}; give {self._rounded_up(least, costs)}"
             )
         if target >= costs.total:
             raise UserError(
@@ -112,20 +120,18 @@ class CostBudget:
     def _text(self, cost: float) -> str:
         return _amount(cost / _UNITS[self.said].scale)
 
-    def _said(self, least: float, costs: NetworkCosts) -> str:
-        """The least value that would do, rounded up, as it is written in a recipe."""
-        if self.relative:
-            return f"{{{self.said}: {math.ceil(1000 * least / costs.total) / 1000:g}x}}"
-        value = least / _UNITS[self.said].scale
-        step = 10.0 ** (math.floor(math.log10(value)) - 3)
-        return f"{{{self.said}: {_amount(math.ceil(value / step) * step)}}}"
+    def _rounded_up(self, least: float, costs: NetworkCosts) -> CostBudget:
+        """The least budget in few digits that pays for so much."""
+        value = least / (costs.total if self.relative else _UNITS[self.said].scale)
+        step = 1e-3 if self.relative else 10.0 ** (math.floor(math.log10(value)) - 3)
+        return replace(self, amount=math.ceil(value / step) * step)
 
 
 def parse_budget(value: Any, owner: str) -> CostBudget:
     """Check a budget as YAML gives it.
 
     Args:
-        value: `0.5x`, or a mapping of one unit to a share or a number; `{latency_ms: 20, batch_size: 1}`.
+        value: `0.5x`, or a mapping of one unit to a share or a number; `{latency_ms: 20, batch_size: 8}`.
         owner: whose setting it is, for messages.
 
     Raises:
@@ -193,7 +199,9 @@ def save_costs(costs: Mapping[str, NetworkCosts], task: Task, trainer: Trainer, 
 def _identity(task: Task, trainer: Trainer) -> str:
     """What tells networks, and ways to run them, apart."""
     accelerator = trainer.accelerator
-    return digest([task.backbone.config(task.teacher), accelerator.device.type, accelerator.mixed_precision])
+    parameters = [(name, list(p.shape)) for name, p in task.teacher.named_parameters()]
+    inputs = {name: list(t.shape) for name, t in task.backbone.example(1).items()}
+    return digest([parameters, inputs, accelerator.device.type, accelerator.mixed_precision])
 
 
 def _whole(costs: tuple[int, ...], room: int) -> tuple[tuple[int, ...], int]:
@@ -201,7 +209,7 @@ def _whole(costs: tuple[int, ...], room: int) -> tuple[tuple[int, ...], int]:
     if math.prod(1 + number for number in Counter(costs).values()) <= _MOST_SUMS:
         return costs, room
     most = max(costs)
-    return tuple(-(-cost * RESOLUTION // most) for cost in costs), room * RESOLUTION // most
+    return tuple(-(-cost * _RESOLUTION // most) for cost in costs), room * _RESOLUTION // most
 
 
 def _amount(amount: float) -> str:

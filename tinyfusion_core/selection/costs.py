@@ -18,10 +18,8 @@ from ..runtime.progress import track
 from ..runtime.seeding import Rng
 from ..training.trainer import Trainer
 
-RESOLUTION = 100
-"""What the dearest block costs in `whole` numbers."""
-BATCH_SIZE, ROUNDS = 64, 20
-"""Samples of a timed pass, and how many of them there are; the median counts."""
+BATCH_SIZE, ROUNDS = 1, 20
+"""Samples of a timed pass, and how many passes there are; the median counts."""
 
 CostKind = Literal["parameters", "flops", "latency_ns"]
 
@@ -62,12 +60,6 @@ def network_costs(kind: CostKind, task: Task, trainer: Trainer, batch_size: int 
         return _flops(task)
     alike = list(zip(_parameters(task).blocks, _flops(task).blocks, strict=True))
     return _latency(task, trainer, alike, batch_size)
-
-
-def whole(costs: Sequence[float]) -> list[int]:
-    """The costs as whole numbers, the dearest block at `RESOLUTION`."""
-    unit = max(costs) / RESOLUTION or 1.0  # all may be free of what is counted
-    return [max(1, round(cost / unit)) for cost in costs]
 
 
 def _parameters(task: Task) -> NetworkCosts:

@@ -57,7 +57,7 @@ class Search(Selector):
         keep: how many blocks stay, of all or by block list, wherever they are. Short for `sampler: ScoreFunction` with
             that rule.
         budget: what the pruned network may cost at most: `0.5x` of its parameters, `{parameters: 400M}`,
-            `{flops: 0.5x}` or `{latency_ms: 20}` of a pass of `batch_size` 64; measured. Short for
+            `{flops: 0.5x}` or `{latency_ms: 20}` of a forward pass, of `batch_size: 1` unless said; measured. Short for
             `sampler: ScoreFunction` with costs; give one of the four.
         tau: with `pattern`: Gumbel temperature at the first and at the last step; default the sampler's.
         scaling: with `pattern`: factor on the gate logits at the first and at the last step; default the sampler's.
