@@ -94,9 +94,10 @@ class CostBudget:
         least = costs.outside + (needed or min(cost for cost in costs.blocks if cost))
         numbers, budget = _whole(costs.blocks, math.floor(target - costs.outside))
         if target < least or budget < min(number for number in numbers if number):
+            enough = self._rounded_up(least, costs)
             raise UserError(
                 f"{key}: {self._text(target)} {unit} are too few: {self._text(costs.outside)} lie outside of the "
-                f"blocks, and with those that must stay it is {self._text(least)}; give {self._rounded_up(least, costs)}"
+                f"blocks, and with those that must stay it is {self._text(least)}; give {enough}"
             )
         if target >= costs.total:
             raise UserError(

@@ -87,7 +87,8 @@ class Criterion(Selector):
         keep: how many blocks stay: of all together, or a number for every block list, which may be 0.
         pattern: keep N of every M blocks instead, as in `Search`.
         budget: what the pruned network may cost at most instead: `0.5x` of its parameters, `{parameters: 400M}`,
-            `{flops: 0.5x}` or `{latency_ms: 20}` of a forward pass, of `batch_size: 1` unless said; measured. Give one of the three.
+            `{flops: 0.5x}` or `{latency_ms: 20}` of a forward pass, of `batch_size: 1` unless said; measured. Give one
+            of the three.
         protect: indices of blocks that must stay.
         constraints: further rules for what stays; with costs and a budget they stand alone, in the place of the two.
     """
