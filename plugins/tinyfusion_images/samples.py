@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tinyfusion_core.errors import UserError, require
-from tinyfusion_core.evaluation.generation import balanced_labels, generate, has_pictures, pictures, sample_rows
+from tinyfusion_core.evaluation.generation import generate, sample_rows
 from tinyfusion_core.pipeline.recipe import load_recipe
 from tinyfusion_core.pipeline.run import make_task
 from tinyfusion_core.protocols.task import Task
@@ -23,6 +23,7 @@ from tinyfusion_core.runtime.files import read_json, read_weights, remove_partia
 from tinyfusion_core.runtime.run_folder import RunFolder
 from tinyfusion_core.training.trainer import Trainer
 from tinyfusion_images.image_sets import rgb, write_archive, write_png
+from tinyfusion_images.pictures import balanced_labels, has_pictures, pictures
 
 FORMAT_VERSION = 1
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from ..protocols.backbone import Backbone
 from ..protocols.data import DataSource
 from ..protocols.loss import LossAdapter
 from ..protocols.task import Task
+from ..registry.registry import registry
 from ..runtime.distributed import batches, local_share, map_sharded, on_main_process
 from ..runtime.files import read_json, write_json
 from ..runtime.progress import track
@@ -53,9 +54,11 @@ class Metric(ABC):
     Attributes:
         together: whether all processes call it alike and share the work (see `map_sharded`). By default the main
             process measures alone and the others wait.
+        standing: whether every run measures it, without being asked; it says nothing where it does not apply.
     """
 
     together = False
+    standing = False
 
     @property
     def column(self) -> str | None:
@@ -72,12 +75,16 @@ class Metric(ABC):
     def resume(self, task: Task, models: Models, trainer: Trainer, folder: Path) -> list[Measurement]:
         """Measure, and go on from what an interrupted measurement has left in a folder that all processes see.
 
-        By default nothing is left there.
+        Files in `folder / EXHIBITS` are for people to look at: a run keeps them in its folder. By default nothing is
+        left there.
         """
         return self(task, models, trainer)
 
     def check(self, data: DataSource) -> None:
         """Raises UserError when the data lack what this needs."""
+
+
+EXHIBITS = "exhibits"
 
 
 @dataclass(frozen=True)
@@ -201,6 +208,13 @@ def check_teacher(task: Task, trainer: Trainer) -> None:
             "is it the right checkpoint for this backbone, this loss (noise or velocity, its time steps) and this "
             "data (scale of the latents, order of the labels)?"
         )
+
+
+def with_standing(metrics: Sequence[Metric]) -> list[Metric]:
+    """These metrics, and the standing ones that are not among them."""
+    given = {type(metric) for metric in metrics}
+    known: Iterable[type[Metric]] = registry().classes["metric"].values()
+    return [*metrics, *(cls() for cls in known if cls.standing and cls not in given)]
 
 
 def evaluate(

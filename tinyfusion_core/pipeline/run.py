@@ -11,17 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import UserError
-from ..evaluation.generation import generate, has_pictures, pictures
-from ..evaluation.metrics import Measurement, check_teacher, evaluate
+from ..evaluation.metrics import EXHIBITS, Measurement, check_teacher, evaluate, with_standing
 from ..protocols.task import Task
 from ..pruning.decision import Decision, versions
 from ..pruning.prune import load_pretrained, origin, prune, save_network, save_pretrained
 from ..reporting.report import write_report
 from ..runtime.distributed import on_every_rank, on_main_process
-from ..runtime.files import save_tensors, write_json
+from ..runtime.files import write_json
 from ..runtime.locking import owned
 from ..runtime.run_folder import RunFolder
 from ..runtime.seeding import seed_of
@@ -32,8 +31,6 @@ from ..training.recover import Recover
 from .plan import make_plan
 from .recipe import Recipe
 from .resume_check import check_resume, stage_keys, take_run_folder
-
-NUM_SHOWN = 40
 
 
 def run_recipe(
@@ -119,6 +116,7 @@ def make_task(recipe: Recipe, model: nn.Module | None = None) -> Task:
         held_out=recipe.data.held_out(),
         feature_space=recipe.data.feature_space(),
         pixels=recipe.data.pixels,
+        conditions=recipe.data.conditions,
         model=model,
     )
 
@@ -235,20 +233,13 @@ class _Run:
     def _evaluate(self, stage: Stage) -> None:
         recipe, task, models = self.recipe, self.task, self.models
         scratch = self.folder / "evaluation" / self.keys[stage.key][:24]
-        measurements = evaluate(task, models, recipe.evaluate, recipe.trainer, scratch)
-        shown: dict[str, Tensor] = {}
-        if has_pictures(task) and task.loss.generates:
-            for name, model in models.items():
-                what = f"pictures of {name}"
-                shown[name], shown["labels"] = generate(task, model, recipe.trainer, NUM_SHOWN, NUM_SHOWN, what)
-        on_main_process(lambda: self._keep(measurements, shown))
+        measurements = evaluate(task, models, with_standing(recipe.evaluate), recipe.trainer, scratch)
+        on_main_process(lambda: self._keep(measurements, scratch))
 
-    def _keep(self, measurements: Sequence[Measurement], shown: Mapping[str, Tensor]) -> None:
-        """Write what was measured, and images of every network beside the labels they were generated for."""
-        if shown:
-            device = self.accelerator.device
-            images = {name: x if name == "labels" else pictures(self.task, x.to(device)) for name, x in shown.items()}
-            save_tensors(self.folder / "samples.safetensors", images)
+    def _keep(self, measurements: Sequence[Measurement], scratch: Path) -> None:
+        """Write what was measured, and take what the metrics have left to look at into the run folder."""
+        for left in scratch.glob(f"*/{EXHIBITS}/*"):
+            left.replace(self.folder / left.name)
         write_json(
             self.folder / "metrics.json",
             {"format_version": 1, "measurements": [asdict(m) for m in measurements], "versions": versions()},

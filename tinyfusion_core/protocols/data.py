@@ -34,18 +34,24 @@ class Sharded(Samples, Protocol):
 
 
 class FeatureSpace(ABC):
-    """A fixed network that turns images into features and class logits."""
+    """A fixed network that turns examples into features and class logits."""
 
     #: What the features are, for the record.
     name: str
 
     @abstractmethod
-    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C, H, W) images as the data has them -> (B, F) features, (B, K) class logits."""
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, ...) examples as the data has them -> (B, F) features, (B, K) class logits."""
 
 
 class DataSource(ABC):
-    """Where examples come from. Implementations are frozen dataclasses: their fields are the recipe's options."""
+    """Where examples come from. Implementations are frozen dataclasses: their fields are the recipe's options.
+
+    Attributes:
+        conditions: the column that says what an example is of, which generation is given.
+    """
+
+    conditions = "y"
 
     @abstractmethod
     def train(self) -> Samples:
@@ -56,7 +62,10 @@ class DataSource(ABC):
         """Examples that no stage trains on."""
 
     def pixels(self, x: Tensor) -> Tensor | None:
-        """(B, C, H, W) examples as a person sees them, values in [0, 1]; None when they cannot be shown."""
+        """(B, C, H, W) pictures in [0, 1] that a person sees examples as; None when they cannot be shown.
+
+        The core hands this on to the metrics of plugins, and looks at no picture itself.
+        """
         return None
 
     @property

@@ -27,7 +27,8 @@ class Task:
         train: examples to learn from.
         held_out: examples that no stage trains on.
         feature_space: where generated examples are compared with real ones.
-        pixels: turns examples into images in [0, 1], None when they cannot be shown; see `DataSource`.
+        pixels: turns examples into pictures in [0, 1], None when they cannot be shown; see `DataSource`.
+        conditions: the column of the data that generation is given; see `DataSource`.
         model: the network to prune; by default the backbone builds it when it is first needed.
         origin: where `model` comes from; by default the backbone's source.
     """
@@ -38,6 +39,7 @@ class Task:
     held_out: Samples
     feature_space: FeatureSpace | None = None
     pixels: Callable[[Tensor], Tensor | None] = lambda x: None
+    conditions: str = "y"
     model: nn.Module | None = None
     origin: Mapping[str, Any] | None = None
 
