@@ -22,7 +22,7 @@ from tinyfusion_core.runtime.files import read_weights, save_tensors
 from tinyfusion_core.training.trainer import Trainer
 from tinyfusion_images.image_sets import ImageSet, open_images, rgb
 from tinyfusion_images.inception import INCEPTION, INCEPTION_FILE, FeatureNetwork, fetch_inception, inception_weights
-from tinyfusion_images.pictures import balanced_labels, has_pictures, pictures
+from tinyfusion_images.pictures import balanced_labels, can_be_shown, has_pictures, pictures
 
 MOST_IN_SUBSET = 1000
 """Pictures in a subset of the KID, where there are as many."""
@@ -73,7 +73,7 @@ class Fidelity(Metric):
 
     def check(self, data: DataSource) -> None:
         missing = []
-        if not data.has_pixels:
+        if not can_be_shown(data):
             missing.append(
                 f"{KEY} compares pictures, and data: {type(data).__name__} as configured does not decode any"
             )

@@ -27,7 +27,7 @@ class Frechet(Metric):
     Conditions are classes, (n,) integers.
 
     Unless another is named, the features are those of the data set's own feature space, so the distance is not
-    comparable with FID.
+    comparable with published ones.
 
     Args:
         num_samples: examples to generate with each model, from the same noise and conditions.
@@ -64,6 +64,8 @@ class Frechet(Metric):
 
         reference = fid_features_to_statistics(torch.cat(map_sharded(batches(len(task.train), self.batch_size), real)))
         classes = training_conditions(task, range(self.num_samples))
+        if classes.ndim != 1 or classes.is_floating_point():
+            raise UserError(f"Frechet: the data's `{task.conditions}` are no classes, one number each; leave it out")
         distances: dict[str, float | None] = {}
         accuracies: dict[str, float | None] = {}
         for name, model in models.items():

@@ -19,9 +19,11 @@ from ..protocols.data import DataSource
 from ..protocols.loss import LossAdapter
 from ..protocols.task import Task
 from ..registry.registry import registry
+from ..reporting.page import Figures
 from ..runtime.distributed import batches, local_share, map_sharded, on_main_process
 from ..runtime.files import read_json, write_json
 from ..runtime.progress import track
+from ..runtime.run_folder import RunFolder
 from ..runtime.seeding import Rng
 from ..training.trainer import Trainer
 
@@ -55,10 +57,13 @@ class Metric(ABC):
         together: whether all processes call it alike and share the work (see `map_sharded`). By default the main
             process measures alone and the others wait.
         standing: whether every run measures it, without being asked; it says nothing where it does not apply.
+        exhibits: names of the files that `resume` leaves in its folder for people to look at; a run keeps them in its
+            own folder.
     """
 
     together = False
     standing = False
+    exhibits: tuple[str, ...] = ()
 
     @property
     def column(self) -> str | None:
@@ -75,16 +80,16 @@ class Metric(ABC):
     def resume(self, task: Task, models: Models, trainer: Trainer, folder: Path) -> list[Measurement]:
         """Measure, and go on from what an interrupted measurement has left in a folder that all processes see.
 
-        Files in `folder / EXHIBITS` are for people to look at: a run keeps them in its folder. By default nothing is
-        left there.
+        By default nothing is left there.
         """
         return self(task, models, trainer)
 
     def check(self, data: DataSource) -> None:
         """Raises UserError when the data lack what this needs."""
 
-
-EXHIBITS = "exhibits"
+    def show(self, folder: RunFolder) -> list[Figures]:
+        """Draw, from its exhibits in the folder of a run, sections of the report. By default there are none."""
+        return []
 
 
 @dataclass(frozen=True)
@@ -206,15 +211,23 @@ def check_teacher(task: Task, trainer: Trainer) -> None:
         raise UserError(
             f"the teacher's held-out loss is {learned:.4g}, that of a network that has learned nothing {trivial:.4g}: "
             "is it the right checkpoint for this backbone, this loss (noise or velocity, its time steps) and this "
-            "data (scale of the latents, order of the labels)?"
+            "data (its scale, the order of its classes)?"
         )
 
 
 def with_standing(metrics: Sequence[Metric]) -> list[Metric]:
     """These metrics, and the standing ones that are not among them."""
     given = {type(metric) for metric in metrics}
-    known: Iterable[type[Metric]] = registry().classes["metric"].values()
-    return [*metrics, *(cls() for cls in known if cls.standing and cls not in given)]
+    return [*metrics, *(cls() for cls in _known() if cls.standing and cls not in given)]
+
+
+def known_exhibits() -> set[str]:
+    """Names of the files that any metric leaves in a run folder."""
+    return {name for cls in _known() for name in cls.exhibits}
+
+
+def _known() -> Iterable[type[Metric]]:
+    return registry().classes["metric"].values()
 
 
 def evaluate(

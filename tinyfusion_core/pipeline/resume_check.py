@@ -13,6 +13,7 @@ import torch
 
 from ..comparison.legacy_keys import PATHS
 from ..errors import UserError, nearest
+from ..evaluation.metrics import known_exhibits
 from ..pruning.decision import versions
 from ..runtime.files import NEUTRAL, digest, read_json, write_json
 from ..runtime.run_folder import RunFolder
@@ -51,7 +52,7 @@ def take_run_folder(recipe: Recipe, folder: RunFolder, command: str, restart_fro
     settings, forget = check_resume(recipe, folder, command, restart_from)
     present = recipe.stages()
     for stage in forget:
-        folder.round(stage.round).restart(stage.name)
+        folder.round(stage.round).restart(stage.name, known_exhibits() if stage.name == EVALUATE else ())
         if stage.round and stage not in present:
             shutil.rmtree(folder / stage.round, ignore_errors=True)
     recipe.save(folder.path)

@@ -47,6 +47,9 @@ class FeatureSpace(ABC):
 class DataSource(ABC):
     """Where examples come from. Implementations are frozen dataclasses: their fields are the recipe's options.
 
+    Metrics and commands of plugins may ask for more than is here: how to show an example, say. A task hands its data
+    source on to them.
+
     Attributes:
         conditions: the column that says what an example is of, which generation is given.
     """
@@ -60,18 +63,6 @@ class DataSource(ABC):
     @abstractmethod
     def held_out(self) -> Samples:
         """Examples that no stage trains on."""
-
-    def pixels(self, x: Tensor) -> Tensor | None:
-        """(B, C, H, W) pictures in [0, 1] that a person sees examples as; None when they cannot be shown.
-
-        The core hands this on to the metrics of plugins, and looks at no picture itself.
-        """
-        return None
-
-    @property
-    def has_pixels(self) -> bool:
-        """Whether `pixels` will give pictures; asked before any file is read."""
-        return type(self).pixels is not DataSource.pixels
 
     def feature_space(self) -> FeatureSpace | None:
         """The features in which generated examples are compared with real ones, if there are any."""

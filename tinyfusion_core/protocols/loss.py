@@ -31,7 +31,7 @@ class LossAdapter(ABC):
     """
 
     def prepare(self, batch: Batch, rng: Rng) -> dict[str, Tensor]:
-        """Draw time steps, noise, dropped labels: everything random about a batch. By default there is nothing.
+        """Draw time steps, noise, dropped conditions: everything random about a batch. By default there is nothing.
 
         Args:
             batch: tensors with B rows, as the data gives them, on the device of the model.

@@ -167,7 +167,7 @@ def test_what_is_missing_is_said_before_the_run(tmp_path: Path, monkeypatch: pyt
         Fidelity(weights="mine.pth", download=True).check(Digits())
 
     class Latents(Digits):
-        pixels = tiny.DataSource.pixels
+        has_pixels = False
 
     with pytest.raises(MissingFileError, match="data: Latents as configured does not decode any"):
         TOY.check(Latents())
