@@ -60,29 +60,30 @@ class Summary:
 
 def summaries(results: ComparisonResults) -> list[Summary]:
     """The candidates, best recovered first, and last the random subsets."""
-    found = []
-    for name in dict.fromkeys(e.method for e in results.entries):
-        entries = [e for e in results.entries if e.method == name]
-        rank, better, to_best = zip(*(_place(e, reference(results, e.seed)) for e in entries), strict=True)
-        found.append(
-            Summary(
-                name=name,
-                kept=tuple(e.kept for e in entries),
-                calibration=_mean_of(entries, "calibration"),
-                recovered=_mean_of(entries, "recovered"),
-                metrics={metric: _mean(e.metrics.get(metric) for e in entries) for metric in results.columns},
-                better=_mean(better),
-                rank=_mean(rank),
-                to_best=_mean(to_best),
-                seconds=_mean_of(entries, "seconds"),
-                evaluations=_mean_of(entries, "evaluations"),
-            )
-        )
+    found = [_summary(results, name) for name in dict.fromkeys(e.method for e in results.entries)]
     found.sort(key=lambda summary: _or_inf(summary.recovered.mean))
     masks = reference(results, results.seeds[0])
     if masks:
-        found.append(Summary(RANDOM, (), _mean_of(masks, "calibration"), _mean_of(masks, "recovered")))
+        found.append(Summary(RANDOM, (), _mean(m.calibration for m in masks), _mean(m.recovered for m in masks)))
     return found
+
+
+def _summary(results: ComparisonResults, name: str) -> Summary:
+    """What a candidate's choices, one for each seed, come to."""
+    entries = [e for e in results.entries if e.method == name]
+    rank, better, to_best = zip(*(_place(e, reference(results, e.seed)) for e in entries), strict=True)
+    return Summary(
+        name=name,
+        kept=tuple(e.kept for e in entries),
+        calibration=_mean(e.calibration for e in entries),
+        recovered=_mean(e.recovered for e in entries),
+        metrics={metric: _mean(e.metrics.get(metric) for e in entries) for metric in results.columns},
+        better=_mean(better),
+        rank=_mean(rank),
+        to_best=_mean(to_best),
+        seconds=_mean(e.seconds for e in entries),
+        evaluations=_mean(e.evaluations for e in entries),
+    )
 
 
 def reference(results: ComparisonResults, seed: int) -> list[Entry]:
@@ -125,10 +126,6 @@ def _place(entry: Entry, masks: Sequence[Entry]) -> tuple[float | None, float | 
     best = min(losses)
     to_best = own - best if math.isfinite(own) and math.isfinite(best) else None
     return 1.0 + sum(v < own for v in losses), sum(v > own for v in losses) / len(losses), to_best
-
-
-def _mean_of(entries: Sequence[Entry], attribute: str) -> MeanStd:
-    return _mean(getattr(entry, attribute) for entry in entries)
 
 
 def _mean(values: Iterable[float | None]) -> MeanStd:
