@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from places import ROOT
+from tinyfusion_core.cli import main
+from tinyfusion_core.registry.hooks import KINDS
+from tinyfusion_core.testing.scaffold import TEMPLATE
+
+EXAMPLE = (TEMPLATE / "my_backbone.py").read_text()
+DOCS = ROOT / "docs" / "writing-a-plugin.md"
 PLUGIN = """
 from tinyfusion_core.registry.hooks import hookimpl
 from tinyfusion_core.protocols.data import DataSource
@@ -19,6 +29,33 @@ class {name}(DataSource):
 def tinyfusion_register_data():
     return [{name}]
 """
+
+
+CONCRETE = {
+    "backbone": "from toys import Planted as Base",
+    "loss": "from toys import Match as Base",
+    "data": "from tinyfusion_images import Digits as Base",
+    "metric": "from tinyfusion_core import Latency as Base",
+    "selector": "from tinyfusion_core import Uniform as Base",
+    "sampler": "from tinyfusion_core import ExactK as Base",
+    "weight_update": "from tinyfusion_core import Frozen as Base",
+    "distillation": "from tinyfusion_core import OutputKD as Base",
+    "feature_space": "from tinyfusion_images.features import ShippedFeatures as Base",
+    "command": "from tinyfusion_core.cli.plugins import Keys as Base",
+}
+
+
+def bringing(kind: str, body: str = "pass") -> str:
+    """A plugin with one class of a kind, called `Mine`."""
+    return (
+        f"import tinyfusion_core as tiny\n{CONCRETE[kind]}\nclass Mine(Base):\n    {body}\n"
+        f"@tiny.hookimpl\ndef {KINDS[kind].hook}():\n    return [Mine]\n"
+    )
+
+
+def listed(capsys: pytest.CaptureFixture[str]) -> dict[str, dict]:
+    assert main(["plugins", "--json"]) == 0
+    return {p["name"]: p for p in json.loads(capsys.readouterr().out)}
 
 
 def install(folder: Path, name: str, code: str) -> None:

@@ -38,5 +38,5 @@ def digits_task(sampling_steps: int = 3) -> tiny.Task:
         train=data.train(),
         held_out=data.held_out(),
         feature_space=data.feature_space(),
-        pixels=data.pixels,
+        data=data,
     )

@@ -136,9 +136,9 @@ class GaussianDiffusion(LossAdapter):
         target = self._process.reverse(e_teacher, v_teacher, inputs["x_t"], inputs["t"])
         return mse + self._bound(e, v, inputs, target[:2])
 
-    def sample(self, model: nn.Module, like: Tensor, labels: Tensor, rng: Rng) -> Tensor:
+    def sample(self, model: nn.Module, like: Tensor, conditions: Tensor, rng: Rng) -> Tensor:
         """(B, C, H, W) samples. Row i depends on its own streams alone: "x_T" and "sampling noise <step>"."""
-        denoise = guided_network(model, labels, self.cfg_scale, self.guided_channels)
+        denoise = guided_network(model, conditions, self.cfg_scale, self.guided_channels)
         states = self.trajectory(denoise, rng.normal("x_T", like), lambda i: rng.normal(f"sampling noise {i}", like))
         return last(states)
 

@@ -16,7 +16,7 @@ from tinyfusion_core.dataloading.shards import FORMAT_VERSION, METADATA, read_me
 from tinyfusion_core.errors import MissingFileError, UserError, require
 from tinyfusion_core.protocols.data import DataSource, Samples
 from tinyfusion_dit.stores import Arrays, Files, Shards, Store
-from tinyfusion_images.autoencoder import check_autoencoder, decode, load_autoencoder
+from tinyfusion_images.encoding.autoencoder import check_autoencoder, decode, load_autoencoder
 
 _NEEDED = ("features.npy", "labels.npy")
 _STATED = ("vae", "scale", "kind")

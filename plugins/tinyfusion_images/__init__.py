@@ -33,8 +33,9 @@ def tinyfusion_register_data() -> list[type[DataSource]]:
 @hookimpl
 def tinyfusion_register_metrics() -> list[type[Metric]]:
     from tinyfusion_images.fidelity import Fidelity
+    from tinyfusion_images.pictures import Pictures
 
-    return [Fidelity]
+    return [Fidelity, Pictures]
 
 
 @hookimpl

@@ -40,7 +40,7 @@ class EncodeImages(Command):
 
     def __call__(self, options: argparse.Namespace) -> int:
         from tinyfusion_core.runtime.distributed import rank_and_world_size
-        from tinyfusion_images.encode import Encode
+        from tinyfusion_images.encoding.encode import Encode
 
         own = ("command", "debug", "images", "out")
         given = {name: value for name, value in vars(options).items() if name not in own}

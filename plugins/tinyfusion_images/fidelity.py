@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyfusion_core.errors import MissingFileError, UserError, require
-from tinyfusion_core.evaluation.generation import balanced_labels, has_pictures, pictures, sample_rows
+from tinyfusion_core.evaluation.generation import sample_rows
 from tinyfusion_core.evaluation.metrics import Measurement, Metric, Models
 from tinyfusion_core.protocols.data import DataSource
 from tinyfusion_core.protocols.task import Task
@@ -22,6 +22,7 @@ from tinyfusion_core.runtime.files import read_weights, save_tensors
 from tinyfusion_core.training.trainer import Trainer
 from tinyfusion_images.image_sets import ImageSet, open_images, rgb
 from tinyfusion_images.inception import INCEPTION, INCEPTION_FILE, FeatureNetwork, fetch_inception, inception_weights
+from tinyfusion_images.pictures import balanced_labels, can_be_shown, has_pictures, pictures
 
 MOST_IN_SUBSET = 1000
 """Pictures in a subset of the KID, where there are as many."""
@@ -66,9 +67,13 @@ class Fidelity(Metric):
             require(getattr(self, name) >= 10, f"{KEY}.{name}", getattr(self, name), "at least 10")
         require(self.batch_size >= 1, f"{KEY}.batch_size", self.batch_size, "at least 1")
 
+    @property
+    def column(self) -> str:
+        return self._named("FID")
+
     def check(self, data: DataSource) -> None:
         missing = []
-        if not data.has_pixels:
+        if not can_be_shown(data):
             missing.append(
                 f"{KEY} compares pictures, and data: {type(data).__name__} as configured does not decode any"
             )
@@ -133,11 +138,14 @@ class Fidelity(Metric):
         note += f"; features: {self.features}, torch-fidelity {torch_fidelity.__version__}"
         if idle := [name for name, found in figures.items() if not found]:
             note += f"; not sampled, or not finite: {', '.join(idle)}"
-        own = "" if self.features == INCEPTION else f" ({self.features})"
         return [
-            Measurement(what + own, {name: f.get(what) for name, f in figures.items()}, better=better, note=note)
+            Measurement(self._named(what), {name: f.get(what) for name, f in figures.items()}, better=better, note=note)
             for what, better in BETTER.items()
         ]
+
+    def _named(self, what: str) -> str:
+        """A figure's name, which says of what features it is if they are not the usual ones."""
+        return what if self.features == INCEPTION else f"{what} ({self.features})"
 
     def _known(self, task: Task, device: torch.device) -> ImageSet:
         """The real pictures."""

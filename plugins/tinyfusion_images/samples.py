@@ -12,17 +12,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from tinyfusion_core.errors import UserError, require
-from tinyfusion_core.evaluation.generation import balanced_labels, generate, has_pictures, pictures, sample_rows
+from tinyfusion_core.evaluation.generation import generate, sample_rows
 from tinyfusion_core.pipeline.recipe import load_recipe
 from tinyfusion_core.pipeline.run import make_task
 from tinyfusion_core.protocols.task import Task
 from tinyfusion_core.pruning.prune import load_pretrained, origin
-from tinyfusion_core.reporting.figures import draw_images
 from tinyfusion_core.runtime.distributed import batches, complete_sharded, on_main_process
 from tinyfusion_core.runtime.files import read_json, read_weights, remove_partial, save_tensors, write_json
 from tinyfusion_core.runtime.run_folder import RunFolder
 from tinyfusion_core.training.trainer import Trainer
 from tinyfusion_images.image_sets import rgb, write_archive, write_png
+from tinyfusion_images.pictures import balanced_labels, by_label, draw_grid, has_pictures, pictures
 
 FORMAT_VERSION = 1
 
@@ -48,8 +48,8 @@ def sample_images(folder: RunFolder, num: int, seed: int, out: Path | None = Non
     out = out or folder / "figures" / f"{made_with['name']}.png"
     x, labels = generate(task, model, trainer, num, 250)
     if trainer.accelerator.is_main_process:
-        images = pictures(task, x[labels.argsort(stable=True)].to(trainer.accelerator.device))
-        draw_images(images, out, columns=math.ceil(math.sqrt(num)))
+        images = pictures(task, by_label(x, labels).to(trainer.accelerator.device))
+        draw_grid(images, out, columns=math.ceil(math.sqrt(num)))
     return out
 
 

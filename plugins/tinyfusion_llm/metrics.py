@@ -41,6 +41,7 @@ class Perplexity(Metric):
     window: int | None = None
     batch_size: int = 16
     together = True
+    column = "perplexity"
 
     def __post_init__(self) -> None:
         for name in ("stride", "window", "batch_size"):
@@ -107,6 +108,7 @@ class Generation(Metric):
     new_tokens: int = 32
     batch_size: int = 1
     rounds: int = 5
+    column = None
 
     def __post_init__(self) -> None:
         for name in ("prompt", "new_tokens", "batch_size", "rounds"):

@@ -126,11 +126,11 @@ class MaskedTokenDiffusion(LossAdapter):
         rows = self._diffusion.distance(_rows(student), _rows(teacher), self._noised(inputs))
         return self._per_sample(rows, inputs)
 
-    def sample(self, model: nn.Module, like: Tensor, labels: Tensor, rng: Rng) -> Tensor:
+    def sample(self, model: nn.Module, like: Tensor, conditions: Tensor, rng: Rng) -> Tensor:
         """(B, C, H, W) samples. Row i depends on its own streams alone: "order" and those of `rounds`."""
         tokens = patchify(torch.zeros_like(like), self.patch_size)
         order = rng.uniform("order", *tokens.shape[:2]).argsort(1).to(like.device)
-        tokens = last(self.rounds(model, tokens, labels, order, rng.normal))
+        tokens = last(self.rounds(model, tokens, conditions, order, rng.normal))
         return unpatchify(tokens, like, self.patch_size)
 
     def rounds(

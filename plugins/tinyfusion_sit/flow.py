@@ -118,9 +118,9 @@ class FlowMatching(LossAdapter):
         dtype = inputs["x_t"].dtype
         return inputs["weight"] * sample_mean((student.to(dtype) - teacher.to(dtype)).square())
 
-    def sample(self, model: nn.Module, like: Tensor, labels: Tensor, rng: Rng) -> Tensor:
+    def sample(self, model: nn.Module, like: Tensor, conditions: Tensor, rng: Rng) -> Tensor:
         """(B, C, H, W) samples. Row i depends on its own streams alone: "x_0" and "sampling noise <step>"."""
-        network = guided_network(model, labels, self.cfg_scale, self.guided_channels)
+        network = guided_network(model, conditions, self.cfg_scale, self.guided_channels)
         states = self.trajectory(network, rng.normal("x_0", like), lambda i: rng.normal(f"sampling noise {i}", like))
         return last(states)
 

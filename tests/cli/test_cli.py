@@ -46,6 +46,7 @@ def test_plugins_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
         ["data", "Digits"],
         ["data", "Fashion"],
         ["metric", "Fidelity"],
+        ["metric", "Pictures"],
         ["feature_space", "ShippedFeatures"],
         ["command", "encode"],
         ["command", "sample"],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,6 @@ from places import ROOT
 from plugin_files import install
 from small_run import RECIPE, run
 from tinyfusion_core.cli import main
-from tinyfusion_core.registry import registry as plugins
 
 PAGE = (ROOT / "docs" / "writing-a-plugin.md").read_text()
 EVERY_OTHER = {"class_path": "EveryOther", "init_args": {"keep": 4}}
@@ -25,15 +23,6 @@ def shown(name: str) -> str:
     """The code on the page that defines a class."""
     (code,) = [c for c in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if f"class {name}(" in c]
     return code
-
-
-@pytest.fixture(autouse=True)
-def _own_plugins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(plugins, "_files", {})
-    plugins._installed.cache_clear()
-    yield
-    monkeypatch.undo()
-    plugins._installed.cache_clear()
 
 
 @pytest.fixture

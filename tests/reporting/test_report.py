@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 import tinyfusion_core as tiny
 from tinyfusion_core.reporting.report import results, write_report
 from tinyfusion_core.runtime.run_folder import RunFolder
+from tinyfusion_images.pictures import Pictures
 
 
 def measurement(name: str, *values: float | None, unit: str = "", better: str = "", note: str = "") -> dict:
@@ -64,7 +65,7 @@ def folder(tmp_path: Path) -> RunFolder:
 
 
 def test_the_page_is_self_contained_and_says_what_was_found(folder: RunFolder) -> None:
-    page = write_report(folder).read_text()
+    page = write_report(folder, Pictures().show(folder)).read_text()
     assert not re.search(r"(src|href)=['\"](?!data:)", page)
     assert page.count("data:image/png;base64,") == 5
     assert "28 → 14 blocks" in page
@@ -106,7 +107,7 @@ def test_in_a_real_browser(folder: RunFolder, width: int, tmp_path: Path) -> Non
     driver = webdriver.Chrome(options=options, service=Service(driver_path))
     try:
         driver.set_window_size(width, 1200)
-        driver.get(write_report(folder).as_uri())
+        driver.get(write_report(folder, Pictures().show(folder)).as_uri())
         sizes = driver.execute_script("return [...document.images].map(i => [i.naturalWidth, i.clientWidth])")
         overflow = driver.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
         errors = [entry for entry in driver.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]

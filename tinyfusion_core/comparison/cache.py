@@ -206,22 +206,15 @@ class ResultCache:
 
 
 def _described(value: Any, *but: str) -> Any:
-    """Settings as JSON, those of these names left out. What cannot be told is never described in the same way twice.
-
-    Every field is there, also at its default: were it not, a default could change and the key would not. A field that
-    is added later says in its metadata which value is `NEUTRAL`, and is left out while it has that one, so that what
-    was computed before still counts. That value is written down once and for all; the default may move away from it.
-    """
+    """Settings as JSON, those of these names left out. What cannot be told is never described in the same way twice."""
     if isinstance(value, FeatureSpace):
         return _features(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        own = {f: getattr(value, f.name) for f in dataclasses.fields(value) if f.name not in but}
-        told = {f.name: _described(v) for f, v in own.items() if NEUTRAL not in f.metadata or v != f.metadata[NEUTRAL]}
-        return {"class": _described(type(value)), **told}
+        return _settings(value, but)
     if isinstance(value, functools.partial):
         return [_described(v) for v in (value.func, value.args, value.keywords)]
-    if isinstance(value, type) or inspect.isfunction(value):
-        return _named(value)
+    if (name := _definition(value)) is not None:
+        return name
     if isinstance(value, Mapping):
         return {str(k): _described(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -231,16 +224,27 @@ def _described(value: Any, *but: str) -> Any:
     return value if value is None or isinstance(value, (bool, int, str)) else uuid.uuid4().hex
 
 
-def _named(value: type[Any] | Callable[..., Any]) -> Any:
-    """A class or function by its name, with what tells it from another of that name; nothing twice if there is none."""
-    if isinstance(value, type):
-        if "<locals>" not in value.__qualname__:
-            plugin = record_of(value)
-            return [Name.of(value), plugin["sha256"]] if "file" in plugin else Name.of(value)
-    elif value.__qualname__.isidentifier() and value.__closure__ is None:
+def _settings(value: Any, but: Sequence[str]) -> dict[str, Any]:
+    """The class and the fields of a dataclass, but for those of these names.
+
+    Every field is there, also at its default: were it not, a default could change and the key would not. A field that
+    is added later says in its metadata which value is `NEUTRAL`, and is left out while it has that one, so that what
+    was computed before still counts. That value is written down once and for all; the default may move away from it.
+    """
+    own = {f: getattr(value, f.name) for f in dataclasses.fields(value) if f.name not in but}
+    told = {f.name: _described(v) for f, v in own.items() if NEUTRAL not in f.metadata or v != f.metadata[NEUTRAL]}
+    return {"class": _described(type(value)), **told}
+
+
+def _definition(value: Any) -> Name | list[Any] | None:
+    """What a class or a function is known by; None for anything else, and for what is defined inside of a function."""
+    if isinstance(value, type) and "<locals>" not in value.__qualname__:
+        plugin = record_of(value)
+        return [Name.of(value), plugin["sha256"]] if "file" in plugin else Name.of(value)
+    if inspect.isfunction(value) and value.__qualname__.isidentifier() and value.__closure__ is None:
         with suppress(OSError):
             return [Name.of(value), digest(inspect.getsource(value))]
-    return uuid.uuid4().hex
+    return None
 
 
 def _stage(stage: Selector | Recover, decisive: Decisive) -> dict[str, Any]:

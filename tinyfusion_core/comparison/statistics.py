@@ -60,30 +60,30 @@ class Summary:
 
 def summaries(results: ComparisonResults) -> list[Summary]:
     """The candidates, best recovered first, and last the random subsets."""
-    found = []
-    for name in dict.fromkeys(e.method for e in results.entries):
-        entries = [e for e in results.entries if e.method == name]
-        references = [reference(results, e.seed) for e in entries]
-        places = [_place(e, masks) for e, masks in zip(entries, references, strict=True)]
-        found.append(
-            Summary(
-                name=name,
-                kept=tuple(e.kept for e in entries),
-                calibration=_mean(e.calibration for e in entries),
-                recovered=_mean(e.recovered for e in entries),
-                metrics={metric: _mean(e.metrics.get(metric) for e in entries) for metric in results.columns},
-                better=_mean(better for _, better, _ in places),
-                rank=_mean(rank for rank, _, _ in places),
-                to_best=_mean(to_best for _, _, to_best in places),
-                seconds=_mean(e.seconds for e in entries),
-                evaluations=_mean(e.evaluations for e in entries),
-            )
-        )
+    found = [_summary(results, name) for name in dict.fromkeys(e.method for e in results.entries)]
     found.sort(key=lambda summary: _or_inf(summary.recovered.mean))
     masks = reference(results, results.seeds[0])
     if masks:
         found.append(Summary(RANDOM, (), _mean(m.calibration for m in masks), _mean(m.recovered for m in masks)))
     return found
+
+
+def _summary(results: ComparisonResults, name: str) -> Summary:
+    """What a candidate's choices, one for each seed, come to."""
+    entries = [e for e in results.entries if e.method == name]
+    rank, better, to_best = zip(*(_place(e, reference(results, e.seed)) for e in entries), strict=True)
+    return Summary(
+        name=name,
+        kept=tuple(e.kept for e in entries),
+        calibration=_mean(e.calibration for e in entries),
+        recovered=_mean(e.recovered for e in entries),
+        metrics={metric: _mean(e.metrics.get(metric) for e in entries) for metric in results.columns},
+        better=_mean(better),
+        rank=_mean(rank),
+        to_best=_mean(to_best),
+        seconds=_mean(e.seconds for e in entries),
+        evaluations=_mean(e.evaluations for e in entries),
+    )
 
 
 def reference(results: ComparisonResults, seed: int) -> list[Entry]:

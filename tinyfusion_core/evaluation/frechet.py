@@ -14,7 +14,7 @@ from ..runtime.distributed import batches, local_share, map_sharded
 from ..runtime.files import NEUTRAL
 from ..runtime.progress import track
 from ..training.trainer import Trainer
-from .generation import sample_rows, training_labels
+from .generation import sample_rows, training_conditions
 from .metrics import Measurement, Metric, Models
 
 DISTANCE = "Fréchet distance"
@@ -22,13 +22,15 @@ DISTANCE = "Fréchet distance"
 
 @dataclass(frozen=True)
 class Frechet(Metric):
-    """Fréchet distance between generated and real examples, and how often generated ones show their label.
+    """Fréchet distance between generated and real examples, and how often generated ones show their class.
+
+    Conditions are classes, (n,) integers.
 
     Unless another is named, the features are those of the data set's own feature space, so the distance is not
-    comparable with FID.
+    comparable with published ones.
 
     Args:
-        num_samples: examples to generate with each model, from the same noise and labels.
+        num_samples: examples to generate with each model, from the same noise and conditions.
         batch_size: examples at once.
         features: where the examples are compared; by default the data set's own feature space.
     """
@@ -61,11 +63,13 @@ class Frechet(Metric):
             return space(task.train.__getitems__(list(rows))["x"])[0].cpu()
 
         reference = fid_features_to_statistics(torch.cat(map_sharded(batches(len(task.train), self.batch_size), real)))
-        labels = training_labels(task, range(self.num_samples))
+        classes = training_conditions(task, range(self.num_samples))
+        if classes.ndim != 1 or classes.is_floating_point():
+            raise UserError(f"Frechet: the data's `{task.conditions}` are no classes, one number each; leave it out")
         distances: dict[str, float | None] = {}
         accuracies: dict[str, float | None] = {}
         for name, model in models.items():
-            features, right = self._features(task, model, trainer, space, labels, name)
+            features, right = self._features(task, model, trainer, space, classes, name)
             distances[name] = accuracies[name] = None
             if torch.isfinite(features).all():  # a network that has diverged has neither
                 distance = fid_statistics_to_metric(fid_features_to_statistics(features), reference, verbose=False)
@@ -78,15 +82,15 @@ class Frechet(Metric):
         ]
 
     def _features(
-        self, task: Task, model: nn.Module, trainer: Trainer, space: FeatureSpace, labels: Tensor, name: str
+        self, task: Task, model: nn.Module, trainer: Trainer, space: FeatureSpace, classes: Tensor, name: str
     ) -> tuple[Tensor, Tensor]:
-        """(n, F) features of generated examples, and (n,) whether they show their label; both on the CPU."""
+        """(n, F) features of generated examples, and (n,) whether they show their class; both on the CPU."""
         parts = batches(self.num_samples, self.batch_size)
         total, show = sum(map(len, local_share(parts))), trainer.accelerator.is_main_process
         with track(f"samples of {name}", total, show=show) as progress:
 
             def work(rows: range) -> tuple[Tensor, Tensor]:
-                some = labels[rows.start : rows.stop]
+                some = classes[rows.start : rows.stop]
                 features, logits = space(sample_rows(task, model, trainer, rows, some))
                 progress.advance(len(rows))
                 return features.cpu(), logits.argmax(1).cpu() == some

@@ -15,63 +15,41 @@ from ..runtime.seeding import Rng
 from ..training.trainer import Trainer
 
 
-def balanced_labels(task: Task, model: nn.Module, indices: Sequence[int]) -> Tensor:
-    """(n,) labels of the samples with these indices: every class in turn.
-
-    Those of the training samples, in their order, where the network does not say how many classes it knows.
-    """
-    num = task.backbone.num_labels(model)
-    return training_labels(task, indices) if num is None else torch.tensor([i % num for i in indices])
-
-
-def training_labels(task: Task, indices: Sequence[int]) -> Tensor:
-    """(n,) labels of the training samples with these indices, again from the first after the last."""
+def training_conditions(task: Task, indices: Sequence[int]) -> Tensor:
+    """(n, ...) conditions of the training samples with these indices, again from the first after the last."""
     found = task.train.__getitems__([i % len(task.train) for i in indices])
-    if "y" not in found:
-        raise UserError("the data have no labels `y`, for which examples could be generated")
-    return found["y"]
+    if task.conditions not in found:
+        raise UserError(f"the data have no `{task.conditions}`, for which examples could be generated")
+    return found[task.conditions]
 
 
-def sample_rows(task: Task, model: nn.Module, trainer: Trainer, rows: range, labels: Tensor) -> Tensor:
-    """(n, ...) examples with these indices and (n,) labels, on the trainer's device."""
+def sample_rows(task: Task, model: nn.Module, trainer: Trainer, rows: range, conditions: Tensor) -> Tensor:
+    """(n, ...) examples with these indices and (n, ...) conditions, on the trainer's device."""
     device = trainer.accelerator.device
     like = task.backbone.example(1)["x"].to(device)
     rng = Rng(trainer.seed, "generate", first=rows.start)
     with torch.no_grad(), trainer.accelerator.autocast():
-        return task.loss.sample(model, like.expand(len(rows), *like.shape[1:]), labels.to(device), rng)
+        return task.loss.sample(model, like.expand(len(rows), *like.shape[1:]), conditions.to(device), rng)
 
 
 def generate(
     task: Task, model: nn.Module, trainer: Trainer, num_samples: int, batch_size: int, name: str = "samples"
 ) -> tuple[Tensor, Tensor]:
-    """Generate examples for the labels of the first training samples; the same noise for every model.
+    """Generate examples for the conditions of the first training samples; the same noise for every model.
 
     All processes must call it alike; they share the work.
 
     Returns:
-        (n, ...) examples and (n,) labels, on the CPU of every process.
+        (n, ...) examples and (n, ...) conditions, on the CPU of every process.
     """
-    labels = training_labels(task, range(num_samples))
+    conditions = training_conditions(task, range(num_samples))
     parts = batches(num_samples, batch_size)
     total, show = sum(map(len, local_share(parts))), trainer.accelerator.is_main_process
     with track(name, total, show=show) as progress:
 
         def work(rows: range) -> Tensor:
-            x = sample_rows(task, model, trainer, rows, labels[rows.start : rows.stop]).cpu()
+            x = sample_rows(task, model, trainer, rows, conditions[rows.start : rows.stop]).cpu()
             progress.advance(len(rows))
             return x
 
-        return torch.cat(map_sharded(parts, work)), labels
-
-
-def has_pictures(task: Task) -> bool:
-    """Whether its examples can be shown."""
-    x = task.backbone.example(1).get("x")
-    return x is not None and task.pixels(x) is not None
-
-
-def pictures(task: Task, x: Tensor) -> Tensor:
-    """Examples as (n, C, H, W) uint8 images on the CPU, decoded where they are; black where a network has diverged."""
-    pixels = task.pixels(x)
-    assert pixels is not None
-    return (255 * pixels.nan_to_num()).round().to(torch.uint8).cpu()
+        return torch.cat(map_sharded(parts, work)), conditions

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,12 @@ from ..protocols.backbone import Backbone
 from ..protocols.data import DataSource
 from ..protocols.loss import LossAdapter
 from ..protocols.task import Task
+from ..registry.registry import registry
+from ..reporting.page import Figures
 from ..runtime.distributed import batches, local_share, map_sharded, on_main_process
 from ..runtime.files import read_json, write_json
 from ..runtime.progress import track
+from ..runtime.run_folder import RunFolder
 from ..runtime.seeding import Rng
 from ..training.trainer import Trainer
 
@@ -53,9 +56,14 @@ class Metric(ABC):
     Attributes:
         together: whether all processes call it alike and share the work (see `map_sharded`). By default the main
             process measures alone and the others wait.
+        standing: whether every run measures it, without being asked; it says nothing where it does not apply.
+        exhibits: names of the files that `resume` leaves in its folder for people to look at; a run keeps them in its
+            own folder.
     """
 
     together = False
+    standing = False
+    exhibits: tuple[str, ...] = ()
 
     @property
     def column(self) -> str | None:
@@ -78,6 +86,10 @@ class Metric(ABC):
 
     def check(self, data: DataSource) -> None:
         """Raises UserError when the data lack what this needs."""
+
+    def show(self, folder: RunFolder) -> list[Figures]:
+        """Draw, from its exhibits in the folder of a run, sections of the report. By default there are none."""
+        return []
 
 
 @dataclass(frozen=True)
@@ -199,8 +211,23 @@ def check_teacher(task: Task, trainer: Trainer) -> None:
         raise UserError(
             f"the teacher's held-out loss is {learned:.4g}, that of a network that has learned nothing {trivial:.4g}: "
             "is it the right checkpoint for this backbone, this loss (noise or velocity, its time steps) and this "
-            "data (scale of the latents, order of the labels)?"
+            "data (its scale, the order of its classes)?"
         )
+
+
+def with_standing(metrics: Sequence[Metric]) -> list[Metric]:
+    """These metrics, and the standing ones that are not among them."""
+    given = {type(metric) for metric in metrics}
+    return [*metrics, *(cls() for cls in _known() if cls.standing and cls not in given)]
+
+
+def known_exhibits() -> set[str]:
+    """Names of the files that any metric leaves in a run folder."""
+    return {name for cls in _known() for name in cls.exhibits}
+
+
+def _known() -> Iterable[type[Metric]]:
+    return registry().classes["metric"].values()
 
 
 def evaluate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -10,7 +11,7 @@ from rich.console import Console
 
 from ..comparison.figures import draw_distribution, draw_kept, draw_scatter
 from ..comparison.results import ComparisonResults
-from ..comparison.statistics import guides, reference, summaries
+from ..comparison.statistics import Summary, guides, reference, summaries
 from ..comparison.study import Audit, Compare, Comparison
 from ..comparison.tables import table_csv, tables, trials_csv
 from ..errors import UserError
@@ -98,33 +99,38 @@ def print_tables(results: ComparisonResults) -> None:
 
 def _draw(results: ComparisonResults, figures: Path) -> list[Figures]:
     """Draw what there are figures for."""
-    candidates = [s for s in summaries(results) if s.kept]
-    recovered = {s.name: s.recovered.mean for s in candidates if s.recovered.mean is not None}
-    marks = {
-        s.name: (s.calibration.mean, recovered[s.name])
-        for s in candidates
-        if s.calibration.mean is not None and s.name in recovered
-    }
-    points, drawn = _points(results), []
+    candidates, points, drawn = [s for s in summaries(results) if s.kept], _points(results), []
     if results.view == "audit" and points:
-        choices = {
-            name: [e.recovered for e in results.entries if e.method == name and e.recovered is not None]
-            for name in recovered
-        }
-        draw_distribution([y for _, y in points], choices, results.learned, figures / "distribution.png")
-        caption = "Below: one mark for each seed, searches in blue. The dotted line is the best of the random subsets."
-        drawn.append(Figures("Where the choices fall", caption, [Picture(figures / "distribution.png")]))
+        drawn.append(_where_choices_fall(results, candidates, points, figures / "distribution.png"))
+    losses = {s.name: (s.calibration.mean, s.recovered.mean) for s in candidates}
+    marks = {name: (x, y) for name, (x, y) in losses.items() if x is not None and y is not None}
     if points or marks:
         draw_scatter(points, marks, results.learned, figures / "scatter.png")
         title, caption = "Is the loss right after pruning a guide?", _scatter_caption(results)
         drawn.append(Figures(title, caption, [Picture(figures / "scatter.png")]))
-    fractions = {
-        s.name: [sum(i in kept for kept in s.kept) / len(s.kept) for i in range(len(results.blocks))]
+    return [*drawn, _which_blocks_stay(candidates, len(results.blocks), figures / "kept.png")]
+
+
+def _where_choices_fall(
+    results: ComparisonResults, candidates: Sequence[Summary], points: Sequence[tuple[float, float]], path: Path
+) -> Figures:
+    choices = {
+        s.name: [e.recovered for e in results.entries if e.method == s.name and e.recovered is not None]
         for s in candidates
+        if s.recovered.mean is not None
     }
-    draw_kept(fractions, figures / "kept.png")
+    draw_distribution([recovered for _, recovered in points], choices, results.learned, path)
+    caption = "Below: one mark for each seed, searches in blue. The dotted line is the best of the random subsets."
+    return Figures("Where the choices fall", caption, [Picture(path)])
+
+
+def _which_blocks_stay(candidates: Sequence[Summary], num_blocks: int, path: Path) -> Figures:
+    fractions = {
+        s.name: [sum(i in kept for kept in s.kept) / len(s.kept) for i in range(num_blocks)] for s in candidates
+    }
+    draw_kept(fractions, path)
     caption = "Dark: kept with every seed; pale: with none. Best recovered on top."
-    return [*drawn, Figures("Which blocks stay", caption, [Picture(figures / "kept.png")])]
+    return Figures("Which blocks stay", caption, [Picture(path)])
 
 
 def _points(results: ComparisonResults) -> list[tuple[float, float]]:

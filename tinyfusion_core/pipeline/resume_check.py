@@ -13,6 +13,7 @@ import torch
 
 from ..comparison.legacy_keys import PATHS
 from ..errors import UserError, nearest
+from ..evaluation.metrics import known_exhibits
 from ..pruning.decision import versions
 from ..runtime.files import NEUTRAL, digest, read_json, write_json
 from ..runtime.run_folder import RunFolder
@@ -51,7 +52,7 @@ def take_run_folder(recipe: Recipe, folder: RunFolder, command: str, restart_fro
     settings, forget = check_resume(recipe, folder, command, restart_from)
     present = recipe.stages()
     for stage in forget:
-        folder.round(stage.round).restart(stage.name)
+        folder.round(stage.round).restart(stage.name, known_exhibits() if stage.name == EVALUATE else ())
         if stage.round and stage not in present:
             shutil.rmtree(folder / stage.round, ignore_errors=True)
     recipe.save(folder.path)
@@ -85,23 +86,28 @@ def check_resume(recipe: Recipe, folder: RunFolder, command: str, restart_from: 
     if restart_from is not None and restart_from not in keys:
         raise UserError(f"--restart-from: no stage '{restart_from}'{nearest(restart_from, keys)}")
     first = keys.index(restart_from) if restart_from else len(keys)
-    if changed := sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k)):
+    if changes := _changes(before, now):
         # What a removed stage left must go too, but only a stage that there is can be named.
-        earliest = min(keys.index(_decided_by(recipe, key, keys)) for key in changed)
+        earliest = min(keys.index(_decided_by(recipe, key, keys)) for key in changes)
         present = recipe.stages()
         named = next(i for i, stage in enumerate(stages) if i >= earliest and stage in present)
         if first > named:
-            lines = [f"  {key}: {before.get(key)} -> {now.get(key)}" for key in changed]
-            raise UserError(_refusal(folder.path, lines, command, keys[named]))
+            raise UserError(_refusal(folder.path, changes, command, keys[named]))
         first = min(first, earliest)
     return Resume(now, stages[first:])
 
 
-def _refusal(path: Path, changes: Sequence[str], command: str, stage: str) -> str:
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The settings that two fingerprints do not share, as they were and as they are; None where there was none."""
+    pairs = {key: (before.get(key), now.get(key)) for key in sorted(before.keys() | now.keys())}
+    return {key: (old, new) for key, (old, new) in pairs.items() if old != new}
+
+
+def _refusal(path: Path, changes: Mapping[str, tuple[Any, Any]], command: str, stage: str) -> str:
     """What was changed in a run folder's settings, and the two ways on."""
     return (
         f"{path} holds a run with other settings:\n"
-        + "\n".join(changes)
+        + "\n".join(f"  {key}: {old} -> {new}" for key, (old, new) in changes.items())
         + "\nEither make a new run, or replace this one from the first stage concerned:\n"
         f"  {command} --run-dir {_free_name(path)}\n"
         f"  {command} --run-dir {path} --restart-from {stage}"

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import UserError
-from ..evaluation.generation import generate, has_pictures, pictures
-from ..evaluation.metrics import Measurement, check_teacher, evaluate
+from ..evaluation.metrics import Measurement, check_teacher, evaluate, with_standing
 from ..protocols.task import Task
 from ..pruning.decision import Decision, versions
 from ..pruning.prune import load_pretrained, origin, prune, save_network, save_pretrained
+from ..reporting.page import Figures
 from ..reporting.report import write_report
 from ..runtime.distributed import on_every_rank, on_main_process
-from ..runtime.files import save_tensors, write_json
+from ..runtime.files import write_json
 from ..runtime.locking import owned
 from ..runtime.run_folder import RunFolder
 from ..runtime.seeding import seed_of
@@ -32,8 +32,6 @@ from ..training.recover import Recover
 from .plan import make_plan
 from .recipe import Recipe
 from .resume_check import check_resume, stage_keys, take_run_folder
-
-NUM_SHOWN = 40
 
 
 def run_recipe(
@@ -71,7 +69,7 @@ def run_recipe(
         run = _Run(recipe, task, folder)
         for stage in recipe.stages():
             run.do(stage)
-        on_main_process(lambda: write_report(folder))
+        on_main_process(lambda: write_report(folder, _exhibits(recipe, folder)))
     return folder / "report.html"
 
 
@@ -98,6 +96,11 @@ def _trainings(stage: Stage) -> Sequence[Search | Recover]:
     return [stage.settings] if isinstance(stage.settings, Recover) else []
 
 
+def _exhibits(recipe: Recipe, folder: RunFolder) -> list[Figures]:
+    """What the metrics show of a run."""
+    return [section for metric in with_standing(recipe.evaluate) for section in metric.show(folder)]
+
+
 def _to_be_searched(recipe: Recipe, folder: RunFolder) -> bool:
     """Whether a search would begin with the teacher that the recipe names; the same answer on every process."""
     first = recipe.stages()[0]
@@ -118,7 +121,7 @@ def make_task(recipe: Recipe, model: nn.Module | None = None) -> Task:
         train=recipe.data.train(),
         held_out=recipe.data.held_out(),
         feature_space=recipe.data.feature_space(),
-        pixels=recipe.data.pixels,
+        data=recipe.data,
         model=model,
     )
 
@@ -235,20 +238,15 @@ class _Run:
     def _evaluate(self, stage: Stage) -> None:
         recipe, task, models = self.recipe, self.task, self.models
         scratch = self.folder / "evaluation" / self.keys[stage.key][:24]
-        measurements = evaluate(task, models, recipe.evaluate, recipe.trainer, scratch)
-        shown: dict[str, Tensor] = {}
-        if has_pictures(task) and task.loss.generates:
-            for name, model in models.items():
-                what = f"pictures of {name}"
-                shown[name], shown["labels"] = generate(task, model, recipe.trainer, NUM_SHOWN, NUM_SHOWN, what)
-        on_main_process(lambda: self._keep(measurements, shown))
+        metrics = with_standing(recipe.evaluate)
+        measurements = evaluate(task, models, metrics, recipe.trainer, scratch)
+        exhibits = {name for metric in metrics for name in metric.exhibits}
+        on_main_process(lambda: self._keep(measurements, exhibits, scratch))
 
-    def _keep(self, measurements: Sequence[Measurement], shown: Mapping[str, Tensor]) -> None:
-        """Write what was measured, and images of every network beside the labels they were generated for."""
-        if shown:
-            device = self.accelerator.device
-            images = {name: x if name == "labels" else pictures(self.task, x.to(device)) for name, x in shown.items()}
-            save_tensors(self.folder / "samples.safetensors", images)
+    def _keep(self, measurements: Sequence[Measurement], exhibits: Iterable[str], scratch: Path) -> None:
+        """Write what was measured, and take what the metrics have left to look at into the run folder."""
+        for left in (left for name in exhibits for left in scratch.glob(f"*/{name}")):
+            left.replace(self.folder / left.name)
         write_json(
             self.folder / "metrics.json",
             {"format_version": 1, "measurements": [asdict(m) for m in measurements], "versions": versions()},

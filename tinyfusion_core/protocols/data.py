@@ -34,18 +34,27 @@ class Sharded(Samples, Protocol):
 
 
 class FeatureSpace(ABC):
-    """A fixed network that turns images into features and class logits."""
+    """A fixed network that turns examples into features and class logits."""
 
     #: What the features are, for the record.
     name: str
 
     @abstractmethod
-    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C, H, W) images as the data has them -> (B, F) features, (B, K) class logits."""
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, ...) examples as the data has them -> (B, F) features, (B, K) class logits."""
 
 
 class DataSource(ABC):
-    """Where examples come from. Implementations are frozen dataclasses: their fields are the recipe's options."""
+    """Where examples come from. Implementations are frozen dataclasses: their fields are the recipe's options.
+
+    Metrics and commands of plugins may ask for more than is here: how to show an example, say. A task hands its data
+    source on to them.
+
+    Attributes:
+        conditions: the column that says what an example is of, which generation is given.
+    """
+
+    conditions = "y"
 
     @abstractmethod
     def train(self) -> Samples:
@@ -54,15 +63,6 @@ class DataSource(ABC):
     @abstractmethod
     def held_out(self) -> Samples:
         """Examples that no stage trains on."""
-
-    def pixels(self, x: Tensor) -> Tensor | None:
-        """(B, C, H, W) examples as a person sees them, values in [0, 1]; None when they cannot be shown."""
-        return None
-
-    @property
-    def has_pixels(self) -> bool:
-        """Whether `pixels` will give pictures; asked before any file is read."""
-        return type(self).pixels is not DataSource.pixels
 
     def feature_space(self) -> FeatureSpace | None:
         """The features in which generated examples are compared with real ones, if there are any."""

@@ -31,7 +31,7 @@ class LossAdapter(ABC):
     """
 
     def prepare(self, batch: Batch, rng: Rng) -> dict[str, Tensor]:
-        """Draw time steps, noise, dropped labels: everything random about a batch. By default there is nothing.
+        """Draw time steps, noise, dropped conditions: everything random about a batch. By default there is nothing.
 
         Args:
             batch: tensors with B rows, as the data gives them, on the device of the model.
@@ -106,13 +106,13 @@ class LossAdapter(ABC):
         """An instance that fits the tiny networks of the backbones it is for; for the conformance checks."""
         return cls()
 
-    def sample(self, model: nn.Module, like: Tensor, labels: Tensor, rng: Rng) -> Tensor:
-        """Generate one example for every label.
+    def sample(self, model: nn.Module, like: Tensor, conditions: Tensor, rng: Rng) -> Tensor:
+        """Generate one example for every condition.
 
         Args:
             model: the network, in eval mode.
             like: (B, ...) tensor that gives shape, dtype and device of the examples.
-            labels: (B,) class labels.
+            conditions: (B, ...) what the data have in the column `DataSource.conditions`: class labels, as a rule.
             rng: the streams to draw from.
 
         Raises:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..runtime.seeding import Rng
 from .backbone import Backbone, list_lengths
 from .block_call import BatchDim, named_batch_dims, probed_batch_dims
-from .data import FeatureSpace, Samples, Tensors
+from .data import DataSource, FeatureSpace, Samples, Tensors
+from .legacy_task import takes_pixels
 from .loss import LossAdapter
 
 
+@takes_pixels
 @dataclass(eq=False, kw_only=True)
 class Task:
     """One model family, objective and data set.
@@ -27,7 +29,7 @@ class Task:
         train: examples to learn from.
         held_out: examples that no stage trains on.
         feature_space: where generated examples are compared with real ones.
-        pixels: turns examples into images in [0, 1], None when they cannot be shown; see `DataSource`.
+        data: where the examples come from, for metrics and commands of plugins that ask it for more.
         model: the network to prune; by default the backbone builds it when it is first needed.
         origin: where `model` comes from; by default the backbone's source.
     """
@@ -37,7 +39,7 @@ class Task:
     train: Samples
     held_out: Samples
     feature_space: FeatureSpace | None = None
-    pixels: Callable[[Tensor], Tensor | None] = lambda x: None
+    data: DataSource | None = None
     model: nn.Module | None = None
     origin: Mapping[str, Any] | None = None
 
@@ -46,6 +48,11 @@ class Task:
         """A network and its objective with the backbone's examples for data, to see what it costs and how it runs."""
         examples = Tensors(backbone.example(1))
         return cls(backbone=backbone, loss=loss, train=examples, held_out=examples, model=model)
+
+    @property
+    def conditions(self) -> str:
+        """The column of the data that generation is given; see `DataSource`."""
+        return DataSource.conditions if self.data is None else self.data.conditions
 
     @property
     def source(self) -> Mapping[str, Any]:

@@ -113,11 +113,7 @@ class Gates:
         return forward
 
     def _sparse(self, j: int, call: Call, mask: Tensor) -> Any:
-        inputs = [call.stream(stream, self.blocks[j]) for stream in self._streams[j]]
-        if inputs[0].shape[0] != len(mask):
-            raise ValueError(
-                f"block '{self.blocks[j]}' got {inputs[0].shape[0]} samples, the mask has {len(mask)} rows"
-            )
+        inputs = self._inputs(j, call, len(mask))
         kept, run, rest = self._rows[j]
         learning = mask.requires_grad and torch.is_grad_enabled()
         versions = [_version(x) for x in inputs]
@@ -137,9 +133,14 @@ class Gates:
         for stream, x in zip(self._streams[j], inputs, strict=True):
             i = stream.output or 0
             items[i] = _Merge.apply(x, items[i], value[i] if value else None, mask, kept, run, rest, weight)
-        if isinstance(output, Tensor):
-            return items[0]
-        return type(output)._make(items) if hasattr(output, "_make") else type(output)(items)
+        return _in_the_form_of(output, items)
+
+    def _inputs(self, j: int, call: Call, num_rows: int) -> list[Tensor]:
+        """The streams that come in. Raises ValueError unless they have this number of samples."""
+        inputs = [call.stream(stream, self.blocks[j]) for stream in self._streams[j]]
+        if inputs[0].shape[0] != num_rows:
+            raise ValueError(f"block '{self.blocks[j]}' got {inputs[0].shape[0]} samples, the mask has {num_rows} rows")
+        return inputs
 
     def _check_items(self, j: int, items: Sequence[Any], inputs: Sequence[Tensor], partly: bool) -> None:
         """Raise UserError when what a block gives out cannot be merged with what came in.
@@ -167,6 +168,13 @@ class Gates:
         if isinstance(output, (tuple, list)):
             return list(output)
         raise UserError(f"block '{self.blocks[j]}' returns a {type(output).__name__}; gating takes a tensor or a tuple")
+
+
+def _in_the_form_of(output: Any, items: Sequence[Any]) -> Any:
+    """A tensor, or a tuple or list of the type that a block gave out, with these items in it."""
+    if isinstance(output, Tensor):
+        return items[0]
+    return type(output)._make(items) if hasattr(output, "_make") else type(output)(items)
 
 
 def _version(x: Tensor) -> int:

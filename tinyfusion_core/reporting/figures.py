@@ -1,4 +1,4 @@
-"""The pictures of a report, drawn from the files of a run folder alone."""
+"""The figures of a report, drawn from the files of a run folder alone."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from PIL import Image
-from torch import Tensor
 
 from ..pruning.decision import Decision
 from ..runtime.files import write_atomic
@@ -95,25 +93,6 @@ def draw_losses(stages: Mapping[str, Entries], path: Path) -> None:
             _curves(axes, [e for e in entries if e["loss"] is not None])
             axes.set(title=f"training loss: {stage}", xlabel="step")
         save_figure(figure, path)
-
-
-def _grid(batch: Tensor, columns: int) -> np.ndarray[Any, Any]:
-    """(n, C, H, W) uint8 images -> one (rows, width) or (rows, width, 3) picture with a pixel of space between."""
-    n, channels, height, width = batch.shape
-    rows = -(-n // columns)
-    canvas = np.zeros((rows * (height + 1) - 1, columns * (width + 1) - 1, channels), dtype=np.uint8)
-    for i, image in enumerate(batch.permute(0, 2, 3, 1).numpy()):
-        top, left = (i // columns) * (height + 1), (i % columns) * (width + 1)
-        canvas[top : top + height, left : left + width] = image
-    return canvas[..., 0] if channels == 1 else canvas[..., :3]
-
-
-def draw_images(batch: Tensor, path: Path, columns: int) -> None:
-    """Write (n, C, H, W) uint8 images as one picture, small images enlarged."""
-    picture = Image.fromarray(_grid(batch, columns))
-    factor = max(1, 960 // max(picture.size))
-    picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
-    write_atomic(path, lambda file: picture.save(file, format="png"))
 
 
 def _curves(axes: Axes, entries: Entries) -> None:

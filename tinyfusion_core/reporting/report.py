@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from rich.table import Table
-from safetensors.torch import load_file
 
 from ..errors import UserError
 from ..pruning.decision import Decision
 from ..runtime.files import read_json, write_text
 from ..runtime.run_folder import RunFolder
 from ..runtime.stages import SEARCH
-from .figures import draw_dynamics, draw_images, draw_losses, draw_strip
+from .figures import draw_dynamics, draw_losses, draw_strip
 from .page import Figures, Picture, render_page
 
 PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -62,14 +61,22 @@ def results_table(folder: RunFolder) -> Table:
     return table
 
 
-def write_report(folder: RunFolder) -> Path:
-    """Draw the figures and write `report.html`, one page that needs no other file. Returns its path."""
+def write_report(folder: RunFolder, exhibits: Sequence[Figures] = ()) -> Path:
+    """Draw the figures and write `report.html`, one page that needs no other file.
+
+    Args:
+        folder: a run that has come to its evaluation.
+        exhibits: what its metrics show.
+
+    Returns:
+        The path of the page.
+    """
     decisions, record = _decisions(folder), read_json(folder / "run.json")
     names, rows = results(folder)
     page = render_page(
         "report.html.j2",
         title=_headline(folder),
-        figures=[*_draw_decisions(folder, decisions), *_draw_samples(folder), *_draw_training(folder)],
+        figures=[*_draw_decisions(folder, decisions), *exhibits, *_draw_training(folder)],
         command=record["command"],
         recipe=(folder / "recipe.yaml").read_text(),
         brand="tinyfusion",
@@ -100,20 +107,6 @@ def _draw_decisions(folder: RunFolder, decisions: Mapping[str, Decision]) -> lis
             caption = "The decision of the averaged gate logits at every logged step, after figure 6 of the paper."
             drawn.append(Figures(f"How the decision came about{of}", caption, [Picture(dynamics)]))
     return drawn
-
-
-def _draw_samples(folder: RunFolder) -> list[Figures]:
-    samples = folder / "samples.safetensors"
-    if not samples.exists():
-        return []
-    images = load_file(samples)
-    order = images.pop("labels").argsort(stable=True)
-    pictures = []
-    for name in [n for n in results(folder)[0] if n in images]:
-        path = folder / "figures" / f"samples_{name.replace(' ', '_')}.png"
-        draw_images(images[name][order], path, columns=8)
-        pictures.append(Picture(path, name))
-    return [Figures("Samples", "The same noise and label at the same place in every grid.", pictures)]
 
 
 def _draw_training(folder: RunFolder) -> list[Figures]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -114,10 +114,10 @@ class RunFolder:
         write_json(self / "stages.json", {**self.finished(), stage: {"key": key, "seconds": round(seconds, 1)}})
         self.drop_checkpoints(stage)
 
-    def restart(self, stage: str) -> None:
-        """Forget a stage, what it logged and what it made."""
+    def restart(self, stage: str, exhibits: Collection[str] = ()) -> None:
+        """Forget a stage, what it logged and what it made, files of these names among it."""
         write_json(self / "stages.json", {k: v for k, v in self.finished().items() if k != stage})
-        for name in OUTPUTS[stage]:
+        for name in (*OUTPUTS[stage], *exhibits):
             if (self / name).is_dir():
                 shutil.rmtree(self / name)
             else:

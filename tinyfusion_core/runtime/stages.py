@@ -11,9 +11,9 @@ OUTPUTS = {
     TRAIN: ("teacher",),
     SEARCH: ("decision.json", "costs.json"),
     RECOVER: ("student",),
-    EVALUATE: ("metrics.json", "samples.safetensors", "evaluation", "figures", "report.html"),
+    EVALUATE: ("metrics.json", "evaluation", "figures", "report.html"),
 }
-"""What each stage leaves in its folder, besides its lines of `metrics.jsonl`."""
+"""What each stage leaves in its folder, besides its lines of `metrics.jsonl` and the exhibits of metrics."""
 
 
 @dataclass(frozen=True)

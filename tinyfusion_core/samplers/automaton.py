@@ -78,8 +78,7 @@ class _Place(NamedTuple):
     """Where a block is."""
 
     block: int
-    first: bool  # of its list
-    last: bool
+    last: bool  # of its list, where runs of dropped blocks end
     segment: Segment | None
     closes: bool  # the last of its segment
 
@@ -187,14 +186,12 @@ _Moves = list[list[tuple[_State | None, _State | None]]]
 
 
 def _places(demands: Demands) -> Iterator[_Place]:
-    ends = [(i == 0, i == depth - 1) for depth in demands.lists for i in range(depth)]
+    ends = [i == depth - 1 for depth in demands.lists for i in range(depth)]
     parts: list[tuple[Segment | None, bool]] = [
         (segment, i == segment.size - 1) for segment in demands.segments for i in range(segment.size)
     ]
-    for block, ((first, last), (segment, closes)) in enumerate(
-        zip(ends, parts or [(None, False)] * len(ends), strict=True)
-    ):
-        yield _Place(block, first, last, segment, closes)
+    for block, (last, part) in enumerate(zip(ends, parts or [(None, False)] * len(ends), strict=True)):
+        yield _Place(block, last, *part)
 
 
 def _explore(demands: Demands, key: str) -> tuple[_Layers, _Moves]:
@@ -246,24 +243,18 @@ def _prune(demands: Demands, layers: _Layers, moves: _Moves, least: int = 0) -> 
 
 
 def _move(demands: Demands, state: _State, place: _Place, kept: bool) -> _State | None:
-    """The state after a block, or None when the demands forbid it."""
+    """The state after a block, or None when the demands forbid it.
+
+    What no demand asks for is always 0 in it, as it would only multiply the states.
+    """
     if place.block in (demands.remove if kept else demands.protect):
         return None
     used = _used(demands, state.used, place, kept)
+    run = _run(demands, state.run, kept)
+    phase = _phase(demands, state.phase, kept)
     open_sets = _open_sets(demands, state.open, place.block, kept)
-    if used is None or open_sets is None:
+    if used is None or run is None or phase is None or open_sets is None:
         return None
-    # What no demand asks for would only multiply the states.
-    run = phase = 0
-    if demands.max_run is not None:
-        run = 0 if kept else 1 + (0 if place.first else state.run)
-        if run > demands.max_run:
-            return None
-    if demands.contiguous:
-        before = 0 if place.first else state.phase
-        if not kept and before == 2:
-            return None
-        phase = 1 if not kept else min(2, 2 * before)
     return _State(used, 0 if place.last else run, 0 if place.last else phase, open_sets)
 
 
@@ -277,6 +268,22 @@ def _used(demands: Demands, used: int, place: _Place, kept: bool) -> int | None:
     if used > place.segment.kept or (place.closes and used != place.segment.kept):
         return None
     return 0 if place.closes else used
+
+
+def _run(demands: Demands, before: int, kept: bool) -> int | None:
+    """The dropped blocks in a row after a block, None when they are too many; not counted if any number may be."""
+    if kept or demands.max_run is None:
+        return 0
+    return before + 1 if before < demands.max_run else None
+
+
+def _phase(demands: Demands, before: int, kept: bool) -> int | None:
+    """The phase after a block, None when it begins another run of dropped blocks; not told if any may begin."""
+    if not demands.contiguous:
+        return 0
+    if kept:
+        return 2 if before else 0
+    return 1 if before < 2 else None
 
 
 def _open_sets(

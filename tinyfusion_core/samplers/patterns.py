@@ -78,20 +78,30 @@ def _parse_list(name: object, value: Any) -> Pair | list[Pair]:
     """The pattern of one block list, or of all."""
     key = f"search.pattern.{name}" if name else "search.pattern"
     if isinstance(value, str) and ":" in value:
-        value = [int(v) if v.strip().isdigit() else v for v in value.split(":")]
+        value = _from_ratio(value)
     _check_base_60(key, value)
-    if isinstance(value, Sequence) and not isinstance(value, str) and value:
-        if all(isinstance(v, int) for v in value) and len(value) == 2:
-            return _parse_pair(key, int(value[0]), int(value[1]))
-        if all(isinstance(v, (Sequence, str)) for v in value):
-            parts = [_parse_list(name, v) for v in value]
-            flat = [p for p in parts if isinstance(p, tuple)]
-            if len(flat) == len(parts):
-                return flat
+    if _holds_only(int, value) and len(value) == 2:
+        return _parse_pair(key, int(value[0]), int(value[1]))
+    if _holds_only(Sequence, value):
+        parts = [_parse_list(name, v) for v in value]
+        pairs = [p for p in parts if isinstance(p, tuple)]
+        if len(pairs) == len(parts):
+            return pairs
     raise UserError(
         f"{key}: {value!r} is no pattern. Give [keep, of], as [2, 4]; "
         "a list with such a pair for each group; or a mapping from block list to either"
     )
+
+
+def _from_ratio(text: str) -> list[int | str]:
+    """The parts of `2:4`, those that are numbers as such."""
+    return [int(part) if part.strip().isdigit() else part for part in text.split(":")]
+
+
+def _holds_only(kind: type, value: Any) -> bool:
+    """Whether a value is a list, not empty, of things of this kind."""
+    listed = isinstance(value, Sequence) and not isinstance(value, str)
+    return listed and len(value) > 0 and all(isinstance(v, kind) for v in value)
 
 
 def _check_base_60(key: str, value: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
@@ -126,23 +126,26 @@ class Search(Selector):
                 )
         if self.pattern is None and self._shorthand():
             raise UserError(f"search.{next(iter(self._shorthand()))} goes with pattern; set it in the sampler")
-        require(self.steps >= 1, "search.steps", self.steps, "at least 1")
-        require(self.batch_size is None or self.batch_size >= 1, "search.batch_size", self.batch_size, "at least 1")
-        require(0 <= self.warmup < 1, "search.warmup", self.warmup, "a fraction from 0 to below 1")
-        require(self.lr_gates is None or self.lr_gates > 0, "search.lr_gates", self.lr_gates, "a rate above 0")
-        require(min(self.prior) >= 0, "search.prior", self.prior, "log-odds of 0 or more")
+        for key, holds, expected in self._limits():
+            require(holds, f"search.{key}", getattr(self, key), expected)
         if self.start is None and tuple(self.prior) != (1.0, 1.0):
             raise UserError("search.prior says how much a start counts; give search.start too")
-        share = 0 < self.dropped_values <= 1
-        require(share, "search.dropped_values", self.dropped_values, "a fraction above 0, at most 1")
-        sure = self.confident is None or 0 < self.confident < 1
-        require(sure, "search.confident", self.confident, "a probability")
-        require(self.lr is None or self.lr >= 0, "search.lr", self.lr, "a rate")
-        require(self.ema is None or 0 <= self.ema < 1, "search.ema", self.ema, "a decay from 0 to below 1")
-        require(self.clip > 0, "search.clip", self.clip, "a norm above 0")
-        require(self.weight_decay >= 0, "search.weight_decay", self.weight_decay, "0 or more")
         if self.pattern is not None:
             object.__setattr__(self, "pattern", parse_pattern(self.pattern))
+
+    def _limits(self) -> Iterator[tuple[str, bool, str]]:
+        """Every number's name, whether it is as it should be, and how that is."""
+        yield "steps", self.steps >= 1, "at least 1"
+        yield "batch_size", self.batch_size is None or self.batch_size >= 1, "at least 1"
+        yield "warmup", 0 <= self.warmup < 1, "a fraction from 0 to below 1"
+        yield "lr_gates", self.lr_gates is None or self.lr_gates > 0, "a rate above 0"
+        yield "prior", min(self.prior) >= 0, "log-odds of 0 or more"
+        yield "dropped_values", 0 < self.dropped_values <= 1, "a fraction above 0, at most 1"
+        yield "confident", self.confident is None or 0 < self.confident < 1, "a probability"
+        yield "lr", self.lr is None or self.lr >= 0, "a rate"
+        yield "ema", self.ema is None or 0 <= self.ema < 1, "a decay from 0 to below 1"
+        yield "clip", self.clip > 0, "a norm above 0"
+        yield "weight_decay", self.weight_decay >= 0, "0 or more"
 
     def inputs(self) -> dict[str, str]:
         return {} if self.start is None else {f"start.{key}": value for key, value in self.start.inputs().items()}

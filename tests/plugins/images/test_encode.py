@@ -26,9 +26,9 @@ from tinyfusion_core.runtime.locking import owned
 from tinyfusion_core.runtime.seeding import Rng
 from tinyfusion_dit import Latents
 from tinyfusion_dit.conditional import draw_latents
-from tinyfusion_images.autoencoder import load_autoencoder
-from tinyfusion_images.crops import centre_crop, list_images
-from tinyfusion_images.encode import Encode
+from tinyfusion_images.encoding.autoencoder import load_autoencoder
+from tinyfusion_images.encoding.crops import centre_crop, list_images
+from tinyfusion_images.encoding.encode import Encode
 
 NUM, CLASSES, SIZE = 22, ("ape", "bee", "cat"), 16
 

@@ -17,7 +17,7 @@ import tinyfusion_core as tiny
 from shared_work import TRAINER, OnlyHere, ToyFeatures
 from small_run import digits_task
 from tinyfusion_core.errors import MissingFileError
-from tinyfusion_core.evaluation.generation import balanced_labels, pictures, sample_rows
+from tinyfusion_core.evaluation.generation import sample_rows
 from tinyfusion_core.runtime.distributed import batches
 from tinyfusion_core.runtime.files import save_tensors
 from tinyfusion_dit import GaussianDiffusion
@@ -25,6 +25,7 @@ from tinyfusion_images import Digits, fidelity
 from tinyfusion_images.fidelity import Fidelity
 from tinyfusion_images.image_sets import open_images, rgb, write_archive, write_png
 from tinyfusion_images.inception import INCEPTION, INCEPTION_FILE, FeatureNetwork, inception_weights
+from tinyfusion_images.pictures import balanced_labels, pictures
 
 TOY = Fidelity(num_samples=24, batch_size=10, num_reference=30, features="toy")
 
@@ -166,7 +167,7 @@ def test_what_is_missing_is_said_before_the_run(tmp_path: Path, monkeypatch: pyt
         Fidelity(weights="mine.pth", download=True).check(Digits())
 
     class Latents(Digits):
-        pixels = tiny.DataSource.pixels
+        has_pixels = False
 
     with pytest.raises(MissingFileError, match="data: Latents as configured does not decode any"):
         TOY.check(Latents())

@@ -1,4 +1,4 @@
-"""From a folder of images to shards of latents, by any number of processes, any number of times interrupted."""
+"""Encode a folder of images into shards of latents, on any number of processes; an interrupted call goes on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from tinyfusion_core.dataloading.shards import FORMAT_VERSION, METADATA, Shard, read_metadata, read_shard, write_shard
@@ -22,10 +22,9 @@ from tinyfusion_core.runtime.locking import owned
 from tinyfusion_core.runtime.progress import track
 from tinyfusion_core.runtime.seeding import generator
 from tinyfusion_core.runtime.signals import stop_requests
-from tinyfusion_images.autoencoder import fingerprint, load_autoencoder
-from tinyfusion_images.crops import Crops, ImageFolder, list_images
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+from tinyfusion_images.encoding.autoencoder import fingerprint
+from tinyfusion_images.encoding.crops import Crops, ImageFolder, list_images
+from tinyfusion_images.encoding.encoder import DTYPES, ImageEncoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +147,7 @@ class _Encoding:
         records = sorted(chain(*all_gather_object(list(finished.values()))), key=lambda record: record.shard.name)
         content = {
             **self._settings,
-            "num_images": sum(r.shard.count for r in records) // self._copies,
+            "num_images": sum(r.shard.count for r in records) // self._encoder.copies,
             "skipped": sorted({name for r in records for name in r.skipped}),
             "shards": [asdict(r.shard) for r in records],
         }
@@ -171,28 +170,18 @@ class _Encoding:
             raise UserError(f"{self.out}: holds latents that were made otherwise ({what}); choose another folder")
 
     @cached_property
-    def _vae(self) -> nn.Module:
-        return load_autoencoder(self.how.vae).to(self.device)
-
-    @cached_property
-    def _scaling(self) -> tuple[float, float]:
-        """Factor and shift."""
-        config: Mapping[str, Any] = self._vae.config  # type: ignore[assignment]
-        scale = config.get("scaling_factor") if self.how.scale is None else self.how.scale
-        if scale is None:
-            raise UserError(
-                f"encode: {self.how.vae} does not say its scale; give --scale (Stable Diffusion: 0.18215, MAR: 0.2325)"
-            )
-        return scale, config.get("shift_factor") or 0.0
+    def _encoder(self) -> ImageEncoder:
+        how = self.how
+        return ImageEncoder(how.vae, how.scale, how.kind, how.dtype, how.flip, how.seed, self.device)
 
     @cached_property
     def _settings(self) -> dict[str, Any]:
         """All that the latents depend on, and that metadata.json says."""
-        how, (scale, shift) = self.how, self._scaling
+        how, (scale, shift) = self.how, self._encoder.scaling
         return {
             "format_version": FORMAT_VERSION,
             "vae": how.name or how.vae,
-            "vae_sha256": fingerprint(self._vae),
+            "vae_sha256": fingerprint(self._encoder.autoencoder),
             "scale": scale,
             "shift": shift,
             "kind": how.kind,
@@ -205,10 +194,6 @@ class _Encoding:
             "source": {"images": len(self.folder.files), "names_sha256": digest(self.folder.files)},
             "classes": self.folder.classes,
         }
-
-    @property
-    def _copies(self) -> int:
-        return 2 if self.how.flip else 1
 
     @cached_property
     def _parts(self) -> list[_Part]:
@@ -237,44 +222,28 @@ class _Encoding:
                 left_out: list[int] = []
                 for _ in range(0, len(part.images), how.batch_size):
                     indices, (crops, bad) = next(read)
-                    if bad and not how.skip_bad:
-                        raise UserError(f"{bad[0][1]}. Mend or remove it, or leave such images out with --skip-bad")
-                    left_out += (unreadable := [index for index, _ in bad])
+                    left_out += (unreadable := self._left_out(bad))
                     if len(crops):
-                        made.append(self._latents([i for i in indices if i not in unreadable], crops))
+                        good = [i for i in indices if i not in unreadable]
+                        made.append(self._encoder.rows(good, crops, [self.folder.labels[i] for i in good]))
                     progress.advance(len(indices))
                     if stop:
                         raise Interrupted(f"stopped after {number} of {len(parts)} shards", stop[0])
-                if not made:
-                    raise UserError(f"{self.folder.root}: none of the {len(left_out)} images of a shard can be read")
-                tensors = {name: torch.cat([rows[name] for rows in made]) for name in made[0]}
-                shard = write_shard(self.out, part.name, tensors)
-                skipped = [self.folder.files[i] for i in left_out]
-                write_json(self._record_path(part), {**asdict(shard), "skipped": skipped})
+                self._write(part, made, left_out)
 
-    def _latents(self, images: list[int], crops: Tensor) -> dict[str, Tensor]:
-        """Rows of a shard for some images and their (n, 3, size, size) crops."""
-        scale, shift = self._scaling
-        dtype = DTYPES[self.how.dtype]
-        x = torch.stack([crops, crops.flip(-1)][: self._copies], dim=1).flatten(0, 1)  # an image, then its mirror image
-        with torch.no_grad():
-            posterior = self._vae.encode(x.to(self.device).float() / 127.5 - 1).latent_dist  # type: ignore[operator]
-        rows = {"x": posterior.mean.cpu(), "x_std": posterior.std.cpu()}
-        if self.how.kind == "sample":
-            std = rows.pop("x_std")
-            rows["x"] = rows["x"] + std * self._noise(images, std)
-        else:
-            rows["x_std"] = (rows["x_std"] * scale).to(dtype)
-        rows["x"] = ((rows["x"] - shift) * scale).to(dtype)
-        labels = torch.tensor([self.folder.labels[i] for i in images], dtype=torch.int64)
-        return {**rows, "y": labels.repeat_interleave(self._copies)}
+    def _left_out(self, bad: Sequence[tuple[int, str]]) -> list[int]:
+        """Indices of the images that cannot be read. Raises UserError unless they may be left out."""
+        if bad and not self.how.skip_bad:
+            raise UserError(f"{bad[0][1]}. Mend or remove it, or leave such images out with --skip-bad")
+        return [index for index, _ in bad]
 
-    def _noise(self, images: list[int], like: Tensor) -> Tensor:
-        """Standard normal numbers; each image's depend on the seed and its index alone."""
-        shape = (self._copies, *like.shape[1:])
-        return torch.cat(
-            [torch.randn(shape, generator=generator("encode", self.how.seed, "latent", i)) for i in images]
-        )
+    def _write(self, part: _Part, made: Sequence[dict[str, Tensor]], left_out: Sequence[int]) -> None:
+        """Write a shard, and beside it what is known of it."""
+        if not made:
+            raise UserError(f"{self.folder.root}: none of the {len(left_out)} images of a shard can be read")
+        shard = write_shard(self.out, part.name, {name: torch.cat([rows[name] for rows in made]) for name in made[0]})
+        skipped = [self.folder.files[i] for i in left_out]
+        write_json(self._record_path(part), {**asdict(shard), "skipped": skipped})
 
     def _verified(self, part: _Part) -> _Record | str:
         """What is known of a shard whose file is what it should be; else what is wrong."""
@@ -288,7 +257,7 @@ class _Encoding:
         except UserError as e:
             return str(e)
         labels = [self.folder.labels[i] for i in part.images if self.folder.files[i] not in record.skipped]
-        expected = torch.tensor(labels, dtype=torch.int64).repeat_interleave(self._copies)
+        expected = torch.tensor(labels, dtype=torch.int64).repeat_interleave(self._encoder.copies)
         if not torch.equal(tensors["y"], expected):
             return "its labels are not those of its images"
         if any(not torch.isfinite(tensor).all() for tensor in tensors.values()):

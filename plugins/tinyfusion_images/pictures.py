@@ -1,0 +1,142 @@
+"""Examples as pictures, and the ones that every run shows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeGuard, runtime_checkable
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from tinyfusion_core.errors import UserError
+from tinyfusion_core.evaluation.generation import generate, training_conditions
+from tinyfusion_core.evaluation.metrics import Measurement, Metric, Models
+from tinyfusion_core.protocols.data import DataSource
+from tinyfusion_core.protocols.task import Task
+from tinyfusion_core.reporting.page import Figures, Picture
+from tinyfusion_core.reporting.report import results
+from tinyfusion_core.runtime.distributed import on_main_process
+from tinyfusion_core.runtime.files import save_tensors, write_atomic
+from tinyfusion_core.runtime.run_folder import RunFolder
+from tinyfusion_core.training.trainer import Trainer
+
+SAMPLES = "samples.safetensors"
+NUM_SHOWN = 40
+
+
+@runtime_checkable
+class Shown(Protocol):
+    """A data source whose examples can be shown has this method; it need not derive from this class.
+
+    Where that depends on its settings, it has a property `has_pixels` too, false if there will be no pictures. It is
+    asked before any file is read.
+    """
+
+    def pixels(self, x: Tensor) -> Tensor | None:
+        """(B, C, H, W) pictures in [0, 1] of examples; None when they cannot be shown."""
+        ...
+
+
+def can_be_shown(data: DataSource | None) -> TypeGuard[Shown]:
+    """Whether a data source says how its examples look."""
+    return isinstance(data, Shown) and bool(getattr(data, "has_pixels", True))
+
+
+def has_pictures(task: Task) -> bool:
+    """Whether its examples can be shown."""
+    x = task.backbone.example(1).get("x")
+    return x is not None and can_be_shown(task.data) and task.data.pixels(x) is not None
+
+
+def pictures(task: Task, x: Tensor) -> Tensor:
+    """(n, ...) examples as (n, C, H, W) uint8 images on the CPU; black where a network has diverged.
+
+    Latents are decoded on the device that they are on.
+
+    Raises:
+        UserError: the data cannot be shown.
+    """
+    pixels = task.data.pixels(x) if can_be_shown(task.data) else None
+    if pixels is None:
+        raise UserError(f"data: {type(task.data).__name__} cannot show its examples as pictures")
+    return (255 * pixels.nan_to_num()).round().to(torch.uint8).cpu()
+
+
+def balanced_labels(task: Task, model: nn.Module, indices: Sequence[int]) -> Tensor:
+    """(n,) labels of the samples with these indices: every class in turn.
+
+    The conditions of the training samples, in their order, where the network does not say how many classes it knows.
+    """
+    num = task.backbone.num_labels(model)
+    return training_conditions(task, indices) if num is None else torch.tensor([i % num for i in indices])
+
+
+def by_label(images: Tensor, labels: Tensor) -> Tensor:
+    """Images in the order of their labels; as they are if those are no single numbers."""
+    return images[labels.argsort(stable=True)] if labels.ndim == 1 else images
+
+
+@dataclass(frozen=True)
+class Pictures(Metric):
+    """Measures nothing, but lets every run show what its networks generate, if its data can be shown.
+
+    `samples.safetensors` in the run folder has (n, C, H, W) uint8 pictures of each network, from the same noise, and
+    the `labels` that they were generated for, (n, ...) conditions.
+    """
+
+    together = True
+    standing = True
+    exhibits = (SAMPLES,)
+    column = None
+
+    def __call__(self, task: Task, models: Models, trainer: Trainer) -> list[Measurement]:
+        return []
+
+    def resume(self, task: Task, models: Models, trainer: Trainer, folder: Path) -> list[Measurement]:
+        if not has_pictures(task) or not task.loss.generates:
+            return []
+        made: dict[str, Tensor] = {}
+        for name, model in models.items():
+            made[name], labels = generate(task, model, trainer, NUM_SHOWN, NUM_SHOWN, f"pictures of {name}")
+
+        def keep() -> None:
+            images = {name: pictures(task, x.to(trainer.accelerator.device)) for name, x in made.items()}
+            save_tensors(folder / SAMPLES, {**images, "labels": labels})
+
+        on_main_process(keep)
+        return []
+
+    def show(self, folder: RunFolder) -> list[Figures]:
+        if not (folder / SAMPLES).exists():
+            return []
+        images, grids = load_file(folder / SAMPLES), []
+        labels = images.pop("labels")
+        for name in [n for n in results(folder)[0] if n in images]:
+            path = folder / "figures" / f"samples_{name.replace(' ', '_')}.png"
+            draw_grid(by_label(images[name], labels), path, columns=8)
+            grids.append(Picture(path, name))
+        return [Figures("Samples", "The same noise and label at the same place in every grid.", grids)]
+
+
+def draw_grid(images: Tensor, path: Path, columns: int) -> None:
+    """Write (n, C, H, W) uint8 images as one picture, small images enlarged."""
+    picture = Image.fromarray(_grid(images, columns))
+    factor = max(1, 960 // max(picture.size))
+    picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+    write_atomic(path, lambda file: picture.save(file, format="png"))
+
+
+def _grid(images: Tensor, columns: int) -> np.ndarray[Any, Any]:
+    """(n, C, H, W) uint8 images -> one (rows, width) or (rows, width, 3) picture with a pixel of space between."""
+    n, channels, height, width = images.shape
+    rows = -(-n // columns)
+    canvas = np.zeros((rows * (height + 1) - 1, columns * (width + 1) - 1, channels), dtype=np.uint8)
+    for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
+        top, left = (i // columns) * (height + 1), (i % columns) * (width + 1)
+        canvas[top : top + height, left : left + width] = image
+    return canvas[..., 0] if channels == 1 else canvas[..., :3]

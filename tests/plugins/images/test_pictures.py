@@ -1,0 +1,117 @@
+"""What every run shows of its networks, whatever release its plugins were written for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import tinyfusion_core as tiny
+from shared_work import TRAINER
+from small_run import digits_task
+from tinyfusion_core.evaluation.generation import generate
+from tinyfusion_core.evaluation.metrics import known_exhibits, with_standing
+from tinyfusion_dit import GaussianDiffusion
+from tinyfusion_images import Digits
+from tinyfusion_images.pictures import Pictures, by_label, has_pictures, pictures
+
+
+@dataclass(frozen=True)
+class OldData(tiny.DataSource):
+    """Has `pixels`, as data had before, and nothing else about pictures."""
+
+    def train(self) -> tiny.Tensors:
+        return Digits().train()
+
+    def held_out(self) -> tiny.Tensors:
+        return Digits().held_out()
+
+    def pixels(self, x: Tensor) -> Tensor:
+        return Digits().pixels(x)
+
+
+class OldLoss(GaussianDiffusion):
+    """Calls conditions labels, as objectives did before."""
+
+    def sample(self, model, like, labels, rng):
+        return super().sample(model, like, labels, rng)
+
+
+def shown(task: tiny.Task, folder: Path) -> dict[str, Tensor]:
+    assert Pictures().resume(task, {"teacher": task.teacher}, TRAINER, folder) == []
+    return load_file(folder / "samples.safetensors")
+
+
+def test_plugins_of_before_are_shown_as_ever(tmp_path: Path) -> None:
+    now = shown(digits_task(), tmp_path / "now")
+    task = digits_task()
+    task.loss = OldLoss(learn_sigma=False, sampler="ddim", sampling_steps=3, guided_channels=None)
+    old = shown(replace(task, data=OldData()), tmp_path / "old")
+    assert now["teacher"].shape == (40, 1, 8, 8)
+    assert now["labels"].tolist() == Digits().train().columns["y"][:40].tolist()
+    assert old.keys() == now.keys()
+    assert all(torch.equal(old[name], now[name]) for name in now)
+
+
+def test_tasks_of_before_are_shown_and_warn() -> None:
+    task = digits_task()
+    own = {"backbone": task.backbone, "loss": task.loss, "train": task.train, "held_out": task.held_out}
+    with pytest.warns(DeprecationWarning, match=r"Task\(pixels=...\) is now Task\(data=...\)"):
+        old = tiny.Task(**own, pixels=Digits().pixels)
+    x = task.train.columns["x"][:3]
+    assert torch.equal(pictures(old, x), pictures(task, x))
+    assert old.data.train() is task.train
+    with pytest.warns(DeprecationWarning, match="a method of Task.data"):
+        assert torch.equal(task.pixels(x), Digits().pixels(x))
+    with pytest.warns(DeprecationWarning, match="a method of Task.data"):
+        assert tiny.Task(**own).pixels(x) is None
+
+
+def test_data_that_cannot_be_shown_leave_nothing(tmp_path: Path) -> None:
+    @dataclass(frozen=True)
+    class Hidden(OldData):
+        has_pixels = False
+
+    for data in (None, Hidden()):
+        task = replace(digits_task(), data=data)
+        assert not has_pictures(task)
+        Pictures().resume(task, {"teacher": task.teacher}, TRAINER, tmp_path)
+        assert not list(tmp_path.iterdir())
+        with pytest.raises(tiny.UserError, match="cannot show its examples as pictures"):
+            pictures(task, task.train.columns["x"][:1])
+
+
+def test_every_run_shows_pictures_once_and_forgets_them_with_its_evaluation(tmp_path: Path) -> None:
+    asked = [tiny.HeldOutLoss(), Pictures()]
+    assert with_standing(asked[:1]) == asked
+    assert with_standing(asked) == asked
+    folder = tiny.RunFolder(tmp_path)
+    (tmp_path / "samples.safetensors").touch()
+    folder.restart("evaluate", known_exhibits())
+    assert not (tmp_path / "samples.safetensors").exists()
+
+
+def test_generation_is_given_the_column_that_the_data_name() -> None:
+    @dataclass(frozen=True)
+    class Described(OldData):
+        conditions = "text"
+
+    class Echo(GaussianDiffusion):
+        def sample(self, model, like, conditions, rng):
+            return conditions.sum(1)[:, None, None, None].expand_as(like)
+
+    texts = torch.arange(24.0).view(8, 3)
+    rows = tiny.Tensors({"x": torch.zeros(8, 1, 8, 8), "text": texts})
+    task = replace(digits_task(), data=Described(), train=rows, loss=Echo(learn_sigma=False))
+    made, conditions = generate(task, task.teacher, TRAINER, 10, 4)
+    assert torch.equal(conditions, torch.cat([texts, texts[:2]]))
+    assert torch.equal(made[:, 0, 0, 0], conditions.sum(1))
+    assert torch.equal(by_label(made, conditions), made)  # no single numbers to sort by
+    with pytest.raises(tiny.UserError, match="the data's `text` are no classes"):
+        tiny.Frechet(num_samples=10, features=Digits().feature_space())(task, {}, TRAINER)
+    with pytest.raises(tiny.UserError, match="the data have no `text`"):
+        generate(replace(task, train=Digits().train()), task.teacher, TRAINER, 10, 4)
