@@ -14,11 +14,9 @@ from ..runtime.seeding import Rng
 from .backbone import Backbone, list_lengths
 from .block_call import BatchDim, named_batch_dims, probed_batch_dims
 from .data import DataSource, FeatureSpace, Samples, Tensors
-from .legacy_task import takes_pixels
 from .loss import LossAdapter
 
 
-@takes_pixels
 @dataclass(eq=False, kw_only=True)
 class Task:
     """One model family, objective and data set.

@@ -57,20 +57,6 @@ def test_plugins_of_before_are_shown_as_ever(tmp_path: Path) -> None:
     assert all(torch.equal(old[name], now[name]) for name in now)
 
 
-def test_tasks_of_before_are_shown_and_warn() -> None:
-    task = digits_task()
-    own = {"backbone": task.backbone, "loss": task.loss, "train": task.train, "held_out": task.held_out}
-    with pytest.warns(DeprecationWarning, match=r"Task\(pixels=...\) is now Task\(data=...\)"):
-        old = tiny.Task(**own, pixels=Digits().pixels)
-    x = task.train.columns["x"][:3]
-    assert torch.equal(pictures(old, x), pictures(task, x))
-    assert old.data.train() is task.train
-    with pytest.warns(DeprecationWarning, match="a method of Task.data"):
-        assert torch.equal(task.pixels(x), Digits().pixels(x))
-    with pytest.warns(DeprecationWarning, match="a method of Task.data"):
-        assert tiny.Task(**own).pixels(x) is None
-
-
 def test_data_that_cannot_be_shown_leave_nothing(tmp_path: Path) -> None:
     @dataclass(frozen=True)
     class Hidden(OldData):
