@@ -17,7 +17,7 @@ import tinyfusion_core.pipeline.run
 import tinyfusion_core.selection.calibration
 from tinyfusion_core.errors import Interrupted
 from tinyfusion_core.protocols.data import Tensors
-from tinyfusion_core.pruning.prune import remove_blocks
+from tinyfusion_core.pruning.removal import remove_blocks
 from tinyfusion_core.runtime.seeding import seed_of
 from toys import Match, Planted, StopAt, planted_data
 

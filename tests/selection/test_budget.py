@@ -22,7 +22,7 @@ from tinyfusion_core.comparison.results import ComparisonResults
 from tinyfusion_core.comparison.study import Compare
 from tinyfusion_core.errors import UserError
 from tinyfusion_core.samplers.constraints import Rules, Spending
-from tinyfusion_core.selection.base import Selector, bind
+from tinyfusion_core.selection.base import Selector, prepared
 from tinyfusion_core.selection.budget import FILE, CostBudget, measure, parse_budget
 from tinyfusion_core.selection.costs import NetworkCosts, network_costs
 
@@ -155,7 +155,7 @@ def test_every_selector_keeps_to_a_budget(name: str, said: Any, task: tiny.Task)
 
 
 def test_masks_within_a_budget_are_all_alike_to_the_random_criterion(task: tiny.Task) -> None:
-    how, _ = bind(tiny.Random(budget="0.5x", draws=1), task, TRAINER, None)
+    how, _ = prepared(tiny.Random(budget="0.5x", draws=1), task, TRAINER, None)
     allowed = how.compiled(task.blocks)
     drawn = allowed.distinct(allowed.num_masks, torch.Generator().manual_seed(0))
     assert len(drawn) == len({tuple(kept) for kept in drawn}) == allowed.num_masks

@@ -14,7 +14,7 @@ from torch import nn
 
 import tinyfusion_core as tiny
 from places import TESTS
-from tinyfusion_core.pruning.prune import remove_blocks
+from tinyfusion_core.pruning.removal import remove_blocks
 from tinyfusion_core.training.objective import cosine, ema_decay
 from toys import Match, Planted, StopAt, planted_data
 

@@ -25,6 +25,7 @@ from ..runtime.files import read_json, write_json
 from ..runtime.progress import track
 from ..runtime.run_folder import RunFolder
 from ..runtime.seeding import Rng
+from ..runtime.undisturbed import evaluating
 from ..training.trainer import Trainer
 
 Models = Mapping[str, nn.Module]
@@ -106,7 +107,10 @@ class Size(Metric):
         for name, model in models.items():
             blocks[name] = len(task.backbone.block_paths(model))
             parameters[name] = sum(p.numel() for p in model.parameters())
-            count = count_flops(task.backbone, task.loss, task.backbone.config(model))
+            try:
+                count = count_flops(task.backbone, task.loss, task.backbone.config(model))
+            except UserError as e:  # a network of which no config is known
+                count = str(e)
             flops[name] = count if isinstance(count, int) else None
             note = note if isinstance(count, int) else count
         return [
@@ -203,7 +207,8 @@ def check_teacher(task: Task, trainer: Trainer) -> None:
             both = [p for p in (prediction, nothing) if p is not None]
             return torch.stack([task.loss.loss(p, inputs).double().sum().cpu() for p in both])
 
-    totals = torch.stack(map_sharded(batches(num, 32), work)).sum(0) / num
+    with evaluating(model):
+        totals = torch.stack(map_sharded(batches(num, 32), work)).sum(0) / num
     if len(totals) == 1:
         return
     learned, trivial = totals.tolist()
@@ -244,12 +249,13 @@ def evaluate(
             that all processes see.
     """
     device = trainer.accelerator.device
-    ready = {name: model.to(device).eval() for name, model in models.items()}
-    return [
-        measurement
-        for i, metric in enumerate([Size(), *metrics])
-        for measurement in measure(metric, task, ready, trainer, None if folder is None else folder / str(i))
-    ]
+    ready = {name: model.to(device) for name, model in models.items()}
+    with evaluating(*ready.values()):
+        return [
+            measurement
+            for i, metric in enumerate([Size(), *metrics])
+            for measurement in measure(metric, task, ready, trainer, None if folder is None else folder / str(i))
+        ]
 
 
 def measure(

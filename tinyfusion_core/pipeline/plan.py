@@ -18,7 +18,7 @@ from ..protocols.backbone import list_lengths, owner
 from ..protocols.block_call import watched_streams
 from ..protocols.task import Task
 from ..pruning.decision import Decision
-from ..pruning.prune import remove_blocks
+from ..pruning.removal import remove_blocks
 from ..runtime.seeding import Rng
 from ..runtime.stages import EVALUATE, SEARCH, Stage
 from ..runtime.trackers import check_trackers

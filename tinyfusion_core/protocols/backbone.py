@@ -179,7 +179,12 @@ def expand(model: nn.Module, paths: Sequence[str]) -> list[str]:
     """
     out: list[str] = []
     for path in paths:
-        parent, star, _ = path.partition(".*")
+        parent, star, rest = path.partition(".*")
+        if rest:
+            raise UserError(
+                f"block path '{path}': '*' stands for all children of a list, and nothing follows it; "
+                f"name '{parent}.*', or every block by itself"
+            )
         try:
             module = model.get_submodule(parent)
         except AttributeError as e:

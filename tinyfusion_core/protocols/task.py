@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..runtime.seeding import Rng
+from ..runtime.undisturbed import evaluating
 from .backbone import Backbone, list_lengths
 from .block_call import BatchDim, named_batch_dims, probed_batch_dims
 from .data import DataSource, FeatureSpace, Samples, Tensors
@@ -59,9 +60,8 @@ class Task:
 
     @cached_property
     def teacher(self) -> nn.Module:
-        """The full-depth network, in eval mode."""
-        model = self.backbone.build() if self.model is None else self.model
-        return model.eval()
+        """The full-depth network; stages that need a mode put it there, and leave it as it was."""
+        return self.backbone.build() if self.model is None else self.model
 
     @cached_property
     def blocks(self) -> list[str]:
@@ -78,13 +78,10 @@ class Task:
         if self.backbone.batched is not None:
             return named_batch_dims(self.backbone.batched)
         device = next(model.parameters()).device
-        training = model.training
 
         def run(num_rows: int) -> None:
             batch = {name: t.to(device) for name, t in self.backbone.example(num_rows).items()}
             self.loss.predict(model, self.loss.prepare(batch, Rng(0, "probe")))
 
-        with torch.random.fork_rng():
-            dims = probed_batch_dims(model.eval(), self.blocks, run)
-        model.train(training)
-        return dims
+        with torch.random.fork_rng(), evaluating(model):
+            return probed_batch_dims(model, self.blocks, run)

@@ -63,7 +63,7 @@ class _Wrapped(Backbone):
     repair: Callable[[nn.Module, Mapping[str, Sequence[int]]], object]
 
     def build(self) -> nn.Module:
-        return self.model.eval()
+        return self.model
 
     def config(self, model: nn.Module | None = None) -> dict[str, Any]:
         raise UserError(

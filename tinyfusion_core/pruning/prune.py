@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from ..errors import MissingFileError, UserError
-from ..protocols.backbone import WEIGHTS, Backbone, block_lists
+from ..protocols.backbone import WEIGHTS, Backbone
 from ..protocols.task import Task
 from ..registry.registry import record_of, registry
 from ..runtime.files import digest, read_json, sha256, write_json, write_text
 from .decision import Decision
+from .removal import check_removal, without
 
 FORMAT_VERSION = 1
 RECORDS = ("tinyfusion.json", "config.json")
@@ -25,38 +25,11 @@ def prune(task: Task, decision: Decision) -> nn.Module:
     """A copy of the task's network without the removed blocks, in eval mode. The original keeps its own.
 
     Raises:
-        UserError: the decision is about other blocks than the network has.
+        UserError: the decision is about other blocks than the network has, or the network cannot do without them.
     """
     decision.check_fits(task.blocks, type(task.teacher).__name__)
-    # What goes is not copied: the copy of a removed block is an empty module.
-    removed: dict[int, Any] = {id(task.teacher.get_submodule(task.blocks[i])): nn.Identity() for i in decision.removed}
-    student = copy.deepcopy(task.teacher, memo=removed)
-    remove_blocks(task.backbone, student, [task.blocks[i] for i in decision.removed])
-    return student.eval()
-
-
-def remove_blocks(backbone: Backbone, model: nn.Module, removed: Sequence[str]) -> None:
-    """Take blocks out of a network in place and let the backbone repair the rest.
-
-    Args:
-        backbone: the model family.
-        model: the network.
-        removed: paths of the blocks that go, children of a `ModuleList` or `Sequential`.
-
-    Raises:
-        UserError: a block is the child of something else.
-    """
-    kept: dict[str, list[int]] = {}
-    for path in block_lists(backbone.block_paths(model)):
-        container = model.get_submodule(path)
-        if not isinstance(container, (nn.ModuleList, nn.Sequential)):
-            raise UserError(f"'{path or 'the network itself'}' is a {type(container).__name__}; blocks live in lists")
-        going = [i for i, name in enumerate(dict(container.named_children())) if f"{path}.{name}" in removed]
-        # Children that are no blocks stay where they are.
-        kept[path] = [i for i in range(len(container)) if i not in going]
-        for i in reversed(going):
-            del container[i]
-    backbone.after_prune(model, kept)
+    check_removal(task, decision.kept)
+    return without(task, decision.removed)
 
 
 def save_pretrained(student: nn.Module, task: Task, decision: Decision, folder: Path | str) -> Path:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import UserError, require
+from ..runtime.undisturbed import undisturbed
 
 
 class WeightUpdate(ABC):
@@ -25,24 +26,13 @@ class WeightUpdate(ABC):
         """
 
 
-@contextmanager
-def _requires_grad_restored(model: nn.Module) -> Iterator[None]:
-    before = {name: p.requires_grad for name, p in model.named_parameters()}
-    try:
-        yield
-    finally:
-        for name, p in model.named_parameters():
-            p.requires_grad_(before[name])
-            p.grad = None
-
-
 @dataclass(frozen=True)
 class Frozen(WeightUpdate):
     """The weights stay as they are: only the gates learn."""
 
     @contextmanager
     def applied(self, model: nn.Module, blocks: Sequence[str]) -> Iterator[list[nn.Parameter]]:
-        with _requires_grad_restored(model):
+        with undisturbed(model):
             model.requires_grad_(False)
             yield []
 
@@ -75,13 +65,16 @@ class LoRA(WeightUpdate):
         targets = self.targets or "|".join(re.escape(name) for name in _linears(model, blocks))
         if not any(re.fullmatch(targets, name) and not list(m.children()) for name, m in model.named_modules()):
             raise UserError(f"search.update.targets: '{targets}' matches no layer of {type(model).__name__}")
-        with _requires_grad_restored(model):
+        children = [(module, dict(module._modules)) for module in model.modules()]
+        with undisturbed(model):
             config = LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=targets)  # type: ignore[arg-type]
-            adapted = LoraModel(model, config, "recoverability")
             try:
+                LoraModel(model, config, "recoverability")
                 yield [p for p in model.parameters() if p.requires_grad]
-            finally:
-                adapted.unload()
+            finally:  # not by peft, which an exception while it wraps the layers leaves half done
+                for module, before in children:
+                    module._modules.update(before)
+                model.__dict__.pop("peft_config", None)
 
 
 @dataclass(frozen=True)
@@ -91,15 +84,14 @@ class Full(WeightUpdate):
     @contextmanager
     def applied(self, model: nn.Module, blocks: Sequence[str]) -> Iterator[list[nn.Parameter]]:
         # A network that is only planned with, on the meta device, has no values to restore.
-        original = {
-            name: t.detach().to("meta" if t.is_meta else "cpu", copy=True) for name, t in model.state_dict().items()
-        }
-        with _requires_grad_restored(model):
+        original = [(p, p.detach().to("meta" if p.is_meta else "cpu", copy=True)) for p in model.parameters()]
+        with undisturbed(model):
             try:
                 yield [p for p in model.parameters() if p.requires_grad]
             finally:
                 with torch.no_grad():
-                    model.load_state_dict(original)
+                    for p, values in original:
+                        p.copy_(values)
 
 
 def _linears(model: nn.Module, blocks: Sequence[str]) -> list[str]:

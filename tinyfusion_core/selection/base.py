@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 from ..protocols.backbone import block_lists
 from ..protocols.task import Task
 from ..pruning.decision import Decision
+from ..pruning.removal import check_removal
 from ..runtime.distributed import on_main_process
 from ..runtime.run_folder import RunFolder
 from ..samplers.constraints import Budget, Spending
@@ -94,8 +95,10 @@ class Selector(ABC):
 S = TypeVar("S", bound=Selector)
 
 
-def bind(selector: S, task: Task, trainer: Trainer, run: RunFolder | None) -> tuple[S, dict[str, Any]]:
-    """Bind a selector to what the task's network costs, if it has budgets of costs.
+def prepared(selector: S, task: Task, trainer: Trainer, run: RunFolder | None) -> tuple[S, dict[str, Any]]:
+    """Make a selector ready for a task: bind it to what the network costs, if it has budgets of costs.
+
+    Before anything is spent, a choice as it may come out is tried; see `check_removal`.
 
     Args:
         selector: with or without such budgets.
@@ -106,8 +109,10 @@ def bind(selector: S, task: Task, trainer: Trainer, run: RunFolder | None) -> tu
     Returns:
         The bound selector, and what was measured, for the record.
     """
+    trainer.to_device(task.teacher)
     budgets = selector.cost_budgets()
     if not budgets:
+        check_removal(task, selector.preview(task.blocks).kept)
         return selector, {}
 
     def work() -> dict[str, NetworkCosts]:
@@ -118,7 +123,9 @@ def bind(selector: S, task: Task, trainer: Trainer, run: RunFolder | None) -> tu
 
     costs = on_main_process(work)
     said = list(dict.fromkeys(budget.describe(costs[budget.name]) for budget in budgets))
-    return selector.bound(costs), {"budget": said, "costs": {name: asdict(found) for name, found in costs.items()}}
+    how = selector.bound(costs)
+    check_removal(task, how.preview(task.blocks).kept)
+    return how, {"budget": said, "costs": {name: asdict(found) for name, found in costs.items()}}
 
 
 def count_by_list(kept: Collection[int], blocks: Sequence[str]) -> dict[str, int]:

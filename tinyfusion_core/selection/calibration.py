@@ -22,6 +22,7 @@ from ..pruning.gating import Gates
 from ..runtime.distributed import batches, local_share, map_sharded, rank_and_world_size
 from ..runtime.progress import Tracker, track
 from ..runtime.seeding import Rng
+from ..runtime.undisturbed import evaluating
 from ..training.trainer import Trainer
 from .base import Decisive
 from .criteria import Criterion
@@ -115,7 +116,8 @@ class Calibration:
     def gradients(self) -> list[float]:
         """For every block, the mean over samples of |dL/dm|, m being the block's mask, at m = 1."""
         num_blocks = len(self.task.blocks)
-        with self._open(1) as progress, torch.enable_grad(), _frozen(self.task.teacher), self._gates() as gates:
+        with self._open(1) as progress, torch.enable_grad(), self._gates() as gates:
+            self.task.teacher.requires_grad_(False)
 
             def work(rows: range) -> Tensor:
                 inputs = self._inputs(rows)
@@ -192,17 +194,11 @@ class Calibration:
     def _open(self, passes: int, note: str = "") -> Iterator[Tracker]:
         """The network in eval mode on the device, and the progress of this process's part of some passes."""
         model = self.task.teacher.to(self.device)
-        training = [module for module in model.modules() if module.training]
         show = self.trainer.accelerator.is_main_process
         own = sum(map(len, local_share(self._parts)))
-        try:
-            model.eval()
-            with track(self.name + note, passes * own, show=show) as progress:
-                yield progress
-            self.evaluations += passes * self.num_samples
-        finally:
-            for module in training:
-                module.training = True
+        with evaluating(model), track(self.name + note, passes * own, show=show) as progress:
+            yield progress
+        self.evaluations += passes * self.num_samples
 
 
 def _together(own: Measure, empty: Measure) -> Measure:
@@ -212,18 +208,6 @@ def _together(own: Measure, empty: Measure) -> Measure:
     for state in map_sharded(range(rank_and_world_size()[1]), lambda process: own.state()):
         empty.merge(state)
     return empty
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No gradients for the weights."""
-    learning = [p for p in model.parameters() if p.requires_grad]
-    try:
-        model.requires_grad_(False)
-        yield
-    finally:
-        for p in learning:
-            p.requires_grad_(True)
 
 
 def _watch(

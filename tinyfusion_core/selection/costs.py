@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..protocols.task import Task
 from ..runtime.progress import track
 from ..runtime.seeding import Rng
+from ..runtime.undisturbed import evaluating
 from ..training.trainer import Trainer
 
 BATCH_SIZE, ROUNDS = 1, 20
@@ -80,7 +81,7 @@ def _flops(task: Task) -> NetworkCosts:
 def _counted(task: Task, model: nn.Module) -> NetworkCosts:
     inputs = _inputs(task, model, 1)
     # As many operations on fused kernels, which the counter does not know on a CPU.
-    with torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+    with evaluating(model), torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         counter = FlopCounterMode(display=False, depth=99)
         with counter:
             task.loss.predict(model, inputs)
@@ -109,7 +110,7 @@ def _latency(task: Task, trainer: Trainer, kinds: Sequence[tuple[int, int]], bat
             task.loss.predict(model, inputs)
         times.append(now() - start)
 
-    with track("latency", 2 * ROUNDS, show=trainer.accelerator.is_main_process) as progress:
+    with evaluating(model), track("latency", 2 * ROUNDS, show=trainer.accelerator.is_main_process) as progress:
         for _ in range(ROUNDS):
             timed(alone)
             progress.advance()
@@ -142,7 +143,7 @@ def _is_meta(model: nn.Module) -> bool:
 
 def _built(task: Task) -> nn.Module:
     """A network like the task's, with random weights."""
-    return task.backbone.construct(task.backbone.config(task.teacher)).eval()
+    return task.backbone.construct(task.backbone.config(task.teacher))
 
 
 def _inputs(task: Task, model: nn.Module, num_rows: int) -> dict[str, Tensor]:

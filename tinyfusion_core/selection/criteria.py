@@ -24,7 +24,7 @@ from ..samplers.compiled import Constraints, compile_constraints
 from ..samplers.constraints import Budget, Rules, Spending, check_said, combined
 from ..samplers.patterns import Pattern, parse_pattern
 from ..training.trainer import Trainer
-from .base import Selector, bind
+from .base import Selector, prepared
 from .budget import CostBudget, check_bound, parse_budget
 from .costs import NetworkCosts
 
@@ -107,7 +107,7 @@ class Criterion(Selector):
             object.__setattr__(self, "pattern", parse_pattern(self.pattern))
 
     def __call__(self, task: Task, trainer: Trainer, run: RunFolder | None = None) -> Decision:
-        how, costs = bind(self, task, trainer, run)
+        how, costs = prepared(self, task, trainer, run)
         constraints = how.compiled(task.blocks)
         result = how.decide(constraints, task, trainer)
         found = tree_map(_recorded, {"evaluations": result.evaluations, **result.findings})

@@ -22,12 +22,20 @@ def value_weights(mask: Tensor, share: float, rng: Rng) -> Tensor | None:
     return (rng.uniform("dropped values", *mask.shape) < share).to(mask) / share
 
 
-def train_mode(model: nn.Module, dropout: bool) -> None:
-    """Put a network in training mode; without dropout where masks are to be compared on identical draws."""
-    model.train()
+def search_mode(model: nn.Module, random: bool) -> None:
+    """Put a network in the mode that it is searched in.
+
+    Batch norms take their running statistics: a block sees only the samples that keep it, one perhaps.
+
+    Args:
+        model: the network.
+        random: whether it may draw at random, by dropout, stochastic depth, jitter of a router and whatever else it
+            draws in training mode only; not where masks are to be compared on identical draws.
+    """
+    model.train(random)
     for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.train(dropout)
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
 
 
 class GatedLoss(Objective):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -17,6 +16,7 @@ from ..pruning.gating import Gates
 from ..pruning.weight_update import LoRA, WeightUpdate
 from ..runtime.run_folder import RunFolder
 from ..runtime.seeding import seed_of
+from ..runtime.undisturbed import undisturbed
 from ..samplers.base import BlockSampler
 from ..samplers.constraints import Budget, Rules, Spending, build, check_keep, check_said, combined
 from ..samplers.grouped import GroupedSampler
@@ -26,10 +26,10 @@ from ..training.loop import Fit
 from ..training.objective import Ema, Optimization, ema_decay
 from ..training.recover import Recover
 from ..training.trainer import Trainer
-from .base import Decisive, Selector, bind
+from .base import Decisive, Selector, prepared
 from .budget import CostBudget, check_bound, parse_budget
 from .costs import NetworkCosts
-from .gated_loss import GatedLoss, train_mode
+from .gated_loss import GatedLoss, search_mode
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,7 @@ class Search(Selector):
             UserError: the pattern does not fit the network, or the loss was not finite for too long.
             Interrupted: a signal came; the same call with the same run folder goes on.
         """
-        how, costs = bind(self, task, trainer, run)
+        how, costs = prepared(self, task, trainer, run)
         decision = how.decide(how.learn(task, trainer, run), task, trainer)
         return replace(decision, provenance={**decision.provenance, **costs})
 
@@ -251,8 +251,7 @@ class Search(Selector):
         ema = Ema(sampler, ema_decay(self.steps) if self.ema is None else self.ema)
         averaged = ema.average.module
         assert isinstance(averaged, BlockSampler)
-        with torch.random.fork_rng(), ExitStack() as stack:
-            stack.callback(model.eval)
+        with torch.random.fork_rng(), undisturbed(model):
             torch.manual_seed(seed_of(trainer.seed, "search", "update"))  # LoRA draws its initial values
             with (
                 self.update.applied(model, task.blocks) as weights,
@@ -260,7 +259,7 @@ class Search(Selector):
                 Gates(model, task.blocks, batch_dim, task.backbone.streams) as gates,
             ):
                 warmup = self.warmup if weights else 0.0  # weights that do not move need none
-                train_mode(model, dropout=sampler.masks_per_sample == 1)
+                search_mode(model, random=sampler.masks_per_sample == 1)
                 objective = GatedLoss(
                     model,
                     task.loss,

@@ -20,7 +20,7 @@ from ..runtime.run_folder import RunFolder
 from ..samplers.constraints import Budget, Spending
 from ..training.recover import Recover
 from ..training.trainer import Trainer
-from .base import Selector, bind
+from .base import Selector, prepared
 from .budget import CostBudget
 from .calibration import Calibration
 from .costs import NetworkCosts
@@ -91,7 +91,7 @@ class Finals(Selector):
         return {f"others[{i}]": other for i, other in enumerate(self.others)}
 
     def __call__(self, task: Task, trainer: Trainer, run: RunFolder | None = None) -> Decision:
-        how, costs = bind(self, task, trainer, run)
+        how, costs = prepared(self, task, trainer, run)
         decision = how._halve(task, trainer, run)
         return replace(decision, provenance={**decision.provenance, **costs})
 

@@ -17,7 +17,7 @@ from ..protocols.data import Tensors
 from ..protocols.loss import LossAdapter
 from ..protocols.task import Task
 from ..pruning.gating import Gates
-from ..pruning.prune import remove_blocks
+from ..pruning.removal import remove_blocks
 from ..runtime.seeding import Rng, generator
 
 T = TypeVar("T")

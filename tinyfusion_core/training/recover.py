@@ -13,6 +13,7 @@ from ..protocols.task import Task
 from ..pruning.decision import Decision
 from ..runtime.run_folder import RunFolder
 from ..runtime.seeding import Rng
+from ..runtime.undisturbed import evaluating
 from .distillation import Distilled, OutputKD
 from .loop import Fit
 from .objective import Ema, Objective, Optimization, cosine, ema_decay
@@ -106,8 +107,9 @@ class Recover:
             clip=self.clip,
             ema=ema,
         )
-        frozen_blocks = [block for _, blocks in objective.frozen_modules() for block in blocks]
-        with trainer.transformed([*objective.blocks, *frozen_blocks]):
+        frozen = objective.frozen_modules()
+        frozen_blocks = [block for _, blocks in frozen for block in blocks]
+        with evaluating(*(n for n, _ in frozen)), trainer.transformed([*objective.blocks, *frozen_blocks]):
             Fit(trainer, stage, objective, task.train, task.loss.prepare, optimization, run).run()
         if averaged is not None:
             student.load_state_dict(averaged.state_dict())

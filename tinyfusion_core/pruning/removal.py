@@ -1,0 +1,123 @@
+"""Take blocks out of a network, and make sure that the rest does what it did when they were skipped."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterable, Sequence
+from itertools import chain
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ..errors import UserError
+from ..protocols.backbone import Backbone, block_lists
+from ..protocols.loss import Prediction
+from ..protocols.task import Task
+from ..runtime.seeding import Rng
+from ..runtime.undisturbed import evaluating
+from .gating import Gates
+
+
+def remove_blocks(backbone: Backbone, model: nn.Module, removed: Sequence[str]) -> None:
+    """Take blocks out of a network in place and let the backbone repair the rest.
+
+    Args:
+        backbone: the model family.
+        model: the network.
+        removed: paths of the blocks that go, children of a `ModuleList` or `Sequential`.
+
+    Raises:
+        UserError: a block is the child of something else.
+    """
+    kept: dict[str, list[int]] = {}
+    for path in block_lists(backbone.block_paths(model)):
+        container = model.get_submodule(path)
+        if not isinstance(container, (nn.ModuleList, nn.Sequential)):
+            raise UserError(f"'{path or 'the network itself'}' is a {type(container).__name__}; blocks live in lists")
+        going = [i for i, name in enumerate(dict(container.named_children())) if f"{path}.{name}" in removed]
+        # Children that are no blocks stay where they are.
+        kept[path] = [i for i in range(len(container)) if i not in going]
+        for i in reversed(going):
+            del container[i]
+    backbone.after_prune(model, kept)
+
+
+def without(task: Task, removed: Collection[int], shared: Iterable[Tensor] = ()) -> nn.Module:
+    """A copy of the task's network without some blocks, in eval mode.
+
+    Args:
+        task: the network.
+        removed: indices of blocks.
+        shared: parameters and buffers that the copy has in common with the original.
+    """
+    # What goes is not copied: the copy of a removed block is an empty module.
+    empty: dict[int, Any] = {id(task.teacher.get_submodule(task.blocks[i])): nn.Identity() for i in removed}
+    student = copy.deepcopy(task.teacher, memo={**{id(t): t for t in shared}, **empty})
+    remove_blocks(task.backbone, student, [task.blocks[i] for i in removed])
+    return student.eval()
+
+
+_checked: WeakKeyDictionary[nn.Module, set[tuple[int, ...]]] = WeakKeyDictionary()
+"""The choices of blocks that a network is known to do with."""
+
+
+def check_removal(task: Task, kept: Sequence[int]) -> None:
+    """Make sure that a network without some blocks does what it does when they are skipped, once for every choice.
+
+    Two samples are run, in eval mode, through the gated network and through one that is pruned and shares its weights.
+
+    Raises:
+        UserError: it fails or predicts otherwise, or what it makes of a sample depends on the others of a batch.
+    """
+    model = task.teacher
+    known = _checked.setdefault(model, set())
+    if tuple(kept) in known or next(model.parameters()).is_meta:
+        return
+    _check_norms(model)
+    device = next(model.parameters()).device
+    inputs = task.loss.prepare({k: t.to(device) for k, t in task.backbone.example(2).items()}, Rng(0, "removal"))
+    removed = [i for i in range(len(task.blocks)) if i not in set(kept)]
+    mask = torch.ones(2, len(task.blocks), device=device).index_fill(1, torch.tensor(removed, device=device), 0)
+    what = f"the network without {', '.join(task.blocks[i] for i in removed)}"
+    advice = "what else depends on these blocks has to be repaired by after_prune: docs/writing-a-plugin.md"
+    with torch.random.fork_rng(), torch.no_grad(), evaluating(model):
+        with Gates(model, task.blocks, task.batch_dim(model), task.backbone.streams) as gates:
+            gates.mask = mask
+            skipped = _tensors(task.loss.predict(model, inputs))
+        student = without(task, removed, shared=chain(model.parameters(), model.buffers()))
+        try:
+            with evaluating(student):
+                found = _tensors(task.loss.predict(student, inputs))
+        except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as e:
+            raise UserError(f"{what} fails ({type(e).__name__}: {e}); {advice}") from e
+    if not _equal(skipped, found):
+        raise UserError(f"{what} predicts otherwise than when they are skipped; {advice}")
+    known.add(tuple(kept))
+
+
+def _check_norms(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+            raise UserError(
+                f"'{path}' is a batch norm without running statistics: what it makes of a sample depends on the others, "
+                "and a block sees those alone that keep it. Give it track_running_stats=True"
+            )
+
+
+def _tensors(prediction: Prediction) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(prediction) if isinstance(leaf, Tensor)]
+
+
+def _equal(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
+    """Whether tensors are the same but for rounding."""
+
+    def close(a: Tensor, b: Tensor) -> bool:
+        eps = torch.finfo(a.dtype).eps if a.is_floating_point() else 0
+        return a.shape == b.shape and torch.allclose(
+            a, b, rtol=0, atol=64 * eps * float(a.abs().max() if a.numel() else 0), equal_nan=True
+        )
+
+    return len(ours) == len(theirs) and all(map(close, ours, theirs))

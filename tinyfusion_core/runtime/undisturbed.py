@@ -1,0 +1,51 @@
+"""Use a network and leave it as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Restore a network when the context closes: buffers, training flags, gradients, and what requires a gradient.
+
+    Everything is told apart by identity, not by name, so that modules may be wrapped meanwhile. Values of parameters
+    are not restored, see `WeightUpdate`. There are no gradients at first.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    buffers = [
+        (module, name, buffer, None if buffer is None else buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+    ]
+    try:
+        for p, _, _ in flags:
+            p.grad = None
+        yield
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, copy in buffers:
+                now = module._buffers.get(name)
+                if buffer is not None and now is not None and now.device != buffer.device:  # sharding moves networks
+                    buffer = now
+                module._buffers[name] = buffer if buffer is None else buffer.copy_(copy)
+        for p, flag, grad in flags:
+            p.requires_grad_(flag)
+            p.grad = grad
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Put networks in eval mode, and leave them as they were when the context closes."""
+    with ExitStack() as stack:
+        for model in models:
+            stack.enter_context(undisturbed(model))
+            model.eval()
+        yield
