@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from typing_extensions import override
 
 from tinyfusion_core.errors import MissingFileError, UserError, require
 from tinyfusion_core.protocols.backbone import Backbone, Stream
@@ -82,6 +83,7 @@ class DiffusersTransformer(Backbone):
             "[height, width] or [frames, height, width] of the latents",
         )
 
+    @override
     def build(self) -> nn.Module:
         """Draws nothing from the global generator.
 
@@ -94,6 +96,7 @@ class DiffusersTransformer(Backbone):
         evaluating: nn.Module = model.eval()
         return evaluating
 
+    @override
     def config(self, model: nn.Module | None = None) -> dict[str, Any]:
         """The transformer's diffusers config. Reads that of the model, or the one that comes with this package."""
         if model is not None:
@@ -106,27 +109,33 @@ class DiffusersTransformer(Backbone):
         return plain
 
     @classmethod
+    @override
     def construct(cls, config: Mapping[str, Any]) -> nn.Module:
         """Raises UserError when diffusers has no such network."""
         return construct(config)
 
     @cached_property
+    @override
     def streams(self) -> Mapping[str, Sequence[Stream]]:  # type: ignore[override]  # not every network has the same
         with torch.device("meta"):
             return streams_by_list(construct(self.config()))
 
+    @override
     def blocks(self, model: nn.Module) -> Sequence[str]:
         return free_blocks(model)
 
+    @override
     def after_prune(self, model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
         shorten(model, kept)
 
+    @override
     def example(self, num_rows: int) -> dict[str, Tensor]:
         """Clean latents `x`, and what the network is told of them: `y` (B,), or `text` (B, L, D), `mask`, `pooled`."""
         config = self.config()
         return calling.example(config, network_class(config), num_rows, self.latent, self.text_length)
 
     @classmethod
+    @override
     def tiny(cls) -> Self:
         sizes = {
             "patch_size": 1, "in_channels": 16, "num_layers": 3, "num_single_layers": 3, "attention_head_dim": 8,
@@ -140,6 +149,7 @@ class DiffusersTransformer(Backbone):
         """A backbone whose network has random weights, none of them zero."""
         return cls(_random=json.dumps(config), **options)
 
+    @override
     def source(self) -> dict[str, Any]:
         if self.model is None:
             return {"licence": self.licence}
@@ -152,12 +162,14 @@ class DiffusersTransformer(Backbone):
             raise MissingFileError(f"{folder}: holds no {WEIGHTS}, nor parts of it, nor a .bin file of that name")
         return {**found, "sha256": digest({path.name: sha256(path) for path in [folder / "config.json", *weights]})}
 
+    @override
     def save(self, model: nn.Module, folder: Path) -> list[str]:
         write_json(folder / "config.json", {**self.config(model), "_diffusers_version": diffusers().__version__})
         save_tensors(folder / WEIGHTS, model.state_dict(), {"format": "pt"})
         return ["config.json", WEIGHTS]
 
     @classmethod
+    @override
     def load(cls, folder: Path, config: Mapping[str, Any]) -> nn.Module:
         return cls(model=str(folder)).build()
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from typing_extensions import override
 
 from tinyfusion_core.errors import MissingFileError, UserError, require
 from tinyfusion_core.protocols.data import DataSource
@@ -38,9 +39,11 @@ class EncodedPrompts(DataSource):
     folder: str
     num_held_out: int = 256
 
+    @override
     def train(self) -> EncodedSamples:
         return self._part(held_out=False)
 
+    @override
     def held_out(self) -> EncodedSamples:
         return self._part(held_out=True)
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from tinyfusion_core.errors import UserError, nearest, require
 from tinyfusion_core.protocols.backbone import Batch
@@ -41,6 +42,7 @@ class _Denoising(LossAdapter):
     def _place(self, x: Tensor, noise: Tensor, rng: Rng) -> dict[str, Tensor]:
         """Draw a time for each sample: `t` (B,), `x_t` and `target` like `x`."""
 
+    @override
     def prepare(self, batch: Batch, rng: Rng) -> dict[str, Tensor]:
         """Noise the latents.
 
@@ -60,10 +62,12 @@ class _Denoising(LossAdapter):
             told["drop"] = (rng.uniform("label_drop", len(x)) < self.label_drop).to(x.device)
         return {**self._place(x, rng.normal("noise", x), rng), **told}
 
+    @override
     def loss(self, prediction: Tensor, inputs: Batch) -> Tensor:
         """Mean squared error, over the channels of the target: a variance that is predicted too is not trained."""
         return self._error(prediction[:, : inputs["target"].shape[1]], inputs["target"])
 
+    @override
     def distance(self, student: Tensor, teacher: Tensor, inputs: Batch) -> Tensor:
         """Mean squared difference, over all channels: a learned variance is to be the teacher's."""
         return self._error(student, teacher)
@@ -120,6 +124,7 @@ class ScheduledDiffusion(_Denoising):
         require(kind in ("epsilon", "v_prediction"), "loss.prediction", kind, "epsilon or v_prediction")
         return made.alphas_cumprod.double(), kind
 
+    @override
     def _place(self, x: Tensor, noise: Tensor, rng: Rng) -> dict[str, Tensor]:
         table, kind = self._process
         t = rng.integers("time", len(table), len(x))
@@ -127,6 +132,7 @@ class ScheduledDiffusion(_Denoising):
         target = noise if kind == "epsilon" else signal * noise - rest * x
         return {"x_t": signal * x + rest * noise, "target": target, "t": t.to(x.device)}
 
+    @override
     def predict(self, model: nn.Module, inputs: Batch) -> Tensor:
         return self._run(model, inputs["x_t"], inputs["t"], inputs)
 
@@ -157,6 +163,7 @@ class RectifiedFlow(_Denoising):
         require(self.shift > 0, "loss.shift", self.shift, "a factor above 0")
         require(self.scale is None or self.scale > 0, "loss.scale", self.scale, "a time above 0, or null")
 
+    @override
     def _place(self, x: Tensor, noise: Tensor, rng: Rng) -> dict[str, Tensor]:
         t = rng.uniform("time", len(x))
         if self.time == "logit_normal":
@@ -166,6 +173,7 @@ class RectifiedFlow(_Denoising):
         along = _beside(t, x)
         return {"x_t": (1 - along) * x + along * noise, "target": noise - x, "t": t.to(x)}
 
+    @override
     def predict(self, model: nn.Module, inputs: Batch) -> Tensor:
         flow = calling.flow_of(model, self.scale)
         t = inputs["t"]

@@ -9,6 +9,7 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from tinyfusion_core.protocols.checkpoint_backbone import CheckpointBackbone, settings
 
@@ -62,21 +63,26 @@ class DiT(CheckpointBackbone):
     mlp_act: str | None = None
 
     @classmethod
+    @override
     def network(cls) -> type[nn.Module]:
         from .model import DiT as Network
 
         return Network
 
+    @override
     def official(self) -> str | None:
         side = "512x512" if self.input_size == 64 else "256x256"
         return f"the official weights (of XL/2 alone: {_OFFICIAL}DiT-XL-2-{side}.pt)"
 
+    @override
     def blocks(self, model: nn.Module) -> Sequence[str]:
         return ["blocks.*"]
 
+    @override
     def after_prune(self, model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
         settings(model)["depth"] = len(kept["blocks"])
 
+    @override
     def example(self, num_rows: int) -> dict[str, Tensor]:
         """Clean latents `x` (num_rows, C, S, S) and labels `y` (num_rows,)."""
         config = self.config()
@@ -86,6 +92,7 @@ class DiT(CheckpointBackbone):
             "y": torch.arange(num_rows) % config["num_classes"],
         }
 
+    @override
     def export(self, model: nn.Module, library: str, folder: Path) -> None:
         if library != "diffusers":
             super().export(model, library, folder)
@@ -94,6 +101,7 @@ class DiT(CheckpointBackbone):
         to_diffusers(model, settings(model)).save_pretrained(folder)
 
     @classmethod
+    @override
     def tiny(cls) -> Self:
         return cls.random(
             input_size=8, patch_size=2, hidden_size=16, depth=4, num_heads=2, mlp_ratio=2.0, num_classes=10

@@ -17,6 +17,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from tinyfusion_core.errors import UserError
 from tinyfusion_core.protocols.backbone import Batch
@@ -79,9 +80,11 @@ class GaussianDiffusion(LossAdapter):
         check_options(self.label_drop, self.guided_channels)
         _ = self._sampling_process  # raises when there is no such spacing
 
+    @override
     def sampling_options(self) -> frozenset[str]:
         return frozenset({"sampler", "sampling_steps", "spacing", "clip_denoised", "cfg_scale", "guided_channels"})
 
+    @override
     def prepare(self, batch: Batch, rng: Rng) -> dict[str, Tensor]:
         """Noise the latents.
 
@@ -102,6 +105,7 @@ class GaussianDiffusion(LossAdapter):
         """What `loss` and `distance` need, for time steps t (B,): `x_start`, `noise`, `x_t`, `t`."""
         return {"x_start": x_start, "noise": noise, "x_t": self._process.diffuse(x_start, t, noise), "t": t}
 
+    @override
     def prepare_clean(self, batch: Batch, rng: Rng) -> dict[str, Tensor]:
         """Latents without noise or dropped labels, at time steps from the first 250.
 
@@ -111,10 +115,12 @@ class GaussianDiffusion(LossAdapter):
         t = rng.integers("time", min(250, self.num_timesteps), len(x)).to(x.device)
         return {"x_t": x, "t": t, "y": batch["y"], "drop": torch.zeros_like(t, dtype=torch.bool)}
 
+    @override
     def predict(self, model: nn.Module, inputs: Batch) -> Tensor:
         """`model(x_t, t, y)`, y being `model.null_class` where dropped -> (B, C or 2C, H, W)."""
         return run_network(model, inputs, self.label_drop)
 
+    @override
     def loss(self, prediction: Tensor, inputs: Batch) -> Tensor:
         """Mean squared noise error, plus the variational bound in bits per dimension, which trains only v."""
         e, v = self._split(prediction, inputs["x_t"])
@@ -124,6 +130,7 @@ class GaussianDiffusion(LossAdapter):
         x_start, x_t, t = inputs["x_start"], inputs["x_t"], inputs["t"]
         return mse + self._bound(e, v, inputs, self._process.posterior(x_start, x_t, t))
 
+    @override
     def distance(self, student: Tensor, teacher: Tensor, inputs: Batch) -> Tensor:
         """Mean squared difference of the noises, plus KL(teacher || student) of the reverse step in bits per dimension.
 
@@ -136,6 +143,7 @@ class GaussianDiffusion(LossAdapter):
         target = self._process.reverse(e_teacher, v_teacher, inputs["x_t"], inputs["t"])
         return mse + self._bound(e, v, inputs, target[:2])
 
+    @override
     def sample(self, model: nn.Module, like: Tensor, labels: Tensor, rng: Rng) -> Tensor:
         """(B, C, H, W) samples. Row i depends on its own streams alone: "x_T" and "sampling noise <step>"."""
         denoise = guided_network(model, labels, self.cfg_scale, self.guided_channels)

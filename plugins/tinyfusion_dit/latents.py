@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor, nn
+from typing_extensions import override
 
 from tinyfusion_core.dataloading.shards import FORMAT_VERSION, METADATA, read_metadata
 from tinyfusion_core.errors import MissingFileError, UserError, require
@@ -42,16 +43,20 @@ class _LatentSource(DataSource):
             check_autoencoder(self.decoder)  # or else the last stage of a long run would be the first to miss it
         return opened
 
+    @override
     def train(self) -> Samples:
         return self._split(held_out=False)
 
+    @override
     def held_out(self) -> Samples:
         return self._split(held_out=True)
 
     @property
+    @override
     def has_pixels(self) -> bool:
         return self.decoder is not None
 
+    @override
     def pixels(self, x: Tensor) -> Tensor | None:
         """Decoded on the device of the latents, by `decoder`; None without one."""
         if self.decoder is None:
@@ -112,6 +117,7 @@ class Latents(_LatentSource):
     def __post_init__(self) -> None:
         require(self.mix >= 1, "data.mix", self.mix, "at least 1")
 
+    @override
     def _open(self) -> tuple[Store, dict[str, Any]]:
         try:
             metadata = read_metadata(self.folder)
@@ -164,6 +170,7 @@ class LatentFolders(_LatentSource):
     features: str
     labels: str
 
+    @override
     def _open(self) -> tuple[Store, dict[str, Any]]:
         described = (Path(self.features) / METADATA).exists()
         return Files(Path(self.features), Path(self.labels)), read_metadata(self.features) if described else {}

@@ -14,6 +14,7 @@ import torch
 from timm.layers import Mlp, PatchEmbed
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
+from typing_extensions import override
 
 from tinyfusion_core.errors import UserError, nearest
 
@@ -88,6 +89,7 @@ class DiT(nn.Module):
             )
         return self.num_classes
 
+    @override
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Predict the noise and, with `learn_sigma`, the variance parameter v.
 
@@ -156,6 +158,7 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=_ACTIVATIONS[mlp_act])
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
+    @override
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """(B, T, D) stream, (B, D) conditioning -> (B, T, D)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)
@@ -173,6 +176,7 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(dim, out_features)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
 
+    @override
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """(B, T, D) stream, (B, D) conditioning -> (B, T, out_features)."""
         shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)
@@ -187,6 +191,7 @@ class TimestepEmbedder(nn.Module):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(2 * _NUM_FREQUENCIES, dim), nn.SiLU(), nn.Linear(dim, dim))
 
+    @override
     def forward(self, t: Tensor) -> Tensor:
         """(B,) -> (B, D)."""
         out: Tensor = self.mlp(sinusoid(t).to(next(self.parameters()).dtype))
@@ -200,6 +205,7 @@ class LabelEmbedder(nn.Module):
         super().__init__()
         self.embedding_table = nn.Embedding(num_rows, dim)
 
+    @override
     def forward(self, y: Tensor) -> Tensor:
         """(B,) -> (B, D)."""
         out: Tensor = self.embedding_table(y)

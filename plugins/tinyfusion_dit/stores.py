@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from typing_extensions import override
 
 from tinyfusion_core.dataloading.shards import ShardedSamples, shards_in
 from tinyfusion_core.errors import UserError
@@ -43,6 +44,7 @@ class Rows(Store):
     def read(self, images: Indices, copies: Indices) -> tuple[NDArray[np.float32], Indices]:
         """Latents (B, ...) and labels (B,) of these copies of these images."""
 
+    @override
     def split(self, num_held_out: int, moments: bool, held_out: bool) -> LatentSamples:
         if moments and self.num_channels % 2:
             raise UserError(f"moments are a mean and a std, but the latents have {self.num_channels} channels")
@@ -99,6 +101,7 @@ class Shards(Store):
         self.num_copies = 2 if metadata.get("flips") else 1
         self.num_images = self._num_rows // self.num_copies
 
+    @override
     def split(self, num_held_out: int, moments: bool, held_out: bool) -> ShardedSamples:
         border = num_held_out * self.num_copies
         first, end = (0, border) if held_out else (border, self._num_rows)
@@ -122,6 +125,7 @@ class Arrays(Rows):
             _load(path, self._shape)
         _load(self._labels, self._shape[:1], integers=True)
 
+    @override
     def read(self, images: Indices, copies: Indices) -> tuple[NDArray[np.float32], Indices]:
         latents = np.empty((len(images), *self._shape[1:]), dtype=np.float32)
         for copy, path in enumerate(self._features):
@@ -148,6 +152,7 @@ class Files(Rows):
         self.num_copies = self._shape[0] if len(self._shape) == 4 else 1
         self.num_channels = self._shape[-3]
 
+    @override
     def read(self, images: Indices, copies: Indices) -> tuple[NDArray[np.float32], Indices]:
         latents = np.empty((len(images), *self._shape[-3:]), dtype=np.float32)
         labels = np.empty(len(images), dtype=np.int64)

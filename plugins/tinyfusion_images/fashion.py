@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from tinyfusion_core.errors import MissingFileError, UserError, require
 from tinyfusion_core.protocols.data import DataSource, FeatureSpace, Tensors
@@ -38,16 +39,20 @@ class Fashion(DataSource):
     def __post_init__(self) -> None:
         require(1 <= self.num_held_out <= NUM_TEST, "data.num_held_out", self.num_held_out, f"1 to {NUM_TEST}")
 
+    @override
     def train(self) -> Tensors:
         return self._train
 
+    @override
     def held_out(self) -> Tensors:
         test = self._part("t10k")
         return Tensors({name: column[: self.num_held_out] for name, column in test.columns.items()})
 
+    @override
     def pixels(self, x: Tensor) -> Tensor:
         return ((x + 1) / 2).clamp(0, 1)
 
+    @override
     def feature_space(self) -> FeatureSpace:
         from tinyfusion_images.features import shipped
 

@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from tinyfusion_core.protocols.data import FeatureSpace
 from tinyfusion_core.runtime.files import load_strict, read_weights
@@ -41,6 +42,7 @@ class SmallCNN(nn.Module, FeatureSpace):
         )
         self.head = nn.Linear(num_features, 10)
 
+    @override
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 1, H, W) images in [-1, 1] -> (B, F) features, (B, 10) logits."""
         weight = self.head.weight
@@ -73,9 +75,11 @@ class ShippedFeatures(FeatureSpace):
     data: Literal["digits", "fashion"]
 
     @property
+    @override
     def name(self) -> str:  # type: ignore[override]
         return self._network.name
 
+    @override
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         found: tuple[Tensor, Tensor] = self._network.to(images.device)(images)
         return found

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from tinyfusion_core.errors import MissingFileError, UserError, require
 from tinyfusion_core.evaluation.generation import balanced_labels, has_pictures, pictures, sample_rows
@@ -66,6 +67,7 @@ class Fidelity(Metric):
             require(getattr(self, name) >= 10, f"{KEY}.{name}", getattr(self, name), "at least 10")
         require(self.batch_size >= 1, f"{KEY}.batch_size", self.batch_size, "at least 1")
 
+    @override
     def check(self, data: DataSource) -> None:
         missing = []
         if not data.has_pixels:
@@ -88,6 +90,7 @@ class Fidelity(Metric):
         if missing:
             raise MissingFileError("\n".join(missing))
 
+    @override
     def __call__(self, task: Task, models: Models, trainer: Trainer) -> list[Measurement]:
         folder = on_main_process(lambda: Path(tempfile.mkdtemp(prefix="tinyfusion-")))
         try:
@@ -96,6 +99,7 @@ class Fidelity(Metric):
             if trainer.accelerator.is_main_process:
                 shutil.rmtree(folder, ignore_errors=True)
 
+    @override
     def resume(self, task: Task, models: Models, trainer: Trainer, folder: Path) -> list[Measurement]:
         if not task.loss.generates or not has_pictures(task):
             raise UserError(f"{KEY}: {type(task.loss).__name__} and these data give no pictures; leave it out")

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from tinyfusion_core.errors import UserError, require
 from tinyfusion_core.protocols.backbone import Backbone
@@ -69,6 +70,7 @@ class CausalLM(Backbone):
         if self.network is not None and "model_type" not in self.network:
             raise UserError("backbone.network: a transformers config names its model_type")
 
+    @override
     def build(self) -> nn.Module:
         """Draws nothing from the global generator.
 
@@ -98,6 +100,7 @@ class CausalLM(Backbone):
         find_layers(model)
         return _evaluating(model)
 
+    @override
     def config(self, model: nn.Module | None = None) -> dict[str, Any]:
         """The transformers config. Raises UserError when neither a model nor `network` says what it is."""
         if model is not None:
@@ -109,6 +112,7 @@ class CausalLM(Backbone):
         return self._agreed(self._pretrained_config())
 
     @classmethod
+    @override
     def construct(cls, config: Mapping[str, Any]) -> nn.Module:
         """Raises UserError when `config` is of no decoder-only model."""
         from transformers import AutoConfig
@@ -124,19 +128,23 @@ class CausalLM(Backbone):
         model: nn.Module = construct(config, str(torch.get_default_device()))
         return model
 
+    @override
     def blocks(self, model: nn.Module) -> Sequence[str]:
         return [f"{find_layers(model)}.*"]
 
+    @override
     def after_prune(self, model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
         ((path, indices),) = kept.items()
         shorten(model, path, indices)
 
+    @override
     def example(self, num_rows: int) -> dict[str, Tensor]:
         """Token numbers `tokens` (num_rows, T), and `labels`, the same."""
         tokens = torch.arange(num_rows * self.context).view(num_rows, -1) % min(100, vocabulary_size(self.config()))
         return {"tokens": tokens, "labels": tokens.clone()}
 
     @classmethod
+    @override
     def tiny(cls) -> CausalLM:
         network = {
             "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "vocab_size": 97,
@@ -144,6 +152,7 @@ class CausalLM(Backbone):
         }  # fmt: skip
         return cls(network=network, context=16, _random_seed=0)
 
+    @override
     def source(self) -> dict[str, Any]:
         if self.model is None:
             return {"licence": self.licence}
@@ -154,6 +163,7 @@ class CausalLM(Backbone):
         files = [folder / self.gguf_file] if self.gguf_file else [*folder.glob("*.safetensors"), folder / "config.json"]
         return {**found, "sha256": digest({path.name: sha256(path) for path in sorted(files) if path.is_file()})}
 
+    @override
     def save(self, model: nn.Module, folder: Path) -> list[str]:
         """A transformers folder: config, weights as its checkpoints name them, generation config, tokenizer."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -169,6 +179,7 @@ class CausalLM(Backbone):
         return written
 
     @classmethod
+    @override
     def load(cls, folder: Path, config: Mapping[str, Any]) -> nn.Module:
         return cls(model=str(folder)).build()
 

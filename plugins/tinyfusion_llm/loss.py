@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from typing_extensions import override
 
 from tinyfusion_core.errors import require
 from tinyfusion_core.protocols.backbone import Batch
@@ -57,6 +58,7 @@ class NextToken(LossAdapter):
         require(self.top_k is None or self.top_k >= 1, "loss.top_k", self.top_k, "at least 1, or null")
         require(self.chunk >= 1, "loss.chunk", self.chunk, "at least 1 token")
 
+    @override
     def prepare(self, batch: Batch, rng: Rng) -> dict[str, Tensor]:
         """Nothing here is random.
 
@@ -69,9 +71,11 @@ class NextToken(LossAdapter):
         """
         return {"tokens": batch["tokens"], "targets": batch["labels"][:, 1:]}
 
+    @override
     def prepare_clean(self, batch: Batch, rng: Rng) -> dict[str, Tensor]:
         return self.prepare(batch, rng)
 
+    @override
     def predict(self, model: nn.Module, inputs: Batch) -> Hidden:
         """The final hidden states; of the head only what the last token needs is run.
 
@@ -96,6 +100,7 @@ class NextToken(LossAdapter):
         below, output = outputs[-1]  # the outermost one returns last
         return Hidden(output[0], lambda states: _head(model, below, type(output), states))
 
+    @override
     def loss(self, prediction: Hidden, inputs: Batch) -> Tensor:
         def piece(states: Tensor, targets: Tensor) -> Tensor:
             logits = prediction.head(states).float()
@@ -103,6 +108,7 @@ class NextToken(LossAdapter):
 
         return self._mean(piece, inputs["targets"], prediction.states)
 
+    @override
     def distance(self, student: Hidden, teacher: Hidden, inputs: Batch) -> Tensor:
         def piece(ours: Tensor, theirs: Tensor, targets: Tensor) -> Tensor:
             with torch.no_grad():

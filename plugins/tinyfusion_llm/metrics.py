@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from tinyfusion_core.errors import UserError, require
 from tinyfusion_core.evaluation.metrics import Measurement, Metric, Models
@@ -47,10 +48,12 @@ class Perplexity(Metric):
             value = getattr(self, name)
             require(value is None or value >= 1, f"evaluate: Perplexity.{name}", value, "at least 1")
 
+    @override
     def check(self, data: DataSource) -> None:
         if not isinstance(data, TextTokens) or not data.pack:
             raise UserError("evaluate: Perplexity needs running text: data TextTokens with pack; leave it out")
 
+    @override
     def __call__(self, task: Task, models: Models, trainer: Trainer) -> list[Measurement]:
         rows, loss = task.held_out, task.loss
         if not isinstance(rows, Rows) or not isinstance(loss, NextToken):
@@ -112,6 +115,7 @@ class Generation(Metric):
         for name in ("prompt", "new_tokens", "batch_size", "rounds"):
             require(getattr(self, name) >= 1, f"evaluate: Generation.{name}", getattr(self, name), "at least 1")
 
+    @override
     def __call__(self, task: Task, models: Models, trainer: Trainer) -> list[Measurement]:
         device = trainer.accelerator.device
         found: dict[str, list[tuple[float, float, int]]] = {name: [] for name in models}
@@ -186,9 +190,11 @@ class LmEval(Metric):
     limit: int | None = None
     batch_size: int = 8
 
+    @override
     def check(self, data: DataSource) -> None:
         need("lm_eval", "lm-eval[hf]", "evaluate: LmEval")
 
+    @override
     def __call__(self, task: Task, models: Models, trainer: Trainer) -> list[Measurement]:
         harness = need("lm_eval", "lm-eval[hf]", "evaluate: LmEval")
         adapter = need("lm_eval.models.huggingface", "lm-eval[hf]", "evaluate: LmEval").HFLM

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from typing_extensions import override
 
 from tinyfusion_core.errors import MissingFileError, UserError, require
 from tinyfusion_core.protocols.data import DataSource
@@ -75,9 +76,11 @@ class TextTokens(DataSource):
         require(0 < fraction < 1, "data.held_out_fraction", fraction, "a number between 0 and 1")
         require(most is None or most >= 1, "data.max_held_out", most, "at least 1 row, or null")
 
+    @override
     def train(self) -> Rows:
         return self._parts[0]
 
+    @override
     def held_out(self) -> Rows:
         return self._parts[1]
 

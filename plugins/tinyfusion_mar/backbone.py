@@ -9,6 +9,7 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from tinyfusion_core.protocols.checkpoint_backbone import CheckpointBackbone, settings
 
@@ -78,22 +79,27 @@ class MAR(CheckpointBackbone):
     head_depth: int | None = None
 
     @classmethod
+    @override
     def network(cls) -> type[nn.Module]:
         from . import model
 
         return model.MAR
 
+    @override
     def official(self) -> str | None:
         links = {name: link for name, link in _OFFICIAL.items() if self.variant in (name, None)} or _OFFICIAL
         return f"the official weights ({', '.join(f'of {name}: {link}' for name, link in links.items())})"
 
+    @override
     def blocks(self, model: nn.Module) -> Sequence[str]:
         return ["encoder_blocks.*", "decoder_blocks.*"]
 
+    @override
     def after_prune(self, model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
         for part in ("encoder", "decoder"):
             settings(model)[f"{part}_depth"] = len(kept[f"{part}_blocks"])
 
+    @override
     def example(self, num_rows: int) -> dict[str, Tensor]:
         """Clean latents `x` (num_rows, C, S, S) and labels `y` (num_rows,)."""
         config = self.config()
@@ -104,6 +110,7 @@ class MAR(CheckpointBackbone):
         }
 
     @classmethod
+    @override
     def tiny(cls) -> Self:
         return cls.random(
             img_size=8, vae_stride=2, in_channels=3, encoder_width=16, encoder_depth=4, encoder_heads=2,

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from tinyfusion_core.errors import UserError, require
 from tinyfusion_core.protocols.backbone import Batch
@@ -68,9 +69,11 @@ class MaskedTokenDiffusion(LossAdapter):
         check_options(self.label_drop)
         _ = self._diffusion  # raises when there is no such spacing
 
+    @override
     def sampling_options(self) -> frozenset[str]:
         return frozenset({"num_iter", "sampling_steps", "spacing", "temperature", "cfg_scale", "cfg_schedule"})
 
+    @override
     def prepare(self, batch: Batch, rng: Rng) -> dict[str, Tensor]:
         """Choose the masked tokens and noise them.
 
@@ -111,21 +114,25 @@ class MaskedTokenDiffusion(LossAdapter):
         deviation = torch.special.ndtri(low + quantile * (0.5 - low))
         return min(1.0, 1 + _RATE_DEVIATION * float(deviation))
 
+    @override
     def predict(self, model: nn.Module, inputs: Batch) -> Tensor:
         """Noise and variance of the masked tokens, (B, R, M, 2C)."""
         names = ("x_t", "t", "tokens", "visible", "masked", "y", "drop")
         out: Tensor = model(*(inputs[name] for name in names))
         return out
 
+    @override
     def loss(self, prediction: Tensor, inputs: Batch) -> Tensor:
         """Mean over a sample's masked tokens and their noisings of GaussianDiffusion's loss."""
         return self._per_sample(self._diffusion.loss(_rows(prediction), self._noised(inputs)), inputs)
 
+    @override
     def distance(self, student: Tensor, teacher: Tensor, inputs: Batch) -> Tensor:
         """Mean over a sample's masked tokens and their noisings of GaussianDiffusion's distance."""
         rows = self._diffusion.distance(_rows(student), _rows(teacher), self._noised(inputs))
         return self._per_sample(rows, inputs)
 
+    @override
     def sample(self, model: nn.Module, like: Tensor, labels: Tensor, rng: Rng) -> Tensor:
         """(B, C, H, W) samples. Row i depends on its own streams alone: "order" and those of `rounds`."""
         tokens = patchify(torch.zeros_like(like), self.patch_size)

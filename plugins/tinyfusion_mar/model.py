@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from typing_extensions import override
 
 from tinyfusion_core.errors import UserError
 from tinyfusion_dit.model import FinalLayer, TimestepEmbedder
@@ -98,6 +99,7 @@ class MAR(nn.Module):
         """L."""
         return self.diffusion_pos_embed_learned.shape[1]
 
+    @override
     def forward(
         self, x_t: Tensor, t: Tensor, tokens: Tensor, visible: Tensor, masked: Tensor, y: Tensor, drop: Tensor
     ) -> Tensor:
@@ -179,6 +181,7 @@ class DiffusionHead(nn.Module):
         self.res_blocks = nn.ModuleList(ResidualBlock(width) for _ in range(depth))
         self.final_layer = FinalLayer(width, 2 * token_width)
 
+    @override
     def forward(self, x: Tensor, t: Tensor, z: Tensor) -> Tensor:
         """x (..., C), t (...), z (..., D_d) that broadcasts -> (..., 2C)."""
         y = self.time_embed(t.flatten()).view(*t.shape, -1) + self.cond_embed(z)
@@ -198,6 +201,7 @@ class ResidualBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
 
+    @override
     def forward(self, h: Tensor, y: Tensor) -> Tensor:
         """(..., W) stream, (..., W) condition -> (..., W)."""
         shift, scale, gate = self.adaLN_modulation(y).chunk(3, dim=-1)

@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from tinyfusion_core.errors import require
 from tinyfusion_core.protocols.backbone import Batch
@@ -69,9 +70,11 @@ class FlowMatching(LossAdapter):
             "none with prediction: velocity",
         )
 
+    @override
     def sampling_options(self) -> frozenset[str]:
         return frozenset({"sampler", "sampling_steps", "last_step", "cfg_scale", "guided_channels"})
 
+    @override
     def prepare(self, batch: Batch, rng: Rng) -> dict[str, Tensor]:
         """Put the latents somewhere on their way from noise.
 
@@ -105,19 +108,23 @@ class FlowMatching(LossAdapter):
                 target, weight = -noise / sigma, weight * sigma.square()
         return {"x_t": along.alpha * data + sigma * noise, "target": target, "weight": weight.flatten()}
 
+    @override
     def predict(self, model: nn.Module, inputs: Batch) -> Tensor:
         """`model(x_t, t, y)`, y being `model.null_class` where dropped -> (B, C, H, W)."""
         return run_network(model, inputs, self.label_drop)
 
+    @override
     def loss(self, prediction: Tensor, inputs: Batch) -> Tensor:
         """Weighted mean squared error."""
         return self.distance(prediction, inputs["target"], inputs)
 
+    @override
     def distance(self, student: Tensor, teacher: Tensor, inputs: Batch) -> Tensor:
         """Mean squared difference, weighted as the loss is."""
         dtype = inputs["x_t"].dtype
         return inputs["weight"] * sample_mean((student.to(dtype) - teacher.to(dtype)).square())
 
+    @override
     def sample(self, model: nn.Module, like: Tensor, labels: Tensor, rng: Rng) -> Tensor:
         """(B, C, H, W) samples. Row i depends on its own streams alone: "x_0" and "sampling noise <step>"."""
         network = guided_network(model, labels, self.cfg_scale, self.guided_channels)

@@ -4,6 +4,7 @@ Transformers" (arXiv 2401.08740)."""
 from __future__ import annotations
 
 from torch import Tensor
+from typing_extensions import override
 
 from tinyfusion_dit.model import DiT
 
@@ -15,6 +16,7 @@ class SiT(DiT):
     checkpoint, the last layer has twice the channels, and the second half of them is computed for nothing.
     """
 
+    @override
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Predict the velocity, the noise or the score, whichever the network was trained for.
 

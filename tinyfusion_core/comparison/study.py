@@ -11,6 +11,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from typing_extensions import override
+
 from ..errors import UserError, require
 from ..evaluation.metrics import HeldOutLoss, Metric
 from ..protocols.task import Task
@@ -211,6 +213,7 @@ class Compare(Comparison):
         super().__post_init__()
         require(self.random >= 0, "compare.random", self.random, "0 or more")
 
+    @override
     def reference(self) -> tuple[int, int]:
         return self.random, 1
 
@@ -239,12 +242,15 @@ class Audit(Comparison):
         require(1 <= self.healings <= self.seeds, "audit.healings", self.healings, f"1 to audit.seeds ({self.seeds})")
         require(self.steps >= 1, "audit.steps", self.steps, "at least 1")
 
+    @override
     def reference(self) -> tuple[int, int]:
         return self.masks, self.healings
 
+    @override
     def recovery(self, recover: Recover) -> Recover:
         return recover.with_steps(self.steps)
 
+    @override
     def _columns(self, evaluate: Sequence[Metric]) -> dict[str, Metric]:
         return {}
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from ..errors import UserError, require
 from ..protocols.data import DataSource, FeatureSpace
@@ -43,6 +44,7 @@ class Frechet(Metric):
         require(self.num_samples >= 2, "evaluate: Frechet.num_samples", self.num_samples, "at least 2")
         require(self.batch_size >= 1, "evaluate: Frechet.batch_size", self.batch_size, "at least 1")
 
+    @override
     def check(self, data: DataSource) -> None:
         if self.features is None and data.feature_space() is None:
             raise UserError(
@@ -50,6 +52,7 @@ class Frechet(Metric):
                 "leave it out"
             )
 
+    @override
     def __call__(self, task: Task, models: Models, trainer: Trainer) -> list[Measurement]:
         from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from ..errors import require
 from ..protocols.task import Task
@@ -38,6 +39,7 @@ class Latency(Metric):
             require(getattr(self, name) >= 1, f"evaluate: Latency.{name}", getattr(self, name), "at least 1")
         require(self.warmup >= 0, "evaluate: Latency.warmup", self.warmup, "0 or more")
 
+    @override
     def __call__(self, task: Task, models: Models, trainer: Trainer) -> list[Measurement]:
         device = trainer.accelerator.device
         batch = {name: t.to(device) for name, t in task.backbone.example(self.batch_size).items()}

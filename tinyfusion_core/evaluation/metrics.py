@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from typing_extensions import override
 
 from ..errors import UserError, require
 from ..protocols.backbone import Backbone
@@ -86,6 +87,7 @@ class Size(Metric):
 
     column = None
 
+    @override
     def __call__(self, task: Task, models: Models, trainer: Trainer) -> list[Measurement]:
         blocks: dict[str, float | None] = {}
         parameters: dict[str, float | None] = {}
@@ -141,6 +143,7 @@ class HeldOutLoss(Metric):
         require(self.draws >= 1, "evaluate: HeldOutLoss.draws", self.draws, "at least 1")
         require(self.batch_size >= 1, "evaluate: HeldOutLoss.batch_size", self.batch_size, "at least 1")
 
+    @override
     def __call__(self, task: Task, models: Models, trainer: Trainer) -> list[Measurement]:
         num = len(task.held_out)
         parts = [(draw, rows) for draw in range(self.draws) for rows in batches(num, self.batch_size)]

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import nn
+from typing_extensions import override
 
 from ..errors import MissingFileError, UserError, nearest
 from ..runtime.files import load_strict, read_json, read_weights, sha256
@@ -56,6 +57,7 @@ class CheckpointBackbone(Backbone):
         """What to call the published weights that fit the backbone, and where they are."""
         return None
 
+    @override
     def build(self) -> nn.Module:
         """Draws nothing from the global generator."""
         path = self._weights() if self._random_seed is None else None
@@ -73,6 +75,7 @@ class CheckpointBackbone(Backbone):
             load_strict(model, read_weights(path, self.containers), path)
         return model
 
+    @override
     def config(self, model: nn.Module | None = None) -> dict[str, Any]:
         """Raises UserError when neither a checkpoint folder nor a variant nor the sizes say what the network is."""
         if model is not None:
@@ -89,6 +92,7 @@ class CheckpointBackbone(Backbone):
         return self._defaults() | given
 
     @classmethod
+    @override
     def construct(cls, config: Mapping[str, Any]) -> nn.Module:
         """Raises UserError when `config` is that of another network."""
         defaults = cls._defaults()
@@ -97,6 +101,7 @@ class CheckpointBackbone(Backbone):
             raise UserError(f"{cls.__name__} has no network setting '{word}'{nearest(word, defaults)}")
         return cls.network()(**config)
 
+    @override
     def source(self) -> dict[str, Any]:
         if self.checkpoint is None:
             return {"licence": self.licence}
@@ -114,6 +119,7 @@ class CheckpointBackbone(Backbone):
         return cls(**sizes, _random_seed=0)
 
     @classmethod
+    @override
     def tiny(cls) -> Self:
         """The network with its constructor's defaults; where those are not small, a backbone has sizes of its own."""
         return cls.random()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from typing_extensions import override
 
 from ..errors import UserError
 from .backbone import Backbone, Batch
@@ -62,9 +63,11 @@ class _Wrapped(Backbone):
     data: Samples
     repair: Callable[[nn.Module, Mapping[str, Sequence[int]]], object]
 
+    @override
     def build(self) -> nn.Module:
         return self.model.eval()
 
+    @override
     def config(self, model: nn.Module | None = None) -> dict[str, Any]:
         raise UserError(
             "wrap: no config is known of this network. Keep the student's state dict, or write a backbone: "
@@ -72,19 +75,24 @@ class _Wrapped(Backbone):
         )
 
     @classmethod
+    @override
     def construct(cls, config: Mapping[str, Any]) -> nn.Module:
         raise UserError("wrap: a wrapped network is not built from a config")
 
+    @override
     def blocks(self, model: nn.Module) -> Sequence[str]:
         return self.given
 
+    @override
     def after_prune(self, model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
         self.repair(model, kept)
 
+    @override
     def example(self, num_rows: int) -> dict[str, Tensor]:
         return self.data.__getitems__([i % len(self.data) for i in range(num_rows)])
 
     @classmethod
+    @override
     def tiny(cls) -> Backbone:
         raise UserError("wrap: a wrapped network has no tiny one")
 
@@ -93,12 +101,15 @@ class _Wrapped(Backbone):
 class _Function(LossAdapter):
     function: Callable[[nn.Module, Batch], Tensor]
 
+    @override
     def predict(self, model: nn.Module, inputs: Batch) -> Tensor:
         return self.function(model, inputs)
 
+    @override
     def loss(self, prediction: Prediction, inputs: Batch) -> Tensor:
         losses: Tensor = prediction
         return losses
 
+    @override
     def trivial(self, prediction: Prediction, inputs: Batch) -> None:
         """Losses alone do not say what nothing would be."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_leaves
+from typing_extensions import override
 
 from ..errors import UserError
 from ..protocols.backbone import FIRST, Streams, streams_of
@@ -193,6 +194,7 @@ class _Merge(torch.autograd.Function):
     """
 
     @staticmethod
+    @override
     def forward(
         ctx: Any,
         x: Tensor,
@@ -225,6 +227,7 @@ class _Merge(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @override
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         delta, kept = ctx.saved_tensors
         x_dtype, mask_dtype = ctx.dtypes

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from typing_extensions import override
 
 from ..errors import UserError, require
 
@@ -41,6 +42,7 @@ class Frozen(WeightUpdate):
     """The weights stay as they are: only the gates learn."""
 
     @contextmanager
+    @override
     def applied(self, model: nn.Module, blocks: Sequence[str]) -> Iterator[list[nn.Parameter]]:
         with _requires_grad_restored(model):
             model.requires_grad_(False)
@@ -69,6 +71,7 @@ class LoRA(WeightUpdate):
             raise UserError(f"search.update.targets: '{self.targets}' is no regular expression ({e})") from None
 
     @contextmanager
+    @override
     def applied(self, model: nn.Module, blocks: Sequence[str]) -> Iterator[list[nn.Parameter]]:
         from peft import LoraConfig, LoraModel
 
@@ -89,6 +92,7 @@ class Full(WeightUpdate):
     """Every weight of the model moves; a copy on the CPU restores it."""
 
     @contextmanager
+    @override
     def applied(self, model: nn.Module, blocks: Sequence[str]) -> Iterator[list[nn.Parameter]]:
         # A network that is only planned with, on the meta device, has no values to restore.
         original = {

@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from ..errors import UserError, require
 from ..runtime.seeding import Rng
@@ -75,11 +76,13 @@ class GroupedSampler(BlockSampler):
             self.register_buffer(f"options_{g}", options, persistent=False)
             self.logits.append(nn.Parameter(torch.full((len(options),), initial)))
 
+    @override
     def anneal(self, progress: float) -> dict[str, float]:
         self.tau = linear(self.tau_schedule, progress)
         self.scaling = linear(self.scaling_schedule, progress)
         return {"tau": self.tau, "scaling": self.scaling, **super().anneal(progress)}
 
+    @override
     def sample(self, num_rows: int, rng: Rng) -> Draw:
         gumbel = rng.gumbel("mask", num_rows, sum(len(logits) for logits in self.logits))
         return self.relax(gumbel.to(self.logits[0].device))
@@ -104,9 +107,11 @@ class GroupedSampler(BlockSampler):
                 log_prob = log_prob + scores_K.log_softmax(0)[chosen_B]
         return Draw(torch.cat(masks, dim=1), log_prob)
 
+    @override
     def marginals(self) -> Tensor:
         return torch.cat([p @ self._options(g) for g, p in enumerate(self._probabilities())])
 
+    @override
     def mode(self) -> list[int]:
         kept, start = [], 0
         for g, p in enumerate(self._probabilities()):
@@ -115,6 +120,7 @@ class GroupedSampler(BlockSampler):
             start += len(option)
         return kept
 
+    @override
     def best(self, count: int) -> list[tuple[int, ...]]:
         found: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
         for scores, members, g in zip(self._scores(), self.choices(), itertools.count(), strict=False):
@@ -128,6 +134,7 @@ class GroupedSampler(BlockSampler):
             found = sorted(both, key=lambda item: (-item[0], item[1]))[:count]
         return [kept for _, kept in found]
 
+    @override
     def allows(self, kept: Sequence[int]) -> bool:
         for g, members in enumerate(self.choices()):
             mask = torch.tensor([float(block in kept) for block in members])
@@ -135,17 +142,21 @@ class GroupedSampler(BlockSampler):
                 return False
         return set(kept) <= set(range(self.num_blocks))
 
+    @override
     def entropy(self) -> float:
         return sum(float(torch.special.entr(p).sum()) for p in self._probabilities())
 
+    @override
     def confidence(self) -> list[float]:
         return [float(p.max()) for p in self._probabilities()]
 
+    @override
     def choices(self) -> list[list[int]]:
         ends = list(itertools.accumulate(of for _, of in self.groups))
         return [list(range(end - of, end)) for end, (_, of) in zip(ends, self.groups, strict=True)]
 
     @property
+    @override
     def num_masks(self) -> int:
         return math.prod(len(logits) for logits in self.logits)
 

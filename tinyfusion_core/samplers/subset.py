@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from ..errors import require
 from ..runtime.seeding import Rng
@@ -25,29 +26,37 @@ class SubsetSampler(BlockSampler):
         self.automaton, self.budget = build(rules, lists), rules.keep
         self.logits = nn.Parameter(torch.zeros(self.num_blocks))
 
+    @override
     def marginals(self) -> Tensor:
         return self._subsets(learning=False).marginals()
 
+    @override
     def mode(self) -> list[int]:
         return self._subsets(learning=False).mode().nonzero().flatten().tolist()
 
+    @override
     def best(self, count: int) -> list[tuple[int, ...]]:
         return [kept for _, kept in self._subsets(learning=False).best(count)]
 
+    @override
     def allows(self, kept: Sequence[int]) -> bool:
         return self.automaton.accepts(kept)
 
+    @override
     def entropy(self) -> float:
         return float(self._subsets(learning=False).entropy())
 
+    @override
     def confidence(self) -> list[float]:
         subsets = self._subsets(learning=False)
         return [float(subsets.log_prob(subsets.mode()[None]).exp())]
 
+    @override
     def choices(self) -> list[list[int]]:
         return []
 
     @property
+    @override
     def num_masks(self) -> int:
         return self.automaton.num_masks
 
@@ -71,6 +80,7 @@ class ExactK(SubsetSampler):
         rules: what every mask obeys: `{keep: 14}`.
     """
 
+    @override
     def sample(self, num_rows: int, rng: Rng) -> Draw:
         subsets = self._subsets()
         masks, soft = self._masks(subsets, num_rows, rng), subsets.marginals()
@@ -105,16 +115,19 @@ class ScoreFunction(SubsetSampler):
         self.masks_per_sample = masks
         self.entropy_schedule, self.entropy_weight = entropy, entropy[0]
 
+    @override
     def anneal(self, progress: float) -> dict[str, float]:
         self.entropy_weight = linear(self.entropy_schedule, progress)
         weight = {"entropy weight": self.entropy_weight} if max(self.entropy_schedule) else {}
         return {**weight, **super().anneal(progress)}
 
+    @override
     def sample(self, num_rows: int, rng: Rng) -> Draw:
         subsets = self._subsets()
         masks = self._masks(subsets, num_rows, rng)
         return Draw(masks.to(self.logits), subsets.log_prob(masks).to(self.logits))
 
+    @override
     def surrogate(self, draw: Draw, loss: Tensor) -> Tensor:
         losses = loss.detach().float().view(-1, self.masks_per_sample)
         others = (losses.sum(1, keepdim=True) - losses) / (self.masks_per_sample - 1)
@@ -151,10 +164,12 @@ class GumbelTopK(BlockSampler):
         self.tau_schedule, self.tau = tau, tau[0]
         self.logits = nn.Parameter(torch.zeros(self.num_blocks))
 
+    @override
     def anneal(self, progress: float) -> dict[str, float]:
         self.tau = linear(self.tau_schedule, progress)
         return {"tau": self.tau, **super().anneal(progress)}
 
+    @override
     def sample(self, num_rows: int, rng: Rng) -> Draw:
         scores = self.logits + self.prior_logits + rng.gumbel("mask", num_rows, self.num_blocks).to(self.logits)
         order = scores.topk(self.keep, dim=1).indices
@@ -175,12 +190,15 @@ class GumbelTopK(BlockSampler):
         later = chosen.flip(1).logcumsumexp(1).flip(1)
         return (chosen - torch.logaddexp(later, rest)).sum(1)
 
+    @override
     def marginals(self) -> Tensor:
         return self._fixed_draws().mean(0)
 
+    @override
     def mode(self) -> list[int]:
         return sorted((self.logits.detach() + self.prior_logits).topk(self.keep).indices.tolist())
 
+    @override
     def best(self, count: int) -> list[tuple[int, ...]]:
         masks, counts = torch.unique(self._fixed_draws(), dim=0, return_counts=True)
         order = counts.argsort(descending=True, stable=True)
@@ -191,22 +209,27 @@ class GumbelTopK(BlockSampler):
         ranked = dict.fromkeys([tuple(self.mode()), *found, *(kept for _, kept in unseen)])
         return list(ranked)[:count]
 
+    @override
     def allows(self, kept: Sequence[int]) -> bool:
         return len(kept) == self.keep
 
+    @override
     def entropy(self) -> float:
         counts = torch.unique(self._fixed_draws(), dim=0, return_counts=True)[1]
         return float(torch.special.entr(counts / counts.sum()).sum())
 
+    @override
     def confidence(self) -> list[float]:
         mode = torch.zeros(self.num_blocks)
         mode[self.mode()] = 1
         return [float((self._fixed_draws() == mode).all(1).float().mean())]
 
+    @override
     def choices(self) -> list[list[int]]:
         return []
 
     @property
+    @override
     def num_masks(self) -> int:
         return math.comb(self.num_blocks, self.keep)
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from ..dataloading.order import order_of
 from ..errors import UserError, require
@@ -63,6 +64,7 @@ class Calibrated(Criterion):
         for name in ("samples", "batch_size"):
             require(getattr(self, name) >= 1, f"{type(self).__name__}.{name}", getattr(self, name), "at least 1")
 
+    @override
     def decisive(self, trainer: Trainer) -> Decisive:
         return Decisive(trainer, but=("batch_size",), but_of_trainer=("batch_size",))  # it does not train
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from torch.utils._pytree import tree_map
+from typing_extensions import override
 
 from ..errors import UserError
 from ..protocols.task import Task
@@ -46,6 +47,7 @@ class Keep(Selector):
         if len(set(self.blocks)) != len(self.blocks):
             raise UserError(f"Keep: blocks {list(self.blocks)} names a block twice")
 
+    @override
     def __call__(self, task: Task, trainer: Trainer, run: RunFolder | None = None) -> Decision:
         decision = self.preview(task.blocks)
         source = {**decision.provenance, **provenance(trainer.seed, task.source)}
@@ -53,9 +55,11 @@ class Keep(Selector):
             decision, provenance=source if self.decision is None else {**source, "taken_from": self.decision}
         )
 
+    @override
     def inputs(self) -> dict[str, str]:
         return {} if self.decision is None else {"search.decision": sha256(Path(self.decision))}
 
+    @override
     def preview(self, blocks: Sequence[str]) -> Decision:
         if self.decision is None:
             return Decision(blocks=tuple(blocks), kept=tuple(sorted(self.blocks)), method="Keep")
@@ -99,6 +103,7 @@ class Criterion(Selector):
         if self.pattern is not None:
             object.__setattr__(self, "pattern", parse_pattern(self.pattern))
 
+    @override
     def __call__(self, task: Task, trainer: Trainer, run: RunFolder | None = None) -> Decision:
         constraints = self.compiled(task.blocks)
         result = self.decide(constraints, task, trainer)
@@ -106,10 +111,12 @@ class Criterion(Selector):
         where = {**provenance(trainer.seed, task.source), **found}
         return self._decision(task.blocks, constraints, result.kept, where)
 
+    @override
     def preview(self, blocks: Sequence[str]) -> Decision:
         constraints = self.compiled(blocks)
         return self._decision(blocks, constraints, self.guess(constraints), {})
 
+    @override
     def budget(self, blocks: Sequence[str]) -> Budget | None:
         return self.compiled(blocks).budget
 
@@ -171,13 +178,16 @@ class Nested(Criterion):
 
     decision: str
 
+    @override
     def inputs(self) -> dict[str, str]:
         return {"search.decision": sha256(Path(self.decision))}
 
+    @override
     def preview(self, blocks: Sequence[str]) -> Decision:
         Decision.load(self.decision).check_fits(blocks, "the network")
         return super().preview(blocks)
 
+    @override
     def guess(self, constraints: Constraints) -> Sequence[int]:
         found = Decision.load(self.decision)
         if len(found.marginals) != constraints.num_blocks:
@@ -196,6 +206,7 @@ class Nested(Criterion):
             )
         return kept
 
+    @override
     def decide(self, constraints: Constraints, task: Task, trainer: Trainer) -> CriterionResult:
         return CriterionResult(self.guess(constraints), findings={"taken_from": self.decision})
 
@@ -216,6 +227,7 @@ class Positions(Criterion):
     def positions(self, num_kept: int, size: int) -> Sequence[int]:
         """The wanted positions among `size` blocks."""
 
+    @override
     def guess(self, constraints: Constraints) -> Sequence[int]:
         scores = [0.0] * constraints.num_blocks
         for choice in constraints.choices:
@@ -241,6 +253,7 @@ class Positions(Criterion):
             scores[block] = -min((abs(position - w) for w in wanted), default=0)
         return {blocks[w] for w in wanted}
 
+    @override
     def decide(self, constraints: Constraints, task: Task, trainer: Trainer) -> CriterionResult:
         return CriterionResult(self.guess(constraints))
 
@@ -248,6 +261,7 @@ class Positions(Criterion):
 class Uniform(Positions):
     """Keep evenly spaced blocks: the last of each of k equal segments (of 8 blocks 1, 3, 5, 7)."""
 
+    @override
     def positions(self, num_kept: int, size: int) -> Sequence[int]:
         return [(i + 1) * size // num_kept - 1 for i in range(num_kept)]
 
@@ -255,6 +269,7 @@ class Uniform(Positions):
 class FirstN(Positions):
     """Keep the first blocks."""
 
+    @override
     def positions(self, num_kept: int, size: int) -> Sequence[int]:
         return range(num_kept)
 
@@ -262,6 +277,7 @@ class FirstN(Positions):
 class LastN(Positions):
     """Keep the last blocks."""
 
+    @override
     def positions(self, num_kept: int, size: int) -> Sequence[int]:
         return range(size - num_kept, size)
 
@@ -269,5 +285,6 @@ class LastN(Positions):
 class BKSDM(Positions):
     """Keep evenly spaced blocks from the first to the last (BK-SDM, arXiv:2305.15798; of 8 blocks 0, 2, 5, 7)."""
 
+    @override
     def positions(self, num_kept: int, size: int) -> Sequence[int]:
         return [round(i * (size - 1) / max(1, num_kept - 1)) for i in range(num_kept)]

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
+from typing_extensions import override
 
 from ..protocols.backbone import Batch
 from ..protocols.loss import LossAdapter
@@ -67,6 +68,7 @@ class GatedLoss(Objective):
         self.num_steps = 0
         self.temperatures: dict[str, float] = {}
 
+    @override
     def forward(self, inputs: Batch, rng: Rng) -> tuple[Tensor, Tensor]:
         loss, _, gates = self.unregistered
         copies = self.sampler.masks_per_sample
@@ -83,6 +85,7 @@ class GatedLoss(Objective):
         # A zero gradient, never none: distributed processes wait for it.
         return losses.mean() + 0 * (draw.mask.sum() + draw.log_prob.sum()), losses.detach()
 
+    @override
     def before_step(self, progress: float) -> None:
         self.num_steps = round(progress * (self.steps - 1)) + 1
         self.learning = progress >= self.warmup
@@ -92,11 +95,13 @@ class GatedLoss(Objective):
         averaged.anneal(learned)
         averaged.prior = averaged.prior_schedule[1]  # a start that fades has no say in the decision
 
+    @override
     def finished(self) -> bool:
         if self.confident is None or not self.learning:
             return False
         return min(self.unregistered[1].confidence()) >= self.confident
 
+    @override
     def metrics(self) -> dict[str, Any]:
         averaged = self.unregistered[1]
         return {

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from typing_extensions import override
 
 from ..errors import UserError, require
 from ..protocols.backbone import list_lengths
@@ -135,9 +136,11 @@ class Search(Selector):
         if self.pattern is not None:
             object.__setattr__(self, "pattern", parse_pattern(self.pattern))
 
+    @override
     def inputs(self) -> dict[str, str]:
         return {} if self.start is None else {f"start.{key}": value for key, value in self.start.inputs().items()}
 
+    @override
     def preview(self, blocks: Sequence[str]) -> Decision:
         return self.preview_beside(blocks, {})
 
@@ -165,16 +168,20 @@ class Search(Selector):
         build(rules, lists, "search.constraints")  # what is wrong with them is said under this key
         return ScoreFunction(lists, rules)
 
+    @override
     def budget(self, blocks: Sequence[str]) -> Budget | None:
         sampler = self.make_sampler(list_lengths(blocks))
         return super().budget(blocks) if sampler.choices() else sampler.budget
 
+    @override
     def learned(self) -> Search | None:
         return self
 
+    @override
     def trainings(self) -> Sequence[Search | Recover]:
         return (self,)
 
+    @override
     def decisive(self, trainer: Trainer) -> Decisive:
         return Decisive(trainer.with_batch_size(self.batch_size), but=("batch_size",))
 
@@ -183,6 +190,7 @@ class Search(Selector):
         given = {"tau": self.tau, "scaling": self.scaling}
         return {name: value for name, value in given.items() if value is not None}
 
+    @override
     def __call__(self, task: Task, trainer: Trainer, run: RunFolder | None = None) -> Decision:
         """Run the search. The network's weights are afterwards what they were, bit for bit.
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from ..errors import require
 from ..protocols.task import Task
@@ -34,6 +35,7 @@ class Random(Calibrated):
         super().__post_init__()
         require(self.draws >= 1, "Random.draws", self.draws, "at least 1")
 
+    @override
     def decide(self, constraints: Constraints, task: Task, trainer: Trainer) -> CriterionResult:
         source = generator(trainer.seed, "random", self.seed)
         masks = constraints.distinct(self.draws, source)
@@ -48,6 +50,7 @@ class Random(Calibrated):
 class LeaveOneOut(Calibrated):
     """Keep the blocks without which, one at a time, the calibration loss rises most ("sensitivity")."""
 
+    @override
     def decide(self, constraints: Constraints, task: Task, trainer: Trainer) -> CriterionResult:
         calibration, everything = self.calibration(task, trainer), range(constraints.num_blocks)
         masks = [everything, *([j for j in everything if j != i] for i in everything)]
@@ -63,6 +66,7 @@ class Greedy(Calibrated):
     Blocks that constraints hold together go together. With a budget of costs it ends as soon as the budget is met.
     """
 
+    @override
     def decide(self, constraints: Constraints, task: Task, trainer: Trainer) -> CriterionResult:
         calibration, kept = self.calibration(task, trainer), list(range(constraints.num_blocks))
         rounds = constraints.num_blocks - len(constraints.best([0.0] * constraints.num_blocks))
@@ -82,6 +86,7 @@ class Greedy(Calibrated):
 class Taylor(Calibrated):
     """Keep the blocks whose mask the loss depends on most: mean |dL/dm| at m = 1 (Michel et al., arXiv:1905.10650)."""
 
+    @override
     def decide(self, constraints: Constraints, task: Task, trainer: Trainer) -> CriterionResult:
         calibration = self.calibration(task, trainer)
         scores = calibration.gradients()

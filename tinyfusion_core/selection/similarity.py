@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import override
 
 from ..errors import UserError
 from ..protocols.task import Task
@@ -104,9 +105,11 @@ class BlockInfluence(Calibrated):
 
     reference: bool = False
 
+    @override
     def protected(self, blocks: Sequence[str]) -> Sequence[int]:
         return [*self.protect, len(blocks) - 1] if self.reference else self.protect
 
+    @override
     def decide(self, constraints: Constraints, task: Task, trainer: Trainer) -> CriterionResult:
         calibration = self.calibration(task, trainer)
         spans = [(i, i) for i in range(constraints.num_blocks)]
@@ -117,6 +120,7 @@ class BlockInfluence(Calibrated):
 class InputOutputMSE(Calibrated):
     """Keep the blocks whose output differs most from their input, by mean squares (Flux.1 Lite)."""
 
+    @override
     def decide(self, constraints: Constraints, task: Task, trainer: Trainer) -> CriterionResult:
         calibration = self.calibration(task, trainer)
         scores = calibration.compare([(i, i) for i in range(constraints.num_blocks)], squared_error)
@@ -137,9 +141,11 @@ class SpanSimilarity(Calibrated):
 
     measure: Literal["cosine", "cka"] = "cosine"
 
+    @override
     def guess(self, constraints: Constraints) -> Sequence[int]:
         return _without(constraints, [spans[0] for spans in self._candidates(constraints)])
 
+    @override
     def decide(self, constraints: Constraints, task: Task, trainer: Trainer) -> CriterionResult:
         candidates = self._candidates(constraints)
         spans = [span for some in candidates for span in some]

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from typing_extensions import override
 
 from ..errors import Diverged, UserError, require
 from ..protocols.task import Task
@@ -62,25 +63,31 @@ class Finals(Selector):
         """What a finalist gets in each round."""
         return Recover(steps=self.steps, batch_size=self.batch_size, lr=self.lr, schedule="constant", ema=0.0)
 
+    @override
     def inputs(self) -> dict[str, str]:
         parts = {"search": self.search, **self._by_key()}
         return {f"{part}.{key}": value for part, selector in parts.items() for key, value in selector.inputs().items()}
 
+    @override
     def preview(self, blocks: Sequence[str]) -> Decision:
         return self.search.preview_beside(blocks, self._by_key())
 
+    @override
     def budget(self, blocks: Sequence[str]) -> Budget | None:
         return self.search.budget(blocks)
 
+    @override
     def learned(self) -> Search | None:
         return self.search
 
+    @override
     def trainings(self) -> Sequence[Search | Recover]:
         return (self.search, self.recovery)
 
     def _by_key(self) -> dict[str, Selector]:
         return {f"others[{i}]": other for i, other in enumerate(self.others)}
 
+    @override
     def __call__(self, task: Task, trainer: Trainer, run: RunFolder | None = None) -> Decision:
         quiet = replace(trainer, trackers=())  # each piece of work would be a run of its own
         proposed, evaluations = self._others(task, quiet, run)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from ..protocols.backbone import Backbone
 from ..protocols.data import Tensors
@@ -32,6 +33,7 @@ class _Centre(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.zeros(WIDTH))
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         mean = self.get_buffer("mean")
         if self.training:
@@ -44,6 +46,7 @@ class _Block(nn.Module):
         super().__init__()
         self.centre, self.linear = _Centre(), nn.Linear(WIDTH, WIDTH)
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         found: Tensor = x + torch.tanh(self.linear(self.centre(x)))
         return found
@@ -57,6 +60,7 @@ class _Network(nn.Module):
         self.second = nn.ModuleList(_Block() for _ in range(second))
         self.last = nn.Linear(WIDTH, WIDTH)
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         for block in [*self.first, *self.second]:
             x = block(x)
@@ -68,6 +72,7 @@ class _Network(nn.Module):
 class SmallBackbone(Backbone):
     """A residual network of two lists of four blocks, with running means, over (B, 3, 4) tokens."""
 
+    @override
     def build(self) -> nn.Module:
         source = generator("conformance", "network")
         with torch.random.fork_rng():  # checks watch the global generator
@@ -76,6 +81,7 @@ class SmallBackbone(Backbone):
             t.copy_(torch.randn(t.shape, generator=source) / 2)
         return model.eval()
 
+    @override
     def config(self, model: nn.Module | None = None) -> dict[str, Any]:
         if model is None:
             return dict(LISTS)
@@ -83,20 +89,25 @@ class SmallBackbone(Backbone):
         return dict(model.depths)
 
     @classmethod
+    @override
     def construct(cls, config: Mapping[str, Any]) -> nn.Module:
         return _Network(**config)
 
+    @override
     def blocks(self, model: nn.Module) -> Sequence[str]:
         return [f"{name}.*" for name in LISTS]
 
+    @override
     def after_prune(self, model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
         assert isinstance(model, _Network)
         model.depths = {name: len(stayed) for name, stayed in kept.items()}
 
+    @override
     def example(self, num_rows: int) -> dict[str, Tensor]:
         return {name: torch.zeros(num_rows, 3, WIDTH) for name in ("x", "y")}
 
     @classmethod
+    @override
     def tiny(cls) -> SmallBackbone:
         return cls()
 
@@ -105,16 +116,20 @@ class SmallBackbone(Backbone):
 class SmallLoss(LossAdapter):
     """Mean squared error."""
 
+    @override
     def predict(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         found: Tensor = model(inputs["x"])
         return found
 
+    @override
     def prepare_clean(self, batch: Mapping[str, Tensor], rng: Any) -> dict[str, Tensor]:
         return dict(batch)
 
+    @override
     def loss(self, prediction: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
         return self.distance(prediction, inputs["y"], inputs)
 
+    @override
     def distance(self, student: Tensor, teacher: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
         return (student - teacher).square().flatten(1).mean(1)
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from typing_extensions import override
 
 from ..errors import UserError, require
 from ..protocols.backbone import Batch, Streams, block_lists, streams_of
@@ -96,6 +97,7 @@ class MaskedKD(OutputKD):
         require(self.sigma is None or self.sigma > 0, "recover.kd.sigma", self.sigma, "a number above 0, or null")
         require(self.taps is None or len(self.taps) > 0, "recover.kd.taps", self.taps, "at least one pair, or null")
 
+    @override
     def taps_for(self, decision: Decision) -> list[Tap]:
         """The blocks whose outputs are compared.
 
@@ -140,9 +142,11 @@ class Distilled(Objective):
         self.predicting = [(_Prediction(task.teacher, task.loss), blocks)]
         self.beta = 0.0
 
+    @override
     def frozen_modules(self) -> list[tuple[nn.Module, Sequence[nn.Module]]]:
         return list(self.predicting)
 
+    @override
     def forward(self, inputs: Batch, rng: Rng) -> tuple[Tensor, Tensor]:
         loss, teacher, streams = self.unregistered
         with torch.no_grad(), captured(teacher, self.paths[1], streams) as theirs:
@@ -163,11 +167,13 @@ class Distilled(Objective):
         self.terms = {name: term.detach() for name, term in terms.items()}
         return total.mean(), total.detach()
 
+    @override
     def before_step(self, progress: float) -> None:
         if isinstance(self.kd, MaskedKD):
             first, last = self.kd.beta
             self.beta = first + (last - first) * progress
 
+    @override
     def metrics(self) -> dict[str, Any]:
         return {"beta": self.beta} if isinstance(self.kd, MaskedKD) else {}
 
@@ -179,6 +185,7 @@ class _Prediction(nn.Module):
         super().__init__()
         self.model, self.loss = model, loss
 
+    @override
     def forward(self, inputs: Batch) -> Prediction:
         return self.loss.predict(self.model, inputs)
 

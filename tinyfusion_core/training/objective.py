@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from typing_extensions import override
 
 from ..protocols.backbone import Batch
 from ..runtime.seeding import Rng
@@ -32,6 +33,7 @@ class Objective(nn.Module, ABC):
     terms: Mapping[str, Tensor] = {}
 
     @abstractmethod
+    @override
     def forward(self, inputs: Batch, rng: Rng) -> tuple[Tensor, Tensor]:
         """The scalar to minimise, and the (B,) losses it came from, detached."""
 

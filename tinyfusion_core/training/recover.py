@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor, nn
+from typing_extensions import override
 
 from ..errors import UserError, require
 from ..protocols.backbone import Batch
@@ -130,6 +131,7 @@ class _PlainLoss(Objective):
         self.model, self.loss = model, task.loss
         self.blocks = [model.get_submodule(path) for path in task.backbone.block_paths(model)]
 
+    @override
     def forward(self, inputs: Batch, rng: Rng) -> tuple[Tensor, Tensor]:
         losses = self.loss.losses(self.model, inputs)
         return losses.mean(), losses.detach()
