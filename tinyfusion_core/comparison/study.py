@@ -1,7 +1,7 @@
-"""Which choice of blocks recovers best? The same budget, data and recovery for all of them, and random subsets.
+"""Compares selectors under the same budget, data and recovery, with random subsets as reference.
 
-`Compare` and `Audit` are two views on the same cached results: a decision, the loss right after pruning, a recovery.
-What has finished is never computed again (see `cache.py`).
+`Compare` and `Audit` are two views of the same cached results: decisions, losses right after pruning, recoveries.
+Finished results are never computed again (see `cache.py`).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from .statistics import RANDOM
 CRITERIA: tuple[type[Criterion], ...] = (
     Uniform, FirstN, LastN, BKSDM, BlockInfluence, InputOutputMSE, SpanSimilarity, LeaveOneOut, Greedy, Taylor
 )  # fmt: skip
-"""All but the random one, which is what they are judged by."""
+"""All criteria except the random one, which is the reference."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Candidates:
     Attributes:
         selectors: searches and criteria by name.
         budget: how many blocks each of them keeps.
-        left_out: criteria that cannot be had at this budget, with the reason.
+        left_out: criteria that are not available at this budget, with the reason.
     """
 
     selectors: Mapping[str, Selector]
@@ -57,7 +57,7 @@ class Candidates:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What `compare` and `audit` share."""
+    """The common part of `Compare` and `Audit`."""
 
     candidates: dict[str, Selector] | None = None
     seeds: int = 3
@@ -71,21 +71,22 @@ class Comparison:
 
     @property
     def view(self) -> str:
+        """Name of the command: `compare` or `audit`."""
         return type(self).__name__.lower()
 
     def reference(self) -> tuple[int, int]:
-        """How many random subsets to recover, and with how many seeds."""
+        """Return how many random subsets to recover, and with how many seeds."""
         raise NotImplementedError  # under ABC, jsonargparse would write sections as class_path and init_args
 
     def recovery(self, recover: Recover) -> Recover:
-        """How to recover."""
+        """Return the recovery of every subset."""
         return recover
 
     def candidates_for(self, search: Selector | None, blocks: Sequence[str]) -> Candidates:
-        """What would be compared in a network with these blocks.
+        """Return what would be compared in a network with these blocks.
 
         Raises:
-            UserError: candidates do not fit or differ in their budget, all of them are named; or there is nothing.
+            UserError: candidates do not fit or differ in their budget (all of them are named), or there are none.
         """
         if self.candidates is not None:
             return Candidates(self.candidates, _common_budget(self.view, self.candidates, blocks))
@@ -114,21 +115,21 @@ class Comparison:
         search: Selector | None = None,
         evaluate: Sequence[Metric] = (),
     ) -> ComparisonResults:
-        """Compute what is not there yet.
+        """Compute the results that are missing, and return all.
 
         Args:
-            task: what to prune; candidates see its training data alone, figures are of its held-out data.
-            recover: the recovery that every subset gets.
+            task: what to prune; candidates see its training data only, results are on its held-out data.
+            recover: the recovery of every subset.
             trainer: how to train; its seed is the first one.
             run_dir: where results are kept.
-            search: with no candidates given: the one to compare every criterion with.
-            evaluate: a `HeldOutLoss` with options of its own and, for `compare`, metrics to measure of the candidates
-                besides; of a metric with several measurements the first counts (see `Metric.column`).
+            search: without candidates: the search to compare every criterion with.
+            evaluate: a `HeldOutLoss` with options of its own and, for `compare`, further metrics of the candidates; of
+                a metric with several measurements the first is used (see `Metric.column`).
 
         Raises:
-            UserError: candidates do not fit the network or differ in their budget, all of them are named; one cannot
-                decide, or not as it has promised; or the folder holds a run or the other view's results.
-            Interrupted: a signal came; the same call goes on.
+            UserError: candidates do not fit the network or differ in their budget (all of them are named); one cannot
+                decide, or not as previewed; or the folder holds a run or the other view's results.
+            Interrupted: a signal arrived; the same call resumes.
         """
         candidates = self.candidates_for(search, task.blocks)
         selectors, budget = candidates.selectors, candidates.budget
@@ -177,7 +178,7 @@ class Comparison:
         return results
 
     def _check_folder(self, folder: RunFolder) -> None:
-        """Raise UserError when the folder holds something that this would overwrite."""
+        """Raise UserError if the folder holds something that this would overwrite."""
         what = "a run" if (folder / "run.json").exists() else ""
         found = folder / COMPARISON_RESULTS
         if found.exists() and (view := read_json(found).get("view")) != self.view:
@@ -186,7 +187,7 @@ class Comparison:
             raise UserError(f"{folder.path}: holds {what}; choose another --run-dir")
 
     def _columns(self, evaluate: Sequence[Metric]) -> dict[str, Metric]:
-        """The metrics to measure besides the held-out loss, by the name of their column; equal names are numbered."""
+        """The metrics to measure besides the held-out loss, by column name; equal names are numbered."""
         columns: dict[str, Metric] = {}
         names = [metric.column for metric in evaluate]
         for i, (name, metric) in enumerate(zip(names, evaluate, strict=True)):
@@ -198,7 +199,7 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class Compare(Comparison):
-    """Prune with every candidate, recover all of them alike, and set them beside random subsets.
+    """Prune with every candidate, recover all of them alike, and compare them with random subsets.
 
     Args:
         candidates: searches and criteria by name, all with the same budget; by default the recipe's search and
@@ -220,16 +221,16 @@ class Compare(Comparison):
 
 @dataclass(frozen=True, kw_only=True)
 class Audit(Comparison):
-    """Recover random subsets, or all of them, and see how well every cheap score foretells the recovered loss.
+    """Recover random subsets, or all of them, and see how well every cheap score predicts the recovered loss.
 
     Args:
         candidates: searches and criteria by name, all with the same budget; by default the recipe's search and
             every criterion.
         seeds: how often each candidate decides and recovers: with the trainer's seed, the next one, and so on.
-        masks: random subsets within the budget; all of them when there are no more.
-        healings: how many of the seeds the random subsets are recovered with.
-        steps: of every recovery, in the place of the recipe's. The average of the weights goes with them: of
-            `recover.ema` only 0 counts, another decay would still be at the first weights.
+        masks: random subsets within the budget; all of them if there are no more.
+        healings: with how many of the seeds the random subsets are recovered.
+        steps: steps of every recovery, instead of the recipe's. The average of the weights is adapted: of
+            `recover.ema` only 0 is kept, because another decay would still be at the first weights.
     """
 
     masks: int = 100

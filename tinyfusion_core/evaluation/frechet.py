@@ -1,4 +1,4 @@
-"""How far generated examples are from real ones, in the data set's own feature space."""
+"""Fréchet distance between generated and real examples, in the data set's feature space."""
 
 from __future__ import annotations
 
@@ -23,15 +23,14 @@ DISTANCE = "Fréchet distance"
 
 @dataclass(frozen=True)
 class Frechet(Metric):
-    """Fréchet distance between generated and real examples, and how often generated ones show their label.
+    """Fréchet distance between generated and real examples, and the accuracy of generated labels.
 
-    Unless another is named, the features are those of the data set's own feature space, so the distance is not
-    comparable with FID.
+    Unless `features` is given, the feature space is the data set's own, so the distance is not comparable with FID.
 
     Args:
         num_samples: examples to generate with each model, from the same noise and labels.
-        batch_size: examples at once.
-        features: where the examples are compared; by default the data set's own feature space.
+        batch_size: examples per batch.
+        features: feature space of the comparison; by default the data set's own.
     """
 
     num_samples: int = 1000
@@ -83,7 +82,7 @@ class Frechet(Metric):
     def _features(
         self, task: Task, model: nn.Module, trainer: Trainer, space: FeatureSpace, labels: Tensor, name: str
     ) -> tuple[Tensor, Tensor]:
-        """(n, F) features of generated examples, and (n,) whether they show their label; both on the CPU."""
+        """Features (n, features) of generated examples, and whether each shows its label, (n,); both on the CPU."""
         parts = batches(self.num_samples, self.batch_size)
         total, show = sum(map(len, local_share(parts))), trainer.accelerator.is_main_process
         with track(f"samples of {name}", total, show=show) as progress:

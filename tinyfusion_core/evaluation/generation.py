@@ -1,4 +1,4 @@
-"""Generated examples. Each is a function of the seed and its index, whichever process makes it in whatever batch."""
+"""Generation of examples. Each follows from the seed and its index, on any process and in any batch."""
 
 from __future__ import annotations
 
@@ -16,16 +16,20 @@ from ..training.trainer import Trainer
 
 
 def balanced_labels(task: Task, model: nn.Module, indices: Sequence[int]) -> Tensor:
-    """(n,) labels of the samples with these indices: every class in turn.
+    """Return the labels of the samples with these indices, (n,): every class in turn.
 
-    Those of the training samples, in their order, where the network does not say how many classes it knows.
+    If the network does not say how many classes it has, the labels of the training samples, in order.
     """
     num = task.backbone.num_labels(model)
     return training_labels(task, indices) if num is None else torch.tensor([i % num for i in indices])
 
 
 def training_labels(task: Task, indices: Sequence[int]) -> Tensor:
-    """(n,) labels of the training samples with these indices, again from the first after the last."""
+    """Return the labels of the training samples with these indices, (n,); indices past the last start over.
+
+    Raises:
+        UserError: the data have no labels `y`.
+    """
     found = task.train.__getitems__([i % len(task.train) for i in indices])
     if "y" not in found:
         raise UserError("the data have no labels `y`, for which examples could be generated")
@@ -33,7 +37,18 @@ def training_labels(task: Task, indices: Sequence[int]) -> Tensor:
 
 
 def sample_rows(task: Task, model: nn.Module, trainer: Trainer, rows: range, labels: Tensor) -> Tensor:
-    """(n, ...) examples with these indices and (n,) labels, on the trainer's device."""
+    """Generate the examples with these indices.
+
+    Args:
+        task: objective and data.
+        model: the network, in eval mode.
+        trainer: device, precision and seed.
+        rows: their indices.
+        labels: (n,) their labels.
+
+    Returns:
+        (n, ...) examples on the trainer's device.
+    """
     device = trainer.accelerator.device
     like = task.backbone.example(1)["x"].to(device)
     rng = Rng(trainer.seed, "generate", first=rows.start)
@@ -44,12 +59,23 @@ def sample_rows(task: Task, model: nn.Module, trainer: Trainer, rows: range, lab
 def generate(
     task: Task, model: nn.Module, trainer: Trainer, num_samples: int, batch_size: int, name: str = "samples"
 ) -> tuple[Tensor, Tensor]:
-    """Generate examples for the labels of the first training samples; the same noise for every model.
+    """Generate examples for the labels of the first training samples, with the same noise for every model.
 
-    All processes must call it alike; they share the work.
+    A collective call; the processes share the work.
+
+    Args:
+        task: objective and data.
+        model: the network, in eval mode.
+        trainer: device, precision and seed.
+        num_samples: how many examples, n.
+        batch_size: examples per batch.
+        name: label of the progress bar.
 
     Returns:
-        (n, ...) examples and (n,) labels, on the CPU of every process.
+        Examples (n, ...) and labels (n,), on the CPU of every process.
+
+    Raises:
+        UserError: the data have no labels, or the objective cannot generate.
     """
     labels = training_labels(task, range(num_samples))
     parts = batches(num_samples, batch_size)
@@ -65,13 +91,21 @@ def generate(
 
 
 def has_pictures(task: Task) -> bool:
-    """Whether its examples can be shown."""
+    """Return whether the task's examples can be shown as images."""
     x = task.backbone.example(1).get("x")
     return x is not None and task.pixels(x) is not None
 
 
 def pictures(task: Task, x: Tensor) -> Tensor:
-    """Examples as (n, C, H, W) uint8 images on the CPU, decoded where they are; black where a network has diverged."""
+    """Convert examples to images.
+
+    Args:
+        task: knows how to decode them.
+        x: (n, ...) examples.
+
+    Returns:
+        (n, channels, height, width) uint8 on the CPU; black where a network has diverged.
+    """
     pixels = task.pixels(x)
     assert pixels is not None
     return (255 * pixels.nan_to_num()).round().to(torch.uint8).cpu()

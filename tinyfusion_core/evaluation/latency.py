@@ -1,4 +1,4 @@
-"""How long a network takes."""
+"""Latency and throughput of networks."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from .metrics import Measurement, Metric, Models
 
 @dataclass(frozen=True)
 class Latency(Metric):
-    """Time of one forward pass, all models taking turns.
+    """Median time of one forward pass; the models take turns.
 
     Args:
-        batch_size: samples of a pass.
-        rounds: turns of each model; the median counts.
-        warmup: turns before the clock runs.
+        batch_size: samples per pass.
+        rounds: timed passes of each model.
+        warmup: passes before timing starts.
     """
 
     batch_size: int = 64

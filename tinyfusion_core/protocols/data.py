@@ -1,4 +1,4 @@
-"""What a plugin says of a data set."""
+"""The interface of a data set."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ class Samples(Protocol):
     def __len__(self) -> int: ...
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        """The named tensors of these samples, each with len(indices) rows."""
+        """Return the named tensors of these samples, each (len(indices), ...)."""
         ...
 
 
 @runtime_checkable
 class Sharded(Samples, Protocol):
-    """Samples that lie in shards, each best read as a whole."""
+    """Samples stored in shards, each best read as a whole."""
 
     mix: int
     """How many shards a batch is drawn from."""
@@ -34,38 +34,56 @@ class Sharded(Samples, Protocol):
 
 
 class FeatureSpace(ABC):
-    """A fixed network that turns images into features and class logits."""
+    """A fixed network that maps images to features and class logits."""
 
     #: What the features are, for the record.
     name: str
 
     @abstractmethod
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C, H, W) images as the data has them -> (B, F) features, (B, K) class logits."""
+        """Compute features and class logits.
+
+        Args:
+            images: (batch, channels, height, width), as the data has them.
+
+        Returns:
+            Features (batch, features) and class logits (batch, classes).
+        """
 
 
 class DataSource(ABC):
-    """Where examples come from. Implementations are frozen dataclasses: their fields are the recipe's options."""
+    """A data set of a recipe. Subclasses are frozen dataclasses; their fields are the options of the recipe."""
 
     @abstractmethod
     def train(self) -> Samples:
-        """The examples to learn from. Raises UserError when files are missing or do not fit the recipe."""
+        """Return the training samples.
+
+        Raises:
+            UserError: files are missing or do not fit the recipe.
+        """
 
     @abstractmethod
     def held_out(self) -> Samples:
-        """Examples that no stage trains on."""
+        """Return samples that no stage trains on."""
 
     def pixels(self, x: Tensor) -> Tensor | None:
-        """(B, C, H, W) examples as a person sees them, values in [0, 1]; None when they cannot be shown."""
+        """Convert examples to images that can be shown.
+
+        Args:
+            x: (batch, ...) examples.
+
+        Returns:
+            (batch, channels, height, width) values in [0, 1]; None if examples cannot be shown.
+        """
         return None
 
     @property
     def has_pixels(self) -> bool:
-        """Whether `pixels` will give pictures; asked before any file is read."""
+        """Whether `pixels` returns images; known before any file is read."""
         return type(self).pixels is not DataSource.pixels
 
     def feature_space(self) -> FeatureSpace | None:
-        """The features in which generated examples are compared with real ones, if there are any."""
+        """Return the features in which generated and real examples are compared; None if there are none."""
         return None
 
 

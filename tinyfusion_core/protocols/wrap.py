@@ -1,4 +1,4 @@
-"""A network of one's own, without a plugin."""
+"""Prune your own network without writing a plugin."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ def wrap(
     held_out: Samples | Mapping[str, Tensor] | None = None,
     after_prune: Callable[[nn.Module, Mapping[str, Sequence[int]]], object] = lambda model, kept: None,
 ) -> Task:
-    """Make a task of a network, for `Search`, every criterion, `prune` and `Recover`.
+    """Make a task from a network, for `Search`, every criterion, `prune` and `Recover`.
 
-    A student is a plain module; keep it as such. What needs more than these functions say (saving with a config,
-    distillation, recipes) takes a backbone and a loss of one's own: docs/writing-a-plugin.md.
+    A student is a plain module: keep it as such. Saving with a config, distillation and recipes need a backbone and a
+    loss of your own: docs/writing-a-plugin.md.
 
     Args:
-        model: the network. It stays as it is.
+        model: the network. It is not changed.
         blocks: paths of its blocks; `"layers.*"` stands for all children of `layers`.
-        loss_fn: (model, batch) -> (B,) losses. Whatever it draws at random has to come with the batch.
-        data: what to train on: named tensors with a row for each sample, or a data set read by lists of indices.
-        held_out: what criteria and measurements look at; by default `data`.
+        loss_fn: (model, batch) -> losses, (batch,). Anything it draws at random must come with the batch.
+        data: training data: tensors by name, each (samples, ...), or a data set read by lists of indices.
+        held_out: data for criteria and measurements; by default `data`.
         after_prune: repairs in the student what its module lists cannot express, see `Backbone.after_prune`.
 
     Raises:

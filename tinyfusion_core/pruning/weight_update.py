@@ -1,4 +1,4 @@
-"""The weight update that is trained together with the gates, so that the search sees what fine-tuning could mend."""
+"""Weight updates trained jointly with the gates, so that the search sees what fine-tuning could recover."""
 
 from __future__ import annotations
 
@@ -16,13 +16,17 @@ from ..errors import UserError, require
 
 
 class WeightUpdate(ABC):
-    """How the weights may move during a search. The original weights always come back."""
+    """How the weights may change during a search. The original weights are always restored."""
 
     @abstractmethod
     def applied(self, model: nn.Module, blocks: Sequence[str]) -> AbstractContextManager[list[nn.Parameter]]:
         """Make the update's parameters part of the model and yield them; on exit the model is what it was.
 
         Keys, module types, `requires_grad` and values are restored, the values bit for bit.
+
+        Args:
+            model: the network.
+            blocks: paths of its blocks.
         """
 
 
@@ -56,7 +60,7 @@ class LoRA(WeightUpdate):
     Args:
         rank: rank of each update.
         alpha: numerator of the update's scale.
-        targets: regular expression that a module's full path must match; default: every linear inside the blocks.
+        targets: regular expression that a module's full path must match; default: every linear layer inside the blocks.
     """
 
     rank: int = 8
@@ -89,7 +93,7 @@ class LoRA(WeightUpdate):
 
 @dataclass(frozen=True)
 class Full(WeightUpdate):
-    """Every weight of the model moves; a copy on the CPU restores it."""
+    """Every weight of the model is trained; a copy on the CPU restores it."""
 
     @contextmanager
     @override

@@ -1,4 +1,4 @@
-"""The pictures of a report, drawn from the files of a run folder alone."""
+"""Figures of a report, drawn from the files of a run folder."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def draw_strip(decision: Decision, path: Path) -> None:
 
 
 def draw_dynamics(entries: Entries, num_blocks: int, path: Path) -> None:
-    """The decision over the search: kept index per slot, and every block's probability to stay."""
+    """Plot the decision over the search: kept blocks, and every block's probability of being kept."""
     steps = [e["step"] for e in entries]
     with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(10, 0.9 + 0.17 * max(14, num_blocks)), layout="constrained")
@@ -86,7 +86,7 @@ def draw_dynamics(entries: Entries, num_blocks: int, path: Path) -> None:
 
 
 def draw_losses(stages: Mapping[str, Entries], path: Path) -> None:
-    """One loss curve for each stage that trained."""
+    """Plot one loss curve for each stage that trained."""
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(
             1, len(stages), figsize=(5 * len(stages), 2.9), layout="constrained", squeeze=False
@@ -98,7 +98,7 @@ def draw_losses(stages: Mapping[str, Entries], path: Path) -> None:
 
 
 def _grid(batch: Tensor, columns: int) -> np.ndarray[Any, Any]:
-    """(n, C, H, W) uint8 images -> one (rows, width) or (rows, width, 3) picture with a pixel of space between."""
+    """(n, channels, height, width) uint8 images -> one (rows, width[, 3]) image with a gap of one pixel."""
     n, channels, height, width = batch.shape
     rows = -(-n // columns)
     canvas = np.zeros((rows * (height + 1) - 1, columns * (width + 1) - 1, channels), dtype=np.uint8)
@@ -109,7 +109,13 @@ def _grid(batch: Tensor, columns: int) -> np.ndarray[Any, Any]:
 
 
 def draw_images(batch: Tensor, path: Path, columns: int) -> None:
-    """Write (n, C, H, W) uint8 images as one picture, small images enlarged."""
+    """Write images as one grid; small images are enlarged.
+
+    Args:
+        batch: (n, channels, height, width) uint8 on the CPU; 1 or at least 3 channels.
+        path: the PNG file.
+        columns: images per row.
+    """
     picture = Image.fromarray(_grid(batch, columns))
     factor = max(1, 960 // max(picture.size))
     picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
@@ -117,7 +123,7 @@ def draw_images(batch: Tensor, path: Path, columns: int) -> None:
 
 
 def _curves(axes: Axes, entries: Entries) -> None:
-    """The logged means, a running mean when they are many, and of a distillation the training loss alone."""
+    """The logged means, with a running mean if there are many; for distillation also the training loss alone."""
     if not entries:
         return
     steps, losses = [e["step"] for e in entries], [e["loss"] for e in entries]
@@ -136,5 +142,6 @@ def _curves(axes: Axes, entries: Entries) -> None:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, atomically, and close it."""
     write_atomic(path, lambda file: figure.savefig(file, format="png", bbox_inches="tight", facecolor="white"))
     plt.close(figure)

@@ -1,4 +1,4 @@
-"""Samplers that choose any mask within the rules, not one option for each group."""
+"""Samplers over all masks that obey the rules, without groups."""
 
 from __future__ import annotations
 
@@ -17,7 +17,12 @@ from .constraints import Rules, build
 
 
 class SubsetSampler(BlockSampler):
-    """The conditional Poisson distribution over all masks that obey the rules; one gate logit a block."""
+    """The conditional Poisson distribution over all masks that obey the rules; one gate logit per block.
+
+    Args:
+        lists: length of every block list, in execution order.
+        rules: what every mask obeys: `{keep: 14}`.
+    """
 
     lr_gates = 0.05
 
@@ -61,7 +66,7 @@ class SubsetSampler(BlockSampler):
         return self.automaton.num_masks
 
     def _subsets(self, learning: bool = True) -> Subsets:
-        """On the CPU: a hundred tiny steps would wait for a GPU's launches."""
+        """On the CPU: a hundred tiny steps would be dominated by a GPU's launch times."""
         logits = self.logits if learning else self.logits.detach()
         return Subsets(self.automaton, (logits + self.prior_logits).double().cpu())
 
@@ -70,7 +75,7 @@ class SubsetSampler(BlockSampler):
 
 
 class ExactK(SubsetSampler):
-    """Any mask within the rules, straight through the exact marginals (SIMPLE, arXiv 2210.01941).
+    """Any mask that obeys the rules, straight through the exact marginals (SIMPLE, arXiv:2210.01941).
 
     The forward value is a hard mask, the gradient that of the marginals. It is biased where the loss is not linear in
     the gates; `ScoreFunction` is not.
@@ -89,19 +94,19 @@ class ExactK(SubsetSampler):
 
 
 class ScoreFunction(SubsetSampler):
-    """Any mask within the rules, by the score function with a leave-one-out baseline.
+    """Any mask that obeys the rules, by the score function with a leave-one-out baseline.
 
-    The baseline is Kool et al.'s ("Buy 4 REINFORCE samples, get a baseline for free!", 2019); Wijk et al. (arXiv
-    2407.16058) have searched subsets so.
+    The baseline is that of Kool et al. ("Buy 4 REINFORCE samples, get a baseline for free!", 2019); Wijk et al.
+    (arXiv:2407.16058) have used it to search subsets.
 
-    Every sample runs under several masks, on identical draws; a mask's log-probability is weighed by how much lower its
-    loss is than the mean of the others'. Unbiased, needs no gradient through the blocks, and blocks that are dropped
-    are not run at all. Dropout is off meanwhile: it would tell a sample's masks apart.
+    Every sample runs under several masks, with identical random draws; a mask's log-probability is weighted by how much
+    lower its loss is than the mean of the others. Unbiased, needs no gradient through the blocks, and does not run
+    dropped blocks at all. Dropout is off, because it would differ between the masks of a sample.
 
     Args:
         lists: length of every block list, in execution order.
         rules: what every mask obeys: `{keep: 14}`.
-        masks: masks for every sample; a step costs that many times the batch.
+        masks: masks per sample; a step costs that many times the batch.
         entropy: weight of the entropy, in units of the mean difference between the losses of a sample's masks, at the
             first and at the last step, linear in between: how long the search stays open.
     """
@@ -141,14 +146,14 @@ class ScoreFunction(SubsetSampler):
 
 
 class GumbelTopK(BlockSampler):
-    """The k blocks with the highest perturbed logits, relaxed by k softmaxes (arXiv 1901.10517): a baseline.
+    """The k blocks with the highest perturbed logits, relaxed by k softmaxes (arXiv:1901.10517): a baseline.
 
-    Its marginals have no closed form: what is reported is estimated from 2,000 fixed draws, an entropy of at most their
-    logarithm. The log-probability is that of the order in which the blocks were drawn.
+    Its marginals have no closed form: they are estimated from 2,000 fixed draws, which bounds the reported entropy by
+    ln 2000. The log-probability is that of the order in which the blocks were drawn.
 
     Args:
         lists: length of every block list, in execution order.
-        keep: how many blocks stay, of all together.
+        keep: how many blocks are kept in total.
         tau: temperature of the relaxation at the first and at the last step, linear in between.
     """
 
@@ -182,7 +187,7 @@ class GumbelTopK(BlockSampler):
         return Draw(hard + (soft - soft.detach()), self._log_prob(order))
 
     def _log_prob(self, order: Tensor) -> Tensor:
-        """Of drawing these blocks one after the other (Plackett-Luce)."""
+        """Log-probability of drawing these blocks one after the other (Plackett-Luce)."""
         logits = self.logits + self.prior_logits
         chosen = logits[order]
         taken = torch.zeros(len(order), self.num_blocks, device=order.device).scatter(1, order, 1.0).bool()

@@ -1,4 +1,4 @@
-"""What every block costs: parameters, operations, time. Whole numbers of them are a search's budget."""
+"""Costs of every block: parameters, operations, time; as whole numbers for the budget of a search."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from ..runtime.seeding import Rng
 from ..training.trainer import Trainer
 
 RESOLUTION = 100
-"""What the dearest block costs in whole numbers."""
+"""Cost of the most expensive block, as a whole number."""
 
 
 def block_costs(task: Task, trainer: Trainer, batch_size: int = 64, rounds: int = 20) -> dict[str, list[float]]:
-    """Parameters, FLOPs of one sample, and milliseconds of a batch, for every block.
+    """Return parameters, FLOPs for one sample, and milliseconds for a batch, of every block.
 
-    Blocks that are alike in parameters and FLOPs take the same time: the median of theirs, whose differences are noise
-    and would rule masks out.
+    Blocks with the same parameters and FLOPs get the same time: the median of theirs, because their differences are
+    noise that would rule out masks.
 
     Args:
         task: the network and its objective.
         trainer: device and precision.
-        batch_size: samples of a timed pass.
-        rounds: timed passes; the median counts.
+        batch_size: samples per timed pass.
+        rounds: timed passes, of which the median is taken.
     """
     model = task.teacher.to(trainer.accelerator.device)
     blocks = {path: model.get_submodule(path) for path in task.blocks}
@@ -44,7 +44,7 @@ def block_costs(task: Task, trainer: Trainer, batch_size: int = 64, rounds: int 
 
 
 def whole(costs: Sequence[float]) -> list[int]:
-    """The costs as whole numbers, the dearest block at `RESOLUTION`."""
+    """Scale costs to whole numbers, with the most expensive block at `RESOLUTION`."""
     unit = max(costs) / RESOLUTION or 1.0  # all may be free of what is counted
     return [max(1, round(cost / unit)) for cost in costs]
 

@@ -1,6 +1,6 @@
-"""Selectors that do not learn. All return the same `Decision` as the search.
+"""Selectors that do not learn; they return the same `Decision` as the search.
 
-Here: a choice of somebody's, and positions alone. `similarity.py` and `sensitivity.py` look at data.
+Here: given blocks, and criteria by position. `similarity.py` and `sensitivity.py` use data.
 """
 
 # No `from __future__ import annotations` here: the fields of a base class are resolved in the modules of the
@@ -30,10 +30,10 @@ from .base import Selector
 
 @dataclass(frozen=True)
 class Keep(Selector):
-    """Keep the blocks that somebody has chosen: by index, or as a decision file says.
+    """Keep given blocks: by index, or as in a decision file.
 
     Args:
-        blocks: indices of the blocks that stay.
+        blocks: indices of the blocks to keep.
         decision: path of a `decision.json`, made for a checkpoint of the same architecture; or of a mergekit YAML, a
             list of indices or of peft's `layer_replication`, or a `--prune-layers` argument of llama.cpp.
     """
@@ -68,12 +68,12 @@ class Keep(Selector):
 
 @dataclass(frozen=True)
 class CriterionResult:
-    """What a criterion has found.
+    """The result of a criterion.
 
     Attributes:
-        kept: indices of the blocks that stay.
+        kept: indices of the kept blocks.
         evaluations: sample forward passes it took.
-        findings: what it was decided by, for the record.
+        findings: scores or losses it was decided by, for the record.
     """
 
     kept: Sequence[int]
@@ -83,13 +83,13 @@ class CriterionResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Criterion(Selector):
-    """A heuristic that keeps as many blocks as it is told to.
+    """A heuristic that keeps a given number of blocks.
 
     Args:
-        keep: how many blocks stay: of all together, or a number for every block list, which may be 0.
+        keep: how many blocks are kept: in total, or a number for every block list, which may be 0.
         pattern: keep N of every M blocks instead, as in `Search`. Give one of the two.
-        protect: indices of blocks that must stay.
-        constraints: further rules for what stays; with costs and a budget they stand alone, in the place of the two.
+        protect: indices of blocks that must be kept.
+        constraints: further rules for masks; with costs and a budget they replace both.
     """
 
     keep: int | dict[str, int] | None = None
@@ -113,6 +113,11 @@ class Criterion(Selector):
 
     @override
     def preview(self, blocks: Sequence[str]) -> Decision:
+        """Return the decision for `guess`, without provenance.
+
+        Raises:
+            UserError: the budget does not fit these blocks.
+        """
         constraints = self.compiled(blocks)
         return self._decision(blocks, constraints, self.guess(constraints), {})
 
@@ -121,7 +126,7 @@ class Criterion(Selector):
         return self.compiled(blocks).budget
 
     def compiled(self, blocks: Sequence[str]) -> Constraints:
-        """What the decision must obey."""
+        """Return the constraints that the decision must obey."""
         assert not isinstance(self.pattern, int)  # parse_pattern refuses numbers
         return compile_constraints(
             blocks,
@@ -133,15 +138,15 @@ class Criterion(Selector):
         )
 
     def protected(self, blocks: Sequence[str]) -> Sequence[int]:
-        """Indices of the blocks that must stay."""
+        """Return the indices of the blocks that must be kept."""
         return self.protect
 
     @abstractmethod
     def decide(self, constraints: Constraints, task: Task, trainer: Trainer) -> CriterionResult:
-        """Choose blocks that obey the constraints; the network comes back as it was."""
+        """Choose blocks that obey the constraints. Leaves the network as it was."""
 
     def guess(self, constraints: Constraints) -> Sequence[int]:
-        """Blocks that obey the constraints, found without a network."""
+        """Return blocks that obey the constraints, found without a network."""
         return constraints.best([0.0] * constraints.num_blocks)
 
     def _decision(
@@ -168,9 +173,8 @@ def _recorded(value: Any) -> Any:
 class Nested(Criterion):
     """Keep the blocks that an earlier search kept most often: several budgets from one search.
 
-    What the search decided comes first, in the order of its marginals, then the others: a smaller budget keeps a part
-    of what a larger one keeps, and the search's own budget its decision. The search's rules do not count; `protect`
-    does.
+    Blocks are ranked by the search's decision, then by its marginals: a smaller budget keeps a subset of what a larger
+    one keeps, and the search's own budget keeps its decision. The search's rules are ignored; `protect` is not.
 
     Args:
         decision: path of the search's `decision.json`, made for a checkpoint of the same architecture.
@@ -212,20 +216,20 @@ class Nested(Criterion):
 
 
 def nested_scores(decision: Decision) -> list[float]:
-    """The order in which blocks are kept as the budget grows: the decision's before the others, by their marginals."""
+    """Return the score of each block: those the decision keeps before the others, each ranked by marginals."""
     return [p + (i in decision.kept) for i, p in enumerate(decision.marginals)]
 
 
 class Positions(Criterion):
     """Keep the blocks at certain positions of every choice.
 
-    A choice is a group of the pattern, a block list, or with one number for all lists their concatenation.
-    Where protected blocks take places, those go that are farthest from a wanted position.
+    A choice is a group of the pattern, a block list, or, with one number for all lists, their concatenation. If
+    protected blocks take places, the blocks farthest from a wanted position are removed.
     """
 
     @abstractmethod
     def positions(self, num_kept: int, size: int) -> Sequence[int]:
-        """The wanted positions among `size` blocks."""
+        """Return the wanted positions among `size` blocks."""
 
     @override
     def guess(self, constraints: Constraints) -> Sequence[int]:
@@ -247,7 +251,7 @@ class Positions(Criterion):
         return min(found, key=lambda pair: pair[0])[1]
 
     def _score(self, scores: list[float], blocks: Sequence[int], num_kept: int) -> set[int]:
-        """Write down how far each block is from a wanted position, as a score; returns the blocks that are there."""
+        """Score each block by its distance from a wanted position; returns the blocks that are at one."""
         wanted = self.positions(num_kept, len(blocks))
         for position, block in enumerate(blocks):
             scores[block] = -min((abs(position - w) for w in wanted), default=0)

@@ -1,4 +1,4 @@
-"""What a search minimises: the loss of the network under drawn masks."""
+"""The objective of a search: the loss of the network under sampled masks."""
 
 from __future__ import annotations
 
@@ -17,14 +17,23 @@ from ..training.objective import Objective
 
 
 def value_weights(mask: Tensor, share: float, rng: Rng) -> Tensor | None:
-    """(B, N) weights of the values of dropped blocks, of which a share is computed; None when all are, or none."""
+    """Return weights for the values of dropped blocks, of which only a share is computed.
+
+    Args:
+        mask: (batch, num_blocks) zeros and ones.
+        share: the fraction to compute.
+        rng: random streams of this batch.
+
+    Returns:
+        (batch, num_blocks) weights, 0 or 1 / share; None if all values are needed, or none.
+    """
     if share == 1 or not mask.requires_grad:
         return None
     return (rng.uniform("dropped values", *mask.shape) < share).to(mask) / share
 
 
 def train_mode(model: nn.Module, dropout: bool) -> None:
-    """Put a network in training mode; without dropout where masks are to be compared on identical draws."""
+    """Set training mode; without dropout if masks are compared under identical random draws."""
     model.train()
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
@@ -32,17 +41,17 @@ def train_mode(model: nn.Module, dropout: bool) -> None:
 
 
 class GatedLoss(Objective):
-    """Sample masks, run the gated network, return the sampler's surrogate.
+    """Sample masks, run the gated network, return the sampler's surrogate loss.
 
     Args:
         model: the gated network, in training mode.
         loss: the objective.
-        samplers: the distribution that learns, and its average, which decides.
-        gates: of the network's blocks.
-        steps: of the search.
+        samplers: the trained distribution, and its average, which decides.
+        gates: gates of the network's blocks.
+        steps: steps of the search.
         warmup: fraction of them in which the gates do not learn.
         dropped_values: see `Search`.
-        confident: the confidence at which the search is finished; None: never.
+        confident: the confidence at which the search stops; None: never.
     """
 
     def __init__(

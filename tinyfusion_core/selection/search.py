@@ -1,4 +1,4 @@
-"""The learned search: which blocks to keep so that fine-tuning can recover best (arXiv:2412.01199)."""
+"""The learned search for the blocks whose removal fine-tuning recovers best (TinyFusion, arXiv:2412.01199)."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from .gated_loss import GatedLoss, train_mode
 
 @dataclass(frozen=True)
 class Learned:
-    """What a search has learned.
+    """The result of a search, before the decision.
 
     Attributes:
         sampler: the distribution, with the averaged gate logits.
         num_steps: steps that it took.
-        evaluations: samples that it and its start ran the network on.
+        evaluations: samples that the network was run on, including those of its start.
     """
 
     sampler: BlockSampler
@@ -48,39 +48,39 @@ class Learned:
 
 @dataclass(frozen=True, kw_only=True)
 class Search(Selector):
-    """Learn the gate logits together with a weight update that stands for later fine-tuning.
+    """Learn the gate logits jointly with a weight update that approximates later fine-tuning.
 
     Args:
-        pattern: keep N of M: `[2, 4]`, a list with a pair for each group, or a mapping by block list.
-            Short for `sampler: GroupedSampler`.
-        keep: how many blocks stay, of all or by block list, wherever they are. Short for `sampler: ScoreFunction` with
-            that rule; give one of the three.
+        pattern: keep N of M: `[2, 4]`, a list with a pair for each group, or a mapping by block list. Short for
+            `sampler: GroupedSampler`.
+        keep: how many blocks are kept, in total or by block list, at any position. Short for `sampler: ScoreFunction`
+            with that rule; give one of the three.
         tau: with `pattern`: Gumbel temperature at the first and at the last step; default the sampler's.
         scaling: with `pattern`: factor on the gate logits at the first and at the last step; default the sampler's.
         sampler: any distribution over masks.
-        protect: indices of blocks that must stay; with `keep` or `pattern`.
+        protect: indices of blocks that must be kept; with `keep` or `pattern`.
         constraints: further rules for the masks. With `pattern` only `protect` and `remove`; with costs and a budget
-            they stand alone, in the place of the three.
+            they replace all three.
         steps: optimizer updates.
-        batch_size: samples of one update; default the trainer's.
-        warmup: fraction of the steps in which the weight update trains under the initial masks, before the gates
-            learn: their first gradients then come from weights that have begun to adapt. The paper's is 0; what it
-            is good for is measured in `benchmarks/RESULTS.md`.
+        batch_size: samples per update; default the trainer's.
+        warmup: fraction of the steps in which the weight update trains under the initial masks, before the gates learn:
+            their first gradients then come from weights that have begun to adapt. The paper uses 0; the effect is
+            measured in `benchmarks/RESULTS.md`.
         update: the co-trained weight update.
         lr_gates: learning rate of the gate logits, which have no weight decay; default the sampler's.
-        lr: learning rate of the weight update; default 1 / steps but at most 1e-3, which is the paper's 1e-4 at
-            10,000 steps. A short search has to move the weights faster, or it looks for what hurts least at once.
-        weight_decay: of the weight update.
-        clip: largest norm of the gradient of gates and weights together.
-        ema: decay of the average of the gate logits that decides; default 1 - 10 / steps, which is the
-            paper's 0.999 at 10,000 steps and lags as little in a short search.
-        start: a criterion whose choice the search begins with, instead of indifference.
+        lr: learning rate of the weight update; default 1 / steps but at most 1e-3, which is the paper's 1e-4 at 10,000
+            steps. A short search must move the weights faster, or it finds what hurts least without recovery.
+        weight_decay: weight decay of the weight update.
+        clip: largest norm of the gradient of gates and weights.
+        ema: decay of the average of the gate logits that decides; default 1 - 10 / steps, which is the paper's 0.999 at
+            10,000 steps and lags as little in a short search.
+        start: a criterion whose choice the search starts from, instead of a uniform distribution.
         prior: log-odds that the start gives to the blocks it keeps, and minus that to the others, at the first and at
             the last step, linear in between. What the gates learn is added: with a last prior of 0 they alone decide.
-        dropped_values: the fraction of the samples that drop a block for which the block is run all the same, because a
-            pathwise gradient needs its value; weighed so that the gate's gradient keeps its mean. Less is faster
-            and noisier. A score function needs none.
-        confident: stop when the decision's confidence reaches this, after the warm-up at the earliest.
+        dropped_values: fraction of the samples that drop a block for which the block is run anyway, because a pathwise
+            gradient needs its value; weighted so that the gate's gradient keeps its mean. Less is faster and noisier. A
+            score function needs none.
+        confident: stop when the decision's confidence reaches this value, after the warm-up.
     """
 
     pattern: Pattern | int | None = None
@@ -145,7 +145,11 @@ class Search(Selector):
         return self.preview_beside(blocks, {})
 
     def preview_beside(self, blocks: Sequence[str], others: Mapping[str, Selector]) -> Decision:
-        """`preview`, with selectors beside the search, by key, that must keep as many blocks as it does."""
+        """Preview, and check that other selectors, by key, keep as many blocks as the search.
+
+        Raises:
+            UserError: one keeps another number, or the budget does not fit these blocks.
+        """
         sampler = self.make_sampler(list_lengths(blocks))
         decision = self._decision(sampler, blocks, {})
         for key, other in {**({"start": self.start} if self.start else {}), **others}.items():
@@ -155,7 +159,7 @@ class Search(Selector):
         return decision
 
     def make_sampler(self, lists: Mapping[str, int]) -> BlockSampler:
-        """The distribution over masks that the search starts from, for block lists of these lengths."""
+        """Return the initial distribution over masks, for block lists of these lengths."""
         if self.sampler is not None:
             return self.sampler(lists)
         rules = combined(self.keep, self.protect or (), self.constraints)
@@ -192,10 +196,10 @@ class Search(Selector):
 
     @override
     def __call__(self, task: Task, trainer: Trainer, run: RunFolder | None = None) -> Decision:
-        """Run the search. The network's weights are afterwards what they were, bit for bit.
+        """Run the search. Afterwards the network's weights are what they were, bit for bit.
 
         Args:
-            task: what to prune; its blocks are decided upon.
+            task: the network to prune, its objective and data.
             trainer: how to train.
             run: where to log and to keep checkpoints.
 
@@ -204,18 +208,18 @@ class Search(Selector):
 
         Raises:
             UserError: the pattern does not fit the network, or the loss was not finite for too long.
-            Interrupted: a signal came; the same call with the same run folder goes on.
+            Interrupted: a signal arrived; the same call with the same run folder resumes.
         """
         return self.decide(self.learn(task, trainer, run), task, trainer)
 
     def decide(self, learned: Learned, task: Task, trainer: Trainer) -> Decision:
-        """What was learned decides."""
+        """Return the decision of what was learned."""
         record = provenance(trainer.seed, task.source)
         record = {**record, "steps": learned.num_steps, "evaluations": learned.evaluations}
         return self._decision(learned.sampler, task.blocks, record)
 
     def learn(self, task: Task, trainer: Trainer, run: RunFolder | None = None) -> Learned:
-        """The search without the decision. Arguments as for a call."""
+        """Run the search without the decision. Arguments as for a call."""
         trainer = trainer.with_batch_size(self.batch_size)
         rate = min(1e-3, 1 / self.steps) if self.lr is None else self.lr
         model = trainer.to_device(task.teacher)
@@ -264,7 +268,7 @@ class Search(Selector):
         return Learned(averaged.cpu(), objective.num_steps, evaluations)
 
     def _decision(self, sampler: BlockSampler, blocks: Sequence[str], record: Mapping[str, Any]) -> Decision:
-        """What a distribution over masks decides."""
+        """The decision of a distribution over masks."""
         return Decision(
             blocks=tuple(blocks),
             kept=tuple(sampler.mode()),
