@@ -23,12 +23,12 @@ from tinyfusion_diffusers.structure import settings
 
 @dataclass(frozen=True, kw_only=True)
 class _Denoising(LossAdapter):
-    """A target for noised latents, regressed.
+    """Regression of a target for noised latents.
 
     Args:
-        label_drop: probability of replacing a class label by the null class. Prompts are embedded beforehand: data
-            that should be without one now and then have the embedding of the empty prompt in some of the rows.
-        guidance: the scale that a guidance-distilled network is told; null for networks that take none.
+        label_drop: probability of replacing a class label by the null class. Prompts are embedded beforehand: to drop
+            them too, put the embedding of the empty prompt in some of the rows.
+        guidance: the scale that a guidance-distilled network is given; null for networks that take none.
     """
 
     label_drop: float = 0.0
@@ -40,19 +40,20 @@ class _Denoising(LossAdapter):
 
     @abstractmethod
     def _place(self, x: Tensor, noise: Tensor, rng: Rng) -> dict[str, Tensor]:
-        """Draw a time for each sample: `t` (B,), `x_t` and `target` like `x`."""
+        """Draw a time for each sample: `t` (batch,), `x_t` and `target` of the same shape as `x`."""
 
     @override
     def prepare(self, batch: Batch, rng: Rng) -> dict[str, Tensor]:
         """Noise the latents.
 
         Args:
-            batch: `x` (B, ...) clean, what the network is told of them (`y`, `text`, `mask`, `pooled`); optionally
-                `x_std` like `x`: then `x` is the mean of a latent that is drawn here.
+            batch: `x` (batch, ...) clean, the conditions (`y`, `text`, `mask`, `pooled`); optionally `x_std` like `x`:
+                then `x` is the mean of a latent that is drawn here.
             rng: streams "latent", "time", "noise" and "label_drop".
 
         Returns:
-            `x_t` and `target` like `x`; `t` and `drop` (whether to drop the label) of shape (B,); what it is told.
+            `x_t` and `target` of the same shape as `x`; `t` and `drop` (whether to drop the label), (batch,); the
+            conditions.
         """
         told = {name: value for name, value in batch.items() if name not in ("x", "x_std")}
         x = batch["x"]
@@ -64,12 +65,12 @@ class _Denoising(LossAdapter):
 
     @override
     def loss(self, prediction: Tensor, inputs: Batch) -> Tensor:
-        """Mean squared error, over the channels of the target: a variance that is predicted too is not trained."""
+        """Compute the mean squared error over the target's channels, (batch,); a predicted variance is not trained."""
         return self._error(prediction[:, : inputs["target"].shape[1]], inputs["target"])
 
     @override
     def distance(self, student: Tensor, teacher: Tensor, inputs: Batch) -> Tensor:
-        """Mean squared difference, over all channels: a learned variance is to be the teacher's."""
+        """Compute the mean squared difference over all channels, (batch,); a learned variance is matched too."""
         return self._error(student, teacher)
 
     def _error(self, a: Tensor, b: Tensor) -> Tensor:
@@ -86,13 +87,13 @@ class _Denoising(LossAdapter):
 class ScheduledDiffusion(_Denoising):
     """Noise or v-prediction on the process of a diffusers scheduler: DiT, PixArt, CogVideoX.
 
-    A variance that the network predicts beside the noise is not trained by the data: distil such networks, which
-    compares it too.
+    The data do not train a variance that the network predicts beside the noise: distil such networks, which
+    compares the variance too.
 
     Args:
         scheduler: a class of diffusers with `alphas_cumprod`: DDPMScheduler, CogVideoXDDIMScheduler and so on.
         settings: its options, as in the pipeline's scheduler_config.json.
-        prediction: what the network gives; default the scheduler's `prediction_type`.
+        prediction: what the network predicts; default the scheduler's `prediction_type`.
     """
 
     scheduler: str = "DDPMScheduler"
@@ -141,14 +142,14 @@ class ScheduledDiffusion(_Denoising):
 class RectifiedFlow(_Denoising):
     """The velocity on straight lines from data to noise: SD3, Flux, AuraFlow, Sana, Wan, Qwen-Image, LTX, Lumina 2.
 
-    x_t = (1 - t) x + t noise, and the target is noise - x (arXiv:2209.03003, 2403.03206).
+    x_t = (1 - t) x + t noise, and the target is noise - x (arXiv:2209.03003, arXiv:2403.03206).
 
     Args:
-        time: how times are drawn: "logit_normal" (SD3: the sigmoid of a normal number) or "uniform".
-        mean: of the normal number.
-        std: of the normal number.
+        time: distribution of times: "logit_normal" (SD3: the sigmoid of a normal number) or "uniform".
+        mean: mean of the normal number.
+        std: standard deviation of the normal number.
         shift: moves times towards noise, t -> shift t / (1 + (shift - 1) t), as the pipeline's scheduler does.
-        scale: what the network is fed at pure noise; default known for the families named above.
+        scale: what the network is given at pure noise; known by default for the families named above.
     """
 
     time: Literal["logit_normal", "uniform"] = "logit_normal"
@@ -184,5 +185,5 @@ class RectifiedFlow(_Denoising):
 
 
 def _beside(values: Tensor, x: Tensor) -> Tensor:
-    """(B,) as (B, 1, ..., 1), with the dtype and device of `x`."""
+    """(batch,) values as (batch, 1, ..., 1), with the dtype and device of `x`."""
     return values.to(x).view(-1, *[1] * (x.ndim - 1))

@@ -1,4 +1,4 @@
-"""DiT (arXiv 2212.09748) as a backbone: checkpoints, sizes, prunable blocks."""
+"""DiT (arXiv:2212.09748) as a backbone: checkpoints, sizes, prunable blocks."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (115
 
 @dataclass(frozen=True, kw_only=True)
 class DiT(CheckpointBackbone):
-    """The diffusion transformer of arXiv 2212.09748.
+    """The diffusion transformer of Peebles and Xie (arXiv:2212.09748).
 
-    A size left out is that of the checkpoint folder, else of `variant`, else the published default. One that
-    is given overrides the variant (a pruned XL/2: `variant: XL/2`, `depth: 14`) and must agree with the folder.
+    A size that is left out is that of the checkpoint folder, else of `variant`, else the published default. A given
+    size overrides the variant (a pruned XL/2: `variant: XL/2`, `depth: 14`) and must agree with the folder.
 
     Args:
         variant: a published size, "S/2" to "XL/8": width and patch size.
-        checkpoint: a folder with config.json and model.safetensors, the name of one that comes with this
-            package, or a .pt, .pth or .safetensors file (EMA weights are preferred to the raw ones).
+        checkpoint: a folder with config.json and model.safetensors, the name of one that comes with this package, or a
+            .pt, .pth or .safetensors file (EMA weights are preferred to the raw ones).
         input_size: side of the latent: an eighth of the image's.
         patch_size: side of a patch.
         in_channels: channels of the latent.
@@ -35,9 +35,9 @@ class DiT(CheckpointBackbone):
         depth: number of blocks.
         num_heads: attention heads.
         mlp_ratio: hidden width of the MLPs, relative to the width.
-        class_dropout_prob: when positive, the label table has one more row, for dropped labels.
+        class_dropout_prob: if positive, the label table has one more row, for dropped labels.
         num_classes: number of labels.
-        learn_sigma: whether the network predicts a variance too.
+        learn_sigma: whether the network also predicts a variance.
         mlp_act: activation of the MLPs, "gelu_tanh" or "silu".
     """
 
@@ -84,7 +84,7 @@ class DiT(CheckpointBackbone):
 
     @override
     def example(self, num_rows: int) -> dict[str, Tensor]:
-        """Clean latents `x` (num_rows, C, S, S) and labels `y` (num_rows,)."""
+        """Return clean latents `x`, (batch, channels, side, side), and labels `y`, (batch,)."""
         config = self.config()
         side = config["input_size"]
         return {

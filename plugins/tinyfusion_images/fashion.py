@@ -26,7 +26,7 @@ NUM_TEST = 10_000
 
 @dataclass(frozen=True, kw_only=True)
 class Fashion(DataSource):
-    """28x28 grey images of clothes, values in [-1, 1], ten classes: 60,000 to train on, the rest held out.
+    """28x28 grey images of clothes, values in [-1, 1], ten classes: 60,000 for training, the others held out.
 
     Args:
         folder: where the original IDX files are (`train-images-idx3-ubyte`, with or without `.gz`, and so on).
@@ -84,7 +84,9 @@ class Fashion(DataSource):
 
 
 def read_idx(path: Path) -> Tensor:
-    """The uint8 array of an IDX file (magic 0x000008 and the number of dimensions, big-endian sizes, the values).
+    """Read the uint8 array of an IDX file, of any shape.
+
+    The file is: magic 0x000008 and the number of dimensions, big-endian sizes, the values.
 
     Raises:
         UserError: damaged, or not such a file.

@@ -1,4 +1,4 @@
-"""What a language model is worth: perplexity, the speed of reading and writing, tasks of lm-eval."""
+"""Metrics of language models: perplexity, speed of prefill and decoding, lm-eval tasks."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from tinyfusion_llm.text import TextTokens
 
 @dataclass(frozen=True)
 class Perplexity(Metric):
-    """exp of the mean cross-entropy over all tokens of the held-out text, read through a sliding window.
+    """Exponential of the mean cross-entropy over all tokens of the held-out text, read through a sliding window.
 
     Args:
-        stride: tokens from one window to the next; each window counts the tokens that the one before did not.
-            Default: the whole window, so that tokens at its beginning have little to go by.
-        window: tokens of a window; default the data's context.
-        batch_size: windows at once.
+        stride: tokens from one window to the next; each window counts the tokens that the previous one did not.
+            Default: the whole window, so that tokens at its beginning have little context.
+        window: tokens per window; default the data's context.
+        batch_size: windows per batch.
     """
 
     stride: int | None = None
@@ -97,13 +97,13 @@ def _stack(pairs: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Generation(Metric):
-    """Tokens a second when reading a prompt and when writing, one by one, with a key-value cache; and the memory.
+    """Tokens per second of prefill and of decoding with a key-value cache; and the memory.
 
     Args:
         prompt: tokens of the prompt.
-        new_tokens: tokens to write.
-        batch_size: texts at once.
-        rounds: turns of each model, after one that is not counted; the medians count.
+        new_tokens: tokens to generate.
+        batch_size: texts per batch.
+        rounds: timed rounds of each model, after one warm-up; the medians are reported.
     """
 
     prompt: int = 128
@@ -147,7 +147,7 @@ class Generation(Metric):
         ]  # fmt: skip
 
     def _turn(self, model: Any, device: torch.device) -> tuple[float, float, int]:
-        """Seconds of reading, seconds of writing, bytes of the weights and the cache."""
+        """Seconds of prefill, seconds of decoding, bytes of the weights and the cache."""
         tokens = torch.arange(self.batch_size * self.prompt, device=device).view(self.batch_size, -1) % 50
         start = _now(device)
         output = model(input_ids=tokens, use_cache=True, logits_to_keep=1)
@@ -176,13 +176,13 @@ def _cache_bytes(cache: Any) -> int:
 
 @dataclass(frozen=True)
 class LmEval(Metric):
-    """Tasks of EleutherAI's lm-evaluation-harness, which the package lm-eval brings; the tasks bring their own data.
+    """Tasks of EleutherAI's lm-evaluation-harness, from the package lm-eval; the tasks bring their own data.
 
     Args:
         tasks: names of tasks or of YAML files that define some.
         num_fewshot: examples in the prompt; default the task's own.
         limit: examples of each task; default all.
-        batch_size: requests at once.
+        batch_size: requests per batch.
     """
 
     tasks: list[str] = field(default_factory=lambda: ["lambada_openai"])

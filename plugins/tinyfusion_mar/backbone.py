@@ -1,4 +1,4 @@
-"""MAR (arXiv 2406.11838) as a backbone: two stacks of prunable blocks."""
+"""MAR (arXiv:2406.11838) as a backbone: two stacks of prunable blocks."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _OFFICIAL = {
 
 @dataclass(frozen=True, kw_only=True)
 class MAR(CheckpointBackbone):
-    """The masked autoregressive transformer of arXiv 2406.11838; `encoder_blocks` and `decoder_blocks` can be pruned.
+    """The masked autoregressive transformer of Li et al. (arXiv:2406.11838), with prunable encoder and decoder blocks.
 
-    A size left out is that of the checkpoint folder, else of `variant`, else that of "large". One that is given
+    A size that is left out is that of the checkpoint folder, else of `variant`, else that of "large". A given size
     overrides the variant (`variant: large`, `encoder_depth: 8`) and must agree with the folder.
 
     Args:
@@ -33,7 +33,7 @@ class MAR(CheckpointBackbone):
         checkpoint: a folder with config.json and model.safetensors, the name of one that comes with this
             package, or a .pth, .pt or .safetensors file (of a training checkpoint, its `model_ema`).
         img_size: side of the image in pixels.
-        vae_stride: side of the square of pixels that one position of the latent stands for.
+        vae_stride: pixels per position of the latent, along each side.
         patch_size: side of a token, in positions of the latent; the loss has the same option.
         in_channels: channels of the latent.
         encoder_width: width of the encoder.
@@ -101,7 +101,7 @@ class MAR(CheckpointBackbone):
 
     @override
     def example(self, num_rows: int) -> dict[str, Tensor]:
-        """Clean latents `x` (num_rows, C, S, S) and labels `y` (num_rows,)."""
+        """Return clean latents `x`, (batch, channels, side, side), and labels `y`, (batch,)."""
         config = self.config()
         side = config["img_size"] // config["vae_stride"]
         return {

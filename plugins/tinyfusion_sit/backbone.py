@@ -1,4 +1,4 @@
-"""SiT (arXiv 2401.08740) as a backbone."""
+"""SiT (arXiv:2401.08740) as a backbone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _OFFICIAL = (
 
 @dataclass(frozen=True, kw_only=True)
 class SiT(DiT):
-    """The interpolant transformer of arXiv 2401.08740: DiT's sizes and state dict, time from 0 (noise) to 1 (data).
+    """The interpolant transformer (arXiv:2401.08740): DiT's sizes and state dict, time from 0 (noise) to 1 (data).
 
     Args:
         learn_sigma: whether the last layer has channels for a variance, which are discarded; the released one has.

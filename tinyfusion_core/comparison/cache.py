@@ -81,7 +81,7 @@ class ResultCache:
         features = _features(task.feature_space) if metrics and task.feature_space is not None else None
         keys = {column: [_described(metric, "batch_size"), sampling, features] for column, metric in metrics.items()}
         self.figures = {column: (digest(key), digest(then(key))) for column, key in keys.items()}
-        """Names of the metrics' figures in a cell: now, and in cells of before."""
+        """Names of the metrics' values in a file: now, and in files of earlier versions."""
 
     def decide(self, name: str, selector: Selector, seed: int) -> Entry:
         """Let a candidate choose blocks. The entry has no losses yet.

@@ -44,7 +44,7 @@ class Entry:
     evaluations: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        """As `findings.json` has it. Metrics that format_version 1 has no name for are there only if there are any."""
+        """Return it as in `findings.json`. Metrics that format_version 1 has no name for are only added if present."""
         others = dict(self.metrics)
         own = {DISTANCE: others.pop(DISTANCE, None)}
         made = in_files({f.name: own if f.name == "metrics" else getattr(self, f.name) for f in fields(self)})

@@ -40,7 +40,7 @@ Entries = Sequence[Mapping[str, Any]]
 
 
 def draw_strip(decision: Decision, path: Path) -> None:
-    """The teacher's blocks in a row, kept and removed, groups bracketed with the confidence of their choice."""
+    """Draw the teacher's blocks in a row, kept and removed, with the confidence of each group's choice."""
     count = len(decision.blocks)
     choices = decision.choices or ([tuple(range(count))] if decision.confidences else [])  # all are one choice
     with plt.rc_context(STYLE):

@@ -123,12 +123,7 @@ class Automaton:
         return len(reached) > 0
 
     def best(self, weights: Sequence[int], late: bool = False) -> tuple[int, ...]:
-        """Return the kept blocks of the mask with the largest sum of weights.
-
-        Args:
-            weights: weight of each block; integers, so that sums are exact.
-            late: among equal masks take the one with later blocks, not earlier ones.
-        """
+        """Return the kept blocks of the mask with the largest sum of weights; if tied, earlier (or `late`) blocks."""
         values: list[list[int | None]] = [[0] * self.num_ends]
         tables = [(drop.tolist(), keep.tolist()) for drop, keep in zip(self.drop, self.keep, strict=True)]
         for weight, (drop, keep) in zip(reversed(weights), reversed(tables), strict=True):

@@ -117,7 +117,7 @@ class BlockSampler(nn.Module, ABC):
 
     @abstractmethod
     def confidence(self) -> list[float]:
-        """Probability of the mode, for each independent choice; a decision is as sure as the least of them."""
+        """Return the probability of the mode for each independent choice; a decision is as sure as the least."""
 
     @abstractmethod
     def choices(self) -> list[list[int]]:

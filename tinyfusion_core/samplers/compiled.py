@@ -72,7 +72,7 @@ class Constraints:
 
     @property
     def independent(self) -> bool:
-        """Whether every choice keeps its number of blocks, whatever the others keep, and nothing else is asked for."""
+        """Whether each choice keeps its number of blocks independently of the others: no rule but `protect`."""
         return not self.rules.given().keys() - {"keep", "protect"}
 
     def accepts(self, kept: Collection[int]) -> bool:

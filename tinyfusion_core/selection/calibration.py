@@ -48,7 +48,9 @@ class Measure(Protocol):
     def merge(self, state: Any) -> None:
         """Add the state of another measure."""
 
-    def value(self) -> float: ...
+    def value(self) -> float:
+        """Return the result over all batches added so far."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)

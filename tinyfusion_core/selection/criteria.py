@@ -241,7 +241,7 @@ class Positions(Criterion):
         return constraints.best(scores)
 
     def _guess_number(self, constraints: Constraints) -> Sequence[int]:
-        """With costs, the number of blocks whose wanted positions come closest to what is allowed; the largest."""
+        """With costs: the number of blocks whose wanted positions come closest to what is allowed; the largest such."""
         blocks, found = range(constraints.num_blocks), []
         for number in range(constraints.num_blocks, 0, -1):
             scores = [0.0] * constraints.num_blocks

@@ -97,6 +97,7 @@ class LinearCKA:
         return self.count, [t.cpu() for t in self.means], [t.cpu() for t in self.products]
 
     def merge(self, state: Moments) -> None:
+        """Add moments: means, each (channels,), and products, each (channels, channels), by the pairwise update."""
         n, means, products = state
         if not n:
             return

@@ -1,4 +1,4 @@
-"""The network on which selectors, weight updates and distillation are checked, and all that must not change of it."""
+"""The small network on which selectors, weight updates and distillation are checked for side effects."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ LISTS = {"first": 4, "second": 4}
 """The block lists of the network, and how many blocks each holds."""
 
 NUM_KEPT = 5
-"""How many blocks stay where a class is asked for a number."""
+"""How many blocks to keep where a class asks for a number."""
 
 WIDTH = 4
 
 
 class _Centre(nn.Module):
-    """Subtracts a running mean, which moves in training mode, as that of a batch norm does."""
+    """Subtracts a running mean, which is updated in training mode, as in a batch norm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class _Network(nn.Module):
 
 @dataclass(frozen=True)
 class SmallBackbone(Backbone):
-    """A residual network of two lists of four blocks, with running means, over (B, 3, 4) tokens."""
+    """A residual network of two lists of four blocks, with running means, over (batch, 3, 4) tokens."""
 
     @override
     def build(self) -> nn.Module:
@@ -135,7 +135,7 @@ class SmallLoss(LossAdapter):
 
 
 def small_task() -> Task:
-    """The network with data; one weight of it is frozen and one module is in training mode, which must stay so."""
+    """Return the network with data; one weight is frozen and one module is in training mode, which must not change."""
     source = generator("conformance", "data")
     data = Tensors({name: torch.randn(16, 3, WIDTH, generator=source) for name in ("x", "y")})
     task = Task(backbone=SmallBackbone(), loss=SmallLoss(), train=data, held_out=data)
@@ -145,18 +145,18 @@ def small_task() -> Task:
 
 
 def small_trainer() -> Trainer:
-    """How stages train it."""
+    """Return the trainer of its stages."""
     return Trainer(batch_size=8, precision="fp32")
 
 
 def values_of(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of all parameters and buffers, on the CPU."""
+    """Return copies of all parameters and buffers, of any shape, on the CPU."""
     named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return {name: t.detach().cpu().clone() for name, t in named.items()}
 
 
 def modes_of(model: nn.Module) -> dict[str, object]:
-    """All else that may be left behind, by module and parameter."""
+    """Return everything else that a stage may leave changed, by module and parameter."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     found: dict[str, object] = {}
     for name, module in model.named_modules():
@@ -171,5 +171,5 @@ def modes_of(model: nn.Module) -> dict[str, object]:
 
 
 def changes(before: Mapping[str, object], after: Mapping[str, object]) -> list[str]:
-    """Names under which there is something else than before, or something new."""
+    """Return the names whose values differ, or that exist on one side only."""
     return sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))

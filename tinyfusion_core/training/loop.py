@@ -101,7 +101,7 @@ class Fit:
         trainer.accelerator.free_memory()
 
     def _begin(self, stack: ExitStack) -> tuple[Update, int]:
-        """Load what has been saved, place or shard the networks, make the optimizer. Returns it, and the first step."""
+        """Load the checkpoint, place or shard the networks, make the optimizer. Returns the update and first step."""
         objective, steps = self.objective, self.optimization.steps
         saved = self._load()
         self._check_ranks_agree()

@@ -59,7 +59,7 @@ class Recover:
         require(falls, f"lr_final {stage}", self.lr_final, f"a rate from 0 to lr, which is {self.lr}")
 
     def with_steps(self, steps: int) -> Recover:
-        """This recovery in another number of steps; an average, if there is one, gets the decay for as many."""
+        """Return this recovery with another number of steps; its average, if any, gets the default decay for them."""
         return replace(self, steps=steps, ema=None if self.ema else self.ema)
 
     def __call__(

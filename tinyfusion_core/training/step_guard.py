@@ -75,16 +75,18 @@ class StepGuard:
         checkpoint_due: bool,
         stop: Sequence[int],
     ) -> StepReport:
-        """Put together what the processes know of a step, in one collective: all skip, save, stop or fail, or none.
+        """Combine the outcome of a step over all processes, in one collective call.
+
+        All skip, save, stop or fail, or none does.
 
         Args:
             step: the step.
-            means: (1 + terms,) of the losses on this process, and of their terms.
-            norm: of this process's gradient.
-            gates: what must be the same on all processes.
+            means: (1 + terms,) means of the losses on this process and of their terms.
+            norm: norm of this process's gradient, a scalar.
+            gates: parameters of any shape that must be the same on all processes.
             bad_samples: how many samples this process could not read.
-            checkpoint_due: whether it is time for a checkpoint here.
-            stop: signals that this process was sent.
+            checkpoint_due: whether a checkpoint is due on this process.
+            stop: signals that this process received.
 
         Raises:
             UserError: the processes do not hold the same gates; raised on all of them.

@@ -1,4 +1,4 @@
-"""What tinyfusion expects of a plugin, a test for each expectation."""
+"""The conformance checks of tinyfusion, one test for each."""
 
 from my_backbone import MyBackbone, MyBackboneLoss
 
@@ -7,4 +7,5 @@ from tinyfusion_core.testing import parametrize_with_checks
 
 @parametrize_with_checks([(MyBackbone, MyBackboneLoss)])
 def test_conformance(check):
+    """Run one check."""
     check()
