@@ -231,7 +231,7 @@ DERIVED: Mapping[str, Callable[[Tensor, Mapping[str, Any], Mapping[str, Any]], A
 def example(
     config: Mapping[str, Any], cls: type[nn.Module], num_rows: int, latent: Sequence[int] | None, tokens: int
 ) -> dict[str, Tensor]:
-    """Return a batch with the shapes of a network's data, and arbitrary values.
+    """Return a batch with the shapes of a network's data, and arbitrary values: tensors by name, each (batch, ...).
 
     Args:
         config: config of the network.

@@ -95,7 +95,7 @@ class EncodedSamples:
         return len(self.rows)
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        """Return these samples by name, each (len(indices), ...).
+        """Return these samples by name, each (rows, ...).
 
         Raises:
             UserError: a file is missing or damaged.

@@ -120,6 +120,13 @@ class GaussianDiffusion(LossAdapter):
         """Return latents without noise or dropped labels, at time steps from the first 250.
 
         The reference script counts the 250 steps of a respaced process and feeds the counts to the network unchanged.
+
+        Args:
+            batch: as in `prepare`.
+            rng: streams "latent" and "time".
+
+        Returns:
+            `x_t` (batch, channels, height, width); `t`, `y`, `drop`, (batch,).
         """
         x = draw_latents(batch, rng)
         t = rng.integers("time", min(250, self.num_timesteps), len(x)).to(x.device)

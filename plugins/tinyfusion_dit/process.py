@@ -208,5 +208,5 @@ def discretized_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Te
 
 
 def approximate_cdf(z: Tensor) -> Tensor:
-    """Return the tanh approximation of the standard normal distribution function, elementwise: same shape."""
+    """Return the tanh approximation of the standard normal distribution function of numbers of any shape."""
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))

@@ -32,10 +32,9 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 class Encode:
     """Encode a folder of images to latents, in shuffled shards that the data source `Latents` reads.
 
-    The folder has one folder for each class; sorted by name they are labels 0, 1, ... Images are cropped as ADM does. A
-    shard has tensors `x` (rows, C, h, w), scaled, with moments also `x_std` (rows, C, h, w), and `y` (rows,). With
-    `flip` each image is followed by its mirrored copy. Images are distributed to shards in an order drawn from the
-    seed.
+    The folder has one folder for each class; sorted by name they are labels 0, 1, ... Images are cropped as ADM does.
+    A shard has tensors `x` (rows, C, h, w), scaled, with moments also `x_std` (rows, C, h, w), and `y` (rows,). With
+    `flip` each image is followed by its mirrored copy. Images are dealt to shards in an order drawn from the seed.
 
     With several processes each makes its share of the shards. Finished shards are verified, and not made again.
 

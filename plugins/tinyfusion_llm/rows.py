@@ -55,6 +55,7 @@ class Rows:
         return num if self.most is None else min(num, self.most)
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+        """Return `tokens` and `labels` of these samples, each (rows, context)."""
         rows = [self._row(i) for i in indices]
         return {"tokens": torch.stack([t for t, _ in rows]), "labels": torch.stack([labels for _, labels in rows])}
 

@@ -31,12 +31,12 @@ class Coefficients:
 
     @property
     def growth(self) -> Tensor:
-        """The ratio alpha' / alpha: the drift of the flow is growth x + diffusion score; same shape as t."""
+        """The ratio alpha' / alpha, of the same shape as t: the drift of the flow is growth x + diffusion score."""
         return self.d_alpha / self.alpha
 
     @property
     def diffusion(self) -> Tensor:
-        """The coefficient alpha' sigma^2 / alpha - sigma sigma'; same shape as t."""
+        """The coefficient alpha' sigma^2 / alpha - sigma sigma', of the same shape as t."""
         return self.growth * self.sigma.square() - self.sigma * self.d_sigma
 
     def velocity(self, prediction: Prediction, output: Tensor, x: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ class ShardedSamples:
         ]
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        """Return the tensors of these samples by name, each (len(indices), ...); floating-point ones as float32.
+        """Return the tensors of these samples by name, each (rows, ...); floating-point ones as float32.
 
         Raises:
             UserError: a shard is missing, truncated or changed; names it.

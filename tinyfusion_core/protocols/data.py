@@ -16,7 +16,7 @@ class Samples(Protocol):
     def __len__(self) -> int: ...
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        """Return the named tensors of these samples, each (len(indices), ...)."""
+        """Return the named tensors of these samples, each (rows, ...), one row per index."""
         ...
 
 
@@ -89,7 +89,7 @@ class DataSource(ABC):
 
 @dataclass(frozen=True)
 class Tensors:
-    """Samples held in memory: named tensors with the same number of rows."""
+    """Samples held in memory: named tensors with the same number of rows, each (rows, ...)."""
 
     columns: dict[str, Tensor]
 
