@@ -7,5 +7,4 @@ from tinyfusion_core.testing import parametrize_with_checks
 
 @parametrize_with_checks([(MyBackbone, MyBackboneLoss)])
 def test_conformance(check):
-    """Run one check."""
     check()
