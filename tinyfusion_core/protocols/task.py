@@ -1,4 +1,4 @@
-"""What is pruned: a network, its objective and its data."""
+"""The task: a network, its objective and its data."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class Task:
     Args:
         backbone: the model family.
         loss: the objective.
-        train: examples to learn from.
-        held_out: examples that no stage trains on.
-        feature_space: where generated examples are compared with real ones.
-        data: where the examples come from, for metrics and commands of plugins that ask it for more.
-        model: the network to prune; by default the backbone builds it when it is first needed.
-        origin: where `model` comes from; by default the backbone's source.
+        train: training samples.
+        held_out: samples that no stage trains on.
+        feature_space: features in which generated and real examples are compared.
+        data: the data source, for metrics and commands of plugins that use further methods of it.
+        model: the network to prune; by default the backbone builds it on first use.
+        origin: source of `model`; by default the backbone's source.
     """
 
     backbone: Backbone
@@ -74,7 +74,7 @@ class Task:
         return list_lengths(self.blocks)
 
     def batch_dim(self, model: nn.Module) -> BatchDim:
-        """Which block arguments carry the batch, as the backbone says or as a probe finds."""
+        """Return which block arguments carry the batch, as the backbone declares or as probing finds."""
         if self.backbone.batched is not None:
             return named_batch_dims(self.backbone.batched)
         device = next(model.parameters()).device

@@ -3,7 +3,7 @@
 The dense formula `x + m * (f(x) - x)` evaluates every block for every sample with a graph. For a hard 0/1
 mask its gradients need far less: the gradient to the mask is `<dL/dy, f(x) - x>` for every sample, and the
 gradient to the input and to f's weights goes through f only where the block is kept. So kept samples run
-with a graph, dropped ones without, and a small autograd function puts both together.
+with a graph, dropped ones without, and a small autograd function merges both.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_leaves
+from typing_extensions import override
 
 from ..errors import UserError
 from ..protocols.backbone import FIRST, Streams, streams_of
@@ -23,23 +24,22 @@ from ..protocols.block_call import BatchDim, Call, positional_names
 
 
 class Gates:
-    """Take over the `forward` of every block while the context is open.
+    """Replace the `forward` of every block while the context is open.
 
-    Set `mask` before each forward pass: a (B, N) tensor of zeros and ones, one column per block, one row per
-    sample. A mask that requires grad receives the exact gradient of the dense formula; with one that does
-    not, dropped samples are not computed at all. `None` runs the plain model. The mask stays in force
-    until it is replaced, so that activation checkpointing finds it again: keep the context open around
-    backward, and use non-reentrant checkpointing. Nothing in the model changes but `forward`, and
-    closing the context, also by an exception, leaves no trace. Do not copy or pickle the model meanwhile.
+    Set `mask` before each forward pass: a (batch, num_blocks) tensor of zeros and ones. A mask that requires grad
+    receives the exact gradient of the dense formula; with one that does not, dropped samples are not computed at all.
+    `None` runs the plain model. The mask stays in force until it is replaced, so that activation checkpointing finds it
+    again: keep the context open around backward, and use non-reentrant checkpointing. Nothing in the model changes but
+    `forward`, and closing the context, also by an exception, restores it. Do not copy or pickle the model meanwhile.
 
-    Every call runs at least one sample of every block with the graph (a dropped one, with a zero gradient,
-    when none keeps it): parameters get zero gradients, never None, and distributed processes stay in step.
+    Every call runs at least one sample of every block with the graph (a dropped one, with a zero gradient, if none
+    keeps it): parameters get zero gradients, never None, and distributed processes stay in step.
 
     Args:
         model: the network.
-        blocks: paths of the N blocks, in the order of the mask's columns.
-        streams: the blocks' residual streams, by block list where they differ.
+        blocks: paths of the blocks, in the order of the mask's columns.
         batch_dim: which arguments carry the batch; see `probed_batch_dims` and `named_batch_dims`.
+        streams: the blocks' residual streams, by block list where they differ.
     """
 
     def __init__(
@@ -60,6 +60,11 @@ class Gates:
 
     @property
     def mask(self) -> Tensor | None:
+        """The mask of the next forward pass, (batch, num_blocks), one row per sample; None runs the plain model.
+
+        Raises:
+            ValueError: it has another shape, or values other than 0 and 1.
+        """
         return self._mask
 
     @mask.setter
@@ -67,10 +72,17 @@ class Gates:
         self.set(mask)
 
     def set(self, mask: Tensor | None, weights: Tensor | None = None) -> None:
-        """Set the mask, and weights (B, N) for the part of its gradient that comes from dropped samples.
+        """Set the mask, and weights for the part of its gradient that comes from dropped samples.
 
         A dropped sample whose weight is zero is not run at all; with weights of mean one that do not depend on the
-        values, the mask's gradient keeps its mean. None weighs all by one.
+        values, the mask's gradient keeps its mean.
+
+        Args:
+            mask: (batch, num_blocks) zeros and ones, or None to run the plain model.
+            weights: (batch, num_blocks); None means ones.
+
+        Raises:
+            ValueError: the mask has another shape, or values other than 0 and 1.
         """
         if mask is not None:
             # One copy to the host for all blocks, instead of one synchronisation per block.
@@ -143,10 +155,10 @@ class Gates:
         return inputs
 
     def _check_items(self, j: int, items: Sequence[Any], inputs: Sequence[Tensor], partly: bool) -> None:
-        """Raise UserError when what a block gives out cannot be merged with what came in.
+        """Raise UserError if a block's output cannot be merged with its input.
 
-        A stream must keep its shape; and where the block ran for a part of the samples, a tensor that no stream
-        accounts for has rows that nobody knows.
+        A stream must keep its shape; and if the block ran for only a part of the samples, a tensor that is not a
+        declared stream has unknown rows.
         """
         declared = [stream.output or 0 for stream in self._streams[j]]
         for i, x in zip(declared, inputs, strict=True):
@@ -178,14 +190,14 @@ def _in_the_form_of(output: Any, items: Sequence[Any]) -> Any:
 
 
 def _version(x: Tensor) -> int:
-    """How often a tensor has been changed in place; tensors made in inference mode do not count."""
+    """How often a tensor has been changed in place; 0 for tensors made in inference mode, which are not tracked."""
     return 0 if x.is_inference() else x._version
 
 
 def _split(mask: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of one block the rows that are kept, those to run with the graph, and the others whose values are needed.
+    """For one block: the kept rows, the rows to run with the graph, and the other rows whose values are needed.
 
-    Attention code cannot take zero samples, and every parameter needs a gradient on every process: where nothing is
+    Attention code cannot take zero samples, and every parameter needs a gradient on every process: if nothing is
     kept, the first dropped row is run with the graph.
     """
     kept, dropped = mask.nonzero().flatten(), (mask == 0).nonzero().flatten()
@@ -194,13 +206,14 @@ def _split(mask: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _Merge(torch.autograd.Function):
-    """y = f(x) where kept, x where dropped; the mask's gradient is <dL/dy, f(x) - x> everywhere.
+    """y = f(x) where kept, x where dropped; the gradient to the mask is <dL/dy, f(x) - x> everywhere.
 
-    `ran` are f's outputs for the rows `run` (the kept rows, or one dropped row when none is kept), `value`
-    those of the other dropped rows that are needed, without a graph. Only f(x) - x is saved, neither of the two.
+    `ran` is f's output for the rows `run` (the kept rows, or one dropped row if none is kept), `value` its output for
+    the other dropped rows that are needed, without a graph. Only f(x) - x is saved.
     """
 
     @staticmethod
+    @override
     def forward(
         ctx: Any,
         x: Tensor,
@@ -233,6 +246,7 @@ class _Merge(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @override
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         delta, kept = ctx.saved_tensors
         x_dtype, mask_dtype = ctx.dtypes

@@ -1,4 +1,4 @@
-"""Remove blocks for good, and keep the result as a folder that anybody can load."""
+"""Remove blocks for good, and save or load the pruned network."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from .decision import Decision
 
 FORMAT_VERSION = 1
 RECORDS = ("tinyfusion.json", "config.json")
-"""What a saved folder holds: the second, unless the family has a file of that name itself."""
+"""Record file of a saved folder: the second, unless the model family writes a file of that name itself."""
 
 
 def prune(task: Task, decision: Decision) -> nn.Module:
-    """A copy of the task's network without the removed blocks, in eval mode. The original keeps its own.
+    """Return a copy of the task's network without the removed blocks, in eval mode. The original is not changed.
 
     Raises:
         UserError: the decision is about other blocks than the network has.
@@ -36,15 +36,15 @@ def prune(task: Task, decision: Decision) -> nn.Module:
 
 
 def remove_blocks(backbone: Backbone, model: nn.Module, removed: Sequence[str]) -> None:
-    """Take blocks out of a network in place and let the backbone repair the rest.
+    """Remove blocks from a network in place and let the backbone repair the rest.
 
     Args:
         backbone: the model family.
         model: the network.
-        removed: paths of the blocks that go, children of a `ModuleList` or `Sequential`.
+        removed: paths of the blocks to remove, children of a `ModuleList` or `Sequential`.
 
     Raises:
-        UserError: a block is the child of something else.
+        UserError: the parent of a block is something else.
     """
     kept: dict[str, list[int]] = {}
     for path in block_lists(backbone.block_paths(model)):
@@ -65,8 +65,8 @@ def save_pretrained(student: nn.Module, task: Task, decision: Decision, folder: 
     Args:
         student: the pruned network.
         task: what it was pruned from.
-        decision: which blocks it kept.
-        folder: where to; made when missing.
+        decision: which blocks were kept.
+        folder: where to; created if missing.
 
     Returns:
         The folder.
@@ -96,7 +96,7 @@ def save_network(model: nn.Module, backbone: Backbone, source: Mapping[str, Any]
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """What `save_network` wrote down: format_version, backbone, network, sha256 by file, source.
+    """Read the record of `save_network`: format_version, backbone, network, sha256 by file, source.
 
     Raises:
         UserError: it is missing, damaged or incomplete.
@@ -115,18 +115,18 @@ def _record(folder: Path) -> Path:
 
 
 def origin(folder: Path) -> dict[str, Any]:
-    """Where a network comes from that was saved there: the record's source, with the hash of its own weights."""
+    """Return the source of a network saved there, with the hash of its own weights."""
     record = read_record(folder)
     hashes = record["sha256"]
     return {**record["source"], "sha256": hashes.get(WEIGHTS) or digest(hashes)}
 
 
 def load_pretrained(folder: Path | str, backbone: type[Backbone] | None = None) -> nn.Module:
-    """The network that `save_pretrained` wrote, in eval mode; every file is verified.
+    """Load a network that `save_pretrained` wrote, in eval mode; every file is verified by hash.
 
     Args:
-        folder: that holds it.
-        backbone: its model family; by default looked up by the recorded name among what plugins bring.
+        folder: where it is.
+        backbone: its model family; by default looked up by the recorded name.
 
     Raises:
         UserError: a file is missing, damaged or does not belong with the others, or the plugin is not installed.
@@ -146,7 +146,9 @@ def load_pretrained(folder: Path | str, backbone: type[Backbone] | None = None) 
 
 
 def push_to_hub(folder: Path | str, repo_id: str, private: bool = True) -> str:
-    """Upload a saved folder to the Hugging Face hub; needs a login (`hf auth login`). Returns the commit's address.
+    """Upload a saved folder to the Hugging Face hub and return the address of the commit.
+
+    Needs a login (`hf auth login`).
 
     Raises:
         UserError: the folder holds no saved network.

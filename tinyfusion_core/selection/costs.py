@@ -1,4 +1,4 @@
-"""What a network costs: each of its blocks, and all that lies outside of them, in parameters, operations and time."""
+"""Costs of a network: of each block and of everything outside the blocks, in parameters, operations and time."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from ..runtime.seeding import Rng
 from ..training.trainer import Trainer
 
 BATCH_SIZE, ROUNDS = 1, 20
-"""Samples of a timed pass, and how many passes there are; the median counts."""
+"""Samples per timed pass, and number of passes, of which the median is taken."""
 
 CostKind = Literal["parameters", "flops", "latency_ns"]
 
 
 @dataclass(frozen=True)
 class NetworkCosts:
-    """Parameters, operations of one sample, or nanoseconds of a forward pass.
+    """Parameters, FLOPs for one sample, or nanoseconds of a forward pass.
 
     Attributes:
-        blocks: of every block.
-        outside: of all that is no block.
+        blocks: cost of every block.
+        outside: cost of everything outside the blocks.
     """
 
     blocks: tuple[int, ...]
@@ -38,21 +38,21 @@ class NetworkCosts:
 
     @property
     def total(self) -> int:
-        """Of the whole network."""
+        """Cost of the whole network."""
         return sum(self.blocks) + self.outside
 
 
 def network_costs(kind: CostKind, task: Task, trainer: Trainer, batch_size: int = BATCH_SIZE) -> NetworkCosts:
-    """Measure a task's network. One on the meta device is enough: what has to run is then made with random weights.
+    """Measure a task's network. It may be on the meta device: what must run is then built with random weights.
 
-    Blocks that are alike in parameters and FLOPs take the same time: the median of theirs, whose differences are noise
-    and would rule masks out.
+    Blocks with the same parameters and FLOPs get the same time: the median of theirs, because their differences are
+    noise that would rule out masks.
 
     Args:
         kind: what to measure.
         task: the network and its objective.
         trainer: device and precision of timed passes.
-        batch_size: samples of a timed pass.
+        batch_size: samples per timed pass.
     """
     if kind == "parameters":
         return _parameters(task)
