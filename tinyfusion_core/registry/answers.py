@@ -83,6 +83,6 @@ def _checked(kind: str, result: Any) -> dict[str, type[Any]]:
     return classes
 
 
-def spoken(error: Exception) -> str:
-    """An error as the reason why a plugin is left out."""
+def reason_of(error: Exception) -> str:
+    """Return an error as the reason why a plugin is skipped."""
     return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"

@@ -9,7 +9,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
-from .answers import brought, spoken
+from .answers import brought, reason_of
 from .hooks import GROUP, KINDS, switched_off_by
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def listed_commands() -> list[type[Command]]:
             try:
                 found += brought(resolve_name(value), ["command"]).get("command", {}).values()
             except Exception as e:  # whatever a stranger's import raises must not take the help down
-                warnings.warn(f"plugin '{name}' left out: {spoken(e)}", stacklevel=2)
+                warnings.warn(f"plugin '{name}' left out: {reason_of(e)}", stacklevel=2)
     return found
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MissingFileError, UserError, nearest
-from .answers import Classes, brought, spoken
+from .answers import Classes, brought, reason_of
 from .hooks import BLOCKED, KINDS
 from .sources import CORE, Plugin, PluginFile, installed, load, names
 
@@ -121,7 +121,7 @@ def load_plugin(path: Path | str) -> PluginFile:
         del sys.modules[file.module]
         if before is not None:
             sys.modules[file.module] = before
-        raise UserError(f"plugin {path}: {spoken(e)}") from e
+        raise UserError(f"plugin {path}: {reason_of(e)}") from e
     _files.update(loaded)
     return file
 

@@ -10,7 +10,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 from ..errors import nearest
-from .answers import Classes, brought, spoken
+from .answers import Classes, brought, reason_of
 from .hooks import BLOCKED, GROUP, ONLY, named_in, switched_off_by
 
 CORE = "core"
@@ -92,7 +92,7 @@ def load(point: EntryPoint) -> tuple[Plugin, Classes]:
     try:
         classes = brought(point.load())
     except Exception as e:  # whatever a stranger's import raises must not take the command line down
-        reason = spoken(e)
+        reason = reason_of(e)
         warnings.warn(f"plugin '{point.name}' ({distribution} {version}) left out: {reason}", stacklevel=2)
         return Plugin(point.name, point.value, distribution, version, error=reason), {}
     return Plugin(point.name, point.value, distribution, version, names(classes)), classes
