@@ -52,13 +52,22 @@ class _LatentSource(DataSource):
         return self._split(held_out=True)
 
     @property
-    @override
     def has_pixels(self) -> bool:
+        """Whether there is a decoder."""
         return self.decoder is not None
 
-    @override
     def pixels(self, x: Tensor) -> Tensor | None:
-        """Decode latents by `decoder` on their device; None without one."""
+        """Decode latents by `decoder` on their device.
+
+        Args:
+            x: (batch, channels, height, width) latents.
+
+        Returns:
+            (batch, 3, image height, image width) in [0, 1]; None without a decoder.
+
+        Raises:
+            UserError: neither the recipe nor the latents' metadata give the scale.
+        """
         if self.decoder is None:
             return None
         metadata = self._opened[1]

@@ -33,8 +33,8 @@ class Digits(DataSource):
     def held_out(self) -> Tensors:
         return self._part(slice(NUM_HELD_OUT))
 
-    @override
     def pixels(self, x: Tensor) -> Tensor:
+        """Map examples, (batch, 1, height, width) in [-1, 1], to images in [0, 1], the same shape."""
         return ((x + 1) / 2).clamp(0, 1)
 
     @override

@@ -48,8 +48,8 @@ class Fashion(DataSource):
         test = self._part("t10k")
         return Tensors({name: column[: self.num_held_out] for name, column in test.columns.items()})
 
-    @override
     def pixels(self, x: Tensor) -> Tensor:
+        """Map examples, (batch, 1, height, width) in [-1, 1], to images in [0, 1], the same shape."""
         return ((x + 1) / 2).clamp(0, 1)
 
     @override

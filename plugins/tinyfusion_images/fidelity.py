@@ -149,7 +149,7 @@ class Fidelity(Metric):
         ]
 
     def _named(self, what: str) -> str:
-        """A figure's name, which says of what features it is if they are not the usual ones."""
+        """The name of a measurement, with the features unless they are the usual ones."""
         return what if self.features == INCEPTION else f"{what} ({self.features})"
 
     def _known(self, task: Task, device: torch.device) -> ImageSet:

@@ -93,7 +93,7 @@ class ComparisonResults:
 
     @property
     def kept(self) -> str:
-        """What stays, as it stands in a sentence."""
+        """What is kept, formatted for a sentence."""
         return self.budget if isinstance(self.budget, str) else f"{budget_text(self.budget)} blocks"
 
     @property

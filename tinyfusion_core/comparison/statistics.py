@@ -69,7 +69,7 @@ def summaries(results: ComparisonResults) -> list[Summary]:
 
 
 def _summary(results: ComparisonResults, name: str) -> Summary:
-    """What a candidate's choices, one for each seed, come to."""
+    """The summary of a candidate over its choices, one per seed."""
     entries = [e for e in results.entries if e.method == name]
     rank, better, to_best = zip(*(_place(e, reference(results, e.seed)) for e in entries), strict=True)
     return Summary(

@@ -72,9 +72,9 @@ class Comparison:
         """Return what would be compared in a network with these blocks.
 
         Args:
-            search: with no candidates given: the one to compare every criterion with.
+            search: without candidates: the search to compare every criterion with.
             blocks: paths of the blocks.
-            costs: what the network costs, by the names of the `cost_budgets`.
+            costs: costs of the network, by name of the `cost_budgets`.
 
         Raises:
             UserError: candidates do not fit or differ in their budget (all of them are named), or there are none.
@@ -83,7 +83,7 @@ class Comparison:
         return line_up(self.view, selectors, blocks, costs, every=self.candidates is None)
 
     def _given(self, search: Selector | None) -> dict[str, Selector]:
-        """The candidates that are spelled out, by name."""
+        """The candidates of the recipe, by name."""
         if self.candidates is not None:
             return self.candidates
         if search is None:

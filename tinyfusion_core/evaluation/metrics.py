@@ -99,7 +99,7 @@ class Metric(ABC):
         """
 
     def show(self, folder: RunFolder) -> list[Figures]:
-        """Draw, from its exhibits in the folder of a run, sections of the report. By default there are none."""
+        """Return sections of the report, drawn from the exhibits in a run folder. By default none."""
         return []
 
 
@@ -229,13 +229,13 @@ def check_teacher(task: Task, trainer: Trainer) -> None:
 
 
 def with_standing(metrics: Sequence[Metric]) -> list[Metric]:
-    """These metrics, and the standing ones that are not among them."""
+    """Return these metrics, and the standing ones that are not among them."""
     given = {type(metric) for metric in metrics}
     return [*metrics, *(cls() for cls in _known() if cls.standing and cls not in given)]
 
 
 def known_exhibits() -> set[str]:
-    """Names of the files that any metric leaves in a run folder."""
+    """Return the names of the files that any metric leaves in a run folder."""
     return {name for cls in _known() for name in cls.exhibits}
 
 

@@ -97,7 +97,7 @@ def _trainings(stage: Stage) -> Sequence[Search | Recover]:
 
 
 def _exhibits(recipe: Recipe, folder: RunFolder) -> list[Figures]:
-    """What the metrics show of a run."""
+    """The sections of the report that the metrics draw."""
     return [section for metric in with_standing(recipe.evaluate) for section in metric.show(folder)]
 
 

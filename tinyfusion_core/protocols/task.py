@@ -43,13 +43,13 @@ class Task:
 
     @classmethod
     def without_data(cls, backbone: Backbone, loss: LossAdapter, model: nn.Module) -> Self:
-        """A network and its objective with the backbone's examples for data, to see what it costs and how it runs."""
+        """Return a task with the backbone's example as data, to measure what a network costs and how it runs."""
         examples = Tensors(backbone.example(1))
         return cls(backbone=backbone, loss=loss, train=examples, held_out=examples, model=model)
 
     @property
     def conditions(self) -> str:
-        """The column of the data that generation is given; see `DataSource`."""
+        """Name of the column with the conditions of generation; see `DataSource`."""
         return DataSource.conditions if self.data is None else self.data.conditions
 
     @property

@@ -148,7 +148,7 @@ class Gates:
         return _in_the_form_of(output, items)
 
     def _inputs(self, j: int, call: Call, num_rows: int) -> list[Tensor]:
-        """The streams that come in. Raises ValueError unless they have this number of samples."""
+        """The incoming streams. Raises ValueError unless they have this number of samples."""
         inputs = [call.stream(stream, self.blocks[j]) for stream in self._streams[j]]
         if inputs[0].shape[0] != num_rows:
             raise ValueError(f"block '{self.blocks[j]}' got {inputs[0].shape[0]} samples, the mask has {num_rows} rows")
@@ -183,7 +183,7 @@ class Gates:
 
 
 def _in_the_form_of(output: Any, items: Sequence[Any]) -> Any:
-    """A tensor, or a tuple or list of the type that a block gave out, with these items in it."""
+    """These items in the form of a block's output: one tensor, or a tuple or list of its type."""
     if isinstance(output, Tensor):
         return items[0]
     return type(output)._make(items) if hasattr(output, "_make") else type(output)(items)

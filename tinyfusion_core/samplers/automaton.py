@@ -267,14 +267,14 @@ def _used(demands: Demands, used: int, place: _Place, kept: bool) -> int | None:
 
 
 def _run(demands: Demands, before: int, kept: bool) -> int | None:
-    """The dropped blocks in a row after a block, None when they are too many; not counted if any number may be."""
+    """Number of dropped blocks in a row after a block; None if too many; 0 if there is no limit."""
     if kept or demands.max_run is None:
         return 0
     return before + 1 if before < demands.max_run else None
 
 
 def _phase(demands: Demands, before: int, kept: bool) -> int | None:
-    """The phase after a block, None when it begins another run of dropped blocks; not told if any may begin."""
+    """The phase after a block; None if it starts a forbidden second run of dropped blocks; 0 if runs are free."""
     if not demands.contiguous:
         return 0
     if kept:

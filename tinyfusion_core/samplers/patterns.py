@@ -94,12 +94,12 @@ def _parse_list(name: object, value: Any) -> Pair | list[Pair]:
 
 
 def _from_ratio(text: str) -> list[int | str]:
-    """The parts of `2:4`, those that are numbers as such."""
+    """The parts of `2:4`, numbers as integers."""
     return [int(part) if part.strip().isdigit() else part for part in text.split(":")]
 
 
 def _holds_only(kind: type, value: Any) -> bool:
-    """Whether a value is a list, not empty, of things of this kind."""
+    """Whether a value is a non-empty list of items of this kind."""
     listed = isinstance(value, Sequence) and not isinstance(value, str)
     return listed and len(value) > 0 and all(isinstance(v, kind) for v in value)
 

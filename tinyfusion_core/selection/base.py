@@ -104,16 +104,16 @@ S = TypeVar("S", bound=Selector)
 
 
 def bind(selector: S, task: Task, trainer: Trainer, run: RunFolder | None) -> tuple[S, dict[str, Any]]:
-    """Bind a selector to what the task's network costs, if it has budgets of costs.
+    """Bind a selector to the costs of the task's network, if it has budgets of costs.
 
     Args:
-        selector: with or without such budgets.
-        task: the network.
-        trainer: how to run it.
-        run: keeps what was measured, so that what is interrupted goes on with the same numbers.
+        selector: a selector, with or without such budgets.
+        task: the network and its objective.
+        trainer: device, precision and seed.
+        run: where the costs are kept, so that an interrupted call resumes with the same numbers.
 
     Returns:
-        The bound selector, and what was measured, for the record.
+        The bound selector, and the costs, for the record.
     """
     budgets = selector.cost_budgets()
     if not budgets:

@@ -90,7 +90,7 @@ def _counted(task: Task, model: nn.Module) -> NetworkCosts:
 
 
 def _latency(task: Task, trainer: Trainer, kinds: Sequence[tuple[int, int]], batch_size: int) -> NetworkCosts:
-    """A whole pass by the clock, divided by the shares of the blocks in passes that stop the clock at each of them."""
+    """The time of a whole pass, divided by the shares of the blocks in passes that time each block."""
     device = trainer.accelerator.device
     model = (_built(task) if _is_meta(task.teacher) else task.teacher).to(device)
     inputs = _inputs(task, model, batch_size)
@@ -125,14 +125,14 @@ def _latency(task: Task, trainer: Trainer, kinds: Sequence[tuple[int, int]], bat
 
 
 def _stop_clock(block: nn.Module, now: Callable[[], float], times: list[float], hooks: ExitStack) -> None:
-    """Note how long every call of a block takes, until the hooks close."""
+    """Append the time of every call of a block, in seconds, until the hooks close."""
     started: list[float] = []
     hooks.callback(block.register_forward_pre_hook(lambda *_: started.append(now())).remove)
     hooks.callback(block.register_forward_hook(lambda *_: times.append(now() - started.pop())).remove)
 
 
 def _settled(times: Sequence[float]) -> float:
-    """The median without the first fifth, in which caches fill."""
+    """The median without the first fifth, in which caches fill up."""
     return median(times[len(times) // 5 :])
 
 
@@ -141,7 +141,7 @@ def _is_meta(model: nn.Module) -> bool:
 
 
 def _built(task: Task) -> nn.Module:
-    """A network like the task's, with random weights."""
+    """A network with the config of the task's, with random weights."""
     return task.backbone.construct(task.backbone.config(task.teacher)).eval()
 
 

@@ -1,7 +1,4 @@
-"""Selectors that do not learn; they return the same `Decision` as the search.
-
-Here: given blocks, and criteria by position. `similarity.py` and `sensitivity.py` use data.
-"""
+"""Selectors that do not learn: given blocks, and criteria by position. `similarity` and `sensitivity` use data."""
 
 # No `from __future__ import annotations` here: the fields of a base class are resolved in the modules of the
 # classes that inherit them, where strings would mean nothing.
@@ -52,10 +49,8 @@ class Keep(Selector):
     @override
     def __call__(self, task: Task, trainer: Trainer, run: RunFolder | None = None) -> Decision:
         decision = self.preview(task.blocks)
-        source = {**decision.provenance, **provenance(trainer.seed, task.source)}
-        return replace(
-            decision, provenance=source if self.decision is None else {**source, "taken_from": self.decision}
-        )
+        taken = {} if self.decision is None else {"taken_from": self.decision}
+        return replace(decision, provenance={**decision.provenance, **provenance(trainer.seed, task.source), **taken})
 
     @override
     def inputs(self) -> dict[str, str]:
@@ -90,9 +85,7 @@ class Criterion(Selector):
     Args:
         keep: how many blocks are kept: in total, or a number for every block list, which may be 0.
         pattern: keep N of every M blocks instead, as in `Search`.
-        budget: what the pruned network may cost at most instead: `0.5x` of its parameters, `{parameters: 400M}`,
-            `{flops: 0.5x}` or `{latency_ms: 20}` of a forward pass, of `batch_size: 1` by default; measured. Give one
-            of the three.
+        budget: what the pruned network may cost at most instead, as in `Search`. Give one of the three.
         protect: indices of blocks that must be kept.
         constraints: further rules for masks; with costs and a budget they replace the three.
     """
@@ -121,11 +114,7 @@ class Criterion(Selector):
 
     @override
     def preview(self, blocks: Sequence[str]) -> Decision:
-        """Return the decision for `guess`, without provenance.
-
-        Raises:
-            UserError: the budget does not fit these blocks.
-        """
+        """Return the decision for `guess`, without provenance."""
         constraints = self.compiled(blocks)
         return self._decision(blocks, constraints, self.guess(constraints), {})
 
@@ -147,15 +136,11 @@ class Criterion(Selector):
 
     def compiled(self, blocks: Sequence[str]) -> Constraints:
         """Return the constraints that the decision must obey."""
-        check_bound(self.budget, type(self).__name__)
+        owner, protect = type(self).__name__, self.protected(blocks)
+        check_bound(self.budget, owner)
         assert not isinstance(self.pattern, int)  # parse_pattern refuses numbers
         return compile_constraints(
-            blocks,
-            type(self).__name__,
-            keep=self.keep,
-            pattern=self.pattern,
-            protect=self.protected(blocks),
-            constraints=self.constraints,
+            blocks, owner, keep=self.keep, pattern=self.pattern, protect=protect, constraints=self.constraints
         )
 
     def protected(self, blocks: Sequence[str]) -> Sequence[int]:

@@ -55,8 +55,7 @@ class Search(Selector):
     Args:
         pattern: keep N of M: `[2, 4]`, a list with a pair for each group, or a mapping by block list. Short for
             `sampler: GroupedSampler`.
-        keep: how many blocks are kept, in total or by block list, at any position. Short for `sampler: ScoreFunction`
-            with that rule.
+        keep: how many blocks are kept, in total or by block list, anywhere. Short for `sampler: ScoreFunction`.
         budget: what the pruned network may cost at most: `0.5x` of its parameters, `{parameters: 400M}`,
             `{flops: 0.5x}` or `{latency_ms: 20}` of a forward pass, of `batch_size: 1` by default; measured. Short for
             `sampler: ScoreFunction` with costs; give one of the four.
@@ -68,9 +67,8 @@ class Search(Selector):
             they replace all four.
         steps: optimizer updates.
         batch_size: samples per update; default the trainer's.
-        warmup: fraction of the steps in which the weight update trains under the initial masks, before the gates learn:
-            their first gradients then come from weights that have begun to adapt. The paper uses 0; the effect is
-            measured in `benchmarks/RESULTS.md`.
+        warmup: fraction of the steps in which the weight update trains under the initial masks, before the gates learn
+            from weights that have begun to adapt. The paper uses 0; the effect is in `benchmarks/RESULTS.md`.
         update: the co-trained weight update.
         lr_gates: learning rate of the gate logits, which have no weight decay; default the sampler's.
         lr: learning rate of the weight update; default 1 / steps but at most 1e-3, which is the paper's 1e-4 at 10,000
@@ -82,9 +80,8 @@ class Search(Selector):
         start: a criterion whose choice the search starts from, instead of a uniform distribution.
         prior: log-odds that the start gives to the blocks it keeps, and minus that to the others, at the first and at
             the last step, linear in between. What the gates learn is added: with a last prior of 0 they alone decide.
-        dropped_values: fraction of the samples that drop a block for which the block is run anyway, because a pathwise
-            gradient needs its value; weighted so that the gate's gradient keeps its mean. Less is faster and noisier. A
-            score function needs none.
+        dropped_values: fraction of the samples that drop a block and still run it, because a pathwise gradient needs
+            its value; weighted to keep the gradient's mean. Less is faster and noisier; a score function needs none.
         confident: stop when the decision's confidence reaches this value, after the warm-up.
     """
 
@@ -226,11 +223,6 @@ class Search(Selector):
     def __call__(self, task: Task, trainer: Trainer, run: RunFolder | None = None) -> Decision:
         """Run the search. Afterwards the network's weights are what they were, bit for bit.
 
-        Args:
-            task: the network to prune, its objective and data.
-            trainer: how to train.
-            run: where to log and to keep checkpoints.
-
         Returns:
             The most probable mask of the averaged gate logits, with its confidences and marginals.
 
@@ -244,9 +236,8 @@ class Search(Selector):
 
     def decide(self, learned: Learned, task: Task, trainer: Trainer) -> Decision:
         """Return the decision of what was learned."""
-        record = provenance(trainer.seed, task.source)
-        record = {**record, "steps": learned.num_steps, "evaluations": learned.evaluations}
-        return self._decision(learned.sampler, task.blocks, record)
+        taken = {"steps": learned.num_steps, "evaluations": learned.evaluations}
+        return self._decision(learned.sampler, task.blocks, {**provenance(trainer.seed, task.source), **taken})
 
     def learn(self, task: Task, trainer: Trainer, run: RunFolder | None = None) -> Learned:
         """Run the search without the decision. Arguments as for a call."""
@@ -256,9 +247,8 @@ class Search(Selector):
         blocks, batch_dim = [model.get_submodule(path) for path in task.blocks], task.batch_dim(model)
         sampler, evaluations = self.make_sampler(task.lists), 0
         if self.start is not None:
-            first = self.start(
-                task, replace(trainer, trackers=()), None if run is None else run.part("search", "start")
-            )
+            part = None if run is None else run.part("search", "start")
+            first = self.start(task, replace(trainer, trackers=()), part)
             sampler.set_prior(first.kept, self.prior)
             evaluations = int(first.provenance.get("evaluations", 0))
         # AveragedModel begins with the values after the first step: no bias towards the initial ones.
@@ -285,9 +275,8 @@ class Search(Selector):
                     dropped_values=self.dropped_values,
                     confident=self.confident,
                 )
-                gate_rate = self.lr_gates or sampler.lr_gates
                 groups = [
-                    {"params": list(sampler.parameters()), "lr": gate_rate, "weight_decay": 0.0},
+                    {"params": [*sampler.parameters()], "lr": self.lr_gates or sampler.lr_gates, "weight_decay": 0.0},
                     {"params": weights, "lr": rate, "weight_decay": self.weight_decay},
                 ]
                 optimization = Optimization(groups=groups, steps=self.steps, clip=self.clip, ema=ema)

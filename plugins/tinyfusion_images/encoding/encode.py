@@ -232,13 +232,13 @@ class _Encoding:
                 self._write(part, made, left_out)
 
     def _left_out(self, bad: Sequence[tuple[int, str]]) -> list[int]:
-        """Indices of the images that cannot be read. Raises UserError unless they may be left out."""
+        """Indices of the images that cannot be read. Raises UserError unless `skip_bad` is set."""
         if bad and not self.how.skip_bad:
             raise UserError(f"{bad[0][1]}. Mend or remove it, or leave such images out with --skip-bad")
         return [index for index, _ in bad]
 
     def _write(self, part: _Part, made: Sequence[dict[str, Tensor]], left_out: Sequence[int]) -> None:
-        """Write a shard, and beside it what is known of it."""
+        """Write a shard and its record."""
         if not made:
             raise UserError(f"{self.folder.root}: none of the {len(left_out)} images of a shard can be read")
         shard = write_shard(self.out, part.name, {name: torch.cat([rows[name] for rows in made]) for name in made[0]})

@@ -22,12 +22,12 @@ class ImageEncoder:
     """Encodes images to rows of a shard.
 
     Args:
-        vae: see `Encode`, as for the others.
-        scale: factor of the latents; None: the autoencoder's.
-        kind: samples of the posterior, or its moments.
-        dtype: precision of the stored latents.
-        flip: whether every image is also encoded mirrored.
-        seed: seed of the noise.
+        vae: the autoencoder: a folder, a checkpoint file, or a name on the hub; see `load_autoencoder`.
+        scale: factor on the latents; None for that of the autoencoder's config.
+        kind: "sample" for a draw from each posterior; "moments" for its mean and deviation.
+        dtype: dtype of the latents.
+        flip: whether to encode the mirrored image too.
+        seed: seed of the draws.
         device: device of the autoencoder.
     """
 
