@@ -1,7 +1,7 @@
-"""Make transformers shallower: learn which blocks can go, remove them, recover.
+"""Make transformers shallower: learn which blocks can go, remove them, recover the quality.
 
-`import tinyfusion_core as tiny`. `__init__.pyi` lists the names; each is imported when it is first used, so that the
-command line answers at once.
+Use it as `import tinyfusion_core as tiny`. The public names are listed in `__init__.pyi`; each is imported on first
+use, which keeps the command line fast.
 """
 
 import importlib
@@ -17,7 +17,7 @@ _MOVED = {
     "Findings": ("tinyfusion_core", "ComparisonResults"),
     "write_samples": ("tinyfusion_images.samples", "write_samples"),
 }
-"""Names that live elsewhere now, or are called otherwise: module and name. They stay here for one release."""
+"""Public names that have moved or were renamed, as (module, name). They are kept here for one release."""
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,6 @@
-"""What the core itself brings, through the door that plugins use; a name of these no plugin can have.
+"""The classes that the core registers, by the same hooks as a plugin; a plugin cannot reuse their names.
 
-Imports stand inside of the hooks: `tinyfusion --help` asks for the commands alone.
+Imports stand inside the hooks, because `tinyfusion --help` only asks for the commands.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 @hookimpl
 def tinyfusion_register_metrics() -> list[type[Metric]]:
+    """Metrics: model size, held-out loss, Fréchet distance, latency."""
     from .evaluation.frechet import Frechet
     from .evaluation.latency import Latency
     from .evaluation.metrics import HeldOutLoss, Size
@@ -29,6 +30,7 @@ def tinyfusion_register_metrics() -> list[type[Metric]]:
 
 @hookimpl
 def tinyfusion_register_selectors() -> list[type[Selector]]:
+    """Selectors: the search, successive halving and the criteria."""
     from .selection import criteria, sensitivity, similarity
     from .selection.search import Search
     from .selection.successive_halving import Finals
@@ -54,6 +56,7 @@ def tinyfusion_register_selectors() -> list[type[Selector]]:
 
 @hookimpl
 def tinyfusion_register_samplers() -> list[type[BlockSampler]]:
+    """Samplers of block masks."""
     from .samplers.grouped import GroupedSampler
     from .samplers.subset import ExactK, GumbelTopK, ScoreFunction
 
@@ -62,6 +65,7 @@ def tinyfusion_register_samplers() -> list[type[BlockSampler]]:
 
 @hookimpl
 def tinyfusion_register_weight_updates() -> list[type[WeightUpdate]]:
+    """Weight updates during a search: none, low-rank, full."""
     from .pruning.weight_update import Frozen, Full, LoRA
 
     return [Frozen, LoRA, Full]
@@ -69,6 +73,7 @@ def tinyfusion_register_weight_updates() -> list[type[WeightUpdate]]:
 
 @hookimpl
 def tinyfusion_register_distillations() -> list[type[OutputKD]]:
+    """Distillation losses."""
     from .training.distillation import MaskedKD, OutputKD
 
     return [OutputKD, MaskedKD]
@@ -76,6 +81,7 @@ def tinyfusion_register_distillations() -> list[type[OutputKD]]:
 
 @hookimpl
 def tinyfusion_register_commands() -> list[type[Command]]:
+    """Commands, in the order of `tinyfusion --help`."""
     from .cli import COMMANDS
 
     return list(COMMANDS)

@@ -1,4 +1,4 @@
-"""What can go wrong through no fault of the code."""
+"""Errors that are not bugs: mistakes of the user, divergence, interruption, failure of another process."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A mistake the user can mend: the message names the key or file, what was expected and the way on."""
+    """A mistake the user can correct. The message names the key or file, what was expected and how to fix it."""
 
 
 class Diverged(UserError):
-    """A training whose loss or gradient was not finite for too long."""
+    """A training run whose loss or gradient was not finite for too many steps."""
 
 
 class FailedElsewhere(UserError):
-    """Another process has failed, and says why."""
+    """Another process has failed; that process reports the reason."""
 
 
 class MissingFileError(UserError):
-    """Something the run will need is not there (yet); everything else about it may be right."""
+    """A file or package the run needs is missing. The rest of the recipe can still be checked."""
 
 
 class Interrupted(KeyboardInterrupt):
     """A run was asked to stop and has saved its state.
 
     Attributes:
-        signum: the signal that asked for it (2 for Ctrl-C, 15 for a pre-emption).
-        agreed: whether all processes stop at this very point.
+        signum: number of the signal that asked for it (2 for Ctrl-C, 15 for pre-emption by a scheduler).
+        agreed: whether all processes stop at this same step.
     """
 
     def __init__(self, message: str, signum: int, agreed: bool = False) -> None:
@@ -36,13 +36,23 @@ class Interrupted(KeyboardInterrupt):
 
 
 def require(holds: bool, key: str, value: object, expected: str) -> None:
-    """Raise UserError `key is value; expected ...` unless it holds."""
+    """Raise UserError with `key is value; expected ...` unless a condition holds.
+
+    Args:
+        holds: the condition.
+        key: the setting, as recipes spell it.
+        value: what it is set to.
+        expected: what it should be, in words.
+
+    Raises:
+        UserError: the condition does not hold.
+    """
     if not holds:
         raise UserError(f"{key} is {value!r}; expected {expected}")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'? (known: ...)`, to end a message about an unknown name."""
+    """Return a hint for a message about an unknown name: `; did you mean 'x'? (known: ...)`."""
     known = sorted(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     hint = f"; did you mean '{close[0]}'?" if close else ""

@@ -1,4 +1,4 @@
-"""The transformers of diffusers as backbones, their objectives, latents and prompts encoded beforehand."""
+"""Transformers of the diffusers library as backbones, their objectives, and pre-encoded latents and prompts."""
 
 from __future__ import annotations
 
@@ -15,14 +15,17 @@ __all__ = ["DiffusersTransformer", "EncodedPrompts", "RectifiedFlow", "Scheduled
 
 @hookimpl
 def tinyfusion_register_backbones() -> list[type[Backbone]]:
+    """Any transformer of diffusers whose blocks can be removed."""
     return [DiffusersTransformer]
 
 
 @hookimpl
 def tinyfusion_register_losses() -> list[type[LossAdapter]]:
+    """Diffusion on a scheduler's process, and rectified flow."""
     return [ScheduledDiffusion, RectifiedFlow]
 
 
 @hookimpl
 def tinyfusion_register_data() -> list[type[DataSource]]:
+    """Pre-encoded latents and prompts."""
     return [EncodedPrompts]

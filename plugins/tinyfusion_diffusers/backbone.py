@@ -1,4 +1,4 @@
-"""Transformers of the diffusers library as backbones: found on the hub or in a folder, pruned, saved as such."""
+"""Transformers of the diffusers library as backbones, from the hub or a folder; students are diffusers folders."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from typing_extensions import override
 
 from tinyfusion_core.errors import MissingFileError, UserError, require
 from tinyfusion_core.protocols.backbone import Backbone, Stream
@@ -42,18 +43,18 @@ SHIPPED = Path(__file__).parent / "configs"
 class DiffusersTransformer(Backbone):
     """The transformer of a diffusers pipeline; `docs/diffusers.md` lists the families that are tested.
 
-    A student is a folder that the transformer's class reads, and that can take the place of `transformer/` in the
-    folder of the pipeline.
+    A student is a folder that the transformer's class reads, and that can replace `transformer/` in the folder of the
+    pipeline.
 
     Args:
         model: a pipeline's folder or the transformer's own, or the id of a pipeline on the Hugging Face hub.
-        subfolder: where the transformer is in it; empty on the hub where it stands alone.
+        subfolder: where the transformer is in it; empty on the hub if it stands alone.
         revision: branch, tag or commit on the hub.
-        dtype: of the weights; `auto` is what most of them were saved in. Full-precision training wants float32.
-        latent: height and width of the latents, of a video frames, height and width; default what the network's
-            config says.
-        text_length: tokens of a prompt, as the data have them.
-        gradient_checkpointing: compute blocks again in the backward pass instead of keeping what they made.
+        dtype: dtype of the weights; `auto` is that of most of them in the file. Full-precision training needs float32.
+        latent: height and width of the latents, for a video frames, height and width; default that of the network's
+            config.
+        text_length: tokens of a prompt, as in the data.
+        gradient_checkpointing: recompute blocks in the backward pass instead of storing their activations.
         licence: licence of the checkpoint, for the model card.
     """
 
@@ -82,8 +83,9 @@ class DiffusersTransformer(Backbone):
             "[height, width] or [frames, height, width] of the latents",
         )
 
+    @override
     def build(self) -> nn.Module:
-        """Draws nothing from the global generator.
+        """Load the transformer, or make a random one. Draws nothing from the global generator.
 
         Raises:
             UserError: no such transformer, its weights do not fit its config, or its blocks cannot be removed.
@@ -94,8 +96,9 @@ class DiffusersTransformer(Backbone):
         evaluating: nn.Module = model.eval()
         return evaluating
 
+    @override
     def config(self, model: nn.Module | None = None) -> dict[str, Any]:
-        """The transformer's diffusers config. Reads that of the model, or the one that comes with this package."""
+        """Return the transformer's diffusers config: the model's, or the one that comes with this package."""
         if model is not None:
             found = settings(model)
         elif self._random is not None:
@@ -106,27 +109,33 @@ class DiffusersTransformer(Backbone):
         return plain
 
     @classmethod
+    @override
     def construct(cls, config: Mapping[str, Any]) -> nn.Module:
-        """Raises UserError when diffusers has no such network."""
+        """Build the untrained transformer of a config; UserError if diffusers has no such network."""
         return construct(config)
 
     @cached_property
+    @override
     def streams(self) -> Mapping[str, Sequence[Stream]]:  # type: ignore[override]  # not every network has the same
         with torch.device("meta"):
             return streams_by_list(construct(self.config()))
 
+    @override
     def blocks(self, model: nn.Module) -> Sequence[str]:
         return free_blocks(model)
 
+    @override
     def after_prune(self, model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
         shorten(model, kept)
 
+    @override
     def example(self, num_rows: int) -> dict[str, Tensor]:
-        """Clean latents `x`, and what the network is told of them: `y` (B,), or `text` (B, L, D), `mask`, `pooled`."""
+        """Return latents `x` (batch, ...), and the conditions: `y` (batch,), or `text`, `mask`, `pooled`."""
         config = self.config()
         return calling.example(config, network_class(config), num_rows, self.latent, self.text_length)
 
     @classmethod
+    @override
     def tiny(cls) -> Self:
         sizes = {
             "patch_size": 1, "in_channels": 16, "num_layers": 3, "num_single_layers": 3, "attention_head_dim": 8,
@@ -137,9 +146,10 @@ class DiffusersTransformer(Backbone):
 
     @classmethod
     def random(cls, config: Mapping[str, Any], **options: Any) -> Self:
-        """A backbone whose network has random weights, none of them zero."""
+        """Return a backbone whose network has random non-zero weights."""
         return cls(_random=json.dumps(config), **options)
 
+    @override
     def source(self) -> dict[str, Any]:
         if self.model is None:
             return {"licence": self.licence}
@@ -152,12 +162,14 @@ class DiffusersTransformer(Backbone):
             raise MissingFileError(f"{folder}: holds no {WEIGHTS}, nor parts of it, nor a .bin file of that name")
         return {**found, "sha256": digest({path.name: sha256(path) for path in [folder / "config.json", *weights]})}
 
+    @override
     def save(self, model: nn.Module, folder: Path) -> list[str]:
         write_json(folder / "config.json", {**self.config(model), "_diffusers_version": diffusers().__version__})
         save_tensors(folder / WEIGHTS, model.state_dict(), {"format": "pt"})
         return ["config.json", WEIGHTS]
 
     @classmethod
+    @override
     def load(cls, folder: Path, config: Mapping[str, Any]) -> nn.Module:
         return cls(model=str(folder)).build()
 
@@ -201,7 +213,7 @@ class DiffusersTransformer(Backbone):
         return _network(self._fetched("config.json") / "config.json") if shipped is None else shipped
 
     def _fetched(self, *patterns: str) -> Path:
-        """The folder with these files of the transformer, fetched from the hub where necessary."""
+        """The folder with these files of the transformer, downloaded from the hub if necessary."""
         if self.model is None:
             raise UserError(
                 "backbone.model: not set; expected a folder, or the id of a pipeline on the Hugging Face hub"
@@ -240,7 +252,7 @@ def _network(path: Path) -> dict[str, Any]:
 
 
 def _shipped(model: str) -> dict[str, Any] | None:
-    """The config of a hub model that comes with this package, to plan with: nothing has to be fetched for that."""
+    """The config of a hub model that comes with this package, for planning without a download."""
     path = SHIPPED / f"{model.replace('/', '--')}.json"
     return _network(path) if path.is_file() else None
 
@@ -256,12 +268,12 @@ def _agree(shipped: Mapping[str, Any], found: Mapping[str, Any], path: Path) -> 
 
 
 def _weights(folder: Path, kind: str) -> list[Path]:
-    """The weights in a folder, whole or in parts."""
+    """The weights in a folder, in one file or several."""
     return sorted(folder.glob(f"diffusion_pytorch_model*.{kind}"))
 
 
 def _saved_dtype(folder: Path) -> torch.dtype:
-    """What most of the numbers in a folder's weights are; float32 if they are pickled."""
+    """The dtype of most of the numbers in a folder's weights; float32 if they are pickled."""
     names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
     counts = Counter({torch.float32: 0})
     for path in _weights(folder, "safetensors"):

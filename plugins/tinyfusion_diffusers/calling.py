@@ -1,8 +1,8 @@
-"""What a transformer of diffusers is called with: told by the arguments of its forward, as far as they tell it.
+"""Calls transformers of diffusers, by the arguments of their forward as far as these tell.
 
 Data have short names: `x` latents as the autoencoder gives them, `y` class labels, `text` token embeddings of a
 prompt, `mask` which of its tokens count, `pooled` the pooled embedding. Networks that take tokens get them here, and
-their predictions come back in the shape of `x`.
+their predictions are returned in the shape of `x`.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ GIVEN = {
     "encoder_hidden_states_mask": "mask",
     "pooled_projections": "pooled",
 }
-"""Arguments of a forward, and the data that they are."""
+"""Arguments of a forward, and the data they take."""
 
 TEXT_WIDTHS = (
     "joint_attention_dim", "caption_channels", "text_dim", "text_embed_dim", "cap_feat_dim", "cross_attention_dim",
 )  # fmt: skip
-"""Config keys that say how wide `text` is, best first."""
+"""Config keys for the width of `text`, best first."""
 
 
 @dataclass(frozen=True)
 class Flow:
-    """How a rectified flow counts time.
+    """The time convention of a rectified flow.
 
     Attributes:
-        most: what the network is fed at pure noise.
+        most: what the network is given at pure noise.
         reverse: whether time runs from noise (0) to data, and the prediction points there.
     """
 
@@ -58,31 +58,31 @@ FLOWS: Mapping[str, Flow] = {
     "SanaTransformer2DModel": Flow(1000.0),
     "WanTransformer3DModel": Flow(1000.0),
 }
-"""No signature and no config says it: diffusers' pipelines do."""
+"""Taken from diffusers' pipelines; no signature and no config says it."""
 
 
 def parameters(cls: type[nn.Module]) -> Mapping[str, inspect.Parameter]:
-    """The arguments of a network's forward."""
+    """Return the arguments of a network's forward."""
     return inspect.signature(cls.forward).parameters
 
 
 def takes_patches(cls: type[nn.Module]) -> bool:
-    """Whether the network takes squares of 2 x 2 latents as tokens, which are packed outside of it."""
+    """Return whether the network takes squares of 2 x 2 latents as tokens, which are packed outside it."""
     return bool({"img_ids", "img_shapes"} & parameters(cls).keys())
 
 
 def takes_voxels(cls: type[nn.Module]) -> bool:
-    """Whether the network takes every position of a video's latent as a token."""
+    """Return whether the network takes every position of a video's latent as a token."""
     return "num_frames" in parameters(cls)
 
 
 def frames_first(config: Mapping[str, Any]) -> bool:
-    """Whether latents of a video are (frames, channels, height, width) rather than (channels, frames, ...)."""
+    """Return whether latents of a video are (frames, channels, height, width) rather than (channels, frames, ...)."""
     return "sample_frames" in config
 
 
 def flow_of(model: nn.Module, scale: float | None) -> Flow:
-    """How a network counts time, `scale` being what the user says that it is fed at pure noise.
+    """Return the time convention of a network; `scale` is the user's setting for pure noise.
 
     Raises:
         UserError: it is not known.
@@ -98,17 +98,17 @@ def flow_of(model: nn.Module, scale: float | None) -> Flow:
 
 
 def run(model: nn.Module, x: Tensor, timestep: Tensor, inputs: Batch, guidance: float | None) -> Tensor:
-    """The network's prediction.
+    """Run the network.
 
     Args:
         model: the network.
-        x: (B, ...) noisy latents.
-        timestep: (B,) as the network counts.
+        x: (batch, ...) noisy latents.
+        timestep: (batch,) in the network's convention.
         inputs: `y`, `text`, `mask`, `pooled`, those that it takes.
-        guidance: the scale that a guidance-distilled network is told.
+        guidance: the scale that a guidance-distilled network is given.
 
     Returns:
-        Like `x`, maybe with twice its channels.
+        The prediction, of the same shape as `x`, or with twice its channels.
 
     Raises:
         UserError: the data lack something, or guidance is missing, or not taken.
@@ -139,12 +139,12 @@ def run(model: nn.Module, x: Tensor, timestep: Tensor, inputs: Batch, guidance: 
 
 
 def _required(cls: type[nn.Module]) -> list[str]:
-    """The arguments that a network's forward cannot do without."""
+    """The required arguments of a network's forward."""
     return [name for name, p in parameters(cls).items() if p.default is inspect.Parameter.empty]
 
 
 def _given(cls: type[nn.Module], inputs: Batch, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The arguments that the data have, by name. Raises UserError when they lack one that the network needs."""
+    """The arguments that the data have, by name. Raises UserError if they lack one that the network needs."""
     call, required = {}, _required(cls)
     for argument, name in GIVEN.items():
         if argument not in parameters(cls):
@@ -158,14 +158,14 @@ def _given(cls: type[nn.Module], inputs: Batch, dtype: torch.dtype) -> dict[str,
 
 
 def pack(cls: type[nn.Module], x: Tensor) -> Tensor:
-    """Latents as a network takes them: (B, tokens, channels) where it takes tokens."""
+    """Convert latents (batch, ...) to a network's input: (batch, tokens, channels) if it takes tokens."""
     if takes_patches(cls):
         return nn.functional.pixel_unshuffle(x, 2).flatten(2).transpose(1, 2)
     return x.flatten(2).transpose(1, 2) if takes_voxels(cls) else x
 
 
 def unpack(cls: type[nn.Module], out: Tensor, like: Tensor) -> Tensor:
-    """A prediction in the shape of the latents."""
+    """Convert a prediction, (batch, tokens, channels) if it is tokens, to the shape of the latents."""
     if takes_patches(cls):
         height, width = like.shape[-2:]
         return nn.functional.pixel_shuffle(out.transpose(1, 2).reshape(len(out), -1, height // 2, width // 2), 2)
@@ -173,19 +173,19 @@ def unpack(cls: type[nn.Module], out: Tensor, like: Tensor) -> Tensor:
 
 
 def _image_ids(x: Tensor, call: Mapping[str, Any], config: Mapping[str, Any]) -> Tensor:
-    """Row and column of every token, behind a zero: (tokens, 3)."""
+    """Row and column of every token, after a zero: (tokens, 3)."""
     rows, columns = (torch.arange(n // 2, device=x.device, dtype=torch.float32) for n in x.shape[-2:])
     grid = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1).flatten(0, 1)
     return nn.functional.pad(grid, (1, 0))
 
 
 def _rope_scale(x: Tensor, call: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[float, float, float]:
-    """Seconds and pixels of a latent's step, at 25 frames a second: LTX-Video's autoencoder takes 8 x 32 x 32."""
+    """Seconds and pixels per latent position, at 25 frames a second: LTX-Video's autoencoder takes 8 x 32 x 32."""
     return 8 / 25, 32.0, 32.0
 
 
 def _sizes(x: Tensor, call: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Tensor | None]:
-    """What PixArt-alpha's largest network is told of the image: its sides in pixels, and their ratio."""
+    """Image size for PixArt-alpha's largest network: its sides in pixels, and their ratio."""
     wanted = config.get("use_additional_conditions")
     if not (config.get("sample_size") == 128 if wanted is None else wanted):
         return {"resolution": None, "aspect_ratio": None}
@@ -195,7 +195,7 @@ def _sizes(x: Tensor, call: Mapping[str, Any], config: Mapping[str, Any]) -> dic
 
 
 def _video_rotary(x: Tensor, call: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
-    """CogVideoX's tables of positions, made outside of the network."""
+    """CogVideoX's position tables, which are made outside the network."""
     if not config.get("use_rotary_positional_embeddings"):
         return None
     from diffusers.models.embeddings import get_3d_rotary_pos_embed
@@ -225,20 +225,20 @@ DERIVED: Mapping[str, Callable[[Tensor, Mapping[str, Any], Mapping[str, Any]], A
     "added_cond_kwargs": _sizes,
     "image_rotary_emb": _video_rotary,
 }
-"""Arguments that follow from the shapes: noisy latents, what is given already, config -> value."""
+"""Arguments that follow from the shapes: noisy latents, given arguments, config -> value."""
 
 
 def example(
     config: Mapping[str, Any], cls: type[nn.Module], num_rows: int, latent: Sequence[int] | None, tokens: int
 ) -> dict[str, Tensor]:
-    """A batch of the shapes that a network's data have, values meaningless.
+    """Return a batch with the shapes of a network's data, and arbitrary values: tensors by name, each (batch, ...).
 
     Args:
-        config: of the network.
+        config: config of the network.
         cls: its class.
-        num_rows: B.
-        latent: (H, W) or (F, H, W) of the latents; None: what the config says.
-        tokens: L, of the prompts.
+        num_rows: batch size.
+        latent: (height, width) or (frames, height, width) of the latents; None: that of the config.
+        tokens: number of tokens of the prompts.
 
     Raises:
         UserError: the size of the latents is needed, or has another number of dimensions; or the config does not say
@@ -272,7 +272,7 @@ def _example(
 
 
 def _shape(config: Mapping[str, Any], cls: type[nn.Module], size: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of one sample's latents of this size. Raises UserError when the network takes other dimensions."""
+    """The shape of one sample's latents of this size. Raises UserError if the network takes other dimensions."""
     channels = config["in_channels"] // (4 if takes_patches(cls) else 1)
     video = takes_voxels(cls) or frames_first(config) or isinstance(config.get("patch_size"), (list, tuple))
     if len(size) != (3 if video else 2):

@@ -1,4 +1,4 @@
-"""Latents and prompts that were encoded once, read where they lie."""
+"""Latents and prompts that were encoded beforehand, read from their files."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from typing_extensions import override
 
 from tinyfusion_core.errors import MissingFileError, UserError, require
 from tinyfusion_core.protocols.data import DataSource
@@ -23,24 +24,26 @@ NAMES = ("x", "x_std", "y", "text", "mask", "pooled")
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedPrompts(DataSource):
-    """Latents with the embeddings of their prompts, in one file for each name or one for all.
+    """Latents with the embeddings of their prompts, in one file per name or one for all.
 
-    The folder holds `.npy` files or `.safetensors` files. The tensors are called `x` (N, ...), latents as the
+    The folder holds `.npy` files or `.safetensors` files. The tensors are named `x` (N, ...), latents as the
     network takes them, scaled and shifted as its pipeline does; `text` (N, L, D), `mask` (N, L), `pooled` (N, D), `y`
-    (N,), those that the network takes; `x_std` like `x`, if `x` are means. A `.npy` file is called like its tensor;
+    (N,), those that the network takes; `x_std` like `x`, if `x` are means. A `.npy` file has the name of its tensor;
     a safetensors file may hold several. Only the rows of a batch are read.
 
     Args:
         folder: the folder.
-        num_held_out: rows that are kept from training, the same for every seed.
+        num_held_out: rows that are not trained on, the same for every seed.
     """
 
     folder: str
     num_held_out: int = 256
 
+    @override
     def train(self) -> EncodedSamples:
         return self._part(held_out=False)
 
+    @override
     def held_out(self) -> EncodedSamples:
         return self._part(held_out=True)
 
@@ -81,8 +84,8 @@ class EncodedSamples:
     """Some rows of the files.
 
     Args:
-        columns: by name.
-        rows: which, sorted.
+        columns: the files by name.
+        rows: (rows,) their indices, sorted.
     """
 
     columns: Mapping[str, _Column]
@@ -92,14 +95,18 @@ class EncodedSamples:
         return len(self.rows)
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        """Raises UserError when a file has vanished or is damaged."""
+        """Return these samples by name, each (rows, ...).
+
+        Raises:
+            UserError: a file is missing or damaged.
+        """
         rows = self.rows[indices].tolist()
         return {name: column.read(rows) for name, column in self.columns.items()}
 
 
 @dataclass(frozen=True)
 class _Column:
-    """A tensor in a file. It is opened anew for every read: cutting a file that is mapped kills the process."""
+    """A tensor in a file, which is opened anew for every read: truncating a mapped file kills the process."""
 
     name: str
     path: Path
@@ -109,7 +116,7 @@ class _Column:
         return self.shape[0]
 
     def read(self, rows: list[int]) -> Tensor:
-        """Float32, or int64, or bool, whichever it is."""
+        """(rows, ...) as float32, int64 or bool, depending on the file."""
         if self.path.suffix == ".npy":
             array = _mapped(self.path)
             if array.shape != self.shape:

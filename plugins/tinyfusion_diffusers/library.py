@@ -1,4 +1,4 @@
-"""diffusers itself, which not everybody has installed."""
+"""Imports diffusers, which may not be installed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tinyfusion_core.errors import UserError
 
 
 def diffusers() -> Any:
-    """The library.
+    """Return the library.
 
     Raises:
         UserError: it is not installed.

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from tinyfusion_core.errors import UserError, nearest, require
 from tinyfusion_core.protocols.backbone import Batch
@@ -22,12 +23,12 @@ from tinyfusion_diffusers.structure import settings
 
 @dataclass(frozen=True, kw_only=True)
 class _Denoising(LossAdapter):
-    """A target for noised latents, regressed.
+    """Regression of a target for noised latents.
 
     Args:
-        label_drop: probability of replacing a class label by the null class. Prompts are embedded beforehand: data
-            that should be without one now and then have the embedding of the empty prompt in some of the rows.
-        guidance: the scale that a guidance-distilled network is told; null for networks that take none.
+        label_drop: probability of replacing a class label by the null class. Prompts are embedded beforehand: to drop
+            them too, put the embedding of the empty prompt in some of the rows.
+        guidance: the scale that a guidance-distilled network is given; null for networks that take none.
     """
 
     label_drop: float = 0.0
@@ -39,18 +40,20 @@ class _Denoising(LossAdapter):
 
     @abstractmethod
     def _place(self, x: Tensor, noise: Tensor, rng: Rng) -> dict[str, Tensor]:
-        """Draw a time for each sample: `t` (B,), `x_t` and `target` like `x`."""
+        """Draw a time for each sample: `t` (batch,), `x_t` and `target` of the same shape as `x`."""
 
+    @override
     def prepare(self, batch: Batch, rng: Rng) -> dict[str, Tensor]:
         """Noise the latents.
 
         Args:
-            batch: `x` (B, ...) clean, what the network is told of them (`y`, `text`, `mask`, `pooled`); optionally
-                `x_std` like `x`: then `x` is the mean of a latent that is drawn here.
+            batch: `x` (batch, ...) clean, the conditions (`y`, `text`, `mask`, `pooled`); optionally `x_std` like `x`:
+                then `x` is the mean of a latent that is drawn here.
             rng: streams "latent", "time", "noise" and "label_drop".
 
         Returns:
-            `x_t` and `target` like `x`; `t` and `drop` (whether to drop the label) of shape (B,); what it is told.
+            `x_t` and `target` of the same shape as `x`; `t` and `drop` (whether to drop the label), (batch,); the
+            conditions.
         """
         told = {name: value for name, value in batch.items() if name not in ("x", "x_std")}
         x = batch["x"]
@@ -60,12 +63,14 @@ class _Denoising(LossAdapter):
             told["drop"] = (rng.uniform("label_drop", len(x)) < self.label_drop).to(x.device)
         return {**self._place(x, rng.normal("noise", x), rng), **told}
 
+    @override
     def loss(self, prediction: Tensor, inputs: Batch) -> Tensor:
-        """Mean squared error, over the channels of the target: a variance that is predicted too is not trained."""
+        """Compute the mean squared error over the target's channels, (batch,); a predicted variance is not trained."""
         return self._error(prediction[:, : inputs["target"].shape[1]], inputs["target"])
 
+    @override
     def distance(self, student: Tensor, teacher: Tensor, inputs: Batch) -> Tensor:
-        """Mean squared difference, over all channels: a learned variance is to be the teacher's."""
+        """Compute the mean squared difference over all channels, (batch,); a learned variance is matched too."""
         return self._error(student, teacher)
 
     def _error(self, a: Tensor, b: Tensor) -> Tensor:
@@ -82,13 +87,13 @@ class _Denoising(LossAdapter):
 class ScheduledDiffusion(_Denoising):
     """Noise or v-prediction on the process of a diffusers scheduler: DiT, PixArt, CogVideoX.
 
-    A variance that the network predicts beside the noise is not trained by the data: distil such networks, which
-    compares it too.
+    The data do not train a variance that the network predicts beside the noise: distil such networks, which
+    compares the variance too.
 
     Args:
         scheduler: a class of diffusers with `alphas_cumprod`: DDPMScheduler, CogVideoXDDIMScheduler and so on.
         settings: its options, as in the pipeline's scheduler_config.json.
-        prediction: what the network gives; default the scheduler's `prediction_type`.
+        prediction: what the network predicts; default the scheduler's `prediction_type`.
     """
 
     scheduler: str = "DDPMScheduler"
@@ -120,6 +125,7 @@ class ScheduledDiffusion(_Denoising):
         require(kind in ("epsilon", "v_prediction"), "loss.prediction", kind, "epsilon or v_prediction")
         return made.alphas_cumprod.double(), kind
 
+    @override
     def _place(self, x: Tensor, noise: Tensor, rng: Rng) -> dict[str, Tensor]:
         table, kind = self._process
         t = rng.integers("time", len(table), len(x))
@@ -127,6 +133,7 @@ class ScheduledDiffusion(_Denoising):
         target = noise if kind == "epsilon" else signal * noise - rest * x
         return {"x_t": signal * x + rest * noise, "target": target, "t": t.to(x.device)}
 
+    @override
     def predict(self, model: nn.Module, inputs: Batch) -> Tensor:
         return self._run(model, inputs["x_t"], inputs["t"], inputs)
 
@@ -135,14 +142,14 @@ class ScheduledDiffusion(_Denoising):
 class RectifiedFlow(_Denoising):
     """The velocity on straight lines from data to noise: SD3, Flux, AuraFlow, Sana, Wan, Qwen-Image, LTX, Lumina 2.
 
-    x_t = (1 - t) x + t noise, and the target is noise - x (arXiv:2209.03003, 2403.03206).
+    x_t = (1 - t) x + t noise, and the target is noise - x (arXiv:2209.03003, arXiv:2403.03206).
 
     Args:
-        time: how times are drawn: "logit_normal" (SD3: the sigmoid of a normal number) or "uniform".
-        mean: of the normal number.
-        std: of the normal number.
+        time: distribution of times: "logit_normal" (SD3: the sigmoid of a normal number) or "uniform".
+        mean: mean of the normal number.
+        std: standard deviation of the normal number.
         shift: moves times towards noise, t -> shift t / (1 + (shift - 1) t), as the pipeline's scheduler does.
-        scale: what the network is fed at pure noise; default known for the families named above.
+        scale: what the network is given at pure noise; known by default for the families named above.
     """
 
     time: Literal["logit_normal", "uniform"] = "logit_normal"
@@ -157,6 +164,7 @@ class RectifiedFlow(_Denoising):
         require(self.shift > 0, "loss.shift", self.shift, "a factor above 0")
         require(self.scale is None or self.scale > 0, "loss.scale", self.scale, "a time above 0, or null")
 
+    @override
     def _place(self, x: Tensor, noise: Tensor, rng: Rng) -> dict[str, Tensor]:
         t = rng.uniform("time", len(x))
         if self.time == "logit_normal":
@@ -166,6 +174,7 @@ class RectifiedFlow(_Denoising):
         along = _beside(t, x)
         return {"x_t": (1 - along) * x + along * noise, "target": noise - x, "t": t.to(x)}
 
+    @override
     def predict(self, model: nn.Module, inputs: Batch) -> Tensor:
         flow = calling.flow_of(model, self.scale)
         t = inputs["t"]
@@ -176,5 +185,5 @@ class RectifiedFlow(_Denoising):
 
 
 def _beside(values: Tensor, x: Tensor) -> Tensor:
-    """(B,) as (B, 1, ..., 1), with the dtype and device of `x`."""
+    """(batch,) values as (batch, 1, ..., 1), with the dtype and device of `x`."""
     return values.to(x).view(-1, *[1] * (x.ndim - 1))

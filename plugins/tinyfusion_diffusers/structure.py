@@ -1,4 +1,4 @@
-"""Where the blocks of a diffusers transformer are, which streams they carry, and how to take some of them away."""
+"""Finds the blocks of a diffusers transformer and their streams, and corrects the network after pruning."""
 
 from __future__ import annotations
 
@@ -20,25 +20,26 @@ DEPTHS: Mapping[str, Sequence[str]] = {
     "blocks": ("num_layers",),
     "layers": ("num_layers", "n_layers"),
 }
-"""Names of block lists, and the config key that says how long one is. Other lists (refiners, connectors) stay whole:
-Lumina 2 has one depth for both of its refiners."""
+"""Names of block lists, and the config keys for their length. Other lists (refiners, connectors) are never pruned:
+Lumina 2 has one depth for both of its refiners.
+"""
 
 DECLARED: Mapping[str, tuple[Stream, ...]] = {
     "AuraFlowJointTransformerBlock": (Stream("hidden_states", 1), Stream("encoder_hidden_states", 0)),
 }
-"""Streams of blocks that diffusers' registry does not know and that give more than one tensor."""
+"""Streams of blocks that diffusers' registry does not know and that return several tensors."""
 
 
 def block_lists(model: nn.Module) -> dict[str, list[Any]]:
-    """The lists of blocks, by path, in the order in which a network declares them."""
+    """Return the lists of blocks by path, in the order in which a network declares them."""
     found = {path: child for path, child in model.named_children() if path in DEPTHS}
     return {path: list(child) for path, child in found.items() if isinstance(child, nn.ModuleList) and len(child)}
 
 
 def free_blocks(model: nn.Module) -> list[str]:
-    """Paths of the blocks that may go: all but the last one of SD3, which drops the text stream.
+    """Return the paths of the blocks that can be removed: all but the last one of SD3, which drops the text stream.
 
-    Nothing that would be left could do its work.
+    No other block could take its place.
     """
     return [
         f"{path}.{i}"
@@ -49,10 +50,10 @@ def free_blocks(model: nn.Module) -> list[str]:
 
 
 def streams_by_list(model: nn.Module) -> dict[str, tuple[Stream, ...]]:
-    """The residual streams of every block list.
+    """Return the residual streams of every block list.
 
     Raises:
-        UserError: the network has no block list, or removing a block of it could not be said.
+        UserError: the network has no block list, or its config cannot express the removal of a block.
     """
     name, config = type(model).__name__, settings(model)
     streams = {}
@@ -78,10 +79,10 @@ def streams_by_list(model: nn.Module) -> dict[str, tuple[Stream, ...]]:
 
 
 def streams_of_block(block: nn.Module) -> tuple[Stream, ...]:
-    """The residual streams of a block: what diffusers' own registry says, else ours, else its one tensor.
+    """Return the residual streams of a block: from diffusers' own registry, else `DECLARED`, else its single tensor.
 
     Raises:
-        UserError: it gives several tensors, and nobody says which is which.
+        UserError: it returns several tensors, and neither names its streams.
     """
     # Private, and pinned by a test: what diffusers' own caching hooks go by.
     from diffusers.hooks._helpers import TransformerBlockRegistry
@@ -106,15 +107,15 @@ def streams_of_block(block: nn.Module) -> tuple[Stream, ...]:
 
 
 def depth_key(path: str, config: Mapping[str, Any]) -> str | None:
-    """The config key that holds the length of a block list."""
+    """Return the config key that holds the length of a block list."""
     return next((key for key in DEPTHS[path] if key in config), None)
 
 
 def shorten(model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
-    """Make the config say what is left; the lists themselves are already short.
+    """Correct the config after pruning; the lists themselves are already short.
 
     Raises:
-        UserError: the config cannot say it.
+        UserError: the config cannot express what is left.
     """
     config = settings(model)
     edits: dict[str, Any] = {}
@@ -139,10 +140,13 @@ def shorten(model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
 
 
 def completed(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config with the defaults of the network's class filled in, and without what the class does not take.
+    """Complete a config with the defaults of the network's class, and drop what the class does not take.
 
-    Published configs hold more than their class takes, as diffusers knows: older ones name the class that DiT's and
-    PixArt's came from. Raises UserError when diffusers has no such class.
+    Published configs may hold more than their class takes, and older ones name the class that DiT's and
+    PixArt's came from.
+
+    Raises:
+        UserError: diffusers has no such class.
     """
     cls = network_class(config)
     defaults = {k: p.default for k, p in inspect.signature(cls.__init__).parameters.items() if k != "self"}
@@ -150,7 +154,11 @@ def completed(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def network_class(config: Mapping[str, Any]) -> type[nn.Module]:
-    """Raises UserError when diffusers has no model of that name."""
+    """Return the class of a config.
+
+    Raises:
+        UserError: diffusers has no model of that name.
+    """
     library, name = diffusers(), str(config.get("_class_name"))
     cls: Any = getattr(library, name, None)
     if not (inspect.isclass(cls) and issubclass(cls, library.ModelMixin)):
@@ -165,7 +173,7 @@ def network_class(config: Mapping[str, Any]) -> type[nn.Module]:
 
 
 def construct(config: Mapping[str, Any]) -> nn.Module:
-    """The untrained transformer of a diffusers config.
+    """Build the untrained transformer of a diffusers config.
 
     Raises:
         UserError: diffusers has no such network, or its blocks cannot be removed.
@@ -182,10 +190,10 @@ def construct(config: Mapping[str, Any]) -> nn.Module:
 
 
 def prepared(model: nn.Module) -> nn.Module:
-    """Make one network of what differs from it for historical reasons.
+    """Remove historical differences, so that any block can be removed; returns the network.
 
-    DiT's blocks own a copy each of the embedder of time and label, and the head reads that of the first block: they
-    share one here, so that any block may go. It does not drop labels by itself: objectives do, and draw for it.
+    Each of DiT's blocks has its own copy of the time and label embedder, and the head reads that of the first block:
+    here they share one. Label dropout in the network is turned off: objectives draw it.
     """
     from diffusers.models.embeddings import LabelEmbedding
 
@@ -200,7 +208,11 @@ def prepared(model: nn.Module) -> nn.Module:
 
 
 def check_copies(model: nn.Module, where: str) -> None:
-    """Raise UserError when blocks that will share an embedder hold different ones."""
+    """Check that the embedders that blocks will share are equal.
+
+    Raises:
+        UserError: they differ.
+    """
     for path, blocks in block_lists(model).items():
         if (first := _conditioner(blocks)) is None:
             continue
@@ -216,17 +228,17 @@ def check_copies(model: nn.Module, where: str) -> None:
 
 
 def class_of(model: nn.Module) -> type[nn.Module]:
-    """The class that diffusers has for a network; sharding puts one of its own before it."""
+    """Return the diffusers class of a network; sharding puts a class of its own before it."""
     return next(cls for cls in type(model).__mro__ if cls.__module__.startswith("diffusers."))
 
 
 def settings(model: nn.Module) -> dict[str, Any]:
-    """A transformer's config: its class and constructor keywords."""
+    """Return a transformer's config: its class and constructor keywords."""
     config: Mapping[str, Any] = model.config  # type: ignore[assignment]
     return {"_class_name": class_of(model).__name__, **{k: v for k, v in config.items() if not k.startswith("_")}}
 
 
 def _conditioner(blocks: Sequence[Any]) -> Any:
-    """The embedder that the first of some blocks owns, if such blocks own one."""
+    """The embedder of the first of some blocks, if they have one."""
     embedder = getattr(getattr(blocks[0], "norm1", None), "emb", None)
     return embedder if isinstance(embedder, nn.Module) else None

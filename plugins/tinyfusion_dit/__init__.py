@@ -1,4 +1,4 @@
-"""The diffusion transformers of arXiv:2212.09748: network, Gaussian diffusion, pre-encoded latents."""
+"""Diffusion transformers (DiT, arXiv:2212.09748): network, Gaussian diffusion, pre-encoded latents."""
 
 from __future__ import annotations
 
@@ -15,14 +15,17 @@ __all__ = ["DiT", "GaussianDiffusion", "LatentFolders", "Latents"]
 
 @hookimpl
 def tinyfusion_register_backbones() -> list[type[Backbone]]:
+    """DiT."""
     return [DiT]
 
 
 @hookimpl
 def tinyfusion_register_losses() -> list[type[LossAdapter]]:
+    """Gaussian diffusion."""
     return [GaussianDiffusion]
 
 
 @hookimpl
 def tinyfusion_register_data() -> list[type[DataSource]]:
+    """Pre-encoded latents, in arrays or shards, or in one file per image."""
     return [Latents, LatentFolders]

@@ -1,4 +1,4 @@
-"""DiT (arXiv 2212.09748) as a backbone: checkpoints, sizes, prunable blocks."""
+"""DiT (arXiv:2212.09748) as a backbone: checkpoints, sizes, prunable blocks."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from tinyfusion_core.protocols.checkpoint_backbone import CheckpointBackbone, settings
 
@@ -18,15 +19,15 @@ _SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (115
 
 @dataclass(frozen=True, kw_only=True)
 class DiT(CheckpointBackbone):
-    """The diffusion transformer of arXiv 2212.09748.
+    """The diffusion transformer of Peebles and Xie (arXiv:2212.09748).
 
-    A size left out is that of the checkpoint folder, else of `variant`, else the published default. One that
-    is given overrides the variant (a pruned XL/2: `variant: XL/2`, `depth: 14`) and must agree with the folder.
+    A size that is left out is that of the checkpoint folder, else of `variant`, else the published default. A given
+    size overrides the variant (a pruned XL/2: `variant: XL/2`, `depth: 14`) and must agree with the folder.
 
     Args:
         variant: a published size, "S/2" to "XL/8": width and patch size.
-        checkpoint: a folder with config.json and model.safetensors, the name of one that comes with this
-            package, or a .pt, .pth or .safetensors file (EMA weights are preferred to the raw ones).
+        checkpoint: a folder with config.json and model.safetensors, the name of one that comes with this package, or a
+            .pt, .pth or .safetensors file (EMA weights are preferred to the raw ones).
         input_size: side of the latent: an eighth of the image's.
         patch_size: side of a patch.
         in_channels: channels of the latent.
@@ -34,9 +35,9 @@ class DiT(CheckpointBackbone):
         depth: number of blocks.
         num_heads: attention heads.
         mlp_ratio: hidden width of the MLPs, relative to the width.
-        class_dropout_prob: when positive, the label table has one more row, for dropped labels.
+        class_dropout_prob: if positive, the label table has one more row, for dropped labels.
         num_classes: number of labels.
-        learn_sigma: whether the network predicts a variance too.
+        learn_sigma: whether the network also predicts a variance.
         mlp_act: activation of the MLPs, "gelu_tanh" or "silu".
     """
 
@@ -62,23 +63,28 @@ class DiT(CheckpointBackbone):
     mlp_act: str | None = None
 
     @classmethod
+    @override
     def network(cls) -> type[nn.Module]:
         from .model import DiT as Network
 
         return Network
 
+    @override
     def official(self) -> str | None:
         side = "512x512" if self.input_size == 64 else "256x256"
         return f"the official weights (of XL/2 alone: {_OFFICIAL}DiT-XL-2-{side}.pt)"
 
+    @override
     def blocks(self, model: nn.Module) -> Sequence[str]:
         return ["blocks.*"]
 
+    @override
     def after_prune(self, model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
         settings(model)["depth"] = len(kept["blocks"])
 
+    @override
     def example(self, num_rows: int) -> dict[str, Tensor]:
-        """Clean latents `x` (num_rows, C, S, S) and labels `y` (num_rows,)."""
+        """Return clean latents `x`, (batch, channels, side, side), and labels `y`, (batch,)."""
         config = self.config()
         side = config["input_size"]
         return {
@@ -86,6 +92,7 @@ class DiT(CheckpointBackbone):
             "y": torch.arange(num_rows) % config["num_classes"],
         }
 
+    @override
     def export(self, model: nn.Module, library: str, folder: Path) -> None:
         if library != "diffusers":
             super().export(model, library, folder)
@@ -94,6 +101,7 @@ class DiT(CheckpointBackbone):
         to_diffusers(model, settings(model)).save_pretrained(folder)
 
     @classmethod
+    @override
     def tiny(cls) -> Self:
         return cls.random(
             input_size=8, patch_size=2, hidden_size=16, depth=4, num_heads=2, mlp_ratio=2.0, num_classes=10

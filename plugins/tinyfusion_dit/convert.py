@@ -1,4 +1,4 @@
-"""A DiT as the one of diffusers, which keeps a copy of the label and time embedders in every block."""
+"""Converts a DiT to that of diffusers, which keeps a copy of the label and time embedders in every block."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ _ACTIVATIONS = {"gelu_tanh": "gelu-approximate", "silu": "linear-silu"}
 
 
 def to_diffusers(model: nn.Module, settings: Mapping[str, Any]) -> Any:
-    """The same network as a `DiTTransformer2DModel`.
+    """Return the same network as a `DiTTransformer2DModel`.
 
-    But for the frequencies of its time embedding, which diffusers spaces by 1/127 where DiT has 1/128, also for the
-    official weights: predictions differ a little.
+    The frequencies of the time embedding differ: diffusers spaces them by 1/127 where DiT has 1/128, also for the
+    official weights, so predictions differ slightly.
 
     Raises:
         UserError: diffusers is not installed, or has no such network.

@@ -1,10 +1,11 @@
 """Gaussian diffusion: training loss, distillation distance and samplers.
 
-Formulas: DDPM (arXiv 2006.11239), improved DDPM (2102.09672: learned-range variance, hybrid loss, respacing),
-DDIM (2010.02502), classifier-free guidance (2207.12598), distillation of the variance (TinyFusion, 2412.01199).
+Formulas: DDPM (arXiv:2006.11239), improved DDPM (arXiv:2102.09672: learned-range variance, hybrid loss, respacing),
+DDIM (arXiv:2010.02502), classifier-free guidance (arXiv:2207.12598), distillation of the variance (TinyFusion,
+arXiv:2412.01199).
 
-Notation: A is the cumulative product of 1 - beta, c1 and c2 weigh x_0 and x_t in the posterior mean,
-e is the predicted noise and v the raw variance output. Shapes: B batch, C channels, K kept steps.
+Notation: A is the cumulative product of 1 - beta, c1 and c2 weight x_0 and x_t in the posterior mean, e is the
+predicted noise and v the raw variance output.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from tinyfusion_core.errors import UserError
 from tinyfusion_core.protocols.backbone import Batch
@@ -44,14 +46,14 @@ from tinyfusion_dit.process import (
 
 @dataclass(frozen=True, kw_only=True)
 class GaussianDiffusion(LossAdapter):
-    """Noise prediction, as DiT (arXiv 2212.09748) trains and samples.
+    """Noise prediction, as DiT (arXiv:2212.09748) trains and samples.
 
     Args:
-        learn_sigma: whether the network predicts the variance too, trained by the variational bound.
+        learn_sigma: whether the network also predicts the variance, trained by the variational bound.
             Without it the loss is the noise error alone, and samples use the posterior's variance.
         num_timesteps: length of the process.
-        schedule: how the noise grows: "linear" variances, as DiT has them, or "cosine" (arXiv 2102.09672).
-        label_drop: probability of replacing a label by the null class while training.
+        schedule: noise schedule: "linear" variances, as in DiT, or "cosine" (arXiv:2102.09672).
+        label_drop: probability of replacing a label by the null class in training.
         sampler: "ddpm" (ancestral) or "ddim" (deterministic).
         sampling_steps: network calls per sample (doubled batches with guidance).
         spacing: which steps are kept: "even" from the first to the last one, "stride" at multiples of an integer.
@@ -79,19 +81,21 @@ class GaussianDiffusion(LossAdapter):
         check_options(self.label_drop, self.guided_channels)
         _ = self._sampling_process  # raises when there is no such spacing
 
+    @override
     def sampling_options(self) -> frozenset[str]:
         return frozenset({"sampler", "sampling_steps", "spacing", "clip_denoised", "cfg_scale", "guided_channels"})
 
+    @override
     def prepare(self, batch: Batch, rng: Rng) -> dict[str, Tensor]:
         """Noise the latents.
 
         Args:
-            batch: `x` (B, C, H, W) clean, `y` (B,) labels, optionally `x_std` like `x`: then `x` is the mean of a
-                latent that is drawn here.
+            batch: `x` (batch, channels, height, width) clean, `y` (batch,) labels, optionally `x_std` of the same shape
+                as `x`: then `x` is the mean of a latent that is drawn here.
             rng: streams "latent", "time", "noise" and "label_drop".
 
         Returns:
-            `x_start`, `noise`, `x_t` like `x`; `t`, `y`, `drop` (whether to drop the label) of shape (B,).
+            `x_start`, `noise`, `x_t` of the same shape as `x`; `t`, `y`, `drop` (whether to drop the label), (batch,).
         """
         x_start = draw_latents(batch, rng)
         t = rng.integers("time", self.num_timesteps, len(x_start)).to(x_start.device)
@@ -99,24 +103,46 @@ class GaussianDiffusion(LossAdapter):
         return {**self.place(x_start, rng.normal("noise", x_start), t), "y": batch["y"], "drop": drop}
 
     def place(self, x_start: Tensor, noise: Tensor, t: Tensor) -> dict[str, Tensor]:
-        """What `loss` and `distance` need, for time steps t (B,): `x_start`, `noise`, `x_t`, `t`."""
+        """Noise clean latents to given time steps.
+
+        Args:
+            x_start: (batch, channels, height, width) clean latents.
+            noise: standard normal noise of the same shape.
+            t: (batch,) time steps.
+
+        Returns:
+            What `loss` and `distance` need: `x_start`, `noise`, `x_t`, `t`.
+        """
         return {"x_start": x_start, "noise": noise, "x_t": self._process.diffuse(x_start, t, noise), "t": t}
 
+    @override
     def prepare_clean(self, batch: Batch, rng: Rng) -> dict[str, Tensor]:
-        """Latents without noise or dropped labels, at time steps from the first 250.
+        """Return latents without noise or dropped labels, at time steps from the first 250.
 
-        The script counts the 250 steps of a respaced process and feeds the counts to the network as they are.
+        The reference script counts the 250 steps of a respaced process and feeds the counts to the network unchanged.
+
+        Args:
+            batch: as in `prepare`.
+            rng: streams "latent" and "time".
+
+        Returns:
+            `x_t` (batch, channels, height, width); `t`, `y`, `drop`, (batch,).
         """
         x = draw_latents(batch, rng)
         t = rng.integers("time", min(250, self.num_timesteps), len(x)).to(x.device)
         return {"x_t": x, "t": t, "y": batch["y"], "drop": torch.zeros_like(t, dtype=torch.bool)}
 
+    @override
     def predict(self, model: nn.Module, inputs: Batch) -> Tensor:
-        """`model(x_t, t, y)`, y being `model.null_class` where dropped -> (B, C or 2C, H, W)."""
+        """Run `model(x_t, t, y)`, with `model.null_class` where dropped -> (batch, C or 2C, height, width)."""
         return run_network(model, inputs, self.label_drop)
 
+    @override
     def loss(self, prediction: Tensor, inputs: Batch) -> Tensor:
-        """Mean squared noise error, plus the variational bound in bits per dimension, which trains only v."""
+        """Compute the mean squared noise error, plus the variational bound in bits per dimension, (batch,).
+
+        The bound trains only v (improved DDPM, L_hybrid).
+        """
         e, v = self._split(prediction, inputs["x_t"])
         mse = sample_mean((inputs["noise"] - e).square())
         if v is None:
@@ -124,10 +150,12 @@ class GaussianDiffusion(LossAdapter):
         x_start, x_t, t = inputs["x_start"], inputs["x_t"], inputs["t"]
         return mse + self._bound(e, v, inputs, self._process.posterior(x_start, x_t, t))
 
+    @override
     def distance(self, student: Tensor, teacher: Tensor, inputs: Batch) -> Tensor:
-        """Mean squared difference of the noises, plus KL(teacher || student) of the reverse step in bits per dimension.
+        """Compute the mean squared noise difference, plus KL(teacher || student) of the reverse step, (batch,).
 
-        As in TinyFusion, the KL trains only the student's v, and where t = 0 the student's likelihood stands in for it.
+        The KL is in bits per dimension. As in TinyFusion, it trains only the student's v, and at t = 0 the student's
+        likelihood replaces it.
         """
         (e, v), (e_teacher, v_teacher) = (self._split(p, inputs["x_t"]) for p in (student, teacher))
         mse = sample_mean((e - e_teacher).square())
@@ -136,8 +164,9 @@ class GaussianDiffusion(LossAdapter):
         target = self._process.reverse(e_teacher, v_teacher, inputs["x_t"], inputs["t"])
         return mse + self._bound(e, v, inputs, target[:2])
 
+    @override
     def sample(self, model: nn.Module, like: Tensor, conditions: Tensor, rng: Rng) -> Tensor:
-        """(B, C, H, W) samples. Row i depends on its own streams alone: "x_T" and "sampling noise <step>"."""
+        """Sample (batch, channels, height, width). Row i uses only its streams "x_T" and "sampling noise <step>"."""
         denoise = guided_network(model, conditions, self.cfg_scale, self.guided_channels)
         states = self.trajectory(denoise, rng.normal("x_T", like), lambda i: rng.normal(f"sampling noise {i}", like))
         return last(states)
@@ -145,17 +174,18 @@ class GaussianDiffusion(LossAdapter):
     def trajectory(
         self, denoise: Callable[[Tensor, Tensor], Tensor], x: Tensor, noise: Callable[[int], Tensor]
     ) -> Iterator[Tensor]:
-        """The states of the sampler, first to last.
+        """Yield the states of the sampler, first to last, each (batch, channels, height, width).
 
-        Written out here, because the schedulers of diffusers give the published numbers in one case of four: their
-        DDIM steps back by a constant stride, wrong for evenly spaced steps, and their learned-range DDPM takes
-        the variances of the unspaced process. They also draw noise for whole batches, so that a sample would
-        depend on its neighbours. Where they can, the tests check that they agree.
+        It is implemented here because the schedulers of diffusers reproduce the published numbers in one case of four:
+        their DDIM steps back by a constant stride, which is wrong for evenly spaced steps, and their learned-range DDPM
+        uses the variances of the unspaced process. They also draw noise for whole batches, so that a sample would
+        depend on its neighbours. Where they are correct, the tests check that both agree.
 
         Args:
-            denoise: x (B, C, H, W), original time steps t (B,) -> network output.
-            x: (B, C, H, W) the noise to start from.
-            noise: index of the sampling step, counted from the first -> noise like `x`. DDIM draws none.
+            denoise: x (batch, channels, height, width), original time steps t (batch,) -> network output.
+            x: (batch, channels, height, width) the noise to start from.
+            noise: index of the sampling step, counted from the first -> noise of the same shape as `x`. DDIM draws
+                none.
         """
         process = self._sampling_process
         for i, step in enumerate(range(self.sampling_steps - 1, -1, -1)):
@@ -188,7 +218,7 @@ class GaussianDiffusion(LossAdapter):
         return output[:, :channels], output[:, channels:] if self.learn_sigma else None
 
     def _bound(self, e: Tensor, v: Tensor, inputs: Batch, target: tuple[Tensor, Tensor]) -> Tensor:
-        """(B,) KL(target || reverse step), where t = 0 the likelihood of x_0; bits per dimension. Trains only v."""
+        """(batch,) KL(target || reverse step), at t = 0 the likelihood of x_0; bits per dimension. Trains only v."""
         mean, log_variance, _ = self._process.reverse(e.detach(), v, inputs["x_t"], inputs["t"])
         kl = sample_mean(normal_kl(*target, mean, log_variance))
         nll = -sample_mean(discretized_log_likelihood(inputs["x_start"], mean, 0.5 * log_variance))

@@ -1,4 +1,4 @@
-"""Data sets of images that were encoded once, by the autoencoder in whose latent space the network works."""
+"""Data sets of latents: images encoded beforehand by the autoencoder in whose latent space the network works."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor, nn
+from typing_extensions import override
 
 from tinyfusion_core.dataloading.shards import FORMAT_VERSION, METADATA, read_metadata
 from tinyfusion_core.errors import MissingFileError, UserError, require
@@ -20,7 +21,7 @@ from tinyfusion_images.encoding.autoencoder import check_autoencoder, decode, lo
 
 _NEEDED = ("features.npy", "labels.npy")
 _STATED = ("vae", "scale", "kind")
-"""What metadata.json says of the latents, and the recipe may state too."""
+"""Entries of metadata.json that the recipe may also state."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ class _LatentSource(DataSource):
 
     @abstractmethod
     def _open(self) -> tuple[Store, dict[str, Any]]:
-        """The files and what their metadata.json says."""
+        """The files, and the content of their metadata.json."""
 
     @cached_property
     def _opened(self) -> tuple[Store, dict[str, Any]]:
@@ -42,18 +43,31 @@ class _LatentSource(DataSource):
             check_autoencoder(self.decoder)  # or else the last stage of a long run would be the first to miss it
         return opened
 
+    @override
     def train(self) -> Samples:
         return self._split(held_out=False)
 
+    @override
     def held_out(self) -> Samples:
         return self._split(held_out=True)
 
     @property
     def has_pixels(self) -> bool:
+        """Whether there is a decoder."""
         return self.decoder is not None
 
     def pixels(self, x: Tensor) -> Tensor | None:
-        """Decoded on the device of the latents, by `decoder`; None without one."""
+        """Decode latents by `decoder` on their device.
+
+        Args:
+            x: (batch, channels, height, width) latents.
+
+        Returns:
+            (batch, 3, image height, image width) in [0, 1]; None without a decoder.
+
+        Raises:
+            UserError: neither the recipe nor the latents' metadata give the scale.
+        """
         if self.decoder is None:
             return None
         metadata = self._opened[1]
@@ -85,25 +99,25 @@ class _LatentSource(DataSource):
 class Latents(_LatentSource):
     """Encoded images, in the shards that `tinyfusion encode` makes, or in a few large arrays.
 
-    `metadata.json` says what the folder holds: `format_version` 1, `vae`, `scale`, `kind`, and for shards their names,
-    rows and hashes. Arrays are `features.npy` (N, C, H, W), or (N, 2C, H, W) with means and then standard deviations;
+    `metadata.json` describes the folder: `format_version` 1, `vae`, `scale`, `kind`, and for shards their names, rows
+    and hashes. Arrays are `features.npy` (N, C, H, W), or (N, 2C, H, W) with means and then standard deviations;
     `labels.npy` (N,), integers; optionally `flipped.npy`, the mirrored images in the shape of `features.npy`. All
     latents are stored scaled.
 
-    A sample is `x` (C, H, W), `y` and, with moments, `x_std` like `x`. The images held out are the same for every
-    seed and recipe, and no copy of them is trained on: of shards the first images, which are in no order; of arrays
-    some from everywhere. Of n images in arrays sample n + i is the flipped sample i; in shards it is the one behind.
+    A sample is `x` (C, H, W), `y` and, with moments, `x_std` like `x`. The held-out images are the same for every seed
+    and recipe, and no copy of them is trained on: in shards the first images, which are shuffled; in arrays a fixed
+    random choice. Of n images in arrays sample n + i is the flipped sample i; in shards it follows its original.
 
     Args:
-        folder: the folder; that of shards may be any URL that fsspec knows (s3://..., hf://..., https://...).
-        vae: name of the autoencoder that the latents must come from; null takes what there is.
-        scale: factor that the latents must have been multiplied by (Stable Diffusion's: 0.18215); null, any.
-        kind: "sample" or "moments"; null takes what there is.
-        num_held_out: number of images that are kept from training.
-        decoder: the autoencoder that makes pictures of latents: a folder, a checkpoint file or a name on the hub; null
-            shows no pictures.
-        mix: how many shards a batch is drawn from; a multiple of the number of processes gives each shards of its
-            own. Memory grows with it.
+        folder: the folder; with shards it may be any URL that fsspec supports (s3://..., hf://..., https://...).
+        vae: name of the autoencoder that the latents must come from; null accepts any.
+        scale: factor that the latents must have been multiplied by (Stable Diffusion's: 0.18215); null accepts any.
+        kind: "sample" or "moments"; null accepts either.
+        num_held_out: number of images that are not trained on.
+        decoder: the autoencoder that decodes latents to images: a folder, a checkpoint file or a name on the hub; null
+            shows no images.
+        mix: how many shards a batch is drawn from; a multiple of the number of processes gives each process shards of
+            its own. Memory grows with it.
     """
 
     folder: str
@@ -112,6 +126,7 @@ class Latents(_LatentSource):
     def __post_init__(self) -> None:
         require(self.mix >= 1, "data.mix", self.mix, "at least 1")
 
+    @override
     def _open(self) -> tuple[Store, dict[str, Any]]:
         try:
             metadata = read_metadata(self.folder)
@@ -147,23 +162,24 @@ class LatentFolders(_LatentSource):
     """Encoded images in one file each, as the feature extraction of TinyFusion writes them.
 
     A file of the features is (C, H, W), or (2, C, H, W) with the mirrored image second. Labels are in files of
-    the same names. Samples and options are those of `Latents`; `metadata.json` (in `features`) may be missing,
-    and then the recipe is believed, the latents being samples unless it says otherwise.
+    the same names. Samples and options are those of `Latents`; `metadata.json` (in `features`) may be missing:
+    then the recipe is trusted, and the latents are samples unless it says otherwise.
 
     Args:
         features: folder of the latents.
         labels: folder of the labels.
-        vae: name of the autoencoder that the latents must come from; null takes what there is.
-        scale: factor that the latents must have been multiplied by (Stable Diffusion's: 0.18215); null, any.
-        kind: "sample" or "moments"; null takes what there is.
-        num_held_out: number of images that are kept from training.
-        decoder: the autoencoder that makes pictures of latents: a folder, a checkpoint file or a name on the hub; null
-            shows no pictures.
+        vae: name of the autoencoder that the latents must come from; null accepts any.
+        scale: factor that the latents must have been multiplied by (Stable Diffusion's: 0.18215); null accepts any.
+        kind: "sample" or "moments"; null accepts either.
+        num_held_out: number of images that are not trained on.
+        decoder: the autoencoder that decodes latents to images: a folder, a checkpoint file or a name on the hub; null
+            shows no images.
     """
 
     features: str
     labels: str
 
+    @override
     def _open(self) -> tuple[Store, dict[str, Any]]:
         described = (Path(self.features) / METADATA).exists()
         return Files(Path(self.features), Path(self.labels)), read_metadata(self.features) if described else {}

@@ -1,4 +1,4 @@
-"""The diffusion transformer of Peebles & Xie, "Scalable Diffusion Models with Transformers" (arXiv 2212.09748).
+"""The diffusion transformer of Peebles and Xie, "Scalable Diffusion Models with Transformers" (arXiv:2212.09748).
 
 Shapes: B batch, C input channels, S image side, P patch side, G = S / P, T = G * G tokens, D width. Parameter
 names and shapes are those of the released checkpoints.
@@ -14,6 +14,7 @@ import torch
 from timm.layers import Mlp, PatchEmbed
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
+from typing_extensions import override
 
 from tinyfusion_core.errors import UserError, nearest
 
@@ -24,7 +25,7 @@ _NUM_FREQUENCIES = 128
 class DiT(nn.Module):
     """A class-conditional diffusion transformer.
 
-    Labels are never dropped in here: whoever prepares the batch puts `null_class` in their place.
+    It never drops labels: whoever prepares the batch replaces them by `null_class`.
 
     Args:
         input_size: side of the (square) input, S.
@@ -34,7 +35,7 @@ class DiT(nn.Module):
         depth: number of blocks.
         num_heads: attention heads.
         mlp_ratio: hidden width of a block's MLP, in units of D.
-        class_dropout_prob: when positive, the label table has one more row, for "no label".
+        class_dropout_prob: if positive, the label table has one more row, for "no label".
         num_classes: number of labels.
         learn_sigma: whether the output has C more channels, for the variance.
         mlp_act: activation of the MLPs, "gelu_tanh" (as published) or "silu".
@@ -80,7 +81,11 @@ class DiT(nn.Module):
 
     @property
     def null_class(self) -> int:
-        """The index that stands for "no label". Raises UserError when the network was built without."""
+        """The index that stands for "no label".
+
+        Raises:
+            UserError: the network was built without it.
+        """
         if not self.config["class_dropout_prob"]:
             raise UserError(
                 "the network has no class for dropped labels (class_dropout_prob is 0): "
@@ -88,6 +93,7 @@ class DiT(nn.Module):
             )
         return self.num_classes
 
+    @override
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Predict the noise and, with `learn_sigma`, the variance parameter v.
 
@@ -106,11 +112,11 @@ class DiT(nn.Module):
         return self._to_image(self.final_layer(x_BTD, c_BD))
 
     def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, guided_channels: int = 3) -> Tensor:
-        """Classifier-free guidance (arXiv 2207.12598) over a doubled batch: labelled half, then unlabelled half.
+        """Classifier-free guidance (arXiv:2207.12598) over a doubled batch: labelled half, then unlabelled half.
 
-        Only the first half of `x` is read. The first `guided_channels` output channels of both halves become
-        `u + cfg_scale * (c - u)`, c the labelled prediction and u the other; the remaining channels stay as
-        they were predicted. The published samples guide 3 of the 4 latent channels, hence the default.
+        Only the first half of `x` is read. The first `guided_channels` output channels of both halves become `u +
+        cfg_scale * (c - u)`, c being the labelled prediction and u the other; the remaining channels are not changed.
+        The published samples guide 3 of the 4 latent channels, hence the default.
 
         Args:
             x: (2B, C, S, S) noised input.
@@ -118,6 +124,9 @@ class DiT(nn.Module):
             y: (2B,) labels, the second half `null_class`.
             cfg_scale: guidance scale; 1 changes nothing.
             guided_channels: number of channels guided, at most C.
+
+        Returns:
+            (2B, C or 2C, S, S)
         """
         half = x[: len(x) // 2]
         out = self(torch.cat([half, half]), t, y)
@@ -133,7 +142,7 @@ class DiT(nn.Module):
         return image.permute(0, 5, 1, 3, 2, 4).reshape(len(x_BTF), self.out_channels, grid * p, grid * p)
 
     def _initialise(self) -> None:
-        """Xavier linears; normal embeddings; zero gates and output, so that every block starts as the identity."""
+        """Xavier linear layers; normal embeddings; zero gates and output: every block starts as the identity."""
         for name, p in self.named_parameters():
             if name == "pos_embed":
                 continue
@@ -146,7 +155,7 @@ class DiT(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP on the residual stream, each scaled, shifted and gated by the conditioning (adaLN)."""
+    """Attention and MLP on the residual stream, each scaled, shifted and gated by the conditioning (adaLN-Zero)."""
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, mlp_act: str) -> None:
         super().__init__()
@@ -156,8 +165,9 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=_ACTIVATIONS[mlp_act])
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
+    @override
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """(B, T, D) stream, (B, D) conditioning -> (B, T, D)."""
+        """Map a stream (B, T, D) with conditioning (B, D) to a stream (B, T, D)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)
         x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1)
         x = x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
@@ -173,8 +183,9 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(dim, out_features)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
 
+    @override
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """(B, T, D) stream, (B, D) conditioning -> (B, T, out_features)."""
+        """Map a stream (B, T, D) with conditioning (B, D) to (B, T, out_features)."""
         shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)
         out: Tensor = self.linear(self.norm_final(x) * (1 + scale) + shift)
         return out
@@ -187,34 +198,36 @@ class TimestepEmbedder(nn.Module):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(2 * _NUM_FREQUENCIES, dim), nn.SiLU(), nn.Linear(dim, dim))
 
+    @override
     def forward(self, t: Tensor) -> Tensor:
-        """(B,) -> (B, D)."""
+        """Embed time steps: (B,) -> (B, D)."""
         out: Tensor = self.mlp(sinusoid(t).to(next(self.parameters()).dtype))
         return out
 
 
 class LabelEmbedder(nn.Module):
-    """A table of label vectors."""
+    """A table of label embeddings."""
 
     def __init__(self, num_rows: int, dim: int) -> None:
         super().__init__()
         self.embedding_table = nn.Embedding(num_rows, dim)
 
+    @override
     def forward(self, y: Tensor) -> Tensor:
-        """(B,) -> (B, D)."""
+        """Look up labels: (B,) -> (B, D)."""
         out: Tensor = self.embedding_table(y)
         return out
 
 
 def sinusoid(t: Tensor) -> Tensor:
-    """(B,) times -> (B, 256) float32: cosines, then sines, of 128 frequencies from 1 down to nearly 1 / 10000."""
+    """Encode times: (B,) -> (B, 256) float32, cosines then sines of 128 frequencies from 1 down to nearly 1/10000."""
     k = torch.arange(_NUM_FREQUENCIES, dtype=torch.float32, device=t.device)
     angle = t.float()[:, None] * torch.exp(-math.log(10000) * k / _NUM_FREQUENCIES)
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
 def position_table(dim: int, grid: int) -> Tensor:
-    """(grid * grid, dim) float64 sines and cosines: the first half encodes the column, the second the row."""
+    """Return (grid * grid, dim) float64 sines and cosines: the first half encodes the column, the second the row."""
     frequency = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     angle = torch.arange(grid, dtype=torch.float64)[:, None] * frequency
     line = torch.cat([angle.sin(), angle.cos()], dim=1)

@@ -1,9 +1,10 @@
 """A Gaussian diffusion process: its tables, its posterior, its reverse steps.
 
-Formulas: DDPM (arXiv 2006.11239), improved DDPM (2102.09672: learned-range variance, respacing), DDIM (2010.02502).
+Formulas: DDPM (arXiv:2006.11239), improved DDPM (arXiv:2102.09672: learned-range variance, respacing), DDIM
+(arXiv:2010.02502).
 
-Notation: A is the cumulative product of 1 - beta, c1 and c2 weigh x_0 and x_t in the posterior mean,
-e is the predicted noise and v the raw variance output. Shapes: B batch, C channels, K kept steps.
+Notation: A is the cumulative product of 1 - beta, c1 and c2 weight x_0 and x_t in the posterior mean,
+e is the predicted noise and v the raw variance output. K is the number of kept steps.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ Table = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Process:
-    """A diffusion process of K steps, kept from a longer one.
+    """A diffusion process of K steps, a subset of a longer one.
 
     Args:
-        steps: (K,) int64, the original indices, which the network is fed.
+        steps: (K,) int64, the original indices, which the network is given.
         betas: (K,) noise variances.
         a: (K,) A.
         a_prev: (K,) A one step earlier, 1 before the first.
@@ -40,7 +41,7 @@ class Process:
 
     @classmethod
     def respaced(cls, betas: Table, steps: Sequence[int]) -> Process:
-        """The process that has the same marginals at `steps` (sorted) as the one of `betas`."""
+        """Return the process with the marginals of `betas` at the sorted `steps` (improved DDPM, section 4)."""
         kept = np.asarray(steps)
         a: Table = np.cumprod(1 - betas)[kept]
         betas = 1 - a / np.append(1.0, a[:-1])
@@ -49,31 +50,62 @@ class Process:
 
     @property
     def c1(self) -> Table:
+        """Weight of x_0 in the posterior mean, (K,) (DDPM, equation 7)."""
         return self.betas * np.sqrt(self.a_prev) / (1 - self.a)
 
     @property
     def c2(self) -> Table:
+        """Weight of x_t in the posterior mean, (K,) (DDPM, equation 7)."""
         return (1 - self.a_prev) * np.sqrt(1 - self.betas) / (1 - self.a)
 
     @property
     def log_variance(self) -> Table:
-        """Of the posterior. It is -inf at the first step; the second one's stands in."""
+        """Log-variance of the posterior, (K,); -inf at the first step, so that of the second is used there."""
         variance = self.betas[1:] * (1 - self.a_prev[1:]) / (1 - self.a[1:])
         out: Table = np.log(np.append(variance[0], variance))
         return out
 
     def diffuse(self, x_start: Tensor, k: Tensor, noise: Tensor) -> Tensor:
-        """x_t for the steps k (B,)."""
+        """Noise clean samples to step k (DDPM, equation 4).
+
+        Args:
+            x_start: (batch, ...) clean samples.
+            k: (batch,) steps.
+            noise: standard normal noise of the same shape as `x_start`.
+
+        Returns:
+            (batch, ...) x_k.
+        """
         return at(np.sqrt(self.a), k, x_start) * x_start + at(np.sqrt(1 - self.a), k, x_start) * noise
 
     def posterior(self, x_start: Tensor, x_t: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean (B, C, H, W) and log-variance (B, 1, 1, 1) of q(x_{k-1} | x_k, x_0)."""
+        """Return mean and log-variance of q(x_{k-1} | x_k, x_0) (DDPM, equation 7).
+
+        Args:
+            x_start: (batch, channels, height, width) x_0.
+            x_t: x_k, of the same shape.
+            k: (batch,) steps.
+
+        Returns:
+            Mean (batch, channels, height, width) and log-variance (batch, 1, 1, 1).
+        """
         return at(self.c1, k, x_t) * x_start + at(self.c2, k, x_t) * x_t, at(self.log_variance, k, x_t)
 
     def reverse(
         self, e: Tensor, v: Tensor | None, x_t: Tensor, k: Tensor, clip: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean and log-variance of p(x_{k-1} | x_k), and the x_0 that e implies. No v: the posterior's variance."""
+        """Return mean and log-variance of p(x_{k-1} | x_k), and the x_0 that e implies.
+
+        Args:
+            e: (batch, ...) predicted noise.
+            v: raw variance output of the same shape (improved DDPM, equation 15); None uses the posterior's variance.
+            x_t: x_k, of the same shape.
+            k: (batch,) steps.
+            clip: clip x_0 to [-1, 1].
+
+        Returns:
+            Three tensors of the same shape as `x_t`, or that broadcast to it.
+        """
         x_start = at(np.sqrt(1 / self.a), k, x_t) * x_t - at(np.sqrt(1 / self.a - 1), k, x_t) * e
         if clip:
             x_start = x_start.clamp(-1, 1)
@@ -84,19 +116,25 @@ class Process:
         return mean, log_variance, x_start
 
     def ddim(self, x_start: Tensor, x_t: Tensor, k: Tensor) -> Tensor:
-        """x_{k-1} without new noise, towards x_start."""
+        """Return x_{k-1}, (batch, ...), without new noise (DDIM, equation 12 with sigma = 0).
+
+        Args:
+            x_start: (batch, ...) predicted x_0.
+            x_t: x_k, of the same shape.
+            k: (batch,) steps.
+        """
         e = (at(np.sqrt(1 / self.a), k, x_t) * x_t - x_start) / at(np.sqrt(1 / self.a - 1), k, x_t)
         a_prev = at(self.a_prev, k, x_t)
         return a_prev.sqrt() * x_start + (1 - a_prev).sqrt() * e
 
 
 def linear_betas(num_timesteps: int) -> Table:
-    """Variances from 1e-4 to 0.02 for 1000 steps, as much noise in all for any other number."""
+    """Return variances from 1e-4 to 0.02 for 1000 steps, scaled for other numbers of steps."""
     return np.linspace(0.1 / num_timesteps, 20 / num_timesteps, num_timesteps)
 
 
 def cosine_betas(num_timesteps: int) -> Table:
-    """Variances that let A fall like a squared cosine; at most 0.999, which the last one would exceed."""
+    """Return variances for which A falls like a squared cosine (improved DDPM, equation 17), at most 0.999."""
     u = np.arange(num_timesteps + 1) / num_timesteps
     a = np.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
     out: Table = np.minimum(1 - a[1:] / a[:-1], 0.999)
@@ -104,7 +142,7 @@ def cosine_betas(num_timesteps: int) -> Table:
 
 
 def even_steps(num_timesteps: int, *counts: int) -> list[int]:
-    """Cut the steps into equal parts and keep counts[i] of the i-th, evenly and with both of its ends.
+    """Cut the steps into equal parts and keep counts[i] of the i-th, evenly spaced, with both of its ends.
 
     Raises:
         UserError: a part is shorter than its count.
@@ -124,7 +162,7 @@ def even_steps(num_timesteps: int, *counts: int) -> list[int]:
 
 
 def strided_steps(num_timesteps: int, count: int) -> list[int]:
-    """The multiples of the smallest integer of which there are exactly `count`.
+    """Return the multiples of the smallest integer that has exactly `count` multiples below `num_timesteps`.
 
     Raises:
         UserError: there is no such integer.
@@ -136,21 +174,31 @@ def strided_steps(num_timesteps: int, count: int) -> list[int]:
 
 
 def at(table: Table, k: Tensor, like: Tensor) -> Tensor:
-    """(B, 1, ..., 1) entries of a table, with the rank and dtype of `like`. They are rounded to float32 on the way."""
+    """Look up entries of a table; they are rounded to float32 on the way.
+
+    Args:
+        table: (K,) values.
+        k: (batch,) indices.
+        like: (batch, ...) gives rank and dtype.
+
+    Returns:
+        (batch, 1, ..., 1)
+    """
     entries = torch.as_tensor(table, dtype=torch.float32, device=k.device)[k]
     return entries.to(like.dtype).view(-1, *[1] * (like.ndim - 1))
 
 
 def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
-    """Elementwise KL(N1 || N2) of normal distributions, in nats."""
+    """Compute elementwise KL(N1 || N2) of normal distributions in nats; all tensors broadcast to the same shape."""
     distance = (mean1 - mean2).square() * (-log_variance2).exp()
     return 0.5 * (log_variance2 - log_variance1 - 1 + (log_variance1 - log_variance2).exp() + distance)
 
 
 def discretized_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
-    """Elementwise log-probability (nats) of the bin around x, of width 2 / 255, under a normal distribution.
+    """Compute the elementwise log-probability, in nats, of the bin around x under a normal distribution.
 
-    The outermost bins, from |x| = 0.999, reach to infinity. Probabilities are at least 1e-12.
+    Bins have width 2 / 255; the outermost ones, from |x| = 0.999, extend to infinity (DDPM, equation 13).
+    Probabilities are at least 1e-12. All tensors broadcast to the same shape.
     """
     centred, inverse_scale = x - mean, (-log_scale).exp()
     upper = approximate_cdf(inverse_scale * (centred + 1 / 255))
@@ -160,5 +208,5 @@ def discretized_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Te
 
 
 def approximate_cdf(z: Tensor) -> Tensor:
-    """The tanh approximation of the standard normal distribution function."""
+    """Return the tanh approximation of the standard normal distribution function of numbers of any shape."""
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))

@@ -1,4 +1,4 @@
-"""How latents lie on disk: one file for each image, a few large arrays, or shards."""
+"""Storage of latents on disk: one file per image, a few large arrays, or shards."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from typing_extensions import override
 
 from tinyfusion_core.dataloading.shards import ShardedSamples, shards_in
 from tinyfusion_core.errors import UserError
@@ -24,25 +25,35 @@ Indices = NDArray[np.int64]
 
 
 class Store(ABC):
-    """Latents on disk: every image in one or several copies (itself, flipped)."""
+    """Latents on disk: every image in one or more copies (itself, mirrored)."""
 
     num_images: int
     num_copies: int
 
     @abstractmethod
     def split(self, num_held_out: int, moments: bool, held_out: bool) -> Samples:
-        """One side of the split."""
+        """Return the held-out samples, or the others.
+
+        Args:
+            num_held_out: number of held-out images.
+            moments: whether the channels are means and then standard deviations.
+            held_out: which side to return.
+
+        Raises:
+            UserError: the files cannot be split so.
+        """
 
 
 class Rows(Store):
-    """Latents any of which can be read as fast as any other."""
+    """Latents with random access: each can be read as fast as any other."""
 
     num_channels: int
 
     @abstractmethod
     def read(self, images: Indices, copies: Indices) -> tuple[NDArray[np.float32], Indices]:
-        """Latents (B, ...) and labels (B,) of these copies of these images."""
+        """Return latents (batch, ...) and labels (batch,) of these copies of these images."""
 
+    @override
     def split(self, num_held_out: int, moments: bool, held_out: bool) -> LatentSamples:
         if moments and self.num_channels % 2:
             raise UserError(f"moments are a mean and a std, but the latents have {self.num_channels} channels")
@@ -57,7 +68,7 @@ class LatentSamples:
     Args:
         store: the files.
         moments: whether the channels are means and then standard deviations.
-        held: sorted indices of the images that are held out.
+        held: sorted indices of the held-out images.
         held_out: which side this is.
     """
 
@@ -68,13 +79,19 @@ class LatentSamples:
 
     @property
     def num_images(self) -> int:
+        """Number of images on this side."""
         return len(self.held) if self.held_out else self.store.num_images - len(self.held)
 
     def __len__(self) -> int:
         return self.num_images * self.store.num_copies
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        """Float32 `x` (and `x_std`), int64 `y`. Raises UserError when a file has vanished or is damaged."""
+        """Return float32 `x` (and `x_std`), each (batch, channels, height, width), and int64 `y`, (batch,).
+
+        Raises:
+            UserError: a file is missing or damaged.
+            IndexError: an index is out of range.
+        """
         if indices and not 0 <= min(indices) <= max(indices) < len(self):
             raise IndexError(f"sample index out of range, there are {len(self)}")
         copies, i = np.divmod(np.array(indices, dtype=np.int64), self.num_images)
@@ -91,7 +108,7 @@ class LatentSamples:
 
 
 class Shards(Store):
-    """The layout that `tinyfusion encode` writes: the copies of an image follow each other."""
+    """The layout that `tinyfusion encode` writes: the copies of an image are adjacent."""
 
     def __init__(self, url: str, metadata: dict[str, Any], mix: int) -> None:
         self._url, self._shards, self._mix = url, shards_in(metadata, url), mix
@@ -99,6 +116,7 @@ class Shards(Store):
         self.num_copies = 2 if metadata.get("flips") else 1
         self.num_images = self._num_rows // self.num_copies
 
+    @override
     def split(self, num_held_out: int, moments: bool, held_out: bool) -> ShardedSamples:
         border = num_held_out * self.num_copies
         first, end = (0, border) if held_out else (border, self._num_rows)
@@ -106,7 +124,7 @@ class Shards(Store):
 
 
 class Arrays(Rows):
-    """The layout of `Latents`. Files are mapped anew for every read: cutting one that is mapped kills the process."""
+    """The layout of `Latents`. Files are mapped anew for every read: truncating a mapped file kills the process."""
 
     def __init__(self, folder: Path) -> None:
         self._features = [folder / "features.npy"]
@@ -122,6 +140,7 @@ class Arrays(Rows):
             _load(path, self._shape)
         _load(self._labels, self._shape[:1], integers=True)
 
+    @override
     def read(self, images: Indices, copies: Indices) -> tuple[NDArray[np.float32], Indices]:
         latents = np.empty((len(images), *self._shape[1:]), dtype=np.float32)
         for copy, path in enumerate(self._features):
@@ -148,6 +167,7 @@ class Files(Rows):
         self.num_copies = self._shape[0] if len(self._shape) == 4 else 1
         self.num_channels = self._shape[-3]
 
+    @override
     def read(self, images: Indices, copies: Indices) -> tuple[NDArray[np.float32], Indices]:
         latents = np.empty((len(images), *self._shape[-3:]), dtype=np.float32)
         labels = np.empty(len(images), dtype=np.int64)
@@ -173,10 +193,10 @@ def _names(folder: Path) -> NDArray[np.bytes_]:
 
 
 def _load(path: Path, shape: Sequence[int] | None = None, integers: bool = False) -> NDArray[Any]:
-    """Map a .npy file of numbers.
+    """Memory-map a .npy file of numbers.
 
     Raises:
-        UserError: it is missing, cut short, holds anything else, or its shape is not the expected one.
+        UserError: it is missing, truncated, holds anything else, or has another shape than expected.
     """
     array = map_array(path)
     wanted = "iu" if integers else "f"

@@ -1,4 +1,4 @@
-"""Images: small real ones, folders of them and their latents, and how good generated ones are."""
+"""Images: small real data sets, image folders and their latents, and the quality of generated images."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
 
 @hookimpl
 def tinyfusion_register_data() -> list[type[DataSource]]:
+    """Handwritten digits and Fashion-MNIST."""
     from tinyfusion_images.digits import Digits
     from tinyfusion_images.fashion import Fashion
 
@@ -32,6 +33,7 @@ def tinyfusion_register_data() -> list[type[DataSource]]:
 
 @hookimpl
 def tinyfusion_register_metrics() -> list[type[Metric]]:
+    """FID and related metrics."""
     from tinyfusion_images.fidelity import Fidelity
     from tinyfusion_images.pictures import Pictures
 
@@ -40,6 +42,7 @@ def tinyfusion_register_metrics() -> list[type[Metric]]:
 
 @hookimpl
 def tinyfusion_register_feature_spaces() -> list[type[FeatureSpace]]:
+    """Classifiers that come with the package."""
     from tinyfusion_images.features import ShippedFeatures
 
     return [ShippedFeatures]
@@ -47,6 +50,7 @@ def tinyfusion_register_feature_spaces() -> list[type[FeatureSpace]]:
 
 @hookimpl
 def tinyfusion_register_commands() -> list[type[Command]]:
+    """`tinyfusion encode` and `tinyfusion sample`."""
     from tinyfusion_images.commands import EncodeImages, SampleImages
 
     return [EncodeImages, SampleImages]

@@ -9,12 +9,13 @@ from tinyfusion_core.protocols.command import Command
 
 
 class EncodeImages(Command):
-    """Make latents of a folder of images."""
+    """Encode a folder of images to latents."""
 
     name = "encode"
     help = "make latents of a folder of images, for recipes with data: Latents"
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """The images, the latents' folder, the autoencoder, and the options of `Encode`."""
         parser.add_argument("images", type=Path, help="a folder with one folder of images for each class")
         parser.add_argument("--out", type=Path, required=True, help="the folder of the latents")
         parser.add_argument(
@@ -39,6 +40,7 @@ class EncodeImages(Command):
             parser.add_argument(option, action="store_true", default=argparse.SUPPRESS, help=text)
 
     def __call__(self, options: argparse.Namespace) -> int:
+        """Encode what is missing; the main process prints how many images there are, and those left out."""
         from tinyfusion_core.runtime.distributed import rank_and_world_size
         from tinyfusion_images.encoding.encode import Encode
 
@@ -59,6 +61,7 @@ class SampleImages(Command):
     help = "generate images with a run's student: a grid of some, or many for an evaluation"
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """A run folder, how many images, and where to write them."""
         parser.add_argument("run_dir", type=Path)
         parser.add_argument("--num", type=int, default=100, help="how many images (default: 100)")
         parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
@@ -70,6 +73,7 @@ class SampleImages(Command):
         parser.add_argument("--batch-size", type=int, default=64, help="images at once, with --to (default: 64)")
 
     def __call__(self, options: argparse.Namespace) -> int:
+        """Generate the images; the main process prints where they are."""
         from tinyfusion_core.runtime.distributed import rank_and_world_size
         from tinyfusion_core.runtime.run_folder import existing_run
         from tinyfusion_images.samples import sample_images, write_samples

@@ -1,7 +1,7 @@
-"""1,797 real handwritten digits, 8x8 pixels, shipped with the package.
+"""1,797 real handwritten digits, 8x8 pixels, included in the package.
 
 Source: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning
-Repository, 1998, doi:10.24432/C50P49, CC BY 4.0; the 1,797 images that scikit-learn's `load_digits` has.
+Repository, 1998, doi:10.24432/C50P49, CC BY 4.0; the 1,797 images of scikit-learn's `load_digits`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from typing_extensions import override
 
 from tinyfusion_core.protocols.data import DataSource, FeatureSpace, Tensors
 from tinyfusion_core.runtime.seeding import generator
@@ -22,17 +23,21 @@ NUM_HELD_OUT = 297
 
 @dataclass(frozen=True)
 class Digits(DataSource):
-    """8x8 grey images of the digits 0 to 9, values in [-1, 1]: 1,500 to train on, 297 held out by a fixed draw."""
+    """8x8 grey images of the digits 0 to 9, values in [-1, 1]: 1,500 for training, 297 held out by a fixed draw."""
 
+    @override
     def train(self) -> Tensors:
         return self._part(slice(NUM_HELD_OUT, None))
 
+    @override
     def held_out(self) -> Tensors:
         return self._part(slice(NUM_HELD_OUT))
 
     def pixels(self, x: Tensor) -> Tensor:
+        """Map examples, (batch, 1, height, width) in [-1, 1], to images in [0, 1], the same shape."""
         return ((x + 1) / 2).clamp(0, 1)
 
+    @override
     def feature_space(self) -> FeatureSpace:
         from tinyfusion_images.features import shipped
 

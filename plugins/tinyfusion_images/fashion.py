@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from tinyfusion_core.errors import MissingFileError, UserError, require
 from tinyfusion_core.protocols.data import DataSource, FeatureSpace, Tensors
@@ -25,7 +26,7 @@ NUM_TEST = 10_000
 
 @dataclass(frozen=True, kw_only=True)
 class Fashion(DataSource):
-    """28x28 grey images of clothes, values in [-1, 1], ten classes: 60,000 to train on, the rest held out.
+    """28x28 grey images of clothes, values in [-1, 1], ten classes: 60,000 for training, the others held out.
 
     Args:
         folder: where the original IDX files are (`train-images-idx3-ubyte`, with or without `.gz`, and so on).
@@ -38,16 +39,20 @@ class Fashion(DataSource):
     def __post_init__(self) -> None:
         require(1 <= self.num_held_out <= NUM_TEST, "data.num_held_out", self.num_held_out, f"1 to {NUM_TEST}")
 
+    @override
     def train(self) -> Tensors:
         return self._train
 
+    @override
     def held_out(self) -> Tensors:
         test = self._part("t10k")
         return Tensors({name: column[: self.num_held_out] for name, column in test.columns.items()})
 
     def pixels(self, x: Tensor) -> Tensor:
+        """Map examples, (batch, 1, height, width) in [-1, 1], to images in [0, 1], the same shape."""
         return ((x + 1) / 2).clamp(0, 1)
 
+    @override
     def feature_space(self) -> FeatureSpace:
         from tinyfusion_images.features import shipped
 
@@ -79,7 +84,9 @@ class Fashion(DataSource):
 
 
 def read_idx(path: Path) -> Tensor:
-    """The uint8 array of an IDX file (magic 0x000008 and the number of dimensions, big-endian sizes, the values).
+    """Read the uint8 array of an IDX file, of any shape.
+
+    The file is: magic 0x000008 and the number of dimensions, big-endian sizes, the values.
 
     Raises:
         UserError: damaged, or not such a file.

@@ -1,4 +1,4 @@
-"""Feature spaces: small classifiers, shipped trained, whose features define the Fréchet distance."""
+"""Feature spaces of the Fréchet distance: small trained classifiers that come with the package."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from tinyfusion_core.protocols.data import FeatureSpace
 from tinyfusion_core.runtime.files import load_strict, read_weights
@@ -17,11 +18,11 @@ from tinyfusion_core.runtime.files import load_strict, read_weights
 class SmallCNN(nn.Module, FeatureSpace):
     """A small classifier of grey images into ten classes; its penultimate activations are the features.
 
-    `train_features.py` beside this file made the shipped weights.
+    `train_features.py` beside this file made the included weights.
 
     Args:
         side: height and width of the images, a multiple of 4.
-        num_features: F.
+        num_features: number of features.
         name: what the features are, for the record.
     """
 
@@ -41,8 +42,9 @@ class SmallCNN(nn.Module, FeatureSpace):
         )
         self.head = nn.Linear(num_features, 10)
 
+    @override
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 1, H, W) images in [-1, 1] -> (B, F) features, (B, 10) logits."""
+        """Map images (batch, 1, height, width) in [-1, 1] to features (batch, features) and logits (batch, 10)."""
         weight = self.head.weight
         parts = [self.body(part.to(weight)) for part in torch.split(images, 1000)]
         features = torch.cat(parts)
@@ -53,18 +55,18 @@ SIDES = {"digits": 8, "fashion": 28}
 
 
 def fresh(name: str) -> SmallCNN:
-    """The untrained network for one of the data sets."""
+    """Return the untrained network for one of the data sets."""
     return SmallCNN(SIDES[name], 32, f"penultimate layer (32) of a small CNN trained on {name}")
 
 
 def weights(name: str) -> Path:
-    """Where the shipped weights for one of the data sets are."""
+    """Return the path of the included weights for one of the data sets."""
     return Path(__file__).with_name(f"{name}_features.safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShippedFeatures(FeatureSpace):
-    """The penultimate layer of a small classifier of grey images, values in [-1, 1], that is shipped trained.
+    """The penultimate layer of a small trained classifier of grey images, values in [-1, 1].
 
     Args:
         data: what it was trained on: digits (8x8 images) or fashion (28x28).
@@ -73,9 +75,11 @@ class ShippedFeatures(FeatureSpace):
     data: Literal["digits", "fashion"]
 
     @property
+    @override
     def name(self) -> str:  # type: ignore[override]
         return self._network.name
 
+    @override
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         found: tuple[Tensor, Tensor] = self._network.to(images.device)(images)
         return found
@@ -86,7 +90,7 @@ class ShippedFeatures(FeatureSpace):
 
 
 def shipped(name: str) -> SmallCNN:
-    """The network with the shipped weights, in eval mode."""
+    """Return the network with the included weights, in eval mode."""
     model = fresh(name).eval().requires_grad_(False)
     load_strict(model, read_weights(weights(name)), weights(name))
     return model

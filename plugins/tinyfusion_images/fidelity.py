@@ -1,4 +1,4 @@
-"""How far generated pictures are from real ones: FID, inception score, KID, precision and recall."""
+"""Quality of generated images: FID, inception score, KID, precision and recall."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from tinyfusion_core.errors import MissingFileError, UserError, require
 from tinyfusion_core.evaluation.generation import sample_rows
@@ -25,31 +26,31 @@ from tinyfusion_images.inception import INCEPTION, INCEPTION_FILE, FeatureNetwor
 from tinyfusion_images.pictures import balanced_labels, can_be_shown, has_pictures, pictures
 
 MOST_IN_SUBSET = 1000
-"""Pictures in a subset of the KID, where there are as many."""
+"""Images in a subset of the KID, if there are as many."""
 NEIGHBOURS = 3
-"""Precision and recall take pictures for alike that are closer than a picture's third neighbour."""
+"""Precision and recall count images as alike if they are closer than an image's third neighbour."""
 BETTER = {"FID": "lower", "inception score": "higher", "KID": "lower", "precision": "higher", "recall": "higher"}
 KEY = "evaluate: Fidelity"
 
 
 @dataclass(frozen=True)
 class Fidelity(Metric):
-    """FID, inception score, KID, precision and recall of generated pictures, by torch-fidelity.
+    """FID, inception score, KID, precision and recall of generated images, by torch-fidelity.
 
-    Samples have balanced labels and are those that `tinyfusion sample --to` writes with the run's seed. The report says
-    which features and which reference the figures are of: they compare with others only where both are the same.
+    Samples have balanced labels and are those that `tinyfusion sample --to` writes with the run's seed. The report
+    names the features and the reference: results are comparable only if both are the same.
 
     Args:
-        num_samples: pictures to generate with each model, from the same noise and labels.
-        batch_size: pictures at once.
-        reference: the real ones: a folder of pictures, or an .npz of ADM's (where it has statistics of a larger set,
-            the FID is the distance to those); default the training data, decoded.
+        num_samples: images to generate with each model, from the same noise and labels.
+        batch_size: images per batch.
+        reference: the real images: a folder of images, or an .npz of ADM's (if it has statistics of a larger set, the
+            FID is the distance to those); default the training data, decoded.
         num_reference: of the training data, this many, evenly spaced.
         features: name of the network, as torch-fidelity knows it or a plugin has registered it.
         weights: its file, safetensors or a torch file of plain tensors; default for Inception the one in torch's hub
-            folder, for others whatever they do by themselves.
-        download: fetch torch-fidelity's Inception weights if they are not there, when they are first needed.
-        pruned: generate with networks right after pruning, too.
+            folder, for others whatever they use by default.
+        download: download torch-fidelity's Inception weights if they are missing, when they are first needed.
+        pruned: also evaluate networks right after pruning.
     """
 
     num_samples: int = 50_000
@@ -68,9 +69,11 @@ class Fidelity(Metric):
         require(self.batch_size >= 1, f"{KEY}.batch_size", self.batch_size, "at least 1")
 
     @property
+    @override
     def column(self) -> str:
         return self._named("FID")
 
+    @override
     def check(self, data: DataSource) -> None:
         missing = []
         if not can_be_shown(data):
@@ -93,6 +96,7 @@ class Fidelity(Metric):
         if missing:
             raise MissingFileError("\n".join(missing))
 
+    @override
     def __call__(self, task: Task, models: Models, trainer: Trainer) -> list[Measurement]:
         folder = on_main_process(lambda: Path(tempfile.mkdtemp(prefix="tinyfusion-")))
         try:
@@ -101,6 +105,7 @@ class Fidelity(Metric):
             if trainer.accelerator.is_main_process:
                 shutil.rmtree(folder, ignore_errors=True)
 
+    @override
     def resume(self, task: Task, models: Models, trainer: Trainer, folder: Path) -> list[Measurement]:
         if not task.loss.generates or not has_pictures(task):
             raise UserError(f"{KEY}: {type(task.loss).__name__} and these data give no pictures; leave it out")
@@ -144,11 +149,11 @@ class Fidelity(Metric):
         ]
 
     def _named(self, what: str) -> str:
-        """A figure's name, which says of what features it is if they are not the usual ones."""
+        """The name of a measurement, with the features unless they are the usual ones."""
         return what if self.features == INCEPTION else f"{what} ({self.features})"
 
     def _known(self, task: Task, device: torch.device) -> ImageSet:
-        """The real pictures."""
+        """The real images."""
         if self.reference is not None:
             known = open_images(Path(self.reference), f"{KEY}.reference")
         else:
@@ -159,14 +164,14 @@ class Fidelity(Metric):
 
     @property
     def _weights(self) -> Path | None:
-        """Where the weights are, or have to be; None when the network knows by itself."""
+        """The path of the weights; None if the network finds them itself."""
         if self.weights is not None:
             return Path(self.weights)
         return inception_weights() if self.features == INCEPTION else None
 
 
 class _Training:
-    """Training examples, evenly spaced, as pictures."""
+    """Training examples, evenly spaced, as images."""
 
     def __init__(self, task: Task, num: int, device: torch.device) -> None:
         self.task, self.num, self.device = task, num, device
@@ -181,7 +186,7 @@ class _Training:
 
 
 def _keep(folder: Path, parts: Sequence[range], work: Callable[[range], dict[str, Tensor]], name: str) -> list[Path]:
-    """Compute the parts that are not in a folder yet. Returns all files, in order."""
+    """Compute the parts that are missing in a folder. Returns all files, in order."""
 
     def path(rows: range) -> Path:
         return folder / f"{rows.start:08d}-{rows.stop:08d}.safetensors"
@@ -196,7 +201,7 @@ def _figures(
     statistics: Mapping[str, Any] | None,
     network: FeatureNetwork,
 ) -> dict[str, float]:
-    """All that can be had from the features in files; nothing when samples are not finite."""
+    """All metrics that the features in files allow; empty if samples are not finite."""
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
     from torch_fidelity.metric_isc import isc_features_to_metric
     from torch_fidelity.metric_kid import kid_features_to_metric

@@ -1,4 +1,4 @@
-"""Sets of 8-bit pictures as other software has them: folders of image files, and the .npz archives of ADM."""
+"""Sets of 8-bit images in common formats: folders of image files, and the .npz archives of ADM."""
 
 from __future__ import annotations
 
@@ -22,27 +22,31 @@ from tinyfusion_core.runtime.files import write_atomic
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
 _DAMAGES = (KeyError, ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error)
-"""What reading a damaged archive raises."""
+"""Exceptions of reading a damaged archive."""
 
 
 class Images(Protocol):
-    """Pictures that are read some at a time."""
+    """Images that are read a few at a time."""
 
     def __len__(self) -> int: ...
 
     def read(self, rows: range) -> Tensor:
-        """(n, 3, H, W) uint8 pictures. Raises UserError, naming the file, when one cannot be had."""
+        """Return images, (n, 3, height, width) uint8.
+
+        Raises:
+            UserError: one cannot be read; names the file.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """What there is of a set.
+    """A set of images.
 
     Attributes:
-        images: the pictures, if they are there.
-        statistics: mean `mu` and covariance `sigma` of the Inception features of the set, or of a larger one that the
-            pictures were taken from; ADM's archives carry them.
+        images: the images, if available.
+        statistics: mean `mu` (features,) and covariance `sigma` (features, features) of the Inception features of the
+            set, or of a larger set that it was taken from; ADM's archives contain them.
     """
 
     images: Images | None
@@ -50,14 +54,14 @@ class ImageSet:
 
 
 def open_images(path: Path, key: str) -> ImageSet:
-    """The pictures in a folder, at any depth, or in an .npz archive.
+    """Open the images in a folder, at any depth, or in an .npz archive.
 
     Args:
         path: folder or archive.
-        key: what named it, for messages.
+        key: the setting that named it, for messages.
 
     Raises:
-        UserError: there is no such thing, or it holds neither pictures nor statistics.
+        UserError: it does not exist, or holds neither images nor statistics.
     """
     if path.is_dir():
         return ImageSet(_Folder(path, key))
@@ -80,14 +84,22 @@ def _array(archive: zipfile.ZipFile, name: str) -> NDArray[np.float64]:
 
 
 def rgb(images: Tensor) -> Tensor:
-    """(n, C, H, W) pictures with three channels, grey ones repeated. Raises UserError when C is neither 1 nor 3."""
+    """Convert images (n, 1 or 3, height, width) to three channels; grey ones are repeated.
+
+    Raises:
+        UserError: there are neither 1 nor 3 channels.
+    """
     if images.shape[1] not in (1, 3):
         raise UserError(f"pictures have {images.shape[1]} channels; expected 1 (grey) or 3 (red, green, blue)")
     return images.expand(-1, 3, -1, -1)
 
 
 def open_picture(path: Path) -> Image.Image:
-    """A picture in red, green and blue. Raises UserError, naming the file, when it cannot be read."""
+    """Open an image as RGB.
+
+    Raises:
+        UserError: it cannot be read; names the file.
+    """
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
@@ -117,7 +129,7 @@ class _Folder:
 
 
 class _Archive:
-    """`arr_0` of an .npz, read from the front to the back: unpacked whole it would take gigabytes."""
+    """`arr_0` of an .npz, read sequentially: unpacked whole it would take gigabytes."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -153,7 +165,7 @@ def write_archive(path: Path, parts: Iterator[Tensor], labels: Tensor) -> None:
 
     Args:
         path: where; written atomically.
-        parts: (n, 3, H, W) uint8 pictures, N in all; only one part is in memory at a time.
+        parts: (n, 3, H, W) uint8 images, N in total; only one part is in memory at a time.
         labels: (N,) class labels.
     """
 
@@ -173,7 +185,7 @@ def write_archive(path: Path, parts: Iterator[Tensor], labels: Tensor) -> None:
 
 
 def write_png(path: Path, picture: Tensor) -> None:
-    """Write a (C, H, W) uint8 picture, grey or in colours, as a PNG file, atomically."""
+    """Write an image (1 or 3, height, width) uint8 as a PNG file, atomically."""
     array = picture.permute(1, 2, 0).contiguous().numpy()
     image = Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
     write_atomic(path, lambda file: image.save(file, format="png"))

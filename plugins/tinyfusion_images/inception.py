@@ -1,4 +1,4 @@
-"""The networks in whose features pictures are compared: torch-fidelity's, their weights read without running them."""
+"""The feature networks of torch-fidelity, with weights that are read without running code."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from tinyfusion_core.runtime.files import read_weights
 
 INCEPTION = "inception-v3-compat"
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
-"""What torch-fidelity calls its file of weights; the first digits of its sha256 are in the name."""
+"""File name of torch-fidelity's weights; it contains the first digits of their sha256."""
 
 
 def inception_weights() -> Path:
-    """Where torch's hub keeps torch-fidelity's Inception weights."""
+    """Return where torch's hub stores torch-fidelity's Inception weights."""
     return Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
 
 
@@ -26,15 +26,15 @@ class FeatureNetwork:
     """A network that torch-fidelity knows, or a plugin has registered there.
 
     Args:
-        name: as it is registered.
-        weights: its file, safetensors or a torch file of plain tensors; None if the network knows by itself.
+        name: its registered name.
+        weights: its file, safetensors or a torch file of plain tensors; None if the network finds them itself.
         device: where it computes.
 
     Attributes:
-        layers: which features a metric takes (`isc`, `fid`, `kid`, `prc`).
+        layers: which features each metric uses (`isc`, `fid`, `kid`, `prc`).
 
     Raises:
-        UserError: there is no such network, or the weights are not its.
+        UserError: there is no such network, or the weights do not fit it.
     """
 
     def __init__(self, name: str, weights: Path | None, device: torch.device) -> None:
@@ -60,14 +60,22 @@ class FeatureNetwork:
         self._network.to(device)
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        """(n, 3, H, W) uint8 pictures -> (n, F) features of every layer that a metric takes, on the CPU."""
+        """Compute the features of every layer that a metric uses, each (n, features), on the CPU.
+
+        Args:
+            images: (n, 3, height, width) uint8.
+        """
         with torch.no_grad():
             found = self._network.convert_features_tuple_to_dict(self._network(images.to(self.device)))
         return {layer: values.cpu() for layer, values in found.items()}
 
 
 def fetch_inception() -> None:
-    """Fetch the Inception weights of torch-fidelity to `inception_weights()`, if they are not there."""
+    """Download the Inception weights of torch-fidelity to `inception_weights()`, if they are missing.
+
+    Raises:
+        UserError: they cannot be downloaded.
+    """
     on_main_process(_fetch)
     _fetch()  # on a machine that does not see the main process's disk
 

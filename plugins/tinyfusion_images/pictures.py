@@ -1,4 +1,4 @@
-"""Examples as pictures, and the ones that every run shows."""
+"""Examples as images, and the ones that every run shows."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from typing_extensions import override
 
 from tinyfusion_core.errors import UserError
 from tinyfusion_core.evaluation.generation import generate, training_conditions
@@ -26,37 +27,51 @@ from tinyfusion_core.runtime.run_folder import RunFolder
 from tinyfusion_core.training.trainer import Trainer
 
 SAMPLES = "samples.safetensors"
+"""File in the run folder with the images that the report shows."""
 NUM_SHOWN = 40
+"""Images of each network."""
 
 
 @runtime_checkable
 class Shown(Protocol):
-    """A data source whose examples can be shown has this method; it need not derive from this class.
+    """The method of a data source whose examples can be shown as images; it need not derive from this class.
 
-    Where that depends on its settings, it has a property `has_pixels` too, false if there will be no pictures. It is
-    asked before any file is read.
+    If that depends on its settings, it also has a property `has_pixels`: whether `pixels` returns images; known before
+    any file is read.
     """
 
     def pixels(self, x: Tensor) -> Tensor | None:
-        """(B, C, H, W) pictures in [0, 1] of examples; None when they cannot be shown."""
+        """Convert examples to images that can be shown.
+
+        Args:
+            x: (batch, ...) examples.
+
+        Returns:
+            (batch, channels, height, width) values in [0, 1]; None if examples cannot be shown.
+        """
         ...
 
 
 def can_be_shown(data: DataSource | None) -> TypeGuard[Shown]:
-    """Whether a data source says how its examples look."""
+    """Return whether a data source can show its examples as images; reads no file."""
     return isinstance(data, Shown) and bool(getattr(data, "has_pixels", True))
 
 
 def has_pictures(task: Task) -> bool:
-    """Whether its examples can be shown."""
+    """Return whether the task's examples can be shown as images."""
     x = task.backbone.example(1).get("x")
     return x is not None and can_be_shown(task.data) and task.data.pixels(x) is not None
 
 
 def pictures(task: Task, x: Tensor) -> Tensor:
-    """(n, ...) examples as (n, C, H, W) uint8 images on the CPU; black where a network has diverged.
+    """Convert examples to images.
 
-    Latents are decoded on the device that they are on.
+    Args:
+        task: its data source decodes them.
+        x: (n, ...) examples; latents are decoded on their device.
+
+    Returns:
+        (n, channels, height, width) uint8 on the CPU; black where a network has diverged.
 
     Raises:
         UserError: the data cannot be shown.
@@ -68,25 +83,25 @@ def pictures(task: Task, x: Tensor) -> Tensor:
 
 
 def balanced_labels(task: Task, model: nn.Module, indices: Sequence[int]) -> Tensor:
-    """(n,) labels of the samples with these indices: every class in turn.
+    """Return the labels of the samples with these indices, (n,): every class in turn.
 
-    The conditions of the training samples, in their order, where the network does not say how many classes it knows.
+    If the network does not say how many classes it has, the conditions of the training samples, in order, (n, ...).
     """
     num = task.backbone.num_labels(model)
     return training_conditions(task, indices) if num is None else torch.tensor([i % num for i in indices])
 
 
 def by_label(images: Tensor, labels: Tensor) -> Tensor:
-    """Images in the order of their labels; as they are if those are no single numbers."""
+    """Sort images, (n, ...), by their labels, (n,). Unchanged if the labels are not single numbers."""
     return images[labels.argsort(stable=True)] if labels.ndim == 1 else images
 
 
 @dataclass(frozen=True)
 class Pictures(Metric):
-    """Measures nothing, but lets every run show what its networks generate, if its data can be shown.
+    """Measures nothing; shows in every run what the networks generate, if the data can be shown as images.
 
-    `samples.safetensors` in the run folder has (n, C, H, W) uint8 pictures of each network, from the same noise, and
-    the `labels` that they were generated for, (n, ...) conditions.
+    `samples.safetensors` in the run folder contains images of each network from the same noise, (n, channels, height,
+    width) uint8, and the conditions that they were generated for, `labels` (n, ...).
     """
 
     together = True
@@ -94,9 +109,11 @@ class Pictures(Metric):
     exhibits = (SAMPLES,)
     column = None
 
+    @override
     def __call__(self, task: Task, models: Models, trainer: Trainer) -> list[Measurement]:
         return []
 
+    @override
     def resume(self, task: Task, models: Models, trainer: Trainer, folder: Path) -> list[Measurement]:
         if not has_pictures(task) or not task.loss.generates:
             return []
@@ -111,6 +128,7 @@ class Pictures(Metric):
         on_main_process(keep)
         return []
 
+    @override
     def show(self, folder: RunFolder) -> list[Figures]:
         if not (folder / SAMPLES).exists():
             return []
@@ -124,7 +142,13 @@ class Pictures(Metric):
 
 
 def draw_grid(images: Tensor, path: Path, columns: int) -> None:
-    """Write (n, C, H, W) uint8 images as one picture, small images enlarged."""
+    """Write images as one grid; small images are enlarged.
+
+    Args:
+        images: (n, channels, height, width) uint8 on the CPU; 1 or at least 3 channels.
+        path: the PNG file.
+        columns: images per row.
+    """
     picture = Image.fromarray(_grid(images, columns))
     factor = max(1, 960 // max(picture.size))
     picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
@@ -132,7 +156,7 @@ def draw_grid(images: Tensor, path: Path, columns: int) -> None:
 
 
 def _grid(images: Tensor, columns: int) -> np.ndarray[Any, Any]:
-    """(n, C, H, W) uint8 images -> one (rows, width) or (rows, width, 3) picture with a pixel of space between."""
+    """(n, channels, height, width) uint8 images -> one (rows, width[, 3]) image with a gap of one pixel."""
     n, channels, height, width = images.shape
     rows = -(-n // columns)
     canvas = np.zeros((rows * (height + 1) - 1, columns * (width + 1) - 1, channels), dtype=np.uint8)

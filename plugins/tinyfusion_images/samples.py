@@ -1,4 +1,4 @@
-"""Pictures of a run's network: one grid of them, or as many thousands as an evaluation elsewhere takes."""
+"""Images of a run's network: one grid, or many thousands for an external evaluation."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ FORMAT_VERSION = 1
 
 
 def sample_images(folder: RunFolder, num: int, seed: int, out: Path | None = None) -> Path:
-    """Generate a grid of images with a run's student, or with its teacher when it pruned nothing.
+    """Generate a grid of images with a run's student, or with its teacher if nothing was pruned.
 
     Args:
         folder: a run that has finished its training.
         num: how many images.
-        seed: of the noise.
-        out: the picture, a PNG; default `figures/student.png` in the run folder.
+        seed: seed of the noise.
+        out: the PNG file; default `figures/student.png` in the run folder.
 
     Returns:
-        The path of the picture.
+        The path of the file.
 
     Raises:
         UserError: no network has been saved there yet, or its data cannot be shown.
@@ -56,16 +56,16 @@ def sample_images(folder: RunFolder, num: int, seed: int, out: Path | None = Non
 def write_samples(folder: RunFolder, num: int, seed: int, to: Path, batch_size: int = 64) -> Path:
     """Generate many images with a run's student, with balanced labels, as PNG files or as one archive.
 
-    Image i is a function of the seed and i: any number of processes makes the same set. What is there already is not
-    made again, so the same call goes on after an interruption, and a larger `num` adds to a folder.
+    Image i depends only on the seed and i: any number of processes makes the same set. Existing images are not
+    made again, so the same call resumes after an interruption, and a larger `num` adds to a folder.
 
     Args:
         folder: a run that has finished its training.
         num: how many images.
-        seed: of the noise.
+        seed: seed of the noise.
         to: a folder, which gets `000000.png` and so on, and `samples.json` with their labels and how they were made;
             or a file that ends in .npz, in the layout of ADM: `arr_0` uint8 (N, H, W, 3), `arr_1` labels.
-        batch_size: images at once.
+        batch_size: images per batch.
 
     Returns:
         The folder or file.
@@ -99,7 +99,7 @@ def write_samples(folder: RunFolder, num: int, seed: int, to: Path, batch_size: 
 
 
 def _open(folder: RunFolder, seed: int) -> tuple[Task, nn.Module, Trainer, dict[str, Any]]:
-    """The network of a finished run, what it takes to sample from it, and all that decides the samples."""
+    """The network of a finished run, its task and trainer, and everything that decides the samples."""
     recipe = load_recipe(folder / "recipe.yaml")
     rounds = list(recipe.each_round())
     name = "student" if rounds else "teacher"
@@ -124,10 +124,10 @@ def _open(folder: RunFolder, seed: int) -> tuple[Task, nn.Module, Trainer, dict[
 
 
 def _claim(record: Path, to: Path, made_with: dict[str, Any], num: int) -> int | None:
-    """Make a place that of these samples. Returns how many are there, None when they are not finished.
+    """Reserve the output for these samples. Returns how many there are, or None if they are not finished.
 
     Raises:
-        UserError: there are others, or something else, or single images beyond that number.
+        UserError: there are other samples, other files, or single images beyond that number.
     """
     if not record.exists():
         if to.exists() and (to.is_file() or any(to.iterdir())):
@@ -148,7 +148,7 @@ def _claim(record: Path, to: Path, made_with: dict[str, Any], num: int) -> int |
 
 
 def _parts(to: Path) -> Path:
-    """Where the parts of an archive lie until there are all of them."""
+    """Folder of an archive's parts until it is complete."""
     return to.with_name(f"{to.name}.parts")
 
 

@@ -1,4 +1,4 @@
-"""Make a shipped feature space: `python -m tinyfusion_images.train_features fashion`. Prints its accuracy."""
+"""Train an included feature space: `python -m tinyfusion_images.train_features fashion`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ BATCH_SIZE, SEED = 128, 0
 
 
 def main(name: str) -> None:
+    """Train the classifier of a data set, write its weights and print its held-out accuracy."""
     torch.manual_seed(SEED)
     torch.set_num_threads(1)
     data, steps = DATA[name], STEPS[name]

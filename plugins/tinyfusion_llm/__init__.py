@@ -1,4 +1,4 @@
-"""Decoder-only language models of Hugging Face transformers: any family, one backbone."""
+"""Decoder-only language models of Hugging Face transformers: one backbone for all families."""
 
 from __future__ import annotations
 
@@ -17,19 +17,23 @@ __all__ = ["CausalLM", "Generation", "LmEval", "NextToken", "Perplexity", "TextT
 
 @hookimpl
 def tinyfusion_register_backbones() -> list[type[Backbone]]:
+    """Any causal language model."""
     return [CausalLM]
 
 
 @hookimpl
 def tinyfusion_register_losses() -> list[type[LossAdapter]]:
+    """Next-token prediction."""
     return [NextToken]
 
 
 @hookimpl
 def tinyfusion_register_data() -> list[type[DataSource]]:
+    """Tokenized text."""
     return [TextTokens]
 
 
 @hookimpl
 def tinyfusion_register_metrics() -> list[type[Metric]]:
+    """Perplexity, generation speed, lm-eval tasks."""
     return [Perplexity, Generation, LmEval]

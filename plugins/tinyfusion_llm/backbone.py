@@ -1,4 +1,4 @@
-"""Any decoder-only language model of transformers as a backbone; its students are plain transformers folders."""
+"""Decoder-only language models of transformers as backbones; students are plain transformers folders."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from tinyfusion_core.errors import UserError, require
 from tinyfusion_core.protocols.backbone import Backbone
@@ -33,16 +34,16 @@ class CausalLM(Backbone):
     """A decoder-only language model that `AutoModelForCausalLM` of transformers loads.
 
     A student is saved as such a model with fewer layers: config, weights, generation config and tokenizer, in the
-    dtype that it was loaded in.
+    dtype in which it was loaded.
 
     Args:
         model: a folder, or the id of a model on the Hugging Face hub; its weights must be safetensors or GGUF.
         revision: branch, tag or commit of a model on the hub.
         gguf_file: name of a GGUF file in it, to read instead; it is expanded to `dtype`.
-        dtype: of the weights; `auto` is what they were saved in. Full-precision training wants float32.
-        context: tokens of one example, as in the data's option of that name; decides FLOPs and latency alone.
-        network: the model's config, to plan with where the model is not at hand, or to train a fresh one. With a
-            model, whatever it says must hold for that.
+        dtype: dtype of the weights; `auto` is that of the checkpoint. Full-precision training needs float32.
+        context: tokens per example, as in the data's option of that name; affects only FLOPs and latency.
+        network: the model's config, to plan where the model is not available, or to train a fresh one. With a
+            model, its entries must agree with the model's.
         licence: licence of the checkpoint, for the model card.
     """
 
@@ -69,8 +70,9 @@ class CausalLM(Backbone):
         if self.network is not None and "model_type" not in self.network:
             raise UserError("backbone.network: a transformers config names its model_type")
 
+    @override
     def build(self) -> nn.Module:
-        """Draws nothing from the global generator.
+        """Load the model, or make the random one of `tiny`. Draws nothing from the global generator.
 
         Raises:
             UserError: no such model, not a decoder-only one, or weights that do not fit its config.
@@ -98,8 +100,13 @@ class CausalLM(Backbone):
         find_layers(model)
         return _evaluating(model)
 
+    @override
     def config(self, model: nn.Module | None = None) -> dict[str, Any]:
-        """The transformers config. Raises UserError when neither a model nor `network` says what it is."""
+        """Return the transformers config.
+
+        Raises:
+            UserError: the model has none, or `network` disagrees with it.
+        """
         if model is not None:
             return as_json(model.config)
         if self.model is None:
@@ -109,8 +116,13 @@ class CausalLM(Backbone):
         return self._agreed(self._pretrained_config())
 
     @classmethod
+    @override
     def construct(cls, config: Mapping[str, Any]) -> nn.Module:
-        """Raises UserError when `config` is of no decoder-only model."""
+        """Build the untrained model of a config.
+
+        Raises:
+            UserError: `config` is not that of a decoder-only model.
+        """
         from transformers import AutoConfig
 
         kind = config.get("model_type")
@@ -124,19 +136,23 @@ class CausalLM(Backbone):
         model: nn.Module = construct(config, str(torch.get_default_device()))
         return model
 
+    @override
     def blocks(self, model: nn.Module) -> Sequence[str]:
         return [f"{find_layers(model)}.*"]
 
+    @override
     def after_prune(self, model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
         ((path, indices),) = kept.items()
         shorten(model, path, indices)
 
+    @override
     def example(self, num_rows: int) -> dict[str, Tensor]:
-        """Token numbers `tokens` (num_rows, T), and `labels`, the same."""
+        """Return token ids `tokens`, (batch, context), and `labels`, the same."""
         tokens = torch.arange(num_rows * self.context).view(num_rows, -1) % min(100, vocabulary_size(self.config()))
         return {"tokens": tokens, "labels": tokens.clone()}
 
     @classmethod
+    @override
     def tiny(cls) -> CausalLM:
         network = {
             "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "vocab_size": 97,
@@ -144,6 +160,7 @@ class CausalLM(Backbone):
         }  # fmt: skip
         return cls(network=network, context=16, _random_seed=0)
 
+    @override
     def source(self) -> dict[str, Any]:
         if self.model is None:
             return {"licence": self.licence}
@@ -154,8 +171,9 @@ class CausalLM(Backbone):
         files = [folder / self.gguf_file] if self.gguf_file else [*folder.glob("*.safetensors"), folder / "config.json"]
         return {**found, "sha256": digest({path.name: sha256(path) for path in sorted(files) if path.is_file()})}
 
+    @override
     def save(self, model: nn.Module, folder: Path) -> list[str]:
-        """A transformers folder: config, weights as its checkpoints name them, generation config, tokenizer."""
+        """Write a transformers folder: config, weights named as in its checkpoints, generation config, tokenizer."""
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving") as made:
             model.save_pretrained(made)  # type: ignore[operator]
@@ -169,11 +187,12 @@ class CausalLM(Backbone):
         return written
 
     @classmethod
+    @override
     def load(cls, folder: Path, config: Mapping[str, Any]) -> nn.Module:
         return cls(model=str(folder)).build()
 
     def tokenizer(self) -> Any:
-        """The model's tokenizer; None when it comes without one."""
+        """Return the model's tokenizer; None if it has none."""
         return None if self.model is None else load_tokenizer(self.model, self.revision, self.gguf_file, required=False)
 
     def _random(self) -> nn.Module:
@@ -194,7 +213,7 @@ class CausalLM(Backbone):
         return {"revision": self.revision or "main", **({"gguf_file": self.gguf_file} if self.gguf_file else {})}
 
     def _agreed(self, config: Any) -> dict[str, Any]:
-        """The config as JSON. Raises UserError when `network` says otherwise."""
+        """The config as JSON. Raises UserError if `network` disagrees."""
         found = as_json(config)
         for key, value in (self.network or {}).items():
             if found.get(key, value) != value:
@@ -214,7 +233,7 @@ class CausalLM(Backbone):
 
 
 def _plain(model: Any) -> Any:
-    """A model read from a GGUF file as one that knows nothing of it, so that it can be trained and saved."""
+    """A model read from a GGUF file as a plain model, so that it can be trained and saved."""
     config = {k: v for k, v in as_json(model.config).items() if k != "quantization_config"}
     with torch.random.fork_rng():
         plain = construct(config, "cpu").to(model.dtype)

@@ -1,4 +1,4 @@
-"""Depth surgery on a transformers decoder: where its layers are, and a config that says what is left of them."""
+"""Depth surgery on a transformers decoder: finds its layers, and corrects the config after pruning."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Settings = Mapping[str, Any]
 
 
 def find_layers(model: nn.Module) -> str:
-    """The path of the decoder's `ModuleList` of `num_hidden_layers` blocks.
+    """Return the path of the decoder's `ModuleList` of `num_hidden_layers` blocks.
 
     Raises:
         UserError: there is none, or more than one.
@@ -40,23 +40,23 @@ def find_layers(model: nn.Module) -> str:
 
 
 def text_config(model: nn.Module) -> Any:
-    """The part of a model's config that its decoder was built from."""
+    """Return the part of a model's config that its decoder was built from."""
     return model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
 
 
 def shorten(model: nn.Module, path: str, kept: Sequence[int]) -> None:
-    """Make config and layers say that only these layers are left; the list itself is already short.
+    """Correct config and layers after pruning; the list itself is already short.
 
     Lists in the config with one entry per layer are filtered, and lists of layer indices renumbered. Then the config
-    is held against the layers, see `verify`.
+    is compared with the layers, see `verify`.
 
     Args:
         model: the network.
-        path: of the list of layers.
-        kept: indices of the layers that stayed.
+        path: path of the list of layers.
+        kept: indices of the kept layers.
 
     Raises:
-        UserError: the config cannot say what the remaining layers are.
+        UserError: the config cannot express the remaining layers.
     """
     layers, config = model.get_submodule(path), text_config(model)
     depth = config.num_hidden_layers
@@ -79,10 +79,10 @@ def shorten(model: nn.Module, path: str, kept: Sequence[int]) -> None:
 
 
 def _count_anew(model: nn.Module, path: str, depth: int, kept: Sequence[int]) -> str:
-    """Find the setting that counts the special layers at the beginning, such as `first_k_dense_replace`, and mend it.
+    """Find the setting that counts the special first layers, such as `first_k_dense_replace`, and correct it.
 
     Returns:
-        What still differs; empty when nothing does.
+        What still differs; empty if nothing does.
     """
     config = text_config(model)
     for key, value in config.to_dict().items():
@@ -102,7 +102,7 @@ _INDICES = r"layer|idx|indices"
 
 
 def _edits(config: Settings, depth: int, kept: Sequence[int]) -> dict[str, Any]:
-    """New values for everything in a config that has an entry for each layer, or names layers by index."""
+    """New values for everything in a config that has an entry per layer, or names layers by index."""
     edits: dict[str, Any] = {}
     for key, value in config.items():
         if not isinstance(value, (list, tuple)) or not value or re.search(_NO_LAYERS, key):
@@ -116,10 +116,10 @@ def _edits(config: Settings, depth: int, kept: Sequence[int]) -> dict[str, Any]:
 
 
 def verify(model: nn.Module, path: str) -> str:
-    """What differs between a model's layers and those that its config builds; empty when nothing does.
+    """Return what differs between a model's layers and those that its config builds; empty if nothing does.
 
-    Built on the meta device: no memory, no random numbers. Compared are the shapes of all weights, and for the
-    layers the kinds of their modules and every plain setting in them, such as windows, rotary switches and scales.
+    Built on the meta device: no memory, no random numbers. It compares the shapes of all weights, and for the
+    layers the types of their modules and every plain setting in them, such as windows, rotary switches and scales.
     """
     try:
         fresh = construct(model.config.to_dict())  # type: ignore[union-attr, operator]
@@ -139,7 +139,7 @@ def verify(model: nn.Module, path: str) -> str:
 
 
 def construct(config: Settings, device: str = "meta") -> Any:
-    """The untrained network of a config as a dict."""
+    """Build the untrained network of a config given as a dict."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     settings = {key: value for key, value in config.items() if key != "transformers_version"}

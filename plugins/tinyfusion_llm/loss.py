@@ -1,4 +1,4 @@
-"""Next-token prediction, in pieces of the text: logits of a whole batch are never held."""
+"""Next-token prediction, in chunks of the text: the logits of a whole batch are never in memory at once."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from typing_extensions import override
 
 from tinyfusion_core.errors import require
 from tinyfusion_core.protocols.backbone import Batch
@@ -23,11 +24,11 @@ IGNORED = -100
 
 
 class Hidden(NamedTuple):
-    """What a language model predicts, one step before its head.
+    """The prediction of a language model, before its head.
 
     Attributes:
-        states: (B, T, D) final hidden states.
-        head: the model's own way from (B, t, D) hidden states to (B, t, V) logits.
+        states: (batch, tokens, channels) final hidden states.
+        head: the model's own map from hidden states (batch, tokens, channels) to logits (batch, tokens, vocabulary).
     """
 
     states: Tensor
@@ -36,16 +37,16 @@ class Hidden(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class NextToken(LossAdapter):
-    """Cross-entropy of the next token, in nats, the mean over a sample's counted tokens.
+    """Cross-entropy of the next token in nats, averaged over a sample's counted tokens.
 
-    The distance of distillation is the forward KL divergence KL(teacher | student) at a temperature, times its square,
-    the mean over the same tokens.
+    The distance for distillation is the forward KL divergence KL(teacher || student) at a temperature, times its
+    square, averaged over the same tokens.
 
     Args:
-        temperature: of both distributions in the distance.
-        top_k: compare the teacher's most probable tokens and the rest as one, instead of the whole vocabulary: a
-            lower bound of the divergence that keeps k numbers a token for the backward pass; null compares all.
-        chunk: tokens whose logits are held at a time, over all samples of the batch.
+        temperature: temperature of both distributions in the distance.
+        top_k: compare the teacher's most probable tokens and the rest as one, instead of the whole vocabulary: a lower
+            bound of the divergence that keeps k numbers per token for the backward pass; null compares all.
+        chunk: tokens whose logits are in memory at a time, over all samples of the batch.
     """
 
     temperature: float = 1.0
@@ -57,26 +58,29 @@ class NextToken(LossAdapter):
         require(self.top_k is None or self.top_k >= 1, "loss.top_k", self.top_k, "at least 1, or null")
         require(self.chunk >= 1, "loss.chunk", self.chunk, "at least 1 token")
 
+    @override
     def prepare(self, batch: Batch, rng: Rng) -> dict[str, Tensor]:
-        """Nothing here is random.
+        """Shift the labels; nothing here is random.
 
         Args:
-            batch: `tokens` (B, T) and `labels` (B, T): the token itself where it counts, else -100.
+            batch: `tokens` (batch, tokens) and `labels` (batch, tokens): the token itself where it counts, else -100.
             rng: not drawn from.
 
         Returns:
-            `tokens` (B, T), and `targets` (B, T - 1): the label of the token that follows.
+            `tokens` (batch, tokens), and `targets` (batch, tokens - 1): the label of the token that follows.
         """
         return {"tokens": batch["tokens"], "targets": batch["labels"][:, 1:]}
 
+    @override
     def prepare_clean(self, batch: Batch, rng: Rng) -> dict[str, Tensor]:
         return self.prepare(batch, rng)
 
+    @override
     def predict(self, model: nn.Module, inputs: Batch) -> Hidden:
-        """The final hidden states; of the head only what the last token needs is run.
+        """Return the final hidden states, (batch, tokens, channels); the head is run for the last token only.
 
         Raises:
-            UserError: the data's token numbers are not the model's.
+            UserError: a token id of the data is outside the model's vocabulary.
         """
         tokens = inputs["tokens"]
         if not model.training and has_values(tokens):  # once the teacher has been checked, the data are known to fit
@@ -96,6 +100,7 @@ class NextToken(LossAdapter):
         below, output = outputs[-1]  # the outermost one returns last
         return Hidden(output[0], lambda states: _head(model, below, type(output), states))
 
+    @override
     def loss(self, prediction: Hidden, inputs: Batch) -> Tensor:
         def piece(states: Tensor, targets: Tensor) -> Tensor:
             logits = prediction.head(states).float()
@@ -103,6 +108,7 @@ class NextToken(LossAdapter):
 
         return self._mean(piece, inputs["targets"], prediction.states)
 
+    @override
     def distance(self, student: Hidden, teacher: Hidden, inputs: Batch) -> Tensor:
         def piece(ours: Tensor, theirs: Tensor, targets: Tensor) -> Tensor:
             with torch.no_grad():
@@ -117,10 +123,10 @@ class NextToken(LossAdapter):
         return self._mean(piece, inputs["targets"], student.states, teacher.states)
 
     def _mean(self, piece: Callable[..., Tensor], targets: Tensor, *states: Tensor) -> Tensor:
-        """The mean over the counted tokens of a quantity that is worked out in pieces, and again for the gradient.
+        """Average a quantity over the counted tokens; it is computed in chunks, and recomputed for the gradient.
 
         Args:
-            piece: (B, t, D) states, one or several, and (B, t) targets -> a number for each token, 0 if not counted.
+            piece: (B, t, D) states, one or several, and (B, t) targets -> a number per token, 0 if not counted.
             targets: (B, T - 1).
             states: (B, T, D) each.
 
@@ -143,20 +149,20 @@ class NextToken(LossAdapter):
 
 
 def _with_rest(log_p: Tensor) -> Tensor:
-    """Append what is left of a distribution to the log-probabilities of some of its outcomes."""
+    """Append the remaining probability of a distribution to the log-probabilities of some of its outcomes."""
     rest = (1 - log_p.exp().sum(-1, keepdim=True)).clamp(min=1e-7)
     return torch.cat([log_p, rest.log()], dim=-1)
 
 
 def _below(model: nn.Module) -> list[nn.Module]:
-    """The modules around the layers, one of which the model calls and gives to its head."""
+    """The modules around the layers, one of which the model calls before its head."""
     *parents, _ = find_layers(model).split(".")
     return [model.get_submodule(".".join(parents[: i + 1])) for i in range(len(parents))]
 
 
 @contextmanager
 def _watched(model: nn.Module) -> Iterator[list[tuple[nn.Module, Any]]]:
-    """What these modules return, in the order in which they do."""
+    """The outputs of these modules, in the order in which they return."""
     outputs: list[tuple[nn.Module, Any]] = []
     with ExitStack() as hooks:
         for module in _below(model):
@@ -166,7 +172,7 @@ def _watched(model: nn.Module) -> Iterator[list[tuple[nn.Module, Any]]]:
 
 
 def _head(model: nn.Module, below: nn.Module, kind: type[Any], states: Tensor) -> Tensor:
-    """Run the model with `below` returning these states: its own head, with whatever caps and scales it applies."""
+    """Run the model with `below` returning these states: its own head, with all caps and scales it applies."""
     before = below.__dict__.get("forward")
     below.forward = lambda *args, **kwargs: kind(last_hidden_state=states)
     try:

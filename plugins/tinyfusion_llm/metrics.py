@@ -1,4 +1,4 @@
-"""What a language model is worth: perplexity, the speed of reading and writing, tasks of lm-eval."""
+"""Metrics of language models: perplexity, speed of prefill and decoding, lm-eval tasks."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from tinyfusion_core.errors import UserError, require
 from tinyfusion_core.evaluation.metrics import Measurement, Metric, Models
@@ -28,13 +29,13 @@ from tinyfusion_llm.text import TextTokens
 
 @dataclass(frozen=True)
 class Perplexity(Metric):
-    """exp of the mean cross-entropy over all tokens of the held-out text, read through a sliding window.
+    """Exponential of the mean cross-entropy over all tokens of the held-out text, read through a sliding window.
 
     Args:
-        stride: tokens from one window to the next; each window counts the tokens that the one before did not.
-            Default: the whole window, so that tokens at its beginning have little to go by.
-        window: tokens of a window; default the data's context.
-        batch_size: windows at once.
+        stride: tokens from one window to the next; each window counts the tokens that the previous one did not.
+            Default: the whole window, so that tokens at its beginning have little context.
+        window: tokens per window; default the data's context.
+        batch_size: windows per batch.
     """
 
     stride: int | None = None
@@ -48,10 +49,12 @@ class Perplexity(Metric):
             value = getattr(self, name)
             require(value is None or value >= 1, f"evaluate: Perplexity.{name}", value, "at least 1")
 
+    @override
     def check(self, data: DataSource) -> None:
         if not isinstance(data, TextTokens) or not data.pack:
             raise UserError("evaluate: Perplexity needs running text: data TextTokens with pack; leave it out")
 
+    @override
     def __call__(self, task: Task, models: Models, trainer: Trainer) -> list[Measurement]:
         rows, loss = task.held_out, task.loss
         if not isinstance(rows, Rows) or not isinstance(loss, NextToken):
@@ -95,13 +98,13 @@ def _stack(pairs: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Generation(Metric):
-    """Tokens a second when reading a prompt and when writing, one by one, with a key-value cache; and the memory.
+    """Tokens per second of prefill and of decoding with a key-value cache; and the memory.
 
     Args:
         prompt: tokens of the prompt.
-        new_tokens: tokens to write.
-        batch_size: texts at once.
-        rounds: turns of each model, after one that is not counted; the medians count.
+        new_tokens: tokens to generate.
+        batch_size: texts per batch.
+        rounds: timed rounds of each model, after one warm-up; the medians are reported.
     """
 
     prompt: int = 128
@@ -114,6 +117,7 @@ class Generation(Metric):
         for name in ("prompt", "new_tokens", "batch_size", "rounds"):
             require(getattr(self, name) >= 1, f"evaluate: Generation.{name}", getattr(self, name), "at least 1")
 
+    @override
     def __call__(self, task: Task, models: Models, trainer: Trainer) -> list[Measurement]:
         device = trainer.accelerator.device
         found: dict[str, list[tuple[float, float, int]]] = {name: [] for name in models}
@@ -145,7 +149,7 @@ class Generation(Metric):
         ]  # fmt: skip
 
     def _turn(self, model: Any, device: torch.device) -> tuple[float, float, int]:
-        """Seconds of reading, seconds of writing, bytes of the weights and the cache."""
+        """Seconds of prefill, seconds of decoding, bytes of the weights and the cache."""
         tokens = torch.arange(self.batch_size * self.prompt, device=device).view(self.batch_size, -1) % 50
         start = _now(device)
         output = model(input_ids=tokens, use_cache=True, logits_to_keep=1)
@@ -174,13 +178,13 @@ def _cache_bytes(cache: Any) -> int:
 
 @dataclass(frozen=True)
 class LmEval(Metric):
-    """Tasks of EleutherAI's lm-evaluation-harness, which the package lm-eval brings; the tasks bring their own data.
+    """Tasks of EleutherAI's lm-evaluation-harness, from the package lm-eval; the tasks bring their own data.
 
     Args:
         tasks: names of tasks or of YAML files that define some.
         num_fewshot: examples in the prompt; default the task's own.
         limit: examples of each task; default all.
-        batch_size: requests at once.
+        batch_size: requests per batch.
     """
 
     tasks: list[str] = field(default_factory=lambda: ["lambada_openai"])
@@ -188,9 +192,11 @@ class LmEval(Metric):
     limit: int | None = None
     batch_size: int = 8
 
+    @override
     def check(self, data: DataSource) -> None:
         need("lm_eval", "lm-eval[hf]", "evaluate: LmEval")
 
+    @override
     def __call__(self, task: Task, models: Models, trainer: Trainer) -> list[Measurement]:
         harness = need("lm_eval", "lm-eval[hf]", "evaluate: LmEval")
         adapter = need("lm_eval.models.huggingface", "lm-eval[hf]", "evaluate: LmEval").HFLM

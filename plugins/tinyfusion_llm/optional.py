@@ -1,4 +1,4 @@
-"""Packages that only some users need."""
+"""Optional packages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from tinyfusion_core.errors import UserError
 
 
 def need(module: str, package: str, key: str) -> Any:
-    """Import a module, or raise UserError that names what needs it and the package to install."""
+    """Import a module of an optional package.
+
+    Raises:
+        UserError: it is not installed; names what needs it and the package to install.
+    """
     try:
         return importlib.import_module(module)
     except ImportError as e:

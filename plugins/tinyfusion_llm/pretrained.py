@@ -1,4 +1,4 @@
-"""Configs and tokenizers as transformers has them, and messages that say what to do when it has none."""
+"""Configs and tokenizers of transformers, with error messages that say what to do."""
 
 from __future__ import annotations
 
@@ -15,16 +15,19 @@ from tinyfusion_llm.optional import need
 
 
 def load_tokenizer(name: str, revision: str | None, gguf_file: str | None, required: bool = True) -> Any:
-    """The tokenizer of a model.
+    """Load the tokenizer of a model.
 
     Args:
         name: folder or hub id.
-        revision: on the hub.
+        revision: branch, tag or commit on the hub.
         gguf_file: name of a GGUF file that holds it.
-        required: whether it has to be there.
+        required: whether a missing one is an error.
+
+    Returns:
+        The tokenizer; None if it is missing and not required.
 
     Raises:
-        UserError: it is not there though required.
+        UserError: it is missing though required.
     """
     from transformers import AutoTokenizer
 
@@ -43,7 +46,7 @@ def load_tokenizer(name: str, revision: str | None, gguf_file: str | None, requi
 
 
 class explained:  # noqa: N801  # a context, like those of contextlib
-    """Turn what transformers raises about a model into a message that says what to do."""
+    """Turn errors of transformers about a model into messages that say what to do."""
 
     def __init__(self, model: str) -> None:
         self.model = model
@@ -65,7 +68,11 @@ class explained:  # noqa: N801  # a context, like those of contextlib
 
 
 def check_kind(config: Any, name: str) -> None:
-    """Raise UserError when a config is not that of a decoder-only language model."""
+    """Check that a config is that of a decoder-only language model.
+
+    Raises:
+        UserError: it is not.
+    """
     from transformers import AutoModelForCausalLM
 
     if getattr(config, "is_encoder_decoder", False):
@@ -80,7 +87,11 @@ def check_kind(config: Any, name: str) -> None:
 
 
 def check_causal(model: Any) -> None:
-    """Raise UserError when a token sees later ones: BERT and its like load as causal models too."""
+    """Check that no token sees later ones: BERT and similar models load as causal models too.
+
+    Raises:
+        UserError: predictions depend on later tokens.
+    """
     tokens = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]]) % vocabulary_size(as_json(model.config))
     with torch.no_grad():
         logits = model.eval()(input_ids=tokens, use_cache=False).logits[:, :3].float()
@@ -92,18 +103,18 @@ def check_causal(model: Any) -> None:
 
 
 def as_json(config: Any) -> dict[str, Any]:
-    """A transformers config as JSON, without what a place or a version would change."""
+    """Return a transformers config as JSON, without what depends on location or version."""
     found: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
     return {key: value for key, value in found.items() if key not in ("_name_or_path", "transformers_version")}
 
 
 def vocabulary_size(config: Mapping[str, Any]) -> int:
-    """How many tokens there are; 100 where a config does not say."""
+    """Return the number of tokens; 100 if a config does not say."""
     sizes = [config, config.get("text_config") or {}]
     return int(next((part["vocab_size"] for part in sizes if "vocab_size" in part), 100))
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error that says anything."""
+    """Return the first non-empty line of an error."""
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return re.sub(r"\s+", " ", line)[:200]

@@ -1,4 +1,4 @@
-"""Tokenised documents, and rows of tokens cut out of them."""
+"""Tokenized documents, and samples cut from them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from tinyfusion_llm.loss import IGNORED
 
 @dataclass(frozen=True)
 class Corpus:
-    """Tokenised documents, one after the other, mapped into memory.
+    """Tokenized documents, concatenated and memory-mapped.
 
     Attributes:
-        tokens: (n,) token numbers.
-        counted: (n,) ones where a loss counts the token; None when it counts all.
+        tokens: (n,) token ids.
+        counted: (n,) ones where a loss counts the token; None if it counts all.
         bounds: (documents + 1,) where each document begins, and the end.
-        filler: token number to pad with.
+        filler: token id for padding.
     """
 
     tokens: Any
@@ -36,11 +36,11 @@ class Rows:
 
     Attributes:
         corpus: all documents.
-        starts: where the pieces that the rows are made of begin in it, in order.
-        lengths: of the pieces.
+        starts: where the pieces of the samples begin in it, in order.
+        lengths: lengths of the pieces.
         context: T.
-        pack: rows run on over the ends of pieces; otherwise each piece is a row, padded.
-        most: rows there are at most.
+        pack: whether samples continue across pieces; otherwise each piece is a sample, padded.
+        most: largest number of samples; None: no limit.
     """
 
     corpus: Corpus
@@ -55,11 +55,12 @@ class Rows:
         return num if self.most is None else min(num, self.most)
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+        """Return `tokens` and `labels` of these samples, each (rows, context)."""
         rows = [self._row(i) for i in indices]
         return {"tokens": torch.stack([t for t, _ in rows]), "labels": torch.stack([labels for _, labels in rows])}
 
     def span(self, first: int, last: int) -> tuple[Tensor, Tensor]:
-        """Tokens and labels at these positions of the packed text."""
+        """Return tokens and labels at positions [first, last) of the packed text, each (last - first,)."""
         where = np.arange(first, last)
         piece = np.searchsorted(self._ends, where, side="right")
         at = self.starts[piece] + where - (self._ends[piece] - self.lengths[piece])

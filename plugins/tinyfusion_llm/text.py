@@ -1,4 +1,4 @@
-"""Text as rows of tokens: tokenised once, kept in files that are mapped into memory, in an order that a seed gives."""
+"""Text as samples of tokens: tokenized once, cached in memory-mapped files, in a seeded order."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from typing_extensions import override
 
 from tinyfusion_core.errors import MissingFileError, UserError, require
 from tinyfusion_core.protocols.data import DataSource
@@ -29,27 +30,28 @@ KINDS = (".txt", ".md", ".jsonl", ".parquet")
 
 @dataclass(frozen=True, kw_only=True)
 class TextTokens(DataSource):
-    """Documents as rows of T = `context` tokens: `tokens` (T,), and `labels` (T,) with -100 where no loss counts.
+    """Documents as samples of T = `context` tokens: `tokens` (T,), and `labels` (T,) with -100 where no loss counts.
 
     A document is a text file, a line of a JSONL file, or a row of a Parquet file or of a data set of the library
     `datasets`. Each ends with the tokenizer's end-of-text token. Documents are held out whole.
 
     Args:
-        tokenizer: folder or hub id of a model that comes with one.
+        tokenizer: folder or hub id of a model that has one.
         gguf_file: name of a GGUF file in it that holds the tokenizer.
         files: `.txt`, `.md`, `.jsonl` and `.parquet` files, and folders that are searched for them.
-        dataset: in the place of files: what `datasets.load_dataset` takes, a name or `name:configuration`.
-        split: of the data set.
+        dataset: instead of files: an argument of `datasets.load_dataset`, a name or `name:configuration`.
+        split: split of the data set.
         text_field: key or column of the text.
-        prompt_field: key or column of a prompt, which comes before the text and is not counted in any loss.
-        context: tokens of a row.
-        pack: cut rows out of all documents in a seeded order, one after the other: nothing is padded, and a row may see
-            the end of the document before. false gives every document rows of its own, padded at the end.
-        held_out_fraction: of the documents, for no stage to train on.
-        held_out_files: documents to hold out, in the place of a fraction of `files`.
-        max_held_out: rows to evaluate on at most, the first of the held-out documents' order; null takes all.
-        seed: of the choice and the order of the documents.
-        cache: folder to keep the tokens in; by default `tinyfusion/tokens` in the user's cache.
+        prompt_field: key or column of a prompt, which precedes the text and is not counted in any loss.
+        context: tokens per sample.
+        pack: cut samples from all documents in a seeded order, one after the other: nothing is padded, and a sample may
+            contain the end of the previous document. false gives every document samples of its own, padded at the end.
+        held_out_fraction: fraction of the documents that no stage trains on.
+        held_out_files: documents to hold out, instead of a fraction of `files`.
+        max_held_out: largest number of samples to evaluate on, the first in the held-out documents' order; null takes
+            all.
+        seed: seed of the choice and the order of the documents.
+        cache: folder of the token cache; by default `tinyfusion/tokens` in the user's cache.
     """
 
     tokenizer: str
@@ -75,9 +77,11 @@ class TextTokens(DataSource):
         require(0 < fraction < 1, "data.held_out_fraction", fraction, "a number between 0 and 1")
         require(most is None or most >= 1, "data.max_held_out", most, "at least 1 row, or null")
 
+    @override
     def train(self) -> Rows:
         return self._parts[0]
 
+    @override
     def held_out(self) -> Rows:
         return self._parts[1]
 
@@ -119,7 +123,7 @@ class TextTokens(DataSource):
         return rows
 
     def _corpus(self, files: Sequence[str] | None) -> Corpus:
-        """The tokens of some files or of the data set, from the cache if they have been made before."""
+        """The tokens of some files or of the data set, from the cache if possible."""
         found = None if files is None else find_files(files)
         tokenizer = load_tokenizer(self.tokenizer, None, self.gguf_file)
         if found is None:
@@ -139,7 +143,7 @@ class TextTokens(DataSource):
         return Corpus(tokens, counted, bounds, _filler(tokenizer))
 
     def _tokenise(self, tokenizer: Any, documents: Iterator[tuple[str, str]], folder: Path) -> None:
-        """Write tokens, what counts of them, and where documents begin; the folder appears when it is complete."""
+        """Write tokens, which of them count, and where documents begin; the folder appears when it is complete."""
         end, bounds = tokenizer.eos_token_id, [0]
         folder.parent.mkdir(parents=True, exist_ok=True)
         made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".making"))
@@ -167,7 +171,7 @@ class TextTokens(DataSource):
             shutil.rmtree(made, ignore_errors=True)
 
     def _documents(self, files: Sequence[Path] | None) -> Iterator[tuple[str, str]]:
-        """Prompt and text of every document that is not empty."""
+        """Prompt and text of every non-empty document."""
         if files is None:
             datasets = need("datasets", "datasets", "data.dataset")
             name, _, configuration = (self.dataset or "").partition(":")
@@ -197,10 +201,10 @@ class TextTokens(DataSource):
 
 
 def find_files(names: Sequence[str]) -> list[Path]:
-    """The files that are meant, folders searched through.
+    """Return the files, searching folders.
 
     Raises:
-        UserError: one is missing, or holds no text.
+        UserError: one is missing, or a folder holds no text.
     """
     found: list[Path] = []
     for name in names:

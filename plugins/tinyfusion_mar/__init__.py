@@ -1,4 +1,4 @@
-"""The masked autoregressive transformers of arXiv:2406.11838: network, masked-token diffusion, generation."""
+"""Masked autoregressive transformers (MAR, arXiv:2406.11838): network, masked-token diffusion, generation."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ __all__ = ["MAR", "MaskedTokenDiffusion"]
 
 @hookimpl
 def tinyfusion_register_backbones() -> list[type[Backbone]]:
+    """MAR."""
     return [MAR]
 
 
 @hookimpl
 def tinyfusion_register_losses() -> list[type[LossAdapter]]:
+    """Masked-token diffusion."""
     return [MaskedTokenDiffusion]

@@ -1,4 +1,4 @@
-"""MAR (arXiv 2406.11838) as a backbone: two stacks of prunable blocks."""
+"""MAR (arXiv:2406.11838) as a backbone: two stacks of prunable blocks."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from tinyfusion_core.protocols.checkpoint_backbone import CheckpointBackbone, settings
 
@@ -22,9 +23,9 @@ _OFFICIAL = {
 
 @dataclass(frozen=True, kw_only=True)
 class MAR(CheckpointBackbone):
-    """The masked autoregressive transformer of arXiv 2406.11838; `encoder_blocks` and `decoder_blocks` can be pruned.
+    """The masked autoregressive transformer of Li et al. (arXiv:2406.11838), with prunable encoder and decoder blocks.
 
-    A size left out is that of the checkpoint folder, else of `variant`, else that of "large". One that is given
+    A size that is left out is that of the checkpoint folder, else of `variant`, else that of "large". A given size
     overrides the variant (`variant: large`, `encoder_depth: 8`) and must agree with the folder.
 
     Args:
@@ -32,7 +33,7 @@ class MAR(CheckpointBackbone):
         checkpoint: a folder with config.json and model.safetensors, the name of one that comes with this
             package, or a .pth, .pt or .safetensors file (of a training checkpoint, its `model_ema`).
         img_size: side of the image in pixels.
-        vae_stride: side of the square of pixels that one position of the latent stands for.
+        vae_stride: pixels per position of the latent, along each side.
         patch_size: side of a token, in positions of the latent; the loss has the same option.
         in_channels: channels of the latent.
         encoder_width: width of the encoder.
@@ -78,24 +79,29 @@ class MAR(CheckpointBackbone):
     head_depth: int | None = None
 
     @classmethod
+    @override
     def network(cls) -> type[nn.Module]:
         from . import model
 
         return model.MAR
 
+    @override
     def official(self) -> str | None:
         links = {name: link for name, link in _OFFICIAL.items() if self.variant in (name, None)} or _OFFICIAL
         return f"the official weights ({', '.join(f'of {name}: {link}' for name, link in links.items())})"
 
+    @override
     def blocks(self, model: nn.Module) -> Sequence[str]:
         return ["encoder_blocks.*", "decoder_blocks.*"]
 
+    @override
     def after_prune(self, model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
         for part in ("encoder", "decoder"):
             settings(model)[f"{part}_depth"] = len(kept[f"{part}_blocks"])
 
+    @override
     def example(self, num_rows: int) -> dict[str, Tensor]:
-        """Clean latents `x` (num_rows, C, S, S) and labels `y` (num_rows,)."""
+        """Return clean latents `x`, (batch, channels, side, side), and labels `y`, (batch,)."""
         config = self.config()
         side = config["img_size"] // config["vae_stride"]
         return {
@@ -104,6 +110,7 @@ class MAR(CheckpointBackbone):
         }
 
     @classmethod
+    @override
     def tiny(cls) -> Self:
         return cls.random(
             img_size=8, vae_stride=2, in_channels=3, encoder_width=16, encoder_depth=4, encoder_heads=2,

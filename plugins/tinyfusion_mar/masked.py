@@ -1,7 +1,8 @@
 """Diffusion of masked tokens: training loss, distillation distance, generation in rounds.
 
-Formulas: MAR (arXiv 2406.11838), MaskGIT (2202.04200: cosine schedule of the rounds), improved DDPM (2102.09672:
-cosine noise schedule, learned-range variance), distillation of the variance (TinyFusion, 2412.01199).
+Formulas: MAR (arXiv:2406.11838), MaskGIT (arXiv:2202.04200: cosine schedule of the rounds), improved DDPM
+(arXiv:2102.09672: cosine noise schedule, learned-range variance), distillation of the variance (TinyFusion,
+arXiv:2412.01199).
 
 Shapes: B batch, C token width, L tokens of an image, M masked and V visible ones, R noisings of a token.
 """
@@ -15,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from tinyfusion_core.errors import UserError, require
 from tinyfusion_core.protocols.backbone import Batch
@@ -31,15 +33,15 @@ _RATE_DEVIATION = 0.25  # of the normal distribution around 1 whose lower part t
 class MaskedTokenDiffusion(LossAdapter):
     """Noise prediction for the masked tokens of an image, as MAR trains and samples.
 
-    One mask rate is drawn for a whole step, so every sample of it has the same number of visible tokens: the encoder
-    runs on a dense (B, V, D) tensor, and the samples that skip a block can leave its batch. Batches of one's own must
+    One mask rate is drawn for a whole step, so every sample has the same number of visible tokens: the encoder
+    runs on a dense (B, V, D) tensor, and samples that skip a block can leave its batch. Custom batches must
     keep to that: `visible` and `masked` are index tensors with a fixed number of columns, not boolean masks.
 
     Args:
         patch_size: side of a token, in positions of the latent; the backbone's.
-        mask_rate_min: least share of masked tokens.
-        label_drop: probability of replacing a label by "no label" while training.
-        diffusion_batch_mul: noisings of every masked token in a step; the head alone is run that often.
+        mask_rate_min: smallest share of masked tokens.
+        label_drop: probability of replacing a label by "no label" in training.
+        diffusion_batch_mul: noisings of every masked token in a step; only the head is run that often.
         num_iter: rounds of generation.
         sampling_steps: denoising steps of a token.
         spacing: which steps are kept: "even" from the first to the last one, "stride" at multiples of an integer.
@@ -68,9 +70,11 @@ class MaskedTokenDiffusion(LossAdapter):
         check_options(self.label_drop)
         _ = self._diffusion  # raises when there is no such spacing
 
+    @override
     def sampling_options(self) -> frozenset[str]:
         return frozenset({"num_iter", "sampling_steps", "spacing", "temperature", "cfg_scale", "cfg_schedule"})
 
+    @override
     def prepare(self, batch: Batch, rng: Rng) -> dict[str, Tensor]:
         """Choose the masked tokens and noise them.
 
@@ -106,28 +110,36 @@ class MaskedTokenDiffusion(LossAdapter):
         }
 
     def mask_rate(self, quantile: Tensor) -> float:
-        """The quantile (in [0, 1)) of the rate's distribution, a normal one around 1 cut off below and above 1."""
+        """Return the quantile of the mask rate's distribution, a normal one around 1 truncated to [mask_rate_min, 1].
+
+        Args:
+            quantile: a scalar in [0, 1).
+        """
         low = torch.special.ndtr(torch.tensor((self.mask_rate_min - 1) / _RATE_DEVIATION, dtype=torch.float64))
         deviation = torch.special.ndtri(low + quantile * (0.5 - low))
         return min(1.0, 1 + _RATE_DEVIATION * float(deviation))
 
+    @override
     def predict(self, model: nn.Module, inputs: Batch) -> Tensor:
-        """Noise and variance of the masked tokens, (B, R, M, 2C)."""
+        """Predict noise and variance of the masked tokens, (B, R, M, 2C)."""
         names = ("x_t", "t", "tokens", "visible", "masked", "y", "drop")
         out: Tensor = model(*(inputs[name] for name in names))
         return out
 
+    @override
     def loss(self, prediction: Tensor, inputs: Batch) -> Tensor:
-        """Mean over a sample's masked tokens and their noisings of GaussianDiffusion's loss."""
+        """Average GaussianDiffusion's loss over a sample's masked tokens and their noisings, (B,)."""
         return self._per_sample(self._diffusion.loss(_rows(prediction), self._noised(inputs)), inputs)
 
+    @override
     def distance(self, student: Tensor, teacher: Tensor, inputs: Batch) -> Tensor:
-        """Mean over a sample's masked tokens and their noisings of GaussianDiffusion's distance."""
+        """Average GaussianDiffusion's distance over a sample's masked tokens and their noisings, (B,)."""
         rows = self._diffusion.distance(_rows(student), _rows(teacher), self._noised(inputs))
         return self._per_sample(rows, inputs)
 
+    @override
     def sample(self, model: nn.Module, like: Tensor, conditions: Tensor, rng: Rng) -> Tensor:
-        """(B, C, H, W) samples. Row i depends on its own streams alone: "order" and those of `rounds`."""
+        """Sample (B, C, H, W). Row i uses only its own streams: "order" and those of `rounds`."""
         tokens = patchify(torch.zeros_like(like), self.patch_size)
         order = rng.uniform("order", *tokens.shape[:2]).argsort(1).to(like.device)
         tokens = last(self.rounds(model, tokens, conditions, order, rng.normal))
@@ -136,7 +148,7 @@ class MaskedTokenDiffusion(LossAdapter):
     def rounds(
         self, model: Any, tokens: Tensor, labels: Tensor, order: Tensor, normal: Callable[[str, Tensor], Tensor]
     ) -> Iterator[Tensor]:
-        """The tokens after every round, more and more of them predicted.
+        """Yield the tokens after every round, (B, L, C), with more and more of them predicted.
 
         Args:
             model: the network.
@@ -144,7 +156,7 @@ class MaskedTokenDiffusion(LossAdapter):
             labels: (B,) class labels.
             order: (B, L) positions; the last are predicted first.
             normal: a purpose ("x_T of round <i>", "noise <step> of round <i>") and a tensor -> standard normal
-                numbers like it.
+                numbers of the same shape.
         """
         num_tokens = tokens.shape[1]
         num_masked = num_tokens
@@ -201,7 +213,7 @@ class MaskedTokenDiffusion(LossAdapter):
 
     @property
     def _diffusion(self) -> GaussianDiffusion:
-        """Of one token, whose components are the channels."""
+        """The diffusion of one token, whose components are the channels."""
         return GaussianDiffusion(schedule="cosine", sampling_steps=self.sampling_steps, spacing=self.spacing)
 
     def _noised(self, inputs: Batch) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The network of Li et al., "Autoregressive Image Generation without Vector Quantization" (MAR, arXiv 2406.11838).
+"""The network of Li et al., "Autoregressive Image Generation without Vector Quantization" (MAR, arXiv:2406.11838).
 
 Shapes: B batch, C token width, L tokens of an image in raster order, V visible and M masked ones (V + M = L), b buffer
 slots, D_e encoder and D_d decoder width, W width of the head. Parameter names and shapes are those of the released
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from typing_extensions import override
 
 from tinyfusion_core.errors import UserError
 from tinyfusion_dit.model import FinalLayer, TimestepEmbedder
@@ -22,13 +23,14 @@ _norm: Any = partial(nn.LayerNorm, eps=1e-6)  # as all published sizes have it
 
 
 class MAR(nn.Module):
-    """A masked autoregressive transformer: an encoder of the visible tokens, a decoder of all, a diffusion head.
+    """A masked autoregressive transformer: an encoder of the visible tokens, a decoder of all tokens, a diffusion head.
 
-    Without the dropout of the published training: what is random about a step is drawn before the network runs.
+    It has no dropout, unlike in the published training: everything random about a step is drawn before the network
+    runs.
 
     Args:
         img_size: side of the image in pixels.
-        vae_stride: side of the square of pixels that one position of the latent stands for.
+        vae_stride: pixels per position of the latent, along each side.
         patch_size: side of a token, in positions of the latent.
         in_channels: channels of the latent.
         encoder_width: D_e.
@@ -95,9 +97,10 @@ class MAR(nn.Module):
 
     @property
     def num_tokens(self) -> int:
-        """L."""
+        """Number of tokens of an image, L."""
         return self.diffusion_pos_embed_learned.shape[1]
 
+    @override
     def forward(
         self, x_t: Tensor, t: Tensor, tokens: Tensor, visible: Tensor, masked: Tensor, y: Tensor, drop: Tensor
     ) -> Tensor:
@@ -110,7 +113,7 @@ class MAR(nn.Module):
             visible: (B, V) positions that the encoder sees, ascending.
             masked: (B, M) the other positions.
             y: (B,) int64 labels.
-            drop: (B,) bool, whether to put the learned "no label" in the label's place.
+            drop: (B,) bool, whether to replace the label by the learned "no label".
 
         Returns:
             (B, R, M, 2C): noise first, then the variance parameter v.
@@ -119,11 +122,11 @@ class MAR(nn.Module):
         return self.denoise(x_t, t, z_BMD[:, None])
 
     def condition(self, tokens: Tensor, visible: Tensor, y: Tensor, drop: Tensor) -> Tensor:
-        """The head's conditions (B, L, D_d) for all tokens; arguments as in `forward`."""
+        """Return the head's conditions for all tokens, (B, L, D_d); arguments as in `forward`."""
         return self.decode(self.encode(tokens, visible, y, drop), visible)
 
     def encode(self, tokens: Tensor, visible: Tensor, y: Tensor, drop: Tensor) -> Tensor:
-        """(B, b + V, D_e): the buffer, which holds the label, then the visible tokens."""
+        """Encode the buffer, which holds the label, and the visible tokens: (B, b + V, D_e). See `forward`."""
         label = torch.where(drop[:, None], self.fake_latent, self.class_emb(y))
         seen = self.z_proj(take(tokens, visible))
         x = torch.cat([label[:, None].expand(-1, self.buffer_size, -1).to(seen.dtype), seen], dim=1)
@@ -136,7 +139,7 @@ class MAR(nn.Module):
         return out
 
     def decode(self, x: Tensor, visible: Tensor) -> Tensor:
-        """(B, b + V, D_e) -> (B, L, D_d); a learned token stands wherever none is visible."""
+        """Decode (B, b + V, D_e) to (B, L, D_d); a learned token stands for every token that is not visible."""
         buffer, seen = self._split(self.decoder_embed(x))
         empty = self.mask_token.to(seen.dtype).expand(len(x), self.num_tokens, -1)
         x = torch.cat([buffer, empty.scatter(1, index(visible, seen), seen)], dim=1)
@@ -147,7 +150,7 @@ class MAR(nn.Module):
         return out
 
     def denoise(self, x_t: Tensor, t: Tensor, z: Tensor) -> Tensor:
-        """The head alone: x_t (..., C), t (...), conditions (..., D_d) that broadcast -> (..., 2C)."""
+        """Run the head: x_t (..., C), t (...), conditions z (..., D_d) that broadcast -> (..., 2C)."""
         out: Tensor = self.diffloss["net"](x_t, t, z)
         return out
 
@@ -156,7 +159,7 @@ class MAR(nn.Module):
         return x[:, : self.buffer_size], x[:, self.buffer_size :]
 
     def _initialise(self) -> None:
-        """Xavier linears; normal tokens, positions and embeddings; a head that starts with zeros."""
+        """Xavier linear layers; normal tokens, positions and embeddings; a head that starts at zero."""
         for name, p in self.named_parameters():
             if "norm" in name or "_ln." in name:
                 continue  # ones and zeros
@@ -179,8 +182,9 @@ class DiffusionHead(nn.Module):
         self.res_blocks = nn.ModuleList(ResidualBlock(width) for _ in range(depth))
         self.final_layer = FinalLayer(width, 2 * token_width)
 
+    @override
     def forward(self, x: Tensor, t: Tensor, z: Tensor) -> Tensor:
-        """x (..., C), t (...), z (..., D_d) that broadcasts -> (..., 2C)."""
+        """Predict noise and variance: x (..., C), t (...), z (..., D_d) that broadcasts -> (..., 2C)."""
         y = self.time_embed(t.flatten()).view(*t.shape, -1) + self.cond_embed(z)
         h = self.input_proj(x)
         for block in self.res_blocks:
@@ -198,8 +202,9 @@ class ResidualBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
 
+    @override
     def forward(self, h: Tensor, y: Tensor) -> Tensor:
-        """(..., W) stream, (..., W) condition -> (..., W)."""
+        """Map a stream (..., W) with condition (..., W) to a stream (..., W)."""
         shift, scale, gate = self.adaLN_modulation(y).chunk(3, dim=-1)
         out: Tensor = h + gate * self.mlp(self.in_ln(h) * (1 + scale) + shift)
         return out
@@ -211,7 +216,7 @@ def _blocks(width: int, depth: int, num_heads: int, mlp_ratio: float) -> nn.Modu
 
 
 def _check(config: dict[str, Any]) -> None:
-    """Raise UserError when sizes do not fit together."""
+    """Raise UserError if sizes do not fit together."""
     img_size, stride, patch = config["img_size"], config["vae_stride"], config["patch_size"]
     if img_size % stride:
         raise UserError(f"img_size {img_size} is not divisible by vae_stride {stride}")

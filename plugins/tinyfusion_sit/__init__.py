@@ -1,4 +1,4 @@
-"""The interpolant transformers of arXiv:2401.08740: DiT's network in continuous time, and flow matching."""
+"""Interpolant transformers (SiT, arXiv:2401.08740): DiT's network in continuous time, and flow matching."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ __all__ = ["FlowMatching", "SiT"]
 
 @hookimpl
 def tinyfusion_register_backbones() -> list[type[Backbone]]:
+    """SiT."""
     return [SiT]
 
 
 @hookimpl
 def tinyfusion_register_losses() -> list[type[LossAdapter]]:
+    """Flow matching."""
     return [FlowMatching]

@@ -1,4 +1,4 @@
-"""SiT (arXiv 2401.08740) as a backbone."""
+"""SiT (arXiv:2401.08740) as a backbone."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
+from typing_extensions import override
 
 from tinyfusion_core.protocols.checkpoint_backbone import CheckpointBackbone
 from tinyfusion_dit.backbone import DiT
@@ -18,7 +19,7 @@ _OFFICIAL = (
 
 @dataclass(frozen=True, kw_only=True)
 class SiT(DiT):
-    """The interpolant transformer of arXiv 2401.08740: DiT's sizes and state dict, time from 0 (noise) to 1 (data).
+    """The interpolant transformer (arXiv:2401.08740): DiT's sizes and state dict, time from 0 (noise) to 1 (data).
 
     Args:
         learn_sigma: whether the last layer has channels for a variance, which are discarded; the released one has.
@@ -27,14 +28,17 @@ class SiT(DiT):
     shipped = Path(__file__).parent / "checkpoints"
 
     @classmethod
+    @override
     def network(cls) -> type[nn.Module]:
         from .model import SiT as Network
 
         return Network
 
+    @override
     def export(self, model: nn.Module, library: str, folder: Path) -> None:
         # diffusers' DiT has the same layers, but takes time steps from 0 to 999 and gives out noise.
         CheckpointBackbone.export(self, model, library, folder)
 
+    @override
     def official(self) -> str | None:
         return f"the official weights (of XL/2 at 256x256 alone: {_OFFICIAL})"

@@ -1,6 +1,6 @@
 """Flow matching on interpolant paths: training loss, distillation distance, ODE and SDE samplers.
 
-Formulas: SiT (arXiv 2401.08740), classifier-free guidance (2207.12598). Notation: see path.py.
+Formulas: SiT (arXiv:2401.08740), classifier-free guidance (arXiv:2207.12598). Notation: see path.py.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from tinyfusion_core.errors import require
 from tinyfusion_core.protocols.backbone import Batch
@@ -34,13 +35,13 @@ class FlowMatching(LossAdapter):
 
     Args:
         path: "linear", "gvp" (cosine) or "vp" (variance-preserving diffusion).
-        prediction: what the network gives: "velocity" (the published models), "noise" or "score".
+        prediction: what the network predicts: "velocity" (the published models), "noise" or "score".
         weighting: weight of the noise or score error over time: "none" (1), "velocity" (the error of the velocity
             that follows from it) or "likelihood". A velocity is not weighted.
-        label_drop: probability of replacing a label by the null class while training.
+        label_drop: probability of replacing a label by the null class in training.
         sampler: "euler" and "heun" solve the probability-flow ODE with equal steps, "sde" (Euler-Maruyama, diffusion
             coefficient sigma) is the published one.
-        sampling_steps: steps of the sampler: as many network calls, with "heun" twice as many (doubled batches with
+        sampling_steps: steps of the sampler; one network call each, two with "heun" (doubled batches with
             guidance). The reference code counts the ends of the ODE's steps, one more.
         last_step: length of the last, noiseless step of "sde".
         cfg_scale: classifier-free guidance scale; 1 is no guidance.
@@ -69,19 +70,22 @@ class FlowMatching(LossAdapter):
             "none with prediction: velocity",
         )
 
+    @override
     def sampling_options(self) -> frozenset[str]:
         return frozenset({"sampler", "sampling_steps", "last_step", "cfg_scale", "guided_channels"})
 
+    @override
     def prepare(self, batch: Batch, rng: Rng) -> dict[str, Tensor]:
-        """Put the latents somewhere on their way from noise.
+        """Interpolate between noise and latents at random times.
 
         Args:
-            batch: `x` (B, C, H, W) clean, `y` (B,) labels, optionally `x_std` like `x`: then `x` is the mean of a
-                latent that is drawn here.
+            batch: `x` (batch, channels, height, width) clean, `y` (batch,) labels, optionally `x_std` of the same shape
+                as `x`: then `x` is the mean of a latent that is drawn here.
             rng: streams "latent", "time", "noise" and "label_drop".
 
         Returns:
-            `x_t` and `target` (what the network should give) like `x`; `t`, `weight`, `y`, `drop` of shape (B,).
+            `x_t` and `target` (what the network should predict) of the same shape as `x`; `t`, `weight`, `y`, `drop`,
+            (batch,).
         """
         data = draw_latents(batch, rng)
         start, end = interval(self.path, self.prediction, sampling=False)
@@ -90,7 +94,16 @@ class FlowMatching(LossAdapter):
         return {**self.place(data, rng.normal("noise", data), t), "t": t, "y": batch["y"], "drop": drop}
 
     def place(self, data: Tensor, noise: Tensor, t: Tensor) -> dict[str, Tensor]:
-        """`x_t`, `target` and `weight` of `prepare`, for times t (B,)."""
+        """Interpolate at given times.
+
+        Args:
+            data: (batch, channels, height, width) clean latents.
+            noise: standard normal noise of the same shape.
+            t: (batch,) times.
+
+        Returns:
+            `x_t`, `target` and `weight` as in `prepare`.
+        """
         along = _at(self.path, t, data)
         sigma = along.sigma
         if self.prediction == "velocity":
@@ -105,21 +118,25 @@ class FlowMatching(LossAdapter):
                 target, weight = -noise / sigma, weight * sigma.square()
         return {"x_t": along.alpha * data + sigma * noise, "target": target, "weight": weight.flatten()}
 
+    @override
     def predict(self, model: nn.Module, inputs: Batch) -> Tensor:
-        """`model(x_t, t, y)`, y being `model.null_class` where dropped -> (B, C, H, W)."""
+        """Run `model(x_t, t, y)`, with `model.null_class` where dropped -> (batch, channels, height, width)."""
         return run_network(model, inputs, self.label_drop)
 
+    @override
     def loss(self, prediction: Tensor, inputs: Batch) -> Tensor:
-        """Weighted mean squared error."""
+        """Compute the weighted mean squared error, (batch,)."""
         return self.distance(prediction, inputs["target"], inputs)
 
+    @override
     def distance(self, student: Tensor, teacher: Tensor, inputs: Batch) -> Tensor:
-        """Mean squared difference, weighted as the loss is."""
+        """Compute the mean squared difference, weighted as the loss, (batch,)."""
         dtype = inputs["x_t"].dtype
         return inputs["weight"] * sample_mean((student.to(dtype) - teacher.to(dtype)).square())
 
+    @override
     def sample(self, model: nn.Module, like: Tensor, conditions: Tensor, rng: Rng) -> Tensor:
-        """(B, C, H, W) samples. Row i depends on its own streams alone: "x_0" and "sampling noise <step>"."""
+        """Sample (batch, channels, height, width). Row i uses only its streams "x_0" and "sampling noise <step>"."""
         network = guided_network(model, conditions, self.cfg_scale, self.guided_channels)
         states = self.trajectory(network, rng.normal("x_0", like), lambda i: rng.normal(f"sampling noise {i}", like))
         return last(states)
@@ -127,15 +144,15 @@ class FlowMatching(LossAdapter):
     def trajectory(
         self, network: Callable[[Tensor, Tensor], Tensor], x: Tensor, noise: Callable[[int], Tensor]
     ) -> Iterator[Tensor]:
-        """The states of the sampler after every step, first to last.
+        """Yield the states of the sampler after every step, first to last, each (batch, channels, height, width).
 
-        diffusers' flow-matching schedulers know the linear path and velocities alone, and their Heun ends with an
-        Euler step; where they give the same numbers (Euler), the tests compare.
+        The flow-matching schedulers of diffusers support only the linear path and velocities, and their Heun ends with
+        an Euler step; where they give the same numbers (Euler), the tests compare.
 
         Args:
-            network: x (B, C, H, W), times t (B,) -> network output.
-            x: (B, C, H, W) the noise to start from.
-            noise: index of the step, counted from the first -> noise like `x`. An ODE draws none.
+            network: x (batch, channels, height, width), times t (batch,) -> network output.
+            x: (batch, channels, height, width) the noise to start from.
+            noise: index of the step, counted from the first -> noise of the same shape as `x`. An ODE draws none.
         """
         return self._sde(network, x, noise) if self.sampler == "sde" else self._ode(network, x)
 
@@ -172,11 +189,11 @@ class FlowMatching(LossAdapter):
             yield x
 
     def _look(self, network: Callable[[Tensor, Tensor], Tensor], x: Tensor, time: float) -> tuple[Coefficients, Tensor]:
-        """The path's coefficients at a time, and what the network gives for x there."""
+        """The path's coefficients at a time, and the network's output for x there."""
         t = torch.full((len(x),), time, dtype=x.dtype, device=x.device)
         return _at(self.path, t, x), network(x, t).to(x.dtype)
 
 
 def _at(path: PathName, t: Tensor, like: Tensor) -> Coefficients:
-    """Coefficients of shape (B, 1, ..., 1), with the rank and dtype of `like`."""
+    """Coefficients of shape (batch, 1, ..., 1), with the rank and dtype of `like`."""
     return coefficients(path, t.to(like.dtype).view(-1, *[1] * (like.ndim - 1)))

@@ -1,9 +1,9 @@
 """Paths from noise to data, and what a network on them can predict: velocity, noise or score.
 
-Formulas: SiT (arXiv 2401.08740, sections 2 and 3, appendix), stochastic interpolants (2303.08797).
+Formulas: SiT (arXiv:2401.08740, sections 2 and 3, appendix), stochastic interpolants (arXiv:2303.08797).
 
 Notation: x_0 is noise (t = 0) and x_1 data (t = 1); x_t = alpha x_1 + sigma x_0, with alpha, sigma and their
-derivatives in time functions of t. The velocity of the probability flow is v; the score is that of the density of x_t.
+time derivatives functions of t. The velocity of the probability flow is v; the score is that of the density of x_t.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Prediction = Literal["velocity", "noise", "score"]
 
 @dataclass(frozen=True)
 class Coefficients:
-    """alpha, sigma and their derivatives in time, each of the shape of t."""
+    """The coefficients alpha, sigma and their time derivatives, each of the shape of t."""
 
     alpha: Tensor
     sigma: Tensor
@@ -31,22 +31,40 @@ class Coefficients:
 
     @property
     def growth(self) -> Tensor:
-        """alpha' / alpha: the drift of the flow is growth x + diffusion score."""
+        """The ratio alpha' / alpha, of the same shape as t: the drift of the flow is growth x + diffusion score."""
         return self.d_alpha / self.alpha
 
     @property
     def diffusion(self) -> Tensor:
-        """alpha' sigma^2 / alpha - sigma sigma'."""
+        """The coefficient alpha' sigma^2 / alpha - sigma sigma', of the same shape as t."""
         return self.growth * self.sigma.square() - self.sigma * self.d_sigma
 
     def velocity(self, prediction: Prediction, output: Tensor, x: Tensor) -> Tensor:
-        """The velocity at x that a network's output means."""
+        """Convert a network's output to the velocity at x.
+
+        Args:
+            prediction: what the output is.
+            output: (batch, ...) of the network.
+            x: (batch, ...) the point.
+
+        Returns:
+            (batch, ...)
+        """
         if prediction == "velocity":
             return output
         return self.growth * x + self.diffusion * self.score(prediction, output, x)
 
     def score(self, prediction: Prediction, output: Tensor, x: Tensor) -> Tensor:
-        """The score at x that a network's output means."""
+        """Convert a network's output to the score at x.
+
+        Args:
+            prediction: what the output is.
+            output: (batch, ...) of the network.
+            x: (batch, ...) the point.
+
+        Returns:
+            (batch, ...)
+        """
         if prediction == "score":
             return output
         if prediction == "noise":
@@ -56,12 +74,12 @@ class Coefficients:
 
 
 def coefficients(path: PathName, t: Tensor) -> Coefficients:
-    """Of a path at the times t, in their dtype."""
+    """Return the coefficients of a path at times t of any shape, in their dtype."""
     return _PATHS[path](t)
 
 
 def interval(path: PathName, prediction: Prediction, sampling: bool) -> tuple[float, float]:
-    """The times that are used; where a formula divides by zero at an end, a little is cut off, as published."""
+    """Return the range of times; where a formula divides by zero at an end, a little is cut off, as published."""
     if path == "vp":
         return 0.0, 1 - (1e-3 if sampling else 1e-5)
     return (0.0, 1.0) if prediction == "velocity" else (1e-3, 1 - 1e-3)

@@ -30,23 +30,14 @@ SAMPLERS = [
 ]
 UPDATES = [tiny.Frozen, tiny.LoRA, tiny.Full]
 DISTILLATIONS = [tiny.OutputKD, tiny.MaskedKD, tiny.MaskedKD(sigma=1.0, mask="separate", taps=[(0, 1)])]
-TRAINS_BUFFERS = "a search trains the network in training mode and does not restore its running statistics"
-ENDS_IN_EVAL = "a search ends with the whole network in eval mode, whatever mode a module was in"
+SEARCHES = [
+    *(SEARCH, tiny.Search(pattern=[2, 4], steps=3), tiny.Search(keep=5, steps=3, start=tiny.Uniform(keep=5))),
+    tiny.Finals(search=SEARCH, masks=2, steps=1, samples=8),
+]
 
 
-@parametrize_with_checks([*CRITERIA, tiny.Keep([0, 2, 5]), *SAMPLERS, *UPDATES, *DISTILLATIONS])
+@parametrize_with_checks([*CRITERIA, tiny.Keep([0, 2, 5]), *SEARCHES, *SAMPLERS, *UPDATES, *DISTILLATIONS])
 def test_core(check) -> None:
-    check()
-
-
-@parametrize_with_checks(
-    [
-        *(SEARCH, tiny.Search(pattern=[2, 4], steps=3), tiny.Search(keep=5, steps=3, start=tiny.Uniform(keep=5))),
-        tiny.Finals(search=SEARCH, masks=2, steps=1, samples=8),
-    ],
-    expected_failures={"network_values": TRAINS_BUFFERS, "network_modes": ENDS_IN_EVAL},
-)
-def test_searches(check) -> None:
     check()
 
 

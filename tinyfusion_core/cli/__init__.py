@@ -1,4 +1,4 @@
-"""The command line. No logic here: every command is one call of the library."""
+"""The command line. It contains no logic: every command calls the library once."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ COMMANDS: tuple[type[Command], ...] = (
     Budgets,
     Export,
 )
-"""The core's own, in the order of `tinyfusion --help`."""
+"""The core's own commands, in the order of `tinyfusion --help`."""
 
 USER_ERROR, INTERRUPTED = 2, 130
 OVERRIDES = "Any key of the recipe can be set: --search.steps 600 (values are YAML). `tinyfusion keys` lists them."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit code: 0 done, 2 a mistake of the user's, 130 (or 143) interrupted."""
+    """Run one command and return its exit code: 0 done, 2 a mistake of the user's, 130 (or 143) interrupted."""
     from ..errors import FailedElsewhere, Interrupted, UserError
 
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -66,11 +66,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: Sequence[str]) -> tuple[Command, argparse.Namespace]:
-    """The command that was typed, and its options; `command` is its name there.
+    """Return the command that was typed, and its options; `options.command` is its name.
 
     Raises:
-        UserError: plugins cannot be asked for commands, as names collide.
-        SystemExit: the arguments are wrong, or `--help` was asked for.
+        UserError: the names of two commands collide.
+        SystemExit: the arguments are wrong, or `--help` was given.
     """
     typed = next((word for word in arguments if not word.startswith("-")), None)
     commands = {cls.name: cls() for cls in _known(typed)}
@@ -85,7 +85,7 @@ def parse(arguments: Sequence[str]) -> tuple[Command, argparse.Namespace]:
 
 
 def _known(name: str | None) -> Sequence[type[Command]]:
-    """Enough commands to find one by its name, or all for the help. Most need no plugin, and those take seconds."""
+    """Enough commands to find one by name, or all for the help. Most need no plugins, which take seconds to load."""
     if name in {command.name for command in COMMANDS}:
         return COMMANDS
     if name is None:
@@ -117,7 +117,7 @@ def _parser(commands: Iterable[Command]) -> argparse.ArgumentParser:
 
 
 def _to_go_on(arguments: Sequence[str]) -> list[str]:
-    """The arguments without --restart-from, which would throw away what has just been saved."""
+    """The arguments without --restart-from, which would delete what has just been saved."""
     out, skip = [], False
     for word in arguments:
         if not skip and not word.startswith("--restart-from"):

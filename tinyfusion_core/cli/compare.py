@@ -1,4 +1,4 @@
-"""`tinyfusion compare`, `audit`, `costs` and `budgets`: which choice of blocks is worth what."""
+"""`tinyfusion compare`, `audit`, `costs` and `budgets`."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from ..protocols.command import Command
 
 
 class Compare(Command):
-    """Set criteria beside each other."""
+    """Compare criteria, with random subsets as reference."""
 
     name: ClassVar[Literal["compare", "audit"]] = "compare"
     help = "prune with every criterion, recover all alike, and set them beside random subsets"
     takes_overrides = True
 
     def add_arguments(self, parser: ArgumentParser) -> None:
+        """A recipe, whose keys can be overridden, and the folder of the results."""
         parser.add_argument("recipe", type=Path)
         parser.add_argument("--run-dir", type=Path, help=f"default: runs/NAME_OF_THE_RECIPE-{self.name}")
 
     def __call__(self, options: Namespace) -> int:
+        """Compute what is missing, print the tables and the path of the report."""
         from ..pipeline.compare import compare_recipe, print_tables
         from ..pipeline.recipe import load_recipe
 
@@ -36,24 +38,26 @@ class Compare(Command):
 
 
 class Audit(Compare):
-    """Set cheap scores beside the loss after recovery."""
+    """Measure how well cheap scores predict the loss after recovery."""
 
     name = "audit"
     help = "recover many random subsets and see how well cheap scores foretell the recovered loss"
 
 
 class Costs(Command):
-    """Measure blocks."""
+    """Measure the cost of every block."""
 
     name = "costs"
     help = "measure what every block costs, for a budget in parameters, FLOPs or time"
     takes_overrides = True
 
     def add_arguments(self, parser: ArgumentParser) -> None:
+        """A recipe, whose keys can be overridden."""
         parser.add_argument("recipe", type=Path)
         parser.add_argument("--batch-size", type=int, default=1, help="samples of a timed pass; default 1")
 
     def __call__(self, options: Namespace) -> int:
+        """Print parameters, FLOPs and milliseconds of every block, and rules to copy into a recipe."""
         from rich.console import Console
         from rich.table import Table
 
@@ -82,12 +86,13 @@ class Costs(Command):
 
 
 class Budgets(Command):
-    """Several students from one search."""
+    """Prune to several budgets from one search."""
 
     name = "budgets"
     help = "prune a run's teacher to several budgets by what its search has learned"
 
     def add_arguments(self, parser: ArgumentParser) -> None:
+        """A run folder, the numbers of blocks, and how long to recover."""
         parser.add_argument("run_dir", type=Path)
         parser.add_argument(
             "--keep", type=int, nargs="+", default=(), metavar="K", help="blocks (default: all numbers)"
@@ -97,6 +102,7 @@ class Budgets(Command):
         )
 
     def __call__(self, options: Namespace) -> int:
+        """Print one row for each budget; they are also in `budgets.json`."""
         from rich.console import Console
         from rich.table import Table
 

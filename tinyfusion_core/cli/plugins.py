@@ -1,4 +1,4 @@
-"""`tinyfusion plugins`, `keys`, `check-plugin` and `new-plugin`: what there is, and how to add to it."""
+"""`tinyfusion plugins`, `keys`, `check-plugin` and `new-plugin`: what recipes can use, and how to extend it."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from ..protocols.command import Command
 
 
 class Keys(Command):
-    """List what recipes can say."""
+    """List the keys of recipes."""
 
     name = "keys"
     help = "list every key that a recipe can have"
 
     def add_arguments(self, parser: ArgumentParser) -> None:
+        """It has none."""
         pass
 
     def __call__(self, options: Namespace) -> int:
+        """Print every key with its default and meaning."""
         from ..pipeline.schema import describe_keys
 
         print(describe_keys(), end="")
@@ -25,15 +27,17 @@ class Keys(Command):
 
 
 class Plugins(Command):
-    """List what can be named."""
+    """List the installed plugins."""
 
     name = "plugins"
     help = "list installed plugins and what they bring"
 
     def add_arguments(self, parser: ArgumentParser) -> None:
+        """The output format."""
         parser.add_argument("--json", action="store_true", help="for programs")
 
     def __call__(self, options: Namespace) -> int:
+        """Print every plugin with its classes, and why one was skipped."""
         import dataclasses
         import json
 
@@ -69,9 +73,11 @@ class CheckPlugin(Command):
     help = "check that what a plugin brings holds to the contract"
 
     def add_arguments(self, parser: ArgumentParser) -> None:
+        """The plugin."""
         parser.add_argument("name", help="of the plugin, as `tinyfusion plugins` lists it, or its Python file")
 
     def __call__(self, options: Namespace) -> int:
+        """Print the result of every check; fails if any check does."""
         from ..errors import UserError
         from ..testing import check_plugin
 
@@ -92,16 +98,18 @@ class CheckPlugin(Command):
 
 
 class NewPlugin(Command):
-    """Write the template."""
+    """Write the plugin template."""
 
     name = "new-plugin"
     help = "write a small package that brings a backbone and a loss, to begin with"
 
     def add_arguments(self, parser: ArgumentParser) -> None:
+        """The name of the package, and where to write it."""
         parser.add_argument("name", help="of the package: my-backbone")
         parser.add_argument("--into", type=Path, default=Path(), help="the folder that gets it (default: this one)")
 
     def __call__(self, options: Namespace) -> int:
+        """Write the package and print its folder."""
         from ..testing.scaffold import new_plugin
 
         folder = new_plugin(options.name, options.into)

@@ -1,4 +1,4 @@
-"""`tinyfusion watch`, `show` and `export`: what a run folder holds."""
+"""`tinyfusion watch`, `show` and `export`: use the results in a run folder."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from ..protocols.command import Command
 
 
 class Watch(Command):
-    """Look on."""
+    """Show the progress of a run."""
 
     name = "watch"
     help = "show what a run or a comparison is doing, from the files of its folder"
 
     def add_arguments(self, parser: ArgumentParser) -> None:
+        """A run folder, and whether to print once."""
         parser.add_argument("run_dir", type=Path)
         parser.add_argument("--once", action="store_true", help="print how it stands and end")
 
     def __call__(self, options: Namespace) -> int:
+        """Show progress until the run has finished or Ctrl-C is pressed."""
         from contextlib import suppress
 
         from .watch import watch
@@ -29,15 +31,17 @@ class Watch(Command):
 
 
 class Show(Command):
-    """Print the figures."""
+    """Print the results."""
 
     name = "show"
     help = "print the table of a finished run"
 
     def add_arguments(self, parser: ArgumentParser) -> None:
+        """A run folder."""
         parser.add_argument("run_dir", type=Path)
 
     def __call__(self, options: Namespace) -> int:
+        """Print the results table of a finished run."""
         from rich.console import Console
 
         from ..reporting.report import results_table
@@ -48,12 +52,13 @@ class Show(Command):
 
 
 class Export(Command):
-    """Hand on."""
+    """Export the student or the decision."""
 
     name = "export"
     help = "hand a run's student, or which blocks it kept, to other software"
 
     def add_arguments(self, parser: ArgumentParser) -> None:
+        """A run folder, a format, and where to write."""
         parser.add_argument("run_dir", type=Path)
         parser.add_argument(
             "--to", required=True, metavar="FORMAT", help="transformers, diffusers, mergekit, llama.cpp, peft, indices"
@@ -61,6 +66,7 @@ class Export(Command):
         parser.add_argument("--out", type=Path, help="folder or file (default: RUN_DIR/export/FORMAT, or print it)")
 
     def __call__(self, options: Namespace) -> int:
+        """Print the exported text, or the path that was written."""
         from ..pipeline.export import export_run
         from ..runtime.run_folder import existing_run
 

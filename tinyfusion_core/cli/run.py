@@ -1,4 +1,4 @@
-"""`tinyfusion run` and `validate`: do what a recipe says, or say what that would be."""
+"""`tinyfusion run` and `validate`: run a recipe, or plan it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from ..protocols.command import Command
 
 
 class Run(Command):
-    """Do what a recipe says."""
+    """Run a recipe."""
 
     name = "run"
     help = "do what a recipe says, or what is left of it"
     takes_overrides = True
 
     def add_arguments(self, parser: ArgumentParser) -> None:
+        """A recipe, whose keys can be overridden, the run folder, and the stage to restart from."""
         parser.add_argument("recipe", type=Path)
         parser.add_argument("--run-dir", type=Path, help="the run folder (default: runs/NAME_OF_THE_RECIPE)")
         parser.add_argument(
@@ -26,6 +27,7 @@ class Run(Command):
         )
 
     def __call__(self, options: Namespace) -> int:
+        """Run or resume; the main process prints the results table and the path of the report."""
         from rich.console import Console
 
         from ..pipeline.recipe import load_recipe
@@ -53,11 +55,13 @@ class Validate(Command):
     takes_overrides = True
 
     def add_arguments(self, parser: ArgumentParser) -> None:
+        """A recipe, whose keys can be overridden, and the devices to plan for."""
         parser.add_argument("recipe", type=Path)
         parser.add_argument("--devices", type=int, default=1, help="plan the memory of so many (default: 1)")
         parser.add_argument("--memory", help="of each device, as 24GB: say when the plan does not fit")
 
     def __call__(self, options: Namespace) -> int:
+        """Print the plan and the missing files; fails if the plan has problems."""
         from rich.console import Console
         from rich.table import Table
 

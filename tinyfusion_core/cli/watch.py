@@ -1,4 +1,4 @@
-"""What a run is doing, from the files of its folder alone: also one on another machine's shared disk."""
+"""Shows the progress of a run from the files in its folder, which may be on another machine's shared disk."""
 
 from __future__ import annotations
 
@@ -25,15 +25,19 @@ from ..runtime.stages import EVALUATE, SEARCH, Stage
 
 LEVELS = "▁▂▃▄▅▆▇█"
 TAIL_BYTES = 256 * 1024
-"""How much of the end of a long `metrics.jsonl` is read."""
+"""How much of the end of a long `metrics.jsonl` is read, in bytes."""
 NUM_SHOWN = 60
-"""Points of a curve."""
+"""Number of points of a curve."""
 QUIET_SECONDS = 120.0
-"""A run that has logged nothing for so long, and for ten times its usual time, is said to be quiet."""
+"""A run is reported as quiet if it has logged nothing for this long, and for ten times its usual interval."""
 
 
 class Tail:
-    """The newest entries of a `metrics.jsonl`, which grows, and which a resume cuts back by replacing it."""
+    """Follows the newest entries of a growing `metrics.jsonl`, which a resume truncates by replacing it.
+
+    Args:
+        path: the file.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -44,7 +48,7 @@ class Tail:
         self.entries: dict[str, deque[dict[str, Any]]] = {}
 
     def read(self) -> bool:
-        """Take in what is new. Returns whether there was anything."""
+        """Read new lines. Returns whether there were any."""
         try:
             with self.path.open("rb") as file:
                 status = self.path.stat()
@@ -67,12 +71,12 @@ class Tail:
 
 
 def shown_stages(folder: RunFolder) -> list[Stage]:
-    """The stages of a run that take their time, in their order: a round without recovery does not recover."""
+    """Return the stages of a run that do work, in order; a round without recovery has no recover stage."""
     return [stage for stage in folder.stages() if stage.settings is not None]
 
 
 def num_steps(stage: Stage) -> int | None:
-    """How many steps a stage has, None where it does not count them."""
+    """Return the number of steps of a stage; None if it does not count steps."""
     return _steps(stage.settings) if isinstance(stage.settings, Mapping) else None
 
 
@@ -83,7 +87,7 @@ def _steps(section: Mapping[str, Any]) -> int | None:
 
 
 class View:
-    """A run folder, or that of a comparison, as it is now.
+    """The current state of a run folder, or of a comparison's folder.
 
     Args:
         path: the folder.
@@ -101,12 +105,13 @@ class View:
         self.changed: float | None = None
 
     def finished(self) -> bool:
+        """Return whether the run or comparison has finished."""
         if self.compares:
             return (self.folder / COMPARISON_RESULTS).exists()
         return (self.folder / "metrics.json").exists() and EVALUATE in self.folder.finished()
 
     def frame(self) -> RenderableType:
-        """What to show now."""
+        """Return what to show now."""
         body = list(self._comparison() if self.compares else self._run())
         return Group(Text(str(self.folder.path), style="bold"), *body)
 
@@ -141,7 +146,7 @@ class View:
         yield from self._decided([s for s in stages if s.name == SEARCH and s.name in done[s.round]])
 
     def _decided(self, searches: Sequence[Stage]) -> Iterator[RenderableType]:
-        """What finished searches have decided."""
+        """The decisions of finished searches."""
         for stage in searches:
             path = self.folder.round(stage.round) / "decision.json"
             if path.exists():
@@ -165,7 +170,7 @@ class View:
                 yield from self._training(entries, Stage(name))
 
     def _training(self, entries: Sequence[Mapping[str, Any]], stage: Stage) -> Iterator[RenderableType]:
-        """The stage that is at work, if it has logged anything."""
+        """The progress of the current stage, if it has logged anything."""
         entries, pace, steps = list(entries), 0.0, num_steps(stage)
         if entries:
             last, first = entries[-1], entries[max(0, len(entries) - 10)]
@@ -189,7 +194,7 @@ def _bar(done: int, total: int | None, left: str) -> RenderableType:
 
 
 def _facts(entries: Sequence[Mapping[str, Any]], pace: float) -> RenderableType:
-    """Loss, speed, and what a search thinks at its last logged step."""
+    """Loss, speed, and the state of a search at its last logged step."""
     last = entries[-1]
     table = Table.grid(padding=(0, 2))
     losses = [e["loss"] for e in entries if e.get("loss") is not None]
@@ -208,7 +213,7 @@ def _facts(entries: Sequence[Mapping[str, Any]], pace: float) -> RenderableType:
 
 
 def _choice(entry: Mapping[str, Any]) -> Text:
-    """Every block's probability to stay as a bar, those of the decision in green; and which they are."""
+    """Every block's probability of being kept as a bar, kept ones in green; and their indices."""
     text = Text()
     for block, level in enumerate(sparkline(entry["marginals"], 0.0, 1.0)):
         text.append(level, "bold green" if block in entry["decision"] else "dim")
@@ -216,7 +221,7 @@ def _choice(entry: Mapping[str, Any]) -> Text:
 
 
 def sparkline(values: Sequence[float], low: float | None = None, high: float | None = None) -> str:
-    """Values as a line of bars, between their own extremes or the given ones."""
+    """Draw values as a line of bars, between their own extremes or the given ones."""
     low = min(values, default=0.0) if low is None else low
     high = max(values, default=1.0) if high is None else high
     span = (high - low) or 1.0
@@ -225,12 +230,12 @@ def sparkline(values: Sequence[float], low: float | None = None, high: float | N
 
 
 def watch(path: Path, once: bool = False, every: float = 2.0) -> None:
-    """Show a run until it is finished, then its table.
+    """Show the progress of a run until it has finished, then its results table.
 
     Args:
         path: the run folder.
-        once: print how it stands and return.
-        every: seconds between two looks.
+        once: print the current state and return.
+        every: seconds between updates.
 
     Raises:
         UserError: there is no run and no comparison in the folder.

@@ -1,1 +1,1 @@
-"""Which selector recovers best: candidates beside random subsets."""
+"""Comparison of selectors by how well their choices recover, with random subsets as reference."""

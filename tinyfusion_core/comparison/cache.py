@@ -1,4 +1,4 @@
-"""The result cache of a comparison: each part is a small file, named by a hash of all that decides it."""
+"""The result cache of a comparison: one small file per result, named by a hash of everything that decides it."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ from .results import Entry
 
 
 class ResultCache:
-    """What has been computed, as files called cells; and the way to compute the rest.
+    """Cached results, one JSON file each, and how to compute the missing ones.
 
     Args:
         task: what to prune.
         recovery: how every subset is recovered.
-        trainer: how to train, whatever its seed.
-        folder: holds `cells/`.
-        progress: moves on with every cell that is asked for.
+        trainer: how to train; its seed is ignored.
+        folder: holds `cells/`, the folder of the files.
+        progress: advances with every result that is asked for.
         held_out: how the losses are measured.
         metrics: what else to measure of the candidates' networks, by the name of its column.
     """
@@ -81,10 +81,14 @@ class ResultCache:
         features = _features(task.feature_space) if metrics and task.feature_space is not None else None
         keys = {column: [_described(metric, "batch_size"), sampling, features] for column, metric in metrics.items()}
         self.figures = {column: (digest(key), digest(then(key))) for column, key in keys.items()}
-        """Names of the metrics' figures in a cell: now, and in cells of before."""
+        """Names of the metrics' values in a file: now, and in files of earlier versions."""
 
     def decide(self, name: str, selector: Selector, seed: int) -> Entry:
-        """Let a candidate choose. The entry has no losses yet. Raises UserError, naming the candidate, if it cannot."""
+        """Let a candidate choose blocks. The entry has no losses yet.
+
+        Raises:
+            UserError: the candidate cannot decide; names it.
+        """
         trainer = replace(self.trainer, seed=seed)
 
         def work(folder: RunFolder) -> dict[str, Any]:
@@ -106,7 +110,7 @@ class ResultCache:
         return Entry(name, seed, kept, scores=None if scores is None else tuple(scores), **made)
 
     def calibrate(self, kept: Sequence[int]) -> float | None:
-        """The held-out loss of the network with these blocks alone, without any recovery."""
+        """Return the held-out loss of the network with only these blocks, without recovery; None if not finite."""
 
         def work(folder: RunFolder) -> dict[str, Any]:
             return {"loss": self._loss(prune(self.task, self._decision(kept)))}
@@ -116,7 +120,7 @@ class ResultCache:
         return loss
 
     def recover(self, entry: Entry, full: bool = False) -> Entry:
-        """Prune and recover as the entry says; with `full`, measure all metrics too. None is there if it diverges."""
+        """Prune and recover an entry; with `full`, measure all metrics too. The loss is None if it diverges."""
         calibration = self.calibrate(entry.kept)
         trainer = replace(self.trainer, seed=entry.seed)
         figures_of = self.figures if full else {}
@@ -157,16 +161,16 @@ class ResultCache:
         work: Callable[[RunFolder], dict[str, Any]],
         needs: Sequence[tuple[str, str]] = (),
     ) -> dict[str, Any]:
-        """The content of a cell; computed in a folder of its own, where checkpoints outlive a kill, if it is missing.
+        """Return a cached result, or compute it in a folder of its own, where checkpoints survive a kill.
 
-        What was begun under the name of an old key, or finished, keeps that name.
+        A result that was begun or finished under its old key keeps that name.
 
         Args:
-            kind: first part of the file's name.
-            key: all that decides the content.
+            kind: first part of the file name.
+            key: everything that decides the content.
             what: to show while it is computed.
             work: computes it.
-            needs: names, one of each pair must be there, or it has to be computed again.
+            needs: pairs of names; if neither of a pair is in the file, it is computed again.
         """
         folder = self.folder / "cells"
 
@@ -197,7 +201,7 @@ class ResultCache:
         return on_main_process(keep)
 
     def _decision(self, kept: Sequence[int]) -> Decision:
-        """Says nothing of groups, so that taps, and with them the recovery, follow from the kept blocks alone."""
+        """Without groups, so that taps, and with them the recovery, follow from the kept blocks alone."""
         return Decision(blocks=tuple(self.task.blocks), kept=tuple(kept), method="comparison")
 
     def _loss(self, model: nn.Module) -> float | None:
@@ -206,7 +210,7 @@ class ResultCache:
 
 
 def _described(value: Any, *but: str) -> Any:
-    """Settings as JSON, those of these names left out. What cannot be told is never described in the same way twice."""
+    """Settings as JSON, without the given names. A value that cannot be described is never the same twice."""
     if isinstance(value, FeatureSpace):
         return _features(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -225,11 +229,11 @@ def _described(value: Any, *but: str) -> Any:
 
 
 def _settings(value: Any, but: Sequence[str]) -> dict[str, Any]:
-    """The class and the fields of a dataclass, but for those of these names.
+    """The class and the fields of a dataclass, without the given names.
 
-    Every field is there, also at its default: were it not, a default could change and the key would not. A field that
-    is added later says in its metadata which value is `NEUTRAL`, and is left out while it has that one, so that what
-    was computed before still counts. That value is written down once and for all; the default may move away from it.
+    Every field is included, also at its default: otherwise a default could change and the key would not. A field that
+    is added later says in its metadata which value is `NEUTRAL`, and is left out while it has that value, so that
+    earlier results stay valid. That value is fixed for good; the default may change.
     """
     own = {f: getattr(value, f.name) for f in dataclasses.fields(value) if f.name not in but}
     told = {f.name: _described(v) for f, v in own.items() if NEUTRAL not in f.metadata or v != f.metadata[NEUTRAL]}
@@ -237,7 +241,7 @@ def _settings(value: Any, but: Sequence[str]) -> dict[str, Any]:
 
 
 def _definition(value: Any) -> Name | list[Any] | None:
-    """What a class or a function is known by; None for anything else, and for what is defined inside of a function."""
+    """A class or function by its name, with what distinguishes it from others of that name; None if nothing does."""
     if isinstance(value, type) and "<locals>" not in value.__qualname__:
         plugin = record_of(value)
         return [Name.of(value), plugin["sha256"]] if "file" in plugin else Name.of(value)
@@ -248,14 +252,14 @@ def _definition(value: Any) -> Name | list[Any] | None:
 
 
 def _stage(stage: Selector | Recover, decisive: Decisive) -> dict[str, Any]:
-    """A stage and how it trains, but for what changes no number; of two batch sizes the one that counts."""
+    """A stage and its trainer, without what changes no result; of two batch sizes the one that is used."""
     how = _described(decisive.trainer, *NUMERICALLY_NEUTRAL, *decisive.but_of_trainer)
     how["precision"] = decisive.trainer.accelerator.mixed_precision
     return {"stage": _described(stage, *decisive.but), "trainer": how}
 
 
 def _features(space: FeatureSpace) -> Any:
-    """What tells a feature space from others, as far as it can be seen from outside."""
+    """What distinguishes a feature space from others, as far as is visible from outside."""
     weights = _weights(space) if isinstance(space, nn.Module) else None
     own = {k: v for k, v in vars(space).items() if k != "training" and isinstance(v, (int, float, str))}
     return [_described(type(space)), space.name, weights, _described(own)]
@@ -266,7 +270,7 @@ def _weights(model: nn.Module) -> str:
 
 
 def _identity(data: Samples, most: int) -> list[Any]:
-    """What tells a data set from others: its length and some of its samples, evenly spaced, or all of them."""
+    """What distinguishes a data set from others: its length, and some evenly spaced samples or all of them."""
     size = len(data)
     num = min(size, most)
     some = [i * (size - 1) // max(1, num - 1) for i in range(num)]

@@ -17,7 +17,7 @@ from ..selection.similarity import BlockInfluence, InputOutputMSE, SpanSimilarit
 CRITERIA: tuple[type[Criterion], ...] = (
     Uniform, FirstN, LastN, BKSDM, BlockInfluence, InputOutputMSE, SpanSimilarity, LeaveOneOut, Greedy, Taylor
 )  # fmt: skip
-"""All but the random one, which is what they are judged by."""
+"""All criteria except the random one, which is the reference."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Candidates:
 
     Attributes:
         selectors: searches and criteria by name.
-        budget: how many blocks each of them keeps, or what they may cost.
-        measured: a budget of measured costs in a sentence, else empty.
-        left_out: criteria that cannot be had at this budget, with the reason.
+        budget: how many blocks each of them keeps, or what the blocks may cost.
+        measured: a budget of measured costs as a sentence; else empty.
+        left_out: criteria that are not available at this budget, with the reason.
     """
 
     selectors: Mapping[str, Selector]
@@ -38,21 +38,21 @@ class Candidates:
 
     @property
     def recorded(self) -> Budget | str:
-        """The budget for the record; one of costs in a sentence."""
+        """The budget for the record; a budget of costs as a sentence."""
         return self.measured or budget_text(self.budget) if isinstance(self.budget, Spending) else self.budget
 
     @property
     def said(self) -> str:
-        """The budget in a sentence: "4 blocks"."""
+        """The budget, formatted for a sentence: "4 blocks"."""
         return self.recorded if isinstance(self.recorded, str) else f"{budget_text(self.recorded)} blocks"
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings of a criterion that say the budget."""
+        """Settings that give a criterion this budget."""
         return _settings(self.budget)
 
     def outside(self, kept: Sequence[int], blocks: Sequence[str]) -> str:
-        """What is wrong with a choice that does not keep to the budget; empty when it does."""
+        """Return what is wrong with kept blocks that do not fit the budget; empty if they fit."""
         if isinstance(self.budget, Spending):
             cost, most = self.budget.cost_of(kept), self.budget.budget
             return f"blocks that cost {cost:,}, where the budget is {most:,}" if cost > most else ""
@@ -65,17 +65,17 @@ class Candidates:
 def line_up(
     view: str, given: Mapping[str, Selector], blocks: Sequence[str], costs: Mapping[str, NetworkCosts], every: bool
 ) -> Candidates:
-    """The candidates of a comparison.
+    """Return the candidates of a comparison.
 
     Args:
-        view: whose they are, for messages.
-        given: the selectors that are spelled out, by name.
+        view: `compare` or `audit`, for messages.
+        given: the selectors of the recipe, by name.
         blocks: paths of the network's blocks.
-        costs: what the network costs, by the names of the selectors' `cost_budgets`.
-        every: add every criterion, with the budget of the given ones.
+        costs: costs of the network, by name of the selectors' `cost_budgets`.
+        every: whether to add every criterion, with the budget of the given selectors.
 
     Raises:
-        UserError: the given ones do not fit or differ in their budget; all of them are named.
+        UserError: the given selectors do not fit or differ in their budget; all of them are named.
     """
     measured = {b.describe(costs[b.name]) for selector in given.values() for b in selector.cost_budgets()}
     selectors = {name: selector.bound(costs) for name, selector in given.items()}
@@ -99,7 +99,7 @@ def _settings(budget: Budget | Spending) -> dict[str, Any]:
 
 
 def _common_budget(view: str, candidates: Mapping[str, Selector], blocks: Sequence[str]) -> Budget | Spending:
-    """What all candidates keep. Raises UserError unless they agree, in total if that is all one promises."""
+    """The budget of all candidates. Raises UserError unless they agree, in total if one gives only the total."""
     problems: list[str] = []
     budgets: dict[str, Budget | Spending] = {}
     for name, candidate in candidates.items():

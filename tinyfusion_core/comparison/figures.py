@@ -1,4 +1,4 @@
-"""The figures of a comparison."""
+"""Figures of a comparison."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Point = tuple[float, float]
 
 
 def draw_scatter(subsets: Sequence[Point], marks: Mapping[str, Point], learned: Sequence[str], path: Path) -> None:
-    """Loss right after pruning against loss after recovery.
+    """Plot the loss right after pruning against the loss after recovery.
 
     Args:
-        subsets: of the random ones.
-        marks: of the candidates, by name.
-        learned: names of those that are searches.
-        path: the picture.
+        subsets: points of the random subsets.
+        marks: points of the candidates, by name.
+        learned: names of the searches among them.
+        path: the image file.
     """
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(8.4, max(4.4, 0.26 * len(marks))))
@@ -54,7 +54,7 @@ def draw_scatter(subsets: Sequence[Point], marks: Mapping[str, Point], learned: 
 
 
 def draw_kept(fractions: Mapping[str, Sequence[float]], path: Path) -> None:
-    """Which blocks each candidate keeps: one row a candidate, the shade is the fraction of seeds."""
+    """Plot which blocks each candidate keeps: one row per candidate, shaded by the fraction of seeds."""
     names = list(fractions)
     values = np.array([fractions[name] for name in names])
     count = values.shape[1]
@@ -76,7 +76,7 @@ def draw_kept(fractions: Mapping[str, Sequence[float]], path: Path) -> None:
 def draw_distribution(
     subsets: Sequence[float], choices: Mapping[str, Sequence[float]], learned: Sequence[str], path: Path
 ) -> None:
-    """How the random subsets recover, and below where each candidate's choices fall, one mark a seed."""
+    """Plot a histogram of the random subsets' recovered losses, and below it each candidate's, one mark per seed."""
     names = list(choices)
     with plt.rc_context(STYLE):
         figure, (top, bottom) = plt.subplots(
@@ -104,7 +104,7 @@ def draw_distribution(
 
 
 def _label_at_the_side(axes: Axes, marks: Mapping[str, Point], learned: Sequence[str]) -> None:
-    """Names in a column at the right, in the order of their points and joined with them by lines: none overlap."""
+    """Labels in a column at the right, in the order of their points and connected by lines, without overlaps."""
     to_axes = axes.transData + axes.transAxes.inverted()
     heights = {name: float(to_axes.transform(point)[1]) for name, point in marks.items()}
     names = sorted(marks, key=lambda name: (heights[name], marks[name][0]))

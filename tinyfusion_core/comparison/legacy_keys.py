@@ -1,7 +1,7 @@
-"""Keys of cached results as they were when modules' paths were part of them.
+"""Keys of cached results as they were when they contained module paths.
 
-Results of version 0.1.0 and earlier are found by these. This module, and what reads `then` in `cache.py`, can go with
-the first release that may compute such comparisons anew.
+They find the results of version 0.1.0 and earlier. This module, and the uses of `then` in `cache.py`, can be removed
+with the first release that may recompute such comparisons.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from typing import Any, Self
 
 
 class Name(str):
-    """What a class or a function is called in a key, whatever module of its package it is in: `package:qualname`.
+    """The name of a class or function in a key, independent of its module: `package:qualname`.
 
     Attributes:
-        path: where it is defined, `package.module.qualname`, which is what old keys have.
+        path: where it is defined, `package.module.qualname`, as in old keys.
     """
 
     __slots__ = ("path",)
@@ -22,6 +22,7 @@ class Name(str):
 
     @classmethod
     def of(cls, value: type[Any] | Callable[..., Any]) -> Self:
+        """Return the name of a class or function."""
         name = cls(f"{value.__module__.partition('.')[0]}:{value.__qualname__}")
         name.path = f"{value.__module__}.{value.__qualname__}"
         return name
@@ -73,14 +74,14 @@ PATHS = {
     "tinyfusion_sit:FlowMatching": "tinyfusion_sit.flow.FlowMatching",
     "tinyfusion_sit:SiT": "tinyfusion_sit.backbone.SiT",
 }
-"""Name now -> path then, of all that has a setting in a key. A class that is renamed keeps its path here."""
+"""Current name -> old path, of every class that occurs in a key. A class that is renamed keeps its path here."""
 
 FIELDS: dict[str, dict[str, str]] = {}
-"""Name of a class now -> its fields that were renamed: now -> then."""
+"""Current name of a class -> its renamed fields: current -> old."""
 
 
 def then(key: Any) -> Any:
-    """A key, or a part of one, as it was spelled then. What is not in the tables has not moved since."""
+    """Return a key, or a part of one, in its old spelling. What is not in the tables has not moved since."""
     if isinstance(key, Name):
         return PATHS.get(key, key.path)
     if isinstance(key, Mapping):

@@ -1,4 +1,4 @@
-"""The results of a comparison, and the file that they are kept in."""
+"""The results of a comparison, and their file format."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..samplers.constraints import Budget, budget_text
 
 FORMAT_VERSION = 1
 FILE_NAMES = {"entries": "trials", "recovered": "healed", DISTANCE: "frechet"}
-"""Attributes and metrics whose names in files are others."""
+"""Attributes and metrics whose names in files differ."""
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,13 @@ class Entry:
 
     Attributes:
         method: name of the candidate that chose it; empty for a random subset.
-        seed: of the choice and of the recovery.
-        kept: indices of the blocks that stay.
-        calibration: held-out loss right after pruning; None where a loss is not finite.
-        recovered: held-out loss after recovery; None where it has diverged.
-        metrics: the other metrics after recovery, by the name of their column; one that gave no figure is missing.
-        scores: what the candidate gave each block, if it scores blocks; higher stays, None is not finite.
-        seconds: that the choice took.
+        seed: seed of the choice and of the recovery.
+        kept: indices of the kept blocks.
+        calibration: held-out loss right after pruning; None if not finite.
+        recovered: held-out loss after recovery; None if it has diverged.
+        metrics: the other metrics after recovery, by the name of their column; one without a value is missing.
+        scores: what the candidate gave each block, if it scores blocks; higher ones are kept, None is not finite.
+        seconds: time that the choice took.
         evaluations: samples that the network was run on for it.
     """
 
@@ -44,7 +44,7 @@ class Entry:
     evaluations: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        """As `findings.json` has it. Metrics that format_version 1 has no name for are there only if there are any."""
+        """Return it as in `findings.json`. Metrics that format_version 1 has no name for are only added if present."""
         others = dict(self.metrics)
         own = {DISTANCE: others.pop(DISTANCE, None)}
         made = in_files({f.name: own if f.name == "metrics" else getattr(self, f.name) for f in fields(self)})
@@ -52,7 +52,7 @@ class Entry:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """The entry that `to_json` has written."""
+        """Return the entry that `to_json` has written."""
         given = from_files(data)
         distance = given.pop(DISTANCE, None)
         metrics = {} if distance is None else {DISTANCE: distance}
@@ -61,20 +61,20 @@ class Entry:
 
 @dataclass(frozen=True)
 class ComparisonResults:
-    """All that a comparison has found.
+    """The results of a comparison.
 
     Attributes:
         view: `compare` or `audit`.
         blocks: paths of the blocks, in execution order.
-        budget: how many blocks stay: of all together, or of every block list; or what they may cost, in a sentence.
-        num_masks: how many subsets there are within the budget.
-        steps: of every recovery.
-        seeds: that every candidate was tried with.
-        teacher: held-out loss of the whole network.
+        budget: how many blocks are kept: in total, or of every block list; or a limit of their costs, as a sentence.
+        num_masks: number of subsets within the budget.
+        steps: steps of every recovery.
+        seeds: the seeds of every candidate.
+        teacher: held-out loss of the full network.
         learned: names of the candidates that are searches.
-        entries: of the candidates.
-        masks: of the random subsets.
-        left_out: criteria that cannot be had at this budget, and why.
+        entries: results of the candidates.
+        masks: results of the random subsets.
+        left_out: criteria that are not available at this budget, and why.
         note: how the loss was measured.
     """
 
@@ -93,12 +93,12 @@ class ComparisonResults:
 
     @property
     def kept(self) -> str:
-        """What stays, as it stands in a sentence."""
+        """What is kept, formatted for a sentence."""
         return self.budget if isinstance(self.budget, str) else f"{budget_text(self.budget)} blocks"
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Names of the metrics besides the held-out loss that any entry has a figure of."""
+        """Names of the metrics besides the held-out loss that any entry has a value of."""
         return tuple(dict.fromkeys(name for entry in self.entries for name in entry.metrics))
 
     def save(self, path: Path) -> None:
@@ -109,7 +109,11 @@ class ComparisonResults:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read `findings.json`. Raises UserError when the file is missing or is none."""
+        """Read `findings.json`.
+
+        Raises:
+            UserError: the file is missing or is not such a file.
+        """
         data = read_json(path)
         if not isinstance(data, dict) or data.pop("format_version", None) != FORMAT_VERSION:
             raise UserError(f"{path}: not the results of a comparison, format_version {FORMAT_VERSION}")
@@ -120,9 +124,10 @@ class ComparisonResults:
 
 
 def in_files(figures: Mapping[str, Any], missing: Any = None) -> dict[str, Any]:
-    """Attributes by the names that files have for them, and in the place of `metrics` every metric.
+    """Rename attributes to the names that files use, and expand `metrics`.
 
-    The Fréchet distance always is in that place, `missing` if it was not measured; other metrics go last.
+    The Fréchet distance always takes the place of `metrics`, as `missing` if it was not measured; other metrics go
+    last.
     """
     made: dict[str, Any] = {}
     last: dict[str, Any] = {}
@@ -136,7 +141,7 @@ def in_files(figures: Mapping[str, Any], missing: Any = None) -> dict[str, Any]:
 
 
 def from_files(data: Mapping[str, Any]) -> dict[str, Any]:
-    """The reverse of `in_files`, lists as tuples."""
+    """Undo `in_files`, with lists as tuples."""
     names = {there: name for name, there in FILE_NAMES.items()}
     return {names.get(name, name): _tuples(value) for name, value in data.items()}
 

@@ -14,13 +14,13 @@ RANDOM = "random subsets"
 
 @dataclass(frozen=True)
 class MeanStd:
-    """A mean and its standard deviation; none of either where a figure is missing or not finite."""
+    """A mean and its standard deviation; None if a value is missing or not finite."""
 
     mean: float | None
     sd: float | None = None
 
     def text(self, digits: str = "#.4g") -> str:
-        """The deviation with the decimals of the mean, or as many as it needs; equal figures have none."""
+        """Format it; the deviation has the decimals of the mean, or as many as it needs; equal values have none."""
         if self.mean is None:
             return "n/a"
         text = f"{self.mean:{',.0f' if self.mean >= 1000 else digits}}".removesuffix(".")
@@ -34,15 +34,15 @@ class Summary:
     """A candidate over all seeds.
 
     Attributes:
-        name: of the candidate, or `random subsets`.
-        kept: what it keeps with each seed; nothing for the random subsets.
+        name: name of the candidate, or `random subsets`.
+        kept: the blocks it keeps with each seed; empty for the random subsets.
         calibration: held-out loss right after pruning.
         recovered: held-out loss after recovery.
         metrics: the other metrics after recovery, by the name of their column.
         better: share of the random subsets that recover worse.
-        rank: 1 and the number of random subsets that recover better.
-        to_best: recovered loss less that of the best random subset.
-        seconds: that the choice takes.
+        rank: 1 plus the number of random subsets that recover better.
+        to_best: recovered loss minus that of the best random subset.
+        seconds: time that the choice takes.
         evaluations: samples that the network is run on for it.
     """
 
@@ -59,7 +59,7 @@ class Summary:
 
 
 def summaries(results: ComparisonResults) -> list[Summary]:
-    """The candidates, best recovered first, and last the random subsets."""
+    """Return the candidates, best recovered first, and then the random subsets."""
     found = [_summary(results, name) for name in dict.fromkeys(e.method for e in results.entries)]
     found.sort(key=lambda summary: _or_inf(summary.recovered.mean))
     masks = reference(results, results.seeds[0])
@@ -69,7 +69,7 @@ def summaries(results: ComparisonResults) -> list[Summary]:
 
 
 def _summary(results: ComparisonResults, name: str) -> Summary:
-    """What a candidate's choices, one for each seed, come to."""
+    """The summary of a candidate over its choices, one per seed."""
     entries = [e for e in results.entries if e.method == name]
     rank, better, to_best = zip(*(_place(e, reference(results, e.seed)) for e in entries), strict=True)
     return Summary(
@@ -87,14 +87,15 @@ def _summary(results: ComparisonResults, name: str) -> Summary:
 
 
 def reference(results: ComparisonResults, seed: int) -> list[Entry]:
-    """The random subsets recovered with this seed, or with the first one where none was."""
+    """Return the random subsets recovered with this seed, or with the first seed if there are none."""
     return [m for m in results.masks if m.seed == seed] or [m for m in results.masks if m.seed == results.seeds[0]]
 
 
 def guides(results: ComparisonResults) -> dict[str, MeanStd]:
-    """How well each cheap score orders the random subsets: Spearman's correlation with the recovered loss, best first.
+    """Return how well each cheap score ranks the random subsets: Spearman's rho with the recovered loss, best first.
 
-    Where a score is higher for better subsets its sign is turned, so that 1 is always the order of the recovered loss.
+    The sign of scores that are higher for better subsets is flipped, so that 1 always is the order of the recovered
+    loss.
     """
     seeds = dict.fromkeys(m.seed for m in results.masks)
     found: dict[str, list[float | None]] = {}
@@ -112,7 +113,7 @@ def guides(results: ComparisonResults) -> dict[str, MeanStd]:
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Rank correlation, equal values sharing the mean of their ranks; None where one side does not vary."""
+    """Return the rank correlation, with mean ranks for ties; None if one side does not vary."""
     from scipy.stats import spearmanr  # half a second, which no other command should wait
 
     return float(spearmanr(x, y).statistic) if len(set(x)) > 1 and len(set(y)) > 1 else None

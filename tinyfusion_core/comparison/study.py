@@ -1,7 +1,7 @@
-"""Which choice of blocks recovers best? The same budget, data and recovery for all of them, and random subsets.
+"""Compares selectors under the same budget, data and recovery, with random subsets as reference.
 
-`Compare` and `Audit` are two views on the same cached results: a decision, the loss right after pruning, a recovery.
-What has finished is never computed again (see `cache.py`).
+`Compare` and `Audit` are two views of the same cached results: decisions, losses right after pruning, recoveries.
+Finished results are never computed again (see `cache.py`).
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+
+from typing_extensions import override
 
 from ..errors import UserError, require
 from ..evaluation.metrics import HeldOutLoss, Metric
@@ -34,7 +36,7 @@ from .statistics import RANDOM
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What `compare` and `audit` share."""
+    """The common part of `Compare` and `Audit`."""
 
     candidates: dict[str, Selector] | None = None
     seeds: int = 3
@@ -48,39 +50,40 @@ class Comparison:
 
     @property
     def view(self) -> str:
+        """Name of the command: `compare` or `audit`."""
         return type(self).__name__.lower()
 
     def reference(self) -> tuple[int, int]:
-        """How many random subsets to recover, and with how many seeds."""
+        """Return how many random subsets to recover, and with how many seeds."""
         raise NotImplementedError  # under ABC, jsonargparse would write sections as class_path and init_args
 
     def recovery(self, recover: Recover) -> Recover:
-        """How to recover."""
+        """Return the recovery of every subset."""
         return recover
 
     def cost_budgets(self, search: Selector | None) -> list[CostBudget]:
-        """The budgets of costs among the candidates; see `Selector.cost_budgets`."""
+        """Return the cost budgets of the candidates; see `Selector.cost_budgets`."""
         given = self._given(search).values()
         return [budget for selector in given for budget in selector.cost_budgets()]
 
     def candidates_for(
         self, search: Selector | None, blocks: Sequence[str], costs: Mapping[str, NetworkCosts] | None = None
     ) -> Candidates:
-        """What would be compared in a network with these blocks.
+        """Return what would be compared in a network with these blocks.
 
         Args:
-            search: with no candidates given: the one to compare every criterion with.
+            search: without candidates: the search to compare every criterion with.
             blocks: paths of the blocks.
-            costs: what the network costs, by the names of the `cost_budgets`.
+            costs: costs of the network, by name of the `cost_budgets`.
 
         Raises:
-            UserError: candidates do not fit or differ in their budget, all of them are named; or there is nothing.
+            UserError: candidates do not fit or differ in their budget (all of them are named), or there are none.
         """
         selectors, costs = self._given(search), costs or {}
         return line_up(self.view, selectors, blocks, costs, every=self.candidates is None)
 
     def _given(self, search: Selector | None) -> dict[str, Selector]:
-        """The candidates that are spelled out, by name."""
+        """The candidates of the recipe, by name."""
         if self.candidates is not None:
             return self.candidates
         if search is None:
@@ -96,21 +99,21 @@ class Comparison:
         search: Selector | None = None,
         evaluate: Sequence[Metric] = (),
     ) -> ComparisonResults:
-        """Compute what is not there yet.
+        """Compute the results that are missing, and return all.
 
         Args:
-            task: what to prune; candidates see its training data alone, figures are of its held-out data.
-            recover: the recovery that every subset gets.
+            task: what to prune; candidates see its training data only, results are on its held-out data.
+            recover: the recovery of every subset.
             trainer: how to train; its seed is the first one.
             run_dir: where results are kept.
-            search: with no candidates given: the one to compare every criterion with.
-            evaluate: a `HeldOutLoss` with options of its own and, for `compare`, metrics to measure of the candidates
-                besides; of a metric with several measurements the first counts (see `Metric.column`).
+            search: without candidates: the search to compare every criterion with.
+            evaluate: a `HeldOutLoss` with options of its own and, for `compare`, further metrics of the candidates; of
+                a metric with several measurements the first is used (see `Metric.column`).
 
         Raises:
-            UserError: candidates do not fit the network or differ in their budget, all of them are named; one cannot
-                decide, or not as it has promised; or the folder holds a run or the other view's results.
-            Interrupted: a signal came; the same call goes on.
+            UserError: candidates do not fit the network or differ in their budget (all of them are named); one cannot
+                decide, or not as previewed; or the folder holds a run or the other view's results.
+            Interrupted: a signal arrived; the same call resumes.
         """
         folder, main = RunFolder(run_dir), trainer.accelerator.is_main_process
         costs: dict[str, NetworkCosts] = {}
@@ -159,7 +162,7 @@ class Comparison:
         return results
 
     def _check_folder(self, folder: RunFolder) -> None:
-        """Raise UserError when the folder holds something that this would overwrite."""
+        """Raise UserError if the folder holds something that this would overwrite."""
         what = "a run" if (folder / "run.json").exists() else ""
         found = folder / COMPARISON_RESULTS
         if found.exists() and (view := read_json(found).get("view")) != self.view:
@@ -168,7 +171,7 @@ class Comparison:
             raise UserError(f"{folder.path}: holds {what}; choose another --run-dir")
 
     def _columns(self, evaluate: Sequence[Metric]) -> dict[str, Metric]:
-        """The metrics to measure besides the held-out loss, by the name of their column; equal names are numbered."""
+        """The metrics to measure besides the held-out loss, by column name; equal names are numbered."""
         columns: dict[str, Metric] = {}
         names = [metric.column for metric in evaluate]
         for i, (name, metric) in enumerate(zip(names, evaluate, strict=True)):
@@ -180,7 +183,7 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class Compare(Comparison):
-    """Prune with every candidate, recover all of them alike, and set them beside random subsets.
+    """Prune with every candidate, recover all of them alike, and compare them with random subsets.
 
     Args:
         candidates: searches and criteria by name, all with the same budget; by default the recipe's search and
@@ -195,22 +198,23 @@ class Compare(Comparison):
         super().__post_init__()
         require(self.random >= 0, "compare.random", self.random, "0 or more")
 
+    @override
     def reference(self) -> tuple[int, int]:
         return self.random, 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Audit(Comparison):
-    """Recover random subsets, or all of them, and see how well every cheap score foretells the recovered loss.
+    """Recover random subsets, or all of them, and see how well every cheap score predicts the recovered loss.
 
     Args:
         candidates: searches and criteria by name, all with the same budget; by default the recipe's search and
             every criterion.
         seeds: how often each candidate decides and recovers: with the trainer's seed, the next one, and so on.
-        masks: random subsets within the budget; all of them when there are no more.
-        healings: how many of the seeds the random subsets are recovered with.
-        steps: of every recovery, in the place of the recipe's. The average of the weights goes with them: of
-            `recover.ema` only 0 counts, another decay would still be at the first weights.
+        masks: random subsets within the budget; all of them if there are no more.
+        healings: with how many of the seeds the random subsets are recovered.
+        steps: steps of every recovery, instead of the recipe's. The average of the weights is adapted: of
+            `recover.ema` only 0 is kept, because another decay would still be at the first weights.
     """
 
     masks: int = 100
@@ -223,11 +227,14 @@ class Audit(Comparison):
         require(1 <= self.healings <= self.seeds, "audit.healings", self.healings, f"1 to audit.seeds ({self.seeds})")
         require(self.steps >= 1, "audit.steps", self.steps, "at least 1")
 
+    @override
     def reference(self) -> tuple[int, int]:
         return self.masks, self.healings
 
+    @override
     def recovery(self, recover: Recover) -> Recover:
         return recover.with_steps(self.steps)
 
+    @override
     def _columns(self, evaluate: Sequence[Metric]) -> dict[str, Metric]:
         return {}

@@ -17,8 +17,8 @@ class TextTable:
 
     Attributes:
         title: what it shows.
-        columns: their names.
-        rows: texts.
+        columns: names of the columns.
+        rows: texts of the cells.
         notes: how to read it.
     """
 
@@ -29,14 +29,14 @@ class TextTable:
 
 
 def tables(results: ComparisonResults) -> list[TextTable]:
-    """The table of the candidates, and for an audit that of the cheap scores."""
+    """Return the table of the candidates, and for an audit that of the cheap scores."""
     if results.view == "compare":
         return [_compared(results)]
     return [_ranked(results), _guided(results)]
 
 
 def table_csv(results: ComparisonResults) -> str:
-    """The candidates' summaries with all figures, unrounded."""
+    """Return the candidates' summaries with all values, unrounded."""
     lines = []
     for summary in summaries(results):
         line: dict[str, object] = {"candidate": summary.name, "kept": _kept(summary, results).replace("\n", "; ")}
@@ -49,7 +49,7 @@ def table_csv(results: ComparisonResults) -> str:
 
 
 def trials_csv(results: ComparisonResults) -> str:
-    """One line for every subset that was recovered, with its seed."""
+    """Return one line for every subset that was recovered, with its seed."""
     lines = []
     for entry in (*results.entries, *results.masks):
         line = in_files({f.name: getattr(entry, f.name) for f in fields(entry) if f.name != "scores"})
@@ -166,7 +166,7 @@ def _common_notes(results: ComparisonResults) -> list[str]:
 
 
 def _kept(summary: Summary, results: ComparisonResults) -> str:
-    """One line when every seed keeps the same blocks, else one for each seed."""
+    """One line if every seed keeps the same blocks, else one for each seed."""
     texts = [" ".join(map(str, kept)) for kept in summary.kept]
     if len(set(texts)) <= 1:
         return "".join(texts[:1])

@@ -1,1 +1,1 @@
-"""The order of the samples, and reading them."""
+"""The order of training samples, and reading them."""

@@ -1,4 +1,4 @@
-"""The data loader: reads training samples, here or in worker processes, and substitutes those that are damaged."""
+"""The data loader: reads training samples, here or in worker processes, and substitutes damaged ones."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from ..protocols.data import Samples
 from ..runtime.seeding import seed_of
 
 ATTEMPTS = 8
-"""Substitutes to try for a bad sample."""
+"""How many substitutes to try for a bad sample."""
 BUGS = (TypeError, AttributeError, NameError, AssertionError, NotImplementedError)
-"""What a data set's code raises, not its files."""
+"""Exceptions that mean a bug in the data set's code, not a damaged file."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class LoadedBatch:
     """A batch, and what could not be read for it.
 
     Attributes:
-        batch: the named tensors; None when no substitute was found for a bad sample.
-        problems: for every bad sample what was wrong.
+        batch: the named tensors; None if no substitute was found for a bad sample.
+        problems: one message for every bad sample.
     """
 
     batch: Batch | None
@@ -35,18 +35,18 @@ class LoadedBatch:
 
 
 def load_batches(data: Samples, indices: Iterable[list[int]], num_workers: int) -> Iterator[LoadedBatch]:
-    """Load batches of samples, in other processes when there are workers.
+    """Load batches of samples, in worker processes if there are any.
 
-    Another sample is substituted for one that cannot be read. It depends on the bad one's index alone, so any number
-    of processes takes the same one.
+    A sample that cannot be read is substituted by another. The substitute depends on the index of the bad sample only,
+    so it is the same for any number of processes.
 
     Args:
         data: the samples.
-        indices: of each batch.
-        num_workers: processes that read; 0 reads in this one.
+        indices: indices of each batch.
+        num_workers: worker processes; 0 reads in this one.
 
     Raises:
-        UserError: a process that reads has been killed.
+        UserError: a worker process was killed.
     """
     loader: DataLoader[Any] = DataLoader(
         _Substituting(data),  # type: ignore[arg-type]  # read by lists of indices, see Samples
@@ -68,7 +68,10 @@ def load_batches(data: Samples, indices: Iterable[list[int]], num_workers: int) 
 
 
 class _Substituting:
-    """Samples, with others for bad ones; no exception, for one raised in a worker process would lose its message."""
+    """Samples with substitutes for bad ones.
+
+    Problems are returned, not raised: an exception in a worker process loses its message.
+    """
 
     def __init__(self, data: Samples) -> None:
         self.data = data
@@ -109,7 +112,7 @@ class _Substituting:
 
 
 def _leave_stopping_to_the_trainer(worker: int) -> None:
-    """A scheduler and Ctrl-C send their signal to readers too, but the step that has begun needs its data."""
+    """Ignore stop signals in workers: schedulers and Ctrl-C reach them too, but the current step needs its data."""
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_IGN)
 

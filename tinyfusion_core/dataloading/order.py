@@ -1,4 +1,4 @@
-"""The order in which a stage sees its samples: a fresh permutation for every pass, a function of the seed."""
+"""The order in which a stage sees its samples: a fresh permutation for every epoch, a function of the seed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..runtime.seeding import generator
 
 
 class Order:
-    """The order in which a stage sees its data: a fresh permutation for every pass over it.
+    """The order in which a stage sees its data: a fresh permutation for every epoch.
 
     Args:
         seed: the run's seed.
@@ -37,18 +37,18 @@ class Order:
         return int(self._permutation[i])
 
     def steps(self, start: int, stop: int, first: int, count: int) -> Iterator[list[int]]:
-        """For every step in [start, stop): the data indices of rows [first, first + count)."""
+        """Yield, for every step in [start, stop), the data indices of rows [first, first + count)."""
         for step in range(start, stop):
             base = step * self.batch_size + first
             yield [self[base + i] for i in range(count)]
 
 
 class ShardedOrder(Order):
-    """An order for data that lie in shards: every pass sees every sample once, and a batch touches few shards.
+    """An order for data in shards: every epoch sees every sample once, and a batch touches few shards.
 
-    A pass lines up the shards in a fresh order, the samples of each in a fresh order. `mix` readers set out from
-    evenly spaced points of this line, and each feeds rows of its own in every batch: neighbouring rows, so that a
-    process reads the shards of its rows alone. The order does not depend on the number of processes.
+    An epoch lines up the shards in a fresh order, and the samples of each in a fresh order. `mix` readers start from
+    evenly spaced points of this line, and each fills its own rows of every batch: neighbouring rows, so that a process
+    only reads the shards of its rows. The order does not depend on the number of processes.
 
     Args:
         seed: the run's seed.
@@ -79,7 +79,7 @@ class ShardedOrder(Order):
         return self._offsets[shard] + int(self._permuted(epoch, shard)[inside])
 
     def _begin(self, epoch: int) -> None:
-        """Line up the shards, and find where each reader sets out so that together they read everything once."""
+        """Line up the shards, and choose where each reader starts so that the readers cover every sample once."""
         self._epoch = epoch
         self._shards = torch.randperm(len(self._sizes), generator=generator(*self.key, epoch, "shards")).tolist()
         self._ends = list(accumulate(self._sizes[shard] for shard in self._shards))
@@ -90,7 +90,7 @@ class ShardedOrder(Order):
         self._starts = [start - done for start, done in zip(accumulate([0, *shares]), begun, strict=False)]
 
     def _read(self, reader: int, position: int) -> int:
-        """How many samples this reader has fed before a position."""
+        """How many samples this reader has supplied before a position."""
         steps, row = divmod(position, self.batch_size)
         first, end = self._first_rows[reader : reader + 2]
         return steps * (end - first) + min(max(row - first, 0), end - first)
@@ -100,7 +100,7 @@ class ShardedOrder(Order):
 
 
 def order_of(samples: Samples, seed: int, stage: str, batch_size: int) -> Order:
-    """The order in which a stage sees its samples, by shards where they lie in shards."""
+    """Return the order in which a stage sees its samples; by shards where the data are in shards."""
     if isinstance(samples, Sharded):
         return ShardedOrder(seed, stage, samples.sizes, batch_size, samples.mix)
     return Order(seed, stage, len(samples), batch_size)

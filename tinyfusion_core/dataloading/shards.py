@@ -1,4 +1,4 @@
-"""Samples in sharded safetensors files, in a folder or behind any URL that fsspec knows, read a shard at a time."""
+"""Samples in sharded safetensors files, in a folder or behind any URL that fsspec knows, read one shard at a time."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Shard:
     """One file.
 
     Attributes:
-        name: of the file in its folder.
-        count: rows of each of its tensors.
-        sha256: of the file.
+        name: name of the file in its folder.
+        count: number of rows of each of its tensors.
+        sha256: SHA-256 of the file, as hex.
     """
 
     name: str
@@ -41,15 +41,15 @@ class Shard:
 
 @dataclass(frozen=True)
 class ShardedSamples:
-    """Rows that follow each other in the shards of a folder; see `data.Sharded`.
+    """Consecutive rows in the shards of a folder; see `data.Sharded`.
 
-    In memory are the shards that the last batch was drawn from, no more than two for each of the `mix`.
+    It keeps the shards of the last batch in memory, at most two for each of the `mix`.
 
     Args:
         url: the folder.
         shards: all files, in the order of their rows.
         first: the first row that belongs to these samples.
-        end: the row behind the last one.
+        end: one past the last row.
         mix: how many shards a batch is drawn from.
     """
 
@@ -65,6 +65,7 @@ class ShardedSamples:
 
     @property
     def sizes(self) -> list[int]:
+        """Number of these samples in each shard; 0 for shards outside [first, end)."""
         ends = self._ends
         return [
             max(0, min(end, self.end) - max(end - shard.count, self.first))
@@ -72,10 +73,11 @@ class ShardedSamples:
         ]
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        """Floating point tensors as float32, others as they are.
+        """Return the tensors of these samples by name, each (rows, ...); floating-point ones as float32.
 
         Raises:
-            UserError: names the shard that has vanished, was cut short or changed.
+            UserError: a shard is missing, truncated or changed; names it.
+            IndexError: an index is out of range.
         """
         if indices and not 0 <= min(indices) <= max(indices) < len(self):
             raise IndexError(f"sample index out of range, there are {len(self)}")
@@ -108,10 +110,10 @@ class ShardedSamples:
 
 
 def read_shard(url: str, shard: Shard) -> dict[str, Tensor]:
-    """The tensors of a shard.
+    """Read the tensors of a shard, each (rows, ...), by name.
 
     Raises:
-        UserError: it is missing, cut short, or not what it was when it was written.
+        UserError: it is missing, truncated, or was changed after it was written.
     """
     content = read_bytes(url, shard.name)
     if hashlib.sha256(content).hexdigest() != shard.sha256:
@@ -129,14 +131,27 @@ def read_shard(url: str, shard: Shard) -> dict[str, Tensor]:
 
 
 def write_shard(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> Shard:
-    """Write a shard atomically. All tensors have the same number of rows."""
+    """Write a shard atomically.
+
+    Args:
+        folder: where to.
+        name: name of the file.
+        tensors: by name, each (rows, ...).
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     content = save({key: tensor.contiguous() for key, tensor in tensors.items()})
     write_atomic(folder / name, lambda file: file.write(content))
     return Shard(name, len(next(iter(tensors.values()))), hashlib.sha256(content).hexdigest())
 
 
 def shards_in(metadata: Mapping[str, Any], url: str) -> list[Shard]:
-    """The shards that a metadata.json lists. Raises UserError when it lists none, or they are not described."""
+    """Return the shards that a metadata.json lists.
+
+    Raises:
+        UserError: it lists none, or their entries are incomplete.
+    """
     if not metadata["shards"]:
         raise UserError(f"{url}/{METADATA}: lists no shards; let the `tinyfusion encode` that makes them finish")
     try:
@@ -146,7 +161,11 @@ def shards_in(metadata: Mapping[str, Any], url: str) -> list[Shard]:
 
 
 def read_metadata(url: str) -> dict[str, Any]:
-    """Raises UserError when there is no metadata.json, or it is none of this format."""
+    """Read the metadata.json of a folder.
+
+    Raises:
+        UserError: there is none, or it has another format.
+    """
     try:
         content = json.loads(read_bytes(url, METADATA))
     except ValueError as e:
@@ -158,11 +177,11 @@ def read_metadata(url: str) -> dict[str, Any]:
 
 
 def read_bytes(url: str, name: str) -> bytes:
-    """A file of a folder, local or behind a URL.
+    """Read a file of a folder, local or behind a URL.
 
     Raises:
         MissingFileError: there is no such file.
-        UserError: it cannot be read, or nothing installed knows the protocol of the URL.
+        UserError: it cannot be read, or no installed package supports the protocol of the URL.
     """
     from fsspec.core import url_to_fs
 

@@ -1,1 +1,1 @@
-"""Measure networks side by side."""
+"""Metrics that compare networks: held-out loss, size, latency, Fréchet distance; and generation."""

@@ -1,4 +1,4 @@
-"""How far generated examples are from real ones, in the data set's own feature space."""
+"""Fréchet distance between generated and real examples, in the data set's feature space."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from ..errors import UserError, require
 from ..protocols.data import DataSource, FeatureSpace
@@ -22,17 +23,15 @@ DISTANCE = "Fréchet distance"
 
 @dataclass(frozen=True)
 class Frechet(Metric):
-    """Fréchet distance between generated and real examples, and how often generated ones show their class.
+    """Fréchet distance between generated and real examples, and the accuracy of generated classes.
 
-    Conditions are classes, (n,) integers.
-
-    Unless another is named, the features are those of the data set's own feature space, so the distance is not
-    comparable with published ones.
+    Conditions are class labels, (n,) integers. Unless `features` is given, the feature space is the data set's own, so
+    the distance is not comparable with FID.
 
     Args:
         num_samples: examples to generate with each model, from the same noise and conditions.
-        batch_size: examples at once.
-        features: where the examples are compared; by default the data set's own feature space.
+        batch_size: examples per batch.
+        features: feature space of the comparison; by default the data set's own.
     """
 
     num_samples: int = 1000
@@ -45,6 +44,7 @@ class Frechet(Metric):
         require(self.num_samples >= 2, "evaluate: Frechet.num_samples", self.num_samples, "at least 2")
         require(self.batch_size >= 1, "evaluate: Frechet.batch_size", self.batch_size, "at least 1")
 
+    @override
     def check(self, data: DataSource) -> None:
         if self.features is None and data.feature_space() is None:
             raise UserError(
@@ -52,6 +52,7 @@ class Frechet(Metric):
                 "leave it out"
             )
 
+    @override
     def __call__(self, task: Task, models: Models, trainer: Trainer) -> list[Measurement]:
         from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
@@ -84,7 +85,7 @@ class Frechet(Metric):
     def _features(
         self, task: Task, model: nn.Module, trainer: Trainer, space: FeatureSpace, classes: Tensor, name: str
     ) -> tuple[Tensor, Tensor]:
-        """(n, F) features of generated examples, and (n,) whether they show their class; both on the CPU."""
+        """Features (n, features) of generated examples, and whether each shows its class, (n,); both on the CPU."""
         parts = batches(self.num_samples, self.batch_size)
         total, show = sum(map(len, local_share(parts))), trainer.accelerator.is_main_process
         with track(f"samples of {name}", total, show=show) as progress:

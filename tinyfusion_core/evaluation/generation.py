@@ -1,4 +1,4 @@
-"""Generated examples. Each is a function of the seed and its index, whichever process makes it in whatever batch."""
+"""Generation of examples. Each follows from the seed and its index, on any process and in any batch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ from ..training.trainer import Trainer
 
 
 def training_conditions(task: Task, indices: Sequence[int]) -> Tensor:
-    """(n, ...) conditions of the training samples with these indices, again from the first after the last."""
+    """Return the conditions of the training samples with these indices, (n, ...); indices past the last start over.
+
+    Raises:
+        UserError: the data have no such column.
+    """
     found = task.train.__getitems__([i % len(task.train) for i in indices])
     if task.conditions not in found:
         raise UserError(f"the data have no `{task.conditions}`, for which examples could be generated")
@@ -24,7 +28,18 @@ def training_conditions(task: Task, indices: Sequence[int]) -> Tensor:
 
 
 def sample_rows(task: Task, model: nn.Module, trainer: Trainer, rows: range, conditions: Tensor) -> Tensor:
-    """(n, ...) examples with these indices and (n, ...) conditions, on the trainer's device."""
+    """Generate the examples with these indices.
+
+    Args:
+        task: objective and data.
+        model: the network, in eval mode.
+        trainer: device, precision and seed.
+        rows: their indices.
+        conditions: (n, ...) their conditions.
+
+    Returns:
+        (n, ...) examples on the trainer's device.
+    """
     device = trainer.accelerator.device
     like = task.backbone.example(1)["x"].to(device)
     rng = Rng(trainer.seed, "generate", first=rows.start)
@@ -35,12 +50,23 @@ def sample_rows(task: Task, model: nn.Module, trainer: Trainer, rows: range, con
 def generate(
     task: Task, model: nn.Module, trainer: Trainer, num_samples: int, batch_size: int, name: str = "samples"
 ) -> tuple[Tensor, Tensor]:
-    """Generate examples for the conditions of the first training samples; the same noise for every model.
+    """Generate examples for the conditions of the first training samples, with the same noise for every model.
 
-    All processes must call it alike; they share the work.
+    A collective call; the processes share the work.
+
+    Args:
+        task: objective and data.
+        model: the network, in eval mode.
+        trainer: device, precision and seed.
+        num_samples: how many examples, n.
+        batch_size: examples per batch.
+        name: label of the progress bar.
 
     Returns:
-        (n, ...) examples and (n, ...) conditions, on the CPU of every process.
+        Examples (n, ...) and conditions (n, ...), on the CPU of every process.
+
+    Raises:
+        UserError: the data have no conditions, or the objective cannot generate.
     """
     conditions = training_conditions(task, range(num_samples))
     parts = batches(num_samples, batch_size)

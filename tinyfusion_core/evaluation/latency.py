@@ -1,4 +1,4 @@
-"""How long a network takes."""
+"""Latency and throughput of networks."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from ..errors import require
 from ..protocols.task import Task
@@ -20,12 +21,12 @@ from .metrics import Measurement, Metric, Models
 
 @dataclass(frozen=True)
 class Latency(Metric):
-    """Time of one forward pass, all models taking turns.
+    """Median time of one forward pass; the models take turns.
 
     Args:
-        batch_size: samples of a pass.
-        rounds: turns of each model; the median counts.
-        warmup: turns before the clock runs.
+        batch_size: samples per pass.
+        rounds: timed passes of each model.
+        warmup: passes before timing starts.
     """
 
     batch_size: int = 64
@@ -38,6 +39,7 @@ class Latency(Metric):
             require(getattr(self, name) >= 1, f"evaluate: Latency.{name}", getattr(self, name), "at least 1")
         require(self.warmup >= 0, "evaluate: Latency.warmup", self.warmup, "0 or more")
 
+    @override
     def __call__(self, task: Task, models: Models, trainer: Trainer) -> list[Measurement]:
         device = trainer.accelerator.device
         batch = {name: t.to(device) for name, t in task.backbone.example(self.batch_size).items()}

@@ -1,4 +1,4 @@
-"""Measure what came out, teacher and students side by side."""
+"""The interface of metrics; size and held-out loss; evaluating teacher and students with them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from typing_extensions import override
 
 from ..errors import UserError, require
 from ..protocols.backbone import Backbone
@@ -34,14 +35,14 @@ Models = Mapping[str, nn.Module]
 
 @dataclass(frozen=True)
 class Measurement:
-    """One row of the final table.
+    """One row of the results table.
 
     Attributes:
         name: what was measured.
-        values: the figure of each model; None where it cannot be had.
-        unit: of the figures.
-        better: `lower` or `higher`, empty where neither is.
-        note: how it was measured, or why it cannot be had.
+        values: the value for each model; None if it is not available.
+        unit: unit of the values.
+        better: `lower` or `higher`; empty if neither.
+        note: how it was measured, or why a value is not available.
     """
 
     name: str
@@ -52,14 +53,14 @@ class Measurement:
 
 
 class Metric(ABC):
-    """A measurement of several networks. Implementations are frozen dataclasses: fields are the recipe's options.
+    """A measurement of several networks. Subclasses are frozen dataclasses; their fields are the recipe's options.
 
     Attributes:
-        together: whether all processes call it alike and share the work (see `map_sharded`). By default the main
-            process measures alone and the others wait.
-        standing: whether every run measures it, without being asked; it says nothing where it does not apply.
-        exhibits: names of the files that `resume` leaves in its folder for people to look at; a run keeps them in its
-            own folder.
+        together: whether all processes call it and share the work (see `map_sharded`). By default the main process
+            measures alone and the others wait.
+        standing: whether every run measures it without being asked; it returns nothing where it does not apply.
+        exhibits: names of the files that `resume` writes to its folder for people to look at; a run moves them to the
+            run folder.
     """
 
     together = False
@@ -68,37 +69,48 @@ class Metric(ABC):
 
     @property
     def column(self) -> str | None:
-        """What comparisons call the first measurement, the only one that they take; by default the class's name.
+        """Column name in comparisons, which take only the first measurement; by default the name of the class.
 
-        None keeps the metric out of comparisons, as what does not depend on how well a network has recovered.
+        None leaves the metric out of comparisons, because it does not depend on how well a network has recovered.
         """
         return type(self).__name__
 
     @abstractmethod
     def __call__(self, task: Task, models: Models, trainer: Trainer) -> list[Measurement]:
-        """Measure; the networks are in eval mode on the trainer's device."""
+        """Measure the networks, which are in eval mode on the trainer's device.
+
+        Args:
+            task: objective and data.
+            models: the networks by name.
+            trainer: device, precision and seed.
+        """
 
     def resume(self, task: Task, models: Models, trainer: Trainer, folder: Path) -> list[Measurement]:
-        """Measure, and go on from what an interrupted measurement has left in a folder that all processes see.
+        """Measure, resuming what an interrupted measurement has left in a folder that all processes see.
 
-        By default nothing is left there.
+        By default nothing is left there. Arguments as for a call.
         """
         return self(task, models, trainer)
 
     def check(self, data: DataSource) -> None:
-        """Raises UserError when the data lack what this needs."""
+        """Check that the data have what this metric needs.
+
+        Raises:
+            UserError: they do not.
+        """
 
     def show(self, folder: RunFolder) -> list[Figures]:
-        """Draw, from its exhibits in the folder of a run, sections of the report. By default there are none."""
+        """Return sections of the report, drawn from the exhibits in a run folder. By default none."""
         return []
 
 
 @dataclass(frozen=True)
 class Size(Metric):
-    """Blocks, parameters, and floating-point operations of one forward pass for one sample."""
+    """Number of blocks, parameters, and floating-point operations of one forward pass for one sample."""
 
     column = None
 
+    @override
     def __call__(self, task: Task, models: Models, trainer: Trainer) -> list[Measurement]:
         blocks: dict[str, float | None] = {}
         parameters: dict[str, float | None] = {}
@@ -121,12 +133,12 @@ class Size(Metric):
 
 
 def count_flops(backbone: Backbone, loss: LossAdapter, config: Mapping[str, Any]) -> int | str:
-    """Operations of one prediction for one sample, two for a multiply-add.
+    """Count the floating-point operations of one prediction for one sample, two for a multiply-add.
 
     Counted on the meta device, where no fused CPU kernel hides the cost of attention.
 
     Returns:
-        The count, or the reason why it cannot be had.
+        The count, or the reason why it is not available.
     """
     inputs = loss.prepare(backbone.example(1), Rng(0, "flops"))
     try:
@@ -141,11 +153,11 @@ def count_flops(backbone: Backbone, loss: LossAdapter, config: Mapping[str, Any]
 
 @dataclass(frozen=True)
 class HeldOutLoss(Metric):
-    """The training loss on held-out data, with draws that are the same for every model and every run.
+    """The training loss on held-out data, with random draws that are the same for every model and every run.
 
     Args:
         draws: passes over the held-out data, each with its own time steps and noise.
-        batch_size: samples at once.
+        batch_size: samples per batch.
     """
 
     draws: int = 4
@@ -157,6 +169,7 @@ class HeldOutLoss(Metric):
         require(self.draws >= 1, "evaluate: HeldOutLoss.draws", self.draws, "at least 1")
         require(self.batch_size >= 1, "evaluate: HeldOutLoss.batch_size", self.batch_size, "at least 1")
 
+    @override
     def __call__(self, task: Task, models: Models, trainer: Trainer) -> list[Measurement]:
         num = len(task.held_out)
         parts = [(draw, rows) for draw in range(self.draws) for rows in batches(num, self.batch_size)]
@@ -182,7 +195,7 @@ class HeldOutLoss(Metric):
 
 
 def _held_out(task: Task, trainer: Trainer, rows: range, num: int, draw: int = 0) -> dict[str, Tensor]:
-    """Some of the first `num` held-out samples, prepared on the trainer's device: for every model and run the same."""
+    """Some of the first `num` held-out samples, prepared on the trainer's device; the same for every model and run."""
     device = trainer.accelerator.device
     batch = task.held_out.__getitems__(list(rows))
     # Time steps spread evenly over the samples: a far smaller variance for the same mean.
@@ -191,10 +204,10 @@ def _held_out(task: Task, trainer: Trainer, rows: range, num: int, draw: int = 0
 
 
 def check_teacher(task: Task, trainer: Trainer) -> None:
-    """Make sure that the teacher knows its objective, on up to 256 held-out samples.
+    """Check that the teacher performs its objective, on up to 256 held-out samples.
 
     Raises:
-        UserError: its loss is not below 0.9 of that of a network that has learned nothing; see `LossAdapter.trivial`.
+        UserError: its loss is not below 0.9 of the loss of an untrained network; see `LossAdapter.trivial`.
     """
     num = min(256, len(task.held_out))
     model = task.teacher.to(trainer.accelerator.device)
@@ -221,13 +234,13 @@ def check_teacher(task: Task, trainer: Trainer) -> None:
 
 
 def with_standing(metrics: Sequence[Metric]) -> list[Metric]:
-    """These metrics, and the standing ones that are not among them."""
+    """Return these metrics, and the standing ones that are not among them."""
     given = {type(metric) for metric in metrics}
     return [*metrics, *(cls() for cls in _known() if cls.standing and cls not in given)]
 
 
 def known_exhibits() -> set[str]:
-    """Names of the files that any metric leaves in a run folder."""
+    """Return the names of the files that any metric leaves in a run folder."""
     return {name for cls in _known() for name in cls.exhibits}
 
 
@@ -238,15 +251,15 @@ def _known() -> Iterable[type[Metric]]:
 def evaluate(
     task: Task, models: Models, metrics: Sequence[Metric], trainer: Trainer, folder: Path | None = None
 ) -> list[Measurement]:
-    """Sizes first, then every metric in turn. All processes must call it alike, and all get the figures.
+    """Measure sizes, then every metric in turn. A collective call; all processes get the results.
 
     Args:
         task: objective and data.
         models: the networks.
         metrics: what to measure besides sizes.
         trainer: device, precision and seed.
-        folder: keeps finished metrics, and finished parts of long ones, for the same call to go on from; on a disk
-            that all processes see.
+        folder: keeps finished metrics, and finished parts of long ones, for the same call to resume; on a disk that all
+            processes see.
     """
     device = trainer.accelerator.device
     ready = {name: model.to(device) for name, model in models.items()}
@@ -261,14 +274,14 @@ def evaluate(
 def measure(
     metric: Metric, task: Task, models: Models, trainer: Trainer, folder: Path | None = None
 ) -> list[Measurement]:
-    """A metric's figures, those that an earlier call has left if there are any. All processes must call it alike.
+    """Return the results of a metric; computed unless an earlier call has stored them. A collective call.
 
     Args:
         metric: what to measure.
         task: objective and data.
         models: the networks, in eval mode on the trainer's device.
         trainer: device, precision and seed.
-        folder: for what the metric leaves if it is interrupted; its figures are left beside it.
+        folder: for parts that an interrupted measurement leaves; the results are stored beside it.
     """
     record = None if folder is None else folder.with_name(f"{folder.name}.json")
     before = on_main_process(lambda: read_json(record) if record is not None and record.exists() else None)
@@ -285,7 +298,7 @@ def measure(
 
 
 def _finite(measurement: Measurement) -> Measurement:
-    """A figure that is no number is a finding too: none, and a note that says so."""
+    """Replace values that are not finite by None, and say so in the note."""
     bad = [name for name, v in measurement.values.items() if v is not None and not math.isfinite(v)]
     if not bad:
         return measurement

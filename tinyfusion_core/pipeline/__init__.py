@@ -1,1 +1,1 @@
-"""From a recipe to a finished run."""
+"""The pipeline from a recipe to a finished run: parsing, planning, running, comparing, exporting."""

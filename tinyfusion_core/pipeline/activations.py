@@ -1,4 +1,4 @@
-"""What a forward pass keeps for its backward pass, counted: on real tensors, or on fake ones that have no memory."""
+"""Counts the activations that a forward pass saves for its backward pass, on real or fake tensors."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from torch import Tensor, UntypedStorage, nn
 from torch.utils._pytree import tree_leaves
 
 Storages = dict[int, UntypedStorage]
-"""Storages by their address; kept alive, so that no address is used twice."""
+"""Storages by address; kept alive, so that no address is used twice."""
 
 
 @dataclass(frozen=True)
 class Saved:
-    """Bytes that a forward pass keeps for its backward pass.
+    """Bytes that a forward pass saves for its backward pass.
 
     Attributes:
-        whole: as it is.
-        checkpointed: with every block checkpointed: the blocks' inputs, and the largest block when it is run again.
+        whole: without checkpointing.
+        checkpointed: with every block checkpointed: the blocks' inputs, and the largest block when it is recomputed.
     """
 
     whole: int
@@ -31,13 +31,13 @@ class Saved:
 
 
 def saved_by(run: Callable[[], Any], model: nn.Module, blocks: Sequence[str], precision: str = "fp32") -> Saved:
-    """Count what a forward pass saves for its backward pass; on real tensors as on fake ones.
+    """Count the bytes that a forward pass saves for its backward pass, on real or fake tensors.
 
     Args:
-        run: the forward pass; what it returns is kept until all has been counted.
-        model: whose parameters and buffers do not count.
+        run: the forward pass; its result is kept alive until everything is counted.
+        model: the network, whose parameters and buffers do not count.
         blocks: paths of its blocks.
-        precision: of the autocast; `auto` is bf16, since GPUs are what plans are made for.
+        precision: precision of the autocast; `auto` is bf16, because plans are made for GPUs.
     """
     own = {_address(t) for t in (*model.parameters(), *model.buffers())}
     outside: Storages = {}
@@ -76,7 +76,7 @@ def saved_by(run: Callable[[], Any], model: nn.Module, blocks: Sequence[str], pr
 def _around(
     model: nn.Module, blocks: Sequence[str], enter: Callable[[int, Any], None], leave: Callable[[], Any]
 ) -> Iterator[None]:
-    """Note where a block's own forward begins and ends, inside of whatever takes it over afterwards."""
+    """Call `enter` and `leave` around a block's own forward, inside whatever replaces it later."""
     with ExitStack() as stack:
         for j, path in enumerate(blocks):
             block = model.get_submodule(path)

@@ -1,4 +1,4 @@
-"""Several budgets from one search: what every number of blocks would cost, and what it would be worth."""
+"""Several budgets from one search: cost and loss for every number of kept blocks."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from .run import make_task
 
 @dataclass(frozen=True)
 class Row:
-    """One budget.
+    """The result for one budget.
 
     Attributes:
-        kept: the blocks that stay; those that the search kept most often.
-        parameters: of the student.
-        flops: of one prediction for one sample; None where they cannot be counted.
-        pruned: held-out loss right after pruning; None when it is not finite.
-        recovered: held-out loss after recovery; None when there was none, or it diverged.
+        kept: the kept blocks; those that the search kept most often.
+        parameters: number of parameters of the student.
+        flops: floating-point operations of one prediction for one sample; None if they cannot be counted.
+        pruned: held-out loss right after pruning; None if not finite.
+        recovered: held-out loss after recovery; None without recovery, or if it diverged.
     """
 
     kept: tuple[int, ...]
@@ -44,15 +44,15 @@ class Row:
 def budgets_of(folder: RunFolder, keep: Sequence[int] = (), recover_steps: int = 0) -> list[Row]:
     """Prune a run's teacher to several budgets, by the marginals of its search; see `Nested`.
 
-    The rows are kept in `budgets.json` of the run folder, each when it is known. Recovery trains a student for every
+    Rows are written to `budgets.json` of the run folder as they become known. Recovery trains a student for every
     budget, without checkpoints.
 
     Args:
         folder: a run whose search has finished.
-        keep: numbers of blocks; default all from the full depth, the teacher's, down to one, but those at which the
-            search does not tell two blocks apart.
-        recover_steps: how long to recover each student, as the recipe says but for this, and an average, if it has
-            one, of that length; 0 does not.
+        keep: numbers of blocks; by default all from full depth, the teacher's, down to one, except those at which the
+            search does not separate two blocks.
+        recover_steps: steps of recovery of each student, otherwise as in the recipe, with an average, if it has one, of
+            that length; 0 turns recovery off.
 
     Raises:
         UserError: the run has several rounds, has no learned search, or cannot keep so many blocks.
@@ -94,6 +94,6 @@ def _recovered(
 
 
 def _told_apart(decision: Decision) -> list[int]:
-    """The numbers of blocks at which the search tells who stays; all of them always, whatever it knows."""
+    """The numbers of blocks at which the search separates kept from removed blocks; always the full depth."""
     depth, ranked = len(decision.blocks), sorted(nested_scores(decision), reverse=True)
     return [depth, *(k for k in range(len(ranked) - 1, 0, -1) if ranked[k - 1] > ranked[k])]

@@ -1,4 +1,4 @@
-"""`tinyfusion compare` and `audit`: from a recipe, or from results, to tables, figures and one page."""
+"""`tinyfusion compare` and `audit`: from a recipe, or from results, to tables, figures and one HTML page."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from .run import make_task
 
 
 def compare_recipe(recipe: Recipe, view: str, run_dir: Path | str, command: str = "") -> tuple[ComparisonResults, Path]:
-    """Do what a recipe's `compare` or `audit` says, or what is left of it.
+    """Run a recipe's `compare` or `audit` section, resuming what is there.
 
     Args:
         recipe: has a recovery, a search or candidates, and the checkpoint of a trained network.
-        view: the section that counts; without it its defaults do.
+        view: the section to run; without it its defaults are used.
         run_dir: where results are kept and the report is written.
         command: what the user typed, for the record.
 
     Returns:
-        What was found, and the path of the report.
+        The results, and the path of the report.
 
     Raises:
-        UserError: the plan does not work out, or candidates do not fit or differ in their budget.
-        Interrupted: a signal came; the same call goes on.
+        UserError: the plan has problems, or candidates do not fit or differ in their budget.
+        Interrupted: a signal arrived; the same call resumes.
     """
     stage: Comparison = recipe.compare or Compare() if view == "compare" else recipe.audit or Audit()
     plan = make_comparison_plan(recipe, stage)
@@ -58,7 +58,11 @@ def compare_recipe(recipe: Recipe, view: str, run_dir: Path | str, command: str 
 
 
 def write_comparison(run_dir: Path | str, command: str = "") -> Path:
-    """Write tables, figures and `report.html` beside the results in a folder. Returns the path of the page."""
+    """Write tables, figures and `report.html` beside the results in a folder. Returns the path of the page.
+
+    Raises:
+        UserError: the folder holds no results.
+    """
     folder = Path(run_dir)
     results = ComparisonResults.load(folder / COMPARISON_RESULTS)
     write_text(folder / "table.csv", table_csv(results))
@@ -79,7 +83,7 @@ def write_comparison(run_dir: Path | str, command: str = "") -> Path:
 
 
 def print_tables(results: ComparisonResults) -> None:
-    """Print the tables; lines that a narrow terminal has to wrap are better than figures that it cuts off."""
+    """Print the tables at a minimum width: a narrow terminal wraps lines rather than cutting off numbers."""
     console = Console(highlight=False)
     console = Console(highlight=False, width=max(console.width, MIN_WIDTH))
     for table in tables(results):
@@ -98,7 +102,7 @@ def print_tables(results: ComparisonResults) -> None:
 
 
 def _draw(results: ComparisonResults, figures: Path) -> list[Figures]:
-    """Draw what there are figures for."""
+    """Draw the figures for which there are results."""
     candidates, points, drawn = [s for s in summaries(results) if s.kept], _points(results), []
     if results.view == "audit" and points:
         drawn.append(_where_choices_fall(results, candidates, points, figures / "distribution.png"))
@@ -134,7 +138,7 @@ def _which_blocks_stay(candidates: Sequence[Summary], num_blocks: int, path: Pat
 
 
 def _points(results: ComparisonResults) -> list[tuple[float, float]]:
-    """Of every random subset its loss right after pruning, and the mean of its losses after recovery."""
+    """For every random subset its loss right after pruning, and the mean of its losses after recovery."""
     subsets: dict[tuple[int, ...], list[tuple[float, float]]] = {}
     for mask in results.masks:
         if mask.calibration is not None and mask.recovered is not None:

@@ -1,4 +1,4 @@
-"""Hand a finished run's outcome to other software."""
+"""Export the student or decision of a finished run to other software."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from ..runtime.run_folder import RunFolder
 from .recipe import load_recipe
 
 FOLDERS = ("transformers", "diffusers")
-"""Libraries whose folders a backbone may know how to write."""
+"""Libraries whose folder format a backbone may support."""
 FORMATS = (*FOLDERS, *TEXTS)
 
 
 def export_run(folder: RunFolder, to: str, out: Path | None = None) -> str:
-    """Write a run's student for another library, or say which blocks stay in the words of another tool.
+    """Write a run's student for another library, or its kept blocks in the format of another tool.
 
     Args:
         folder: a run that has saved a student.
         to: one of `FORMATS`. The blocks of several rounds are given as indices of the first round's teacher.
-        out: folder or file to write; default `export/FORMAT` in the run folder for a folder, none for a text.
+        out: folder or file to write; by default `export/FORMAT` in the run folder for a folder, none for a text.
 
     Returns:
-        The text, or where it or the folder was written.
+        The text, or the path that was written.
 
     Raises:
-        UserError: there is no student, no such format, or the network has no such form.
+        UserError: there is no student, no such format, or the network cannot be exported to it.
     """
     if to not in FORMATS:
         raise UserError(f"--to: no format '{to}'{nearest(to, FORMATS)}")

@@ -1,7 +1,7 @@
-"""How much memory a stage will need on every device, counted before anything is loaded.
+"""Predicts how much memory a stage needs on every device, before anything is loaded.
 
-Activations are not a formula: the stage's own forward pass runs on fake tensors, which have shapes and storages but no
-memory, and what autograd saves for the backward pass is added up, each storage once.
+Activations have no closed formula: the stage's own forward pass runs on fake tensors, which have shapes and storages
+but no memory, and what autograd saves for the backward pass is added up, each storage once.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from .activations import Saved, saved_by
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """How a stage is spread.
+    """How a stage is distributed over devices.
 
     Attributes:
-        batch_size: samples of one update, over all devices.
-        devices: how many there are.
+        batch_size: samples per update, over all devices.
+        devices: number of devices.
         sharding: `ddp` keeps everything on every device, `fsdp` a share of it.
-        micro_batch_size: samples that a device takes at once; None: its whole share of the batch.
-        checkpointing: whether the blocks' activations are computed again for the backward pass.
-        precision: of the autocast.
+        micro_batch_size: samples per forward pass and device; None: its whole share of the batch.
+        checkpointing: whether the blocks' activations are recomputed in the backward pass.
+        precision: precision of the autocast.
     """
 
     batch_size: int
@@ -54,7 +54,11 @@ class Setup:
 
     @classmethod
     def of(cls, trainer: Trainer, devices: int) -> Setup:
-        """As a trainer spreads it. Raises UserError when its batch cannot be split over so many devices."""
+        """Return the setup of a trainer.
+
+        Raises:
+            UserError: its batch cannot be split over so many devices.
+        """
         trainer.split(devices)
         return cls(
             batch_size=trainer.batch_size,
@@ -67,7 +71,7 @@ class Setup:
 
     @property
     def rows(self) -> int:
-        """Samples that a device takes at once."""
+        """Samples per forward pass and device."""
         share = -(-self.batch_size // self.devices)
         return share if self.micro_batch_size is None else min(share, self.micro_batch_size)
 
@@ -77,15 +81,15 @@ class Needs:
     """Bytes on every device.
 
     Attributes:
-        parameters: weights and buffers of what is trained, and of what it is built into.
-        gradients: of the weights that move.
+        parameters: weights and buffers of what is trained, and of the network around it.
+        gradients: gradients of the trained weights.
         optimizer: AdamW's two moments.
         ema: the averaged copy.
-        teacher: weights of the network that is learned from.
-        communication: DDP's buckets, or the blocks and the rest that FSDP has gathered at one time.
-        activations: in the way the stage runs; None where they cannot be counted.
-        dense: of a search, what the dense formula would keep in their place.
-        rows: samples that a device takes at once.
+        teacher: weights of the teacher.
+        communication: DDP's buckets, or what FSDP has gathered at one time.
+        activations: saved activations; None if they cannot be counted.
+        dense: for a search, the activations of the dense formula instead.
+        rows: samples per forward pass and device.
         note: why activations cannot be counted.
     """
 
@@ -101,12 +105,12 @@ class Needs:
     note: str = ""
 
     def total(self, checkpointing: bool) -> int:
-        """All of it. Not in it: what kernels use for a moment, the allocator's gaps and the driver's context."""
+        """Return the sum, without temporary buffers of kernels, fragmentation and the driver's context."""
         fixed = self.parameters + self.gradients + self.optimizer + self.ema + self.teacher + self.communication
         return fixed + (_chosen(self.activations, checkpointing) if self.activations else 0)
 
     def describe(self, setup: Setup) -> str:
-        """One line for the plan."""
+        """Return one line for the plan."""
         names = ("parameters", "gradients", "optimizer", "ema", "teacher", "communication")
         parts = [f"{name} {gigabytes(getattr(self, name))}" for name in names if getattr(self, name)]
         if self.activations is None:
@@ -127,14 +131,14 @@ class Needs:
 
 
 def search_needs(backbone: Backbone, loss: LossAdapter, model: nn.Module, search: Search, setup: Setup) -> Needs:
-    """What a learned search needs: the gated network with its weight update, under masks as they are drawn.
+    """Return what a learned search needs: the gated network with its weight update, under sampled masks.
 
     Args:
-        backbone: of the network.
+        backbone: the model family.
         loss: the objective.
         model: the network, on the meta device.
         search: the search.
-        setup: how it is spread.
+        setup: how it is distributed.
     """
     blocks = backbone.block_paths(model)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -173,16 +177,16 @@ def training_needs(
     teacher: nn.Module | None = None,
     decision: Decision | None = None,
 ) -> Needs:
-    """What a training needs: a recovery, with its teacher if it has one, or that of a fresh network.
+    """Return what a training needs: a recovery, with its teacher if it has one, or the training of a fresh network.
 
     Args:
-        backbone: of the networks.
+        backbone: the model family.
         loss: the objective.
-        student: what is trained, on the meta device.
+        student: the network to train, on the meta device.
         recover: the training.
-        setup: how it is spread.
-        teacher: what is learned from, on the meta device.
-        decision: how the student was made of the teacher.
+        setup: how it is distributed.
+        teacher: the teacher, on the meta device.
+        decision: how the student was made from the teacher.
     """
     inputs = _inputs(backbone, loss, setup.rows, 1)
     blocks = backbone.block_paths(student)
@@ -206,7 +210,11 @@ def training_needs(
 
 
 def parse_bytes(text: str) -> float:
-    """`24GB`, `40 GiB` or a number of bytes. Raises UserError when it is none of them."""
+    """Parse `24GB`, `40 GiB` or a number of bytes.
+
+    Raises:
+        UserError: it is none of them.
+    """
     units = {"": 1.0, "MB": 1e6, "GB": 1e9, "TB": 1e12, "MiB": 2.0**20, "GiB": 2.0**30, "TiB": 2.0**40}
     found = re.fullmatch(r"\s*([0-9]+\.?[0-9]*)\s*([A-Za-z]*)\s*", text)
     if found is None or found[2] not in units or float(found[1]) <= 0:
@@ -215,7 +223,7 @@ def parse_bytes(text: str) -> float:
 
 
 def gigabytes(size: float) -> str:
-    """Bytes for people: `1.94 GB`, `23.1 MB`."""
+    """Format bytes for people: `1.94 GB`, `23.1 MB`."""
     return f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"
 
 
@@ -250,7 +258,7 @@ def _batch_dims(backbone: Backbone, loss: LossAdapter, model: nn.Module, blocks:
 
 
 def _faked(model: nn.Module) -> nn.Module:
-    """A copy on a pretended CPU, whose kernels, unlike the meta device's, are those of a real one; in a fake mode."""
+    """A copy on a fake CPU, whose kernels, unlike the meta device's, are those of a real one; in a fake mode."""
     with unset_fake_temporarily():
         copied = copy.deepcopy(model)
     return copied.to_empty(device="cpu")

@@ -1,4 +1,4 @@
-"""What a run or a comparison would do, worked out on the meta device: it needs no weights, no data and no GPU."""
+"""Plans a run or a comparison on the meta device, without weights, data or a GPU."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from .recipe import Recipe
 
 @dataclass(frozen=True)
 class Hardware:
-    """What a run is planned for.
+    """The devices that a run is planned for.
 
     Attributes:
-        devices: how many.
-        memory: bytes of each; None: not known.
+        devices: number of devices.
+        memory: bytes of each; None: unknown.
     """
 
     devices: int = 1
@@ -46,13 +46,13 @@ class Hardware:
 
 @dataclass
 class Plan:
-    """The plan of a run, or of a comparison.
+    """The plan of a run or a comparison.
 
     Attributes:
-        hardware: what it is made for; None: memory is not planned.
+        hardware: the devices it is made for; None: memory is not planned.
         rows: what would happen, as (what, value).
-        problems: what makes it impossible.
-        missing: files that it will need and that are not there.
+        problems: reasons why it cannot run.
+        missing: files that it will need and that do not exist.
     """
 
     hardware: Hardware | None = None
@@ -68,9 +68,9 @@ def make_plan(recipe: Recipe, comparisons: bool = False, hardware: Hardware | No
     """Plan a run; problems are collected, not raised.
 
     Args:
-        recipe: what to do.
-        comparisons: plan too what `compare` and `audit` would do, if the recipe has sections for them.
-        hardware: plan too how much memory every stage needs on it, which takes seconds.
+        recipe: the recipe.
+        comparisons: also plan `compare` and `audit`, if the recipe has sections for them.
+        hardware: also plan how much memory every stage needs on it, which takes seconds.
     """
     stages = [stage for stage in (recipe.compare, recipe.audit) if stage is not None and comparisons]
     parts: list[Part] = [_network, _stages, _checkpoint, _data, _metrics, _trackers]
@@ -78,7 +78,7 @@ def make_plan(recipe: Recipe, comparisons: bool = False, hardware: Hardware | No
 
 
 def make_comparison_plan(recipe: Recipe, stage: Comparison) -> Plan:
-    """Plan a comparison in the same way."""
+    """Plan a comparison; problems are collected, not raised."""
     return _make(Plan(), recipe, [_network, _checkpoint, _data, _metrics, partial(_comparison, stage)])
 
 
@@ -89,7 +89,7 @@ def _make(plan: Plan, recipe: Recipe, parts: Sequence[Part]) -> Plan:
 
 
 def _collect(plan: Plan, part: Callable[[], None]) -> None:
-    """Do a part of the planning; what it raises becomes a finding."""
+    """Do a part of the planning; its error becomes a problem or a missing file of the plan."""
     try:
         part()
     except UserError as e:
@@ -125,7 +125,7 @@ def _stages(plan: Plan, recipe: Recipe) -> None:
 
 
 def _search(plan: Plan, recipe: Recipe, stage: Stage, model: nn.Module) -> tuple[Decision, nn.Module]:
-    """Plan a search. Returns a decision as it may come out, and the network pruned by it."""
+    """Plan a search. Returns a possible decision, and the network pruned by it."""
     prefix, blocks = _prefix(stage), recipe.backbone.block_paths(model)
     budgets = stage.settings.cost_budgets()
     costs = measure(budgets, Task.without_data(recipe.backbone, recipe.loss, model), recipe.trainer)
@@ -158,7 +158,7 @@ def _search(plan: Plan, recipe: Recipe, stage: Stage, model: nn.Module) -> tuple
 def _train(
     plan: Plan, recipe: Recipe, stage: Stage, model: nn.Module, teacher: nn.Module | None, decision: Decision | None
 ) -> None:
-    """Plan a training: that of a pruned network, or, without a teacher, of a fresh one."""
+    """Plan the training of a pruned network, or, without a teacher, of a fresh one."""
     prefix, how = _prefix(stage), stage.settings
     plan.rows.append((f"{prefix}{stage.name}", _training(recipe, how)))
     if how.kd is not None and decision is not None and (taps := how.kd.taps_for(decision)):
@@ -171,17 +171,17 @@ def _train(
 
 
 def _prefix(stage: Stage) -> str:
-    """What its rows begin with."""
+    """The beginning of its rows."""
     return f"{stage.round}: " if stage.round else ""
 
 
 def _given(decision: Decision) -> str:
-    """What a row that depends on the kept blocks adds; groups say how many of which list stay, whichever they are."""
+    """The condition of a row that depends on the kept blocks; empty with groups, which fix the number per list."""
     return "" if decision.choices else f", if blocks {', '.join(map(str, decision.kept))} stay"
 
 
 def _memory(plan: Plan, recipe: Recipe, name: str, stage: Search | Recover, needs: Callable[[Setup], Needs]) -> None:
-    """Plan what a stage needs of every device's memory."""
+    """Plan the memory of a stage on every device."""
     if (hardware := plan.hardware) is None:
         return
     setup = Setup.of(recipe.trainer.with_batch_size(stage.batch_size), hardware.devices)
@@ -216,7 +216,7 @@ def _comparison(stage: Comparison, plan: Plan, recipe: Recipe) -> None:
 
 
 def _on_meta(recipe: Recipe) -> tuple[nn.Module, list[str]]:
-    """The network and the paths of its blocks."""
+    """The network on the meta device, and the paths of its blocks."""
     with torch.device("meta"):
         model = recipe.backbone.construct(recipe.backbone.config())
     return model, recipe.backbone.block_paths(model)
@@ -262,7 +262,7 @@ def _trackers(plan: Plan, recipe: Recipe) -> None:
 
 
 def _fit_together(recipe: Recipe, model: nn.Module) -> None:
-    """Raise UserError when the loss cannot take what the network gives."""
+    """Raise UserError if the loss does not fit the network."""
     inputs = recipe.loss.prepare(recipe.backbone.example(2), Rng(0, "plan"))
     blocks = recipe.backbone.block_paths(model)
     try:

@@ -1,4 +1,4 @@
-"""From YAML and flags to the objects of a run."""
+"""Reads recipes: from YAML and command-line overrides to the objects of a run."""
 
 from __future__ import annotations
 
@@ -29,26 +29,26 @@ from ..training.trainer import Trainer
 from .schema import KEYS, SECTIONS, Round, checked, schema
 
 RESERVED = ("teacher", "student", "figures", "checkpoints", "evaluation")
-"""Names of a run folder that no round can have."""
+"""Names in a run folder that no round can have."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A run, ready to go.
+    """A parsed recipe.
 
     Attributes:
         backbone: the model family.
         loss: the objective.
-        data: where examples come from.
+        data: the data set.
         trainer: how every stage trains.
-        train: trains the network from random weights first; without it the backbone brings a checkpoint.
-        search: decides which blocks stay; without it nothing is pruned.
+        train: trains the network from random weights first; without it the backbone has a checkpoint.
+        search: decides which blocks are kept; without it nothing is pruned.
         recover: trains the pruned network.
-        rounds: progressive pruning, in the place of search and recover: rounds by name.
+        rounds: progressive pruning, instead of search and recover: rounds by name.
         evaluate: what to measure besides sizes.
-        compare: how `tinyfusion compare` sets criteria beside each other; a run does not read it.
-        audit: how `tinyfusion audit` does.
-        settings: the resolved YAML, every default filled in.
+        compare: settings of `tinyfusion compare`; a run ignores them.
+        audit: settings of `tinyfusion audit`; a run ignores them.
+        settings: the resolved YAML, with all defaults.
         plugins: the plugin files that the recipe names.
     """
 
@@ -67,19 +67,23 @@ class Recipe:
     plugins: Sequence[PluginFile] = ()
 
     def save(self, folder: Path) -> None:
-        """Write the resolved `recipe.yaml`, and beside it the plugin files that it names, which it needs to be read."""
+        """Write the resolved `recipe.yaml`, and beside it the plugin files that it needs.
+
+        Raises:
+            UserError: the folder is not writable.
+        """
         write_text(folder / "recipe.yaml", yaml.safe_dump(dict(self.settings), sort_keys=False))
         for file in self.plugins:
             write_atomic(folder / file.name, lambda out, file=file: out.write(file.content))  # type: ignore[misc]
 
     def each_round(self) -> dict[str, Round]:
-        """The rounds by name. A search of its own is one round without a name; no search, no round."""
+        """Return the rounds by name; a single search is one round with an empty name."""
         if self.search is None:
             return dict(self.rounds or {})
         return {"": Round(search=self.search, recover=self.recover)}
 
     def stages(self) -> list[Stage]:
-        """The stages of the run in their order; the settings of each are the object that does its work."""
+        """Return the stages of the run in order; the settings of each are the object that runs it."""
         return stages_of({**vars(self), "rounds": {name: vars(step) for name, step in (self.rounds or {}).items()}})
 
 
@@ -91,7 +95,7 @@ def load_recipe(path: Path | str, flags: Sequence[str] = ()) -> Recipe:
         flags: overrides as on the command line: `--search.steps 600` or `--search.steps=600`; values are YAML.
 
     Raises:
-        UserError: the first thing wrong, with its key, what was expected and the nearest known name.
+        UserError: the first error, with its key, what was expected and the nearest known name.
     """
     path = Path(path)
     raw = _read(path)
@@ -121,7 +125,7 @@ def load_recipe(path: Path | str, flags: Sequence[str] = ()) -> Recipe:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """What is in a recipe's file. Raises UserError when it is missing or no mapping."""
+    """The content of a recipe file. Raises UserError if it is missing or not a mapping."""
     try:
         raw = yaml.safe_load(path.read_text())
     except FileNotFoundError:
@@ -162,7 +166,7 @@ def _check_rounds(path: Path, raw: Mapping[str, Any]) -> None:
 
 
 def flatten(settings: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested settings as dotted keys, class names and arguments under the key they belong to."""
+    """Flatten nested settings to dotted keys; class names and arguments are under the key they belong to."""
     if isinstance(settings, Mapping) and "class_path" in settings:
         name = settings["class_path"].rpartition(".")[2]
         return {prefix: name, **flatten(settings.get("init_args") or {}, prefix)}
@@ -192,7 +196,7 @@ def _overrides(flags: Sequence[str]) -> list[tuple[str, Any]]:
 
 
 def _override(config: dict[str, Any], path: list[str], value: Any) -> None:
-    """Set a dotted key; the arguments of a class stand under `init_args` without being named so."""
+    """Set a dotted key; the arguments of a class are under `init_args`, which the key leaves out."""
     *parents, last = path
     for name in parents:
         inner = config.get(name)
@@ -208,7 +212,7 @@ def _override(config: dict[str, Any], path: list[str], value: Any) -> None:
 
 
 def _root_message(error: BaseException) -> str:
-    """What went wrong underneath: our own message if a class raised one, else the parser's, on one line."""
+    """The root cause: our own message if a class raised one, else the parser's, on one line."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, UserError):

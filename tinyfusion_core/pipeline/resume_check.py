@@ -1,4 +1,4 @@
-"""May a run go on in a folder? With the same settings it goes on; with others it is refused and told what to do."""
+"""Decides whether a run may resume in a folder: yes with the same settings; otherwise it explains what to do."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from ..training.trainer import NUMERICALLY_NEUTRAL
 from .recipe import Recipe, flatten
 
 OTHER_COMMANDS = ("compare", "audit")
-"""Sections that a run does not read."""
+"""Sections that a run ignores."""
 
 
 class Resume(NamedTuple):
-    """What going on in a run folder means.
+    """What resuming in a run folder implies.
 
     Attributes:
-        fingerprint: that of the recipe.
-        forget: the stages whose results must go first, those that the recipe no longer has among them.
+        fingerprint: fingerprint of the recipe.
+        forget: the stages whose results must be deleted, including those that the recipe no longer has.
     """
 
     fingerprint: dict[str, Any]
@@ -38,16 +38,16 @@ class Resume(NamedTuple):
 
 
 def take_run_folder(recipe: Recipe, folder: RunFolder, command: str, restart_from: str | None) -> None:
-    """Make the folder this recipe's: forget what has to be made again, and record what is to be run.
+    """Prepare the folder for this recipe: delete what must be recomputed, and record what will be run.
 
     Args:
-        recipe: what is to be run.
+        recipe: the recipe.
         folder: the run folder.
-        command: what the user typed, for the way on that is offered.
-        restart_from: forget this stage and the later ones.
+        command: what the user typed, for the suggested commands.
+        restart_from: delete this stage and the later ones.
 
     Raises:
-        UserError: as `check_resume` does.
+        UserError: as `check_resume`.
     """
     settings, forget = check_resume(recipe, folder, command, restart_from)
     present = recipe.stages()
@@ -70,11 +70,11 @@ def take_run_folder(recipe: Recipe, folder: RunFolder, command: str, restart_fro
 
 
 def check_resume(recipe: Recipe, folder: RunFolder, command: str, restart_from: str | None) -> Resume:
-    """Whether the recipe's run may begin or go on in the folder; changes nothing.
+    """Check whether the recipe's run may begin or resume in the folder; changes nothing.
 
     Raises:
-        UserError: the folder holds a comparison, or a run with other settings of which `restart_from` leaves results,
-            or there is no such stage.
+        UserError: the folder holds a comparison, or results under other settings that `restart_from` would leave, or
+            there is no such stage.
     """
     now = run_fingerprint(recipe)
     record = folder / "run.json"
@@ -98,13 +98,13 @@ def check_resume(recipe: Recipe, folder: RunFolder, command: str, restart_from: 
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The settings that two fingerprints do not share, as they were and as they are; None where there was none."""
+    """The settings that differ between two fingerprints, as (before, now); None where one has no such setting."""
     pairs = {key: (before.get(key), now.get(key)) for key in sorted(before.keys() | now.keys())}
     return {key: (old, new) for key, (old, new) in pairs.items() if old != new}
 
 
 def _refusal(path: Path, changes: Mapping[str, tuple[Any, Any]], command: str, stage: str) -> str:
-    """What was changed in a run folder's settings, and the two ways on."""
+    """The changed settings of a run folder, and the two ways to proceed."""
     return (
         f"{path} holds a run with other settings:\n"
         + "\n".join(f"  {key}: {old} -> {new}" for key, (old, new) in changes.items())
@@ -115,7 +115,7 @@ def _refusal(path: Path, changes: Mapping[str, tuple[Any, Any]], command: str, s
 
 
 def stage_keys(recipe: Recipe) -> dict[str, str]:
-    """For every stage, by its key, a hash of all that decides its outcome, that of the stages before it included."""
+    """Return for every stage, by key, a hash of everything that decides its result, including the stages before it."""
     settings = run_fingerprint(recipe)
     stages = [stage.key for stage in recipe.stages()]
     upstream, hashes = "", {}
@@ -126,7 +126,7 @@ def stage_keys(recipe: Recipe) -> dict[str, str]:
 
 
 def run_fingerprint(recipe: Recipe) -> dict[str, Any]:
-    """Every setting and input file that can change a number, by key. The content of data sets is not hashed."""
+    """Return every setting and input file that can change a result, by key. The content of data sets is not hashed."""
     flat = flatten(_as_first_told(recipe.settings))
     settings = {
         key: value
@@ -146,7 +146,7 @@ def run_fingerprint(recipe: Recipe) -> dict[str, Any]:
 
 
 def _as_first_told(settings: Any) -> Any:
-    """Settings as every release tells them: classes where they first were, no later options that change nothing."""
+    """Settings in the spelling of the first release: old class paths, without later options at neutral values."""
     if isinstance(settings, list):
         return [_as_first_told(value) for value in settings]
     if not isinstance(settings, Mapping):
@@ -163,12 +163,12 @@ def _as_first_told(settings: Any) -> Any:
 
 
 def _path(key: str) -> list[str]:
-    """The way to a setting of a fingerprint; what stands in brackets behind it says more than the setting itself."""
+    """The path of a setting in a fingerprint; a suffix in brackets is not part of it."""
     return key.partition(" ")[0].split(".")
 
 
 def _sections(*fingerprints: Mapping[str, Any]) -> dict[str, Any]:
-    """The sections that the recipes of these fingerprints had, nested as they were, without the values in them."""
+    """The sections of the recipes with these fingerprints, nested as they were, without their values."""
     nested: dict[str, Any] = {}
     for key in (key for settings in fingerprints for key, value in settings.items() if value is not None):
         inner = nested
@@ -178,7 +178,7 @@ def _sections(*fingerprints: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _decided_by(recipe: Recipe, key: str, stages: Sequence[str]) -> str:
-    """The first stage whose outcome a setting can change: its own section's, or all of them."""
+    """The first stage whose result a setting can change: that of its own section, else the first."""
     section, *names = _path(key)
     if section == "loss" and ".".join(names) in recipe.loss.sampling_options():
         return EVALUATE

@@ -1,4 +1,4 @@
-"""A whole run: its stages one after the other, each read back where it has finished before, and the report."""
+"""A whole run: all stages in order, loading those that have finished before, and the report."""
 
 from __future__ import annotations
 
@@ -37,22 +37,22 @@ from .resume_check import check_resume, stage_keys, take_run_folder
 def run_recipe(
     recipe: Recipe, run_dir: Path | str, command: str = "tinyfusion run", restart_from: str | None = None
 ) -> Path:
-    """Do what a recipe says, or what is left of it.
+    """Run a recipe, resuming what is there.
 
-    With several processes all of them train and evaluate, and the main one alone writes and reports.
+    With several processes all of them train and evaluate, and only the main one writes and reports.
 
     Args:
-        recipe: what to do.
+        recipe: the recipe.
         run_dir: the run folder. Stages that finished there with the same settings are not run again.
-        command: what the user typed, for messages that say how to go on.
-        restart_from: forget this stage and the later ones first.
+        command: what the user typed, for messages that say how to resume.
+        restart_from: delete this stage and the later ones first.
 
     Returns:
         The path of the report.
 
     Raises:
-        UserError: the plan does not work out, or the folder holds a run with other settings.
-        Interrupted: a signal came; the same command goes on from there.
+        UserError: the plan has problems, or the folder holds a run with other settings.
+        Interrupted: a signal arrived; the same command resumes.
     """
     folder = RunFolder(run_dir)
     _ = recipe.trainer.accelerator  # from here on the processes know of each other
@@ -74,7 +74,7 @@ def run_recipe(
 
 
 def _prepared(recipe: Recipe, folder: RunFolder, command: str, restart_from: str | None) -> Task:
-    """All that can be wrong shows here, before anything is written."""
+    """Check everything that can be wrong, before anything is written."""
     plan = make_plan(recipe)
     if plan.problems or plan.missing:
         raise UserError("\n".join(plan.problems + plan.missing))
@@ -89,7 +89,7 @@ def _prepared(recipe: Recipe, folder: RunFolder, command: str, restart_from: str
 
 
 def _trainings(stage: Stage) -> Sequence[Search | Recover]:
-    """What a stage trains, one after the other."""
+    """The trainings of a stage, in order."""
     if stage.name == SEARCH:
         selector: Selector = stage.settings
         return selector.trainings()
@@ -97,24 +97,24 @@ def _trainings(stage: Stage) -> Sequence[Search | Recover]:
 
 
 def _exhibits(recipe: Recipe, folder: RunFolder) -> list[Figures]:
-    """What the metrics show of a run."""
+    """The sections of the report that the metrics draw."""
     return [section for metric in with_standing(recipe.evaluate) for section in metric.show(folder)]
 
 
 def _to_be_searched(recipe: Recipe, folder: RunFolder) -> bool:
-    """Whether a search would begin with the teacher that the recipe names; the same answer on every process."""
+    """Whether a search would start from the teacher of the recipe; the same answer on every process."""
     first = recipe.stages()[0]
     return first.name == SEARCH and not _has_finished(first, folder, stage_keys(recipe))
 
 
 def _has_finished(stage: Stage, folder: RunFolder, keys: Mapping[str, str]) -> bool:
-    """Whether a stage ran to its end with these settings; the same answer on every process."""
+    """Whether a stage has finished with these settings; the same answer on every process."""
     records = on_main_process(folder.round(stage.round).finished)
     return records.get(stage.name, {}).get("key") == keys[stage.key]
 
 
 def make_task(recipe: Recipe, model: nn.Module | None = None) -> Task:
-    """The task of a recipe; without a model its backbone builds one."""
+    """Return the task of a recipe; without a model its backbone builds one."""
     return Task(
         backbone=recipe.backbone,
         loss=recipe.loss,
@@ -128,12 +128,12 @@ def make_task(recipe: Recipe, model: nn.Module | None = None) -> Task:
 
 @dataclass(frozen=True)
 class _Work:
-    """What one kind of stage does.
+    """How one kind of stage is run.
 
     Attributes:
-        run: makes the stage's result and writes it to the stage's folder.
-        load: reads the result of a finished stage back.
-        use: hands the result on to the stages that follow.
+        run: computes the stage's result and writes it to the stage's folder.
+        load: loads the result of a finished stage.
+        use: passes the result on to the following stages.
     """
 
     run: Callable[[Stage], Any]
@@ -142,11 +142,11 @@ class _Work:
 
 
 class _Run:
-    """A run, and what its stages have made so far.
+    """A run, and the results of its stages so far.
 
     Args:
-        recipe: what to do.
-        task: with the teacher that the first stage begins with. Each round's student takes the teacher's place.
+        recipe: the recipe.
+        task: with the teacher of the first stage. Each round's student becomes the next teacher.
         folder: the run folder.
     """
 
@@ -164,7 +164,7 @@ class _Run:
         }
 
     def do(self, stage: Stage) -> None:
-        """Read a stage's result back when it has finished before, else make it and mark the stage as finished."""
+        """Load a stage's result if it has finished before, else compute it and record the stage as finished."""
         work, folder = self.work[stage.name], self.folder.round(stage.round)
         if _has_finished(stage, self.folder, self.keys):
             result = on_every_rank(lambda: work.load(stage))
@@ -244,7 +244,7 @@ class _Run:
         on_main_process(lambda: self._keep(measurements, exhibits, scratch))
 
     def _keep(self, measurements: Sequence[Measurement], exhibits: Iterable[str], scratch: Path) -> None:
-        """Write what was measured, and take what the metrics have left to look at into the run folder."""
+        """Write the measurements, and move the exhibits of the metrics to the run folder."""
         for left in (left for name in exhibits for left in scratch.glob(f"*/{name}")):
             left.replace(self.folder / left.name)
         write_json(

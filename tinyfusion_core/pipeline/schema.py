@@ -1,4 +1,4 @@
-"""What a recipe may say. The schema is the signatures of the classes themselves."""
+"""The schema of recipes, made from the signatures of the classes."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from ..training.trainer import Trainer
 
 @dataclass(frozen=True, kw_only=True)
 class Round:
-    """One step of progressive pruning; its student is the next round's teacher and source.
+    """One round of progressive pruning; its student is the next round's teacher.
 
     Args:
-        search: decides which blocks stay.
+        search: decides which blocks are kept.
         recover: trains the pruned network.
     """
 
@@ -55,16 +55,16 @@ SECTIONS: dict[str, Any] = {
 }
 KEYS = ("plugins", *SECTIONS)
 BASES = {name: kind.base_class() for name, kind in KINDS.items() if name != "command"}
-"""The kinds of the registry whose classes a recipe can name, and what they derive from."""
+"""The kinds of the registry whose classes a recipe can name, and their base classes."""
 POLYMORPHIC: tuple[type[Any], ...] = (*BASES.values(), Search)
 """Types of values that are given as the name of a class."""
 PLAIN = (Trainer, Recover, Round, Rules, Compare, Audit)
-"""Classes that a section is made of without saying so."""
+"""Classes of sections that do not name their class."""
 OPTIONAL = ("train", "search", "recover", "rounds", "compare", "audit")
 
 
 def schema() -> ArgumentParser:
-    """The parser of a recipe, made from the signatures of its classes."""
+    """Return the parser of recipes, made from the signatures of the classes."""
     set_parsing_settings(subclasses_enabled=list(POLYMORPHIC))
     parser = ArgumentParser(prog="tinyfusion run RECIPE", exit_on_error=False)
     for name, kind in SECTIONS.items():
@@ -75,7 +75,7 @@ def schema() -> ArgumentParser:
 
 
 def describe_keys() -> str:
-    """Every key of a recipe with its default and meaning, from the signatures and docstrings of the classes."""
+    """Return every key of a recipe with its default and meaning, from the signatures and docstrings of the classes."""
     kinds = ", ".join(name.replace("_", " ") for name in BASES)
     lines = [f"plugins: Python files beside the recipe that bring classes ({kinds}); their code is run"]
     bases = {section: _without_none(_item(kind)) for section, kind in SECTIONS.items()}
@@ -104,7 +104,7 @@ def _describe_class(name: str, cls: type[Any]) -> list[str]:
 
 
 def checked(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The sections of a recipe with class names made full, as the parser of `schema` wants them.
+    """Return the sections of a recipe with full class paths, as the parser of `schema` needs them.
 
     Raises:
         UserError: the first unknown name, with its key and the nearest known one.
@@ -116,7 +116,7 @@ def checked(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def known(base: type[Any]) -> dict[str, type[Any]]:
-    """The classes that a value of this type can be, by the names that recipes call them."""
+    """Return the classes that a value of this type can be, by the names that recipes use."""
     kind = next(name for name, other in BASES.items() if issubclass(base, other))
     return {name: cls for name, cls in registry().classes[kind].items() if issubclass(cls, base)}
 
@@ -138,7 +138,7 @@ def _checked(key: str, value: Any, kind: Any, default: Any = None) -> Any:
 
 
 def _checked_class(key: str, value: Any, kind: type[Any], default: Any) -> dict[str, Any]:
-    """`class_path` and `init_args` of a value that is a class by its name, or only the arguments of the usual one."""
+    """`class_path` and `init_args` of a value that is a class name, or only the arguments of the default class."""
     if isinstance(value, str):
         value = {"class_path": value}
     usual = "Search" if kind in (Selector, Search) else type(default).__name__ if isinstance(default, kind) else None
@@ -177,12 +177,12 @@ def _checked_arguments(key: str, arguments: Mapping[str, Any], cls: type[Any]) -
 
 
 def _item(kind: Any) -> Any:
-    """What a list or a mapping holds; anything else itself."""
+    """The type of the items of a list or mapping; any other type itself."""
     return typing.get_args(kind)[-1] if typing.get_origin(kind) in (list, dict, Sequence) else kind
 
 
 def _without_none(kind: Any) -> Any:
-    """The class behind `X | None`, and behind a factory `Callable[[...], X]`."""
+    """The class in `X | None`, and in a factory `Callable[[...], X]`."""
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         kinds = [k for k in typing.get_args(kind) if k is not type(None)]
         kind = kinds[0] if len(kinds) == 1 else Any

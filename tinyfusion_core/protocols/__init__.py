@@ -1,1 +1,1 @@
-"""What a plugin implements: backbone, loss, data, command; and the task that they make up."""
+"""Interfaces that plugins implement: backbone, loss, data, command; and the task made of them."""

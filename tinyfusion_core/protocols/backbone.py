@@ -1,4 +1,4 @@
-"""What a plugin says of a model family."""
+"""The interface of a model family."""
 
 # No `from __future__ import annotations` here: jsonargparse evaluates the annotations of a base class in the
 # plugin's module, where the strings it would make of the ClassVars mean nothing.
@@ -20,31 +20,35 @@ WEIGHTS = "model.safetensors"
 
 @dataclass(frozen=True)
 class Stream:
-    """One residual stream of a block: what a skipped block hands on unchanged.
+    """One residual stream of a block: the tensor that a skipped block returns unchanged.
 
     Args:
         argument: name or position of the block's argument that carries the stream.
-        output: index into the block's output tuple; None when the output is the stream itself, or its first item.
+        output: index into the block's output tuple; None if the output is the stream itself, or its first item.
     """
 
     argument: str | int = 0
     output: int | None = None
 
     def of(self, output: Any) -> Tensor:
-        """The stream in what a block gives out: a tensor, or a tuple of which it is an item."""
+        """Return the stream, (batch, ...), from a block's output: a tensor, or a tuple that contains it."""
         found: Tensor = output if isinstance(output, Tensor) else output[self.output or 0]
         return found
 
 
 Streams = Sequence[Stream] | Mapping[str, Sequence[Stream]]
-"""The residual streams of all blocks, or those of every block list by its path."""
+"""The residual streams of all blocks, or of every block list by its path."""
 
 FIRST: Streams = (Stream(),)
-"""One stream: a block's first argument, and its output."""
+"""One stream: the first argument of a block, and its output."""
 
 
 def streams_of(streams: Streams, path: str) -> Sequence[Stream]:
-    """The streams of the block at a path. Raises UserError when none are declared for its list."""
+    """Return the streams of the block at a path.
+
+    Raises:
+        UserError: none are declared for its block list.
+    """
     if not isinstance(streams, Mapping):
         return streams
     name = path.rpartition(".")[0]
@@ -54,10 +58,10 @@ def streams_of(streams: Streams, path: str) -> Sequence[Stream]:
 
 
 class Backbone(ABC):
-    """A model family: how to build it, and which of its blocks may go.
+    """A model family: how to build the network, and which of its blocks can be removed.
 
-    Implementations are frozen dataclasses: their fields are the recipe's options. Heavy libraries are
-    imported inside the methods.
+    Subclasses are frozen dataclasses; their fields are the options of the recipe. Import heavy libraries inside the
+    methods.
     """
 
     #: Residual streams of a block, in no particular order; by block list where lists differ.
@@ -70,7 +74,7 @@ class Backbone(ABC):
 
     @abstractmethod
     def build(self) -> nn.Module:
-        """The full-depth network with its pretrained weights, in eval mode.
+        """Build the full-depth network with its pretrained weights, in eval mode.
 
         Raises:
             UserError: the checkpoint is missing, damaged or of another architecture.
@@ -78,19 +82,19 @@ class Backbone(ABC):
 
     @abstractmethod
     def config(self, model: nn.Module | None = None) -> dict[str, Any]:
-        """JSON-able keywords from which `construct` rebuilds `model` as it stands, pruned or not.
+        """Return JSON-able keywords from which `construct` rebuilds `model` as it is, pruned or not.
 
-        Without a model: those of the network `build` would return. Reads no weights.
+        Without a model: the keywords of the network that `build` would return. Reads no weights.
         """
 
     @classmethod
     @abstractmethod
     def construct(cls, config: Mapping[str, Any]) -> nn.Module:
-        """The untrained network of a `config`. Must work under `torch.device("meta")`."""
+        """Build the untrained network of a `config`. Must work under `torch.device("meta")`."""
 
     @abstractmethod
     def blocks(self, model: nn.Module) -> Sequence[str]:
-        """The block enumerator: paths in execution order; `"blocks.*"` stands for all children of `blocks`."""
+        """Return the paths of the blocks in execution order; `"blocks.*"` stands for all children of `blocks`."""
 
     @abstractmethod
     def after_prune(self, model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
@@ -98,30 +102,37 @@ class Backbone(ABC):
 
         Args:
             model: the network, its lists already shortened.
-            kept: for every list that holds blocks, the indices of its children that stayed.
+            kept: for every block list, the indices of the children that were kept.
         """
 
     @abstractmethod
     def example(self, num_rows: int) -> dict[str, Tensor]:
-        """A batch of the shapes that data for this network has, values meaningless. Used to probe and to count."""
+        """Return a batch with the shapes of real data and arbitrary values, for probing and counting.
+
+        Args:
+            num_rows: batch size.
+
+        Returns:
+            Tensors by name, each (batch, ...).
+        """
 
     def num_labels(self, model: nn.Module) -> int | None:
-        """How many class labels a network can generate for, 0 to one below; None when it does not say.
+        """Return the number of class labels the network can generate for; None if it does not say.
 
-        By default what its configuration has under `num_classes`.
+        By default, `num_classes` of its configuration. Labels run from 0 to one below it.
         """
         return self.config(model).get("num_classes")
 
     @classmethod
     @abstractmethod
     def tiny(cls) -> "Backbone":
-        """An instance that runs in milliseconds, every weight random and none zero; for the conformance checks."""
+        """Return an instance that runs in milliseconds, with random non-zero weights, for the conformance checks."""
 
     def block_paths(self, model: nn.Module) -> list[str]:
-        """Paths of all blocks in execution order: what `blocks` says, written out and checked.
+        """Return the paths of all blocks in execution order: `blocks`, expanded and checked.
 
         Raises:
-            UserError: a path does not exist, is named twice or lies inside of another.
+            UserError: a path does not exist, is named twice or lies inside another.
         """
         try:
             return expand(model, self.blocks(model))
@@ -129,13 +140,13 @@ class Backbone(ABC):
             raise UserError(f"{owner(self)}: blocks: {e}") from None
 
     def source(self) -> dict[str, Any]:
-        """Where the pretrained weights come from, for the record: `checkpoint`, `sha256`, `licence`."""
+        """Return the source of the pretrained weights, for the record: `checkpoint`, `sha256`, `licence`."""
         return {}
 
     def save(self, model: nn.Module, folder: Path) -> list[str]:
-        """Write a network into a folder and return the names of the files, which `load` reads and the core verifies.
+        """Write a network to a folder and return the file names, which `load` reads and the core verifies.
 
-        By default `model.safetensors`. A family that other software reads writes that software's files; if
+        By default `model.safetensors`. A family that other software reads should write that software's files; if
         `config.json` is one of them, the core's record of the folder is `tinyfusion.json`.
         """
         save_tensors(folder / WEIGHTS, model.state_dict())
@@ -144,7 +155,7 @@ class Backbone(ABC):
     def export(self, model: nn.Module, library: str, folder: Path) -> None:
         """Write a network as a folder of another library, `transformers` or `diffusers`.
 
-        By default what `save` writes, if `library` is the one that reads it.
+        By default what `save` writes, if `library` can read it.
 
         Raises:
             UserError: that library has no such network.
@@ -155,10 +166,14 @@ class Backbone(ABC):
 
     @classmethod
     def load(cls, folder: Path, config: Mapping[str, Any]) -> nn.Module:
-        """The network that `save` wrote, whose `config` was this one.
+        """Load a network that `save` wrote.
+
+        Args:
+            folder: where the files are.
+            config: what `config` returned for it.
 
         Raises:
-            UserError: the weights are not those of such a network.
+            UserError: the weights do not fit such a network.
         """
         tensors = read_weights(folder / WEIGHTS)
         model = cls.construct(config)
@@ -167,7 +182,7 @@ class Backbone(ABC):
 
 
 def owner(thing: object) -> str:
-    """The class of a backbone or a loss and the module of the plugin that brings it, to begin a message with."""
+    """Name the class of a backbone or loss and its module, to begin a message with."""
     return f"{type(thing).__name__} (of {type(thing).__module__})"
 
 
@@ -175,7 +190,7 @@ def expand(model: nn.Module, paths: Sequence[str]) -> list[str]:
     """Replace every `"list.*"` by the paths of the list's children and check that each path leads to a module.
 
     Raises:
-        UserError: a path does not exist, the same block is named twice, or one lies inside of another.
+        UserError: a path does not exist, a block is named twice, or one lies inside another.
     """
     out: list[str] = []
     for path in paths:
@@ -202,7 +217,7 @@ def expand(model: nn.Module, paths: Sequence[str]) -> list[str]:
 
 
 def block_lists(blocks: Sequence[str]) -> dict[str, list[int]]:
-    """Group expanded block paths by the list that holds them: list path -> positions in `blocks`."""
+    """Group expanded block paths by block list: list path -> positions in `blocks`."""
     lists: dict[str, list[int]] = {}
     for i, path in enumerate(blocks):
         lists.setdefault(path.rpartition(".")[0], []).append(i)
@@ -210,5 +225,5 @@ def block_lists(blocks: Sequence[str]) -> dict[str, list[int]]:
 
 
 def list_lengths(blocks: Sequence[str]) -> dict[str, int]:
-    """How many of some expanded block paths every list holds: list path -> number."""
+    """Count expanded block paths by block list: list path -> number."""
     return {name: len(members) for name, members in block_lists(blocks).items()}

@@ -1,4 +1,4 @@
-"""One call of a block: which of its arguments carry the batch, and running it for some of the samples."""
+"""One call of a block: which arguments carry the batch, and running it for some of the samples."""
 
 from __future__ import annotations
 
@@ -17,11 +17,22 @@ from ..errors import UserError
 from .backbone import Stream, Streams, streams_of
 
 BatchDim = Callable[[str, str], "int | None"]
-"""(block path, argument) -> the argument's batch dimension, or None when all samples share it."""
+"""(block path, argument) -> the argument's batch dimension, or None if all samples share it."""
 
 
 class Call:
-    """One call of a block, which can be repeated for some of its samples."""
+    """One call of a block that can be repeated for a subset of its samples.
+
+    Args:
+        plain: the block's own forward.
+        names: names of its positional parameters.
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call.
+        batch_dim: argument -> batch dimension, or None if all samples share it.
+
+    Attributes:
+        changed: names of the arguments that a run has changed in place, the copies for some samples too.
+    """
 
     def __init__(
         self,
@@ -32,12 +43,21 @@ class Call:
         batch_dim: Callable[[str], int | None],
     ) -> None:
         self.plain, self.names, self.args, self.kwargs = plain, names, args, kwargs
-        leaves, self.spec = _leaves(names, args, kwargs)
-        self.leaves = list(leaves.values())
-        self.dims = [batch_dim(name) if isinstance(v, Tensor) else None for name, v in leaves.items()]
+        named, self.spec = _leaves(names, args, kwargs)
+        self.leaves, self.leaf_names = list(named.values()), list(named)
+        self.changed: set[str] = set()
+        self.dims = [batch_dim(name) if isinstance(v, Tensor) else None for name, v in named.items()]
 
     def stream(self, stream: Stream, path: str) -> Tensor:
-        """The stream's tensor as it enters the block."""
+        """Return a stream's tensor, (batch, ...), as it enters the block.
+
+        Args:
+            stream: the stream.
+            path: of the block, for messages.
+
+        Raises:
+            UserError: the argument is missing, or is not a tensor.
+        """
         name = stream.argument
         if isinstance(name, str) and name not in self.kwargs:
             if name not in self.names[: len(self.args)]:
@@ -54,23 +74,39 @@ class Call:
         return x
 
     def run(self, rows: Tensor) -> Any:
-        """The block's output for these rows; for all of them in their order, without copying."""
+        """Run the block for some rows of the batch.
+
+        Args:
+            rows: (rows,) indices into the batch; all of them, in order, are run without copying.
+
+        Returns:
+            The block's output for these rows.
+        """
         sizes = [v.shape[d] for v, d in zip(self.leaves, self.dims, strict=True) if d is not None]
         if sizes and len(rows) == sizes[0]:
-            return self.plain(*self.args, **self.kwargs)
-        some = [v if d is None else v.index_select(d, rows) for v, d in zip(self.leaves, self.dims, strict=True)]
-        args, kwargs = tree_unflatten(some, self.spec)
-        return self.plain(*args, **kwargs)
+            some, args, kwargs = self.leaves, self.args, self.kwargs
+        else:
+            some = [v if d is None else v.index_select(d, rows) for v, d in zip(self.leaves, self.dims, strict=True)]
+            args, kwargs = tree_unflatten(some, self.spec)
+        before = [_version(v) for v in some]
+        output = self.plain(*args, **kwargs)
+        self.changed.update(n for n, v, old in zip(self.leaf_names, some, before, strict=True) if _version(v) != old)
+        return output
+
+
+def _version(leaf: Any) -> int:
+    """How often a tensor has been changed in place; 0 for tensors made in inference mode, which are not tracked."""
+    return leaf._version if isinstance(leaf, Tensor) and not leaf.is_inference() else 0
 
 
 @dataclass(frozen=True)
 class Passage:
-    """What a block makes of one of its streams.
+    """A stream before and after a block.
 
     Attributes:
-        path: of the block.
-        before: shape and dtype of the stream as it enters.
-        after: as it leaves.
+        path: path of the block.
+        before: shape and dtype of the stream at the block's input.
+        after: the same at its output.
     """
 
     path: str
@@ -90,14 +126,22 @@ class Passage:
 def entering(
     block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], streams: Streams, path: str
 ) -> list[tuple[Stream, Tensor]]:
-    """The streams as they enter a block, for forward hooks."""
+    """Return the streams at a block's input, each (batch, ...), for use in forward hooks.
+
+    Args:
+        block: the block.
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call.
+        streams: the declared streams of the backbone.
+        path: path of the block.
+    """
     call = Call(block.forward, positional_names(block.forward), args, kwargs, lambda leaf: None)
     return [(stream, call.stream(stream, path)) for stream in streams_of(streams, path)]
 
 
 @contextmanager
 def watched_streams(model: nn.Module, blocks: Sequence[str], streams: Streams) -> Iterator[list[Passage]]:
-    """Note what every call of a block makes of its streams while the context is open."""
+    """Record the shape and dtype of every stream before and after each block call while the context is open."""
     seen: list[Passage] = []
 
     def note(path: str, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -114,7 +158,10 @@ def watched_streams(model: nn.Module, blocks: Sequence[str], streams: Streams) -
 
 
 def named_batch_dims(names: Mapping[str, int]) -> BatchDim:
-    """Batch dimensions as a plugin states them, by argument (`x`) or part of one (`rotary.0`); others are shared."""
+    """Return the batch dimensions that a plugin declares, by argument (`x`) or part of one (`rotary.0`).
+
+    Arguments that are not named are shared by all samples.
+    """
     return lambda path, leaf: names.get(leaf, names.get(leaf.partition(".")[0]))
 
 
@@ -177,7 +224,7 @@ def _record_shapes(block: nn.Module, path: str, shapes: dict[tuple[str, str], to
 
 
 def positional_names(function: Callable[..., Any]) -> list[str]:
-    """The parameters that a function takes by position, in their order."""
+    """Return the names of the positional parameters of a function, in order."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return [name for name, p in inspect.signature(function).parameters.items() if p.kind in kinds]
 

@@ -1,4 +1,4 @@
-"""Backbones whose network is a class with constructor keywords and whose weights are in a file or a folder."""
+"""Backbones built from constructor keywords, with weights in a file or folder."""
 
 # No `from __future__ import annotations` here, for the reason given in backbone.py.
 
@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import nn
+from typing_extensions import override
 
 from ..errors import MissingFileError, UserError, nearest
 from ..runtime.files import load_strict, read_json, read_weights, sha256
@@ -22,8 +23,8 @@ from .backbone import Backbone
 class CheckpointBackbone(Backbone):
     """A network of known sizes, and where its weights are.
 
-    A subclass adds a field for every keyword of the network's constructor, with None as default. One left out is
-    that of the checkpoint folder, else of `variant`, else the constructor's default. The network keeps its
+    A subclass adds one field per keyword of the network's constructor, with None as default. A keyword that is left out
+    is taken from the checkpoint folder, else from `variant`, else from the constructor's default. The network keeps its
     keywords in an attribute `config`, which `after_prune` corrects.
 
     Args:
@@ -50,14 +51,19 @@ class CheckpointBackbone(Backbone):
     @classmethod
     @abstractmethod
     def network(cls) -> type[nn.Module]:
-        """The network's class; imported here, so that listing plugins stays fast."""
+        """Return the network's class; import it here, so that listing plugins stays fast."""
 
     def official(self) -> str | None:
-        """What to call the published weights that fit the backbone, and where they are."""
+        """Return the name and location of published weights that fit, for messages; None if there are none."""
         return None
 
+    @override
     def build(self) -> nn.Module:
-        """Draws nothing from the global generator."""
+        """Build the network and load its weights. Draws nothing from the global generator.
+
+        Raises:
+            UserError: the checkpoint is missing, damaged or of another architecture.
+        """
         path = self._weights() if self._random_seed is None else None
         config = self.config()
         with torch.device("meta"):  # the initial values would only cost time
@@ -73,8 +79,13 @@ class CheckpointBackbone(Backbone):
             load_strict(model, read_weights(path, self.containers), path)
         return model
 
+    @override
     def config(self, model: nn.Module | None = None) -> dict[str, Any]:
-        """Raises UserError when neither a checkpoint folder nor a variant nor the sizes say what the network is."""
+        """Return the constructor keywords of a network, or of the one that `build` would return.
+
+        Raises:
+            UserError: neither a checkpoint folder, a variant nor the sizes say what the network is.
+        """
         if model is not None:
             return dict(settings(model))
         given = self._given()
@@ -89,14 +100,20 @@ class CheckpointBackbone(Backbone):
         return self._defaults() | given
 
     @classmethod
+    @override
     def construct(cls, config: Mapping[str, Any]) -> nn.Module:
-        """Raises UserError when `config` is that of another network."""
+        """Build the untrained network of a `config`.
+
+        Raises:
+            UserError: the network has no such setting.
+        """
         defaults = cls._defaults()
         if unknown := set(config) - set(defaults):
             word = min(unknown)
             raise UserError(f"{cls.__name__} has no network setting '{word}'{nearest(word, defaults)}")
         return cls.network()(**config)
 
+    @override
     def source(self) -> dict[str, Any]:
         if self.checkpoint is None:
             return {"licence": self.licence}
@@ -110,16 +127,17 @@ class CheckpointBackbone(Backbone):
 
     @classmethod
     def random(cls, **sizes: Any) -> Self:
-        """A backbone whose network has random weights, none of them zero; for `tiny`."""
+        """Return a backbone whose network has random non-zero weights; for `tiny`."""
         return cls(**sizes, _random_seed=0)
 
     @classmethod
+    @override
     def tiny(cls) -> Self:
-        """The network with its constructor's defaults; where those are not small, a backbone has sizes of its own."""
+        """Return the network with its constructor's defaults. Override it where those are not small."""
         return cls.random()
 
     def _given(self) -> dict[str, Any]:
-        """The network settings that the recipe names, directly or through the variant."""
+        """The network settings in the recipe, given directly or through the variant."""
         if self.variant is not None and self.variant not in self.variants:
             raise UserError(f"backbone.variant: no '{self.variant}'{nearest(self.variant, self.variants)}")
         sizes: dict[str, Any] = dict(self.variants[self.variant]) if self.variant else {}
@@ -166,12 +184,15 @@ class CheckpointBackbone(Backbone):
 
 
 def settings(model: nn.Module) -> dict[str, Any]:
-    """The constructor keywords of a network, for `after_prune` to correct in place."""
+    """Return the constructor keywords of a network, for `after_prune` to correct in place."""
     return cast(dict[str, Any], model.config)
 
 
 def randomise(model: nn.Module, rng: torch.Generator) -> None:
-    """Values of a size that keeps every term of the forward visible; none is zero, as adaLN would start with."""
+    """Fill a network with random weights, scaled so that every term of the forward pass matters.
+
+    None is zero, unlike the initial values of adaLN.
+    """
     with torch.no_grad():
         for p in model.parameters():
             p.normal_(std=p[0].numel() ** -0.5 if p.ndim > 1 else 0.2, generator=rng)

@@ -1,4 +1,4 @@
-"""A command of the command line: the core's own and those that plugins add are of one kind."""
+"""The interface of a command of the command line, the core's own or a plugin's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from typing import ClassVar
 
 
 class Command(ABC):
-    """`tinyfusion NAME ...`. Import heavy libraries when it is called: `tinyfusion --help` imports its module."""
+    """A command, `tinyfusion NAME ...`.
+
+    `tinyfusion --help` imports the module of every command: import heavy libraries inside `__call__`.
+    """
 
     #: What is typed after `tinyfusion`.
     name: ClassVar[str]
@@ -19,11 +22,11 @@ class Command(ABC):
 
     @abstractmethod
     def add_arguments(self, parser: ArgumentParser) -> None:
-        """Declare its arguments and options."""
+        """Declare the arguments and options of the command."""
 
     @abstractmethod
     def __call__(self, options: Namespace) -> int:
-        """Do it. Returns the exit code.
+        """Run the command and return its exit code.
 
         Raises:
             UserError: a mistake of the user's, which is printed.

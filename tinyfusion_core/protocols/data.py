@@ -1,4 +1,4 @@
-"""What a plugin says of a data set."""
+"""The interface of a data set."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ class Samples(Protocol):
     def __len__(self) -> int: ...
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        """The named tensors of these samples, each with len(indices) rows."""
+        """Return the named tensors of these samples, each (rows, ...), one row per index."""
         ...
 
 
 @runtime_checkable
 class Sharded(Samples, Protocol):
-    """Samples that lie in shards, each best read as a whole."""
+    """Samples stored in shards, each best read as a whole."""
 
     mix: int
     """How many shards a batch is drawn from."""
@@ -34,44 +34,54 @@ class Sharded(Samples, Protocol):
 
 
 class FeatureSpace(ABC):
-    """A fixed network that turns examples into features and class logits."""
+    """A fixed network that maps examples to features and class logits."""
 
     #: What the features are, for the record.
     name: str
 
     @abstractmethod
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, ...) examples as the data has them -> (B, F) features, (B, K) class logits."""
+        """Compute features and class logits.
+
+        Args:
+            x: (batch, ...) examples, as the data has them.
+
+        Returns:
+            Features (batch, features) and class logits (batch, classes).
+        """
 
 
 class DataSource(ABC):
-    """Where examples come from. Implementations are frozen dataclasses: their fields are the recipe's options.
+    """A data set of a recipe. Subclasses are frozen dataclasses; their fields are the options of the recipe.
 
-    Metrics and commands of plugins may ask for more than is here: how to show an example, say. A task hands its data
-    source on to them.
+    A task passes its data source on, so metrics and commands of plugins may use further methods: to show examples, say.
 
     Attributes:
-        conditions: the column that says what an example is of, which generation is given.
+        conditions: name of the column with the conditions of generation.
     """
 
     conditions = "y"
 
     @abstractmethod
     def train(self) -> Samples:
-        """The examples to learn from. Raises UserError when files are missing or do not fit the recipe."""
+        """Return the training samples.
+
+        Raises:
+            UserError: files are missing or do not fit the recipe.
+        """
 
     @abstractmethod
     def held_out(self) -> Samples:
-        """Examples that no stage trains on."""
+        """Return samples that no stage trains on."""
 
     def feature_space(self) -> FeatureSpace | None:
-        """The features in which generated examples are compared with real ones, if there are any."""
+        """Return the features in which generated and real examples are compared; None if there are none."""
         return None
 
 
 @dataclass(frozen=True)
 class Tensors:
-    """Samples held in memory: named tensors with the same number of rows."""
+    """Samples held in memory: named tensors with the same number of rows, each (rows, ...)."""
 
     columns: dict[str, Tensor]
 

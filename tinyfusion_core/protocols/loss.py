@@ -1,4 +1,4 @@
-"""What a plugin says of a training objective."""
+"""The interface of a training objective."""
 
 from __future__ import annotations
 
@@ -15,38 +15,45 @@ from ..runtime.seeding import Rng
 from .backbone import Batch, owner
 
 Prediction = Any
-"""A tensor, or a tuple of tensors, whatever `predict` returns and `loss` takes."""
+"""A tensor or a tuple of tensors: whatever `predict` returns and `loss` takes."""
 
 
 def has_values(x: Tensor) -> bool:
-    """Whether a tensor can be looked into; what plans are made with has a shape alone."""
+    """Return whether a tensor of any shape holds data; the tensors of memory planning have a shape only."""
     return not (x.is_meta or is_fake(x))
 
 
 class LossAdapter(ABC):
-    """An objective, one number per sample.
+    """A training objective with one loss per sample.
 
-    All randomness of the examples is drawn in `prepare`, so that teacher and student see the same inputs,
-    and never from the global generator.
+    All randomness is drawn in `prepare`, so that teacher and student see the same inputs, and never from the global
+    generator.
     """
 
     def prepare(self, batch: Batch, rng: Rng) -> dict[str, Tensor]:
-        """Draw time steps, noise, dropped conditions: everything random about a batch. By default there is nothing.
+        """Draw everything random about a batch: time steps, noise, dropped conditions. By default nothing.
 
         Args:
-            batch: tensors with B rows, as the data gives them, on the device of the model.
-            rng: the streams to draw from; row i of the batch is row i of the streams.
+            batch: tensors by name as the data gives them, each (batch, ...), on the device of the model.
+            rng: the streams to draw from; row i of the batch uses row i of the streams.
 
         Returns:
-            What `predict`, `loss` and `distance` need, tensors with B rows on the same device.
+            What `predict`, `loss` and `distance` need: tensors by name, each (batch, ...), on the same device.
         """
         return dict(batch)
 
     def prepare_clean(self, batch: Batch, rng: Rng) -> dict[str, Tensor]:
-        """Inputs without noise, as the published block-influence script feeds them: for `predict` alone.
+        """Return inputs without noise, as in the reference code of block influence; for `predict` only.
+
+        Args:
+            batch: tensors by name, each (batch, ...).
+            rng: the streams to draw from.
+
+        Returns:
+            Tensors by name, each (batch, ...).
 
         Raises:
-            UserError: this objective has none.
+            UserError: this objective has no such inputs.
         """
         raise UserError(f"{type(self).__name__} has no inputs without noise; set reference to false")
 
@@ -56,26 +63,40 @@ class LossAdapter(ABC):
 
     @abstractmethod
     def loss(self, prediction: Prediction, inputs: Batch) -> Tensor:
-        """(B,) training losses."""
+        """Compute the training loss of every sample, (batch,).
+
+        Args:
+            prediction: what `predict` returned.
+            inputs: what `prepare` returned.
+        """
 
     def distance(self, student: Prediction, teacher: Prediction, inputs: Batch) -> Tensor:
-        """(B,) distances between two predictions on the same inputs, for distillation.
+        """Compute the distance between two predictions on the same inputs, (batch,), for distillation.
+
+        Args:
+            student: prediction of the student.
+            teacher: prediction of the teacher.
+            inputs: what `prepare` returned.
 
         Raises:
-            UserError: this objective has none.
+            UserError: this objective has no distance.
         """
         raise UserError(f"{owner(self)}: distance: not written, and distillation needs it; set recover.kd to null")
 
     def losses(self, model: nn.Module, inputs: Batch) -> Tensor:
-        """(B,) training losses of a network, checked.
+        """Run a network and return the training loss of every sample, (batch,).
 
         Raises:
-            UserError: `loss` gives no single number for every sample.
+            UserError: `loss` does not return one number per sample.
         """
         return self.per_sample(self.loss(self.predict(model, inputs), inputs), inputs)
 
     def per_sample(self, found: Tensor, inputs: Batch) -> Tensor:
-        """What `loss` found, if it is one number for every sample. Raises UserError when it is not."""
+        """Check that `found`, the result of `loss`, has the shape (batch,), and return it.
+
+        Raises:
+            UserError: it has another shape.
+        """
         num_rows = len(next(iter(inputs.values())))
         if found.shape != (num_rows,):
             raise UserError(
@@ -85,25 +106,25 @@ class LossAdapter(ABC):
         return found
 
     def trivial(self, prediction: Prediction, inputs: Batch) -> Prediction | None:
-        """What a network that has learned nothing would predict, in the place of `prediction`.
+        """Return what an untrained network would predict, in the form of `prediction`.
 
-        A teacher whose held-out loss is not clearly below this one's is taken for a mistake. By default zeros: no
-        noise, no velocity, all tokens alike. None when the objective has no such prediction: nothing is checked.
+        A teacher whose held-out loss is not clearly below the loss of this prediction is rejected as a mistake. By
+        default zeros: no noise, no velocity, all tokens equally likely. None turns the check off.
         """
         return tree_map(lambda x: torch.zeros_like(x) if isinstance(x, Tensor) else x, prediction)
 
     def sampling_options(self) -> frozenset[str]:
-        """Names of the options that matter for `sample` alone: changing them spoils no training."""
+        """Return the names of options that only matter to `sample`: changing them does not invalidate a training."""
         return frozenset()
 
     @property
     def generates(self) -> bool:
-        """Whether `sample` can make examples."""
+        """Whether `sample` can generate examples."""
         return type(self).sample is not LossAdapter.sample
 
     @classmethod
     def tiny(cls) -> Self:
-        """An instance that fits the tiny networks of the backbones it is for; for the conformance checks."""
+        """Return an instance that fits the tiny networks of the backbones it is for; for the conformance checks."""
         return cls()
 
     def sample(self, model: nn.Module, like: Tensor, conditions: Tensor, rng: Rng) -> Tensor:
@@ -111,9 +132,12 @@ class LossAdapter(ABC):
 
         Args:
             model: the network, in eval mode.
-            like: (B, ...) tensor that gives shape, dtype and device of the examples.
-            conditions: (B, ...) what the data have in the column `DataSource.conditions`: class labels, as a rule.
+            like: (batch, ...) tensor that gives shape, dtype and device of the examples.
+            conditions: (batch, ...) values of the data's column `DataSource.conditions`: usually class labels.
             rng: the streams to draw from.
+
+        Returns:
+            (batch, ...) examples, the same shape as `like`.
 
         Raises:
             UserError: this objective cannot generate.

@@ -1,4 +1,4 @@
-"""What is pruned: a network, its objective and its data."""
+"""The task: a network, its objective and its data."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class Task:
     Args:
         backbone: the model family.
         loss: the objective.
-        train: examples to learn from.
-        held_out: examples that no stage trains on.
-        feature_space: where generated examples are compared with real ones.
-        data: where the examples come from, for metrics and commands of plugins that ask it for more.
-        model: the network to prune; by default the backbone builds it when it is first needed.
-        origin: where `model` comes from; by default the backbone's source.
+        train: training samples.
+        held_out: samples that no stage trains on.
+        feature_space: features in which generated and real examples are compared.
+        data: the data source, for metrics and commands of plugins that use further methods of it.
+        model: the network to prune; by default the backbone builds it on first use.
+        origin: source of `model`; by default the backbone's source.
     """
 
     backbone: Backbone
@@ -44,13 +44,13 @@ class Task:
 
     @classmethod
     def without_data(cls, backbone: Backbone, loss: LossAdapter, model: nn.Module) -> Self:
-        """A network and its objective with the backbone's examples for data, to see what it costs and how it runs."""
+        """Return a task with the backbone's example as data, to measure what a network costs and how it runs."""
         examples = Tensors(backbone.example(1))
         return cls(backbone=backbone, loss=loss, train=examples, held_out=examples, model=model)
 
     @property
     def conditions(self) -> str:
-        """The column of the data that generation is given; see `DataSource`."""
+        """Name of the column with the conditions of generation; see `DataSource`."""
         return DataSource.conditions if self.data is None else self.data.conditions
 
     @property
@@ -74,7 +74,7 @@ class Task:
         return list_lengths(self.blocks)
 
     def batch_dim(self, model: nn.Module) -> BatchDim:
-        """Which block arguments carry the batch, as the backbone says or as a probe finds."""
+        """Return which block arguments carry the batch, as the backbone declares or as probing finds."""
         if self.backbone.batched is not None:
             return named_batch_dims(self.backbone.batched)
         device = next(model.parameters()).device

@@ -1,4 +1,4 @@
-"""A network of one's own, without a plugin."""
+"""Prune your own network without writing a plugin."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from typing_extensions import override
 
 from ..errors import UserError
 from .backbone import Backbone, Batch
@@ -24,17 +25,17 @@ def wrap(
     held_out: Samples | Mapping[str, Tensor] | None = None,
     after_prune: Callable[[nn.Module, Mapping[str, Sequence[int]]], object] = lambda model, kept: None,
 ) -> Task:
-    """Make a task of a network, for `Search`, every criterion, `prune` and `Recover`.
+    """Make a task from a network, for `Search`, every criterion, `prune` and `Recover`.
 
-    A student is a plain module; keep it as such. What needs more than these functions say (saving with a config,
-    distillation, recipes) takes a backbone and a loss of one's own: docs/writing-a-plugin.md.
+    A student is a plain module: keep it as such. Saving with a config, distillation and recipes need a backbone and a
+    loss of your own: docs/writing-a-plugin.md.
 
     Args:
-        model: the network. It stays as it is.
+        model: the network. It is not changed.
         blocks: paths of its blocks; `"layers.*"` stands for all children of `layers`.
-        loss_fn: (model, batch) -> (B,) losses. Whatever it draws at random has to come with the batch.
-        data: what to train on: named tensors with a row for each sample, or a data set read by lists of indices.
-        held_out: what criteria and measurements look at; by default `data`.
+        loss_fn: (model, batch) -> losses, (batch,). Anything it draws at random must come with the batch.
+        data: training data: tensors by name, each (samples, ...), or a data set read by lists of indices.
+        held_out: data for criteria and measurements; by default `data`.
         after_prune: repairs in the student what its module lists cannot express, see `Backbone.after_prune`.
 
     Raises:
@@ -62,9 +63,11 @@ class _Wrapped(Backbone):
     data: Samples
     repair: Callable[[nn.Module, Mapping[str, Sequence[int]]], object]
 
+    @override
     def build(self) -> nn.Module:
         return self.model
 
+    @override
     def config(self, model: nn.Module | None = None) -> dict[str, Any]:
         raise UserError(
             "wrap: no config is known of this network. Keep the student's state dict, or write a backbone: "
@@ -72,19 +75,24 @@ class _Wrapped(Backbone):
         )
 
     @classmethod
+    @override
     def construct(cls, config: Mapping[str, Any]) -> nn.Module:
         raise UserError("wrap: a wrapped network is not built from a config")
 
+    @override
     def blocks(self, model: nn.Module) -> Sequence[str]:
         return self.given
 
+    @override
     def after_prune(self, model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
         self.repair(model, kept)
 
+    @override
     def example(self, num_rows: int) -> dict[str, Tensor]:
         return self.data.__getitems__([i % len(self.data) for i in range(num_rows)])
 
     @classmethod
+    @override
     def tiny(cls) -> Backbone:
         raise UserError("wrap: a wrapped network has no tiny one")
 
@@ -93,12 +101,15 @@ class _Wrapped(Backbone):
 class _Function(LossAdapter):
     function: Callable[[nn.Module, Batch], Tensor]
 
+    @override
     def predict(self, model: nn.Module, inputs: Batch) -> Tensor:
         return self.function(model, inputs)
 
+    @override
     def loss(self, prediction: Prediction, inputs: Batch) -> Tensor:
         losses: Tensor = prediction
         return losses
 
+    @override
     def trivial(self, prediction: Prediction, inputs: Batch) -> None:
         """Losses alone do not say what nothing would be."""

@@ -1,1 +1,1 @@
-"""A decision, the gated forward, weight updates, removing blocks, saving what is left."""
+"""Decisions, the gated forward pass, weight updates, removing blocks, saving the result."""

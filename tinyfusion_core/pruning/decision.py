@@ -1,4 +1,4 @@
-"""Which blocks stay, how sure that is, and where it was decided."""
+"""The decision: which blocks are kept, with what confidence, and its provenance."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ FORMAT_VERSION = 1
 
 
 def provenance(seed: int, source: Mapping[str, Any]) -> dict[str, Any]:
-    """Where a decision comes from: the seed, the source checkpoint, and the versions of what decides the numbers."""
+    """Return the provenance of a decision: seed, source checkpoint, and versions of the libraries."""
     return {"seed": seed, "source": dict(source), "versions": versions()}
 
 
 def versions() -> dict[str, str]:
-    """Versions of the libraries that decide the numbers."""
+    """Return the versions of the libraries that affect results."""
     found = {}
     for name in ("tinyfusion", "torch", "accelerate", "peft", "timm"):
         try:
@@ -38,8 +38,8 @@ class Decision:
 
     Attributes:
         blocks: paths of the N blocks it is about, in execution order.
-        kept: indices of the blocks that stay, ascending.
-        method: name of the stage that decided.
+        kept: indices of the kept blocks, ascending.
+        method: name of the selector that decided.
         pattern: the keep-N-of-M pattern, if there was one.
         choices: the blocks of each independent choice (for N:M, the groups).
         confidences: probability of the chosen option of each of them.
@@ -68,15 +68,20 @@ class Decision:
 
     @property
     def removed(self) -> tuple[int, ...]:
+        """Indices of the blocks that are not kept, ascending."""
         return tuple(i for i in range(len(self.blocks)) if i not in self.kept)
 
     @property
     def confidence(self) -> float | None:
-        """Of the least sure choice."""
+        """Confidence of the least certain choice."""
         return min(self.confidences, default=None)
 
     def check_fits(self, blocks: Sequence[str], owner: str) -> None:
-        """Raises UserError unless it is about exactly these blocks."""
+        """Check that the decision is about exactly these blocks.
+
+        Raises:
+            UserError: it is about others.
+        """
         if list(self.blocks) != list(blocks):
             raise UserError(
                 f"the decision is about {len(self.blocks)} blocks ({self.blocks[0]} to {self.blocks[-1]}), "
@@ -85,13 +90,18 @@ class Decision:
             )
 
     def save(self, path: Path | str) -> None:
+        """Write it as JSON, atomically."""
         write_json(
             Path(path), {"format_version": FORMAT_VERSION, **dataclasses.asdict(self), "confidence": self.confidence}
         )
 
     @classmethod
     def load(cls, path: Path | str) -> Decision:
-        """Raises UserError when the file is missing or is no decision."""
+        """Read a decision that `save` wrote.
+
+        Raises:
+            UserError: the file is missing or is not a decision.
+        """
         data = read_json(Path(path))
         if not isinstance(data, dict) or data.get("format_version") != FORMAT_VERSION:
             raise UserError(f"{path}: not a decision of format_version {FORMAT_VERSION}")
@@ -111,10 +121,10 @@ class Decision:
 
     @classmethod
     def from_file(cls, path: Path | str, blocks: Sequence[str]) -> Decision:
-        """A decision about these blocks from a `decision.json`, or from the file of another tool; see `exchange`.
+        """Read a decision about these blocks from a `decision.json` or another tool's file; see `interop_formats`.
 
         Raises:
-            UserError: the file is missing, of no known form, or about another network.
+            UserError: the file is missing, of an unknown format, or about another network.
         """
         if Path(path).suffix == ".json" and isinstance(read_json(Path(path)), dict):
             decision = cls.load(path)

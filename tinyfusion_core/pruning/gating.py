@@ -3,7 +3,7 @@
 The dense formula `x + m * (f(x) - x)` evaluates every block for every sample with a graph. For a hard 0/1
 mask its gradients need far less: the gradient to the mask is `<dL/dy, f(x) - x>` for every sample, and the
 gradient to the input and to f's weights goes through f only where the block is kept. So kept samples run
-with a graph, dropped ones without, and a small autograd function puts both together.
+with a graph, dropped ones without, and a small autograd function merges both.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_leaves
+from typing_extensions import override
 
 from ..errors import UserError
 from ..protocols.backbone import FIRST, Streams, streams_of
@@ -23,23 +24,22 @@ from ..protocols.block_call import BatchDim, Call, positional_names
 
 
 class Gates:
-    """Take over the `forward` of every block while the context is open.
+    """Replace the `forward` of every block while the context is open.
 
-    Set `mask` before each forward pass: a (B, N) tensor of zeros and ones, one column per block, one row per
-    sample. A mask that requires grad receives the exact gradient of the dense formula; with one that does
-    not, dropped samples are not computed at all. `None` runs the plain model. The mask stays in force
-    until it is replaced, so that activation checkpointing finds it again: keep the context open around
-    backward, and use non-reentrant checkpointing. Nothing in the model changes but `forward`, and
-    closing the context, also by an exception, leaves no trace. Do not copy or pickle the model meanwhile.
+    Set `mask` before each forward pass: a (batch, num_blocks) tensor of zeros and ones. A mask that requires grad
+    receives the exact gradient of the dense formula; with one that does not, dropped samples are not computed at all.
+    `None` runs the plain model. The mask stays in force until it is replaced, so that activation checkpointing finds it
+    again: keep the context open around backward, and use non-reentrant checkpointing. Nothing in the model changes but
+    `forward`, and closing the context, also by an exception, restores it. Do not copy or pickle the model meanwhile.
 
-    Every call runs at least one sample of every block with the graph (a dropped one, with a zero gradient,
-    when none keeps it): parameters get zero gradients, never None, and distributed processes stay in step.
+    Every call runs at least one sample of every block with the graph (a dropped one, with a zero gradient, if none
+    keeps it): parameters get zero gradients, never None, and distributed processes stay in step.
 
     Args:
         model: the network.
-        blocks: paths of the N blocks, in the order of the mask's columns.
-        streams: the blocks' residual streams, by block list where they differ.
+        blocks: paths of the blocks, in the order of the mask's columns.
         batch_dim: which arguments carry the batch; see `probed_batch_dims` and `named_batch_dims`.
+        streams: the blocks' residual streams, by block list where they differ.
     """
 
     def __init__(
@@ -60,6 +60,11 @@ class Gates:
 
     @property
     def mask(self) -> Tensor | None:
+        """The mask of the next forward pass, (batch, num_blocks), one row per sample; None runs the plain model.
+
+        Raises:
+            ValueError: it has another shape, or values other than 0 and 1.
+        """
         return self._mask
 
     @mask.setter
@@ -67,10 +72,17 @@ class Gates:
         self.set(mask)
 
     def set(self, mask: Tensor | None, weights: Tensor | None = None) -> None:
-        """Set the mask, and weights (B, N) for the part of its gradient that comes from dropped samples.
+        """Set the mask, and weights for the part of its gradient that comes from dropped samples.
 
         A dropped sample whose weight is zero is not run at all; with weights of mean one that do not depend on the
-        values, the mask's gradient keeps its mean. None weighs all by one.
+        values, the mask's gradient keeps its mean.
+
+        Args:
+            mask: (batch, num_blocks) zeros and ones, or None to run the plain model.
+            weights: (batch, num_blocks); None means ones.
+
+        Raises:
+            ValueError: the mask has another shape, or values other than 0 and 1.
         """
         if mask is not None:
             # One copy to the host for all blocks, instead of one synchronisation per block.
@@ -116,7 +128,6 @@ class Gates:
         inputs = self._inputs(j, call, len(mask))
         kept, run, rest = self._rows[j]
         learning = mask.requires_grad and torch.is_grad_enabled()
-        versions = [_version(x) for x in inputs]
         # First with the graph: older torch keeps what autocast has cast under no_grad, and its gradients are lost.
         output = call.run(run)
         if len(kept) == len(mask) and not learning:
@@ -125,8 +136,11 @@ class Gates:
         if learning and len(rest):
             with torch.no_grad():
                 value = self._items(j, call.run(rest))
-        if versions != [_version(x) for x in inputs]:
-            raise UserError(f"block '{self.blocks[j]}' changes its input in place, which gating cannot undo")
+        if call.changed:
+            raise UserError(
+                f"block '{self.blocks[j]}' changes its input in place ({', '.join(sorted(call.changed))}), which gating "
+                "cannot undo"
+            )
         items = self._items(j, output)
         self._check_items(j, items, inputs, partly=len(run) < len(mask))
         weight = None if self._weights is None else self._weights[:, j]
@@ -136,17 +150,17 @@ class Gates:
         return _in_the_form_of(output, items)
 
     def _inputs(self, j: int, call: Call, num_rows: int) -> list[Tensor]:
-        """The streams that come in. Raises ValueError unless they have this number of samples."""
+        """The incoming streams. Raises ValueError unless they have this number of samples."""
         inputs = [call.stream(stream, self.blocks[j]) for stream in self._streams[j]]
         if inputs[0].shape[0] != num_rows:
             raise ValueError(f"block '{self.blocks[j]}' got {inputs[0].shape[0]} samples, the mask has {num_rows} rows")
         return inputs
 
     def _check_items(self, j: int, items: Sequence[Any], inputs: Sequence[Tensor], partly: bool) -> None:
-        """Raise UserError when what a block gives out cannot be merged with what came in.
+        """Raise UserError if a block's output cannot be merged with its input.
 
-        A stream must keep its shape; and where the block ran for a part of the samples, a tensor that no stream
-        accounts for has rows that nobody knows.
+        A stream must keep its shape; and if the block ran for only a part of the samples, a tensor that is not a
+        declared stream has unknown rows.
         """
         declared = [stream.output or 0 for stream in self._streams[j]]
         for i, x in zip(declared, inputs, strict=True):
@@ -171,21 +185,16 @@ class Gates:
 
 
 def _in_the_form_of(output: Any, items: Sequence[Any]) -> Any:
-    """A tensor, or a tuple or list of the type that a block gave out, with these items in it."""
+    """These items in the form of a block's output: one tensor, or a tuple or list of its type."""
     if isinstance(output, Tensor):
         return items[0]
     return type(output)._make(items) if hasattr(output, "_make") else type(output)(items)
 
 
-def _version(x: Tensor) -> int:
-    """How often a tensor has been changed in place; tensors made in inference mode do not count."""
-    return 0 if x.is_inference() else x._version
-
-
 def _split(mask: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of one block the rows that are kept, those to run with the graph, and the others whose values are needed.
+    """For one block: the kept rows, the rows to run with the graph, and the other rows whose values are needed.
 
-    Attention code cannot take zero samples, and every parameter needs a gradient on every process: where nothing is
+    Attention code cannot take zero samples, and every parameter needs a gradient on every process: if nothing is
     kept, the first dropped row is run with the graph.
     """
     kept, dropped = mask.nonzero().flatten(), (mask == 0).nonzero().flatten()
@@ -194,13 +203,14 @@ def _split(mask: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _Merge(torch.autograd.Function):
-    """y = f(x) where kept, x where dropped; the mask's gradient is <dL/dy, f(x) - x> everywhere.
+    """y = f(x) where kept, x where dropped; the gradient to the mask is <dL/dy, f(x) - x> everywhere.
 
-    `ran` are f's outputs for the rows `run` (the kept rows, or one dropped row when none is kept), `value`
-    those of the other dropped rows that are needed, without a graph. Only f(x) - x is saved, neither of the two.
+    `ran` is f's output for the rows `run` (the kept rows, or one dropped row if none is kept), `value` its output for
+    the other dropped rows that are needed, without a graph. Only f(x) - x is saved.
     """
 
     @staticmethod
+    @override
     def forward(
         ctx: Any,
         x: Tensor,
@@ -233,6 +243,7 @@ class _Merge(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @override
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         delta, kept = ctx.saved_tensors
         x_dtype, mask_dtype = ctx.dtypes

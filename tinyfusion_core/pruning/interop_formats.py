@@ -1,4 +1,4 @@
-"""Which blocks stay, in the words of other tools; both ways."""
+"""Reads and writes which blocks are kept in the formats of other tools."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Writer = Callable[[Sequence[int], int, str], str]
 
 
 def ranges(kept: Sequence[int]) -> list[list[int]]:
-    """The runs of consecutive indices, each as first and one beyond the last: 0, 1, 2, 5 -> [[0, 3], [5, 6]]."""
+    """Return the runs of consecutive indices as half-open ranges: 0, 1, 2, 5 -> [[0, 3], [5, 6]]."""
     out: list[list[int]] = []
     for i in kept:
         if out and out[-1][1] == i:
@@ -26,24 +26,24 @@ def ranges(kept: Sequence[int]) -> list[list[int]]:
 
 
 def mergekit(kept: Sequence[int], num_blocks: int, model: str) -> str:
-    """A passthrough merge of one model's slices; the upper bound of a `layer_range` is exclusive."""
+    """Return a mergekit YAML: a passthrough merge of slices of one model, with half-open `layer_range`s."""
     slices = [{"sources": [{"model": model, "layer_range": pair}]} for pair in ranges(kept)]
     text: str = yaml.safe_dump({"merge_method": "passthrough", "slices": slices}, sort_keys=False)
     return text
 
 
 def llama_cpp(kept: Sequence[int], num_blocks: int, model: str) -> str:
-    """The argument of llama-quantize that leaves layers out."""
+    """Return the argument of llama-quantize that removes layers."""
     return f"--prune-layers {','.join(str(i) for i in range(num_blocks) if i not in kept)}\n"
 
 
 def peft(kept: Sequence[int], num_blocks: int, model: str) -> str:
-    """`layer_replication` of peft's LoraConfig: half-open ranges."""
+    """Return `layer_replication` of peft's LoraConfig: half-open ranges."""
     return f"{ranges(kept)}\n"
 
 
 def indices(kept: Sequence[int], num_blocks: int, model: str) -> str:
-    """The indices of the blocks that stay."""
+    """Return the indices of the kept blocks as a list."""
     return f"{list(kept)}\n"
 
 
@@ -51,14 +51,14 @@ TEXTS: dict[str, Writer] = {"mergekit": mergekit, "llama.cpp": llama_cpp, "peft"
 
 
 def read_kept(path: Path, num_blocks: int) -> list[int]:
-    """The blocks that stay according to a file in one of these forms.
+    """Read the kept blocks from a file in one of these formats.
 
     Args:
         path: mergekit YAML, a `--prune-layers` argument, a `layer_replication` list, or a list of indices.
-        num_blocks: how many blocks the whole network has.
+        num_blocks: number of blocks of the whole network.
 
     Raises:
-        UserError: the file is missing, none of these, or repeats, reorders or invents blocks.
+        UserError: the file is missing, in none of these formats, or repeats, reorders or invents blocks.
     """
     text, content = _read(path)
     removed = re.fullmatch(r"\s*--prune-layers[ =]\s*(\d+(?:\s*,\s*\d+)*)\s*", text)
@@ -79,7 +79,7 @@ def read_kept(path: Path, num_blocks: int) -> list[int]:
 
 
 def _read(path: Path) -> tuple[str, Any]:
-    """A file as text, and what YAML makes of it. Raises UserError when it is missing or not readable."""
+    """A file as text, and parsed as YAML. Raises UserError if it is missing or not readable."""
     try:
         text = path.read_text()
         return text, yaml.safe_load(text)
@@ -90,7 +90,7 @@ def _read(path: Path) -> tuple[str, Any]:
 
 
 def _listed(content: Any) -> list[int]:
-    """The blocks of a list of indices, or of half-open ranges; none when it is neither."""
+    """The blocks of a list of indices, or of half-open ranges; empty if it is neither."""
     if not isinstance(content, list):
         return []
     if all(isinstance(i, int) for i in content):

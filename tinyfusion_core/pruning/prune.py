@@ -1,4 +1,4 @@
-"""Remove blocks for good, and keep the result as a folder that anybody can load."""
+"""Remove blocks for good, and save or load the pruned network."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from .removal import check_removal, without
 
 FORMAT_VERSION = 1
 RECORDS = ("tinyfusion.json", "config.json")
-"""What a saved folder holds: the second, unless the family has a file of that name itself."""
+"""Record file of a saved folder: the second, unless the model family writes a file of that name itself."""
 
 
 def prune(task: Task, decision: Decision) -> nn.Module:
-    """A copy of the task's network without the removed blocks, in eval mode. The original keeps its own.
+    """Return a copy of the task's network without the removed blocks, in eval mode. The original is not changed.
 
     Raises:
         UserError: the decision is about other blocks than the network has, or the network cannot do without them.
@@ -38,8 +38,8 @@ def save_pretrained(student: nn.Module, task: Task, decision: Decision, folder: 
     Args:
         student: the pruned network.
         task: what it was pruned from.
-        decision: which blocks it kept.
-        folder: where to; made when missing.
+        decision: which blocks were kept.
+        folder: where to; created if missing.
 
     Returns:
         The folder.
@@ -69,7 +69,7 @@ def save_network(model: nn.Module, backbone: Backbone, source: Mapping[str, Any]
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """What `save_network` wrote down: format_version, backbone, network, sha256 by file, source.
+    """Read the record of `save_network`: format_version, backbone, network, sha256 by file, source.
 
     Raises:
         UserError: it is missing, damaged or incomplete.
@@ -88,18 +88,18 @@ def _record(folder: Path) -> Path:
 
 
 def origin(folder: Path) -> dict[str, Any]:
-    """Where a network comes from that was saved there: the record's source, with the hash of its own weights."""
+    """Return the source of a network saved there, with the hash of its own weights."""
     record = read_record(folder)
     hashes = record["sha256"]
     return {**record["source"], "sha256": hashes.get(WEIGHTS) or digest(hashes)}
 
 
 def load_pretrained(folder: Path | str, backbone: type[Backbone] | None = None) -> nn.Module:
-    """The network that `save_pretrained` wrote, in eval mode; every file is verified.
+    """Load a network that `save_pretrained` wrote, in eval mode; every file is verified by hash.
 
     Args:
-        folder: that holds it.
-        backbone: its model family; by default looked up by the recorded name among what plugins bring.
+        folder: where it is.
+        backbone: its model family; by default looked up by the recorded name.
 
     Raises:
         UserError: a file is missing, damaged or does not belong with the others, or the plugin is not installed.
@@ -119,7 +119,9 @@ def load_pretrained(folder: Path | str, backbone: type[Backbone] | None = None) 
 
 
 def push_to_hub(folder: Path | str, repo_id: str, private: bool = True) -> str:
-    """Upload a saved folder to the Hugging Face hub; needs a login (`hf auth login`). Returns the commit's address.
+    """Upload a saved folder to the Hugging Face hub and return the address of the commit.
+
+    Needs a login (`hf auth login`).
 
     Raises:
         UserError: the folder holds no saved network.

@@ -1,4 +1,4 @@
-"""Take blocks out of a network, and make sure that the rest does what it did when they were skipped."""
+"""Remove blocks from a network, and make sure that the rest does what it did when they were skipped."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from .gating import Gates
 
 
 def remove_blocks(backbone: Backbone, model: nn.Module, removed: Sequence[str]) -> None:
-    """Take blocks out of a network in place and let the backbone repair the rest.
+    """Remove blocks from a network in place and let the backbone repair the rest.
 
     Args:
         backbone: the model family.
         model: the network.
-        removed: paths of the blocks that go, children of a `ModuleList` or `Sequential`.
+        removed: paths of the blocks to remove, children of a `ModuleList` or `Sequential`.
 
     Raises:
-        UserError: a block is the child of something else.
+        UserError: the parent of a block is something else.
     """
     kept: dict[str, list[int]] = {}
     for path in block_lists(backbone.block_paths(model)):
@@ -46,7 +46,7 @@ def remove_blocks(backbone: Backbone, model: nn.Module, removed: Sequence[str]) 
 
 
 def without(task: Task, removed: Collection[int], shared: Iterable[Tensor] = ()) -> nn.Module:
-    """A copy of the task's network without some blocks, in eval mode.
+    """Return a copy of the task's network without some blocks, in eval mode.
 
     Args:
         task: the network.
@@ -102,8 +102,8 @@ def _check_norms(model: nn.Module) -> None:
     for path, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
             raise UserError(
-                f"'{path}' is a batch norm without running statistics: what it makes of a sample depends on the others, "
-                "and a block sees those alone that keep it. Give it track_running_stats=True"
+                f"'{path}' is a batch norm without running statistics: what it makes of a sample depends on the "
+                "others, and a block sees those alone that keep it. Give it track_running_stats=True"
             )
 
 

@@ -1,4 +1,4 @@
-"""The weight update that is trained together with the gates, so that the search sees what fine-tuning could mend."""
+"""Weight updates trained jointly with the gates, so that the search sees what fine-tuning could recover."""
 
 from __future__ import annotations
 
@@ -10,19 +10,24 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from typing_extensions import override
 
 from ..errors import UserError, require
 from ..runtime.undisturbed import undisturbed
 
 
 class WeightUpdate(ABC):
-    """How the weights may move during a search. The original weights always come back."""
+    """How the weights may change during a search. The original weights are always restored."""
 
     @abstractmethod
     def applied(self, model: nn.Module, blocks: Sequence[str]) -> AbstractContextManager[list[nn.Parameter]]:
         """Make the update's parameters part of the model and yield them; on exit the model is what it was.
 
         Keys, module types, `requires_grad` and values are restored, the values bit for bit.
+
+        Args:
+            model: the network.
+            blocks: paths of its blocks.
         """
 
 
@@ -31,6 +36,7 @@ class Frozen(WeightUpdate):
     """The weights stay as they are: only the gates learn."""
 
     @contextmanager
+    @override
     def applied(self, model: nn.Module, blocks: Sequence[str]) -> Iterator[list[nn.Parameter]]:
         with undisturbed(model):
             model.requires_grad_(False)
@@ -44,7 +50,7 @@ class LoRA(WeightUpdate):
     Args:
         rank: rank of each update.
         alpha: numerator of the update's scale.
-        targets: regular expression that a module's full path must match; default: every linear inside the blocks.
+        targets: regular expression that a module's full path must match; default: every linear layer inside the blocks.
     """
 
     rank: int = 8
@@ -59,6 +65,7 @@ class LoRA(WeightUpdate):
             raise UserError(f"search.update.targets: '{self.targets}' is no regular expression ({e})") from None
 
     @contextmanager
+    @override
     def applied(self, model: nn.Module, blocks: Sequence[str]) -> Iterator[list[nn.Parameter]]:
         from peft import LoraConfig, LoraModel
 
@@ -79,9 +86,10 @@ class LoRA(WeightUpdate):
 
 @dataclass(frozen=True)
 class Full(WeightUpdate):
-    """Every weight of the model moves; a copy on the CPU restores it."""
+    """Every weight of the model is trained; a copy on the CPU restores it."""
 
     @contextmanager
+    @override
     def applied(self, model: nn.Module, blocks: Sequence[str]) -> Iterator[list[nn.Parameter]]:
         # A network that is only planned with, on the meta device, has no values to restore.
         original = [(p, p.detach().to("meta" if p.is_meta else "cpu", copy=True)) for p in model.parameters()]

@@ -1,1 +1,1 @@
-"""What plugins bring, by kind and name: the hooks, where plugins are found, and the one table of all their classes."""
+"""The registry of plugins: their hooks, where they are found, and the table of all their classes."""

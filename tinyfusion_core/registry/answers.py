@@ -1,4 +1,4 @@
-"""Asks the hooks of a plugin, and checks what they answer."""
+"""Calls the hooks of a plugin and checks what they return."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Classes = dict[str, dict[str, type[Any]]]
 
 
 def brought(plugin: Any, kinds: Collection[str] = tuple(KINDS)) -> Classes:
-    """Ask the hooks of a plugin.
+    """Call the hooks of a plugin and return its classes.
 
     Args:
-        plugin: its module, or whatever an entry point names.
-        kinds: those to ask for.
+        plugin: its module, or whatever its entry point names.
+        kinds: the kinds of classes to ask for.
 
     Raises:
-        UserError: it is built for another version of the interface, or a hook is not what it should be.
+        UserError: it was built for another version of the interface, or a hook or what it returns is invalid.
     """
     _check_version(getattr(plugin, "tinyfusion_api", API_VERSION))
     members = vars(plugin) if isinstance(plugin, ModuleType) else dir(plugin)  # a lazy module's `dir` leaves hooks out
@@ -47,7 +47,7 @@ def _check_version(built_for: Any) -> None:
 
 
 def _without_hooks(plugin: Any) -> str:
-    """What to say to somebody whose module has none of the hooks: which one its classes need, if there are any."""
+    """The error for a module without hooks: names the hook that its classes need, if it has any."""
     for cls in vars(plugin).values() if isinstance(plugin, ModuleType) else ():
         if isinstance(cls, type) and cls.__module__ == plugin.__name__:
             for kind in KINDS.values():
@@ -83,6 +83,6 @@ def _checked(kind: str, result: Any) -> dict[str, type[Any]]:
     return classes
 
 
-def spoken(error: Exception) -> str:
-    """An error as the reason why a plugin is left out."""
+def reason_of(error: Exception) -> str:
+    """Return an error as the reason why a plugin is skipped."""
     return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"

@@ -1,17 +1,17 @@
-"""The whole extension surface: what a plugin can tell tinyfusion.
+"""The plugin interface: which functions a plugin may define, and what they return.
 
-A plugin is a module with functions of the names in `KINDS`, marked by `hookimpl`. It is installed with an entry point
-of the group `tinyfusion`, or it is a file that a recipe names under `plugins`. The core registers its own classes in
-the same way, in `tinyfusion_core.builtins`. A module that says `tinyfusion_api = 1` is left out by a tinyfusion that
-has another `API_VERSION`.
+A plugin is a module with functions named as in `KINDS`, marked by `hookimpl`. It is installed with an entry point of
+the group `tinyfusion`, or it is a file that a recipe lists under `plugins`. The core registers its own classes in
+the same way, in `tinyfusion_core.builtins`. A module that sets `tinyfusion_api = 1` is skipped by a tinyfusion with
+another `API_VERSION`.
 
 Every hook is called once, without arguments, when plugins are loaded, which is before a recipe is read. It returns
-classes, not instances; the name of a class is what recipes call it. What the host raises, and how it says so: a hook
-that returns anything else, an abstract class or two classes of one name, an unknown hook, another API version and an
-import that fails cost an installed plugin a warning that names it, and it is left out; for a file of a recipe they are
-a UserError. Two plugins (the core is one) that bring classes of the same kind and name are a UserError that names both.
+classes, not instances; recipes call a class by its name. Errors: a hook that returns anything else, an abstract class
+or two classes of one name, an unknown hook, another API version, and a failing import. For an installed plugin each of
+these is a warning that names the plugin, which is then skipped; for a plugin file it is a UserError. Two plugins (the
+core is one) that register classes of the same kind and name are a UserError that names both.
 
-Nothing here imports more than Python's own modules, so that `tinyfusion --help` can ask plugins for their commands.
+This module imports only the standard library, so that `tinyfusion --help` can ask plugins for their commands.
 
 `tinyfusion check-plugin NAME` runs the conformance kit of `tinyfusion_core.testing`.
 """
@@ -23,11 +23,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 API_VERSION = 1
-"""Version of the plugin interface. It rises when a plugin written for the one before would no longer work."""
+"""Version of the plugin interface. It rises when plugins written for the previous version would no longer work."""
 GROUP = "tinyfusion"
 """Entry points of this group are plugins."""
 ONLY, BLOCKED = "TINYFUSION_PLUGINS", "TINYFUSION_BLOCK"
-"""Environment variables, names of plugins separated by commas: the only ones to load, and those not to load."""
+"""Environment variables with names of plugins, separated by commas: the only ones to load, and those to skip."""
 
 Hook = TypeVar("Hook", bound=Callable[[], Sequence[type[Any]]])
 
@@ -39,13 +39,13 @@ def hookimpl(function: Hook) -> Hook:
 
 
 class Kind(NamedTuple):
-    """One kind of classes that plugins bring.
+    """One kind of class that plugins register.
 
     Attributes:
         hook: name of the function that returns them.
-        base: `module:Class` that they derive from; imported when a class is checked, as most bases need torch.
+        base: `module:Class` that they derive from; imported only when a class is checked, as most bases need torch.
         where: what uses them, for the documentation.
-        texts: attributes that a class must have, all of them texts; the first is its name.
+        texts: attributes that a class must have, all of them strings; the first is its name.
     """
 
     hook: str
@@ -54,7 +54,7 @@ class Kind(NamedTuple):
     texts: tuple[str, ...] = ("__name__",)
 
     def base_class(self) -> type[Any]:
-        """The class that `base` names."""
+        """Import and return the class that `base` names."""
         from pkgutil import resolve_name
 
         found: type[Any] = resolve_name(self.base)
@@ -117,16 +117,16 @@ KINDS = {
 """Everything that a recipe or the command line can name, by kind."""
 
 HOOKS = {kind.hook: name for name, kind in KINDS.items()}
-"""Which kind a hook brings."""
+"""Name of a hook -> the kind it registers."""
 
 
 def named_in(variable: str) -> set[str]:
-    """The plugins that `ONLY` or `BLOCKED` names."""
+    """Return the plugin names in the environment variable `ONLY` or `BLOCKED`."""
     return {name.strip() for name in os.environ.get(variable, "").split(",") if name.strip()}
 
 
 def switched_off_by(name: str) -> str:
-    """Which of `ONLY` and `BLOCKED` leaves an installed plugin out; empty if none does."""
+    """Return which of `ONLY` and `BLOCKED` disables an installed plugin; empty if neither does."""
     if ONLY in os.environ and name not in named_in(ONLY):
         return ONLY
     return BLOCKED if name in named_in(BLOCKED) else ""

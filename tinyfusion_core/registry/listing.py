@@ -1,4 +1,4 @@
-"""The commands of installed plugins, found in milliseconds, for `tinyfusion --help`."""
+"""Finds the commands of installed plugins within milliseconds, for `tinyfusion --help`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
-from .answers import brought, spoken
+from .answers import brought, reason_of
 from .hooks import GROUP, KINDS, switched_off_by
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def listed_commands() -> list[type[Command]]:
-    """The commands of those plugins whose module has the name of the hook in its source; the others are not imported.
+    """Return the commands of installed plugins; imports only modules whose source contains the name of the hook.
 
     A plugin that fails costs a warning that names it.
     """
@@ -27,14 +27,14 @@ def listed_commands() -> list[type[Command]]:
             try:
                 found += brought(resolve_name(value), ["command"]).get("command", {}).values()
             except Exception as e:  # whatever a stranger's import raises must not take the help down
-                warnings.warn(f"plugin '{name}' left out: {spoken(e)}", stacklevel=2)
+                warnings.warn(f"plugin '{name}' left out: {reason_of(e)}", stacklevel=2)
     return found
 
 
 def _entry_points() -> dict[str, str]:
     """Names and values of the installed plugins' entry points.
 
-    `importlib.metadata` knows them too, but importing it takes half of the time that the help may take.
+    `importlib.metadata` knows them too, but importing it takes half of the time budget of the help.
     """
     found: dict[str, str] = {}
     for folder in sys.path:
@@ -50,7 +50,7 @@ def _entry_points() -> dict[str, str]:
 
 
 def _has_commands(module: str) -> bool:
-    """Whether the source of a module, which is not run, has the name of the hook."""
+    """Whether the source of a module, which is not run, contains the name of the hook."""
     try:
         source = find_spec(module).loader.get_source(module)  # type: ignore[union-attr]
     except (ImportError, AttributeError, SyntaxError):  # loading it says what is wrong with it

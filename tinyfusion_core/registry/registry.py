@@ -1,4 +1,4 @@
-"""All classes that a recipe or the command line can name."""
+"""The registry of all classes that a recipe or the command line can name."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MissingFileError, UserError, nearest
-from .answers import Classes, brought, spoken
+from .answers import Classes, brought, reason_of
 from .hooks import BLOCKED, KINDS
 from .sources import CORE, Plugin, PluginFile, installed, load, names
 
 BUILTINS = "tinyfusion_core.builtins"
-"""The core's own plugin. Known by name, so that no metadata of an installed package are needed to find it."""
+"""The core's own plugin. Its name is fixed, so that finding it needs no metadata of an installed package."""
 
 
 @dataclass(frozen=True)
@@ -30,15 +30,15 @@ class Registry:
     classes: Classes
 
     def find(self, kind: str, name: str, made_by: Mapping[str, str] | None = None) -> type[Any]:
-        """The class of this name.
+        """Return the class of this name.
 
         Args:
             kind: a key of `KINDS`.
-            name: of the class.
-            made_by: what `record_of` said of it, for the message.
+            name: name of the class.
+            made_by: what `record_of` said of it when it was used, for the message.
 
         Raises:
-            UserError: no plugin brings it; with the nearest name, and what brought it when it was used.
+            UserError: no plugin registers it; names the nearest match, and the plugin it came from.
         """
         try:
             return self.classes[kind][name]
@@ -56,7 +56,11 @@ class Registry:
         raise UserError(f"{kind}: no plugin brings '{name}'{hint}")
 
     def joined(self, plugin: Plugin, classes: Classes) -> Registry:
-        """A registry with one more plugin. Raises UserError, naming both owners, when names collide."""
+        """Return a registry with one more plugin.
+
+        Raises:
+            UserError: names collide; names both plugins.
+        """
         for other in self.plugins:
             if other.name == plugin.name:
                 both = f"{other.distribution} {other.version} and {plugin.distribution} {plugin.version}"
@@ -74,25 +78,27 @@ class Registry:
 
 
 _files: dict[str, tuple[PluginFile, Plugin, Classes]] = {}
-"""What `load_plugin` has loaded, by name; a file of the same name takes the place of the one before."""
+"""What `load_plugin` has loaded, by file name; a file of the same name replaces the earlier one."""
 
 
 def registry() -> Registry:
-    """Everything that the core and plugins bring. Loads the installed ones once; one that fails costs a warning.
+    """Return all classes of the core and of plugins.
+
+    Installed plugins are loaded once; one that fails costs a warning.
 
     Raises:
-        UserError: two plugins have the same name, or bring classes of the same kind and name.
+        UserError: two plugins have the same name, or register classes of the same kind and name.
     """
     return _with_files(_files)
 
 
 def load_plugin(path: Path | str) -> PluginFile:
-    """Load a plugin that is one Python file: its code runs, and its hooks are asked.
+    """Load a plugin that is one Python file: run its code and call its hooks.
 
-    Loading a file of the same name again takes its place; the same content is not run a second time.
+    A file of the same name replaces the earlier one; the same content is not run again.
 
     Raises:
-        UserError: there is no such file, its code fails, or its hooks or names are not as they should be.
+        UserError: the file is missing, its code fails, or its hooks or names are invalid.
     """
     path = Path(path)
     try:
@@ -115,13 +121,13 @@ def load_plugin(path: Path | str) -> PluginFile:
         del sys.modules[file.module]
         if before is not None:
             sys.modules[file.module] = before
-        raise UserError(f"plugin {path}: {spoken(e)}") from e
+        raise UserError(f"plugin {path}: {reason_of(e)}") from e
     _files.update(loaded)
     return file
 
 
 def record_of(cls: type[Any]) -> dict[str, str]:
-    """What brings a class, for the record: `file` and `sha256`, or `distribution` and `version`; empty if no plugin."""
+    """Return what registered a class: `file` and `sha256`, or `distribution` and `version`; empty if no plugin did."""
     for file, _, classes in _files.values():
         if any(cls in named.values() for named in classes.values()):
             return {"file": file.name, "sha256": file.sha256}
@@ -151,7 +157,7 @@ def _installed() -> Registry:
 
 
 def _core() -> Registry:
-    """What the core itself brings."""
+    """The core's own classes."""
     classes = brought(import_module(BUILTINS))
     try:
         number = version("tinyfusion")

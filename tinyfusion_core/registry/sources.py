@@ -1,4 +1,4 @@
-"""Where plugins are: installed packages and single files; and what the hooks of one of them bring."""
+"""Finds plugins, in installed packages and single files, and loads their classes."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 from ..errors import nearest
-from .answers import Classes, brought, spoken
+from .answers import Classes, brought, reason_of
 from .hooks import BLOCKED, GROUP, ONLY, named_in, switched_off_by
 
 CORE = "core"
-"""The plugin that is tinyfusion_core itself; the switches do not concern it."""
+"""Name of the plugin that is tinyfusion_core itself; environment variables do not disable it."""
 
 
 @dataclass(frozen=True)
 class Plugin:
-    """What is known of one plugin.
+    """Metadata of one plugin.
 
     Attributes:
-        name: of the entry point, or of the file.
-        module: that the entry point names, or the path of the file.
-        distribution: name of the package that brings it; `file` for a file of its own.
-        version: of the package; of a file the beginning of its sha256.
+        name: name of the entry point, or of the file.
+        module: the module that the entry point names, or the path of the file.
+        distribution: package that contains it; `file` for a single file.
+        version: version of the package; for a file the beginning of its sha256.
         brings: kind and name of every class it registers.
-        error: why it is left out.
+        error: why it was skipped; None if it was loaded.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Plugin:
 
     @property
     def can_be_blocked(self) -> bool:
-        """Whether the switch `TINYFUSION_BLOCK` reaches it."""
+        """Whether the environment variable `TINYFUSION_BLOCK` applies to it."""
         return self.name != CORE and self.distribution != "file"
 
 
@@ -57,21 +57,25 @@ class PluginFile:
 
     @property
     def name(self) -> str:
-        """The name of the file is the name of the plugin."""
+        """Name of the plugin: that of the file."""
         return self.path.name
 
     @property
     def module(self) -> str:
-        """What its module is called: a name that no installed module has."""
+        """Name of its module, which no installed module has."""
         return f"plugin_file_{re.sub(r'[^0-9A-Za-z]', '_', self.path.stem)}"
 
     @property
     def sha256(self) -> str:
+        """SHA-256 of the content, as hex; recorded with networks that it saves."""
         return sha256(self.content).hexdigest()
 
 
 def installed() -> list[EntryPoint]:
-    """The entry points of plugins, by name. Warns of switches that name none."""
+    """Return the entry points of plugins, by name.
+
+    Warns if an environment variable names a plugin that is not installed.
+    """
     points = sorted(entry_points(group=GROUP), key=lambda p: p.name)
     for variable in (ONLY, BLOCKED):
         for name in sorted(named_in(variable) - {p.name for p in points} - {CORE}):
@@ -81,19 +85,19 @@ def installed() -> list[EntryPoint]:
 
 
 def load(point: EntryPoint) -> tuple[Plugin, Classes]:
-    """Import an installed plugin and ask its hooks. One that fails costs a warning that names it."""
+    """Import an installed plugin and call its hooks. A plugin that fails costs a warning that names it."""
     distribution, version = (point.dist.name, point.dist.version) if point.dist else ("unknown", "unknown")
     if off := switched_off_by(point.name):
         return Plugin(point.name, point.value, distribution, version, error=f"switched off by {off}"), {}
     try:
         classes = brought(point.load())
     except Exception as e:  # whatever a stranger's import raises must not take the command line down
-        reason = spoken(e)
+        reason = reason_of(e)
         warnings.warn(f"plugin '{point.name}' ({distribution} {version}) left out: {reason}", stacklevel=2)
         return Plugin(point.name, point.value, distribution, version, error=reason), {}
     return Plugin(point.name, point.value, distribution, version, names(classes)), classes
 
 
 def names(classes: Classes) -> tuple[tuple[str, str], ...]:
-    """Kind and name of every class."""
+    """Return kind and name of every class."""
     return tuple((kind, name) for kind, named in classes.items() for name in named)

@@ -1,1 +1,1 @@
-"""The report of a run: one page and its figures."""
+"""The report of a run: one HTML page and its figures."""

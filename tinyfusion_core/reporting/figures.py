@@ -1,4 +1,4 @@
-"""The figures of a report, drawn from the files of a run folder alone."""
+"""Figures of a report, drawn from the files of a run folder."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Entries = Sequence[Mapping[str, Any]]
 
 
 def draw_strip(decision: Decision, path: Path) -> None:
-    """The teacher's blocks in a row, kept and removed, groups bracketed with the confidence of their choice."""
+    """Draw the teacher's blocks in a row, kept and removed, with the confidence of each group's choice."""
     count = len(decision.blocks)
     choices = decision.choices or ([tuple(range(count))] if decision.confidences else [])  # all are one choice
     with plt.rc_context(STYLE):
@@ -62,7 +62,7 @@ def draw_strip(decision: Decision, path: Path) -> None:
 
 
 def draw_dynamics(entries: Entries, num_blocks: int, path: Path) -> None:
-    """The decision over the search: kept index per slot, and every block's probability to stay."""
+    """Plot the decision over the search: kept blocks, and every block's probability of being kept."""
     steps = [e["step"] for e in entries]
     with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(10, 0.9 + 0.17 * max(14, num_blocks)), layout="constrained")
@@ -84,7 +84,7 @@ def draw_dynamics(entries: Entries, num_blocks: int, path: Path) -> None:
 
 
 def draw_losses(stages: Mapping[str, Entries], path: Path) -> None:
-    """One loss curve for each stage that trained."""
+    """Plot one loss curve for each stage that trained."""
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(
             1, len(stages), figsize=(5 * len(stages), 2.9), layout="constrained", squeeze=False
@@ -96,7 +96,7 @@ def draw_losses(stages: Mapping[str, Entries], path: Path) -> None:
 
 
 def _curves(axes: Axes, entries: Entries) -> None:
-    """The logged means, a running mean when they are many, and of a distillation the training loss alone."""
+    """The logged means, with a running mean if there are many; for distillation also the training loss alone."""
     if not entries:
         return
     steps, losses = [e["step"] for e in entries], [e["loss"] for e in entries]
@@ -115,5 +115,6 @@ def _curves(axes: Axes, entries: Entries) -> None:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, atomically, and close it."""
     write_atomic(path, lambda file: figure.savefig(file, format="png", bbox_inches="tight", facecolor="white"))
     plt.close(figure)

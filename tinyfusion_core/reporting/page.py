@@ -1,4 +1,4 @@
-"""One HTML page that needs no other file, from a template and what it is to show."""
+"""Renders a self-contained HTML page from a template."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Picture:
 
     Attributes:
         path: the file.
-        shown: what it shows, to stand under it.
+        shown: caption under it.
     """
 
     path: Path
@@ -50,16 +50,16 @@ class Figures:
 def render_page(
     template: str, title: str, figures: Sequence[Figures], command: str, recipe: str, brand: str, **more: Any
 ) -> str:
-    """The HTML of a page. All texts are plain: the template escapes them.
+    """Return the HTML of a page. All texts are plain: the template escapes them.
 
     Args:
         template: name of a file in `templates/` that extends `page.html.j2`.
-        title: of the page.
+        title: title of the page.
         figures: the sections of pictures.
-        command: what made it; empty leaves it out of the record.
+        command: the command that made it; empty leaves it out of the record.
         recipe: the resolved recipe, likewise.
-        brand: to stand above the title.
-        more: what the template itself asks for.
+        brand: text above the title.
+        more: further variables of the template.
     """
     return TEMPLATES.get_template(template).render(
         title=title, figures=figures, command=command, recipe=recipe, brand=brand, **more

@@ -1,4 +1,4 @@
-"""The report of a run, from the files of its folder alone: a table for the terminal, one HTML page."""
+"""The report of a run, from the files of its folder: a table for the terminal, one HTML page."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def results(folder: RunFolder) -> tuple[list[str], list[tuple[str, list[str], str, str]]]:
-    """The final table of a run.
+    """Return the results table of a run.
 
     Returns:
-        The names of the models, and rows of (measurement, a figure for each model, last against first, note).
+        The names of the models, and rows of (measurement, a value for each model, last relative to first, note).
 
     Raises:
-        UserError: the run has not come to its evaluation.
+        UserError: the run has not reached its evaluation.
     """
     path = folder / "metrics.json"
     if not path.exists():
@@ -46,7 +46,11 @@ def results(folder: RunFolder) -> tuple[list[str], list[tuple[str, list[str], st
 
 
 def results_table(folder: RunFolder) -> Table:
-    """The final table for a terminal; the ratio is the last model's figure over the first's."""
+    """Return the results table for a terminal; the ratio is the last model's value over the first's.
+
+    Raises:
+        UserError: the run has not reached its evaluation.
+    """
     names, rows = results(folder)
     table = Table(title=_headline(folder), title_justify="left", title_style="bold")
     table.add_column("")
@@ -62,11 +66,11 @@ def results_table(folder: RunFolder) -> Table:
 
 
 def write_report(folder: RunFolder, exhibits: Sequence[Figures] = ()) -> Path:
-    """Draw the figures and write `report.html`, one page that needs no other file.
+    """Draw the figures and write `report.html`, a self-contained page.
 
     Args:
-        folder: a run that has come to its evaluation.
-        exhibits: what its metrics show.
+        folder: a run that was evaluated.
+        exhibits: the sections of its metrics.
 
     Returns:
         The path of the page.
@@ -130,7 +134,7 @@ def _headline(folder: RunFolder) -> str:
 
 
 def _facts(folder: RunFolder, decisions: Mapping[str, Decision]) -> list[str]:
-    """What to say of a run under its name."""
+    """The summary of a run under its title."""
     stages = dict(folder.finished())
     for name in filter(None, decisions):
         stages |= {f"{name} {stage}": entry for stage, entry in folder.round(name).finished().items()}
@@ -167,7 +171,7 @@ def _provenance(record: Mapping[str, Any], decisions: Mapping[str, Decision]) ->
 
 
 def _decisions(folder: RunFolder) -> dict[str, Decision]:
-    """What the rounds of a run have decided, by name; a search of its own is the round without a name."""
+    """The decisions of the rounds by name; without rounds, the name is empty."""
     searches = [stage for stage in folder.stages() if stage.name == SEARCH]
     paths = {stage.round: folder.round(stage.round) / "decision.json" for stage in searches}
     return {name: Decision.load(path) for name, path in paths.items() if path.exists()}
@@ -189,7 +193,7 @@ def _arrow(better: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people: `2 min 5 s`."""
+    """Format seconds for people: `2 min 5 s`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -1,1 +1,1 @@
-"""What every stage stands on: files, locks, signals, progress, seeds, processes, checkpoints, the run folder."""
+"""Shared services: files, locks, signals, progress, seeds, processes, checkpoints, the run folder."""

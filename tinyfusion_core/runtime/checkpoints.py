@@ -1,4 +1,4 @@
-"""The last checkpoints of a stage, each verified by its hash: a damaged one gives way to the one before."""
+"""Training checkpoints of a stage, verified by hash; if the newest is damaged, the one before is used."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ MANIFEST = "manifest.json"
 
 
 class Checkpoints:
-    """The checkpoints of one stage: a file for each, and a manifest with their hashes, the newest last.
+    """The checkpoints of one stage: one file each, and a manifest of their hashes, newest last.
 
-    A file counts from when the manifest names it, and is removed after the manifest has forgotten it: whenever the
-    process is killed, what the manifest names is whole.
+    A file is valid once the manifest lists it, and is deleted only after the manifest has dropped it. So whenever the
+    process is killed, every file in the manifest is complete.
 
     Args:
         path: the folder.
@@ -29,10 +29,15 @@ class Checkpoints:
         self.path = path
 
     def save(self, step: int, state: Mapping[str, Any], keep: int) -> None:
-        """Add a checkpoint, and forget all but the last `keep`.
+        """Add a checkpoint and delete all but the last `keep`.
+
+        Args:
+            step: optimizer updates done.
+            state: what `torch.save` can write and `weights_only=True` can read back.
+            keep: how many checkpoints to keep.
 
         Raises:
-            UserError: the disk is full or cannot be written; the older checkpoints are intact.
+            UserError: the disk is full or not writable; the older checkpoints are intact.
         """
         file = self.path / f"{step:08d}.pt"
         write_atomic(file, lambda target: torch.save(dict(state), target))
@@ -45,7 +50,7 @@ class Checkpoints:
                 other.unlink()
 
     def newest(self) -> str | None:
-        """The newest checkpoint that is whole, by its file name; None when none was saved.
+        """Return the file name of the newest undamaged checkpoint, or None if none was saved.
 
         Raises:
             UserError: all of them are damaged.
@@ -67,7 +72,11 @@ class Checkpoints:
         return None
 
     def load(self, name: str) -> dict[str, Any]:
-        """Read a checkpoint that `newest` has found, with `weights_only=True`."""
+        """Read a checkpoint named by `newest`, with `weights_only=True`.
+
+        Raises:
+            UserError: this process cannot read the file.
+        """
         try:
             state: dict[str, Any] = torch.load(self.path / name, map_location="cpu", weights_only=True)
         except OSError as e:

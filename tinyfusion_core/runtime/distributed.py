@@ -1,4 +1,4 @@
-"""Several processes, one outcome: what fails on one of them fails on all, instead of leaving them waiting."""
+"""Collective operations that fail on all processes when one fails, so that none waits for ever."""
 
 from __future__ import annotations
 
@@ -21,22 +21,26 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 R = TypeVar("R")
 PATIENCE = timedelta(days=1)
-"""How long a process waits for the others; a guard against a machine that vanished without closing connections."""
+"""Timeout of collective calls on the CPU; guards against a machine that vanished without closing its connections."""
 
 
 _alone = False
-"""Whether this process does something that the others wait for."""
+"""Whether this process is running something that the others wait for."""
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """The number of this process, and of all that work together: it alone, within `on_main_process`."""
+    """Return this process's rank and the number of processes; (0, 1) inside `on_main_process`."""
     if _alone or not dist.is_available() or not dist.is_initialized():
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
 
 
 def all_gather_object(mine: T) -> list[T]:
-    """What every process says, in their order; by pickle, so tensors belong on the CPU. All must call it alike."""
+    """Gather one object from every process, in order of rank. A collective call.
+
+    Args:
+        mine: pickled, so tensors belong on the CPU.
+    """
     _, size = rank_and_world_size()
     if size == 1:
         return [mine]
@@ -46,27 +50,28 @@ def all_gather_object(mine: T) -> list[T]:
 
 
 def on_every_rank(work: Callable[[], T]) -> T:
-    """Do something on every process, and wait for all of them.
+    """Run a function on every process and wait for all of them. A collective call.
 
     Args:
         work: must not wait for another process half-way, unless all of them fail alike.
 
     Returns:
-        What `work` gave on this process.
+        What `work` returned on this process.
 
     Raises:
-        Exception: whatever `work` raised first in the order of the processes, on the process where it did.
-        FailedElsewhere: on the others.
-        Interrupted: on all of them, when one was asked to stop.
+        Exception: whatever `work` raised, on the first process (by rank) where it failed.
+        FailedElsewhere: on the other processes.
+        Interrupted: on all processes, if one was asked to stop.
     """
     result, _ = _exchange(work, share=False)
     return result
 
 
 def on_main_process(work: Callable[[], T]) -> T:
-    """Do something on the main process alone and hand its result, by pickle, to all.
+    """Run a function on the main process alone and send its pickled result to all. A collective call.
 
-    Raises what `on_every_rank` does.
+    Raises:
+        Exception: as `on_every_rank`.
     """
 
     def mine() -> T | None:
@@ -83,25 +88,26 @@ def on_main_process(work: Callable[[], T]) -> T:
 
 
 def gather_results(work: Callable[[], T]) -> list[T]:
-    """Do something on every process and give all of them what each made, by pickle.
+    """Run a function on every process and return the pickled results of all, by rank. A collective call.
 
-    Raises what `on_every_rank` does.
+    Raises:
+        Exception: as `on_every_rank`.
     """
     _, results = _exchange(work, share=True)
     return results
 
 
 def shutdown() -> None:
-    """End the work of several processes, as the last thing that a program does.
+    """Destroy the process group; call it last in a program.
 
-    A backend's threads that are still there when the interpreter goes can abort a process whose work is done.
+    Backend threads that outlive the interpreter can abort a process whose work is done.
     """
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 
 def _exchange(work: Callable[[], T], share: bool) -> tuple[T, list[T]]:
-    """What `work` gave here, and, when it is to be shared, on each process."""
+    """Run `work`; return its result here and, if shared, those of all processes."""
     if rank_and_world_size()[1] == 1:
         result = work()
         return result, [result]
@@ -124,10 +130,10 @@ def _exchange(work: Callable[[], T], share: bool) -> tuple[T, list[T]]:
 
 @cache
 def _group() -> dist.ProcessGroup:
-    """Over CPUs (gloo), whatever device and backend the networks train on.
+    """A gloo group on the CPU, whatever device and backend the networks train on.
 
-    One process may take hours longer than the others without meeting the backend's timeout, and one that dies ends the
-    waiting of the others at once, because its connections close.
+    One process may take hours longer than the others without hitting the backend's timeout, and a process that dies
+    ends the others' wait at once, because its connections close.
     """
     group = dist.new_group(backend="gloo", timeout=PATIENCE)
     assert isinstance(group, dist.ProcessGroup)
@@ -135,28 +141,28 @@ def _group() -> dist.ProcessGroup:
 
 
 def batches(num: int, size: int) -> list[range]:
-    """The rows [0, num) in batches, the last one shorter: what processes share out."""
+    """Split the rows [0, num) into ranges of `size`; the last may be shorter."""
     return [range(first, min(first + size, num)) for first in range(0, num, size)]
 
 
 def local_share(items: Sequence[T]) -> Sequence[T]:
-    """The items that are this process's to work on, as `map_sharded` deals them out."""
+    """Return this process's share of the items, as `map_sharded` distributes them."""
     rank, size = rank_and_world_size()
     return items[rank::size]
 
 
 def map_sharded(items: Sequence[T], work: Callable[[T], R]) -> list[R]:
-    """Do some work for every item, each process for its share of them. All processes must call it alike.
+    """Apply a function to every item, each process to its share. A collective call.
 
     Args:
-        items: the same on every process; there may be fewer of them than processes.
-        work: must not depend on which process does it. Its results are pickled: tensors belong on the CPU.
+        items: the same on every process; there may be fewer than processes.
+        work: must not depend on which process runs it. Results are pickled: tensors belong on the CPU.
 
     Returns:
-        The results for all items, in their order, on every process.
+        The results for all items, in order, on every process.
 
     Raises:
-        Exception: what `work` raised, as `on_every_rank` does.
+        Exception: what `work` raised, as in `on_every_rank`.
     """
     found = gather_results(lambda: [work(item) for item in local_share(items)])
     return [found[i % len(found)][i // len(found)] for i in range(len(items))]
@@ -165,15 +171,15 @@ def map_sharded(items: Sequence[T], work: Callable[[T], R]) -> list[R]:
 def complete_sharded(
     batches: Sequence[range], done: Callable[[range], bool], work: Callable[[range], object], name: str
 ) -> None:
-    """Do the work that is not done yet, each process some of it; what it makes is kept in files that all can see.
+    """Make the files that are still missing, each process a share of them. A collective call.
 
-    All processes must call it alike. It returns when everything is done.
+    It returns when everything is done. Results go to files that all processes can see.
 
     Args:
-        batches: of the rows to work on.
-        done: whether what a batch makes is there; asked on the main process.
-        work: makes it, so that after an interruption it is there whole or not at all.
-        name: what is being done, to show with the progress.
+        batches: ranges of the rows to work on.
+        done: whether the result of a batch exists; asked on the main process.
+        work: makes it atomically, so that after an interruption it exists completely or not at all.
+        name: label of the progress bar.
     """
     mine = local_share(on_main_process(lambda: [rows for rows in batches if not done(rows)]))
 
@@ -190,7 +196,14 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> Tensor:
-    """(3,) float32 on the CPU, small whole numbers that a different bit in a tensor changes: cheap to send along."""
+    """Compute a cheap checksum that changes when any bit of the tensors does.
+
+    Args:
+        tensors: of any shape, dtype and device.
+
+    Returns:
+        (3,) whole numbers below 65536, float32 on the CPU.
+    """
     total = 0
     for position, t in enumerate(tensors, 1):
         bits = t.detach().contiguous().view(_BITS[t.element_size()])
@@ -199,16 +212,29 @@ def fingerprint(tensors: Iterable[Tensor]) -> Tensor:
 
 
 def check_ranks_agree(accelerator: Accelerator, tensors: Iterable[Tensor], what: str) -> None:
-    """Every process must call it.
+    """Check that all processes hold the same tensors. A collective call.
+
+    Args:
+        accelerator: gathers the checksums.
+        tensors: of any shape.
+        what: what they are, for the message.
 
     Raises:
-        UserError: the processes do not hold the same tensors; raised on all of them.
+        UserError: they differ; raised on all processes.
     """
     check_rows_agree(accelerator.gather(fingerprint(tensors)[None].to(accelerator.device)), what)
 
 
 def check_rows_agree(rows: Tensor, what: str) -> None:
-    """Raises UserError unless all rows of fingerprints, one for each process, are the same."""
+    """Check that the checksums of all processes are the same.
+
+    Args:
+        rows: (processes, 3) checksums, see `fingerprint`.
+        what: what was summed, for the message.
+
+    Raises:
+        UserError: they differ.
+    """
     odd = (rows != rows[0]).any(1).nonzero().flatten().tolist()
     if odd:
         raise UserError(

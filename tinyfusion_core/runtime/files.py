@@ -1,4 +1,4 @@
-"""Reading what users hand us without running it, and writing so that nothing is ever half-written."""
+"""Safe file access: reading untrusted files without running code, and atomic writes."""
 
 from __future__ import annotations
 
@@ -28,12 +28,16 @@ PARTIAL = ".partial"
 
 
 def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write beside `path`, flush to disk, then rename: readers see the old file or the new one, never a part.
+    """Write a temporary file, flush it to disk, then rename it: readers see the old file or the new one, never a part.
 
     A process that is killed half-way leaves a file that ends in `PARTIAL`; see `remove_partial`.
 
+    Args:
+        path: the file to write; its folder is created.
+        write: writes the content to the open binary file it is given.
+
     Raises:
-        UserError: the folder cannot be written or the disk is full; an existing file is untouched.
+        UserError: the folder is not writable or the disk is full; an existing file is untouched.
     """
     temporary: Path | None = None
     try:
@@ -58,7 +62,7 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def remove_partial(path: Path) -> None:
-    """Remove what processes that were killed while they wrote have left of a file, or in a folder and below."""
+    """Remove temporary files left by killed processes, of one file or in a folder and below."""
     inside = path.rglob(f".*{PARTIAL}") if path.is_dir() else ()
     for file in [*inside, *path.parent.glob(f".{glob.escape(path.name)}.*{PARTIAL}")]:
         file.unlink(missing_ok=True)
@@ -75,15 +79,21 @@ def _flush_names(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file atomically."""
     write_atomic(path, lambda file: file.write(text.encode()))
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON, atomically; NaN and infinity are refused."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """Raises UserError when the file is missing or is not JSON."""
+    """Read a JSON file.
+
+    Raises:
+        UserError: the file is missing or is not JSON.
+    """
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
@@ -93,10 +103,10 @@ def read_json(path: Path) -> Any:
 
 
 def map_array(path: Path) -> Any:
-    """Map a .npy file of numbers; an archive of several comes back as what numpy makes of it.
+    """Memory-map a .npy file of numbers; an .npz archive is returned as numpy reads it.
 
     Raises:
-        UserError: it is missing, cut short, or holds anything but numbers.
+        UserError: the file is missing, truncated, or holds anything but numbers.
     """
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
@@ -107,7 +117,16 @@ def map_array(path: Path) -> Any:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file atomically. Tensors that share memory are written once for each name."""
+    """Write a safetensors file atomically.
+
+    Args:
+        path: the file.
+        tensors: of any shape, by name. Tensors that share memory are written once for each name.
+        metadata: text entries of the file's header.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     ready: dict[str, Tensor] = {}
     storages = set()
     for name, t in tensors.items():
@@ -122,14 +141,17 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 
 
 def read_weights(path: Path, containers: Sequence[str] = ("ema", "model")) -> dict[str, Tensor]:
-    """The state dict in a checkpoint file: safetensors, or a torch file read with `weights_only=True`.
+    """Read a state dict from a safetensors file, or from a torch file with `weights_only=True`.
 
     Args:
         path: the file.
-        containers: when the file holds a dict of state dicts, the entry to take: the first of these that is there.
+        containers: if the file holds a dict of state dicts, the entry to take: the first of these that exists.
+
+    Returns:
+        Tensors by name, of any shape, on the CPU.
 
     Raises:
-        UserError: no such file, damaged, holds code, or holds no state dict.
+        UserError: the file is missing, damaged, contains code, or holds no state dict.
     """
     if not path.is_file():
         raise MissingFileError(f"{path}: no such file")
@@ -158,7 +180,12 @@ def read_weights(path: Path, containers: Sequence[str] = ("ema", "model")) -> di
 
 
 def load_strict(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
-    """Load a state dict that must fit exactly.
+    """Load a state dict whose keys and shapes must match exactly.
+
+    Args:
+        model: the network.
+        weights: tensors by name, each of the same shape as the model's.
+        path: where they come from, for the message.
 
     Raises:
         UserError: names the first keys and shapes that differ.
@@ -181,7 +208,7 @@ def load_strict(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> 
 
 
 def sha256(path: Path) -> str:
-    """The file's hash; read once for as long as its size and time stay the same."""
+    """Return the SHA-256 of a file as hex; cached while its size and modification time stay the same."""
     status = path.stat()
     return _sha256(path, status.st_mtime_ns, status.st_size)
 
@@ -199,7 +226,7 @@ def _umask() -> int:
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of an error, or of the operating system's that is behind it."""
+    """The first line of an error, or of the operating system error behind it."""
     behind = error.__cause__ or error.__context__
     if isinstance(behind, OSError) and not isinstance(error, OSError):
         return _reason(behind)
@@ -208,12 +235,12 @@ def _reason(error: BaseException) -> str:
 
 
 def digest(value: Any) -> str:
-    """A hash of anything that JSON can hold."""
+    """Return the SHA-256, as hex, of any value that JSON can hold."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 NEUTRAL = "neutral"
-"""In the metadata of a field that was added later: the value that means what was done before there was the field.
+"""Metadata key of a field that was added later: the value that means the behaviour before the field existed.
 
-While the field has that value, the keys of cached results leave it out, so that what was computed before still counts.
+While the field has that value, the keys of cached results leave it out, so that earlier results stay valid.
 """

@@ -1,4 +1,4 @@
-"""One command at a time in a folder."""
+"""Allow one command at a time in a folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..errors import UserError
 from .files import remove_partial
 
 _locks: list[TextIO] = []
-"""The lock files that this process holds."""
+"""Lock files held by this process."""
 
 
 def _let_go() -> None:
@@ -29,16 +29,16 @@ os.register_at_fork(after_in_child=_let_go)
 
 @contextmanager
 def owned(folder: Path, option: str) -> Iterator[None]:
-    """Make a folder and keep every other command out of it; the lock dies with this process.
+    """Create a folder and lock it against other commands; the lock ends with this process.
 
-    What killed processes have left half-written is removed.
+    Temporary files left by killed processes are removed.
 
     Args:
         folder: the folder; it gets a file `.lock`, which stays.
-        option: of the command line, that names the folder.
+        option: the command-line option that names the folder, for messages.
 
     Raises:
-        UserError: the folder cannot be written, or another command is at work in it.
+        UserError: the folder is not writable, or another command is using it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

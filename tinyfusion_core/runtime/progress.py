@@ -1,4 +1,4 @@
-"""Progress a person can watch: a bar on a terminal, a line now and then in a log file."""
+"""Progress output: a bar on a terminal, an occasional line in a log file."""
 
 from __future__ import annotations
 
@@ -35,11 +35,12 @@ class Tracker:
         self._note = ""
 
     def advance(self, units: int = 1, note: str = "") -> None:
+        """Count finished units of work, and show a short note."""
         self.done += units
         self._tell(note)
 
     def tell(self, note: str) -> None:
-        """Say what is being done now; the work inside adds how far it is."""
+        """Show what is being done now; nested work appends its own progress."""
         self._note = note
         self._tell(note)
 
@@ -60,7 +61,7 @@ class Tracker:
 
 
 _shown: list[Tracker] = []
-"""The tracker that is on the screen; work inside work does not get a bar of its own."""
+"""The tracker on the screen; nested work gets no bar of its own."""
 
 
 @contextmanager
@@ -68,9 +69,9 @@ def track(name: str, total: int, done: int = 0, show: bool = True) -> Iterator[T
     """Show the progress of `total` units of work.
 
     Args:
-        name: what is being done.
+        name: label.
         total: units of work.
-        done: units that an earlier run has done.
+        done: units that an earlier, interrupted run has done.
         show: False on all processes but one.
     """
     with ExitStack() as stack:

@@ -1,7 +1,7 @@
-"""Randomness as a pure function of (seed, stage, step, row, purpose).
+"""Random numbers as a pure function of (seed, stage, step, row, purpose).
 
-Nothing here keeps state. A run that was killed and resumed, or one spread over several processes, draws
-the very numbers of an uninterrupted run in one process, and there is no generator to save.
+Nothing here keeps state: a run that was killed and resumed, or one spread over several processes, draws the same
+numbers as an uninterrupted run in one process, and there is no generator state to save.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ from torch import Tensor
 
 
 def seed_of(*key: object) -> int:
-    """A 56-bit seed from any key of strings and numbers."""
+    """Hash a key of strings and numbers to a 56-bit seed."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=7).digest(), "little")
 
 
 def generator(*key: object) -> torch.Generator:
-    """A CPU generator seeded by the key."""
+    """Return a CPU generator seeded by a key of strings and numbers."""
     return torch.Generator().manual_seed(seed_of(*key))
 
 
 @dataclass(frozen=True)
 class Rng:
-    """The random streams of one batch: row `i` draws from its own stream, that of global row `first + i`.
+    """The random streams of one batch: row `i` draws from the stream of global row `first + i`.
 
     Args:
         seed: the run's seed.
         stage: the stage that draws (`"search"`, `"recover"`, ...).
         step: the optimizer update, or the batch number of an evaluation.
         first: global index of row 0 within the step.
-        strata: when positive, scalar draws are spread evenly over that many rows (one row in each of
-            `strata` equal intervals, shuffled anew for every purpose). Evaluations use it: the same
-            expectation at a fraction of the variance. 0 draws independently.
+        strata: if positive, scalar draws are stratified over that many rows: one row in each of `strata` equal
+            intervals, shuffled anew for every purpose. Evaluations use it: the same expectation with far less variance.
+            0 draws independently.
     """
 
     seed: int
@@ -45,16 +45,36 @@ class Rng:
     strata: int = 0
 
     def batch(self, purpose: str) -> torch.Generator:
-        """One generator for the whole batch, the same on every process; an evaluation's batches each have their own."""
+        """Return one generator for the whole batch, the same on every process.
+
+        With `strata`, each batch of an evaluation has its own.
+        """
         part = (self.first,) if self.strata else ()
         return generator(self.seed, self.stage, self.step, purpose, *part)
 
     def normal(self, purpose: str, like: Tensor) -> Tensor:
-        """Standard normal numbers with the shape (B, ...), dtype and device of `like`."""
+        """Draw standard normal numbers.
+
+        Args:
+            purpose: name of the stream.
+            like: (batch, ...) tensor that gives shape, dtype and device.
+
+        Returns:
+            (batch, ...), the same shape as `like`.
+        """
         return self._rows(purpose, like.shape, Tensor.normal_).to(like)
 
     def uniform(self, purpose: str, num_rows: int, *shape: int) -> Tensor:
-        """(B, *shape) numbers in [0, 1), float64 on the CPU; scalar ones stratified when `strata` is set."""
+        """Draw uniform numbers in [0, 1); scalar ones are stratified if `strata` is set.
+
+        Args:
+            purpose: name of the stream.
+            num_rows: batch size.
+            shape: dimensions of each row.
+
+        Returns:
+            (batch, *shape), float64 on the CPU.
+        """
         u = self._rows(purpose, torch.Size([num_rows, *shape]), Tensor.uniform_, torch.float64)
         if self.strata and not shape:
             order = torch.randperm(self.strata, generator=generator(self.seed, self.stage, self.step, purpose))
@@ -63,11 +83,11 @@ class Rng:
         return u
 
     def integers(self, purpose: str, high: int, num_rows: int, *shape: int) -> Tensor:
-        """(B, *shape) integers in [0, high), int64 on the CPU."""
+        """Draw integers in [0, high): (batch, *shape), int64 on the CPU."""
         return (self.uniform(purpose, num_rows, *shape) * high).long()
 
     def gumbel(self, purpose: str, num_rows: int, num_columns: int) -> Tensor:
-        """(B, K) standard Gumbel numbers, `-ln E` with E ~ Exp(1), float32 on the CPU."""
+        """Draw standard Gumbel noise, `-ln E` with E ~ Exp(1): (batch, num_columns), float32 on the CPU."""
         return -self._rows(purpose, torch.Size([num_rows, num_columns]), Tensor.exponential_).log()
 
     def _rows(

@@ -1,4 +1,4 @@
-"""Asking a program to stop: at once, or a running loop after its step."""
+"""Stop requests: interrupt the program at once, or a training loop after its current step."""
 
 from __future__ import annotations
 
@@ -13,12 +13,16 @@ from types import FrameType
 from ..errors import Interrupted
 
 FORWARDED = 2.0
-"""Seconds in which a signal that comes again is the same one: launchers pass on what their processes got themselves."""
+"""Seconds within which a repeated signal counts as the same one: launchers forward what they received."""
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """SIGINT and SIGTERM raise Interrupted, wherever the program is."""
+    """Raise Interrupted on SIGINT or SIGTERM, anywhere in the program.
+
+    Raises:
+        Interrupted: a signal arrived.
+    """
 
     def stop(signum: int) -> None:
         raise Interrupted(f"stopped by {signal.Signals(signum).name}", signum)
@@ -29,9 +33,10 @@ def interruptible() -> Iterator[None]:
 
 @contextmanager
 def stop_requests() -> Iterator[list[int]]:
-    """A list that receives the signal when SIGINT or SIGTERM asks to stop; a second one raises Interrupted at once.
+    """Yield a list to which SIGINT and SIGTERM append their number.
 
-    So does the end, when nobody has taken notice.
+    Raises:
+        Interrupted: a second signal arrived, or the context ends after one.
     """
     asked: list[int] = []
 
@@ -48,7 +53,7 @@ def stop_requests() -> Iterator[list[int]]:
 
 @contextmanager
 def _on_signal(act: Callable[[int], None]) -> Iterator[None]:
-    """Let SIGINT and SIGTERM act; only the main thread can."""
+    """Call `act` on SIGINT and SIGTERM; does nothing outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,4 +1,4 @@
-"""The stages of a run: their names, their order, and what each leaves in the run folder."""
+"""The stages of a run: names, order, and the files each one writes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ OUTPUTS = {
     RECOVER: ("student",),
     EVALUATE: ("metrics.json", "evaluation", "figures", "report.html"),
 }
-"""What each stage leaves in its folder, besides its lines of `metrics.jsonl` and the exhibits of metrics."""
+"""What each stage writes to the run folder, besides its lines of `metrics.jsonl` and the exhibits of metrics."""
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,10 @@ class Stage:
     """A stage of a run.
 
     Attributes:
-        name: one of `OUTPUTS`; also the section of the recipe that belongs to it, and how it is logged.
-        round: name of the round it belongs to, empty where there are none.
+        name: one of `OUTPUTS`; also its section of the recipe and its label in the log.
+        round: name of its round; empty if the recipe has no rounds.
         settings: its section of the recipe, in the form in which the recipe was given. None for a round without
-            recovery, whose stage saves the student as it was pruned.
+            recovery, whose stage saves the student as pruned.
     """
 
     name: str
@@ -33,21 +33,21 @@ class Stage:
 
     @property
     def key(self) -> str:
-        """What tells it from the other stages: `search`, or `d14.search`."""
+        """A unique name: `search`, or `d14.search`."""
         return f"{self.round}.{self.name}" if self.round else self.name
 
     @property
     def title(self) -> str:
-        """Its name for people: `search`, or `d14 search`."""
+        """The name shown to users: `search`, or `d14 search`."""
         return self.key.replace(".", " ")
 
 
 def stages_of(sections: Mapping[str, Any]) -> list[Stage]:
-    """The stages of a recipe in their order.
+    """Return the stages of a recipe in order.
 
     Args:
-        sections: the recipe's sections by name, as YAML has them or as the objects that were made of them; those of
-            progressive pruning under `rounds`. A section that is None or missing is not part of the run.
+        sections: the recipe's sections by name, as parsed YAML or as objects; those of progressive pruning are under
+            `rounds`. A section that is None or missing is not part of the run.
     """
     stages = [Stage(TRAIN, settings=sections[TRAIN])] if sections.get(TRAIN) is not None else []
     for name, part in {"": sections, **(sections.get("rounds") or {})}.items():

@@ -1,4 +1,4 @@
-"""What is logged, sent besides to the trackers that people look at: TensorBoard, W&B and others, through accelerate."""
+"""Send logged values to experiment trackers (TensorBoard, W&B and others) through accelerate."""
 
 from __future__ import annotations
 
@@ -13,11 +13,16 @@ from ..errors import MissingFileError, UserError, nearest
 from .files import read_json, write_json
 
 IDS = "trackers.json"
-"""Which run of a tracker a stage logs to, so that a resumed stage goes on with it."""
+"""File with the tracker run of each stage, so that a resumed stage continues it."""
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Raise UserError when accelerate does not know one of these trackers, or its package is not installed."""
+    """Check that trackers are known to accelerate and installed.
+
+    Raises:
+        UserError: accelerate does not know the tracker.
+        MissingFileError: its package is not installed.
+    """
     if not names:
         return
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
@@ -37,16 +42,16 @@ def check_trackers(names: Sequence[str]) -> None:
 def tracked(
     names: Sequence[str], project: str, folder: Path, stage: str, start: int
 ) -> Iterator[Callable[[Mapping[str, Any], int], None]]:
-    """Open these trackers for one stage of a run; yields a function that logs values at a step of the stage.
+    """Open trackers for one stage of a run; yields a function that logs values at a step of the stage.
 
-    A tracker that fails is left alone after one warning: no network and no full disk of a service ends a run.
+    A tracker that fails is dropped after one warning: a lost network or a full disk does not end the run.
 
     Args:
-        names: of the trackers.
-        project: what runs are filed under where a tracker has projects.
-        folder: the run folder; those that write files write them there.
-        stage: name of the stage. Each has a run of its own in the tracker, and so an axis of its own steps.
-        start: the step that the stage goes on from; what was tracked of later ones is made again.
+        names: names of the trackers.
+        project: project name, for trackers that have projects.
+        folder: the run folder; trackers that write files write them there.
+        stage: name of the stage. Each stage has its own tracker run, with its own step axis.
+        start: the step that the stage resumes from; later steps are logged again.
     """
     running: dict[str, Any] = {}
 
@@ -85,7 +90,7 @@ def tracked(
 
 
 def _options(name: str, folder: Path, stage: str, start: int) -> dict[str, Any]:
-    """How to open a tracker so that a resumed stage goes on where it was, for those that can."""
+    """Constructor options with which a resumed stage continues its tracker run, where the tracker can."""
     if name == "tensorboard":
         return {"purge_step": start + 1}
     if name not in ("wandb", "trackio"):

@@ -1,1 +1,1 @@
-"""Distributions over block masks, and the constraints that their masks obey. Mathematics only."""
+"""Probability distributions over block masks, and the constraints that masks obey. Mathematics only."""

@@ -1,8 +1,8 @@
-"""The masks that obey some demands, as an automaton that reads the blocks in order.
+"""The set of masks that obey given demands, as a finite automaton that reads the blocks in order.
 
 A state holds what the past decides about the future: how much is kept so far, how many blocks in a row were dropped
 and so on. Every path through the automaton is a mask that obeys all demands, and every such mask is one path;
-distributions over masks are dynamic programmes over it (see conditional_poisson.py).
+distributions over masks are dynamic programs over it (see conditional_poisson.py).
 """
 
 from __future__ import annotations
@@ -21,12 +21,7 @@ MAX_STATES = 2_000_000
 
 
 class Segment(NamedTuple):
-    """Blocks that follow each other.
-
-    Attributes:
-        size: how many they are.
-        kept: how many of them stay.
-    """
+    """Consecutive blocks, of which `kept` out of `size` are kept."""
 
     size: int
     kept: int
@@ -37,13 +32,13 @@ class Demands:
     """What every mask must obey, block by block.
 
     Attributes:
-        lists: lengths of the block lists; runs of dropped blocks end where a list ends.
-        segments: what stays of every part of the network; they cover it. Empty with `costs`.
-        costs: what each block costs.
-        budget: with `costs`: the most that the kept blocks may cost together.
-        protect: blocks that must stay.
-        remove: blocks that must go.
-        together: sets of blocks that stay or go together.
+        lists: lengths of the block lists; a run of dropped blocks ends where its list ends.
+        segments: how many blocks of each part of the network are kept; they cover it. Empty with `costs`.
+        costs: cost of each block.
+        budget: with `costs`: the largest total cost of the kept blocks.
+        protect: blocks that must be kept.
+        remove: blocks that must be removed.
+        together: sets of blocks that are kept or removed as one.
         max_run: the longest run of dropped blocks in a list.
         contiguous: whether the dropped blocks of a list are one run.
     """
@@ -59,7 +54,7 @@ class Demands:
     contiguous: bool = False
 
     def slack(self) -> int:
-        """What a mask may leave of the largest use of the budget: less than the cheapest that could still be added."""
+        """Return the cost by which a mask must stay within the largest: less than the cheapest free block."""
         assert self.costs is not None
         alone = (frozenset([i]) for i in range(len(self.costs)) if all(i not in group for group in self.together))
         fixed = self.protect | self.remove
@@ -75,7 +70,7 @@ class _State(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """Where a block is."""
+    """Position of a block."""
 
     block: int
     last: bool  # of its list, where runs of dropped blocks end
@@ -88,12 +83,12 @@ class Automaton:
     """The masks that obey some demands.
 
     Attributes:
-        drop: for every block a table: state before it -> state after it when the block is dropped. The number of
+        drop: for every block a table, (states before,): the state after it if the block is dropped. The number of
             states after it stands for "forbidden".
-        keep: the same when it is kept.
-        num_ends: how many states there are after the last block.
-        num_masks: how many masks there are.
-        dearest: with costs, the most that a mask uses of the budget.
+        keep: the same if it is kept.
+        num_ends: number of states after the last block.
+        num_masks: number of masks.
+        dearest: with costs, the largest cost of a mask.
     """
 
     drop: tuple[Tensor, ...]
@@ -104,10 +99,11 @@ class Automaton:
 
     @property
     def num_blocks(self) -> int:
+        """Number of blocks of a mask."""
         return len(self.drop)
 
     def accepts(self, kept: Collection[int]) -> bool:
-        """Whether the mask that keeps these blocks obeys the demands."""
+        """Return whether the mask that keeps exactly these blocks obeys the demands."""
         state = 0
         for i, (drop, keep) in enumerate(zip(self.drop, self.keep, strict=True)):
             table = keep if i in kept else drop
@@ -117,7 +113,7 @@ class Automaton:
         return state < self.num_ends
 
     def accepts_within(self, kept: Collection[int]) -> bool:
-        """Whether some mask obeys the demands and keeps none but these blocks."""
+        """Return whether some mask that obeys the demands keeps only blocks among these."""
         reached = torch.tensor([0])
         for i, (drop, keep) in enumerate(zip(self.drop, self.keep, strict=True)):
             after = torch.cat([drop[reached], keep[reached]]) if i in kept else drop[reached]
@@ -126,7 +122,7 @@ class Automaton:
         return len(reached) > 0
 
     def best(self, weights: Sequence[int], late: bool = False) -> tuple[int, ...]:
-        """The blocks that the mask with the largest sum of weights keeps; of equal ones the earlier, or the later."""
+        """Return the kept blocks of the mask with the largest sum of weights; if tied, earlier (or `late`) blocks."""
         values: list[list[int | None]] = [[0] * self.num_ends]
         tables = [(drop.tolist(), keep.tolist()) for drop, keep in zip(self.drop, self.keep, strict=True)]
         for weight, (drop, keep) in zip(reversed(weights), reversed(tables), strict=True):
@@ -146,7 +142,7 @@ class Automaton:
         return tuple(kept)
 
     def masks(self) -> Iterator[tuple[int, ...]]:
-        """The kept blocks of all masks, in lexicographic order."""
+        """Yield the kept blocks of all masks, in lexicographic order."""
         waiting: list[tuple[int, tuple[int, ...], int]] = [(0, (), 0)]  # block, those kept before it, state
         while waiting:
             i, kept, state = waiting.pop()
@@ -159,7 +155,7 @@ class Automaton:
                     waiting.append((i + 1, with_it, after))
 
     def _num_after(self, i: int) -> int:
-        """How many states there are after block i."""
+        """The number of states after block i."""
         return self.num_ends if i + 1 == self.num_blocks else len(self.drop[i + 1])
 
 
@@ -169,10 +165,10 @@ def _plus(value: int | None, weight: int) -> int | None:
 
 @lru_cache(maxsize=16)
 def automaton_of(demands: Demands, key: str) -> Automaton | None:
-    """The automaton of the masks that obey; states from which no mask can be finished are left out. None: no mask.
+    """Build the automaton of the masks that obey; None if there is no such mask. `key` names the setting in messages.
 
     Raises:
-        UserError: it would need too many states.
+        UserError: it would need more than `MAX_STATES` states.
     """
     paths = _explore(demands, key)
     found = _prune(demands, *paths)
@@ -195,7 +191,7 @@ def _places(demands: Demands) -> Iterator[_Place]:
 
 
 def _explore(demands: Demands, key: str) -> tuple[_Layers, _Moves]:
-    """The states before and after every block, and for each where dropping and keeping the block lead."""
+    """The states before and after every block, and where dropping and keeping it lead from each."""
     layers: _Layers = [{_State(): 0}]
     moves: _Moves = []
     num_states = 1
@@ -218,7 +214,7 @@ def _explore(demands: Demands, key: str) -> tuple[_Layers, _Moves]:
 
 
 def _prune(demands: Demands, layers: _Layers, moves: _Moves, least: int = 0) -> Automaton | None:
-    """Keep the states from which an end that uses more than the least can be reached; count the masks on the way."""
+    """Keep the states from which an end with a cost above `least` can be reached, and count the masks."""
     counts: dict[_State, int] = {state: 1 for state in layers[-1] if demands.costs is None or state.used > least}
     names = {state: i for i, state in enumerate(counts)}
     num_ends, drops, keeps = len(counts), [], []
@@ -243,9 +239,9 @@ def _prune(demands: Demands, layers: _Layers, moves: _Moves, least: int = 0) -> 
 
 
 def _move(demands: Demands, state: _State, place: _Place, kept: bool) -> _State | None:
-    """The state after a block, or None when the demands forbid it.
+    """The state after a block, or None if the demands forbid it.
 
-    What no demand asks for is always 0 in it, as it would only multiply the states.
+    A part of the state that no demand needs is always 0, because it would only multiply the states.
     """
     if place.block in (demands.remove if kept else demands.protect):
         return None
@@ -259,7 +255,7 @@ def _move(demands: Demands, state: _State, place: _Place, kept: bool) -> _State 
 
 
 def _used(demands: Demands, used: int, place: _Place, kept: bool) -> int | None:
-    """What is used after a block, None when that is too much, or in the end of a segment too little."""
+    """What is used after a block; None if that is too much, or too little at the end of a segment."""
     if place.segment is None:
         assert demands.costs is not None
         used += demands.costs[place.block] * kept
@@ -271,14 +267,14 @@ def _used(demands: Demands, used: int, place: _Place, kept: bool) -> int | None:
 
 
 def _run(demands: Demands, before: int, kept: bool) -> int | None:
-    """The dropped blocks in a row after a block, None when they are too many; not counted if any number may be."""
+    """Number of dropped blocks in a row after a block; None if too many; 0 if there is no limit."""
     if kept or demands.max_run is None:
         return 0
     return before + 1 if before < demands.max_run else None
 
 
 def _phase(demands: Demands, before: int, kept: bool) -> int | None:
-    """The phase after a block, None when it begins another run of dropped blocks; not told if any may begin."""
+    """The phase after a block; None if it starts a forbidden second run of dropped blocks; 0 if runs are free."""
     if not demands.contiguous:
         return 0
     if kept:
@@ -289,7 +285,7 @@ def _phase(demands: Demands, before: int, kept: bool) -> int | None:
 def _open_sets(
     demands: Demands, before: tuple[tuple[int, bool], ...], block: int, kept: bool
 ) -> tuple[tuple[int, bool], ...] | None:
-    """The sets of `together` that are open after a block, None when it differs from the others of its set."""
+    """The sets of `together` that are open after a block; None if the block differs from the others of its set."""
     sets = dict(before)
     for number, members in enumerate(demands.together):
         if block in members:

@@ -1,4 +1,4 @@
-"""A distribution over block masks, with gradients to its logits: what every sampler is."""
+"""The interface of samplers: a distribution over block masks, differentiable in its logits."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Draw:
     """Sampled masks.
 
     Attributes:
-        mask: (B, N) zeros and ones; carries the gradient to the logits when the estimator is pathwise.
-        log_prob: (B,) log-probability of each draw in nats, differentiable.
+        mask: (batch, num_blocks) zeros and ones; carries the gradient to the logits if the estimator is pathwise.
+        log_prob: (batch,) log-probability of each mask in nats, differentiable.
     """
 
     mask: Tensor
@@ -31,7 +31,7 @@ class BlockSampler(nn.Module, ABC):
     """A distribution over masks that keep a fixed budget of blocks; owns the gate logits.
 
     Args:
-        lists: length of every block list, in execution order; the N columns of a mask follow it.
+        lists: length of every block list, in execution order; the columns of a mask follow it.
     """
 
     #: Learning rate of the logits that suits them, unless a search says otherwise.
@@ -52,11 +52,11 @@ class BlockSampler(nn.Module, ABC):
         self.prior_schedule, self.prior = (0.0, 0.0), 0.0
 
     def set_prior(self, kept: Sequence[int], prior: tuple[float, float]) -> None:
-        """Believe in a mask: what the gates learn is added to its log-odds.
+        """Add a prior: log-odds in favour of one mask, to which what the gates learn is added.
 
         Args:
-            kept: the blocks that it keeps.
-            prior: log-odds that these have, and minus that the others, at the first and at the last step, linear in
+            kept: the blocks that the mask keeps.
+            prior: log-odds of these blocks, and minus those of the others, at the first and at the last step, linear in
                 between.
         """
         self.get_buffer("preference").fill_(-1.0)[list(kept)] = 1.0
@@ -64,53 +64,66 @@ class BlockSampler(nn.Module, ABC):
 
     @property
     def prior_logits(self) -> Tensor:
-        """(N,) log-odds of the blocks before the gates have learned anything."""
+        """Prior log-odds of the blocks, (num_blocks,), before the gates have learned anything."""
         return self.prior * self.get_buffer("preference")
 
     def anneal(self, progress: float) -> dict[str, float]:
-        """Move schedules to a point of the search, 0 at the first step and 1 at the last; returns them by name."""
+        """Set all schedules to a point of the search and return their values by name.
+
+        Args:
+            progress: 0 at the first step, 1 at the last.
+        """
         self.prior = linear(self.prior_schedule, progress)
         return {"prior": self.prior} if any(self.prior_schedule) else {}
 
     @abstractmethod
     def sample(self, num_rows: int, rng: Rng) -> Draw:
-        """Draw B masks, row i from stream i of `rng`; each obeys the budget exactly."""
+        """Draw masks, each of which obeys the budget exactly: (batch, num_blocks).
+
+        Args:
+            num_rows: number of masks.
+            rng: row i is drawn from its stream i.
+        """
 
     def surrogate(self, draw: Draw, loss: Tensor) -> Tensor:
-        """The scalar to minimise, given the (B,) losses under the drawn masks.
+        """Return the scalar to minimise.
 
-        By default their mean: the gradient travels through the mask. A score-function estimator adds
-        `log_prob` times an advantage.
+        By default the mean loss: the gradient flows through the mask. A score-function estimator adds `log_prob` times
+        an advantage.
+
+        Args:
+            draw: the masks.
+            loss: (batch,) losses under them.
         """
         return loss.mean()
 
     @abstractmethod
     def marginals(self) -> Tensor:
-        """(N,) probability that each block is kept."""
+        """Return the probability that each block is kept, (num_blocks,)."""
 
     @abstractmethod
     def mode(self) -> list[int]:
-        """Indices of the kept blocks in the most probable mask."""
+        """Return the kept blocks of the most probable mask."""
 
     @abstractmethod
     def best(self, count: int) -> list[tuple[int, ...]]:
-        """The kept blocks of the most probable masks, best first; fewer when there are no more."""
+        """Return the kept blocks of the most probable masks, best first; fewer than `count` if there are no more."""
 
     @abstractmethod
     def allows(self, kept: Sequence[int]) -> bool:
-        """Whether the mask that keeps these blocks is within the budget."""
+        """Return whether the mask that keeps these blocks is within the budget."""
 
     @abstractmethod
     def entropy(self) -> float:
-        """Entropy of the distribution in nats."""
+        """Return the entropy of the distribution in nats."""
 
     @abstractmethod
     def confidence(self) -> list[float]:
-        """Probability of the mode, for each independent choice; a decision is as sure as the least of them."""
+        """Return the probability of the mode for each independent choice; a decision is as sure as the least."""
 
     @abstractmethod
     def choices(self) -> list[list[int]]:
-        """The blocks that each independent choice is about, in the order of `confidence`; none when it is one."""
+        """Return the blocks of each independent choice, in the order of `confidence`; empty if there is only one."""
 
     @property
     @abstractmethod
@@ -119,5 +132,5 @@ class BlockSampler(nn.Module, ABC):
 
 
 def linear(ends: tuple[float, float], progress: float) -> float:
-    """The value at a progress from 0 to 1 between two ends."""
+    """Interpolate linearly between two ends, at a progress from 0 to 1."""
     return ends[0] + (ends[1] - ends[0]) * progress

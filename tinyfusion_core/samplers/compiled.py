@@ -1,4 +1,4 @@
-"""Constraints: what every selector optimises over, compiled from a number, a pattern or costs, and from rules."""
+"""Compiled constraints, over which every selector optimises; made from a number, a pattern or costs, and rules."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from .patterns import Pattern, split_groups
 
 @dataclass(frozen=True)
 class Choice:
-    """Blocks of which a fixed number stays, or what a budget pays for.
+    """Blocks of which a fixed number is kept, or as many as a budget allows.
 
     Attributes:
         name: what messages call them.
         lists: their indices, by block list.
-        num_kept: how many stay; None: what the budget pays for.
+        num_kept: how many are kept; None if a cost budget decides.
     """
 
     name: str
@@ -33,6 +33,7 @@ class Choice:
 
     @property
     def blocks(self) -> tuple[int, ...]:
+        """Indices of the blocks, ascending."""
         return tuple(sorted(i for members in self.lists for i in members))
 
 
@@ -41,11 +42,11 @@ class Constraints:
     """The masks that a selector may choose from.
 
     Attributes:
-        choices: the groups of a pattern, the block lists, or the network; every block is in one of them.
-        budget: how many blocks stay, of all or by list, or what they may cost.
-        rules: that were given besides a pattern.
-        automaton: the masks, of blocks in this `order`.
-        order: the index of every block of the automaton.
+        choices: the groups of a pattern, the block lists, or the whole network; every block is in exactly one.
+        budget: how many blocks are kept, in total or by list, or what they may cost.
+        rules: the rules given besides a pattern.
+        automaton: the masks, over blocks in this `order`.
+        order: block index of each position of the automaton.
     """
 
     choices: tuple[Choice, ...]
@@ -56,40 +57,41 @@ class Constraints:
 
     @property
     def num_blocks(self) -> int:
+        """Number of blocks of the network."""
         return len(self.order)
 
     @property
     def num_masks(self) -> int:
-        """How many masks obey."""
+        """Number of masks that obey the constraints."""
         return self.automaton.num_masks
 
     @property
     def protected(self) -> frozenset[int]:
-        """Blocks that must stay."""
+        """Blocks that must be kept."""
         return frozenset(self.rules.protect)
 
     @property
     def independent(self) -> bool:
-        """Whether every choice keeps its number of blocks, whatever the others keep, and nothing else is asked for."""
+        """Whether each choice keeps its number of blocks independently of the others: no rule but `protect`."""
         return not self.rules.given().keys() - {"keep", "protect"}
 
     def accepts(self, kept: Collection[int]) -> bool:
-        """Whether the mask that keeps these blocks obeys."""
+        """Return whether the mask that keeps exactly these blocks obeys the constraints."""
         return self.automaton.accepts({i for i, block in enumerate(self.order) if block in kept})
 
     def best(self, scores: Sequence[float], late: bool = False) -> tuple[int, ...]:
-        """The blocks that the mask with the largest sum of scores keeps.
+        """Return the kept blocks of the mask with the largest sum of scores.
 
         Args:
-            scores: of every block; infinite ones count before all others.
-            late: of masks with the same sum the one that keeps the later blocks, not the earlier.
+            scores: score of each block; infinite ones outweigh all others.
+            late: among masks with the same sum take the one with later blocks, not earlier ones.
         """
         return self._kept(self.automaton.best(_exact([scores[block] for block in self.order]), late))
 
     def removable(self, kept: Collection[int]) -> list[tuple[int, ...]]:
-        """The sets of blocks of which one may go when `kept` are left, so that some mask that obeys is within the rest.
+        """Return the sets of blocks that may be removed next from `kept`: some valid mask lies within the rest.
 
-        A set is one block, or those that the rules hold together; there is none when `kept` obeys.
+        A set is one block, or those that the rules remove as one. Empty if `kept` already obeys the constraints.
         """
         if self.accepts(kept):
             return []
@@ -98,7 +100,7 @@ class Constraints:
         return sorted(unit for unit in units if set(unit) <= set(kept) and self._accepts_within(set(kept) - set(unit)))
 
     def draw(self, generator: torch.Generator) -> tuple[int, ...]:
-        """The blocks to keep, every mask that obeys with the same probability."""
+        """Draw a mask uniformly from all that obey the constraints, and return its kept blocks."""
         if not self.independent:
             uniform = torch.rand(1, self.num_blocks, generator=generator, dtype=torch.float64)
             return self._kept(self._uniform.sample(uniform)[0].nonzero().flatten().tolist())
@@ -111,7 +113,7 @@ class Constraints:
         return tuple(sorted(kept))
 
     def distinct(self, num: int, generator: torch.Generator) -> list[tuple[int, ...]]:
-        """Drawn masks, no two alike; a larger number begins with them. All in order if there are no more."""
+        """Draw distinct masks; a larger number starts with the same ones. All masks, in order, if there are no more."""
         if num >= self.num_masks:
             return [self._kept(mask) for mask in self.automaton.masks()]
         drawn: dict[tuple[int, ...], None] = {}  # a set that remembers the order
@@ -131,7 +133,7 @@ class Constraints:
 
 
 def _exact(scores: Sequence[float]) -> list[int]:
-    """Whole numbers in the proportions of the scores, whose sums know no rounding."""
+    """Integers in the proportions of the scores, so that sums have no rounding error."""
     ratios = [float(score).as_integer_ratio() if math.isfinite(score) else None for score in scores]
     unit = max((ratio[1] for ratio in ratios if ratio is not None), default=1)  # all are powers of two
     whole = [None if ratio is None else ratio[0] * (unit // ratio[1]) for ratio in ratios]
@@ -151,15 +153,15 @@ def compile_constraints(
     protect: Sequence[int] = (),
     constraints: Rules | None = None,
 ) -> Constraints:
-    """What a selector may choose from in a network.
+    """Compile the settings of a selector into the masks it may choose from.
 
     Args:
         blocks: paths of the network's blocks.
-        owner: whose settings the following are, for messages.
-        keep: how many of the blocks stay.
-        pattern: how many of every group stay.
-        protect: indices of blocks that must stay.
-        constraints: further rules; with costs and a budget in the place of keep and pattern.
+        owner: name of the section with these settings, for messages.
+        keep: how many of the blocks are kept.
+        pattern: how many of every group are kept.
+        protect: indices of blocks that must be kept.
+        constraints: further rules; with costs and a budget instead of keep and pattern.
 
     Raises:
         UserError: a setting does not fit the network, or no mask obeys all of them.
@@ -182,7 +184,7 @@ def compile_constraints(
 
 
 def _number(choices: Sequence[Choice], lists: Mapping[str, Sequence[int]]) -> Budget:
-    """How many blocks stay: of every list, or of all where lists share a choice or there is one."""
+    """How many blocks are kept: by list, or in total where lists share a choice or there is one list."""
     if len(lists) == 1 or any(len(choice.lists) > 1 for choice in choices):
         return sum(choice.num_kept or 0 for choice in choices)
     return {name: sum(c.num_kept or 0 for c in choices if set(c.blocks) <= set(lists[name])) for name in lists}

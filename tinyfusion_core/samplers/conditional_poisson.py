@@ -1,11 +1,10 @@
-"""The conditional Poisson distribution over the masks that obey some rules, exactly.
+"""The exact conditional Poisson distribution over the masks that obey some rules.
 
 Every block is kept with odds exp(theta), independently, given that the mask obeys the rules. With "keep k of n" this
 is the k-subset distribution of Chen, Dempster and Liu ("Weighted finite population sampling to maximize entropy",
-1994), of SIMPLE (arXiv 2210.01941) and of Pervez et al. (ICLR 2023). All is computed by dynamic programming over the
-automaton of the rules, in log-space and float64: fast next to a training step, and exact for logits of any size.
-
-Shapes: N blocks, R masks.
+Biometrika 1994), used by SIMPLE (arXiv:2210.01941) and by Pervez et al. (ICLR 2023). Everything is computed by
+dynamic programming over the automaton of the rules, in log-space and float64: fast compared with a training step, and
+exact for logits of any size.
 """
 
 from __future__ import annotations
@@ -23,52 +22,66 @@ from .automaton import Automaton
 
 @dataclass(frozen=True)
 class Subsets:
-    """The distribution with the log-odds theta over an automaton's masks.
+    """The distribution with log-odds theta over the masks of an automaton.
 
-    What one method has computed serves the others, so one backward pass must go through all that they gave.
+    Methods share intermediate results, so all their outputs must go through one backward pass.
 
     Args:
         automaton: the masks.
-        theta: (N,) log-odds, float64 on the CPU; everything is differentiable in them.
+        theta: (num_blocks,) log-odds, float64 on the CPU; everything is differentiable in them.
     """
 
     automaton: Automaton
     theta: Tensor
 
     def log_partition(self) -> Tensor:
-        """Log of the sum of exp(theta . mask) over all masks."""
+        """Return the log of the sum of exp(theta . mask) over all masks, a scalar."""
         return self._sums[0][0]
 
     def marginals(self) -> Tensor:
-        """(N,) probability that each block is kept: the gradient of the log-partition."""
+        """Return the probability that each block is kept, (num_blocks,): the gradient of the log-partition."""
         with torch.enable_grad():
             known = self if self.theta.requires_grad else Subsets(self.automaton, self.theta.detach().requires_grad_())
             (out,) = torch.autograd.grad(known.log_partition(), known.theta, create_graph=self.theta.requires_grad)
         return out
 
     def log_prob(self, masks: Tensor) -> Tensor:
-        """(R, N) masks that obey the rules -> (R,) log-probabilities."""
+        """Compute log-probabilities in nats.
+
+        Args:
+            masks: (masks, num_blocks) zeros and ones; each mask must obey the rules.
+
+        Returns:
+            (masks,)
+        """
         return masks.to(self.theta) @ self.theta - self.log_partition()
 
     def entropy(self) -> Tensor:
-        """In nats."""
+        """Return the entropy in nats, a scalar: log-partition minus marginals . theta."""
         return self.log_partition() - self.marginals() @ self.theta
 
     def divergence(self, other: Subsets) -> Tensor:
-        """KL(self || other) in nats; both over the same automaton."""
+        """Return KL(self || other) in nats, a scalar; both over the same automaton."""
         mean = self.marginals() @ (self.theta - other.theta)
         return mean - self.log_partition() + other.log_partition()
 
     def sample(self, uniform: Tensor) -> Tensor:
-        """(R, N) numbers in [0, 1) -> (R, N) masks, float64; each row is drawn from its own numbers alone."""
+        """Draw masks; each row depends on its own random numbers only.
+
+        Args:
+            uniform: (masks, num_blocks) numbers in [0, 1).
+
+        Returns:
+            (masks, num_blocks) zeros and ones, float64.
+        """
         return self._walk(len(uniform), self._sums, lambda i, odds: uniform[:, i] < odds.sigmoid())
 
     def mode(self) -> Tensor:
-        """(N,) the most probable mask; of equally probable ones that which keeps the earlier blocks."""
+        """Return the most probable mask, (num_blocks,); among equal ones that with the earlier blocks."""
         return self._walk(1, self._values(torch.maximum), lambda i, odds: odds >= 0)[0]
 
     def best(self, count: int) -> list[tuple[float, tuple[int, ...]]]:
-        """The most probable masks, best first, as (log-probability, kept blocks)."""
+        """Return the most probable masks, best first, as (log-probability in nats, kept blocks)."""
         values: list[list[tuple[float, tuple[int, ...]]]] = [[(0.0, ())] for _ in range(self.automaton.num_ends)]
         theta = self.theta.detach().tolist()
         for i in reversed(range(self.automaton.num_blocks)):
@@ -84,11 +97,11 @@ class Subsets:
 
     @cached_property
     def _sums(self) -> list[Tensor]:
-        """For every block and state before it: the log of the sum of exp(theta . mask) over all ways to go on."""
+        """For every block and state before it: the log of the sum of exp(theta . mask) over all continuations."""
         return self._values(_log_sum)
 
     def _values(self, combine: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
-        """For every block and state before it: what `combine` makes of all ways to go on; ends with zeros."""
+        """For every block and state before it: `combine` over all continuations; the last entry is zeros."""
         values = [self.theta.new_zeros(self.automaton.num_ends)]
         for i in reversed(range(self.automaton.num_blocks)):
             drop, keep = self._ways(i, values[-1])
@@ -99,7 +112,7 @@ class Subsets:
         return values[::-1]
 
     def _ways(self, i: int, after: Tensor) -> tuple[Tensor, Tensor]:
-        """Of every state before block i: the value of dropping it and of keeping it, -inf where forbidden."""
+        """For every state before block i: the value of dropping it and of keeping it, -inf where forbidden."""
         after = torch.cat([after, after.new_tensor([-torch.inf])])
         return after[self.automaton.drop[i]], self.theta[i] + after[self.automaton.keep[i]]
 
@@ -109,9 +122,9 @@ class Subsets:
         values: Sequence[Tensor],
         decide: Callable[[int, Tensor], Tensor],
     ) -> Tensor:
-        """Go through the automaton, deciding by the log-odds (R,) of keeping each block, given those before it.
+        """Walk through the automaton, deciding by the log-odds (masks,) of keeping each block given those before it.
 
-        `values` say for every block and state before it what all ways to go on are worth.
+        `values` holds, for every block and state before it, the value of all continuations.
         """
         with torch.no_grad():
             state = torch.zeros(num_rows, dtype=torch.long)
@@ -130,6 +143,6 @@ def _log_sum(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _order(item: tuple[float, tuple[int, ...]]) -> tuple[float, tuple[float, ...]]:
-    """Best first; of equally probable masks that which keeps the earlier blocks, all else being equal also more."""
+    """Best first; among equal masks the one with the earlier blocks, then the one with more blocks."""
     value, kept = item
     return -value, (*kept, math.inf)

@@ -1,4 +1,4 @@
-"""What a mask must obey, as users say it."""
+"""Rules for masks, as users write them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..errors import UserError, nearest, require
 from .automaton import Automaton, Demands, Segment, automaton_of
 
 Budget = int | Mapping[str, int]
-"""How many blocks stay: of all together, or of every block list."""
+"""How many blocks are kept: in total, or of every block list."""
 
 
 @dataclass(frozen=True)
@@ -19,20 +19,20 @@ class Spending:
     """A budget of costs.
 
     Attributes:
-        costs: what each block costs, whole numbers.
-        budget: the most that the blocks that stay may cost together.
+        costs: cost of every block, whole numbers.
+        budget: largest total cost of the kept blocks.
     """
 
     costs: tuple[int, ...]
     budget: int
 
     def cost_of(self, kept: Collection[int]) -> int:
-        """What some blocks cost together."""
+        """Return the total cost of these blocks."""
         return sum(self.costs[i] for i in kept)
 
 
 def budget_text(budget: Budget | Spending) -> str:
-    """As it stands in a sentence."""
+    """Format a budget for a sentence."""
     if isinstance(budget, int):
         return str(budget)
     if isinstance(budget, Spending):
@@ -42,18 +42,18 @@ def budget_text(budget: Budget | Spending) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """Rules for masks. Blocks are counted over all lists, in execution order.
+    """Rules for masks. Blocks are numbered over all lists, in execution order.
 
     Args:
-        keep: how many blocks stay: of all together, or of every block list.
-        costs: what each block costs, whole numbers; see `tinyfusion costs`.
-        budget: with `costs`: the most that the blocks that stay may cost together. Masks use as much of it as can be
-            used, to within the cost of the cheapest block.
-        protect: blocks that must stay.
-        remove: blocks that must go.
-        together: sets of blocks that stay or go together.
-        max_run: the longest run of neighbouring blocks of one list that may go.
-        contiguous: whether the blocks of a list that go are one run.
+        keep: how many blocks are kept: in total, or of every block list.
+        costs: cost of each block, whole numbers; see `tinyfusion costs`.
+        budget: with `costs`: the largest total cost of the kept blocks. Masks use as much of it as possible, to within
+            the cost of the cheapest block.
+        protect: blocks that must be kept.
+        remove: blocks that must be removed.
+        together: sets of blocks that are kept or removed as one.
+        max_run: the longest run of neighbouring blocks of one list that may be removed.
+        contiguous: whether the removed blocks of a list must be one run.
     """
 
     keep: int | Mapping[str, int] | None = None
@@ -66,12 +66,16 @@ class Rules:
     contiguous: bool = False
 
     def given(self) -> dict[str, object]:
-        """The rules that are in force, by name."""
+        """Return the rules that are set, by name."""
         found = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
         return {name: value for name, value in found.items() if value not in ([], {})}
 
     def check(self, lists: Mapping[str, int], key: str = "search.sampler.rules") -> None:
-        """Raises UserError, naming the key, when a rule has no meaning for block lists of these lengths."""
+        """Check that every rule makes sense for block lists of these lengths.
+
+        Raises:
+            UserError: names the key that does not.
+        """
         by_costs = self.costs is not None and self.budget is not None
         by_number = self.costs is None and self.budget is None
         require(by_number if self.keep is not None else by_costs, key, self.given(), "keep, or costs with budget")
@@ -82,7 +86,11 @@ class Rules:
         self.check_shape(sum(lists.values()), key)
 
     def check_shape(self, num_blocks: int, key: str) -> None:
-        """Raises UserError when a rule other than `keep` has no meaning for so many blocks."""
+        """Check that every rule but `keep` makes sense for this number of blocks.
+
+        Raises:
+            UserError: names the key that does not.
+        """
         if self.costs is not None:
             right = len(self.costs) == num_blocks and all(type(c) is int and c >= 0 for c in self.costs)
             require(right, f"{key}.costs", list(self.costs), f"{num_blocks} whole numbers")
@@ -95,9 +103,11 @@ class Rules:
             ("remove", self.remove),
             ("together", [i for group in self.together for i in group]),
         ):
-            right = all(0 <= i < num_blocks for i in blocks) and len(set(blocks)) == len(blocks)
+            right = all(type(i) is int and 0 <= i < num_blocks for i in blocks) and len(set(blocks)) == len(blocks)
             require(right, f"{key}.{name}", getattr(self, name), indices)
-        require(self.max_run is None or self.max_run >= 0, f"{key}.max_run", self.max_run, "0 or more blocks")
+        right = self.max_run is None or (type(self.max_run) is int and self.max_run >= 0)
+        require(right, f"{key}.max_run", self.max_run, "0 or more blocks, a whole number")
+        require(type(self.contiguous) is bool, f"{key}.contiguous", self.contiguous, "true or false")
 
     @property
     def spending(self) -> Spending | None:
@@ -105,18 +115,21 @@ class Rules:
         return None if self.costs is None or self.budget is None else Spending(tuple(self.costs), self.budget)
 
     def without(self, name: str) -> Rules:
-        """These rules but one."""
+        """Return these rules with one of them reset to its default."""
         default: Any = next(f.default for f in fields(self) if f.name == name)
         return replace(self, **{name: default})
 
 
 def check_said(owner: str, constraints: Rules | None, ways: Mapping[str, object]) -> None:
-    """Raise UserError unless what stays is said in one way: a setting of the owner, or costs with a budget.
+    """Check that the kept blocks are limited in exactly one way: by one setting, or by costs with a budget.
 
     Args:
-        owner: whose settings these are, for messages.
-        constraints: the setting of that name.
-        ways: the other settings that say it, by name.
+        owner: name of the section with these settings, for messages.
+        constraints: its setting of that name.
+        ways: the other settings that limit them, by name.
+
+    Raises:
+        UserError: they are limited in no way, or in several.
     """
     given = Rules() if constraints is None else constraints
     if given.keep is not None:
@@ -129,13 +142,17 @@ def check_said(owner: str, constraints: Rules | None, ways: Mapping[str, object]
 
 
 def combined(keep: Budget | None, protect: Sequence[int], constraints: Rules | None) -> Rules:
-    """One set of rules from the settings of a selector."""
+    """Combine the settings of a selector into one set of rules."""
     given = Rules() if constraints is None else constraints
     return replace(given, keep=keep, protect=tuple(sorted({*given.protect, *protect})))
 
 
 def check_keep(keep: Budget, lists: Mapping[str, int], key: str) -> None:
-    """Raises UserError, naming the key, unless block lists of these lengths can keep so many."""
+    """Check that block lists of these lengths can keep so many blocks.
+
+    Raises:
+        UserError: they cannot; names the key.
+    """
     if not isinstance(keep, Mapping):
         num_blocks = sum(lists.values())
         require(_in(keep, 1, num_blocks), key, keep, f"1 to {num_blocks} blocks")
@@ -150,15 +167,15 @@ def check_keep(keep: Budget, lists: Mapping[str, int], key: str) -> None:
 
 
 def _in(value: object, least: float, most: float) -> bool:
-    """Whether a value is a whole number within bounds."""
+    """Whether a value is an integer within bounds."""
     return type(value) is int and least <= value <= most
 
 
 def build(rules: Rules, lists: Mapping[str, int], key: str = "search.sampler.rules") -> Automaton:
-    """The automaton of the masks that obey the rules, for block lists that follow each other.
+    """Build the automaton of the masks that obey the rules, for consecutive block lists.
 
     Raises:
-        UserError: a rule has no meaning for these lists, or no mask obeys them all; names those that are too many.
+        UserError: a rule makes no sense for these lists, or no mask obeys them all; names the rules to drop.
     """
     rules.check(lists, key)
     depths = tuple(lists.values())
@@ -166,7 +183,16 @@ def build(rules: Rules, lists: Mapping[str, int], key: str = "search.sampler.rul
 
 
 def build_from(rules: Rules, demands: Callable[[Rules], Demands], key: str) -> Automaton:
-    """The automaton of the rules, which `demands` spells out; raises UserError as `build` does."""
+    """Build the automaton of the rules.
+
+    Args:
+        rules: the rules.
+        demands: converts rules to demands on each block.
+        key: name of the setting, for messages.
+
+    Raises:
+        UserError: as `build`.
+    """
     found = automaton_of(demands(rules), key)
     if found is not None:
         return found
@@ -182,7 +208,7 @@ def build_from(rules: Rules, demands: Callable[[Rules], Demands], key: str) -> A
 
 
 def segments_of(keep: Budget | None, lists: Mapping[str, int]) -> tuple[Segment, ...]:
-    """What stays of which part of lists that follow each other; nothing where costs say it."""
+    """Return how many blocks of each part of consecutive lists are kept; empty if costs decide."""
     if keep is None:
         return ()
     if isinstance(keep, Mapping):
@@ -191,7 +217,7 @@ def segments_of(keep: Budget | None, lists: Mapping[str, int]) -> tuple[Segment,
 
 
 def demands_of(rules: Rules, depths: tuple[int, ...], segments: tuple[Segment, ...]) -> Demands:
-    """The rules for lists of these lengths, block by block."""
+    """Convert rules to demands on each block, for lists of these lengths."""
     return Demands(
         lists=depths,
         segments=segments,

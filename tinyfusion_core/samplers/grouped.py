@@ -1,4 +1,4 @@
-"""The sampler of the paper: an option for every group of consecutive blocks."""
+"""The sampler of the TinyFusion paper: one option for every group of consecutive blocks."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from ..errors import UserError, require
 from ..runtime.seeding import Rng
@@ -17,25 +18,24 @@ from .patterns import Pattern, parse_pattern, split_groups
 
 
 class GroupedSampler(BlockSampler):
-    """The paper's N:M groups: a categorical over the C(M, N) options of each group of consecutive blocks.
+    """N:M groups as in the paper: a categorical over the C(M, N) options of each group of consecutive blocks.
 
     Gumbel-softmax with a straight-through estimator, one mask per sample: the forward value is the hard
     option argmax(scaling * logits + G), the gradient that of softmax((scaling * logits + G) / tau)
-    (TinyFusion, arXiv:2412.01199, section 3.2). The law of the hard masks is softmax(scaling * logits),
-    whatever tau is.
+    (TinyFusion, arXiv:2412.01199, section 3.2). The hard masks follow softmax(scaling * logits), whatever tau is.
 
     Args:
-        lists: length of every block list, in execution order. Groups never straddle two lists.
+        lists: length of every block list, in execution order. Groups never cross from one list into the next.
         pattern: `[keep, of]` for all groups; a list of such pairs, one for each group; or a mapping from
-            block list to either. `"2:4"` in quotes is understood.
+            block list to either. A quoted `"2:4"` also works.
         tau: Gumbel temperature at the first and at the last step, linear in between.
-        scaling: factor on the logits at the first and at the last step, linear in between. A small one at first
-            keeps all options in play for longer; the paper's is 100 throughout.
+        scaling: factor on the logits at the first and at the last step, linear in between. A small first value
+            keeps all options open for longer; the paper uses 100 throughout.
         initial: initial value of all logits.
-        estimator: "straight-through", as the paper has it, or "reinmax" (arXiv 2304.08612), its second-order
-            correction, which has no use for `tau`.
-        protect: blocks that must stay, counted over all lists.
-        remove: blocks that must go.
+        estimator: "straight-through", as in the paper, or "reinmax" (arXiv:2304.08612), its second-order
+            correction, which ignores `tau`.
+        protect: blocks that must be kept, numbered over all lists.
+        remove: blocks that must be removed.
     """
 
     def __init__(
@@ -75,17 +75,26 @@ class GroupedSampler(BlockSampler):
             self.register_buffer(f"options_{g}", options, persistent=False)
             self.logits.append(nn.Parameter(torch.full((len(options),), initial)))
 
+    @override
     def anneal(self, progress: float) -> dict[str, float]:
         self.tau = linear(self.tau_schedule, progress)
         self.scaling = linear(self.scaling_schedule, progress)
         return {"tau": self.tau, "scaling": self.scaling, **super().anneal(progress)}
 
+    @override
     def sample(self, num_rows: int, rng: Rng) -> Draw:
         gumbel = rng.gumbel("mask", num_rows, sum(len(logits) for logits in self.logits))
         return self.relax(gumbel.to(self.logits[0].device))
 
     def relax(self, gumbel: Tensor) -> Draw:
-        """The straight-through draw for given (B, sum of K) Gumbel noise, groups side by side."""
+        """Compute the straight-through draw for given Gumbel noise.
+
+        Args:
+            gumbel: (batch, options of all groups) noise, groups side by side.
+
+        Returns:
+            Masks (batch, num_blocks) and log-probabilities (batch,).
+        """
         masks, log_prob = [], torch.zeros(len(gumbel), device=gumbel.device)
         # Under autocast the product with the options would round the gate gradients.
         with torch.autocast(gumbel.device.type, enabled=False):
@@ -104,30 +113,29 @@ class GroupedSampler(BlockSampler):
                 log_prob = log_prob + scores_K.log_softmax(0)[chosen_B]
         return Draw(torch.cat(masks, dim=1), log_prob)
 
+    @override
     def marginals(self) -> Tensor:
         return torch.cat([p @ self._options(g) for g, p in enumerate(self._probabilities())])
 
+    @override
     def mode(self) -> list[int]:
-        kept, start = [], 0
-        for g, p in enumerate(self._probabilities()):
-            option = self._options(g)[int(p.argmax())]
-            kept += [start + i for i in option.nonzero().flatten().tolist()]
-            start += len(option)
-        return kept
+        return list(self.best(1)[0])
 
+    @override
     def best(self, count: int) -> list[tuple[int, ...]]:
         found: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
         for scores, members, g in zip(self._scores(), self.choices(), itertools.count(), strict=False):
             # Of what is all but certain a probability would say nothing.
-            top = scores.detach().log_softmax(0).topk(min(count, len(scores)))
+            top = scores.detach().log_softmax(0).sort(descending=True, stable=True)
             options = [
                 (value, tuple(members[i] for i in self._options(g)[option].nonzero().flatten().tolist()))
-                for value, option in zip(top.values.tolist(), top.indices.tolist(), strict=True)
+                for value, option in zip(top.values[:count].tolist(), top.indices[:count].tolist(), strict=True)
             ]
             both = [(a + b, (*left, *right)) for a, left in found for b, right in options]
-            found = sorted(both, key=lambda item: (-item[0], item[1]))[:count]
+            found = sorted(both, key=lambda item: -item[0])[:count]
         return [kept for _, kept in found]
 
+    @override
     def allows(self, kept: Sequence[int]) -> bool:
         for g, members in enumerate(self.choices()):
             mask = torch.tensor([float(block in kept) for block in members])
@@ -135,17 +143,21 @@ class GroupedSampler(BlockSampler):
                 return False
         return set(kept) <= set(range(self.num_blocks))
 
+    @override
     def entropy(self) -> float:
         return sum(float(torch.special.entr(p).sum()) for p in self._probabilities())
 
+    @override
     def confidence(self) -> list[float]:
         return [float(p.max()) for p in self._probabilities()]
 
+    @override
     def choices(self) -> list[list[int]]:
         ends = list(itertools.accumulate(of for _, of in self.groups))
         return [list(range(end - of, end)) for end, (_, of) in zip(ends, self.groups, strict=True)]
 
     @property
+    @override
     def num_masks(self) -> int:
         return math.prod(len(logits) for logits in self.logits)
 
@@ -153,7 +165,7 @@ class GroupedSampler(BlockSampler):
         return self.get_buffer(f"options_{g}")
 
     def _scores(self) -> list[Tensor]:
-        """(K,) unnormalised log-probabilities of each group's options."""
+        """(options,) unnormalised log-probabilities for each group."""
         return [
             self.scaling * logits + self._options(g) @ self.prior_logits[members]
             for g, (logits, members) in enumerate(zip(self.logits, self.choices(), strict=True))
@@ -164,7 +176,7 @@ class GroupedSampler(BlockSampler):
 
 
 def _options(keep: int, of: int) -> Tensor:
-    """(K, M) 0/1 rows, all ways to keep `keep` of `of` blocks, in lexicographic order."""
+    """(options, M) rows of zeros and ones: all ways to keep `keep` of `of` blocks, in lexicographic order."""
     rows = list(itertools.combinations(range(of), keep))
     out = torch.zeros(len(rows), of)
     for row, kept in zip(out, rows, strict=True):
@@ -173,10 +185,10 @@ def _options(keep: int, of: int) -> Tensor:
 
 
 def _reinmax(scores_K: Tensor, hard_BK: Tensor) -> Tensor:
-    """(B, K) whose gradient is ReinMax's: twice that of a softmax at the mean of draw and law, less half of the law's.
+    """(batch, options) values whose gradient is that of ReinMax (Liu et al., arXiv:2304.08612, section 3).
 
-    Liu et al., "Bridging discrete and backpropagation" (arXiv 2304.08612, section 3): a trapezoid in the place of the
-    straight-through estimator's Euler step. Only the gradient means anything.
+    Twice the gradient of a softmax at the mean of draw and law, minus half of that at the law: a trapezoid in place of
+    the Euler step of the straight-through estimator. Only the gradient is meaningful.
     """
     law = scores_K.detach().softmax(0)
 

@@ -10,7 +10,7 @@ from ..errors import UserError
 
 Pair = tuple[int, int]
 Pattern = Pair | list[Pair] | dict[str, Pair | list[Pair]] | str
-"""Keep N of M as users write it: one pair for every group, a list with a pair for each group, or either by list."""
+"""A pattern as users write it: one pair for every group, a list with a pair for each group, or either by block list."""
 
 Parsed = Pair | list[Pair] | dict[str, Pair | list[Pair]]
 
@@ -18,10 +18,10 @@ MAX_OPTIONS = 20_000
 
 
 def split_groups(pattern: Pattern, lists: Mapping[str, int]) -> list[Pair]:
-    """The (keep, of) pair of every group, over all lists in their order.
+    """Return the (keep, of) pair of every group, over all lists in order.
 
     Raises:
-        UserError: the pattern is not well formed or does not cover a list exactly; names list, depth and group.
+        UserError: the pattern is malformed or does not cover a list exactly; names list, depth and group.
     """
     pattern = parse_pattern(pattern)
     if isinstance(pattern, dict):
@@ -64,10 +64,10 @@ def split_groups(pattern: Pattern, lists: Mapping[str, int]) -> list[Pair]:
 
 
 def parse_pattern(value: Any) -> Parsed:
-    """Check a pattern as YAML gives it.
+    """Check a pattern as parsed from YAML.
 
     Raises:
-        UserError: not a pattern, among others the number that YAML makes of an unquoted `2:4`.
+        UserError: it is not a pattern, for example the number that YAML makes of an unquoted `2:4`.
     """
     if isinstance(value, dict):
         return {str(name): _parse_list(name, part) for name, part in value.items()}
@@ -94,18 +94,18 @@ def _parse_list(name: object, value: Any) -> Pair | list[Pair]:
 
 
 def _from_ratio(text: str) -> list[int | str]:
-    """The parts of `2:4`, those that are numbers as such."""
+    """The parts of `2:4`, numbers as integers."""
     return [int(part) if part.strip().isdigit() else part for part in text.split(":")]
 
 
 def _holds_only(kind: type, value: Any) -> bool:
-    """Whether a value is a list, not empty, of things of this kind."""
+    """Whether a value is a non-empty list of items of this kind."""
     listed = isinstance(value, Sequence) and not isinstance(value, str)
     return listed and len(value) > 0 and all(isinstance(v, kind) for v in value)
 
 
 def _check_base_60(key: str, value: Any) -> None:
-    """Raise UserError for numbers that YAML makes of ratios: no network has groups of 60 and more blocks."""
+    """Raise UserError for numbers that YAML makes of ratios: no network has groups of 60 or more blocks."""
     numbers = [value] if isinstance(value, int) else list(value) if isinstance(value, (list, tuple)) else []
     if numbers and all(type(v) is int and v >= 60 for v in numbers):
         ratios = ", ".join(f"{v // 60}:{v % 60}" for v in numbers)

@@ -1,4 +1,4 @@
-"""Samplers that choose any mask within the rules, not one option for each group."""
+"""Samplers over all masks that obey the rules, without groups."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from ..errors import require
 from ..runtime.seeding import Rng
@@ -16,7 +17,12 @@ from .constraints import Rules, build
 
 
 class SubsetSampler(BlockSampler):
-    """The conditional Poisson distribution over all masks that obey the rules; one gate logit a block."""
+    """The conditional Poisson distribution over all masks that obey the rules; one gate logit per block.
+
+    Args:
+        lists: length of every block list, in execution order.
+        rules: what every mask obeys: `{keep: 14}`.
+    """
 
     lr_gates = 0.05
 
@@ -26,34 +32,42 @@ class SubsetSampler(BlockSampler):
         self.budget = rules.spending if rules.keep is None else rules.keep
         self.logits = nn.Parameter(torch.zeros(self.num_blocks))
 
+    @override
     def marginals(self) -> Tensor:
         return self._subsets(learning=False).marginals()
 
+    @override
     def mode(self) -> list[int]:
         return self._subsets(learning=False).mode().nonzero().flatten().tolist()
 
+    @override
     def best(self, count: int) -> list[tuple[int, ...]]:
         return [kept for _, kept in self._subsets(learning=False).best(count)]
 
+    @override
     def allows(self, kept: Sequence[int]) -> bool:
         return self.automaton.accepts(kept)
 
+    @override
     def entropy(self) -> float:
         return float(self._subsets(learning=False).entropy())
 
+    @override
     def confidence(self) -> list[float]:
         subsets = self._subsets(learning=False)
         return [float(subsets.log_prob(subsets.mode()[None]).exp())]
 
+    @override
     def choices(self) -> list[list[int]]:
         return []
 
     @property
+    @override
     def num_masks(self) -> int:
         return self.automaton.num_masks
 
     def _subsets(self, learning: bool = True) -> Subsets:
-        """On the CPU: a hundred tiny steps would wait for a GPU's launches."""
+        """On the CPU: a hundred tiny steps would be dominated by a GPU's launch times."""
         logits = self.logits if learning else self.logits.detach()
         return Subsets(self.automaton, (logits + self.prior_logits).double().cpu())
 
@@ -62,7 +76,7 @@ class SubsetSampler(BlockSampler):
 
 
 class ExactK(SubsetSampler):
-    """Any mask within the rules, straight through the exact marginals (SIMPLE, arXiv 2210.01941).
+    """Any mask that obeys the rules, straight through the exact marginals (SIMPLE, arXiv:2210.01941).
 
     The forward value is a hard mask, the gradient that of the marginals. It is biased where the loss is not linear in
     the gates; `ScoreFunction` is not.
@@ -72,6 +86,7 @@ class ExactK(SubsetSampler):
         rules: what every mask obeys: `{keep: 14}`.
     """
 
+    @override
     def sample(self, num_rows: int, rng: Rng) -> Draw:
         subsets = self._subsets()
         masks, soft = self._masks(subsets, num_rows, rng), subsets.marginals()
@@ -80,19 +95,19 @@ class ExactK(SubsetSampler):
 
 
 class ScoreFunction(SubsetSampler):
-    """Any mask within the rules, by the score function with a leave-one-out baseline.
+    """Any mask that obeys the rules, by the score function with a leave-one-out baseline.
 
-    The baseline is Kool et al.'s ("Buy 4 REINFORCE samples, get a baseline for free!", 2019); Wijk et al. (arXiv
-    2407.16058) have searched subsets so.
+    The baseline is that of Kool et al. ("Buy 4 REINFORCE samples, get a baseline for free!", 2019); Wijk et al.
+    (arXiv:2407.16058) have used it to search subsets.
 
-    Every sample runs under several masks, on identical draws; a mask's log-probability is weighed by how much lower its
-    loss is than the mean of the others'. Unbiased, needs no gradient through the blocks, and blocks that are dropped
-    are not run at all. Dropout is off meanwhile: it would tell a sample's masks apart.
+    Every sample runs under several masks, with identical random draws; a mask's log-probability is weighted by how much
+    lower its loss is than the mean of the others. Unbiased, needs no gradient through the blocks, and does not run
+    dropped blocks at all. Dropout is off, because it would differ between the masks of a sample.
 
     Args:
         lists: length of every block list, in execution order.
         rules: what every mask obeys: `{keep: 14}`.
-        masks: masks for every sample; a step costs that many times the batch.
+        masks: masks per sample; a step costs that many times the batch.
         entropy: weight of the entropy, in units of the mean difference between the losses of a sample's masks, at the
             first and at the last step, linear in between: how long the search stays open.
     """
@@ -106,16 +121,19 @@ class ScoreFunction(SubsetSampler):
         self.masks_per_sample = masks
         self.entropy_schedule, self.entropy_weight = entropy, entropy[0]
 
+    @override
     def anneal(self, progress: float) -> dict[str, float]:
         self.entropy_weight = linear(self.entropy_schedule, progress)
         weight = {"entropy weight": self.entropy_weight} if max(self.entropy_schedule) else {}
         return {**weight, **super().anneal(progress)}
 
+    @override
     def sample(self, num_rows: int, rng: Rng) -> Draw:
         subsets = self._subsets()
         masks = self._masks(subsets, num_rows, rng)
         return Draw(masks.to(self.logits), subsets.log_prob(masks).to(self.logits))
 
+    @override
     def surrogate(self, draw: Draw, loss: Tensor) -> Tensor:
         losses = loss.detach().float().view(-1, self.masks_per_sample)
         others = (losses.sum(1, keepdim=True) - losses) / (self.masks_per_sample - 1)
@@ -129,14 +147,14 @@ class ScoreFunction(SubsetSampler):
 
 
 class GumbelTopK(BlockSampler):
-    """The k blocks with the highest perturbed logits, relaxed by k softmaxes (arXiv 1901.10517): a baseline.
+    """The k blocks with the highest perturbed logits, relaxed by k softmaxes (arXiv:1901.10517): a baseline.
 
-    Its marginals have no closed form: what is reported is estimated from 2,000 fixed draws, an entropy of at most their
-    logarithm. The log-probability is that of the order in which the blocks were drawn.
+    Its marginals have no closed form: they are estimated from 2,000 fixed draws, which bounds the reported entropy by
+    ln 2000. The log-probability is that of the order in which the blocks were drawn.
 
     Args:
         lists: length of every block list, in execution order.
-        keep: how many blocks stay, of all together.
+        keep: how many blocks are kept in total.
         tau: temperature of the relaxation at the first and at the last step, linear in between.
     """
 
@@ -152,10 +170,12 @@ class GumbelTopK(BlockSampler):
         self.tau_schedule, self.tau = tau, tau[0]
         self.logits = nn.Parameter(torch.zeros(self.num_blocks))
 
+    @override
     def anneal(self, progress: float) -> dict[str, float]:
         self.tau = linear(self.tau_schedule, progress)
         return {"tau": self.tau, **super().anneal(progress)}
 
+    @override
     def sample(self, num_rows: int, rng: Rng) -> Draw:
         scores = self.logits + self.prior_logits + rng.gumbel("mask", num_rows, self.num_blocks).to(self.logits)
         order = scores.topk(self.keep, dim=1).indices
@@ -168,7 +188,7 @@ class GumbelTopK(BlockSampler):
         return Draw(hard + (soft - soft.detach()), self._log_prob(order))
 
     def _log_prob(self, order: Tensor) -> Tensor:
-        """Of drawing these blocks one after the other (Plackett-Luce)."""
+        """Log-probability of drawing these blocks one after the other (Plackett-Luce)."""
         logits = self.logits + self.prior_logits
         chosen = logits[order]
         taken = torch.zeros(len(order), self.num_blocks, device=order.device).scatter(1, order, 1.0).bool()
@@ -176,12 +196,15 @@ class GumbelTopK(BlockSampler):
         later = chosen.flip(1).logcumsumexp(1).flip(1)
         return (chosen - torch.logaddexp(later, rest)).sum(1)
 
+    @override
     def marginals(self) -> Tensor:
         return self._fixed_draws().mean(0)
 
+    @override
     def mode(self) -> list[int]:
         return sorted((self.logits.detach() + self.prior_logits).topk(self.keep).indices.tolist())
 
+    @override
     def best(self, count: int) -> list[tuple[int, ...]]:
         masks, counts = torch.unique(self._fixed_draws(), dim=0, return_counts=True)
         order = counts.argsort(descending=True, stable=True)
@@ -192,22 +215,27 @@ class GumbelTopK(BlockSampler):
         ranked = dict.fromkeys([tuple(self.mode()), *found, *(kept for _, kept in unseen)])
         return list(ranked)[:count]
 
+    @override
     def allows(self, kept: Sequence[int]) -> bool:
         return len(kept) == self.keep
 
+    @override
     def entropy(self) -> float:
         counts = torch.unique(self._fixed_draws(), dim=0, return_counts=True)[1]
         return float(torch.special.entr(counts / counts.sum()).sum())
 
+    @override
     def confidence(self) -> list[float]:
         mode = torch.zeros(self.num_blocks)
         mode[self.mode()] = 1
         return [float((self._fixed_draws() == mode).all(1).float().mean())]
 
+    @override
     def choices(self) -> list[list[int]]:
         return []
 
     @property
+    @override
     def num_masks(self) -> int:
         return math.comb(self.num_blocks, self.keep)
 

@@ -1,1 +1,1 @@
-"""Which blocks stay: the learned search, criteria, successive halving."""
+"""Selectors of the blocks to keep: learned search, criteria, successive halving."""

@@ -1,4 +1,4 @@
-"""What every selector is: a stage that decides which blocks stay."""
+"""The interface of selectors: stages that decide which blocks are kept."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Decisive:
-    """What can change the numbers of a stage.
+    """The settings that can change the results of a stage.
 
     Attributes:
-        trainer: as the stage uses it.
-        but: settings of the stage that change no number, or do so through the trainer.
-        but_of_trainer: settings of the trainer that change no number of this stage.
+        trainer: the trainer as the stage uses it.
+        but: settings of the stage that change no result, or only through the trainer.
+        but_of_trainer: settings of the trainer that change no result of this stage.
     """
 
     trainer: Trainer
@@ -39,30 +39,39 @@ class Decisive:
 
 
 class Selector(ABC):
-    """A stage that decides which blocks stay: the learned search, or a criterion."""
+    """A stage that decides which blocks are kept: the learned search, or a criterion."""
 
     @abstractmethod
     def __call__(self, task: Task, trainer: Trainer, run: RunFolder | None = None) -> Decision:
-        """Decide. Leaves the task's network as it was."""
+        """Decide. Leaves the task's network as it was.
+
+        Args:
+            task: the network to prune, its objective and data.
+            trainer: how to train; device, precision and seed.
+            run: where to log and to keep checkpoints.
+        """
 
     def inputs(self) -> dict[str, str]:
-        """Files that decide the outcome besides the settings, by key, as their hashes."""
+        """Return the hashes of the files that affect the outcome besides the settings, by key."""
         return {}
 
     @abstractmethod
     def preview(self, blocks: Sequence[str]) -> Decision:
-        """A decision it could come to, to plan with: budget and groups are right, which blocks stay may not be.
+        """Return a possible decision, for planning: budget and groups are right, the kept blocks may differ.
 
         Raises:
             UserError: the budget does not fit these blocks.
         """
 
     def cost_budgets(self) -> Sequence[CostBudget]:
-        """The budgets in it, its parts' included, that say nothing of blocks until a network's costs are known."""
+        """Return the cost budgets of this selector and its parts; they limit blocks only when the costs are known."""
         return ()
 
     def bound(self, costs: Mapping[str, NetworkCosts]) -> Self:
-        """The selector with rules in the place of its `cost_budgets`, from what a network costs, by their names.
+        """Return the selector with rules in place of its `cost_budgets`.
+
+        Args:
+            costs: costs of the network, by name of the budget.
 
         Raises:
             UserError: a budget cannot be met.
@@ -70,9 +79,9 @@ class Selector(ABC):
         return self
 
     def keeps(self, blocks: Sequence[str]) -> Budget | Spending | None:
-        """How many blocks stay: of every list, of all where lists share a choice; or what they may cost.
+        """Return how many blocks are kept: by list, or in total where lists share a choice; or what they may cost.
 
-        None when it does not know. A selector with `cost_budgets` must be `bound` first, as for `preview`.
+        None if that is unknown. A selector with `cost_budgets` must be `bound` first, as for `preview`.
         """
         decision = self.preview(blocks)
         lists = [set(members) for members in block_lists(blocks).values()]
@@ -80,15 +89,15 @@ class Selector(ABC):
         return count_by_list(decision.kept, blocks) if apart and len(lists) > 1 else len(decision.kept)
 
     def learned(self) -> Search | None:
-        """The learned search in it, if there is one."""
+        """Return the learned search it contains; None if there is none."""
         return None
 
     def trainings(self) -> Sequence[Search | Recover]:
-        """What it trains, one after the other."""
+        """Return the trainings it runs, in order."""
         return ()
 
     def decisive(self, trainer: Trainer) -> Decisive:
-        """What of its settings and of a trainer's can change its outcome."""
+        """Return the settings, its own and the trainer's, that can change its outcome."""
         return Decisive(trainer)
 
 
@@ -101,13 +110,13 @@ def prepared(selector: S, task: Task, trainer: Trainer, run: RunFolder | None) -
     Before anything is spent, a choice as it may come out is tried; see `check_removal`.
 
     Args:
-        selector: with or without such budgets.
-        task: the network.
-        trainer: how to run it.
-        run: keeps what was measured, so that what is interrupted goes on with the same numbers.
+        selector: a selector, with or without such budgets.
+        task: the network and its objective.
+        trainer: device, precision and seed.
+        run: where the costs are kept, so that an interrupted call resumes with the same numbers.
 
     Returns:
-        The bound selector, and what was measured, for the record.
+        The bound selector, and the costs, for the record.
     """
     trainer.to_device(task.teacher)
     budgets = selector.cost_budgets()
@@ -129,5 +138,5 @@ def prepared(selector: S, task: Task, trainer: Trainer, run: RunFolder | None) -
 
 
 def count_by_list(kept: Collection[int], blocks: Sequence[str]) -> dict[str, int]:
-    """How many blocks of each list are kept."""
+    """Return how many blocks of each list are kept."""
     return {name: len(set(members) & set(kept)) for name, members in block_lists(blocks).items()}

@@ -1,4 +1,4 @@
-"""Budgets of costs as users say them, of the whole network: `0.5x`, `{parameters: 400M}`, `{latency_ms: 20}`."""
+"""Cost budgets of the whole network as in recipes: `0.5x`, `{parameters: 400M}`, `{latency_ms: 20}`."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from ..training.trainer import Trainer
 from .costs import BATCH_SIZE, CostKind, NetworkCosts, network_costs
 
 FILE = "costs.json"
-"""Keeps what was measured in a run folder, for a measured time is never the same again."""
+"""File in a run folder with the measured costs, because a time cannot be measured twice."""
 _WAYS = "0.5x, {parameters: 400M}, {flops: 0.5x} or {latency_ms: 20}"
 _SUFFIXES = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
 _RESOLUTION = 100
-"""What the dearest block costs where costs are rounded."""
+"""Cost of the most expensive block where costs are rounded."""
 _MOST_SUMS = 20_000
-"""As many different sums of costs are told apart exactly; more are rounded, or an automaton would grow too large."""
+"""Limit of exact sums of costs; with more different sums, costs are rounded to keep the automaton small."""
 
 
 @dataclass(frozen=True)
 class _Unit:
-    """How costs of a kind are said.
+    """A unit of costs in recipes.
 
     Attributes:
         kind: what is measured.
-        name: of the user's unit, in sentences.
-        scale: as many of what is measured make one of it.
+        name: name of the unit in sentences.
+        scale: measured units per unit.
     """
 
     kind: CostKind
@@ -51,13 +51,13 @@ _UNITS = {
 
 @dataclass(frozen=True)
 class CostBudget:
-    """The most that the pruned network may cost, all that lies outside of its blocks included.
+    """The largest cost of the pruned network, including everything outside the blocks.
 
     Attributes:
         said: the unit: parameters, flops or latency_ms.
-        amount: in that unit, or a share of what the network costs unpruned.
-        relative: whether it is a share.
-        batch_size: of latency: samples of the pass that is timed.
+        amount: the cost in that unit, or as a fraction of the cost of the unpruned network.
+        relative: whether it is a fraction.
+        batch_size: samples per timed pass; only for latency.
     """
 
     said: str
@@ -67,25 +67,25 @@ class CostBudget:
 
     @property
     def name(self) -> str:
-        """What is to be measured: budgets of one name need the same costs."""
+        """Name of the costs to measure; budgets of the same name need the same costs."""
         return f"{self.said}, batch {self.batch_size}" if self.said == "latency_ms" else self.said
 
     def __str__(self) -> str:
-        """As it is written in a recipe."""
+        """Format the budget as in a recipe."""
         amount = f"{self.amount:g}x" if self.relative else _amount(self.amount)
         size = f", batch_size: {self.batch_size}" if self.batch_size != BATCH_SIZE else ""
         return f"{{{self.said}: {amount}{size}}}"
 
     def rules(self, costs: NetworkCosts, given: Rules, owner: str) -> Rules:
-        """The rules with the budget among them, in whole numbers that no mask can obey and break the budget.
+        """Return the rules with costs and budget in whole numbers; every mask that obeys them meets the budget.
 
         Args:
-            costs: what the budget is of.
+            costs: costs of the network.
             given: the other rules.
-            owner: whose setting the budget is, for messages.
+            owner: name of the section with the budget, for messages.
 
         Raises:
-            UserError: it does not pay for one block, or for all of them; names the key and the nearest value.
+            UserError: the budget pays for no block, or for the whole network; names the key and what to give.
         """
         key, target, unit = f"{owner}.budget", self._target(costs), _UNITS[self.said].name
         if not any(costs.blocks):
@@ -107,7 +107,7 @@ class CostBudget:
         return replace(given, costs=numbers, budget=budget)
 
     def describe(self, costs: NetworkCosts) -> str:
-        """What it comes to, in a sentence."""
+        """Describe the budget of a network with these costs, in a sentence."""
         unit, target = _UNITS[self.said].name, self._target(costs)
         left = f"{self._text(target - costs.outside)} are left for them"
         return (
@@ -122,21 +122,21 @@ class CostBudget:
         return _amount(cost / _UNITS[self.said].scale)
 
     def _rounded_up(self, least: float, costs: NetworkCosts) -> CostBudget:
-        """The least budget in few digits that pays for so much."""
+        """The smallest budget in few digits that pays for this cost."""
         value = least / (costs.total if self.relative else _UNITS[self.said].scale)
         step = 1e-3 if self.relative else 10.0 ** (math.floor(math.log10(value)) - 3)
         return replace(self, amount=math.ceil(value / step) * step)
 
 
 def parse_budget(value: Any, owner: str) -> CostBudget:
-    """Check a budget as YAML gives it.
+    """Parse and check a budget as in YAML.
 
     Args:
-        value: `0.5x`, or a mapping of one unit to a share or a number; `{latency_ms: 20, batch_size: 8}`.
-        owner: whose setting it is, for messages.
+        value: `0.5x`, or a mapping from one unit to a fraction or a number; `{latency_ms: 20, batch_size: 8}`.
+        owner: name of the section with the budget, for messages.
 
     Raises:
-        UserError: it is none.
+        UserError: it is not a budget.
     """
     key = f"{owner}.budget"
     given = {"parameters": value} if isinstance(value, str) else value
@@ -159,7 +159,11 @@ def parse_budget(value: Any, owner: str) -> CostBudget:
 
 
 def check_bound(budget: object, owner: str) -> None:
-    """Raise UserError when a selector with such a setting is asked for what only a network's costs can tell."""
+    """Check that a selector has no cost budget left, before it is used for what needs the costs of a network.
+
+    Raises:
+        UserError: it has one.
+    """
     if budget is not None:
         raise UserError(
             f"{owner}.budget: depends on what the network costs; measure that and use selector.bound(costs)"
@@ -169,13 +173,13 @@ def check_bound(budget: object, owner: str) -> None:
 def measure(
     budgets: Iterable[CostBudget], task: Task, trainer: Trainer, folder: Path | None = None
 ) -> dict[str, NetworkCosts]:
-    """What the budgets are of, by their names.
+    """Return the costs of a network that these budgets need, by name of the budget.
 
     Args:
-        budgets: of one network.
-        task: the network; one on the meta device is enough.
-        trainer: how to run it.
-        folder: where `save_costs` has kept what was measured before, if it has.
+        budgets: budgets for this network.
+        task: the network, which may be on the meta device, and its objective.
+        trainer: device and precision.
+        folder: where `save_costs` may have kept earlier costs, which are used again.
     """
     path = None if folder is None else folder / FILE
     known = read_json(path) if path is not None and path.exists() else {}
@@ -191,14 +195,14 @@ def measure(
 
 
 def save_costs(costs: Mapping[str, NetworkCosts], task: Task, trainer: Trainer, folder: Path) -> None:
-    """Keep what was measured; `latency_ms` in nanoseconds."""
+    """Write costs, by name of the budget, to a folder; `latency_ms` in nanoseconds."""
     if costs:
         made = {name: asdict(found) for name, found in costs.items()}
         write_json(folder / FILE, {"format_version": 1, "network": _identity(task, trainer), "costs": made})
 
 
 def _identity(task: Task, trainer: Trainer) -> str:
-    """What tells networks, and ways to run them, apart."""
+    """A hash of what distinguishes networks and ways to run them."""
     accelerator = trainer.accelerator
     parameters = [(name, list(p.shape)) for name, p in task.teacher.named_parameters()]
     inputs = {name: list(t.shape) for name, t in task.backbone.example(1).items()}
@@ -206,7 +210,7 @@ def _identity(task: Task, trainer: Trainer) -> str:
 
 
 def _whole(costs: tuple[int, ...], room: int) -> tuple[tuple[int, ...], int]:
-    """Costs and budget in smaller numbers, if there are too many different ones: costs rounded up, the budget down."""
+    """Costs and budget as smaller numbers if there are too many different sums: costs rounded up, the budget down."""
     if math.prod(1 + number for number in Counter(costs).values()) <= _MOST_SUMS:
         return costs, room
     most = max(costs)

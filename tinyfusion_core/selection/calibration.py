@@ -1,4 +1,4 @@
-"""Look at a network through calibration samples, the same inputs for every criterion of a run."""
+"""Calibration: run a network on training samples, with the same inputs for every criterion of a run."""
 
 # No `from __future__ import annotations` here: the fields of a base class are resolved in the modules of the
 # classes that inherit them, where strings would mean nothing.
@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from ..dataloading.order import order_of
 from ..errors import UserError, require
@@ -28,32 +29,39 @@ from .base import Decisive
 from .criteria import Criterion
 
 Span = tuple[int, int]
-"""First and last of some blocks that follow each other."""
+"""First and last of some consecutive blocks."""
 
 
 class Measure(Protocol):
-    """A comparison of two streams, gathered over batches without keeping them."""
+    """A comparison of two streams, accumulated over batches without storing them."""
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """Take in (..., D) tensors of one shape; the last dimension holds the features."""
+        """Add a batch.
+
+        Args:
+            x: (..., channels) stream before the blocks.
+            y: (..., channels) stream after them.
+        """
 
     def state(self) -> Any:
-        """What has been taken in, to be sent to another process."""
+        """Return the accumulated state, to be sent to another process."""
 
     def merge(self, state: Any) -> None:
-        """Take in what another measure has taken in."""
+        """Add the state of another measure."""
 
-    def value(self) -> float: ...
+    def value(self) -> float:
+        """Return the result over all batches added so far."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibrated(Criterion):
-    """A heuristic that looks at training samples.
+    """A criterion that looks at training samples.
 
     Args:
-        samples: how many; the whole data set when it has fewer.
-        batch_size: samples at once; changes nothing but speed and memory, and what an objective draws once for a
-            batch (the mask rate of MAR).
+        samples: how many; the whole data set if it has fewer.
+        batch_size: samples per batch; affects only speed, memory, and what an objective draws once per batch (the mask
+            rate of MAR).
     """
 
     samples: int = 256
@@ -64,27 +72,29 @@ class Calibrated(Criterion):
         for name in ("samples", "batch_size"):
             require(getattr(self, name) >= 1, f"{type(self).__name__}.{name}", getattr(self, name), "at least 1")
 
+    @override
     def decisive(self, trainer: Trainer) -> Decisive:
         return Decisive(trainer, but=("batch_size",), but_of_trainer=("batch_size",))  # it does not train
 
     def calibration(self, task: Task, trainer: Trainer) -> "Calibration":
+        """Return the calibration of a task's network with these settings."""
         return Calibration(task, trainer, self.samples, self.batch_size, name=type(self).__name__)
 
 
 class Calibration:
-    """A task's network and the samples that it is judged by. Every method leaves the network as it was.
+    """A task's network and the samples it is judged on. Every method leaves the network as it was.
 
-    Processes share the batches of samples: all must call a method alike, and get the same answer.
+    Processes share the batches: all must call a method, and get the same result.
 
     Args:
         task: the network, its objective and data.
         trainer: device, precision and seed.
         samples: how many training samples to use, at most.
-        batch_size: samples at once.
-        name: what is being done, to show with the progress.
+        batch_size: samples per batch.
+        name: label of the progress bar.
 
     Attributes:
-        evaluations: sample forward passes so far, of all processes together.
+        evaluations: sample forward passes so far, over all processes.
     """
 
     def __init__(self, task: Task, trainer: Trainer, samples: int, batch_size: int, name: str = "calibration") -> None:
@@ -95,9 +105,11 @@ class Calibration:
         self._order = order_of(task.train, trainer.seed, "calibration", self.num_samples)
 
     def losses(self, masks: Tensor, note: str = "") -> list[float]:
-        """The calibration loss under each of (K, N) masks of zeros and ones; infinite where it is not finite.
+        """Return the calibration loss under each mask; infinite where it is not finite.
 
-        `note` goes behind the name of the progress.
+        Args:
+            masks: (masks, num_blocks) zeros and ones.
+            note: appended to the label of the progress bar.
         """
         with self._open(len(masks), note) as progress, torch.no_grad(), self._gates() as gates:
 
@@ -114,7 +126,11 @@ class Calibration:
         return means
 
     def gradients(self) -> list[float]:
-        """For every block, the mean over samples of |dL/dm|, m being the block's mask, at m = 1."""
+        """Return for every block the mean over samples of |dL/dm|, m being the block's mask, at m = 1.
+
+        Raises:
+            UserError: a value is not finite.
+        """
         num_blocks = len(self.task.blocks)
         with self._open(1) as progress, torch.enable_grad(), self._gates() as gates:
             self.task.teacher.requires_grad_(False)
@@ -133,9 +149,12 @@ class Calibration:
         """Compare the residual stream before and after each span, averaged over the streams.
 
         Args:
-            spans: they may overlap.
+            spans: first and last block of each; they may overlap.
             measure: makes the measure of one span and stream.
-            clean: feed inputs without noise, as the published block-influence script does.
+            clean: use inputs without noise, as the reference code of block influence does.
+
+        Raises:
+            UserError: a value is not finite.
         """
         model, paths, declared = self.task.teacher, self.task.blocks, self.task.backbone.streams
         # No span reaches over two lists.
@@ -158,7 +177,11 @@ class Calibration:
         return self.finite([sum(m.value() for m in gathered[span]) / len(streams[span]) for span in spans])
 
     def finite(self, values: list[float]) -> list[float]:
-        """The values; raises UserError when one is not finite."""
+        """Return the values.
+
+        Raises:
+            UserError: one is not finite.
+        """
         if not all(map(math.isfinite, values)):
             raise UserError(
                 f"{self.name}: what the calibration samples give is not finite; check the checkpoint and the data, "
@@ -192,7 +215,7 @@ class Calibration:
 
     @contextmanager
     def _open(self, passes: int, note: str = "") -> Iterator[Tracker]:
-        """The network in eval mode on the device, and the progress of this process's part of some passes."""
+        """The network in eval mode on the device, and the progress of this process's share of some passes."""
         model = self.task.teacher.to(self.device)
         show = self.trainer.accelerator.is_main_process
         own = sum(map(len, local_share(self._parts)))
@@ -202,7 +225,7 @@ class Calibration:
 
 
 def _together(own: Measure, empty: Measure) -> Measure:
-    """What all processes have measured, one after the other: the same on each of them."""
+    """Merge the measures of all processes: the result is the same on each of them."""
     if rank_and_world_size()[1] == 1:
         return own
     for state in map_sharded(range(rank_and_world_size()[1]), lambda process: own.state()):

@@ -1,4 +1,4 @@
-"""What a network costs: each of its blocks, and all that lies outside of them, in parameters, operations and time."""
+"""Costs of a network: of each block and of everything outside the blocks, in parameters, operations and time."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from ..runtime.undisturbed import evaluating
 from ..training.trainer import Trainer
 
 BATCH_SIZE, ROUNDS = 1, 20
-"""Samples of a timed pass, and how many passes there are; the median counts."""
+"""Samples per timed pass, and number of passes, of which the median is taken."""
 
 CostKind = Literal["parameters", "flops", "latency_ns"]
 
 
 @dataclass(frozen=True)
 class NetworkCosts:
-    """Parameters, operations of one sample, or nanoseconds of a forward pass.
+    """Parameters, FLOPs for one sample, or nanoseconds of a forward pass.
 
     Attributes:
-        blocks: of every block.
-        outside: of all that is no block.
+        blocks: cost of every block.
+        outside: cost of everything outside the blocks.
     """
 
     blocks: tuple[int, ...]
@@ -39,21 +39,21 @@ class NetworkCosts:
 
     @property
     def total(self) -> int:
-        """Of the whole network."""
+        """Cost of the whole network."""
         return sum(self.blocks) + self.outside
 
 
 def network_costs(kind: CostKind, task: Task, trainer: Trainer, batch_size: int = BATCH_SIZE) -> NetworkCosts:
-    """Measure a task's network. One on the meta device is enough: what has to run is then made with random weights.
+    """Measure a task's network. It may be on the meta device: what must run is then built with random weights.
 
-    Blocks that are alike in parameters and FLOPs take the same time: the median of theirs, whose differences are noise
-    and would rule masks out.
+    Blocks with the same parameters and FLOPs get the same time: the median of theirs, because their differences are
+    noise that would rule out masks.
 
     Args:
         kind: what to measure.
         task: the network and its objective.
         trainer: device and precision of timed passes.
-        batch_size: samples of a timed pass.
+        batch_size: samples per timed pass.
     """
     if kind == "parameters":
         return _parameters(task)
@@ -91,7 +91,7 @@ def _counted(task: Task, model: nn.Module) -> NetworkCosts:
 
 
 def _latency(task: Task, trainer: Trainer, kinds: Sequence[tuple[int, int]], batch_size: int) -> NetworkCosts:
-    """A whole pass by the clock, divided by the shares of the blocks in passes that stop the clock at each of them."""
+    """The time of a whole pass, divided by the shares of the blocks in passes that time each block."""
     device = trainer.accelerator.device
     model = (_built(task) if _is_meta(task.teacher) else task.teacher).to(device)
     inputs = _inputs(task, model, batch_size)
@@ -126,14 +126,14 @@ def _latency(task: Task, trainer: Trainer, kinds: Sequence[tuple[int, int]], bat
 
 
 def _stop_clock(block: nn.Module, now: Callable[[], float], times: list[float], hooks: ExitStack) -> None:
-    """Note how long every call of a block takes, until the hooks close."""
+    """Append the time of every call of a block, in seconds, until the hooks close."""
     started: list[float] = []
     hooks.callback(block.register_forward_pre_hook(lambda *_: started.append(now())).remove)
     hooks.callback(block.register_forward_hook(lambda *_: times.append(now() - started.pop())).remove)
 
 
 def _settled(times: Sequence[float]) -> float:
-    """The median without the first fifth, in which caches fill."""
+    """The median without the first fifth, in which caches fill up."""
     return median(times[len(times) // 5 :])
 
 
@@ -142,7 +142,7 @@ def _is_meta(model: nn.Module) -> bool:
 
 
 def _built(task: Task) -> nn.Module:
-    """A network like the task's, with random weights."""
+    """A network with the config of the task's, with random weights."""
     return task.backbone.construct(task.backbone.config(task.teacher))
 
 

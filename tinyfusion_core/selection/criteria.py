@@ -1,7 +1,4 @@
-"""Selectors that do not learn. All return the same `Decision` as the search.
-
-Here: a choice of somebody's, and positions alone. `similarity.py` and `sensitivity.py` look at data.
-"""
+"""Selectors that do not learn: given blocks, and criteria by position. `similarity` and `sensitivity` use data."""
 
 # No `from __future__ import annotations` here: the fields of a base class are resolved in the modules of the
 # classes that inherit them, where strings would mean nothing.
@@ -14,6 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from torch.utils._pytree import tree_map
+from typing_extensions import override
 
 from ..errors import UserError
 from ..protocols.task import Task
@@ -31,10 +29,10 @@ from .costs import NetworkCosts
 
 @dataclass(frozen=True)
 class Keep(Selector):
-    """Keep the blocks that somebody has chosen: by index, or as a decision file says.
+    """Keep given blocks: by index, or as in a decision file.
 
     Args:
-        blocks: indices of the blocks that stay.
+        blocks: indices of the blocks to keep.
         decision: path of a `decision.json`, made for a checkpoint of the same architecture; or of a mergekit YAML, a
             list of indices or of peft's `layer_replication`, or a `--prune-layers` argument of llama.cpp.
     """
@@ -48,16 +46,17 @@ class Keep(Selector):
         if len(set(self.blocks)) != len(self.blocks):
             raise UserError(f"Keep: blocks {list(self.blocks)} names a block twice")
 
+    @override
     def __call__(self, task: Task, trainer: Trainer, run: RunFolder | None = None) -> Decision:
         decision = self.preview(task.blocks)
-        source = {**decision.provenance, **provenance(trainer.seed, task.source)}
-        return replace(
-            decision, provenance=source if self.decision is None else {**source, "taken_from": self.decision}
-        )
+        taken = {} if self.decision is None else {"taken_from": self.decision}
+        return replace(decision, provenance={**decision.provenance, **provenance(trainer.seed, task.source), **taken})
 
+    @override
     def inputs(self) -> dict[str, str]:
         return {} if self.decision is None else {"search.decision": sha256(Path(self.decision))}
 
+    @override
     def preview(self, blocks: Sequence[str]) -> Decision:
         if self.decision is None:
             return Decision(blocks=tuple(blocks), kept=tuple(sorted(self.blocks)), method="Keep")
@@ -66,12 +65,12 @@ class Keep(Selector):
 
 @dataclass(frozen=True)
 class CriterionResult:
-    """What a criterion has found.
+    """The result of a criterion.
 
     Attributes:
-        kept: indices of the blocks that stay.
+        kept: indices of the kept blocks.
         evaluations: sample forward passes it took.
-        findings: what it was decided by, for the record.
+        findings: scores or losses it was decided by, for the record.
     """
 
     kept: Sequence[int]
@@ -81,16 +80,14 @@ class CriterionResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Criterion(Selector):
-    """A heuristic that keeps as many blocks as it is told to.
+    """A heuristic that keeps a given number of blocks.
 
     Args:
-        keep: how many blocks stay: of all together, or a number for every block list, which may be 0.
+        keep: how many blocks are kept: in total, or a number for every block list, which may be 0.
         pattern: keep N of every M blocks instead, as in `Search`.
-        budget: what the pruned network may cost at most instead: `0.5x` of its parameters, `{parameters: 400M}`,
-            `{flops: 0.5x}` or `{latency_ms: 20}` of a forward pass, of `batch_size: 1` unless said; measured. Give one
-            of the three.
-        protect: indices of blocks that must stay.
-        constraints: further rules for what stays; with costs and a budget they stand alone, in the place of the two.
+        budget: what the pruned network may cost at most instead, as in `Search`. Give one of the three.
+        protect: indices of blocks that must be kept.
+        constraints: further rules for masks; with costs and a budget they replace the three.
     """
 
     keep: int | dict[str, int] | None = None
@@ -106,6 +103,7 @@ class Criterion(Selector):
         if self.pattern is not None:
             object.__setattr__(self, "pattern", parse_pattern(self.pattern))
 
+    @override
     def __call__(self, task: Task, trainer: Trainer, run: RunFolder | None = None) -> Decision:
         how, costs = prepared(self, task, trainer, run)
         constraints = how.compiled(task.blocks)
@@ -114,13 +112,17 @@ class Criterion(Selector):
         where = {**provenance(trainer.seed, task.source), **found, **costs}
         return how._decision(task.blocks, constraints, result.kept, where)
 
+    @override
     def preview(self, blocks: Sequence[str]) -> Decision:
+        """Return the decision for `guess`, without provenance."""
         constraints = self.compiled(blocks)
         return self._decision(blocks, constraints, self.guess(constraints), {})
 
+    @override
     def cost_budgets(self) -> Sequence[CostBudget]:
         return () if self.budget is None else (parse_budget(self.budget, type(self).__name__),)
 
+    @override
     def bound(self, costs: Mapping[str, NetworkCosts]) -> Self:
         rules = combined(None, self.protect, self.constraints)
         for budget in self.cost_budgets():
@@ -128,32 +130,29 @@ class Criterion(Selector):
             return replace(self, budget=None, constraints=rules)
         return self
 
+    @override
     def keeps(self, blocks: Sequence[str]) -> Budget | Spending:
         return self.compiled(blocks).budget
 
     def compiled(self, blocks: Sequence[str]) -> Constraints:
-        """What the decision must obey."""
-        check_bound(self.budget, type(self).__name__)
+        """Return the constraints that the decision must obey."""
+        owner, protect = type(self).__name__, self.protected(blocks)
+        check_bound(self.budget, owner)
         assert not isinstance(self.pattern, int)  # parse_pattern refuses numbers
         return compile_constraints(
-            blocks,
-            type(self).__name__,
-            keep=self.keep,
-            pattern=self.pattern,
-            protect=self.protected(blocks),
-            constraints=self.constraints,
+            blocks, owner, keep=self.keep, pattern=self.pattern, protect=protect, constraints=self.constraints
         )
 
     def protected(self, blocks: Sequence[str]) -> Sequence[int]:
-        """Indices of the blocks that must stay."""
+        """Return the indices of the blocks that must be kept."""
         return self.protect
 
     @abstractmethod
     def decide(self, constraints: Constraints, task: Task, trainer: Trainer) -> CriterionResult:
-        """Choose blocks that obey the constraints; the network comes back as it was."""
+        """Choose blocks that obey the constraints. Leaves the network as it was."""
 
     def guess(self, constraints: Constraints) -> Sequence[int]:
-        """Blocks that obey the constraints, found without a network."""
+        """Return blocks that obey the constraints, found without a network."""
         return constraints.best([0.0] * constraints.num_blocks)
 
     def _decision(
@@ -180,9 +179,8 @@ def _recorded(value: Any) -> Any:
 class Nested(Criterion):
     """Keep the blocks that an earlier search kept most often: several budgets from one search.
 
-    What the search decided comes first, in the order of its marginals, then the others: a smaller budget keeps a part
-    of what a larger one keeps, and the search's own budget its decision. The search's rules do not count; `protect`
-    does.
+    Blocks are ranked by the search's decision, then by its marginals: a smaller budget keeps a subset of what a larger
+    one keeps, and the search's own budget keeps its decision. The search's rules are ignored; `protect` is not.
 
     Args:
         decision: path of the search's `decision.json`, made for a checkpoint of the same architecture.
@@ -190,13 +188,16 @@ class Nested(Criterion):
 
     decision: str
 
+    @override
     def inputs(self) -> dict[str, str]:
         return {"search.decision": sha256(Path(self.decision))}
 
+    @override
     def preview(self, blocks: Sequence[str]) -> Decision:
         Decision.load(self.decision).check_fits(blocks, "the network")
         return super().preview(blocks)
 
+    @override
     def guess(self, constraints: Constraints) -> Sequence[int]:
         found = Decision.load(self.decision)
         if len(found.marginals) != constraints.num_blocks:
@@ -215,26 +216,28 @@ class Nested(Criterion):
             )
         return kept
 
+    @override
     def decide(self, constraints: Constraints, task: Task, trainer: Trainer) -> CriterionResult:
         return CriterionResult(self.guess(constraints), findings={"taken_from": self.decision})
 
 
 def nested_scores(decision: Decision) -> list[float]:
-    """The order in which blocks are kept as the budget grows: the decision's before the others, by their marginals."""
+    """Return the score of each block: those the decision keeps before the others, each ranked by marginals."""
     return [p + (i in decision.kept) for i, p in enumerate(decision.marginals)]
 
 
 class Positions(Criterion):
     """Keep the blocks at certain positions of every choice.
 
-    A choice is a group of the pattern, a block list, or with one number for all lists their concatenation.
-    Where protected blocks take places, those go that are farthest from a wanted position.
+    A choice is a group of the pattern, a block list, or, with one number for all lists, their concatenation. If
+    protected blocks take places, the blocks farthest from a wanted position are removed.
     """
 
     @abstractmethod
     def positions(self, num_kept: int, size: int) -> Sequence[int]:
-        """The wanted positions among `size` blocks."""
+        """Return the wanted positions among `size` blocks."""
 
+    @override
     def guess(self, constraints: Constraints) -> Sequence[int]:
         scores = [0.0] * constraints.num_blocks
         for choice in constraints.choices:
@@ -244,7 +247,7 @@ class Positions(Criterion):
         return constraints.best(scores)
 
     def _guess_number(self, constraints: Constraints) -> Sequence[int]:
-        """With costs, the number of blocks whose wanted positions come closest to what is allowed; the largest."""
+        """With costs: the number of blocks whose wanted positions come closest to what is allowed; the largest such."""
         blocks, found = range(constraints.num_blocks), []
         for number in range(constraints.num_blocks, 0, -1):
             scores = [0.0] * constraints.num_blocks
@@ -254,12 +257,13 @@ class Positions(Criterion):
         return min(found, key=lambda pair: pair[0])[1]
 
     def _score(self, scores: list[float], blocks: Sequence[int], num_kept: int) -> set[int]:
-        """Write down how far each block is from a wanted position, as a score; returns the blocks that are there."""
+        """Score each block by its distance from a wanted position; returns the blocks that are at one."""
         wanted = self.positions(num_kept, len(blocks))
         for position, block in enumerate(blocks):
             scores[block] = -min((abs(position - w) for w in wanted), default=0)
         return {blocks[w] for w in wanted}
 
+    @override
     def decide(self, constraints: Constraints, task: Task, trainer: Trainer) -> CriterionResult:
         return CriterionResult(self.guess(constraints))
 
@@ -267,6 +271,7 @@ class Positions(Criterion):
 class Uniform(Positions):
     """Keep evenly spaced blocks: the last of each of k equal segments (of 8 blocks 1, 3, 5, 7)."""
 
+    @override
     def positions(self, num_kept: int, size: int) -> Sequence[int]:
         return [(i + 1) * size // num_kept - 1 for i in range(num_kept)]
 
@@ -274,6 +279,7 @@ class Uniform(Positions):
 class FirstN(Positions):
     """Keep the first blocks."""
 
+    @override
     def positions(self, num_kept: int, size: int) -> Sequence[int]:
         return range(num_kept)
 
@@ -281,6 +287,7 @@ class FirstN(Positions):
 class LastN(Positions):
     """Keep the last blocks."""
 
+    @override
     def positions(self, num_kept: int, size: int) -> Sequence[int]:
         return range(size - num_kept, size)
 
@@ -288,5 +295,6 @@ class LastN(Positions):
 class BKSDM(Positions):
     """Keep evenly spaced blocks from the first to the last (BK-SDM, arXiv:2305.15798; of 8 blocks 0, 2, 5, 7)."""
 
+    @override
     def positions(self, num_kept: int, size: int) -> Sequence[int]:
         return [round(i * (size - 1) / max(1, num_kept - 1)) for i in range(num_kept)]

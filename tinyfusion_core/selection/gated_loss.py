@@ -1,4 +1,4 @@
-"""What a search minimises: the loss of the network under drawn masks."""
+"""The objective of a search: the loss of the network under sampled masks."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
+from typing_extensions import override
 
 from ..protocols.backbone import Batch
 from ..protocols.loss import LossAdapter
@@ -16,7 +17,16 @@ from ..training.objective import Objective
 
 
 def value_weights(mask: Tensor, share: float, rng: Rng) -> Tensor | None:
-    """(B, N) weights of the values of dropped blocks, of which a share is computed; None when all are, or none."""
+    """Return weights for the values of dropped blocks, of which only a share is computed.
+
+    Args:
+        mask: (batch, num_blocks) zeros and ones.
+        share: the fraction to compute.
+        rng: random streams of this batch.
+
+    Returns:
+        (batch, num_blocks) weights, 0 or 1 / share; None if all values are needed, or none.
+    """
     if share == 1 or not mask.requires_grad:
         return None
     return (rng.uniform("dropped values", *mask.shape) < share).to(mask) / share
@@ -39,17 +49,17 @@ def search_mode(model: nn.Module, random: bool) -> None:
 
 
 class GatedLoss(Objective):
-    """Sample masks, run the gated network, return the sampler's surrogate.
+    """Sample masks, run the gated network, return the sampler's surrogate loss.
 
     Args:
         model: the gated network, in training mode.
         loss: the objective.
-        samplers: the distribution that learns, and its average, which decides.
-        gates: of the network's blocks.
-        steps: of the search.
+        samplers: the trained distribution, and its average, which decides.
+        gates: gates of the network's blocks.
+        steps: steps of the search.
         warmup: fraction of them in which the gates do not learn.
         dropped_values: see `Search`.
-        confident: the confidence at which the search is finished; None: never.
+        confident: the confidence at which the search stops; None: never.
     """
 
     def __init__(
@@ -75,6 +85,7 @@ class GatedLoss(Objective):
         self.num_steps = 0
         self.temperatures: dict[str, float] = {}
 
+    @override
     def forward(self, inputs: Batch, rng: Rng) -> tuple[Tensor, Tensor]:
         loss, _, gates = self.unregistered
         copies = self.sampler.masks_per_sample
@@ -91,6 +102,7 @@ class GatedLoss(Objective):
         # A zero gradient, never none: distributed processes wait for it.
         return losses.mean() + 0 * (draw.mask.sum() + draw.log_prob.sum()), losses.detach()
 
+    @override
     def before_step(self, progress: float) -> None:
         self.num_steps = round(progress * (self.steps - 1)) + 1
         self.learning = progress >= self.warmup
@@ -100,11 +112,13 @@ class GatedLoss(Objective):
         averaged.anneal(learned)
         averaged.prior = averaged.prior_schedule[1]  # a start that fades has no say in the decision
 
+    @override
     def finished(self) -> bool:
         if self.confident is None or not self.learning:
             return False
         return min(self.unregistered[1].confidence()) >= self.confident
 
+    @override
     def metrics(self) -> dict[str, Any]:
         averaged = self.unregistered[1]
         return {

@@ -1,4 +1,4 @@
-"""The learned search: which blocks to keep so that fine-tuning can recover best (arXiv:2412.01199)."""
+"""The learned search for the blocks whose removal fine-tuning recovers best (TinyFusion, arXiv:2412.01199)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
+from typing_extensions import override
 
 from ..errors import UserError, require
 from ..protocols.backbone import list_lengths
@@ -34,12 +35,12 @@ from .gated_loss import GatedLoss, search_mode
 
 @dataclass(frozen=True)
 class Learned:
-    """What a search has learned.
+    """The result of a search, before the decision.
 
     Attributes:
         sampler: the distribution, with the averaged gate logits.
         num_steps: steps that it took.
-        evaluations: samples that it and its start ran the network on.
+        evaluations: samples that the network was run on, including those of its start.
     """
 
     sampler: BlockSampler
@@ -49,42 +50,39 @@ class Learned:
 
 @dataclass(frozen=True, kw_only=True)
 class Search(Selector):
-    """Learn the gate logits together with a weight update that stands for later fine-tuning.
+    """Learn the gate logits jointly with a weight update that approximates later fine-tuning.
 
     Args:
-        pattern: keep N of M: `[2, 4]`, a list with a pair for each group, or a mapping by block list.
-            Short for `sampler: GroupedSampler`.
-        keep: how many blocks stay, of all or by block list, wherever they are. Short for `sampler: ScoreFunction` with
-            that rule.
+        pattern: keep N of M: `[2, 4]`, a list with a pair for each group, or a mapping by block list. Short for
+            `sampler: GroupedSampler`.
+        keep: how many blocks are kept, in total or by block list, anywhere. Short for `sampler: ScoreFunction`.
         budget: what the pruned network may cost at most: `0.5x` of its parameters, `{parameters: 400M}`,
-            `{flops: 0.5x}` or `{latency_ms: 20}` of a forward pass, of `batch_size: 1` unless said; measured. Short for
+            `{flops: 0.5x}` or `{latency_ms: 20}` of a forward pass, of `batch_size: 1` by default; measured. Short for
             `sampler: ScoreFunction` with costs; give one of the four.
         tau: with `pattern`: Gumbel temperature at the first and at the last step; default the sampler's.
         scaling: with `pattern`: factor on the gate logits at the first and at the last step; default the sampler's.
         sampler: any distribution over masks.
-        protect: indices of blocks that must stay; not with `sampler`.
+        protect: indices of blocks that must be kept; not with `sampler`.
         constraints: further rules for the masks. With `pattern` only `protect` and `remove`; with costs and a budget
-            they stand alone, in the place of the four.
+            they replace all four.
         steps: optimizer updates.
-        batch_size: samples of one update; default the trainer's.
-        warmup: fraction of the steps in which the weight update trains under the initial masks, before the gates
-            learn: their first gradients then come from weights that have begun to adapt. The paper's is 0; what it
-            is good for is measured in `benchmarks/RESULTS.md`.
+        batch_size: samples per update; default the trainer's.
+        warmup: fraction of the steps in which the weight update trains under the initial masks, before the gates learn
+            from weights that have begun to adapt. The paper uses 0; the effect is in `benchmarks/RESULTS.md`.
         update: the co-trained weight update.
         lr_gates: learning rate of the gate logits, which have no weight decay; default the sampler's.
-        lr: learning rate of the weight update; default 1 / steps but at most 1e-3, which is the paper's 1e-4 at
-            10,000 steps. A short search has to move the weights faster, or it looks for what hurts least at once.
-        weight_decay: of the weight update.
-        clip: largest norm of the gradient of gates and weights together.
-        ema: decay of the average of the gate logits that decides; default 1 - 10 / steps, which is the
-            paper's 0.999 at 10,000 steps and lags as little in a short search.
-        start: a criterion whose choice the search begins with, instead of indifference.
+        lr: learning rate of the weight update; default 1 / steps but at most 1e-3, which is the paper's 1e-4 at 10,000
+            steps. A short search must move the weights faster, or it finds what hurts least without recovery.
+        weight_decay: weight decay of the weight update.
+        clip: largest norm of the gradient of gates and weights.
+        ema: decay of the average of the gate logits that decides; default 1 - 10 / steps, which is the paper's 0.999 at
+            10,000 steps and lags as little in a short search.
+        start: a criterion whose choice the search starts from, instead of a uniform distribution.
         prior: log-odds that the start gives to the blocks it keeps, and minus that to the others, at the first and at
             the last step, linear in between. What the gates learn is added: with a last prior of 0 they alone decide.
-        dropped_values: the fraction of the samples that drop a block for which the block is run all the same, because a
-            pathwise gradient needs its value; weighed so that the gate's gradient keeps its mean. Less is faster
-            and noisier. A score function needs none.
-        confident: stop when the decision's confidence reaches this, after the warm-up at the earliest.
+        dropped_values: fraction of the samples that drop a block and still run it, because a pathwise gradient needs
+            its value; weighted to keep the gradient's mean. Less is faster and noisier; a score function needs none.
+        confident: stop when the decision's confidence reaches this value, after the warm-up.
     """
 
     pattern: Pattern | int | None = None
@@ -134,7 +132,7 @@ class Search(Selector):
             object.__setattr__(self, "pattern", parse_pattern(self.pattern))
 
     def _limits(self) -> Iterator[tuple[str, bool, str]]:
-        """Every number's name, whether it is as it should be, and how that is."""
+        """Name of every number, whether its value is allowed, and which values are."""
         yield "steps", self.steps >= 1, "at least 1"
         yield "batch_size", self.batch_size is None or self.batch_size >= 1, "at least 1"
         yield "warmup", 0 <= self.warmup < 1, "a fraction from 0 to below 1"
@@ -147,14 +145,20 @@ class Search(Selector):
         yield "clip", self.clip > 0, "a norm above 0"
         yield "weight_decay", self.weight_decay >= 0, "0 or more"
 
+    @override
     def inputs(self) -> dict[str, str]:
         return {} if self.start is None else {f"start.{key}": value for key, value in self.start.inputs().items()}
 
+    @override
     def preview(self, blocks: Sequence[str]) -> Decision:
         return self.preview_beside(blocks, {})
 
     def preview_beside(self, blocks: Sequence[str], others: Mapping[str, Selector]) -> Decision:
-        """`preview`, with selectors beside the search, by key, that must keep as many blocks as it does."""
+        """Preview, and check that other selectors, by key, keep as many blocks as the search.
+
+        Raises:
+            UserError: one keeps another number, or the budget does not fit these blocks.
+        """
         sampler = self.make_sampler(list_lengths(blocks))
         decision = self._decision(sampler, blocks, {})
         for key, other in {**({"start": self.start} if self.start else {}), **others}.items():
@@ -164,7 +168,7 @@ class Search(Selector):
         return decision
 
     def make_sampler(self, lists: Mapping[str, int]) -> BlockSampler:
-        """The distribution over masks that the search starts from, for block lists of these lengths."""
+        """Return the initial distribution over masks, for block lists of these lengths."""
         check_bound(self.budget, "search")
         if self.sampler is not None:
             return self.sampler(lists)
@@ -178,9 +182,11 @@ class Search(Selector):
         build(rules, lists, "search.constraints")  # what is wrong with them is said under this key
         return ScoreFunction(lists, rules)
 
+    @override
     def cost_budgets(self) -> Sequence[CostBudget]:
         return (*self._own_budget(), *(self.start.cost_budgets() if self.start else ()))
 
+    @override
     def bound(self, costs: Mapping[str, NetworkCosts]) -> Self:
         how = replace(self, start=self.start.bound(costs)) if self.start else self
         for budget in self._own_budget():
@@ -191,16 +197,20 @@ class Search(Selector):
     def _own_budget(self) -> Sequence[CostBudget]:
         return () if self.budget is None else (parse_budget(self.budget, "search"),)
 
+    @override
     def keeps(self, blocks: Sequence[str]) -> Budget | Spending | None:
         sampler = self.make_sampler(list_lengths(blocks))
         return super().keeps(blocks) if sampler.choices() else sampler.budget
 
+    @override
     def learned(self) -> Search | None:
         return self
 
+    @override
     def trainings(self) -> Sequence[Search | Recover]:
         return (self,)
 
+    @override
     def decisive(self, trainer: Trainer) -> Decisive:
         return Decisive(trainer.with_batch_size(self.batch_size), but=("batch_size",))
 
@@ -209,42 +219,36 @@ class Search(Selector):
         given = {"tau": self.tau, "scaling": self.scaling}
         return {name: value for name, value in given.items() if value is not None}
 
+    @override
     def __call__(self, task: Task, trainer: Trainer, run: RunFolder | None = None) -> Decision:
-        """Run the search. The network's weights are afterwards what they were, bit for bit.
-
-        Args:
-            task: what to prune; its blocks are decided upon.
-            trainer: how to train.
-            run: where to log and to keep checkpoints.
+        """Run the search. Afterwards the network's weights are what they were, bit for bit.
 
         Returns:
             The most probable mask of the averaged gate logits, with its confidences and marginals.
 
         Raises:
             UserError: the pattern does not fit the network, or the loss was not finite for too long.
-            Interrupted: a signal came; the same call with the same run folder goes on.
+            Interrupted: a signal arrived; the same call with the same run folder resumes.
         """
         how, costs = prepared(self, task, trainer, run)
         decision = how.decide(how.learn(task, trainer, run), task, trainer)
         return replace(decision, provenance={**decision.provenance, **costs})
 
     def decide(self, learned: Learned, task: Task, trainer: Trainer) -> Decision:
-        """What was learned decides."""
-        record = provenance(trainer.seed, task.source)
-        record = {**record, "steps": learned.num_steps, "evaluations": learned.evaluations}
-        return self._decision(learned.sampler, task.blocks, record)
+        """Return the decision of what was learned."""
+        taken = {"steps": learned.num_steps, "evaluations": learned.evaluations}
+        return self._decision(learned.sampler, task.blocks, {**provenance(trainer.seed, task.source), **taken})
 
     def learn(self, task: Task, trainer: Trainer, run: RunFolder | None = None) -> Learned:
-        """The search without the decision. Arguments as for a call."""
+        """Run the search without the decision. Arguments as for a call."""
         trainer = trainer.with_batch_size(self.batch_size)
         rate = min(1e-3, 1 / self.steps) if self.lr is None else self.lr
         model = trainer.to_device(task.teacher)
         blocks, batch_dim = [model.get_submodule(path) for path in task.blocks], task.batch_dim(model)
         sampler, evaluations = self.make_sampler(task.lists), 0
         if self.start is not None:
-            first = self.start(
-                task, replace(trainer, trackers=()), None if run is None else run.part("search", "start")
-            )
+            part = None if run is None else run.part("search", "start")
+            first = self.start(task, replace(trainer, trackers=()), part)
             sampler.set_prior(first.kept, self.prior)
             evaluations = int(first.provenance.get("evaluations", 0))
         # AveragedModel begins with the values after the first step: no bias towards the initial ones.
@@ -270,9 +274,8 @@ class Search(Selector):
                     dropped_values=self.dropped_values,
                     confident=self.confident,
                 )
-                gate_rate = self.lr_gates or sampler.lr_gates
                 groups = [
-                    {"params": list(sampler.parameters()), "lr": gate_rate, "weight_decay": 0.0},
+                    {"params": [*sampler.parameters()], "lr": self.lr_gates or sampler.lr_gates, "weight_decay": 0.0},
                     {"params": weights, "lr": rate, "weight_decay": self.weight_decay},
                 ]
                 optimization = Optimization(groups=groups, steps=self.steps, clip=self.clip, ema=ema)
@@ -283,7 +286,7 @@ class Search(Selector):
         return Learned(averaged.cpu(), objective.num_steps, evaluations)
 
     def _decision(self, sampler: BlockSampler, blocks: Sequence[str], record: Mapping[str, Any]) -> Decision:
-        """What a distribution over masks decides."""
+        """The decision of a distribution over masks."""
         return Decision(
             blocks=tuple(blocks),
             kept=tuple(sampler.mode()),

@@ -1,4 +1,4 @@
-"""Criteria that ask the calibration loss: the loss of the network right after pruning, before any recovery."""
+"""Criteria by calibration loss: the loss of the network right after pruning, before any recovery."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from ..errors import require
 from ..protocols.task import Task
@@ -19,12 +20,12 @@ from .criteria import CriterionResult
 
 @dataclass(frozen=True, kw_only=True)
 class Random(Calibrated):
-    """Keep blocks at random, every mask within the budget with the same probability.
+    """Keep random blocks; every mask within the budget has the same probability.
 
     Args:
-        draws: distinct masks to draw, all there are when there are fewer; of several the one with the lowest
-            calibration loss is taken. One needs no samples.
-        seed: tells drawings of one run apart.
+        draws: distinct masks to draw, or all masks if there are fewer; of several the one with the lowest calibration
+            loss is taken. A single one needs no samples.
+        seed: distinguishes draws within one run.
     """
 
     draws: int = 1
@@ -34,6 +35,7 @@ class Random(Calibrated):
         super().__post_init__()
         require(self.draws >= 1, "Random.draws", self.draws, "at least 1")
 
+    @override
     def decide(self, constraints: Constraints, task: Task, trainer: Trainer) -> CriterionResult:
         source = generator(trainer.seed, "random", self.seed)
         masks = constraints.distinct(self.draws, source)
@@ -46,8 +48,9 @@ class Random(Calibrated):
 
 
 class LeaveOneOut(Calibrated):
-    """Keep the blocks without which, one at a time, the calibration loss rises most ("sensitivity")."""
+    """Keep the blocks whose removal, one at a time, raises the calibration loss most ("sensitivity")."""
 
+    @override
     def decide(self, constraints: Constraints, task: Task, trainer: Trainer) -> CriterionResult:
         calibration, everything = self.calibration(task, trainer), range(constraints.num_blocks)
         masks = [everything, *([j for j in everything if j != i] for i in everything)]
@@ -58,11 +61,12 @@ class LeaveOneOut(Calibrated):
 
 
 class Greedy(Calibrated):
-    """Remove the block whose removal costs least calibration loss, then look again (SLEB, arXiv:2402.09025).
+    """Remove the block whose removal raises the calibration loss least, then repeat (SLEB, arXiv:2402.09025).
 
-    Blocks that constraints hold together go together. With a budget of costs it ends as soon as the budget is met.
+    Blocks that constraints tie are removed as one. With a budget of costs it ends as soon as the budget is met.
     """
 
+    @override
     def decide(self, constraints: Constraints, task: Task, trainer: Trainer) -> CriterionResult:
         calibration, kept = self.calibration(task, trainer), list(range(constraints.num_blocks))
         rounds = constraints.num_blocks - len(constraints.best([0.0] * constraints.num_blocks))
@@ -80,8 +84,9 @@ class Greedy(Calibrated):
 
 
 class Taylor(Calibrated):
-    """Keep the blocks whose mask the loss depends on most: mean |dL/dm| at m = 1 (Michel et al., arXiv:1905.10650)."""
+    """Keep the blocks on whose mask the loss depends most: mean |dL/dm| at m = 1 (Michel et al., arXiv:1905.10650)."""
 
+    @override
     def decide(self, constraints: Constraints, task: Task, trainer: Trainer) -> CriterionResult:
         calibration = self.calibration(task, trainer)
         scores = calibration.gradients()
@@ -89,5 +94,5 @@ class Taylor(Calibrated):
 
 
 def _rows(masks: Sequence[Sequence[int]], num_blocks: int) -> Tensor:
-    """(K, N) zeros and ones of blocks to keep."""
+    """(masks, num_blocks) zeros and ones from the indices of kept blocks."""
     return torch.tensor([[float(i in kept) for i in range(num_blocks)] for kept in masks])

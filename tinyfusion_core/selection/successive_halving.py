@@ -1,4 +1,4 @@
-"""The best masks of a search, recovered for a few steps each."""
+"""Successive halving: the best masks of a search are recovered for a few steps each."""
 
 # No `from __future__ import annotations` here, for the reason given in criteria.py.
 
@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import torch
 from torch import nn
+from typing_extensions import override
 
 from ..errors import Diverged, UserError, require
 from ..protocols.task import Task
@@ -29,11 +30,11 @@ from .search import Search
 
 @dataclass(frozen=True, kw_only=True)
 class Finals(Selector):
-    """A search, and then successive halving (arXiv 1502.07943) of its most probable masks.
+    """A search, then successive halving (Jamieson and Talwalkar, arXiv:1502.07943) of its most probable masks.
 
-    All finalists are recovered for some steps; the better half of them, by the loss on calibration samples, for as many
-    again, until one is left. One that diverges is out. It repairs a search that could not tell its best masks apart,
-    and with `others` the search's masks meet those of criteria.
+    All finalists are recovered for some steps; the better half, by the loss on calibration samples, for as many again,
+    until one is left. A finalist that diverges is eliminated. It helps where a search cannot separate its best masks,
+    and with `others` the search's masks compete with those of criteria.
 
     Args:
         search: the search.
@@ -41,8 +42,8 @@ class Finals(Selector):
         others: selectors whose choices are finalists too. They must be within the search's budget.
         steps: updates of a finalist in each round.
         lr: learning rate of the recovery.
-        batch_size: samples of one update; default the trainer's.
-        samples: training samples that judge a recovered network.
+        batch_size: samples per update; default the trainer's.
+        samples: training samples on which a recovered network is judged.
     """
 
     search: Search
@@ -61,35 +62,43 @@ class Finals(Selector):
 
     @property
     def recovery(self) -> Recover:
-        """What a finalist gets in each round."""
+        """The recovery of a finalist in each round."""
         return Recover(steps=self.steps, batch_size=self.batch_size, lr=self.lr, schedule="constant", ema=0.0)
 
+    @override
     def inputs(self) -> dict[str, str]:
         parts = {"search": self.search, **self._by_key()}
         return {f"{part}.{key}": value for part, selector in parts.items() for key, value in selector.inputs().items()}
 
+    @override
     def preview(self, blocks: Sequence[str]) -> Decision:
         return self.search.preview_beside(blocks, self._by_key())
 
+    @override
     def cost_budgets(self) -> Sequence[CostBudget]:
         return [budget for part in (self.search, *self.others) for budget in part.cost_budgets()]
 
+    @override
     def bound(self, costs: Mapping[str, NetworkCosts]) -> Self:
         others = [other.bound(costs) for other in self.others]
         return replace(self, search=self.search.bound(costs), others=others) if self.cost_budgets() else self
 
+    @override
     def keeps(self, blocks: Sequence[str]) -> Budget | Spending | None:
         return self.search.keeps(blocks)
 
+    @override
     def learned(self) -> Search | None:
         return self.search
 
+    @override
     def trainings(self) -> Sequence[Search | Recover]:
         return (self.search, self.recovery)
 
     def _by_key(self) -> dict[str, Selector]:
         return {f"others[{i}]": other for i, other in enumerate(self.others)}
 
+    @override
     def __call__(self, task: Task, trainer: Trainer, run: RunFolder | None = None) -> Decision:
         how, costs = prepared(self, task, trainer, run)
         decision = how._halve(task, trainer, run)
@@ -139,7 +148,7 @@ class Finals(Selector):
     def _recover(
         self, task: Task, student: nn.Module, trainer: Trainer, part: RunFolder | None, number: int
     ) -> tuple[float, int]:
-        """Train a finalist some more. Returns its loss, infinite where it is not finite, and the samples looked at."""
+        """Train a finalist further. Returns its loss, infinite if not finite, and the number of samples used."""
         recovered = Calibration(replace(task, model=student), trainer, self.samples, 64, "finals")
         try:
             self.recovery(task, student, None, trainer, part, stage=f"finals {number}")
@@ -152,9 +161,9 @@ class Finals(Selector):
     def _others(
         self, task: Task, trainer: Trainer, run: RunFolder | None
     ) -> tuple[dict[tuple[int, ...], list[str]], int]:
-        """What the other selectors choose, with their names, and the samples they looked at.
+        """What the other selectors choose, with their names, and the number of samples they used.
 
-        They come first, for what is outside of the budget ends the run before a search has been paid for.
+        They run first, because a choice outside the budget ends the run, before the cost of a search.
         """
         sampler, evaluations = self.search.make_sampler(task.lists), 0
         proposed: dict[tuple[int, ...], list[str]] = {}
@@ -171,5 +180,5 @@ class Finals(Selector):
 
 
 def _name(kept: Sequence[int]) -> str:
-    """A short name for a folder; the indices themselves can be too many for one."""
+    """A short folder name; the indices themselves can be too long for one."""
     return digest(list(kept))[:16]

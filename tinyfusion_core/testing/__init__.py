@@ -1,4 +1,4 @@
-"""The conformance kit, for the tests of plugins:
+"""The conformance kit, for the tests of plugins.
 
     from tinyfusion_core.testing import parametrize_with_checks
 
@@ -6,7 +6,7 @@
     def test_conformance(check):
         check()
 
-Selectors, samplers, weight updates and distillation losses are checked alike, each by itself:
+Selectors, samplers, weight updates and distillation losses are checked in the same way, on their own:
 `@parametrize_with_checks([MyCriterion, MySampler])`. On the command line: `tinyfusion check-plugin NAME`. The checks
 themselves are in `checks`.
 """
@@ -35,16 +35,16 @@ Checked = Pair | Any
 
 
 def name_of(check: Check) -> str:
-    """The name of a check, as test ids, `expected_failures` and `check-plugin` have it."""
+    """Return the name of a check, as used in test ids, `expected_failures` and `check-plugin`."""
     return check.__name__.removeprefix("check_")
 
 
 def run_check(check: Check, thing: Checked) -> None:
-    """Run one check of a thing; the global generators come back as they were.
+    """Run one check; the global random generators are restored afterwards.
 
     Raises:
-        AssertionError: it does not hold.
-        UserError: it does not hold, and a user would read this.
+        AssertionError: the check fails.
+        UserError: the check fails with an error that a user would see.
     """
     numpy_state, python_state = np.random.get_state(), random.getstate()
     with torch.random.fork_rng():
@@ -56,16 +56,16 @@ def run_check(check: Check, thing: Checked) -> None:
 
 
 def parametrize_with_checks(things: Sequence[Checked], expected_failures: Mapping[str, str] | None = None) -> Any:
-    """Decorate a test `def test_conformance(check): check()` so that it runs for every check of everything.
+    """Decorate a test `def test_conformance(check): check()` so that it runs for every check of every object.
 
     Args:
         things: pairs of backbone and loss, selectors, samplers, weight updates, distillation losses; classes or
-            instances. Of a class, its `tiny()` is checked. One that needs no `tiny` may have none: then `keep` is given
-            to selectors, and the block lists with `keep` or `rules` to samplers.
-        expected_failures: names of checks that fail, with the reason. One that does not fail fails the test.
+            instances. Of a class, its `tiny()` is checked. A class that needs no `tiny` may have none: then selectors
+            are given `keep`, and samplers the block lists with `keep` or `rules`.
+        expected_failures: names of checks that fail, with the reason. A check that does not fail then fails the test.
 
     Raises:
-        UserError: `expected_failures` names no check, or there are no checks of such a thing.
+        UserError: `expected_failures` names no check, or there are no checks for such an object.
     """
     import pytest
 
@@ -87,7 +87,7 @@ def parametrize_with_checks(things: Sequence[Checked], expected_failures: Mappin
 
 
 def pair_name(pair: Pair, between: str = " + ") -> str:
-    """The names of a backbone and a loss."""
+    """Return the names of a backbone and a loss."""
     return between.join(map(_class_name, pair))
 
 
@@ -101,13 +101,13 @@ def _class_name(thing: Any) -> str:
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What came of one check.
+    """The result of one check.
 
     Attributes:
-        subject: names of the backbone and the loss, or of what was checked by itself.
+        subject: names of the backbone and the loss, or of the object that was checked.
         check: name of the check.
-        meaning: what it looks at.
-        error: why it does not hold; None when it does.
+        meaning: what it checks.
+        error: why it fails; None if it passes.
     """
 
     subject: str
@@ -117,17 +117,17 @@ class CheckResult:
 
 
 def check_plugin(name: str) -> Iterator[CheckResult]:
-    """Check an installed plugin, one result after the other.
+    """Check an installed plugin, and yield one result after the other.
 
     Every backbone of the plugin is paired with every loss of the plugin that runs on its tiny network; with those of
-    the other plugins when none of its own does, or when it brings none. A plugin with losses alone is paired with
-    the backbones of the others in the same way. Its selectors, samplers, weight updates and distillation losses follow.
+    other plugins if none of its own does. A plugin with only losses is paired with the backbones of others in the same
+    way. Its selectors, samplers, weight updates and distillation losses follow.
 
     Args:
-        name: of its entry point, or the path of a plugin that is one Python file, which is loaded.
+        name: name of its entry point, or the path of a plugin that is one Python file, which is loaded.
 
     Raises:
-        UserError: there is no such plugin, it could not be loaded, or nothing that it brings can be checked.
+        UserError: there is no such plugin, it could not be loaded, or it has nothing to check.
     """
     for thing in checked_of(load_plugin(name).name if name.endswith(".py") else name, registry()):
         for check in kind_of(thing).checks:
@@ -141,7 +141,11 @@ def check_plugin(name: str) -> Iterator[CheckResult]:
 
 
 def checked_of(name: str, found: Registry) -> list[Checked]:
-    """All that is checked of a plugin; see `check_plugin`."""
+    """Return everything that is checked of a plugin; see `check_plugin`.
+
+    Raises:
+        UserError: there is nothing to check.
+    """
     things: list[Checked] = [*pairs_of(name, found)]
     for kind in KINDS:
         things += _brought(name, found).get(kind, [])
@@ -154,7 +158,11 @@ def checked_of(name: str, found: Registry) -> list[Checked]:
 
 
 def pairs_of(name: str, found: Registry) -> list[Pair]:
-    """The pairs in which a plugin is checked; see `check_plugin`. None when it brings neither backbones nor losses."""
+    """Return the pairs in which a plugin is checked, if it has backbones or losses; see `check_plugin`.
+
+    Raises:
+        UserError: a backbone or loss fits no other.
+    """
     own = _brought(name, found)
     everything = {kind: list(classes.values()) for kind, classes in found.classes.items()}
     pairs: list[Pair] = []
@@ -174,7 +182,7 @@ def pairs_of(name: str, found: Registry) -> list[Pair]:
 
 
 def _brought(name: str, found: Registry) -> dict[str, list[type[Any]]]:
-    """The classes that a plugin brings, by kind. Raises UserError when it is not there, or could not be loaded."""
+    """The classes of a plugin, by kind. Raises UserError if it is not installed or could not be loaded."""
     plugins = {plugin.name: plugin for plugin in found.plugins}
     if name not in plugins:
         raise UserError(f"no plugin '{name}' is installed{nearest(name, plugins)}")
@@ -191,7 +199,7 @@ def _fitting(backbones: Sequence[type[Backbone]], losses: Sequence[type[LossAdap
 
 
 def _misfit(pair: Pair) -> str | None:
-    """Why a loss cannot run a network, None when it can."""
+    """Why a loss cannot run a network; None if it can."""
     try:
         subject = Subject.of(pair)
         with torch.no_grad():

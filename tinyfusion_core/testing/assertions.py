@@ -1,4 +1,4 @@
-"""What the checks say when something does not hold, and what they watch while a stranger's code runs."""
+"""Assertions with messages for plugin authors, and helpers that watch side effects."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 ROUNDINGS = 32
-"""Units of rounding, of the largest number that went into a result, that are no difference between two results."""
+"""Rounding tolerance: units of rounding of the largest number that went into a result."""
 
 
 def expect(holds: bool, message: str) -> None:
-    """Raises AssertionError with this message unless it holds."""
+    """Raise AssertionError with this message unless a condition holds."""
     if not holds:
         raise AssertionError(message)
 
 
 def expect_same(before: Mapping[str, Tensor], after: Mapping[str, Tensor], message: str) -> None:
-    """Named tensors of any shape, the same names in the same order, equal bit for bit."""
+    """Check that named tensors of any shape are equal bit for bit, with the same names in the same order."""
     expect(list(before) == list(after), f"{message}: {sorted(set(before) ^ set(after))[:3]}")
     differ = [k for k, t in before.items() if t.shape != after[k].shape or not torch.equal(t, after[k])]
     expect(not differ, f"{message}: {differ[:3]}")
 
 
 def expect_close(found: Tensor, expected: Tensor, tolerance: float, message: str, size: float) -> None:
-    """Equal up to a share of the largest value, and to the rounding of the numbers that went into it.
+    """Check that tensors are equal up to a share of the largest value, and to the rounding of their operands.
 
     Args:
-        found: a tensor of any shape; one of whole numbers must be equal.
-        expected: of the same shape.
+        found: a tensor of any shape; integers must be equal.
+        expected: a tensor of the same shape.
         tolerance: the share.
         message: what is wrong otherwise.
-        size: the largest number that was added or subtracted on the way; beyond the values when they cancel.
+        size: the largest number added or subtracted on the way; larger than the values if they cancel.
     """
     expect(found.shape == expected.shape, f"{message}: {tuple(found.shape)} and {tuple(expected.shape)}")
     if torch.equal(found, expected):
@@ -50,7 +50,7 @@ def expect_close(found: Tensor, expected: Tensor, tolerance: float, message: str
 
 
 def largest(x: Tensor) -> float:
-    """The largest of the finite numbers of a tensor of any shape, without sign; 0 of truth values."""
+    """Return the largest finite absolute value of a tensor of any shape; 0 for booleans."""
     if x.dtype == torch.bool or not x.isfinite().any():
         return 0.0
     return float(x[x.isfinite()].abs().max())
@@ -58,7 +58,7 @@ def largest(x: Tensor) -> float:
 
 @contextmanager
 def removing(handles: Iterable[RemovableHandle]) -> Iterator[None]:
-    """Take these hooks away again on exit."""
+    """Remove these hooks on exit."""
     handles = list(handles)
     try:
         yield
@@ -68,7 +68,7 @@ def removing(handles: Iterable[RemovableHandle]) -> Iterator[None]:
 
 
 def tensors_of(tree: Any) -> list[Tensor]:
-    """The tensors in nested tuples, lists and mappings."""
+    """Return the tensors, of any shape, in nested tuples, lists and mappings."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
@@ -80,5 +80,5 @@ def seed_everything(seed: int) -> None:
 
 
 def global_states() -> tuple[bytes, bytes, object]:
-    """Where the global generators of torch, numpy and Python stand."""
+    """Return the states of the global generators of torch, numpy and Python."""
     return bytes(torch.get_rng_state().tolist()), np.random.get_state()[1].tobytes(), random.getstate()  # type: ignore[index]

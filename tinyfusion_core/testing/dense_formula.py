@@ -1,4 +1,4 @@
-"""The published formula of gating, as the reference for the gates."""
+"""The dense formula of gating, as the reference for `Gates`."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .assertions import removing
 
 @contextmanager
 def dense_formula(model: nn.Module, blocks: Sequence[str], mask: Tensor, streams: Streams = FIRST) -> Iterator[None]:
-    """Gate by the published formula: every block computed for every sample, `m * f(x) + (1 - m) * x`.
+    """Gate by the dense formula: every block is computed for every sample, `m * f(x) + (1 - m) * x`.
 
-    What `Gates` must agree with, and what its cost is compared with.
+    `Gates` must agree with it; benchmarks compare with its cost.
 
     Args:
         model: the network.
-        blocks: paths of the N blocks.
-        mask: (B, N) of any numbers.
+        blocks: paths of the blocks.
+        mask: (batch, num_blocks) of any numbers.
         streams: the blocks' residual streams.
     """
 

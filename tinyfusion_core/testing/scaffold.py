@@ -1,4 +1,4 @@
-"""A new plugin: a small package that installs and passes its own tests."""
+"""Creates a new plugin: a small package that installs and passes its own tests."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ FILES = {
     "test_my_backbone.py": "tests/test_my_backbone.py",
     "ci.yml": ".github/workflows/test.yml",
 }
-"""Files of the template, and where they go."""
+"""Files of the template, and their paths in the package."""
 
 
 def new_plugin(name: str, parent: Path | str = ".") -> Path:
     """Write the package.
 
     Args:
-        name: of the package and its entry point, like `my-backbone`; the module is called `my_backbone`.
-        parent: the folder in which it gets one of its own.
+        name: name of the package and its entry point, like `my-backbone`; the module is called `my_backbone`.
+        parent: the folder in which its own folder is created.
 
     Returns:
         The new folder.
 
     Raises:
-        UserError: the name cannot be used, or the folder exists.
+        UserError: the name is not valid, or the folder exists.
     """
     module = name.replace("-", "_")
     if not re.fullmatch(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*", name) or keyword.iskeyword(module):

@@ -1,4 +1,4 @@
-"""The network on which selectors, weight updates and distillation are checked, and all that must not change of it."""
+"""The small network on which selectors, weight updates and distillation are checked for side effects."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from ..protocols.backbone import Backbone
 from ..protocols.data import Tensors
@@ -20,18 +21,19 @@ LISTS = {"first": 4, "second": 4}
 """The block lists of the network, and how many blocks each holds."""
 
 NUM_KEPT = 5
-"""How many blocks stay where a class is asked for a number."""
+"""How many blocks to keep where a class asks for a number."""
 
 WIDTH = 4
 
 
 class _Centre(nn.Module):
-    """Subtracts a running mean, which moves in training mode, as that of a batch norm does."""
+    """Subtracts a running mean, which is updated in training mode, as in a batch norm."""
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(WIDTH))
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         mean = self.get_buffer("mean")
         if self.training:
@@ -44,6 +46,7 @@ class _Block(nn.Module):
         super().__init__()
         self.centre, self.linear = _Centre(), nn.Linear(WIDTH, WIDTH)
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         found: Tensor = x + torch.tanh(self.linear(self.centre(x)))
         return found
@@ -57,6 +60,7 @@ class _Network(nn.Module):
         self.second = nn.ModuleList(_Block() for _ in range(second))
         self.last = nn.Linear(WIDTH, WIDTH)
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         for block in [*self.first, *self.second]:
             x = block(x)
@@ -66,8 +70,9 @@ class _Network(nn.Module):
 
 @dataclass(frozen=True)
 class SmallBackbone(Backbone):
-    """A residual network of two lists of four blocks, with running means, over (B, 3, 4) tokens."""
+    """A residual network of two lists of four blocks, with running means, over (batch, 3, 4) tokens."""
 
+    @override
     def build(self) -> nn.Module:
         source = generator("conformance", "network")
         with torch.random.fork_rng():  # checks watch the global generator
@@ -76,6 +81,7 @@ class SmallBackbone(Backbone):
             t.copy_(torch.randn(t.shape, generator=source) / 2)
         return model.eval()
 
+    @override
     def config(self, model: nn.Module | None = None) -> dict[str, Any]:
         if model is None:
             return dict(LISTS)
@@ -83,20 +89,25 @@ class SmallBackbone(Backbone):
         return dict(model.depths)
 
     @classmethod
+    @override
     def construct(cls, config: Mapping[str, Any]) -> nn.Module:
         return _Network(**config)
 
+    @override
     def blocks(self, model: nn.Module) -> Sequence[str]:
         return [f"{name}.*" for name in LISTS]
 
+    @override
     def after_prune(self, model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
         assert isinstance(model, _Network)
         model.depths = {name: len(stayed) for name, stayed in kept.items()}
 
+    @override
     def example(self, num_rows: int) -> dict[str, Tensor]:
         return {name: torch.zeros(num_rows, 3, WIDTH) for name in ("x", "y")}
 
     @classmethod
+    @override
     def tiny(cls) -> SmallBackbone:
         return cls()
 
@@ -105,22 +116,26 @@ class SmallBackbone(Backbone):
 class SmallLoss(LossAdapter):
     """Mean squared error."""
 
+    @override
     def predict(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         found: Tensor = model(inputs["x"])
         return found
 
+    @override
     def prepare_clean(self, batch: Mapping[str, Tensor], rng: Any) -> dict[str, Tensor]:
         return dict(batch)
 
+    @override
     def loss(self, prediction: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
         return self.distance(prediction, inputs["y"], inputs)
 
+    @override
     def distance(self, student: Tensor, teacher: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
         return (student - teacher).square().flatten(1).mean(1)
 
 
 def small_task() -> Task:
-    """The network with data; one weight of it is frozen and one module is in training mode, which must stay so."""
+    """Return the network with data; one weight is frozen and one module is in training mode, which must not change."""
     source = generator("conformance", "data")
     data = Tensors({name: torch.randn(16, 3, WIDTH, generator=source) for name in ("x", "y")})
     task = Task(backbone=SmallBackbone(), loss=SmallLoss(), train=data, held_out=data)
@@ -130,18 +145,18 @@ def small_task() -> Task:
 
 
 def small_trainer() -> Trainer:
-    """How stages train it."""
+    """Return the trainer of its stages."""
     return Trainer(batch_size=8, precision="fp32")
 
 
 def values_of(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of all parameters and buffers, on the CPU."""
+    """Return copies of all parameters and buffers, of any shape, on the CPU."""
     named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return {name: t.detach().cpu().clone() for name, t in named.items()}
 
 
 def modes_of(model: nn.Module) -> dict[str, object]:
-    """All else that may be left behind, by module and parameter."""
+    """Return everything else that a stage may leave changed, by module and parameter."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     found: dict[str, object] = {}
     for name, module in model.named_modules():
@@ -156,5 +171,5 @@ def modes_of(model: nn.Module) -> dict[str, object]:
 
 
 def changes(before: Mapping[str, object], after: Mapping[str, object]) -> list[str]:
-    """Names under which there is something else than before, or something new."""
+    """Return the names whose values differ, or that exist on one side only."""
     return sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))

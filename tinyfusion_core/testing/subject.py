@@ -1,4 +1,4 @@
-"""What the checks of a backbone and a loss look at, and how an instance to check is made of a class."""
+"""The objects that checks of a backbone and a loss use, and how an instance is made from a class."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ Pair = tuple[type[Backbone] | Backbone, type[LossAdapter] | LossAdapter]
 """A backbone and a loss that fit each other. Of a class, its `tiny()` instance is checked."""
 
 NUM_ROWS = 5
-"""Rows of the batch that checks run."""
+"""Batch size of the checks."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What a check looks at.
+    """A backbone and a loss to check.
 
     Args:
         backbone: an instance whose network runs in milliseconds.
         loss: an instance that fits it.
-        wide: networks and prepared inputs are cast to float64.
+        wide: whether networks and prepared inputs are cast to float64.
     """
 
     backbone: Backbone
@@ -44,7 +44,7 @@ class Subject:
 
     @classmethod
     def of(cls, pair: Pair) -> Subject:
-        """Classes stand for their tiny instances."""
+        """Return the subject for a pair; classes are replaced by their tiny instances."""
         backbone, loss = pair
         return cls(
             backbone if isinstance(backbone, Backbone) else backbone.tiny(),
@@ -52,7 +52,7 @@ class Subject:
         )
 
     def batch(self) -> dict[str, Tensor]:
-        """The backbone's example; where a tensor of numbers is all zeros, random ones in its place."""
+        """Return the backbone's example, each tensor (batch, ...); random numbers replace floating-point zeros."""
         batch = self.backbone.example(NUM_ROWS)
         rng = generator("conformance", "batch")
         return {
@@ -61,57 +61,57 @@ class Subject:
         }
 
     def inputs(self) -> dict[str, Tensor]:
-        """Prepared inputs."""
+        """Return prepared inputs, each (batch, ...)."""
         inputs = self.loss.prepare(self.batch(), fixed_rng())
         return {name: t.double() if self.wide and t.is_floating_point() else t for name, t in inputs.items()}
 
     def gates(self, model: nn.Module) -> Gates:
-        """Gates for all blocks of a network; a new one is probed, which is not cast."""
+        """Return gates for all blocks of a network; probing uses a new network, which is not cast."""
         batch = self.batch()
         task = Task(backbone=self.backbone, loss=self.loss, train=Tensors(batch), held_out=Tensors(batch))
         return Gates(model, task.blocks, task.batch_dim(task.teacher), self.backbone.streams)
 
     def network(self) -> nn.Module:
-        """The whole network."""
+        """Return the full network."""
         model = self.backbone.build()
         return model.double() if self.wide else model
 
     def pruned(self, removed: Sequence[int]) -> nn.Module:
-        """The network without these blocks."""
+        """Return the network without these blocks."""
         model = self.network()
         blocks = self.backbone.block_paths(model)
         remove_blocks(self.backbone, model, [blocks[i] for i in removed])
         return model.eval()
 
     def every_other(self) -> list[int]:
-        """Indices of blocks that can all be removed together: every second one, the first stays."""
+        """Return indices of blocks that can all be removed at once: every second one, starting with the second."""
         return list(range(1, len(self.backbone.block_paths(self.backbone.build())), 2))
 
 
 def precisely(subject: Subject, run: Callable[[Subject], T]) -> T:
-    """What `run` finds in float64, where rounding decides nothing; as things are when they cannot be run in it."""
+    """Run a function in float64, where rounding decides nothing; if that fails, in the original precision."""
     with suppress(Exception):  # whatever a stranger's class raises; it raises it again if float64 is not the reason
         return run(replace(subject, wide=True))
     return run(subject)
 
 
 def random_mask(num_blocks: int) -> Tensor:
-    """(B, N) zeros and ones, the same each time."""
+    """Return zeros and ones, (batch, num_blocks), the same each time."""
     return (torch.rand(NUM_ROWS, num_blocks, generator=generator("conformance", "mask")) < 0.5).float()
 
 
 def fixed_rng(first: int = 0) -> Rng:
-    """The streams of the rows from `first` on, the same each time."""
+    """Return the random streams of the rows from `first` on, the same each time."""
     return Rng(0, "conformance", step=3, first=first)
 
 
 def made(thing: Any, *arguments: object, **options: object) -> tuple[Any, bool]:
-    """The instance to check of a class, or an instance as it is.
+    """Return the instance to check: made from a class, or the given instance.
 
     Args:
-        thing: the class, or an instance. Of a class that has a classmethod `tiny` it is what that returns.
-        arguments: what constructor and `tiny` take in any case.
-        options: what the constructor gets of these is what it has a parameter for.
+        thing: the class, or an instance. A class with a classmethod `tiny` is made by that.
+        arguments: arguments that constructor and `tiny` always take.
+        options: passed to the constructor if it has a parameter of that name.
 
     Returns:
         The instance, and whether it was given an option.

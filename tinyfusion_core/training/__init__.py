@@ -1,1 +1,1 @@
-"""The one training loop, what it minimises, and recovery."""
+"""The training loop, its objectives, distillation and recovery."""

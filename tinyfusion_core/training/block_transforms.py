@@ -1,4 +1,4 @@
-"""Transforms of blocks: activation checkpointing and compilation."""
+"""Activation checkpointing and compilation of blocks."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from torch.utils.checkpoint import checkpoint
 
 @contextmanager
 def block_transforms(blocks: Iterable[nn.Module], recompute: bool, compiled: bool) -> Iterator[None]:
-    """Take over the `forward` of blocks while the context is open; their keys and hooks stay as they are.
+    """Replace the `forward` of blocks while the context is open; their keys and hooks stay as they are.
 
-    Open it around `Gates`, so that a gate calls what is here: its own bookkeeping is neither recomputed nor compiled.
+    Open it around `Gates`, so that a gate calls the transformed forward: the gate's bookkeeping is neither recomputed
+    nor compiled.
 
     Args:
         blocks: the modules.
-        recompute: drop the activations inside of a block and compute them again in the backward pass.
-        compiled: run each through `torch.compile`.
+        recompute: discard the activations inside a block and recompute them in the backward pass.
+        compiled: run each block through `torch.compile`.
     """
     before = [(block, block.__dict__.get("forward")) for block in blocks if recompute or compiled]
     try:

@@ -1,4 +1,4 @@
-"""Distillation: what a pruned network learns from its teacher (TinyFusion, arXiv:2412.01199, section 3.4)."""
+"""Knowledge distillation from the teacher to the pruned student (TinyFusion, arXiv:2412.01199, section 3.4)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from typing_extensions import override
 
 from ..errors import UserError, require
 from ..protocols.backbone import Batch, Streams, block_lists, streams_of
@@ -20,15 +21,16 @@ from ..runtime.seeding import Rng
 from .objective import Objective
 
 Tap = tuple[int, int]
-"""A block of the student and the block of the teacher whose output it should give, as positions among all blocks."""
+"""A student block and the teacher block whose output it should match, as positions among all blocks."""
 
 
 def derive_taps(decision: Decision) -> list[Tap]:
     """Match the last kept block of every segment with the end of that segment in the teacher.
 
-    The segments are the groups that were decided independently. A decision without groups has one wherever
-    a run of removed blocks ends: the blocks before stand for them. Segments never reach over two block lists; one
-    that keeps nothing belongs to the one before it, or at the beginning of a list to the one after it.
+    Segments are the groups that were decided independently. A decision without groups has a segment end wherever a run
+    of removed blocks ends, because the kept block before the run has to stand in for it. Segments never cross block
+    lists; a segment that keeps nothing is merged into the one before it, or at the start of a list into the one after
+    it.
     """
     position = {block: j for j, block in enumerate(decision.kept)}
     ends = {blocks[-1] for blocks in decision.choices}
@@ -46,7 +48,7 @@ def derive_taps(decision: Decision) -> list[Tap]:
 
 @dataclass(frozen=True, kw_only=True)
 class OutputKD:
-    """Learn from the teacher's prediction on the same inputs, besides the training loss.
+    """Match the teacher's prediction on the same inputs, in addition to the training loss.
 
     Args:
         alpha_kd: weight of the distance to the teacher's prediction, as the objective defines it.
@@ -62,26 +64,26 @@ class OutputKD:
         require(self.alpha_kd + self.alpha_gt > 0, "recover.kd.alpha_kd", self.alpha_kd, "it or alpha_gt above 0")
 
     def taps_for(self, decision: Decision) -> list[Tap]:
-        """The blocks whose outputs are compared: none."""
+        """Return the pairs of blocks whose outputs are compared: none."""
         return []
 
 
 @dataclass(frozen=True, kw_only=True)
 class MaskedKD(OutputKD):
-    """Learn from the outputs of the teacher's blocks too, extreme activations left out.
+    """Also match the outputs of the teacher's blocks, leaving out extreme activations.
 
-    The feature loss is the mean over taps of the mean squared difference. An activation is extreme when it is not
-    within `sigma` standard deviations of the mean of its sample (over tokens and channels).
+    The feature loss is the mean over taps of the mean squared difference. An activation is extreme if it is not within
+    `sigma` standard deviations of the mean of its sample (over tokens and channels).
 
     Args:
         alpha_kd: weight of the distance to the teacher's prediction, as the objective defines it.
         alpha_gt: weight of the training loss.
         beta: weight of the feature loss at the first and at the last step, linear in between.
-        sigma: how many standard deviations are not extreme; null leaves nothing out. The paper's 2 is as good as
-            4 on its large models and worse on our small ones, which have no massive activations.
-        mask: `joint` counts an element only where neither is extreme (the paper's text); `separate` puts zero in the
-            place of the student's and of the teacher's extreme activations, each by its own (the reference code).
-            The default is what samples best in `benchmarks/RESULTS.md`.
+        sigma: standard deviations beyond which an activation is extreme; null leaves none out. The paper's 2 does as
+            well as 4 on its large models and worse on our small ones, which have no massive activations.
+        mask: `joint` counts an element only where neither is extreme (the paper's text); `separate` sets the extreme
+            activations of student and teacher to zero, each by its own mask (the reference code). The default samples
+            best in `benchmarks/RESULTS.md`.
         taps: pairs of (student block, teacher block), counted from 0; by default derived from the decision.
     """
 
@@ -96,8 +98,9 @@ class MaskedKD(OutputKD):
         require(self.sigma is None or self.sigma > 0, "recover.kd.sigma", self.sigma, "a number above 0, or null")
         require(self.taps is None or len(self.taps) > 0, "recover.kd.taps", self.taps, "at least one pair, or null")
 
+    @override
     def taps_for(self, decision: Decision) -> list[Tap]:
-        """The blocks whose outputs are compared.
+        """Return the pairs of blocks whose outputs are compared.
 
         Raises:
             UserError: a given tap is out of range.
@@ -118,10 +121,10 @@ class Distilled(Objective):
     """alpha_kd * distance to the teacher + alpha_gt * training loss + beta * feature loss.
 
     Args:
-        student: the network that learns.
+        student: the network to train.
         task: the objective, and the teacher.
-        decision: how the student was made of the teacher.
-        kd: which terms.
+        decision: how the student was made from the teacher.
+        kd: the terms and their weights.
 
     Raises:
         UserError: a tap is out of range.
@@ -140,9 +143,11 @@ class Distilled(Objective):
         self.predicting = [(_Prediction(task.teacher, task.loss), blocks)]
         self.beta = 0.0
 
+    @override
     def frozen_modules(self) -> list[tuple[nn.Module, Sequence[nn.Module]]]:
         return list(self.predicting)
 
+    @override
     def forward(self, inputs: Batch, rng: Rng) -> tuple[Tensor, Tensor]:
         loss, teacher, streams = self.unregistered
         with torch.no_grad(), captured(teacher, self.paths[1], streams) as theirs:
@@ -163,22 +168,25 @@ class Distilled(Objective):
         self.terms = {name: term.detach() for name, term in terms.items()}
         return total.mean(), total.detach()
 
+    @override
     def before_step(self, progress: float) -> None:
         if isinstance(self.kd, MaskedKD):
             first, last = self.kd.beta
             self.beta = first + (last - first) * progress
 
+    @override
     def metrics(self) -> dict[str, Any]:
         return {"beta": self.beta} if isinstance(self.kd, MaskedKD) else {}
 
 
 class _Prediction(nn.Module):
-    """The teacher with its objective: one call runs all of it, which is what FSDP asks for."""
+    """The teacher with its objective: one call runs all of it, as FSDP requires."""
 
     def __init__(self, model: nn.Module, loss: LossAdapter) -> None:
         super().__init__()
         self.model, self.loss = model, loss
 
+    @override
     def forward(self, inputs: Batch) -> Prediction:
         return self.loss.predict(self.model, inputs)
 
@@ -187,13 +195,14 @@ def feature_loss(student: Tensor, teacher: Tensor, sigma: float | None, mask: st
     """Compare the outputs of a matched pair of blocks.
 
     Args:
-        student: (B, ...) output of the student's block.
-        teacher: the same of the teacher's.
-        sigma: how many standard deviations (unbiased) from the sample's mean are not extreme; None: any.
+        student: (batch, ...) output of the student's block.
+        teacher: the same of the teacher's block.
+        sigma: (unbiased) standard deviations from the sample's mean beyond which an activation is extreme; None leaves
+            none out.
         mask: "joint" or "separate", see `MaskedKD`.
 
     Returns:
-        (B,) mean squared differences, and (B,) fractions of the activations that were left out of it.
+        Mean squared differences, (batch,), and the fractions of the activations left out, (batch,).
     """
     precision = torch.promote_types(student.dtype, torch.float32)  # squares of half precision overflow
     s, t = student.flatten(1).to(precision), teacher.flatten(1).to(precision)
@@ -214,10 +223,10 @@ def _usual(x: Tensor, sigma: float) -> Tensor:
 
 @contextmanager
 def captured(model: nn.Module, paths: Sequence[str], streams: Streams) -> Iterator[list[list[Tensor]]]:
-    """Keep what these blocks give out while the context is open: for every path, the tensor of each stream.
+    """Record the outputs of these blocks while the context is open: for every path, each stream's tensor, (batch, ...).
 
     Raises:
-        UserError: the model goes on in place with what a block gave out, so that it is no longer that.
+        UserError: the model changes a block's output in place, so that the recorded tensor is no longer that output.
     """
     values: list[list[Tensor]] = [[] for _ in paths]
     versions: dict[str, list[int]] = {}

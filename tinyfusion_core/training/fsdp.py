@@ -1,4 +1,4 @@
-"""Networks whose weights are sharded over the processes, block by block (FSDP2), and made whole again."""
+"""Shard the weights of networks over processes, block by block (FSDP2), and restore them."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 ShardedParameters = dict[int, nn.Parameter]
-"""The sharded parameter that stands for each plain one, by the plain one's `id`."""
+"""The sharded parameter that replaces each plain one, by the plain one's `id`."""
 
 
 class ShardedNetworks:
     """The networks of one training, sharded while the context is open.
 
-    The student's blocks, gradients and optimizer state are sharded, its average and the frozen networks (a teacher)
-    likewise: each is as large as the student or larger. The gates stay whole: they are tiny, and every process
+    The student's blocks, gradients and optimizer state are sharded, and so are its average and the frozen networks (a
+    teacher): each is at least as large as the student. The gates are replicated: they are tiny, and every process
     samples with them. Every process must call every method.
 
     Args:
@@ -64,13 +64,20 @@ class ShardedNetworks:
         self._stack.__exit__(*error)
 
     def parameters(self, plain: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-        """The parameters that now stand for some of before."""
+        """Return the parameters that now replace the given plain ones."""
         return [self._sharded.get(id(p), p) for p in plain]
 
     def clip(self, parameters: Sequence[nn.Parameter], largest: float) -> Tensor:
-        """Average the gates' gradients, then scale all to a norm of at most `largest`. Returns the () norm before.
+        """Average the gates' gradients, then clip all gradients.
 
         The gradients of the sharded parameters are averaged in the backward pass.
+
+        Args:
+            parameters: all trained parameters, of any shape.
+            largest: largest norm of the gradient.
+
+        Returns:
+            The norm before clipping, a scalar.
         """
         if gates := [p.grad for p in self.objective.gates if p.grad is not None]:
             mean = self.accelerator.reduce(torch.cat([g.flatten() for g in gates]), reduction="mean")
@@ -84,10 +91,10 @@ class ShardedNetworks:
         return norm
 
     def state_dict(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Weights, optimizer and average, whole and on the CPU on the main process; the others have none of them.
+        """Gather weights, optimizer state and average on the CPU of the main process; other processes get None.
 
-        torch has functions for the optimizer's state too. They take a step with gradients of zero where a parameter
-        has no state yet, which would use up the bias correction of gates that wait for the end of the warm-up.
+        torch has functions for the optimizer's state too. They take a step with zero gradients where a parameter has no
+        state yet, which would use up the bias correction of gates that wait for the end of the warm-up.
         """
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
         trained = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
@@ -98,7 +105,7 @@ class ShardedNetworks:
         }
 
     def shard_moments(self, state: dict[str, Any], parameters: Sequence[nn.Parameter]) -> dict[str, Any]:
-        """An optimizer's whole state dict, sharded like the parameters that it is for."""
+        """Shard an optimizer's full state dict like the parameters it belongs to."""
 
         def like(p: nn.Parameter, value: Any) -> Any:
             if not isinstance(p, DTensor) or not isinstance(value, Tensor) or value.shape != p.shape:
@@ -127,17 +134,17 @@ def sharded(
     """Shard a network's parameters over the processes while the context is open, each block as one unit.
 
     A unit is a whole block: gating runs the inside of a block once or twice, and collectives in there would not match
-    between processes. Weights are gathered in their own precision and cast by autocast as everywhere, gradients
-    averaged in float32: so the numbers are those of replicated training.
+    between processes. Weights are gathered in their own precision and cast by autocast as usual, gradients are averaged
+    in float32: so the numbers are those of replicated training.
 
-    Afterwards the modules are plain again and hold the very parameter objects of before, with the new values, where
-    they were. After an error that the processes do not share nothing can be gathered any more, and the weights are NaN.
+    On exit the modules are plain again and hold the original parameter objects, with the new values, on their original
+    device. After an error that only some processes have, nothing can be gathered, and the weights are NaN.
 
     Args:
         root: the module whose call runs everything; what is in no block forms a unit of its own.
         blocks: its blocks.
-        mesh: the processes, and the kind of device that computes.
-        replicated: parameters that every process keeps whole; the caller averages their gradients.
+        mesh: the processes, and the type of device that computes.
+        replicated: parameters that every process keeps in full; the caller averages their gradients.
         trained: False for a network that is only run.
 
     Yields:
@@ -161,7 +168,7 @@ def sharded(
 
 
 class _Network:
-    """One network, sharded in place: gating has taken over the forward of the very modules, so no copy would do."""
+    """One network, sharded in place: gating has replaced the forward of these very modules, so a copy would not do."""
 
     def __init__(self, root: nn.Module, blocks: Sequence[nn.Module]) -> None:
         self.root, self.units = root, (*blocks, root)
@@ -187,7 +194,7 @@ class _Network:
             p.data = p.data.to(mesh.device_type)
 
     def gather(self) -> None:
-        """Copy the values of the sharded parameters to the plain ones, one collective for each unit."""
+        """Copy the values of the sharded parameters to the plain ones, one collective per unit."""
         for unit in self.units:
             assert isinstance(unit, FSDPModule)
             unit.unshard()
@@ -213,10 +220,11 @@ class _Network:
 
 
 class _PlainModule:
-    """A module as it was before `fully_shard`, which has no public way back.
+    """A module as it was before `fully_shard`, which has no public inverse.
 
     `fully_shard` changes a module's class, adds attributes and hooks, replaces parameters and keeps a table of the
-    modules' states, in which one that is sharded a second time must not be found. All that depends on this is here.
+    modules' states, in which a module that is sharded a second time must not be found. All code that depends on this is
+    here.
     """
 
     def __init__(self, module: nn.Module) -> None:

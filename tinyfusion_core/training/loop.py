@@ -1,4 +1,4 @@
-"""The one training loop: teacher training, search and recovery all run here."""
+"""The training loop, shared by teacher training, search and recovery."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     from .fsdp import ShardedNetworks
 
 Track = Callable[[Mapping[str, Any], int], None]
-"""Hands the values of a step to the trackers."""
+"""Sends the values of a step to the trackers."""
 
 
 class Fit:
-    """A training, for one `run`: minimises an objective, from the run folder's checkpoint of its stage if there is one.
+    """One training run of a stage; resumes from the stage's checkpoint if there is one.
 
     Args:
         trainer: how to train.
@@ -43,7 +43,7 @@ class Fit:
         objective: what to minimise; its modules are trained in place.
         data: the samples to train on.
         prepare: turns a batch into inputs, drawing all of its randomness.
-        optimization: how the parameters move.
+        optimization: parameter groups, schedule, clipping and average.
         folder: where to log and to keep checkpoints; without it nothing is written.
 
     Raises:
@@ -72,7 +72,7 @@ class Fit:
         """Train.
 
         Raises:
-            Interrupted: SIGINT or SIGTERM came; the step was finished and a checkpoint saved.
+            Interrupted: SIGINT or SIGTERM arrived; the step was finished and a checkpoint saved.
             UserError: too many steps in a row were not finite, the data cannot be read, or the disk is full.
         """
         trainer, steps, main = self.trainer, self.optimization.steps, self.trainer.accelerator.is_main_process
@@ -101,7 +101,7 @@ class Fit:
         trainer.accelerator.free_memory()
 
     def _begin(self, stack: ExitStack) -> tuple[Update, int]:
-        """Load what has been saved, place or shard the networks, make the optimizer. Returns it, and the first step."""
+        """Load the checkpoint, place or shard the networks, make the optimizer. Returns the update and first step."""
         objective, steps = self.objective, self.optimization.steps
         saved = self._load()
         self._check_ranks_agree()
@@ -124,7 +124,7 @@ class Fit:
             check_ranks_agree(accelerator, tensors, f"{self.stage}: the weights to begin with")
 
     def _place(self, stack: ExitStack) -> ShardedNetworks | None:
-        """Bring the networks to the device, or shard them while the stack is open."""
+        """Move the networks to the device, or shard them while the stack is open."""
         accelerator, ema, networks = self.trainer.accelerator, self.optimization.ema, None
         if self.trainer.shards():
             from .fsdp import ShardedNetworks  # imports slowly
@@ -182,7 +182,7 @@ class Fit:
         return tracked(self.trainer.trackers, self.trainer.project, self.folder.path, self.stage, start)
 
     def _interrupt(self, done: int, signum: int) -> None:
-        """End a training that was asked to stop; all processes were."""
+        """Raise Interrupted; all processes stop at this step."""
         if self.folder is None:
             raise Interrupted(f"stopped at step {done} of {self.stage}", signum, agreed=True)
         text = f"stopped at step {done} of {self.optimization.steps} of {self.stage}"
@@ -202,7 +202,7 @@ class Fit:
         self._saved = time.monotonic()
 
     def _load(self) -> dict[str, Any] | None:
-        """Take over the last checkpoint, all but the optimizer's state; None when there is none."""
+        """Load the last checkpoint, except for the optimizer's state; None if there is none."""
         if self.folder is None:
             return None
         checkpoints, folder = self.folder.checkpoints(self.stage), self.folder

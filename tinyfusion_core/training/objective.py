@@ -1,4 +1,4 @@
-"""What a stage minimises, and how its parameters move."""
+"""What a stage minimises, and how its parameters are optimized."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from typing_extensions import override
 
 from ..protocols.backbone import Batch
 from ..runtime.seeding import Rng
@@ -20,10 +21,10 @@ class Objective(nn.Module, ABC):
     """What a stage minimises. Everything differentiable happens in `forward`, inside what DDP or FSDP wraps.
 
     Attributes:
-        blocks: the blocks of the network in it, each of which is sharded as one.
-        gates: parameters that every process keeps whole and that decide: they must be the same everywhere.
-        learning: whether the gates move in this step; else the optimizer does not hear of them.
-        terms: (B,) parts of the losses of the last forward pass, of which the means are recorded.
+        blocks: the blocks of its network, each of which is sharded as one unit.
+        gates: gate logits, replicated on every process; they must be the same everywhere.
+        learning: whether the gates are updated in this step; if not, the optimizer skips them.
+        terms: parts of the losses of the last forward pass, each (batch,); their means are logged.
     """
 
     blocks: Sequence[nn.Module] = ()
@@ -32,28 +33,37 @@ class Objective(nn.Module, ABC):
     terms: Mapping[str, Tensor] = {}
 
     @abstractmethod
+    @override
     def forward(self, inputs: Batch, rng: Rng) -> tuple[Tensor, Tensor]:
-        """The scalar to minimise, and the (B,) losses it came from, detached."""
+        """Compute the loss.
+
+        Args:
+            inputs: prepared tensors by name, each (batch, ...).
+            rng: random streams of this batch.
+
+        Returns:
+            The scalar to minimise, and the losses it came from, (batch,), detached.
+        """
 
     def before_step(self, progress: float) -> None:
-        """Move schedules to a point of the stage, 0 at the first step and 1 at the last."""
+        """Set schedules to a point of the stage: 0 at the first step, 1 at the last."""
 
     def finished(self) -> bool:
-        """Whether to stop before the last step; asked after every one, the same answer on every process."""
+        """Return whether to stop early; asked after every step, with the same answer on every process."""
         return False
 
     def metrics(self) -> dict[str, Any]:
-        """What to record at a logged step, besides the loss and its terms."""
+        """Return what to log besides the loss and its terms."""
         return {}
 
     def frozen_modules(self) -> list[tuple[nn.Module, Sequence[nn.Module]]]:
-        """Networks that it runs and does not train, by the module whose call runs them, with their blocks."""
+        """Return the networks that it runs without training them, each as (module whose call runs it, its blocks)."""
         return []
 
 
 @dataclass(frozen=True)
 class Ema:
-    """An exponential moving average of a module that is being trained.
+    """An exponential moving average of a module in training.
 
     Args:
         source: the module.
@@ -65,19 +75,19 @@ class Ema:
 
     @cached_property
     def average(self) -> AveragedModel:
-        """Holds the averaged copy in `.module`. Made when first needed, which must be outside of gating."""
+        """The averaged copy, in `.module`. Made on first use, which must be outside gating."""
         return AveragedModel(self.source, multi_avg_fn=get_ema_multi_avg_fn(self.decay))  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Optimization:
-    """How a stage's parameters move.
+    """How the parameters of a stage are optimized.
 
     Args:
         groups: AdamW parameter groups; each has its own `lr` and may have its own `weight_decay`.
         steps: optimizer updates.
-        schedule: factor on every learning rate at a progress from 0 to 1.
-        clip: largest norm of the gradient of all groups together.
+        schedule: factor on every learning rate, as a function of the progress from 0 to 1.
+        clip: largest norm of the gradient over all groups.
         ema: average to keep.
     """
 
@@ -88,15 +98,15 @@ class Optimization:
     ema: Ema | None = None
 
     def progress(self, step: int) -> float:
-        """Where a step is in the stage: 0 at the first one, 1 at the last."""
+        """Return the progress of a step: 0 for the first, 1 for the last."""
         return step / max(1, self.steps - 1)
 
 
 def cosine(final: float) -> Callable[[float], float]:
-    """A schedule that falls from 1 to `final` along half a cosine."""
+    """Return a schedule that falls from 1 to `final` along half a cosine."""
     return lambda progress: final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def ema_decay(steps: int) -> float:
-    """The decay of an average that looks back over a tenth of the steps: 0.999 for 10,000, 0.9999 for 100,000."""
+    """Return the decay of an average over about a tenth of the steps: 0.999 for 10,000, 0.9999 for 100,000."""
     return max(0.0, 1 - 10 / steps)

@@ -1,4 +1,4 @@
-"""Recovery: train a pruned network until it is good again. A fresh network is trained the same way."""
+"""Recovery: train a pruned network until its quality is restored. Fresh networks are trained the same way."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor, nn
+from typing_extensions import override
 
 from ..errors import UserError, require
 from ..protocols.backbone import Batch
@@ -22,19 +23,19 @@ from .trainer import Trainer
 
 @dataclass(frozen=True, kw_only=True)
 class Recover:
-    """Fine-tune with the task's own loss, or with that of a distillation.
+    """Fine-tune with the task's own loss, or with a distillation loss.
 
     Args:
-        kd: what to learn from the teacher besides: `OutputKD` or `MaskedKD`; null is plain fine-tuning.
+        kd: distillation from the teacher: `OutputKD` or `MaskedKD`; null is plain fine-tuning.
         steps: optimizer updates.
-        batch_size: samples of one update; default the trainer's.
+        batch_size: samples per update; default the trainer's.
         lr: learning rate at the start.
         schedule: `cosine` falls to `lr_final`, `constant` stays.
-        lr_final: learning rate that the cosine ends at.
-        weight_decay: AdamW's.
+        lr_final: learning rate at the end of the cosine.
+        weight_decay: AdamW's weight decay.
         clip: largest norm of the gradient.
-        ema: decay of the average of the weights, which is what comes out; default 1 - 10 / steps, which is the
-            paper's 0.9999 at 100,000 steps. 0 returns the last weights.
+        ema: decay of the average of the weights, which is the result; default 1 - 10 / steps, which is the paper's
+            0.9999 at 100,000 steps. 0 returns the last weights.
     """
 
     kd: OutputKD | None = None
@@ -59,7 +60,7 @@ class Recover:
         require(falls, f"lr_final {stage}", self.lr_final, f"a rate from 0 to lr, which is {self.lr}")
 
     def with_steps(self, steps: int) -> Recover:
-        """This recovery in another number of steps; an average, if there is one, gets the decay for as many."""
+        """Return this recovery with another number of steps; its average, if any, gets the default decay for them."""
         return replace(self, steps=steps, ema=None if self.ema else self.ema)
 
     def __call__(
@@ -76,17 +77,17 @@ class Recover:
         Args:
             task: the objective, the data and the teacher.
             student: the network, pruned or fresh.
-            decision: how the student was made of the teacher; None for a fresh network, which has none.
+            decision: how the student was made from the teacher; None for a fresh network, which has none.
             trainer: how to train.
             run: where to log and to keep checkpoints.
-            stage: name of the stage; random streams and log lines carry it.
+            stage: name of the stage, used in random streams and log lines.
 
         Returns:
             `student` with its averaged weights, in eval mode.
 
         Raises:
-            UserError: the loss was not finite for too long, or student and teacher do not go together.
-            Interrupted: a signal came; the same call with the same run folder goes on.
+            UserError: the loss was not finite for too long, or student and teacher do not match.
+            Interrupted: a signal arrived; the same call with the same run folder resumes.
         """
         trainer = trainer.with_batch_size(self.batch_size)
         trainer.to_device(student).train()
@@ -132,6 +133,7 @@ class _PlainLoss(Objective):
         self.model, self.loss = model, task.loss
         self.blocks = [model.get_submodule(path) for path in task.backbone.block_paths(model)]
 
+    @override
     def forward(self, inputs: Batch, rng: Rng) -> tuple[Tensor, Tensor]:
         losses = self.loss.losses(self.model, inputs)
         return losses.mean(), losses.detach()

@@ -1,4 +1,4 @@
-"""What a training goes on from after an interruption."""
+"""The state that a training resumes from."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Meter:
     """The mean loss of the finite steps since the last logged one, the last step's terms, and the time spent.
 
     Attributes:
-        terms: means of the parts of the last step's loss, by their names.
+        terms: means of the parts of the last step's loss, by name.
     """
 
     def __init__(self) -> None:
@@ -30,46 +30,46 @@ class Meter:
         self._before, self._started = 0.0, time.monotonic()  # seconds that earlier processes spent
 
     def start(self) -> None:
-        """Begin to count the seconds."""
+        """Start counting the seconds."""
         self._started = time.monotonic()
 
     def add(self, report: StepReport, names: Sequence[str]) -> None:
-        """Take in a step, whose loss has parts of these names."""
+        """Add a step, whose loss has parts of these names."""
         self.terms = dict(zip(names, report.terms, strict=True))
         if report.finite:
             self._sum, self._count = self._sum + report.loss, self._count + 1
 
     def loss(self) -> float | None:
-        """The mean loss, None when no step was finite."""
+        """Return the mean loss; None if no step was finite."""
         return self._sum / self._count if self._count else None
 
     def reset(self) -> None:
-        """Begin a new mean."""
+        """Start a new mean."""
         self._sum, self._count = 0.0, 0
 
     def seconds(self) -> float:
-        """Spent in the stage by this process and by those before it."""
+        """Return the seconds spent in the stage by this process and earlier ones."""
         return self._before + time.monotonic() - self._started
 
     def state_dict(self) -> list[float]:
-        """As checkpoints hold it."""
+        """Return its state, as checkpoints hold it."""
         return [self._sum, self._count, self.seconds()]
 
     def load_state_dict(self, state: Sequence[Any]) -> None:
-        """Go on from a checkpoint."""
+        """Resume from a checkpoint."""
         self._sum, self._count, self._before = state
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """All that a checkpoint holds: random streams, schedules and the order of the data are functions of the step.
+    """The content of a checkpoint. Random streams, schedules and data order need no state: they follow from the step.
 
     Args:
-        objective: what is trained, of which frozen parameters are left out.
+        objective: what is trained; its frozen parameters are left out.
         ema: its average, if there is one.
         scaler: the loss scaler of fp16.
         meter: the loss since the last logged step.
-        guard: the counts of what went wrong.
+        guard: counts of skipped steps and bad samples.
     """
 
     objective: Objective
@@ -81,13 +81,13 @@ class TrainingState:
     def state_dict(
         self, step: int, finished: bool, optimizer: Optimizer, networks: ShardedNetworks | None
     ) -> dict[str, Any]:
-        """The content of a checkpoint; of sharded networks whole on the main process alone.
+        """Return the content of a checkpoint; with sharded networks it is complete on the main process only.
 
         Args:
             step: steps done.
             finished: whether the stage has stopped before its last step.
             optimizer: the optimizer.
-            networks: the sharded networks, None where every process has all; all processes must call it then.
+            networks: the sharded networks, or None if replicated; if sharded, all processes must call it.
         """
         if networks is not None:
             tensors = networks.state_dict(optimizer)
@@ -108,7 +108,7 @@ class TrainingState:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a checkpoint, all but the optimizer's state: there is no optimizer yet, nor anything sharded."""
+        """Load a checkpoint, except for the optimizer's state: there is no optimizer yet, and nothing is sharded."""
         self.objective.load_state_dict(state["weights"], strict=False)
         if self.ema is not None:
             self.ema.average.load_state_dict(state["ema"])

@@ -1,4 +1,4 @@
-"""Decides after every step whether a training goes on: every process takes the same decision."""
+"""Decides after every step, on all processes alike, whether the training goes on."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What happened in a step on all processes together; the same on each of them.
+    """The outcome of a step over all processes; the same on each of them.
 
     Attributes:
         loss: mean over the whole batch.
         terms: means of its parts.
-        finite: whether the loss and every process's gradient are.
-        signum: the signal that any process was sent, 0 for none.
-        checkpoint_due: whether any process finds that it is time for a checkpoint.
-        bad_samples: samples that could not be read.
+        finite: whether the loss and every process's gradient are finite.
+        signum: the signal that any process received, 0 for none.
+        checkpoint_due: whether a checkpoint is due on any process.
+        bad_samples: number of samples that could not be read.
         failed: whether any process cannot go on.
     """
 
@@ -43,19 +43,19 @@ class StepReport:
 
 
 class StepGuard:
-    """Counts skipped non-finite steps and unreadable samples, and ends a training that has too many.
+    """Counts skipped non-finite steps and unreadable samples, and ends a training with too many of them.
 
     Args:
         stage: what is trained, for messages.
-        accelerator: knows the processes.
-        max_skipped: so many skipped steps in a row end the training.
-        max_bad_samples: more unreadable samples end it.
+        accelerator: the processes.
+        max_skipped: this many skipped steps in a row end the training.
+        max_bad_samples: more unreadable samples than this end it.
 
     Attributes:
         skipped: steps so far whose loss or gradient was not finite.
-        streak: those of them that the last steps were, without one that was finite since.
+        streak: how many of the last steps were skipped in a row.
         bad_samples: samples so far that could not be read, on all processes.
-        pending: the error that keeps this process from going on; the others hear of it in the next step.
+        pending: an error of this process that ends the training; the others learn of it in the next step.
     """
 
     def __init__(self, stage: str, accelerator: Accelerator, max_skipped: int, max_bad_samples: int) -> None:
@@ -75,16 +75,18 @@ class StepGuard:
         checkpoint_due: bool,
         stop: Sequence[int],
     ) -> StepReport:
-        """Put together what the processes know of a step, in one collective: all skip, save, stop or fail, or none.
+        """Combine the outcome of a step over all processes, in one collective call.
+
+        All skip, save, stop or fail, or none does.
 
         Args:
             step: the step.
-            means: (1 + terms,) of the losses on this process, and of their terms.
-            norm: of this process's gradient.
-            gates: what must be the same on all processes.
+            means: (1 + terms,) means of the losses on this process and of their terms.
+            norm: norm of this process's gradient, a scalar.
+            gates: parameters of any shape that must be the same on all processes.
             bad_samples: how many samples this process could not read.
-            checkpoint_due: whether it is time for a checkpoint here.
-            stop: signals that this process was sent.
+            checkpoint_due: whether a checkpoint is due on this process.
+            stop: signals that this process received.
 
         Raises:
             UserError: the processes do not hold the same gates; raised on all of them.
@@ -108,17 +110,17 @@ class StepGuard:
         )
 
     def check(self, step: int, report: StepReport, problems: Sequence[str]) -> None:
-        """Count what happened in a step, and raise when the training cannot go on.
+        """Count the outcome of a step, and raise if the training cannot go on.
 
         Args:
             step: the step.
-            report: what happened on all processes.
-            problems: what was wrong with each sample that this process could not read.
+            report: the outcome over all processes.
+            problems: one message for each sample that this process could not read.
 
         Raises:
             Diverged: too many steps in a row were not finite.
-            UserError: too many samples could not be read, or this process cannot go on.
-            FailedElsewhere: another process cannot go on.
+            UserError: too many samples could not be read, or this process has failed.
+            FailedElsewhere: another process has failed.
         """
         for problem in problems:
             warnings.warn(f"{problem}; took another one", stacklevel=2)
@@ -141,14 +143,14 @@ class StepGuard:
             )
 
     def raise_pending(self) -> None:
-        """Raise the error that keeps this process from going on, if there is one."""
+        """Raise the pending error of this process, if there is one."""
         if self.pending is not None:
             raise self.pending
 
     def state_dict(self) -> list[int]:
-        """Its counts, as checkpoints hold them."""
+        """Return its counts, as checkpoints hold them."""
         return [self.skipped, self.streak, self.bad_samples]
 
     def load_state_dict(self, state: Sequence[int]) -> None:
-        """Count on from a checkpoint."""
+        """Resume its counts from a checkpoint."""
         self.skipped, self.streak, self.bad_samples = state

@@ -1,4 +1,4 @@
-"""How every stage of a run trains."""
+"""Settings of the training loop, shared by all stages."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ NUMERICALLY_NEUTRAL = (
     "trackers",
     "project",
 )
-"""Settings of the trainer that change no number, but for rounding and the draws of dropout."""
+"""Settings of the trainer that change no result, except for rounding and the draws of dropout."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,28 +43,28 @@ class Trainer:
     """How every stage of a run trains.
 
     Args:
-        batch_size: samples of one optimizer update, over all processes.
-        precision: `auto` is bf16 on GPUs that have it and fp32 elsewhere.
-        seed: of the whole run: masks, noise, time steps, data order and initial weights are functions of it.
+        batch_size: samples per optimizer update, over all processes.
+        precision: `auto` is bf16 on GPUs that support it and fp32 elsewhere.
+        seed: seed of the whole run: masks, noise, time steps, data order and initial weights follow from it.
         num_workers: processes that read data; 0 reads in the training process.
         log_every: steps between two lines of `metrics.jsonl`.
         checkpoint_every: steps between two checkpoints.
-        checkpoint_minutes: minutes after which there is one in any case.
-        keep_checkpoints: how many of a stage are kept; when the newest is damaged, the one before it counts.
-        max_skipped: stop after so many steps in a row with a loss or gradient that is not finite.
-        max_bad_samples: training samples that may be unreadable, counted over a stage each time one is met; another
-            is taken in its place, the same on any number of processes. One more stops the run.
-        micro_batch_size: largest number of samples of one forward pass on one process (a score function's samples run
-            under all of their masks); a process whose share of the batch is larger accumulates the gradients of
-            several passes. By default its share is one pass.
+        checkpoint_minutes: a checkpoint is also saved after this many minutes.
+        keep_checkpoints: how many checkpoints of a stage are kept; if the newest is damaged, the one before it is used.
+        max_skipped: stop after this many steps in a row with a loss or gradient that is not finite.
+        max_bad_samples: unreadable training samples that are tolerated, counted over a stage each time one is met; each
+            is substituted by another, the same for any number of processes. One more stops the run.
+        micro_batch_size: largest number of samples per forward pass and process (a score function runs each sample
+            under all of its masks); a process with a larger share of the batch accumulates the gradients of several
+            passes. By default its share is one pass.
         sharding: how several processes share a network: `ddp` gives each a copy, `fsdp` each a part of the weights,
             their gradients and optimizer state, block by block (FSDP2).
-        activation_checkpointing: keep no activations inside of a block, compute them again in the backward pass.
+        activation_checkpointing: discard the activations inside blocks and recompute them in the backward pass.
         compile: run every block through `torch.compile`.
         timeout: seconds that a process waits for the others within a training step before the run ends with an error.
         trackers: where to log besides `metrics.jsonl`: `tensorboard`, `wandb`, `trackio` and others that accelerate
-            knows; see docs/watching.md.
-        project: what trackers that have projects file the run under.
+            supports; see docs/watching.md.
+        project: project name, for trackers that have projects.
     """
 
     batch_size: int = 128
@@ -96,6 +96,11 @@ class Trainer:
 
     @cached_property
     def accelerator(self) -> Accelerator:
+        """The processes, device and precision, by accelerate; made on first use.
+
+        Raises:
+            UserError: precision and device or sharding do not go together, or the processes cannot train as one.
+        """
         from accelerate import Accelerator, InitProcessGroupKwargs
 
         precision = self.precision
@@ -121,11 +126,11 @@ class Trainer:
         return accelerator
 
     def shards(self, accelerator: Accelerator | None = None) -> bool:
-        """Whether there is anybody to share a network with, and it shall be shared."""
+        """Return whether networks are sharded: FSDP is chosen, and there are several processes."""
         return self.sharding == "fsdp" and (accelerator or self.accelerator).num_processes > 1
 
     def to_device(self, model: nn.Module) -> nn.Module:
-        """Move a network to the device, unless its blocks are to be sharded there one by one. Returns it."""
+        """Move a network to the device, unless its blocks will be sharded there one by one. Returns it."""
         return model if self.shards() else model.to(self.accelerator.device)
 
     def transformed(self, blocks: Iterable[nn.Module]) -> AbstractContextManager[None]:
@@ -133,10 +138,10 @@ class Trainer:
         return block_transforms(blocks, recompute=self.activation_checkpointing, compiled=self.compile)
 
     def split(self, processes: int) -> tuple[int, int]:
-        """Rows of the batch on one of so many processes, and rows of one of its forward passes.
+        """Return the rows of the batch per process, and the rows of one of its forward passes.
 
         Raises:
-            UserError: the batch cannot be split so.
+            UserError: the batch cannot be split evenly.
         """
         rows, left = divmod(self.batch_size, processes)
         if left or not rows:
@@ -153,5 +158,5 @@ class Trainer:
         return rows, micro
 
     def with_batch_size(self, batch_size: int | None) -> Trainer:
-        """This trainer with another batch size, or itself when none is given."""
+        """Return this trainer with another batch size, or itself for None."""
         return self if batch_size is None else replace(self, batch_size=batch_size)

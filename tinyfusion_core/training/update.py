@@ -1,4 +1,4 @@
-"""One optimizer step: forward and backward passes over this process's rows, the norm of the gradient, the update."""
+"""One optimizer step: forward and backward passes over this process's rows, clipping, the update."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Rows:
 
     Attributes:
         first: its first row.
-        count: how many rows.
-        micro: rows of one forward pass.
+        count: number of rows.
+        micro: rows per forward pass.
     """
 
     first: int
@@ -35,7 +35,11 @@ class Rows:
 
     @staticmethod
     def of(trainer: Trainer) -> Rows:
-        """Raises UserError when the batch cannot be split over the processes."""
+        """Return this process's rows.
+
+        Raises:
+            UserError: the batch cannot be split over the processes.
+        """
         accelerator = trainer.accelerator
         count, micro = trainer.split(accelerator.num_processes)
         return Rows(accelerator.process_index * count, count, micro)
@@ -46,12 +50,12 @@ class Update:
 
     Args:
         trainer: how to train.
-        stage: part of every random stream.
+        stage: name of the stage; part of every random stream.
         objective: what to minimise.
         prepare: turns a batch into inputs, drawing all of its randomness.
-        optimization: how the parameters move.
+        optimization: parameter groups, schedule, clipping and average.
         rows: this process's part of every batch.
-        networks: the sharded networks; None when every process has all.
+        networks: the sharded networks; None if replicated.
     """
 
     def __init__(
@@ -81,7 +85,7 @@ class Update:
         )
 
     def begin(self, step: int) -> None:
-        """Move all schedules to a step."""
+        """Set all schedules to a step."""
         progress = self.optimization.progress(step)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * self.optimization.schedule(progress)
@@ -95,8 +99,8 @@ class Update:
             batch: this process's rows.
 
         Returns:
-            (1 + terms,) means of this process's losses and of their terms, and the () norm of the gradient before it
-            was clipped.
+            Means of this process's losses and of their terms, (1 + terms,), and the norm of the gradient before
+            clipping, a scalar.
         """
         accelerator, rows, clip = self.trainer.accelerator, self.rows, self.optimization.clip
         batch = {name: t.to(accelerator.device, non_blocking=True) for name, t in batch.items()}
@@ -106,7 +110,7 @@ class Update:
         return means, self.networks.clip(self.parameters, clip)
 
     def apply(self, finite: bool) -> None:
-        """Step the optimizer and the average, unless loss or gradient were not finite; forget the gradient."""
+        """Step the optimizer and the average, unless loss or gradient were not finite; then clear the gradient."""
         if not self.objective.learning:  # gradients of zero would use up Adam's bias correction: too large first steps
             for gate in self.objective.gates:
                 gate.grad = None

@@ -1,1 +1,1 @@
-"""From folders of images to shards of latents."""
+"""Encodes folders of images to shards of latents."""

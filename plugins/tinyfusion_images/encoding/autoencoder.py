@@ -1,4 +1,4 @@
-"""The autoencoders in whose latent space image models work: diffusers' AutoencoderKL, from wherever it lies."""
+"""Loads the autoencoders of latent image models as diffusers' AutoencoderKL, from several file formats."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from tinyfusion_core.runtime.files import load_strict, read_weights
 
 WEIGHTS = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
 AT_ONCE = 8
-"""Latents that are decoded at once: pictures take far more memory than latents."""
+"""Latents decoded per batch: images take far more memory than latents."""
 
 
 def load_autoencoder(where: str) -> nn.Module:
-    """An autoencoder in eval mode.
+    """Load an autoencoder in eval mode.
 
     Args:
         where: a folder in the layout of diffusers, the folder of a pipeline that has one in `vae`, a checkpoint file of
@@ -46,7 +46,11 @@ def load_autoencoder(where: str) -> nn.Module:
 
 
 def check_autoencoder(where: str) -> None:
-    """Look whether an autoencoder is there, by its config alone. Raises UserError when it is not."""
+    """Check that an autoencoder exists, by its config only.
+
+    Raises:
+        UserError: it does not.
+    """
     from diffusers import AutoencoderKL
 
     if Path(where).suffix in WEIGHTS:
@@ -60,7 +64,17 @@ def check_autoencoder(where: str) -> None:
 
 
 def decode(model: nn.Module, latents: Tensor, scale: float, shift: float) -> Tensor:
-    """(B, C, h, w) scaled latents -> (B, 3, H, W) pictures in [0, 1], on the device of the latents."""
+    """Decode latents to images, on the device of the latents.
+
+    Args:
+        model: the autoencoder.
+        latents: (batch, latent channels, h, w), scaled.
+        scale: factor that they were multiplied by.
+        shift: offset that was subtracted before.
+
+    Returns:
+        (batch, 3, height, width) images in [0, 1].
+    """
     model.to(latents.device)
     dtype = next(model.parameters()).dtype
     with torch.no_grad(), torch.autocast(latents.device.type, enabled=False):
@@ -70,7 +84,7 @@ def decode(model: nn.Module, latents: Tensor, scale: float, shift: float) -> Ten
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A hash of the weights."""
+    """Return a hash of the weights."""
     found = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         found.update(name.encode())
@@ -93,7 +107,7 @@ def _expected(error: Exception) -> str:
 
 
 def _from_ldm(path: Path) -> nn.Module:
-    """What diffusers builds for the shapes that a latent-diffusion checkpoint holds."""
+    """The AutoencoderKL for the shapes in a latent-diffusion checkpoint."""
     from diffusers import AutoencoderKL
 
     weights = read_weights(path, containers=("model", "state_dict"))

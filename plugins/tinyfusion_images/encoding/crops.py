@@ -1,4 +1,4 @@
-"""Folders of pictures, as they are read to be encoded."""
+"""Reads and crops folders of images for encoding."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from tinyfusion_images.image_sets import SUFFIXES, open_picture
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """Pictures in a folder for each class, as ImageNet comes.
+    """Images in one folder per class, as in ImageNet.
 
     Attributes:
         root: the folder of the classes.
         classes: names of their folders, sorted; a label is a position in this list.
-        files: paths within `root`, sorted by class and then by path; pictures may lie deeper in a class.
-        labels: of the files.
+        files: paths within `root`, sorted by class and then by path; images may lie deeper in a class.
+        labels: label of each file.
     """
 
     root: Path
@@ -33,7 +33,11 @@ class ImageFolder:
 
 
 def list_images(root: Path) -> ImageFolder:
-    """Look through a folder. Raises UserError when it is missing or has no pictures in class folders."""
+    """List the images of a folder.
+
+    Raises:
+        UserError: it is missing, or has no images in class folders.
+    """
     if not root.is_dir():
         raise MissingFileError(f"{root}: no such folder; expected a folder with one folder of pictures for each class")
     classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
@@ -61,10 +65,10 @@ def list_images(root: Path) -> ImageFolder:
 
 @dataclass(frozen=True)
 class Crops:
-    """The pictures of a folder as a data loader reads them: cropped, as many as asked for.
+    """Cropped images of a folder, for a data loader.
 
     Args:
-        folder: the pictures.
+        folder: the images.
         size: side of the crops in pixels.
     """
 
@@ -72,7 +76,7 @@ class Crops:
     size: int
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, list[tuple[int, str]]]:
-        """(n, 3, size, size) uint8 crops, and index and reason of every picture that cannot be read.
+        """Return crops, (n, 3, size, size) uint8, and index and reason of every image that cannot be read.
 
         Errors are returned rather than raised: a loader's worker would bury the message in a traceback.
         """
@@ -91,10 +95,10 @@ class Crops:
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:
-    """The square in the middle, as ADM (arXiv:2105.05233) prepares its training images.
+    """Crop the central square, as ADM (arXiv:2105.05233) prepares its training images.
 
-    The picture is halved by averaging for as long as its shorter side stays at least `size`, then scaled by bicubic
-    interpolation until the shorter side is `size`, then cut.
+    The image is halved by averaging while its shorter side stays at least `size`, then scaled by bicubic
+    interpolation until the shorter side is `size`, then cropped.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)

@@ -1,4 +1,4 @@
-"""Encode a folder of images into shards of latents, on any number of processes; an interrupted call goes on."""
+"""Encodes a folder of images to shards of latents, with any number of processes; it can be interrupted and resumed."""
 
 from __future__ import annotations
 
@@ -29,27 +29,27 @@ from tinyfusion_images.encoding.encoder import DTYPES, ImageEncoder
 
 @dataclass(frozen=True, kw_only=True)
 class Encode:
-    """Make latents of a folder of images, in shuffled shards that the data source `Latents` reads.
+    """Encode a folder of images to latents, in shuffled shards that the data source `Latents` reads.
 
     The folder has one folder for each class; sorted by name they are labels 0, 1, ... Images are cropped as ADM does.
     A shard has tensors `x` (rows, C, h, w), scaled, with moments also `x_std` (rows, C, h, w), and `y` (rows,). With
-    `flip` the row behind an image is its mirrored copy. Images are dealt to shards in an order drawn from the seed.
+    `flip` each image is followed by its mirrored copy. Images are dealt to shards in an order drawn from the seed.
 
-    With several processes each makes its share of the shards. What is finished is verified, and not made again.
+    With several processes each makes its share of the shards. Finished shards are verified, and not made again.
 
     Args:
         vae: the autoencoder: a folder, a checkpoint file, or a name on the hub; see `load_autoencoder`.
-        name: what to call it in metadata.json and in recipes; by default `vae`.
-        scale: factor on the latents; by default what the autoencoder's config says.
+        name: its name in metadata.json and in recipes; by default `vae`.
+        scale: factor on the latents; by default that of the autoencoder's config.
         kind: "sample" stores a draw from each posterior; "moments" its mean and deviation, to draw from in training.
         size: side of the cropped images in pixels.
         flip: whether to encode the mirrored image too.
-        dtype: of the latents in the files.
-        shard_size: images in a shard.
-        batch_size: images that are encoded at once; changes results by rounding alone.
-        num_workers: processes that read images, for each process that encodes; 0 reads in the process itself.
-        seed: of the order of the images and of the draws.
-        skip_bad: leave out images that cannot be read, and list them in metadata.json, rather than stop.
+        dtype: dtype of the latents in the files.
+        shard_size: images per shard.
+        batch_size: images per batch; affects results by rounding only.
+        num_workers: processes that read images, per process that encodes; 0 reads in the process itself.
+        seed: seed of the order of the images and of the draws.
+        skip_bad: leave out images that cannot be read, and list them in metadata.json, instead of stopping.
     """
 
     vae: str
@@ -73,7 +73,7 @@ class Encode:
         require(self.num_workers >= 0, "encode: num_workers", self.num_workers, "0 or more")
 
     def __call__(self, images: Path, out: Path) -> dict[str, Any]:
-        """Encode what is not encoded yet.
+        """Encode the images that are not encoded yet.
 
         Args:
             images: the folder of images.
@@ -83,9 +83,9 @@ class Encode:
             The content of `out/metadata.json`.
 
         Raises:
-            UserError: an image cannot be read, the folder holds other latents, another command is at work in it, or
-                what was written is not right.
-            Interrupted: a signal came; finished shards are kept.
+            UserError: an image cannot be read, the folder is in use or holds other latents, or a written shard is
+                damaged.
+            Interrupted: a signal arrived; finished shards are kept.
         """
         from accelerate import PartialState
         from accelerate.utils import parse_flag_from_env
@@ -97,7 +97,7 @@ class Encode:
 
 @dataclass(frozen=True)
 class _Part:
-    """What becomes one shard: some images, by index."""
+    """The images of one shard, by index."""
 
     name: str
     images: list[int]
@@ -123,14 +123,14 @@ class _Encoding:
             return self._make()
 
     def _take(self, stack: ExitStack) -> None:
-        """Make the folder that of these latents, until the stack closes."""
+        """Reserve the folder for these latents, until the stack closes."""
         self._check()
         stack.enter_context(owned(self.out, "--out"))
         if not (self.out / METADATA).exists():
             write_json(self.out / METADATA, {**self._settings, "shards": []})
 
     def _make(self) -> dict[str, Any]:
-        """What is missing of this process's shards. Returns what all of them are."""
+        """Make the missing shards of this process. Returns the metadata of all shards."""
         index, processes = rank_and_world_size()
         mine = self._parts[index::processes]
         finished = {part.name: found for part in mine if isinstance(found := self._verified(part), _Record)}
@@ -160,7 +160,7 @@ class _Encoding:
             self._record_path(part).unlink(missing_ok=True)
 
     def _check(self) -> None:
-        """Raises UserError when the folder holds something else than these latents."""
+        """Raise UserError if the folder holds other latents than these."""
         if not (self.out / METADATA).exists():
             return
         before = read_metadata(str(self.out))
@@ -176,7 +176,7 @@ class _Encoding:
 
     @cached_property
     def _settings(self) -> dict[str, Any]:
-        """All that the latents depend on, and that metadata.json says."""
+        """Everything that the latents depend on, as in metadata.json."""
         how, (scale, shift) = self.how, self._encoder.scaling
         return {
             "format_version": FORMAT_VERSION,
@@ -232,13 +232,13 @@ class _Encoding:
                 self._write(part, made, left_out)
 
     def _left_out(self, bad: Sequence[tuple[int, str]]) -> list[int]:
-        """Indices of the images that cannot be read. Raises UserError unless they may be left out."""
+        """Indices of the images that cannot be read. Raises UserError unless `skip_bad` is set."""
         if bad and not self.how.skip_bad:
             raise UserError(f"{bad[0][1]}. Mend or remove it, or leave such images out with --skip-bad")
         return [index for index, _ in bad]
 
     def _write(self, part: _Part, made: Sequence[dict[str, Tensor]], left_out: Sequence[int]) -> None:
-        """Write a shard, and beside it what is known of it."""
+        """Write a shard and its record."""
         if not made:
             raise UserError(f"{self.folder.root}: none of the {len(left_out)} images of a shard can be read")
         shard = write_shard(self.out, part.name, {name: torch.cat([rows[name] for rows in made]) for name in made[0]})
@@ -246,7 +246,7 @@ class _Encoding:
         write_json(self._record_path(part), {**asdict(shard), "skipped": skipped})
 
     def _verified(self, part: _Part) -> _Record | str:
-        """What is known of a shard whose file is what it should be; else what is wrong."""
+        """The record of a shard whose file is correct; else what is wrong."""
         record = self._known.get(part.name)
         if record is None and self._record_path(part).exists():
             record = _Record.of(read_json(self._record_path(part)))
@@ -266,12 +266,12 @@ class _Encoding:
 
     @cached_property
     def _known(self) -> dict[str, _Record]:
-        """The shards that a finished encoding has listed."""
+        """The shards listed by a finished encoding."""
         found = read_metadata(str(self.out))
         return {entry["name"]: _Record.of({**entry, "skipped": found["skipped"]}) for entry in found["shards"]}
 
     def _record_path(self, part: _Part) -> Path:
-        """Where a finished shard's hash is kept until all are."""
+        """Where a finished shard's hash is kept until all are finished."""
         return (self.out / part.name).with_suffix(".json")
 
 

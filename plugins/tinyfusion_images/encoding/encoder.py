@@ -1,4 +1,4 @@
-"""Encode some images: an autoencoder, its scale, and noise that depends on the image alone."""
+"""Encoding of images: an autoencoder, its scale, and noise that depends only on the seed and the image."""
 
 from __future__ import annotations
 
@@ -19,7 +19,17 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 @dataclass
 class ImageEncoder:
-    """Makes rows of a shard. Arguments are those of `Encode`; `device` is where the autoencoder runs."""
+    """Encodes images to rows of a shard.
+
+    Args:
+        vae: the autoencoder: a folder, a checkpoint file, or a name on the hub; see `load_autoencoder`.
+        scale: factor on the latents; None for that of the autoencoder's config.
+        kind: "sample" for a draw from each posterior; "moments" for its mean and deviation.
+        dtype: dtype of the latents.
+        flip: whether to encode the mirrored image too.
+        seed: seed of the draws.
+        device: device of the autoencoder.
+    """
 
     vae: str
     scale: float | None
@@ -31,17 +41,21 @@ class ImageEncoder:
 
     @property
     def copies(self) -> int:
-        """How many rows an image has."""
+        """Number of rows per image."""
         return 2 if self.flip else 1
 
     @cached_property
     def autoencoder(self) -> nn.Module:
-        """The network, on the device."""
+        """The autoencoder, on the device."""
         return load_autoencoder(self.vae).to(self.device)
 
     @cached_property
     def scaling(self) -> tuple[float, float]:
-        """Factor and shift. Raises UserError when neither the autoencoder nor the user says the factor."""
+        """Factor and shift.
+
+        Raises:
+            UserError: neither the autoencoder nor the user gives the factor.
+        """
         config: Mapping[str, Any] = self.autoencoder.config  # type: ignore[assignment]
         scale = config.get("scaling_factor") if self.scale is None else self.scale
         if scale is None:
@@ -51,20 +65,20 @@ class ImageEncoder:
         return scale, config.get("shift_factor") or 0.0
 
     def rows(self, images: Sequence[int], crops: Tensor, labels: Sequence[int]) -> dict[str, Tensor]:
-        """Rows of a shard.
+        """Encode images to rows of a shard.
 
         Args:
-            images: n indices, which decide the noise.
+            images: indices of the n images, which with the seed determine the noise.
             crops: (n, 3, size, size) uint8 images.
             labels: n class labels.
 
         Returns:
-            `x` (n * copies, C, h, w), with moments also `x_std` of that shape, and `y` (n * copies,); a copy stands
-            behind its image.
+            `x` (n * copies, channels, height, width) and `y` (n * copies,); for moments also `x_std`, the same shape
+            as `x`. A copy follows its image.
         """
         scale, shift = self.scaling
         dtype = DTYPES[self.dtype]
-        x = torch.stack([crops, crops.flip(-1)][: self.copies], dim=1).flatten(0, 1)
+        x = torch.stack([crops, crops.flip(-1)][: self.copies], dim=1).flatten(0, 1)  # an image, then its mirror image
         with torch.no_grad():
             encoded = self.autoencoder.encode(x.to(self.device).float() / 127.5 - 1)  # type: ignore[operator]
         posterior = encoded.latent_dist
@@ -78,6 +92,6 @@ class ImageEncoder:
         return {**rows, "y": torch.tensor(labels, dtype=torch.int64).repeat_interleave(self.copies)}
 
     def _noise(self, images: Sequence[int], like: Tensor) -> Tensor:
-        """Standard normal numbers of the shape of `like`; each image's depend on the seed and its index alone."""
+        """Standard normal numbers, the shape of `like`; each image's depend only on the seed and its index."""
         shape = (self.copies, *like.shape[1:])
         return torch.cat([torch.randn(shape, generator=generator("encode", self.seed, "latent", i)) for i in images])

@@ -1,5 +1,7 @@
-"""Everything that is checked, by what it is checked of. A check is a function that raises an AssertionError, or the
-UserError that a user would see; its docstring says what holds, `tinyfusion_core.testing` runs it.
+"""All checks, by the kind of object that they check.
+
+A check is a function that raises an AssertionError, or the UserError that a user would see. Its docstring says what
+holds; `tinyfusion_core.testing` runs it.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from .structure import (
 from .weight_updates import UPDATE_CHECKS, UpdateSubject
 
 Check = Callable[[Any], None]
-"""Takes what its kind of subject is."""
+"""Takes the subject of its kind."""
 
 CHECKS: tuple[Callable[[Subject], None], ...] = (
     check_tiny,
@@ -58,16 +60,16 @@ CHECKS: tuple[Callable[[Subject], None], ...] = (
     check_light_import,
     check_copies,
 )
-"""Of a backbone with a loss."""
+"""Checks of a backbone with a loss."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """How one kind of thing is checked.
+    """How one kind of object is checked.
 
     Attributes:
-        subject: makes what the checks look at of a class or an instance.
-        checks: in the order in which they are run.
+        subject: makes the subject of the checks from a class or an instance.
+        checks: the checks, in order.
     """
 
     subject: Callable[[Any], Any]
@@ -82,14 +84,14 @@ KINDS = {
     "weight_update": Kind(UpdateSubject.of, UPDATE_CHECKS),
     "distillation": Kind(DistillationSubject.of, DISTILLATION_CHECKS),
 }
-"""What is checked by itself, by the registry's name of its kind."""
+"""Kinds that are checked on their own, by their name in the registry."""
 
 
 def kind_of(thing: Any) -> Kind:
-    """How a pair of backbone and loss is checked, or a class or instance of one of the other kinds.
+    """Return how a pair of backbone and loss is checked, or a class or instance of another kind.
 
     Raises:
-        UserError: there are no checks of such a thing.
+        UserError: there are no checks for such an object.
     """
     if isinstance(thing, tuple):
         return PAIR

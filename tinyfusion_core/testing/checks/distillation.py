@@ -1,4 +1,4 @@
-"""Checks of a distillation loss: it matches blocks that exist, and teaches the student alone."""
+"""Checks of a distillation loss: it matches existing blocks, and trains only the student."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ from ..subject import fixed_rng, made
 
 @dataclass(frozen=True)
 class DistillationSubject:
-    """What the checks of a distillation loss look at: an instance."""
+    """A distillation loss to check: an instance."""
 
     kd: OutputKD
 
     @classmethod
     def of(cls, thing: Any) -> DistillationSubject:
-        """Of a class, `tiny()` is checked, or what it is without options."""
+        """Return the subject; of a class, `tiny()`, or an instance without options."""
         return cls(made(thing)[0])
 
     @property
     def name(self) -> str:
+        """Name of its class, for messages."""
         return type(self.kd).__name__
 
 
 DECISIONS = ((0, 2, 4, 6), (1, 3, 5, 7), (0, 1, 4, 5), (2, 7))
-"""Blocks that stay, of eight in two lists."""
+"""Kept blocks, of eight in two lists."""
 
 
 def check_matched_blocks(subject: DistillationSubject) -> None:
-    """The taps are pairs of a block that the student has and one that the teacher has."""
+    """Every tap is a pair of an existing student block and an existing teacher block."""
     blocks = tuple(small_task().blocks)
     for kept in DECISIONS:
         for ours, theirs in subject.kd.taps_for(Decision(blocks=blocks, kept=kept, method="Keep")):
@@ -45,7 +46,7 @@ def check_matched_blocks(subject: DistillationSubject) -> None:
 
 
 def check_student_learns(subject: DistillationSubject) -> None:
-    """The objective is one finite number for each sample; the student gets a gradient, the teacher stays as it was."""
+    """The objective is one finite number per sample; the student gets a gradient, the teacher does not change."""
     task = small_task()
     values, modes = values_of(task.teacher), modes_of(task.teacher)
     decision = Decision(blocks=tuple(task.blocks), kept=DECISIONS[0], method="Keep")

@@ -1,4 +1,4 @@
-"""Checks of a network under gates: skipping a block by a mask is what removing it is, and gradients are right."""
+"""Checks of a network under gates: masking a block equals removing it, and gradients are right."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..subject import NUM_ROWS, Subject, precisely, random_mask
 
 
 def check_all_ones_is_plain(subject: Subject) -> None:
-    """Gated with a mask of ones the network gives what it gives without gates, bit for bit."""
+    """Gated with a mask of ones the network gives the same output as without gates, bit for bit."""
     model, inputs = subject.backbone.build(), subject.inputs()
     plain = subject.loss.losses(model, inputs)
     with subject.gates(model) as gates:
@@ -27,7 +27,7 @@ def check_all_ones_is_plain(subject: Subject) -> None:
 
 
 def check_hard_gated_is_pruned(subject: Subject) -> None:
-    """Skipping blocks by a mask gives what removing them and `after_prune` give: each alone, and every second one."""
+    """Masking blocks equals removing them with `after_prune`: each one alone, and every second one."""
     model, inputs = subject.backbone.build(), subject.inputs()
     lists = block_lists(subject.backbone.block_paths(model)).values()
     alone = [[i] for members in lists if len(members) > 1 for i in members]
@@ -63,7 +63,7 @@ def check_state_dict_untouched(subject: Subject) -> None:
 
 
 def check_nobody_keeps_a_block(subject: Subject) -> None:
-    """Blocks that no sample keeps, or that all keep, run; the ones that nobody keeps get zero gradients, not none."""
+    """Blocks that no sample keeps, or that all keep, run; blocks that none keeps get zero gradients, not None."""
     model, inputs = subject.backbone.build(), subject.inputs()
     subject.loss.losses(model, inputs).sum().backward()  # type: ignore[no-untyped-call]
     trained = {id(p) for p in model.parameters() if p.grad is not None}
@@ -111,17 +111,17 @@ def check_sparse_is_dense(subject: Subject) -> None:
 
 
 class _Stop(Exception):
-    """Ours, to leave a context by an exception."""
+    """Raised to leave a context by an exception."""
 
 
 def _own_parameters(model: nn.Module, path: str) -> list[nn.Parameter]:
-    """The parameters that a block shares with nobody."""
+    """The parameters that a block shares with no other module."""
     shared = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if not name.startswith(f"{path}.")}
     return [p for p in model.get_submodule(path).parameters() if id(p) not in shared]
 
 
 def _sparse_and_dense(subject: Subject) -> list[tuple[Tensor, list[Tensor]]]:
-    """(B,) losses with the gradients of mask and weights, of gates and of the dense formula."""
+    """(batch,) losses with the gradients of mask and weights, of gates and of the dense formula."""
     model, inputs = subject.network(), subject.inputs()
     blocks = subject.backbone.block_paths(model)
     mask = random_mask(len(blocks)).to(torch.float64 if subject.wide else torch.float32).requires_grad_()

@@ -1,4 +1,4 @@
-"""Checks of a loss: one number for each sample, and everything random drawn where teacher and student share it."""
+"""Checks of a loss: one number per sample, and everything random is drawn where teacher and student share it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ..subject import NUM_ROWS, Subject, fixed_rng, precisely
 
 
 def check_loss_per_sample(subject: Subject) -> None:
-    """`loss` and `distance` are (B,) finite numbers, each of its own sample alone, whatever the order of the batch."""
+    """`loss` and `distance` are (batch,) finite numbers; each depends only on its own sample, in any order."""
     name = type(subject.loss).__name__
     for key, t in subject.inputs().items():
         expect(len(t) == NUM_ROWS, f"{name}.prepare: '{key}' has {len(t)} rows for a batch of {NUM_ROWS}")
@@ -50,7 +50,7 @@ def check_loss_per_sample(subject: Subject) -> None:
 
 
 def check_prepare(subject: Subject) -> None:
-    """`prepare` is a function of its arguments, row by row: it leaves global generators and the batch alone."""
+    """`prepare` depends only on its arguments, row by row; it does not change global generators or the batch."""
     batch, name = subject.batch(), f"{type(subject.loss).__name__}.prepare"
     before = copy.deepcopy(batch)
     seed_everything(1)
@@ -73,7 +73,7 @@ def check_prepare(subject: Subject) -> None:
 
 
 def check_same_inputs(subject: Subject) -> None:
-    """Teacher and student are run on the same inputs: `predict` draws nothing and changes nothing that it is given."""
+    """Teacher and student run on the same inputs: `predict` draws nothing and changes none of its arguments."""
     teacher, student = subject.backbone.build(), subject.pruned(subject.every_other())
     inputs, name = subject.inputs(), f"{type(subject.loss).__name__}.predict"
     before = copy.deepcopy(inputs)
@@ -99,7 +99,7 @@ def check_same_inputs(subject: Subject) -> None:
 
 
 def check_predict_deterministic(subject: Subject) -> None:
-    """In eval mode `predict` gives the same twice, whatever the global generators, and changes no buffer."""
+    """In eval mode `predict` repeats exactly, whatever the global generators, and changes no buffer."""
     model, inputs = subject.backbone.build(), subject.inputs()
     before = copy.deepcopy(model.state_dict())
     predictions = []

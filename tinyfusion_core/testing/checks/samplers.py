@@ -1,4 +1,4 @@
-"""Checks of a sampler: what it says of its distribution is true of what it draws."""
+"""Checks of a sampler: what it reports about its distribution agrees with its draws."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from ..small_network import LISTS, NUM_KEPT
 from ..subject import fixed_rng, made
 
 MOST_BLOCKS = 12
-"""Of more, the masks are too many to be looked at one by one."""
+"""With more blocks there are too many masks to enumerate."""
 
 NUM_DRAWS = 2000
 FREQUENCY = 0.06
-"""How far a frequency among so many draws may be from a probability: five standard deviations and more."""
+"""Tolerance of a frequency among so many draws: at least five standard deviations."""
 
 
 @dataclass(frozen=True)
 class SamplerSubject:
-    """What the checks of a sampler look at.
+    """A sampler to check.
 
     Args:
-        sampler: an instance over a few blocks. The checks work with copies whose logits differ from each other.
-        num_kept: how many blocks its masks were told to keep; None when it is not known.
+        sampler: an instance over a few blocks. The checks use copies with varied logits.
+        num_kept: how many blocks its masks should keep; None if unknown.
     """
 
     sampler: BlockSampler
@@ -42,7 +42,7 @@ class SamplerSubject:
 
     @classmethod
     def of(cls, thing: Any) -> SamplerSubject:
-        """Of a class, `tiny(lists)` is checked, or what keeps five blocks of two lists of four."""
+        """Return the subject; of a class, `tiny(lists)`, or an instance that keeps five blocks of two lists of four."""
         sampler, told = made(thing, LISTS, keep=NUM_KEPT, rules=Rules(keep=NUM_KEPT))
         if sampler.num_blocks > MOST_BLOCKS:
             raise UserError(
@@ -52,10 +52,11 @@ class SamplerSubject:
 
     @property
     def name(self) -> str:
+        """Name of its class, for messages."""
         return type(self.sampler).__name__
 
     def learned(self) -> BlockSampler:
-        """A copy that prefers some masks to others."""
+        """Return a copy that prefers some masks to others."""
         sampler, source = copy.deepcopy(self.sampler), generator("conformance", "logits")
         with torch.no_grad():
             for p in sampler.parameters():
@@ -63,7 +64,7 @@ class SamplerSubject:
         return sampler
 
     def obeys(self, kept: list[int]) -> bool:
-        """Whether a mask is within every budget that is known of the sampler."""
+        """Return whether a mask is within every known budget of the sampler."""
         budget = self.sampler.budget if self.num_kept is None else self.num_kept
         right = True
         if isinstance(budget, int):
@@ -75,7 +76,7 @@ class SamplerSubject:
 
 
 def check_masks(subject: SamplerSubject) -> None:
-    """Every drawn mask is of zeros and ones and within the budget; `allows` agrees with `num_masks`."""
+    """Every drawn mask consists of zeros and ones and is within the budget; `allows` agrees with `num_masks`."""
     sampler = subject.learned()
     mask = _draw(sampler, 200).mask
     expect(bool(((mask == 0) | (mask == 1)).all()), f"{subject.name}.sample draws other numbers than 0 and 1")
@@ -88,7 +89,7 @@ def check_masks(subject: SamplerSubject) -> None:
 
 
 def check_rows(subject: SamplerSubject) -> None:
-    """Row i of a draw is a function of stream i alone, whatever the batch and the global generators."""
+    """Row i of a draw depends only on stream i, whatever the batch and the global generators."""
     sampler, sizes = subject.learned(), [2 * subject.sampler.masks_per_sample, 3 * subject.sampler.masks_per_sample]
     seed_everything(1)
     states = global_states()
@@ -104,7 +105,7 @@ def check_rows(subject: SamplerSubject) -> None:
 
 
 def check_marginals(subject: SamplerSubject) -> None:
-    """`marginals` are probabilities that sum to the number of kept blocks, and the frequencies of what is drawn."""
+    """`marginals` are probabilities that sum to the number of kept blocks and match the frequencies of draws."""
     sampler = subject.learned()
     marginals, name = sampler.marginals().detach().cpu().double(), f"{subject.name}.marginals"
     expect(marginals.shape == (sampler.num_blocks,), f"{name} has the shape {list(marginals.shape)}")
@@ -123,7 +124,7 @@ def check_marginals(subject: SamplerSubject) -> None:
 
 
 def check_mode(subject: SamplerSubject) -> None:
-    """`mode` is within the budget and the first of `best`, which gives different ones, as many as there are."""
+    """`mode` is within the budget and the first of `best`, which lists distinct masks, as many as there are."""
     sampler = subject.learned()
     mode, best = tuple(sampler.mode()), sampler.best(sampler.num_masks + 1)
     expect(subject.obeys(list(mode)), f"{subject.name}.mode keeps {list(mode)}, which breaks its budget")
@@ -139,7 +140,7 @@ def check_mode(subject: SamplerSubject) -> None:
 
 
 def check_log_prob(subject: SamplerSubject) -> None:
-    """Log-probabilities of draws are finite, one for each, and those of all different masks sum to 1 at most."""
+    """Log-probabilities are finite, one per draw; over all distinct masks the probabilities sum to at most 1."""
     draw = _draw(subject.learned(), NUM_DRAWS)
     log_prob, name = draw.log_prob.detach(), f"{subject.name}.sample: log_prob"
     expect(log_prob.shape == (NUM_DRAWS,), f"{name} has the shape {list(log_prob.shape)} for {NUM_DRAWS} draws")
@@ -150,14 +151,14 @@ def check_log_prob(subject: SamplerSubject) -> None:
 
 
 def check_entropy(subject: SamplerSubject) -> None:
-    """The entropy in nats is from 0 to that of the uniform distribution."""
+    """The entropy in nats is between 0 and that of the uniform distribution."""
     sampler = subject.learned()
     entropy, most = sampler.entropy(), math.log(sampler.num_masks)
     expect(-1e-6 <= entropy <= most + 1e-3, f"{subject.name}.entropy is {entropy:.4g}, of {sampler.num_masks} masks")
 
 
 def check_confidence(subject: SamplerSubject) -> None:
-    """`confidence` is a probability for each independent choice; the choices share out all blocks, if there are any."""
+    """`confidence` is a probability for each independent choice; the choices, if any, partition all blocks."""
     sampler = subject.learned()
     confidence, choices = sampler.confidence(), sampler.choices()
     expect(all(0 <= p <= 1 + 1e-6 for p in confidence), f"{subject.name}.confidence is no probability: {confidence}")
@@ -168,7 +169,7 @@ def check_confidence(subject: SamplerSubject) -> None:
 
 
 def check_gradient(subject: SamplerSubject) -> None:
-    """The surrogate has a gradient to the logits, finite and not zero."""
+    """The surrogate has a finite, non-zero gradient to the logits."""
     sampler = subject.learned()
     draw = _draw(sampler, 16 * sampler.masks_per_sample)
     losses = draw.mask @ torch.linspace(1, 2, sampler.num_blocks).to(draw.mask)
@@ -183,7 +184,7 @@ def check_gradient(subject: SamplerSubject) -> None:
 
 
 def check_anneal(subject: SamplerSubject) -> None:
-    """Annealed to the last step it still draws masks within the budget; schedules depend on the progress alone."""
+    """Annealed to the last step it still draws masks within the budget; schedules depend only on the progress."""
     sampler = subject.learned()
     values = sampler.anneal(0.0)
     first = _draw(sampler, 20)

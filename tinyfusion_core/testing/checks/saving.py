@@ -1,4 +1,4 @@
-"""Checks of what comes after pruning: a student is saved and loaded again, and compared with its teacher."""
+"""Checks of a pruned network: it can be saved and loaded, and compared with its teacher."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..subject import Subject
 
 
 def check_save_and_load(subject: Subject) -> None:
-    """A pruned network that is saved and loaded again predicts the same, bit for bit."""
+    """A pruned network that is saved and loaded predicts the same, bit for bit."""
     student, inputs = subject.pruned(subject.every_other()), subject.inputs()
     with tempfile.TemporaryDirectory() as folder:
         save_network(student, subject.backbone, subject.backbone.source(), Path(folder))
@@ -30,7 +30,7 @@ def check_save_and_load(subject: Subject) -> None:
 
 
 def check_taps(subject: Subject) -> None:
-    """The outputs of matched blocks of teacher and student can be had, and have the same shapes."""
+    """The outputs of matched blocks of teacher and student can be captured, and have the same shapes."""
     teacher, removed = subject.backbone.build(), subject.every_other()
     blocks, student, inputs = subject.backbone.block_paths(teacher), subject.pruned(removed), subject.inputs()
     kept = tuple(i for i in range(len(blocks)) if i not in removed)

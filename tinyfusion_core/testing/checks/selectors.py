@@ -1,6 +1,6 @@
-"""Checks of a selector: it obeys its budget, decides by the seed alone, and leaves the network as it was.
+"""Checks of a selector: it obeys its budget, depends only on the seed, and does not change the network.
 
-A selector is used through its two methods; what its options `keep`, `pattern` and `protect` mean is known too.
+A selector is used through its two methods; the meaning of its options `keep`, `pattern` and `protect` is known.
 """
 
 from __future__ import annotations
@@ -19,11 +19,15 @@ from ..subject import made
 
 
 class Selector(Protocol):
-    """What decides which blocks stay."""
+    """The part of a selector that the checks use."""
 
-    def __call__(self, task: Task, trainer: Trainer) -> Decision: ...
+    def __call__(self, task: Task, trainer: Trainer) -> Decision:
+        """Return a decision about the task's network."""
+        ...
 
-    def preview(self, blocks: Sequence[str]) -> Decision: ...
+    def preview(self, blocks: Sequence[str]) -> Decision:
+        """Return a possible decision about these blocks."""
+        ...
 
 
 Obeyed = Callable[[frozenset[int]], bool]
@@ -44,11 +48,11 @@ def _within(kept: frozenset[int], first: int, end: int) -> int:
 
 @dataclass(frozen=True)
 class SelectorSubject:
-    """What the checks of a selector look at.
+    """A selector to check.
 
     Args:
         selector: an instance.
-        num_kept: how many blocks it was told to keep; None when it is not known.
+        num_kept: how many blocks it should keep; None if unknown.
     """
 
     selector: Selector
@@ -56,20 +60,21 @@ class SelectorSubject:
 
     @classmethod
     def of(cls, thing: Any) -> SelectorSubject:
-        """Of a class, `tiny()` is checked, or what keeps five blocks of eight."""
+        """Return the subject; of a class, `tiny()`, or an instance that keeps five blocks of eight."""
         selector, told = made(thing, keep=NUM_KEPT)
         return cls(selector, NUM_KEPT if told else None)
 
     @property
     def name(self) -> str:
+        """Name of its class, for messages."""
         return type(self.selector).__name__
 
     def decide(self) -> Decision:
-        """Its decision about a new network."""
+        """Return its decision about a new network."""
         return self.selector(small_task(), small_trainer())
 
     def with_budgets(self) -> Iterator[tuple[Selector, Mapping[str, Any], Obeyed]]:
-        """The selector under all budgets that it takes."""
+        """Yield the selector under all budgets that it accepts."""
         known: set[str] = {f.name for f in fields(self.selector)} if is_dataclass(self.selector) else set()
         for options, obeyed in BUDGETS:
             if options.keys() <= known:
@@ -81,7 +86,7 @@ class SelectorSubject:
 
 
 def check_budget(subject: SelectorSubject) -> None:
-    """As many blocks stay as `keep` or `pattern` say, of all, of every list or group; those in `protect` stay."""
+    """As many blocks are kept as `keep` or `pattern` say, in total, per list or group; `protect` is obeyed."""
     kept, wanted = subject.decide().kept, subject.num_kept
     expect(wanted in (None, len(kept)), f"{subject.name}(keep={wanted}) keeps {len(kept)} blocks: {list(kept)}")
     for selector, options, obeyed in subject.with_budgets():
@@ -91,7 +96,7 @@ def check_budget(subject: SelectorSubject) -> None:
 
 
 def check_preview(subject: SelectorSubject) -> None:
-    """Decision and preview are about the network's blocks; preview keeps as many, in the same groups."""
+    """Decision and preview are about the network's blocks, keep equally many and have the same groups."""
     blocks = small_task().blocks
     decision, preview = subject.decide(), subject.selector.preview(blocks)
     for method, found in (("", decision), (".preview", preview)):
@@ -109,7 +114,7 @@ def check_preview(subject: SelectorSubject) -> None:
 
 
 def check_same_choice(subject: SelectorSubject) -> None:
-    """The same seed decides the same, whatever the global generators, which are left alone."""
+    """The same seed gives the same decision, whatever the global generators, which are not changed."""
     found = []
     for seed in (1, 2):
         seed_everything(seed)
@@ -124,7 +129,7 @@ def check_same_choice(subject: SelectorSubject) -> None:
 
 
 def check_network_values(subject: SelectorSubject) -> None:
-    """Parameters and buffers of the network are afterwards what they were, bit for bit."""
+    """Parameters and buffers of the network are unchanged, bit for bit."""
     task = small_task()
     before = values_of(task.teacher)
     subject.selector(task, small_trainer())
@@ -132,7 +137,7 @@ def check_network_values(subject: SelectorSubject) -> None:
 
 
 def check_network_modes(subject: SelectorSubject) -> None:
-    """Modules, training flags, hooks and `forward` are what they were, and what requires or has a gradient."""
+    """Modules, training flags, hooks, `forward`, `requires_grad` and gradients are unchanged."""
     task = small_task()
     before = modes_of(task.teacher)
     subject.selector(task, small_trainer())

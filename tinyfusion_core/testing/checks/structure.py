@@ -1,4 +1,4 @@
-"""Checks of a backbone: its network, its blocks, and how both are built again."""
+"""Checks of a backbone: its network, its blocks, and how both are rebuilt."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ HEAVY = frozenset(
         *("sklearn", "tensorflow", "timm", "torch_fidelity", "torchvision", "transformers"),
     ]
 )
-"""Libraries that importing a plugin must not pull in: they belong inside its methods."""
+"""Libraries that importing a plugin must not import: they belong inside its methods."""
 
 
 def check_tiny(subject: Subject) -> None:
-    """`tiny` is in eval mode and always the same, no parameter is all zeros; `example` gives the rows asked for."""
+    """`tiny` is in eval mode and reproducible, no parameter is all zeros; `example` gives the rows asked for."""
     model, again = subject.backbone.build(), subject.backbone.build()
     name = type(subject.backbone).__name__
     expect(not model.training, f"{name}.build returns a network in training mode; end it with model.eval()")
@@ -42,7 +42,7 @@ def check_tiny(subject: Subject) -> None:
 
 
 def check_blocks(subject: Subject) -> None:
-    """Blocks exist, are children of lists, each named once, none inside another, in the order in which they run."""
+    """Blocks exist, are children of lists, each named once, none inside another, in execution order."""
     model = subject.backbone.build()
     blocks, name = subject.backbone.block_paths(model), f"{type(subject.backbone).__name__}.blocks"
     expect(len(blocks) >= 2, f"{name} names {len(blocks)} block(s) of the tiny network; it needs 2 or more")
@@ -62,7 +62,7 @@ def check_blocks(subject: Subject) -> None:
 
 
 def check_streams(subject: Subject) -> None:
-    """Every block gives its streams back in the shape and dtype in which they came."""
+    """Every block returns its streams in the shape and dtype in which they entered."""
     model = subject.backbone.build()
 
     with watched_streams(model, subject.backbone.block_paths(model), subject.backbone.streams) as seen:
@@ -85,7 +85,7 @@ def check_meta_device(subject: Subject) -> None:
 
 
 def check_light_import(subject: Subject) -> None:
-    """Importing the plugin pulls in no heavy library besides torch."""
+    """Importing the plugin imports no heavy library besides torch."""
     classes = {cls.__module__: inspect.getfile(cls) for cls in (type(subject.backbone), type(subject.loss))}
     code = (
         f"import sys; sys.path[:] = {sys.path!r}; import importlib, runpy\n"

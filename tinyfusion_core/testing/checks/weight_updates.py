@@ -1,4 +1,4 @@
-"""Checks of a weight update: what it yields is what learns, and the network comes back bit for bit."""
+"""Checks of a weight update: what it yields is what is trained, and the network is restored bit for bit."""
 
 from __future__ import annotations
 
@@ -17,26 +17,27 @@ from ..subject import made
 
 @dataclass(frozen=True)
 class UpdateSubject:
-    """What the checks of a weight update look at: an instance."""
+    """A weight update to check: an instance."""
 
     update: WeightUpdate
 
     @classmethod
     def of(cls, thing: Any) -> UpdateSubject:
-        """Of a class, `tiny()` is checked, or what it is without options."""
+        """Return the subject; of a class, `tiny()`, or an instance without options."""
         return cls(made(thing)[0])
 
     @property
     def name(self) -> str:
+        """Name of its class, for messages."""
         return type(self.update).__name__
 
 
 class _Stop(Exception):
-    """Ours, to leave a context by an exception."""
+    """Raised to leave a context by an exception."""
 
 
 def check_undone(subject: UpdateSubject) -> None:
-    """The network comes back bit for bit after a training or an exception: values, types, gradients, flags, hooks."""
+    """The network is restored after training or an exception: values, types, gradients, flags, hooks."""
     task = small_task()
     values, modes = values_of(task.teacher), modes_of(task.teacher)
     for after, error in (("training", None), ("an exception", _Stop)):
@@ -56,7 +57,7 @@ def check_undone(subject: UpdateSubject) -> None:
 
 
 def check_updated_weights(subject: UpdateSubject) -> None:
-    """What it yields are the parameters of the network that learn, all of them; the loss has a gradient to each."""
+    """It yields exactly the parameters of the network that require a gradient; the loss has a gradient to each."""
     task = small_task()
     before = _loss(task.teacher).detach()
     with subject.update.applied(task.teacher, task.blocks) as weights:

@@ -1,4 +1,4 @@
-"""A residual network that reads handwritten digits, and what tinyfusion has to know to prune it."""
+"""A residual network for handwritten digits, and what tinyfusion needs to know to prune it."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""What tinyfusion expects of a plugin, a test for each expectation."""
+"""The conformance checks of tinyfusion, one test for each."""
 
 from my_backbone import MyBackbone, MyBackboneLoss
 
