@@ -4,13 +4,13 @@ from .comparison.results import ComparisonResults as ComparisonResults
 from .comparison.study import Audit as Audit
 from .comparison.study import Compare as Compare
 from .errors import UserError as UserError
+from .evaluation.evaluate import check_teacher as check_teacher
+from .evaluation.evaluate import evaluate as evaluate
 from .evaluation.frechet import Frechet as Frechet
 from .evaluation.latency import Latency as Latency
 from .evaluation.metrics import HeldOutLoss as HeldOutLoss
 from .evaluation.metrics import Measurement as Measurement
 from .evaluation.metrics import Metric as Metric
-from .evaluation.metrics import check_teacher as check_teacher
-from .evaluation.metrics import evaluate as evaluate
 from .pipeline.budgets import budgets_of as budgets_of
 from .pipeline.compare import write_comparison as write_comparison
 from .pipeline.export import export_run as export_run

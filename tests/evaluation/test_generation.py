@@ -7,7 +7,7 @@ import torch
 
 import tinyfusion_core as tiny
 from golden_data import assert_close_rel
-from tinyfusion_core.evaluation.metrics import check_teacher
+from tinyfusion_core.evaluation.evaluate import check_teacher
 from tinyfusion_core.runtime.seeding import Rng
 from tinyfusion_dit import DiT, GaussianDiffusion
 from tinyfusion_images import Digits

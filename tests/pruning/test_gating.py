@@ -386,26 +386,3 @@ def test_weight_gradients_under_autocast_equal_the_dense_formula() -> None:
         grads = torch.autograd.grad(net(x, c).float().square().sum(), list(net.parameters()))
     for g, e in zip(grads, expected, strict=True):
         assert (g - e).abs().max() <= 0.05 * e.abs().max()
-
-
-class ChangesItsCondition(nn.Module):
-    """What later blocks are given depends on whether this one has run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(4, 4)
-
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        c.mul_(0.5)
-        return x + self.linear(x) * c
-
-
-@pytest.mark.parametrize("mask", [[[1.0, 0.0], [0.0, 1.0]], [[1.0, 1.0], [1.0, 0.0]], [[0.0, 0.0], [0.0, 0.0]]])
-def test_a_block_that_changes_what_is_no_stream_is_refused(mask: list[list[float]]) -> None:
-    model = nn.ModuleList([ChangesItsCondition(), ChangesItsCondition()])
-    x, c = torch.randn(2, 4), torch.randn(2, 4)
-    with Gates(model, ["0", "1"], lambda path, leaf: 0) as gates, torch.no_grad():
-        gates.mask = torch.tensor(mask)
-        with pytest.raises(UserError, match=r"block '[01]' changes its input in place \(c\)"):
-            for block in model:
-                x = block(x, c)

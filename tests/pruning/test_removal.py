@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import tinyfusion_core as tiny
 from planted_search import TRAINER
 from tinyfusion_core.pruning.decision import Decision
+from tinyfusion_core.pruning.gating import Gates
 
 
 class Residual(nn.Module):
@@ -115,3 +116,26 @@ def test_a_choice_is_tried_once() -> None:
 def test_a_star_ends_a_path(blocks: str) -> None:
     with pytest.raises(tiny.UserError, match=r"block path '.*'"):
         wrapped(Counted(), blocks)
+
+
+class ChangesItsCondition(nn.Module):
+    """What later blocks are given depends on whether this one has run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        c.mul_(0.5)
+        return x + self.linear(x) * c
+
+
+@pytest.mark.parametrize("mask", [[[1.0, 0.0], [0.0, 1.0]], [[1.0, 1.0], [1.0, 0.0]], [[0.0, 0.0], [0.0, 0.0]]])
+def test_a_block_that_changes_what_is_no_stream_is_refused(mask: list[list[float]]) -> None:
+    model = nn.ModuleList([ChangesItsCondition(), ChangesItsCondition()])
+    x, c = torch.randn(2, 4), torch.randn(2, 4)
+    with Gates(model, ["0", "1"], lambda path, leaf: 0) as gates, torch.no_grad():
+        gates.mask = torch.tensor(mask)
+        with pytest.raises(tiny.UserError, match=r"block '[01]' changes its input in place \(c\)"):
+            for block in model:
+                x = block(x, c)

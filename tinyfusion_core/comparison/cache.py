@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import Diverged, UserError
-from ..evaluation.metrics import HeldOutLoss, Metric, measure
+from ..evaluation.evaluate import measure
+from ..evaluation.metrics import HeldOutLoss, Metric
 from ..protocols.data import FeatureSpace, Samples
 from ..protocols.task import Task
 from ..pruning.decision import Decision

@@ -1,11 +1,10 @@
-"""The interface of metrics; size and held-out loss; evaluating teacher and students with them."""
+"""The interface of metrics; size and held-out loss."""
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,11 @@ from ..protocols.backbone import Backbone
 from ..protocols.data import DataSource
 from ..protocols.loss import LossAdapter
 from ..protocols.task import Task
-from ..registry.registry import registry
 from ..reporting.page import Figures
-from ..runtime.distributed import batches, local_share, map_sharded, on_main_process
-from ..runtime.files import read_json, write_json
+from ..runtime.distributed import batches, local_share, map_sharded
 from ..runtime.progress import track
 from ..runtime.run_folder import RunFolder
 from ..runtime.seeding import Rng
-from ..runtime.undisturbed import evaluating
 from ..training.trainer import Trainer
 
 Models = Mapping[str, nn.Module]
@@ -179,7 +175,7 @@ class HeldOutLoss(Metric):
             def mean(model: nn.Module) -> float:
                 def losses(part: tuple[int, range]) -> Tensor:
                     draw, rows = part
-                    inputs = _held_out(task, trainer, rows, num, draw)
+                    inputs = held_out_inputs(task, trainer, rows, num, draw)
                     with torch.no_grad(), trainer.accelerator.autocast():
                         found = task.loss.losses(model, inputs)
                     progress.advance(len(rows))
@@ -194,113 +190,10 @@ class HeldOutLoss(Metric):
         return [Measurement("held-out loss", values, better="lower", note=note)]
 
 
-def _held_out(task: Task, trainer: Trainer, rows: range, num: int, draw: int = 0) -> dict[str, Tensor]:
+def held_out_inputs(task: Task, trainer: Trainer, rows: range, num: int, draw: int = 0) -> dict[str, Tensor]:
     """Some of the first `num` held-out samples, prepared on the trainer's device; the same for every model and run."""
     device = trainer.accelerator.device
     batch = task.held_out.__getitems__(list(rows))
     # Time steps spread evenly over the samples: a far smaller variance for the same mean.
     rng = Rng(0, "held out", draw, rows.start, strata=num)
     return task.loss.prepare({name: t.to(device) for name, t in batch.items()}, rng)
-
-
-def check_teacher(task: Task, trainer: Trainer) -> None:
-    """Check that the teacher performs its objective, on up to 256 held-out samples.
-
-    Raises:
-        UserError: its loss is not below 0.9 of the loss of an untrained network; see `LossAdapter.trivial`.
-    """
-    num = min(256, len(task.held_out))
-    model = task.teacher.to(trainer.accelerator.device)
-
-    def work(rows: range) -> Tensor:
-        inputs = _held_out(task, trainer, rows, num)
-        with torch.no_grad(), trainer.accelerator.autocast():
-            prediction = task.loss.predict(model, inputs)
-            nothing = task.loss.trivial(prediction, inputs)
-            both = [p for p in (prediction, nothing) if p is not None]
-            return torch.stack([task.loss.loss(p, inputs).double().sum().cpu() for p in both])
-
-    with evaluating(model):
-        totals = torch.stack(map_sharded(batches(num, 32), work)).sum(0) / num
-    if len(totals) == 1:
-        return
-    learned, trivial = totals.tolist()
-    if not learned < 0.9 * trivial:
-        raise UserError(
-            f"the teacher's held-out loss is {learned:.4g}, that of a network that has learned nothing {trivial:.4g}: "
-            "is it the right checkpoint for this backbone, this loss (noise or velocity, its time steps) and this "
-            "data (its scale, the order of its classes)?"
-        )
-
-
-def with_standing(metrics: Sequence[Metric]) -> list[Metric]:
-    """Return these metrics, and the standing ones that are not among them."""
-    given = {type(metric) for metric in metrics}
-    return [*metrics, *(cls() for cls in _known() if cls.standing and cls not in given)]
-
-
-def known_exhibits() -> set[str]:
-    """Return the names of the files that any metric leaves in a run folder."""
-    return {name for cls in _known() for name in cls.exhibits}
-
-
-def _known() -> Iterable[type[Metric]]:
-    return registry().classes["metric"].values()
-
-
-def evaluate(
-    task: Task, models: Models, metrics: Sequence[Metric], trainer: Trainer, folder: Path | None = None
-) -> list[Measurement]:
-    """Measure sizes, then every metric in turn. A collective call; all processes get the results.
-
-    Args:
-        task: objective and data.
-        models: the networks.
-        metrics: what to measure besides sizes.
-        trainer: device, precision and seed.
-        folder: keeps finished metrics, and finished parts of long ones, for the same call to resume; on a disk that all
-            processes see.
-    """
-    device = trainer.accelerator.device
-    ready = {name: model.to(device) for name, model in models.items()}
-    with evaluating(*ready.values()):
-        return [
-            measurement
-            for i, metric in enumerate([Size(), *metrics])
-            for measurement in measure(metric, task, ready, trainer, None if folder is None else folder / str(i))
-        ]
-
-
-def measure(
-    metric: Metric, task: Task, models: Models, trainer: Trainer, folder: Path | None = None
-) -> list[Measurement]:
-    """Return the results of a metric; computed unless an earlier call has stored them. A collective call.
-
-    Args:
-        metric: what to measure.
-        task: objective and data.
-        models: the networks, in eval mode on the trainer's device.
-        trainer: device, precision and seed.
-        folder: for parts that an interrupted measurement leaves; the results are stored beside it.
-    """
-    record = None if folder is None else folder.with_name(f"{folder.name}.json")
-    before = on_main_process(lambda: read_json(record) if record is not None and record.exists() else None)
-    if before is not None:
-        return [Measurement(**m) for m in before]
-
-    def work() -> list[Measurement]:
-        return metric(task, models, trainer) if folder is None else metric.resume(task, models, trainer, folder)
-
-    made = [_finite(m) for m in (work() if metric.together else on_main_process(work))]
-    if record is not None:
-        on_main_process(lambda: write_json(record, [asdict(m) for m in made]))
-    return made
-
-
-def _finite(measurement: Measurement) -> Measurement:
-    """Replace values that are not finite by None, and say so in the note."""
-    bad = [name for name, v in measurement.values.items() if v is not None and not math.isfinite(v)]
-    if not bad:
-        return measurement
-    values = {name: None if name in bad else v for name, v in measurement.values.items()}
-    return replace(measurement, values=values, note=f"{measurement.note}; not finite: {', '.join(bad)}".lstrip("; "))

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from torch import nn
 
 from ..errors import Diverged, UserError
-from ..evaluation.metrics import HeldOutLoss, evaluate
+from ..evaluation.evaluate import evaluate
+from ..evaluation.metrics import HeldOutLoss
 from ..protocols.task import Task
 from ..pruning.decision import Decision
 from ..pruning.prune import prune

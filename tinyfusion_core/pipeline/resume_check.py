@@ -13,7 +13,7 @@ import torch
 
 from ..comparison.legacy_keys import PATHS
 from ..errors import UserError, nearest
-from ..evaluation.metrics import known_exhibits
+from ..evaluation.evaluate import known_exhibits
 from ..pruning.decision import versions
 from ..runtime.files import NEUTRAL, digest, read_json, write_json
 from ..runtime.run_folder import RunFolder

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from ..errors import UserError
-from ..evaluation.metrics import Measurement, check_teacher, evaluate, with_standing
+from ..evaluation.evaluate import check_teacher, evaluate, with_standing
+from ..evaluation.metrics import Measurement
 from ..protocols.task import Task
 from ..pruning.decision import Decision, versions
 from ..pruning.prune import load_pretrained, origin, prune, save_network, save_pretrained

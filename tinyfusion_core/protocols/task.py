@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from ..runtime.seeding import Rng
-from ..runtime.undisturbed import evaluating
 from .backbone import Backbone, list_lengths
 from .block_call import BatchDim, named_batch_dims, probed_batch_dims
 from .data import DataSource, FeatureSpace, Samples, Tensors
 from .loss import LossAdapter
+from .undisturbed import evaluating
 
 
 @dataclass(eq=False, kw_only=True)

@@ -137,9 +137,9 @@ class Gates:
             with torch.no_grad():
                 value = self._items(j, call.run(rest))
         if call.changed:
+            changed = ", ".join(sorted(call.changed))
             raise UserError(
-                f"block '{self.blocks[j]}' changes its input in place ({', '.join(sorted(call.changed))}), which gating "
-                "cannot undo"
+                f"block '{self.blocks[j]}' changes its input in place ({changed}), which gating cannot undo"
             )
         items = self._items(j, output)
         self._check_items(j, items, inputs, partly=len(run) < len(mask))

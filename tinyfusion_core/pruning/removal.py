@@ -16,8 +16,8 @@ from ..errors import UserError
 from ..protocols.backbone import Backbone, block_lists
 from ..protocols.loss import Prediction
 from ..protocols.task import Task
+from ..protocols.undisturbed import evaluating
 from ..runtime.seeding import Rng
-from ..runtime.undisturbed import evaluating
 from .gating import Gates
 
 
@@ -51,7 +51,7 @@ def without(task: Task, removed: Collection[int], shared: Iterable[Tensor] = ())
     Args:
         task: the network.
         removed: indices of blocks.
-        shared: parameters and buffers that the copy has in common with the original.
+        shared: parameters and buffers, of any shape, that the copy has in common with the original.
     """
     # What goes is not copied: the copy of a removed block is an empty module.
     empty: dict[int, Any] = {id(task.teacher.get_submodule(task.blocks[i])): nn.Identity() for i in removed}

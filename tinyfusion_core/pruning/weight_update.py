@@ -13,7 +13,7 @@ from torch import nn
 from typing_extensions import override
 
 from ..errors import UserError, require
-from ..runtime.undisturbed import undisturbed
+from ..protocols.undisturbed import undisturbed
 
 
 class WeightUpdate(ABC):

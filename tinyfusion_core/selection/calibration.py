@@ -19,11 +19,11 @@ from ..errors import UserError, require
 from ..protocols.backbone import Stream, streams_of
 from ..protocols.block_call import BatchDim, Call, positional_names
 from ..protocols.task import Task
+from ..protocols.undisturbed import evaluating
 from ..pruning.gating import Gates
 from ..runtime.distributed import batches, local_share, map_sharded, rank_and_world_size
 from ..runtime.progress import Tracker, track
 from ..runtime.seeding import Rng
-from ..runtime.undisturbed import evaluating
 from ..training.trainer import Trainer
 from .base import Decisive
 from .criteria import Criterion

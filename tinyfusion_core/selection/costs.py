@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..protocols.task import Task
+from ..protocols.undisturbed import evaluating
 from ..runtime.progress import track
 from ..runtime.seeding import Rng
-from ..runtime.undisturbed import evaluating
 from ..training.trainer import Trainer
 
 BATCH_SIZE, ROUNDS = 1, 20

@@ -12,12 +12,12 @@ from typing_extensions import override
 from ..errors import UserError, require
 from ..protocols.backbone import list_lengths
 from ..protocols.task import Task
+from ..protocols.undisturbed import undisturbed
 from ..pruning.decision import Decision, provenance
 from ..pruning.gating import Gates
 from ..pruning.weight_update import LoRA, WeightUpdate
 from ..runtime.run_folder import RunFolder
 from ..runtime.seeding import seed_of
-from ..runtime.undisturbed import undisturbed
 from ..samplers.base import BlockSampler
 from ..samplers.constraints import Budget, Rules, Spending, build, check_keep, check_said, combined
 from ..samplers.grouped import GroupedSampler

@@ -11,10 +11,10 @@ from typing_extensions import override
 from ..errors import UserError, require
 from ..protocols.backbone import Batch
 from ..protocols.task import Task
+from ..protocols.undisturbed import evaluating
 from ..pruning.decision import Decision
 from ..runtime.run_folder import RunFolder
 from ..runtime.seeding import Rng
-from ..runtime.undisturbed import evaluating
 from .distillation import Distilled, OutputKD
 from .loop import Fit
 from .objective import Ema, Objective, Optimization, cosine, ema_decay

@@ -13,8 +13,8 @@ from torch import Tensor
 import tinyfusion_core as tiny
 from shared_work import TRAINER
 from small_run import digits_task
+from tinyfusion_core.evaluation.evaluate import known_exhibits, with_standing
 from tinyfusion_core.evaluation.generation import generate
-from tinyfusion_core.evaluation.metrics import known_exhibits, with_standing
 from tinyfusion_dit import GaussianDiffusion
 from tinyfusion_images import Digits
 from tinyfusion_images.pictures import Pictures, by_label, has_pictures, pictures
