@@ -191,7 +191,11 @@ class HeldOutLoss(Metric):
 
 
 def held_out_inputs(task: Task, trainer: Trainer, rows: range, num: int, draw: int = 0) -> dict[str, Tensor]:
-    """Some of the first `num` held-out samples, prepared on the trainer's device; the same for every model and run."""
+    """Prepare some of the first `num` held-out samples on the trainer's device; the same for every model and run.
+
+    Returns:
+        The inputs of the network and the objective by name, (batch, ...) each.
+    """
     device = trainer.accelerator.device
     batch = task.held_out.__getitems__(list(rows))
     # Time steps spread evenly over the samples: a far smaller variance for the same mean.

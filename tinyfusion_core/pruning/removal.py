@@ -74,12 +74,12 @@ def check_removal(task: Task, kept: Sequence[int]) -> None:
     """
     model = task.teacher
     known = _checked.setdefault(model, set())
-    if tuple(kept) in known or next(model.parameters()).is_meta:
+    removed = [i for i in range(len(task.blocks)) if i not in set(kept)]
+    if not removed or tuple(kept) in known or next(model.parameters()).is_meta:
         return
     _check_norms(model)
     device = next(model.parameters()).device
     inputs = task.loss.prepare({k: t.to(device) for k, t in task.backbone.example(2).items()}, Rng(0, "removal"))
-    removed = [i for i in range(len(task.blocks)) if i not in set(kept)]
     mask = torch.ones(2, len(task.blocks), device=device).index_fill(1, torch.tensor(removed, device=device), 0)
     what = f"the network without {', '.join(task.blocks[i] for i in removed)}"
     advice = "what else depends on these blocks has to be repaired by after_prune: docs/writing-a-plugin.md"
@@ -113,11 +113,11 @@ def _tensors(prediction: Prediction) -> list[Tensor]:
 
 def _equal(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
     """Whether tensors are the same but for rounding."""
+    return len(ours) == len(theirs) and all(map(_close, ours, theirs))
 
-    def close(a: Tensor, b: Tensor) -> bool:
-        eps = torch.finfo(a.dtype).eps if a.is_floating_point() else 0
-        return a.shape == b.shape and torch.allclose(
-            a, b, rtol=0, atol=64 * eps * float(a.abs().max() if a.numel() else 0), equal_nan=True
-        )
 
-    return len(ours) == len(theirs) and all(map(close, ours, theirs))
+def _close(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or not a.is_floating_point():
+        return torch.equal(a, b)
+    size = a[a.isfinite()].abs().max().item() if a.isfinite().any() else 0.0
+    return torch.allclose(a, b, rtol=0, atol=64 * torch.finfo(a.dtype).eps * size, equal_nan=True)
