@@ -242,7 +242,7 @@ def test_an_image_that_cannot_be_read_is_named_or_left_out(
 def test_a_signal_stops_between_batches_and_the_next_run_goes_on(
     tiny_vae: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tinyfusion_images import encode as module
+    from tinyfusion_images.encoding import encode as module
 
     out, how, write = tmp_path / "latents", encode(tiny_vae), module.write_shard
     how(images, tmp_path / "whole")
