@@ -33,7 +33,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 now = module._buffers.get(name)
                 if buffer is not None and now is not None and now.device != buffer.device:  # sharding moves networks
                     buffer = now
-                module._buffers[name] = buffer if buffer is None else buffer.copy_(copy)
+                module._buffers[name] = buffer if buffer is None or copy is None else buffer.copy_(copy)
         for p, flag, grad in flags:
             p.requires_grad_(flag)
             p.grad = grad
