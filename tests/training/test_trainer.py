@@ -6,11 +6,13 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import tinyfusion_core as tiny
 from places import TESTS
@@ -47,9 +49,9 @@ def test_the_average_weighs_the_past_by_its_decay() -> None:
     # Two steps: after the first the average is the weights, after the second decay * first + (1 - decay) * second.
     first = tiny.Recover(steps=1, lr=1e-2, schedule="constant", ema=0)(task(), student(), None, TRAINER)
     second = tiny.Recover(steps=2, lr=1e-2, schedule="constant", ema=0)(task(), student(), None, TRAINER)
-    average = tiny.Recover(steps=2, lr=1e-2, schedule="constant", ema=0.75)(task(), student(), None, TRAINER)
+    average = tiny.Recover(steps=2, lr=1e-2, schedule="constant", ema=0.4)(task(), student(), None, TRAINER)
     for a, b, c in zip(first.parameters(), second.parameters(), average.parameters(), strict=True):
-        assert torch.allclose(c, 0.75 * a + 0.25 * b, atol=1e-6)
+        assert torch.allclose(c, 0.4 * a + 0.6 * b, atol=1e-6)
     assert ema_decay(10_000) == pytest.approx(0.999)
     assert ema_decay(100_000) == pytest.approx(0.9999)
     assert ema_decay(5) == 0
@@ -145,3 +147,24 @@ def test_a_batch_that_cannot_be_split_is_one_clear_error(monkeypatch: pytest.Mon
     monkeypatch.setattr(type(trainer.accelerator), "num_processes", property(lambda self: 2))
     with pytest.raises(tiny.UserError, match=r"batch_size: 3 cannot be split over 2 processes"):
         tiny.Recover(steps=1)(task(), student(), None, trainer)
+
+
+@pytest.mark.parametrize(("decay", "steps", "most"), [(0.9999, 150, "0.9953"), (0.6, 2, "0.5"), (1.0, 1, "0.5")])
+def test_an_average_that_is_mostly_the_start_is_refused(decay: float, steps: int, most: str) -> None:
+    for make in (partial(tiny.Recover, steps=steps), partial(tiny.Search, keep=4, steps=steps)):
+        with pytest.raises(tiny.UserError, match=rf"ema.* is {decay}; expected a decay from 0 to {most}, or the start"):
+            make(ema=decay)
+
+
+def test_a_training_whose_last_step_is_not_finite_fails() -> None:
+    class LastIsNan(Match):
+        steps = 0
+
+        def loss(self, prediction: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+            self.steps += 1
+            return super().loss(prediction, inputs) * (torch.nan if self.steps == 5 else 1)
+
+    work = task()
+    work.loss = LastIsNan()
+    with pytest.raises(tiny.UserError, match="not finite in 1 steps"):
+        tiny.Recover(steps=5)(work, student(), None, TRAINER)

@@ -152,7 +152,7 @@ class Fit:
             checkpoint_due=time.monotonic() - self._saved >= 60 * self.trainer.checkpoint_minutes,
             stop=stop,
         )
-        guard.check(step, report, loaded.problems)
+        guard.check(step, report, loaded.problems, last=step + 1 == self.optimization.steps)
         update.apply(report.finite)
         self._state.meter.add(report, list(self.objective.terms))
         return report

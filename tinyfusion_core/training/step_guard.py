@@ -109,16 +109,17 @@ class StepGuard:
             failed=failed > 0,
         )
 
-    def check(self, step: int, report: StepReport, problems: Sequence[str]) -> None:
+    def check(self, step: int, report: StepReport, problems: Sequence[str], last: bool) -> None:
         """Count the outcome of a step, and raise if the training cannot go on.
 
         Args:
             step: the step.
             report: the outcome over all processes.
             problems: one message for each sample that this process could not read.
+            last: whether it is the last one.
 
         Raises:
-            Diverged: too many steps in a row were not finite.
+            Diverged: too many steps in a row were not finite, or the last one was not.
             UserError: too many samples could not be read, or this process has failed.
             FailedElsewhere: another process has failed.
         """
@@ -135,7 +136,7 @@ class StepGuard:
             on_every_rank(self.raise_pending)
         self.streak = 0 if report.finite else self.streak + 1
         self.skipped += not report.finite
-        if self.streak >= self.max_skipped:
+        if self.streak >= self.max_skipped or (self.streak and last):
             raise Diverged(
                 f"{self.stage}: loss or gradient not finite in {self.streak} steps in a row (up to step {step + 1}). "
                 "Lower the learning rate, use precision bf16 or fp32, or check the checkpoint and the data; "
