@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import tinyfusion_core as tiny
 from planted_search import LISTS, SAMPLERS, TRAINER, WORKING, search, task
 from tinyfusion_core.pruning.gating import Gates
+from tinyfusion_core.pruning.removal import check_removal
 from tinyfusion_core.samplers.constraints import Rules
 from tinyfusion_core.samplers.subset import GumbelTopK, ScoreFunction
-from toys import Planted, StopAt, planted_data
+from toys import Match, Planted, StopAt, planted_data
 
 
 def test_gates_that_leave_out_values_keep_their_mean_gradient() -> None:
@@ -100,12 +103,33 @@ def test_dropped_blocks_are_not_run_by_the_score_function() -> None:
     model = planted.teacher
     for block in model.blocks:
         block.linear.register_forward_hook(lambda _module, args, _out: rows.append(len(args[0])))
-    planted.batch_dim(model)
+    how = search(SAMPLERS["score"], steps=5)
+    check_removal(planted, how.preview(planted.blocks).kept)  # what a search tries before it begins
     rows.clear()
-    search(SAMPLERS["score"], steps=5)(planted, TRAINER)
+    how(planted, TRAINER)
     probe = sum(rows[:16])  # all 8 blocks with 2 and with 3 rows
     assert probe == 8 * (2 + 3)
     assert sum(rows) <= probe + 5 * (16 * 2 * 4 + 8)  # 4 of 8 blocks, 2 masks each; a block nobody keeps runs one row
+
+
+@pytest.mark.parametrize("masks", [2, 4])
+def test_every_mask_of_a_sample_sees_the_same_draws(masks: int) -> None:
+    steps: list[Tensor] = []
+
+    class Watched(Match):
+        def predict(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+            if len(inputs["x"]) == 16 * masks:  # a step, no probe before the search
+                steps.append(inputs["x"].unflatten(0, (16, masks)))
+            return super().predict(model, inputs)
+
+    watched = task()
+    watched.loss = Watched(noise=1.0)
+    search(partial(ScoreFunction, rules=Rules(keep=4), masks=masks), steps=3)(watched, TRAINER)
+    assert len(steps) == 3
+    for x in steps:
+        assert torch.equal(x, x[:, :1].expand_as(x)), "the masks of a sample are compared on other draws"
+        assert len(x[:, 0].unique(dim=0)) == 16, "samples draw apart from each other"
+    assert not torch.equal(steps[0], steps[1]), "every step draws anew"
 
 
 @pytest.mark.parametrize(
