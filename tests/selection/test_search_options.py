@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaModel, OPTConfig, OPTForCausalLM
 
 import tinyfusion_core as tiny
 from planted_search import LISTS, SAMPLERS, TRAINER, WORKING, search, task
@@ -189,3 +190,34 @@ def test_a_start_must_keep_as_many_blocks() -> None:
         tiny.Search(keep=4, start=tiny.Keep(decision="nowhere.json")).preview(blocks)
     with pytest.raises(tiny.UserError, match=r"^search\.keep is 20; expected 1 to 8 blocks"):
         tiny.Search(keep=20).preview(blocks)
+
+
+def _opt() -> nn.Module:
+    sizes = {"hidden_size": 16, "ffn_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 32}
+    config = OPTConfig(**sizes, word_embed_proj_dim=16, dropout=0.3, attention_dropout=0.3, layerdrop=0.0)
+    return OPTForCausalLM(config).model.decoder
+
+
+def _llama() -> nn.Module:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaModel(LlamaConfig(**sizes, vocab_size=32, attention_dropout=0.5))
+
+
+@pytest.mark.parametrize("make", [_opt, _llama])
+def test_equal_masks_of_a_sample_give_equal_losses(make: Callable[[], nn.Module]) -> None:
+    """In networks whose dropout is a function, or inside of their attention."""
+    seen: list[Tensor] = []
+
+    def loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        found = model(input_ids=batch["ids"], use_cache=False).last_hidden_state.square().mean((1, 2))
+        if len(found) == 32:
+            seen.append(found.detach().unflatten(0, (16, 2)))
+        return found
+
+    ids = torch.randint(0, 32, (64, 6), generator=torch.Generator().manual_seed(0))
+    wrapped = tiny.wrap(make(), blocks="layers.*", loss_fn=loss, data={"ids": ids})
+    sampler = partial(ScoreFunction, rules=Rules(keep=1, protect=[0]))  # one mask is possible
+    tiny.Search(sampler=partial(sampler, masks=2), steps=2, update=tiny.Full())(wrapped, TRAINER)
+    assert len(seen) == 2
+    for losses in seen:
+        torch.testing.assert_close(losses[:, 0], losses[:, 1], rtol=1e-5, atol=1e-6)
