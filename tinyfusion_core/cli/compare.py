@@ -7,7 +7,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from ..protocols.command import Command
+from ..protocols.command import Command, a_path
 
 
 class Compare(Command):
@@ -19,8 +19,8 @@ class Compare(Command):
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         """A recipe, whose keys can be overridden, and the folder of the results."""
-        parser.add_argument("recipe", type=Path)
-        parser.add_argument("--run-dir", type=Path, help=f"default: runs/NAME_OF_THE_RECIPE-{self.name}")
+        parser.add_argument("recipe", type=a_path)
+        parser.add_argument("--run-dir", type=a_path, help=f"default: runs/NAME_OF_THE_RECIPE-{self.name}")
 
     def __call__(self, options: Namespace) -> int:
         """Compute what is missing, print the tables and the path of the report."""
@@ -53,7 +53,7 @@ class Costs(Command):
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         """A recipe, whose keys can be overridden."""
-        parser.add_argument("recipe", type=Path)
+        parser.add_argument("recipe", type=a_path)
         parser.add_argument("--batch-size", type=int, default=1, help="samples of a timed pass; default 1")
 
     def __call__(self, options: Namespace) -> int:
@@ -93,7 +93,7 @@ class Budgets(Command):
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         """A run folder, the numbers of blocks, and how long to recover."""
-        parser.add_argument("run_dir", type=Path)
+        parser.add_argument("run_dir", type=a_path)
         parser.add_argument(
             "--keep", type=int, nargs="+", default=(), metavar="K", help="blocks (default: all numbers)"
         )

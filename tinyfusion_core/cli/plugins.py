@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from ..protocols.command import Command
+from ..protocols.command import Command, a_path
 
 
 class Keys(Command):
@@ -106,7 +106,7 @@ class NewPlugin(Command):
     def add_arguments(self, parser: ArgumentParser) -> None:
         """The name of the package, and where to write it."""
         parser.add_argument("name", help="of the package: my-backbone")
-        parser.add_argument("--into", type=Path, default=Path(), help="the folder that gets it (default: this one)")
+        parser.add_argument("--into", type=a_path, default=Path(), help="the folder that gets it (default: this one)")
 
     def __call__(self, options: Namespace) -> int:
         """Write the package and print its folder."""

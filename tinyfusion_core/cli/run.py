@@ -6,7 +6,7 @@ import shlex
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from ..protocols.command import Command
+from ..protocols.command import Command, a_path
 
 
 class Run(Command):
@@ -18,8 +18,8 @@ class Run(Command):
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         """A recipe, whose keys can be overridden, the run folder, and the stage to restart from."""
-        parser.add_argument("recipe", type=Path)
-        parser.add_argument("--run-dir", type=Path, help="the run folder (default: runs/NAME_OF_THE_RECIPE)")
+        parser.add_argument("recipe", type=a_path)
+        parser.add_argument("--run-dir", type=a_path, help="the run folder (default: runs/NAME_OF_THE_RECIPE)")
         parser.add_argument(
             "--restart-from",
             metavar="STAGE",
@@ -56,7 +56,7 @@ class Validate(Command):
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         """A recipe, whose keys can be overridden, and the devices to plan for."""
-        parser.add_argument("recipe", type=Path)
+        parser.add_argument("recipe", type=a_path)
         parser.add_argument("--devices", type=int, default=1, help="plan the memory of so many (default: 1)")
         parser.add_argument("--memory", help="of each device, as 24GB: say when the plan does not fit")
 

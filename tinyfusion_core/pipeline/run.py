@@ -24,7 +24,7 @@ from ..reporting.report import write_report
 from ..runtime.distributed import on_every_rank, on_main_process
 from ..runtime.files import write_json
 from ..runtime.locking import owned
-from ..runtime.run_folder import RunFolder
+from ..runtime.run_folder import RUN, RunFolder
 from ..runtime.seeding import seed_of
 from ..runtime.stages import EVALUATE, RECOVER, SEARCH, TRAIN, Stage
 from ..selection.base import Selector
@@ -52,7 +52,7 @@ def run_recipe(
         The path of the report.
 
     Raises:
-        UserError: the plan has problems, or the folder holds a run with other settings.
+        UserError: the plan has problems, or the folder holds a run with other settings, or what is no run.
         Interrupted: a signal arrived; the same command resumes.
     """
     folder = RunFolder(run_dir)
@@ -63,7 +63,7 @@ def run_recipe(
     with ExitStack() as stack:
 
         def take() -> None:
-            stack.enter_context(owned(folder.path, "--run-dir"))
+            stack.enter_context(owned(folder.path, RUN))
             take_run_folder(recipe, folder, command, restart_from)
 
         on_main_process(take)
