@@ -39,7 +39,8 @@ def export_run(folder: RunFolder, to: str, out: Path | None = None) -> str:
         The text, or the path that was written.
 
     Raises:
-        UserError: there is no student, no such format, or the network cannot be exported to it, or `out` holds something else.
+        UserError: there is no student, no such format, the network cannot be exported to it, or `out` holds something
+            else.
     """
     if to not in FORMATS:
         raise UserError(f"--to: no format '{to}'{nearest(to, FORMATS)}")

@@ -74,8 +74,8 @@ def check_resume(recipe: Recipe, folder: RunFolder, command: str, restart_from: 
     """Check whether the recipe's run may begin or resume in the folder; changes nothing.
 
     Raises:
-        UserError: the folder holds a comparison or no run's files, or results under other settings that `restart_from` would leave, or
-            there is no such stage.
+        UserError: the folder holds a comparison or files of no run, or results under other settings that
+            `restart_from` would leave, or there is no such stage.
     """
     now = run_fingerprint(recipe)
     record = folder / RUN_RECORD

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 
 def a_path(text: str) -> Path:
-    """Return the path that was typed; as `type=` of an argument. An empty one, which would be this folder, is refused."""
+    """Return the path that was typed; as `type=` of an argument. The empty one, which means this folder, is refused."""
     if not text.strip():
         raise ArgumentTypeError("the path is empty; a variable that is not set? This folder is '.'")
     return Path(text)
