@@ -16,7 +16,7 @@ from tinyfusion_core.evaluation.generation import generate, sample_rows
 from tinyfusion_core.pipeline.recipe import load_recipe
 from tinyfusion_core.pipeline.run import make_task
 from tinyfusion_core.protocols.task import Task
-from tinyfusion_core.pruning.prune import load_pretrained, origin
+from tinyfusion_core.pruning.prune import decision_of, load_pretrained, origin
 from tinyfusion_core.runtime.distributed import batches, complete_sharded, on_main_process
 from tinyfusion_core.runtime.files import (
     read_json,
@@ -111,9 +111,11 @@ def _open(folder: RunFolder, seed: int) -> tuple[Task, nn.Module, Trainer, dict[
     recipe = load_recipe(folder / "recipe.yaml")
     rounds = list(recipe.each_round())
     name = "student" if rounds else "teacher"
-    folder = folder.round(rounds[-1]) if rounds else folder
+    run, folder = folder, folder.round(rounds[-1]) if rounds else folder
     if not (folder / name / "config.json").exists():
         raise UserError(f"{folder.path}: no {name} yet; let the run finish first")
+    for made in rounds:
+        decision_of(run, made)
     model = load_pretrained(folder / name)
     task = make_task(recipe, model)
     if not has_pictures(task):

@@ -41,12 +41,11 @@ class Show(Command):
 
     def __call__(self, options: Namespace) -> int:
         """Print the results table of a finished run."""
-        from rich.console import Console
-
         from ..reporting.report import results_table
+        from ..runtime.progress import plain_console
         from ..runtime.run_folder import existing_run
 
-        Console(highlight=False).print(results_table(existing_run(options.run_dir)))
+        plain_console().print(results_table(existing_run(options.run_dir)))
         return 0
 
 

@@ -6,9 +6,8 @@ from pathlib import Path
 
 from ..errors import UserError, nearest
 from ..protocols.backbone import list_lengths
-from ..pruning.decision import Decision
 from ..pruning.interop_formats import TEXTS, read_kept
-from ..pruning.prune import load_pretrained, origin
+from ..pruning.prune import decision_of, load_pretrained, origin
 from ..runtime.files import read_json, write_json, write_text
 from ..runtime.locking import FolderKind, check_free
 from ..runtime.run_folder import RunFolder
@@ -45,9 +44,11 @@ def export_run(folder: RunFolder, to: str, out: Path | None = None) -> str:
     if to not in FORMATS:
         raise UserError(f"--to: no format '{to}'{nearest(to, FORMATS)}")
     recipe = load_recipe(folder / "recipe.yaml")
-    rounds = [folder.round(name) for name in recipe.each_round()]
+    names = list(recipe.each_round())
+    rounds = [folder.round(name) for name in names]
     if not rounds or not (rounds[-1] / "student").is_dir():
         raise UserError(f"{folder.path}: no student yet; let the run finish first")
+    decisions = [decision_of(folder, name) for name in names]
     if to in FOLDERS:
         if out is not None:
             check_free(out, EXPORT)
@@ -55,7 +56,6 @@ def export_run(folder: RunFolder, to: str, out: Path | None = None) -> str:
         recipe.backbone.export(student, to, target)
         write_json(target / MARK, {"format_version": 1, "library": to})
         return str(target)
-    decisions = [Decision.load(made / "decision.json") for made in rounds]
     blocks, kept = decisions[0].blocks, list(range(len(decisions[0].blocks)))
     for decision in decisions:
         kept = [kept[i] for i in decision.kept]
