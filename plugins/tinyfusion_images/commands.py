@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from tinyfusion_core.protocols.command import Command
+from tinyfusion_core.protocols.command import Command, a_path
 
 
 class EncodeImages(Command):
@@ -16,8 +15,8 @@ class EncodeImages(Command):
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """The images, the latents' folder, the autoencoder, and the options of `Encode`."""
-        parser.add_argument("images", type=Path, help="a folder with one folder of images for each class")
-        parser.add_argument("--out", type=Path, required=True, help="the folder of the latents")
+        parser.add_argument("images", type=a_path, help="a folder with one folder of images for each class")
+        parser.add_argument("--out", type=a_path, required=True, help="the folder of the latents")
         parser.add_argument(
             "--vae", required=True, help="the autoencoder: a folder, a checkpoint file or a name on the hub"
         )
@@ -62,13 +61,13 @@ class SampleImages(Command):
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """A run folder, how many images, and where to write them."""
-        parser.add_argument("run_dir", type=Path)
+        parser.add_argument("run_dir", type=a_path)
         parser.add_argument("--num", type=int, default=100, help="how many images (default: 100)")
         parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
         where = parser.add_mutually_exclusive_group()
-        where.add_argument("--out", type=Path, help="the grid (default: RUN_DIR/figures/student.png)")
+        where.add_argument("--out", type=a_path, help="the grid (default: RUN_DIR/figures/student.png)")
         where.add_argument(
-            "--to", type=Path, help="single images with balanced labels: a folder of PNG files, or ADM's .npz"
+            "--to", type=a_path, help="single images with balanced labels: a folder of PNG files, or ADM's .npz"
         )
         parser.add_argument("--batch-size", type=int, default=64, help="images at once, with --to (default: 64)")
 

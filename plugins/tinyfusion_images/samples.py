@@ -16,9 +16,16 @@ from tinyfusion_core.evaluation.generation import generate, sample_rows
 from tinyfusion_core.pipeline.recipe import load_recipe
 from tinyfusion_core.pipeline.run import make_task
 from tinyfusion_core.protocols.task import Task
-from tinyfusion_core.pruning.prune import load_pretrained, origin
+from tinyfusion_core.pruning.prune import decision_of, load_pretrained, origin
 from tinyfusion_core.runtime.distributed import batches, complete_sharded, on_main_process
-from tinyfusion_core.runtime.files import read_json, read_weights, remove_partial, save_tensors, write_json
+from tinyfusion_core.runtime.files import (
+    read_json,
+    read_weights,
+    remove_partial,
+    remove_partials,
+    save_tensors,
+    write_json,
+)
 from tinyfusion_core.runtime.run_folder import RunFolder
 from tinyfusion_core.training.trainer import Trainer
 from tinyfusion_images.image_sets import rgb, write_archive, write_png
@@ -94,7 +101,8 @@ def write_samples(folder: RunFolder, num: int, seed: int, to: Path, batch_size: 
     if trainer.accelerator.is_main_process:
         labels = balanced_labels(task, model, range(num)).tolist()
         write_json(record, {"made_with": made_with, "num": num, "labels": labels})
-        shutil.rmtree(_parts(to), ignore_errors=True)
+        if archive:
+            shutil.rmtree(_parts(to), ignore_errors=True)
     return to
 
 
@@ -103,9 +111,11 @@ def _open(folder: RunFolder, seed: int) -> tuple[Task, nn.Module, Trainer, dict[
     recipe = load_recipe(folder / "recipe.yaml")
     rounds = list(recipe.each_round())
     name = "student" if rounds else "teacher"
-    folder = folder.round(rounds[-1]) if rounds else folder
+    run, folder = folder, folder.round(rounds[-1]) if rounds else folder
     if not (folder / name / "config.json").exists():
         raise UserError(f"{folder.path}: no {name} yet; let the run finish first")
+    for made in rounds:
+        decision_of(run, made)
     model = load_pretrained(folder / name)
     task = make_task(recipe, model)
     if not has_pictures(task):
@@ -130,16 +140,20 @@ def _claim(record: Path, to: Path, made_with: dict[str, Any], num: int) -> int |
         UserError: there are other samples, other files, or single images beyond that number.
     """
     if not record.exists():
-        if to.exists() and (to.is_file() or any(to.iterdir())):
-            raise UserError(f"--to: '{to}' exists and was not made by this command; choose another name")
+        for path in (to, _parts(to)) if to.suffix == ".npz" else (to,):
+            if path.exists() and (path.is_file() or any(path.iterdir())):
+                raise UserError(f"--to: '{path}' exists and was not made by this command; choose another name")
         write_json(record, {"made_with": made_with})
         return None
     before = read_json(record)
-    if before.get("made_with") != made_with:
-        found = before.get("made_with") or {}
+    if not isinstance(before, dict) or "made_with" not in before:
+        raise UserError(f"--to: '{record}' exists and was not made by this command; choose another name")
+    if before["made_with"] != made_with:
+        found = before["made_with"] or {}
         other = [key for key, value in made_with.items() if found.get(key) != value]
         raise UserError(f"--to: '{to}' has samples made with another {', '.join(other)}; choose another name")
     remove_partial(to)
+    remove_partials(to, lambda path: path == Path("samples.json") or (path.suffix == ".png" and path.stem.isdecimal()))
     there = 1 + max((int(p.stem) for p in to.glob("*.png") if p.stem.isdecimal()), default=-1)
     if there > num:
         raise UserError(f"--num: {num}, but '{to}' has {there} samples; ask for as many, or choose another name")

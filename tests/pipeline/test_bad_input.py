@@ -205,6 +205,10 @@ def test_show_and_sample_of_what_is_no_run(tmp_path: Path, recipe: Path, capsys)
     assert main(["show", str(tmp_path)]) == 2
     assert "not a run folder" in capsys.readouterr().err
     (tmp_path / "recipe.yaml").write_text(recipe.read_text())
+    for command in (["show"], ["budgets"], ["sample"], ["export", "--to", "indices"]):
+        assert main([*command, str(tmp_path)]) == 2
+        assert "not a run folder (no run.json of a run in it)" in capsys.readouterr().err
+    (tmp_path / "run.json").write_text(json.dumps({"format_version": 1, "settings": {}}))
     assert main(["show", str(tmp_path)]) == 2
     assert "not a finished run" in capsys.readouterr().err
     assert main(["sample", str(tmp_path)]) == 2

@@ -25,6 +25,7 @@ from tinyfusion_core.cli import main
 from tinyfusion_core.pipeline.run import make_task
 from tinyfusion_core.pruning.prune import WEIGHTS
 from tinyfusion_core.runtime.locking import owned
+from tinyfusion_core.runtime.run_folder import RUN
 from tinyfusion_dit.model import DiT
 
 
@@ -226,7 +227,7 @@ def test_a_decision_that_is_not_the_students_is_noticed(recipe: Path, short: Pat
 
 
 def test_two_runs_do_not_share_a_folder(recipe: Path, tmp_path: Path, capsys) -> None:
-    with owned(tmp_path / "run", "--run-dir"):
+    with owned(tmp_path / "run", RUN):
         assert run(recipe, tmp_path / "run", *SHORT) == 2
     assert f"another tinyfusion is at work in this folder (process {os.getpid()} on " in capsys.readouterr().err
     assert run(recipe, tmp_path / "run", *SHORT) == 0

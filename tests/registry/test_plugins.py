@@ -158,6 +158,36 @@ def test_plugins_of_a_recipe_that_are_wrong(recipe: Path, tmp_path: Path, capsys
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["recipe.yaml", "stages.json", "student", "report.html"])
+def test_a_plugin_file_has_no_name_of_a_run_folders(
+    name: str, tmp_path: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_text(EXAMPLE)
+    assert run(recipe, tmp_path / "run", f"--plugins=[{name}]") == 2
+    assert f"{name}: expected a Python file, with a name that ends in .py" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("code", ["", "0", "3", "'bye'"])
+def test_a_plugin_that_exits_is_an_error_that_names_it(
+    code: str, tmp_path: Path, recipe: Path, site: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.py").write_text(f"import sys\nsys.exit({code})\n")
+    assert main(["validate", str(recipe), "--plugins=[mine.py]"]) == 2
+    assert f"mine.py: it calls sys.exit({code})" in capsys.readouterr().err
+    install(site, "leaving", f"import sys\nsys.exit({code})\n")
+    with pytest.warns(UserWarning, match=r"plugin 'leaving' .* left out: it calls sys\.exit"):
+        assert listed(capsys)["leaving"]["error"] == f"it calls sys.exit({code})"
+    # Not when it is loaded, but later.
+    plugins._installed.cache_clear()
+    (site / "leaving.py").unlink()
+    shutil.rmtree(site / "leaving-1.0.dist-info")
+    (tmp_path / "mine.py").write_text(bringing("data", f"def __init__(self): import sys; sys.exit({code})"))
+    assert main(["validate", str(recipe), "--plugins=[mine.py]", "--data=Mine"]) == 2
+    err = capsys.readouterr().err
+    assert "mine.py, line 4: sys.exit was called before 'validate' was done" in err
+
+
 def test_a_file_is_run_once_and_takes_the_place_of_its_elder(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
     path.write_text(EXAMPLE)

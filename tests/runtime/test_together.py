@@ -16,6 +16,7 @@ import tinyfusion_core as tiny
 from interrupted import BAD, Torn, recovered, stopped, substituted
 from places import TESTS
 from tinyfusion_core.runtime.locking import owned
+from tinyfusion_core.runtime.run_folder import RUN
 from toys import planted_data
 
 PROGRAM = """
@@ -181,7 +182,7 @@ def test_when_the_main_process_is_refused_all_end_with_one_message(recipe: Path,
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += ["-m", "tinyfusion_core", "run", str(recipe), "--run-dir", str(tmp_path / "run")]
     env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    with owned(tmp_path / "run", "--run-dir"):
+    with owned(tmp_path / "run", RUN):
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 1
     assert done.stderr.count("error: ") == done.stderr.count("another tinyfusion is at work in this folder") == 1

@@ -29,6 +29,7 @@ from tinyfusion_core.errors import Interrupted
 from tinyfusion_core.reporting.report import write_report
 from tinyfusion_core.runtime import signals
 from tinyfusion_core.runtime.locking import owned
+from tinyfusion_core.runtime.run_folder import RUN
 from tinyfusion_core.samplers.grouped import GroupedSampler
 from toys import Match, planted_data
 
@@ -269,7 +270,7 @@ def test_readers_are_stopped_by_the_trainer_alone() -> None:
 
 def test_the_lock_dies_with_the_run_not_with_its_readers(tmp_path: Path) -> None:
     awake, woken = os.pipe()
-    with owned(tmp_path, "--run-dir"):
+    with owned(tmp_path, RUN):
         reader = os.fork()
         if not reader:
             os.write(woken, b"!")
@@ -277,8 +278,8 @@ def test_the_lock_dies_with_the_run_not_with_its_readers(tmp_path: Path) -> None
             os._exit(0)
         os.read(awake, 1)  # else it may not have run yet
     try:
-        with owned(tmp_path, "--out"), pytest.raises(tiny.UserError, match=rf"\(process {os.getpid()} on "):
-            owned(tmp_path, "--out").__enter__()
+        with owned(tmp_path, RUN), pytest.raises(tiny.UserError, match=rf"\(process {os.getpid()} on "):
+            owned(tmp_path, RUN).__enter__()
     finally:
         os.kill(reader, signal.SIGKILL)
         os.waitpid(reader, 0)

@@ -80,7 +80,7 @@ import torch
 import accelerate.utils, peft
 import tinyfusion_core as tiny
 from tinyfusion_core.runtime.locking import owned
-from tinyfusion_core.runtime.run_folder import RunFolder
+from tinyfusion_core.runtime.run_folder import RUN, RunFolder
 from toys import Match, Planted, planted_data
 torch.set_num_threads(1)
 folder, draws = Path(sys.argv[1]), random.Random(3)
@@ -98,7 +98,8 @@ def search(name, die_at=None):
     task = tiny.Task(backbone=Planted(), loss=Match(), train=planted_data(), held_out=planted_data(16))
     trainer = tiny.Trainer(batch_size=8, precision="fp32", log_every=1, checkpoint_every=20)
     run = RunFolder(folder / name)
-    with owned(run.path, "--run-dir"):
+    with owned(run.path, RUN):
+        (run / "run.json").write_text(json.dumps({"format_version": 1, "settings": {}}))
         decision = tiny.Search(pattern=(4, 8), steps=2000)(task, trainer, run)
     decision.save(run / "decision.json")
     (run / "held.json").write_text(json.dumps(held))

@@ -6,6 +6,7 @@ import argparse
 import os
 import shlex
 import sys
+import traceback
 import warnings
 from collections.abc import Iterable, Sequence
 
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from ..runtime.signals import interruptible
 
         with interruptible():
-            return command(options)
+            return _obeyed(command, options)
     except FailedElsewhere:  # that process says why
         return USER_ERROR
     except UserError as e:
@@ -63,6 +64,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _obeyed(command: Command, options: argparse.Namespace) -> int:
+    """Run a command. Code that it calls, of a plugin for one, may call `sys.exit`, which would look like success.
+
+    Raises:
+        UserError: code has called `sys.exit`; names its file.
+    """
+    from ..errors import UserError
+
+    try:
+        return command(options)
+    except SystemExit as e:
+        *_, (frame, line) = traceback.walk_tb(e.__traceback__)
+        place = f"{frame.f_code.co_filename}, line {line}"
+        raise UserError(f"{place}: sys.exit was called before '{command.name}' was done; raise an error instead") from e
 
 
 def parse(arguments: Sequence[str]) -> tuple[Command, argparse.Namespace]:

@@ -7,7 +7,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from ..protocols.command import Command
+from ..protocols.command import Command, a_path
 
 
 class Compare(Command):
@@ -19,8 +19,8 @@ class Compare(Command):
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         """A recipe, whose keys can be overridden, and the folder of the results."""
-        parser.add_argument("recipe", type=Path)
-        parser.add_argument("--run-dir", type=Path, help=f"default: runs/NAME_OF_THE_RECIPE-{self.name}")
+        parser.add_argument("recipe", type=a_path)
+        parser.add_argument("--run-dir", type=a_path, help=f"default: runs/NAME_OF_THE_RECIPE-{self.name}")
 
     def __call__(self, options: Namespace) -> int:
         """Compute what is missing, print the tables and the path of the report."""
@@ -53,16 +53,16 @@ class Costs(Command):
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         """A recipe, whose keys can be overridden."""
-        parser.add_argument("recipe", type=Path)
+        parser.add_argument("recipe", type=a_path)
         parser.add_argument("--batch-size", type=int, default=1, help="samples of a timed pass; default 1")
 
     def __call__(self, options: Namespace) -> int:
         """Print parameters, FLOPs and milliseconds of every block, and rules to copy into a recipe."""
-        from rich.console import Console
         from rich.table import Table
 
         from ..pipeline.recipe import load_recipe
         from ..protocols.task import Task
+        from ..runtime.progress import plain_console
         from ..selection.budget import measure, parse_budget
 
         recipe = load_recipe(options.recipe, options.overrides)
@@ -78,7 +78,7 @@ class Costs(Command):
         columns = [(*costs[half.name].blocks, costs[half.name].outside) for half in halves]
         for path, parameters, flops, ns in zip([*task.blocks, "outside of the blocks"], *columns, strict=True):
             table.add_row(path, f"{parameters:,}", f"{flops:,}", f"{ns / 1e6:.3f}")
-        console = Console(highlight=False)
+        console = plain_console()
         console.print(table)
         for half in halves:
             console.print(f"search: {{budget: {half}}}  # {half.describe(costs[half.name])}", soft_wrap=True)
@@ -93,7 +93,7 @@ class Budgets(Command):
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         """A run folder, the numbers of blocks, and how long to recover."""
-        parser.add_argument("run_dir", type=Path)
+        parser.add_argument("run_dir", type=a_path)
         parser.add_argument(
             "--keep", type=int, nargs="+", default=(), metavar="K", help="blocks (default: all numbers)"
         )
@@ -103,11 +103,11 @@ class Budgets(Command):
 
     def __call__(self, options: Namespace) -> int:
         """Print one row for each budget; they are also in `budgets.json`."""
-        from rich.console import Console
         from rich.table import Table
 
         from ..pipeline.budgets import budgets_of
         from ..runtime.distributed import rank_and_world_size
+        from ..runtime.progress import plain_console
         from ..runtime.run_folder import existing_run
 
         rows = budgets_of(existing_run(options.run_dir), options.keep, options.recover_steps)
@@ -118,5 +118,5 @@ class Budgets(Command):
             figures = ((row.parameters, ",.0f"), (row.flops, ",.0f"), (row.pruned, ".4g"), (row.recovered, ".4g"))
             shown = ["" if value is None else format(value, how) for value, how in figures]
             table.add_row(str(len(row.kept)), " ".join(map(str, row.kept)), *shown)
-        Console(highlight=False).print(table)
+        plain_console().print(table)
         return 0

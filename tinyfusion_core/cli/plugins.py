@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from ..protocols.command import Command
+from ..protocols.command import Command, a_path
 
 
 class Keys(Command):
@@ -41,10 +41,10 @@ class Plugins(Command):
         import dataclasses
         import json
 
-        from rich.console import Console
         from rich.table import Table
 
         from ..registry.registry import registry
+        from ..runtime.progress import plain_console
 
         plugins = registry().plugins
         if options.json:
@@ -58,11 +58,11 @@ class Plugins(Command):
             for i, kind in enumerate(dict.fromkeys(kind for kind, _ in p.brings) or ["left out"]):
                 brings = "\n".join(name for k, name in p.brings if k == kind)
                 table.add_row("" if i else p.name, kind, brings, *(("", "") if i else about))
-        console = Console(highlight=False)
+        console = plain_console()
         console.print(table)
         for p in plugins:
             if p.error:
-                console.print(f"{p.name}: {p.error}", soft_wrap=True, markup=False)
+                console.print(f"{p.name}: {p.error}", soft_wrap=True)
         return 0
 
 
@@ -106,7 +106,7 @@ class NewPlugin(Command):
     def add_arguments(self, parser: ArgumentParser) -> None:
         """The name of the package, and where to write it."""
         parser.add_argument("name", help="of the package: my-backbone")
-        parser.add_argument("--into", type=Path, default=Path(), help="the folder that gets it (default: this one)")
+        parser.add_argument("--into", type=a_path, default=Path(), help="the folder that gets it (default: this one)")
 
     def __call__(self, options: Namespace) -> int:
         """Write the package and print its folder."""

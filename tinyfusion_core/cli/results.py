@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
 
-from ..protocols.command import Command
+from ..protocols.command import Command, a_path
 
 
 class Watch(Command):
@@ -16,7 +15,7 @@ class Watch(Command):
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         """A run folder, and whether to print once."""
-        parser.add_argument("run_dir", type=Path)
+        parser.add_argument("run_dir", type=a_path)
         parser.add_argument("--once", action="store_true", help="print how it stands and end")
 
     def __call__(self, options: Namespace) -> int:
@@ -38,16 +37,15 @@ class Show(Command):
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         """A run folder."""
-        parser.add_argument("run_dir", type=Path)
+        parser.add_argument("run_dir", type=a_path)
 
     def __call__(self, options: Namespace) -> int:
         """Print the results table of a finished run."""
-        from rich.console import Console
-
         from ..reporting.report import results_table
+        from ..runtime.progress import plain_console
         from ..runtime.run_folder import existing_run
 
-        Console(highlight=False).print(results_table(existing_run(options.run_dir)))
+        plain_console().print(results_table(existing_run(options.run_dir)))
         return 0
 
 
@@ -59,11 +57,11 @@ class Export(Command):
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         """A run folder, a format, and where to write."""
-        parser.add_argument("run_dir", type=Path)
+        parser.add_argument("run_dir", type=a_path)
         parser.add_argument(
             "--to", required=True, metavar="FORMAT", help="transformers, diffusers, mergekit, llama.cpp, peft, indices"
         )
-        parser.add_argument("--out", type=Path, help="folder or file (default: RUN_DIR/export/FORMAT, or print it)")
+        parser.add_argument("--out", type=a_path, help="folder or file (default: RUN_DIR/export/FORMAT, or print it)")
 
     def __call__(self, options: Namespace) -> int:
         """Print the exported text, or the path that was written."""

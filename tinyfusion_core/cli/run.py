@@ -6,7 +6,7 @@ import shlex
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from ..protocols.command import Command
+from ..protocols.command import Command, a_path
 
 
 class Run(Command):
@@ -18,8 +18,8 @@ class Run(Command):
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         """A recipe, whose keys can be overridden, the run folder, and the stage to restart from."""
-        parser.add_argument("recipe", type=Path)
-        parser.add_argument("--run-dir", type=Path, help="the run folder (default: runs/NAME_OF_THE_RECIPE)")
+        parser.add_argument("recipe", type=a_path)
+        parser.add_argument("--run-dir", type=a_path, help="the run folder (default: runs/NAME_OF_THE_RECIPE)")
         parser.add_argument(
             "--restart-from",
             metavar="STAGE",
@@ -28,11 +28,10 @@ class Run(Command):
 
     def __call__(self, options: Namespace) -> int:
         """Run or resume; the main process prints the results table and the path of the report."""
-        from rich.console import Console
-
         from ..pipeline.recipe import load_recipe
         from ..pipeline.run import run_recipe
         from ..reporting.report import results_table
+        from ..runtime.progress import plain_console
         from ..runtime.run_folder import RunFolder
 
         run_dir = options.run_dir or Path("runs") / options.recipe.stem
@@ -41,7 +40,7 @@ class Run(Command):
         report = run_recipe(recipe, run_dir, command, options.restart_from)
         if not recipe.trainer.accelerator.is_main_process:
             return 0
-        console = Console(highlight=False)
+        console = plain_console()
         console.print(results_table(RunFolder(run_dir)))
         console.print(f"report: {report}", soft_wrap=True)
         return 0
@@ -56,19 +55,19 @@ class Validate(Command):
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         """A recipe, whose keys can be overridden, and the devices to plan for."""
-        parser.add_argument("recipe", type=Path)
+        parser.add_argument("recipe", type=a_path)
         parser.add_argument("--devices", type=int, default=1, help="plan the memory of so many (default: 1)")
         parser.add_argument("--memory", help="of each device, as 24GB: say when the plan does not fit")
 
     def __call__(self, options: Namespace) -> int:
         """Print the plan and the missing files; fails if the plan has problems."""
-        from rich.console import Console
         from rich.table import Table
 
         from ..errors import UserError, require
         from ..pipeline.memory import parse_bytes
         from ..pipeline.plan import Hardware, make_plan
         from ..pipeline.recipe import load_recipe
+        from ..runtime.progress import plain_console
 
         require(options.devices >= 1, "--devices", options.devices, "at least 1")
         hardware = Hardware(options.devices, None if options.memory is None else parse_bytes(options.memory))
@@ -76,7 +75,7 @@ class Validate(Command):
         table = Table(title=f"{options.recipe}", title_justify="left", show_header=False)
         for what, value in plan.rows:
             table.add_row(what, value)
-        console = Console(highlight=False)
+        console = plain_console()
         console.print(table)
         for missing in plan.missing:
             console.print(f"needed to run: {missing}", soft_wrap=True)

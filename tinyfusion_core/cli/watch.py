@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -18,8 +18,10 @@ from rich.text import Text
 from ..comparison.results import ComparisonResults
 from ..errors import UserError
 from ..pipeline.compare import print_tables
+from ..pruning.prune import DECISION, decision_of
 from ..reporting.report import duration, results_table
 from ..runtime.files import read_json
+from ..runtime.progress import plain_console
 from ..runtime.run_folder import COMPARISON_RESULTS, RunFolder
 from ..runtime.stages import EVALUATE, SEARCH, Stage
 
@@ -131,11 +133,11 @@ class View:
         table = Table.grid(padding=(0, 2))
         for stage in stages:
             if (record := done[stage.round].get(stage.name)) is not None:
-                table.add_row("[green]done[/]", stage.title, f"in {duration(record['seconds'])}")
+                table.add_row(Text("done", "green"), stage.title, f"in {duration(record['seconds'])}")
             elif stage is current:
-                table.add_row("[cyan]now[/]", stage.title, "")
+                table.add_row(Text("now", "cyan"), stage.title, "")
             else:
-                table.add_row("[dim]later[/]", f"[dim]{stage.title}[/]", "")
+                table.add_row(Text("later", "dim"), Text(stage.title, "dim"), "")
         if (record_path := self.folder / "run.json").exists():
             hardware = read_json(record_path).get("hardware", {})
             yield Text(", ".join(f"{key} {value}" for key, value in hardware.items()), style="dim")
@@ -148,10 +150,9 @@ class View:
     def _decided(self, searches: Sequence[Stage]) -> Iterator[RenderableType]:
         """The decisions of finished searches."""
         for stage in searches:
-            path = self.folder.round(stage.round) / "decision.json"
-            if path.exists():
-                decision = read_json(path)
-                chosen = {"decision": decision["kept"], "marginals": decision["marginals"]}
+            if (self.folder.round(stage.round) / DECISION).exists():
+                decision = decision_of(self.folder, stage.round)
+                chosen = {"decision": decision.kept, "marginals": decision.marginals}
                 yield Text.assemble((f"{stage.title} decided: ", "bold"), _choice(chosen))
 
     def _comparison(self) -> Iterator[RenderableType]:
@@ -240,7 +241,7 @@ def watch(path: Path, once: bool = False, every: float = 2.0) -> None:
     Raises:
         UserError: there is no run and no comparison in the folder.
     """
-    console, view = Console(highlight=False), View(path)
+    console, view = plain_console(), View(path)
     if not view.finished():
         if once:
             console.print(view.frame())

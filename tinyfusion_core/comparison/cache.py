@@ -31,7 +31,7 @@ from ..registry.registry import record_of
 from ..runtime.distributed import on_main_process
 from ..runtime.files import NEUTRAL, digest, read_json, write_json
 from ..runtime.progress import Tracker
-from ..runtime.run_folder import RunFolder
+from ..runtime.run_folder import CELLS, NOW, RunFolder
 from ..selection.base import Decisive, Selector
 from ..training.recover import Recover
 from ..training.trainer import NUMERICALLY_NEUTRAL, Trainer
@@ -173,7 +173,7 @@ class ResultCache:
             work: computes it.
             needs: pairs of names; if neither of a pair is in the file, it is computed again.
         """
-        folder = self.folder / "cells"
+        folder = self.folder / CELLS
 
         def named() -> str:
             new, old = (f"{kind}-{digest(k)[:24]}" for k in (key, then(key)))
@@ -188,7 +188,7 @@ class ResultCache:
             self.progress.tell(what)
             if self.accelerator.is_main_process:  # for those who watch
                 now = {"cell": name, "what": what, "done": self.progress.done, "total": self.progress.total}
-                write_json(folder / "now.json", now)
+                write_json(folder / NOW, now)
             made = work(scratch)
 
         def keep() -> dict[str, Any]:

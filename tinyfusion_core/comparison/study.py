@@ -17,10 +17,10 @@ from ..errors import UserError, require
 from ..evaluation.metrics import HeldOutLoss, Metric
 from ..protocols.task import Task
 from ..runtime.distributed import on_main_process
-from ..runtime.files import read_json
-from ..runtime.locking import owned
+from ..runtime.files import read_json, write_json
+from ..runtime.locking import check_free, owned
 from ..runtime.progress import track
-from ..runtime.run_folder import COMPARISON_RESULTS, RunFolder
+from ..runtime.run_folder import CELLS, COMPARISON, COMPARISON_RESULTS, NOW, RUN_RECORD, RunFolder, is_comparison
 from ..runtime.seeding import generator
 from ..samplers.compiled import compile_constraints
 from ..selection.base import Selector
@@ -112,16 +112,16 @@ class Comparison:
 
         Raises:
             UserError: candidates do not fit the network or differ in their budget (all of them are named); one cannot
-                decide, or not as previewed; or the folder holds a run or the other view's results.
+                decide, or not as previewed; or the folder holds a run, the other view's results or other files.
             Interrupted: a signal arrived; the same call resumes.
         """
         folder, main = RunFolder(run_dir), trainer.accelerator.is_main_process
+        self._check_folder(folder)
         costs: dict[str, NetworkCosts] = {}
         if budgets := self.cost_budgets(search):
             costs = on_main_process(lambda: measure(budgets, task, trainer, folder.path))
         candidates = self.candidates_for(search, task.blocks, costs)
         selectors = candidates.selectors
-        self._check_folder(folder)
         seeds = tuple(trainer.seed + i for i in range(self.seeds))
         num_random, num_seeds = self.reference()
         allowed = compile_constraints(task.blocks, self.view, **candidates.settings)
@@ -130,7 +130,10 @@ class Comparison:
         with ExitStack() as stack:
 
             def take() -> None:
-                stack.enter_context(owned(folder.path, "--run-dir"))
+                stack.enter_context(owned(folder.path, COMPARISON))
+                if not is_comparison(folder.path):  # from here on it is
+                    begun = {"cell": "", "what": "beginning", "done": 0, "total": work}
+                    write_json(folder / CELLS / NOW, begun)
 
             on_main_process(take)
             on_main_process(lambda: save_costs(costs, task, trainer, folder.path))
@@ -163,12 +166,13 @@ class Comparison:
 
     def _check_folder(self, folder: RunFolder) -> None:
         """Raise UserError if the folder holds something that this would overwrite."""
-        what = "a run" if (folder / "run.json").exists() else ""
+        what = "a run" if (folder / RUN_RECORD).exists() else ""
         found = folder / COMPARISON_RESULTS
         if found.exists() and (view := read_json(found).get("view")) != self.view:
             what = f"the results of another command ({view})"
         if what:
             raise UserError(f"{folder.path}: holds {what}; choose another --run-dir")
+        check_free(folder.path, COMPARISON)
 
     def _columns(self, evaluate: Sequence[Metric]) -> dict[str, Metric]:
         """The metrics to measure besides the held-out loss, by column name; equal names are numbered."""

@@ -12,14 +12,12 @@ from ..evaluation.evaluate import evaluate
 from ..evaluation.metrics import HeldOutLoss
 from ..protocols.task import Task
 from ..pruning.decision import Decision
-from ..pruning.prune import prune
+from ..pruning.prune import decision_of, prune
 from ..runtime.distributed import on_main_process
 from ..runtime.files import write_json
 from ..runtime.run_folder import RunFolder
 from ..selection.criteria import Nested, nested_scores
-from ..training.recover import Recover
-from ..training.trainer import Trainer
-from .recipe import load_recipe
+from .recipe import Recipe, load_recipe
 from .run import make_task
 
 
@@ -31,7 +29,7 @@ class Row:
         kept: the kept blocks; those that the search kept most often.
         parameters: number of parameters of the student.
         flops: floating-point operations of one prediction for one sample; None if they cannot be counted.
-        pruned: held-out loss right after pruning; None if not finite.
+        pruned: held-out loss, measured as in the run's own evaluation, right after pruning; None if not finite.
         recovered: held-out loss after recovery; None without recovery, or if it diverged.
     """
 
@@ -63,16 +61,16 @@ def budgets_of(folder: RunFolder, keep: Sequence[int] = (), recover_steps: int =
         raise UserError(f"{folder.path}: takes a run of one search that begins with a checkpoint")
     if recover_steps and recipe.recover is None:
         raise UserError(f"{folder / 'recipe.yaml'}: has no recover section that says how")
+    found = decision_of(folder)
     task, trainer, rows = make_task(recipe), recipe.trainer, []
-    for num in keep or _told_apart(Decision.load(folder / "decision.json")):
+    held_out = next((m for m in recipe.evaluate if isinstance(m, HeldOutLoss)), HeldOutLoss())
+    for num in keep or _told_apart(found):
         decision = Nested(keep=num, decision=str(folder / "decision.json"))(task, trainer)
         student = prune(task, decision)
-        found = {
-            m.name: m.values["student"] for m in evaluate(task, {"student": student}, [HeldOutLoss(draws=1)], trainer)
-        }
-        row = Row(decision.kept, found["parameters"], found["FLOPs"], found["held-out loss"])
-        if recover_steps and recipe.recover is not None and decision.removed:
-            row = replace(row, recovered=_recovered(task, student, decision, recipe.recover, recover_steps, trainer))
+        measured = {m.name: m.values["student"] for m in evaluate(task, {"student": student}, [held_out], trainer)}
+        row = Row(decision.kept, measured["parameters"], measured["FLOPs"], measured["held-out loss"])
+        if recover_steps and decision.removed:
+            row = replace(row, recovered=_recovered(task, student, decision, recipe, recover_steps, held_out))
         rows.append(row)
         _save(folder, rows, recover_steps)
     return rows
@@ -84,13 +82,14 @@ def _save(folder: RunFolder, rows: Sequence[Row], recover_steps: int) -> None:
 
 
 def _recovered(
-    task: Task, student: nn.Module, decision: Decision, recover: Recover, steps: int, trainer: Trainer
+    task: Task, student: nn.Module, decision: Decision, recipe: Recipe, steps: int, held_out: HeldOutLoss
 ) -> float | None:
+    assert recipe.recover is not None  # else the command was refused
     try:
-        student = recover.with_steps(steps)(task, student, decision, trainer)
+        student = recipe.recover.with_steps(steps)(task, student, decision, recipe.trainer)
     except Diverged:
         return None
-    (recovered,) = HeldOutLoss(draws=1)(task, {"student": student}, trainer)
+    *_, recovered = evaluate(task, {"student": student}, [held_out], recipe.trainer)
     return recovered.values["student"]
 
 

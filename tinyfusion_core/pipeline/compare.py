@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Literal
 
 import rich.table
-from rich.console import Console
 
 from ..comparison.figures import draw_distribution, draw_kept, draw_scatter
 from ..comparison.results import ComparisonResults
@@ -19,6 +18,7 @@ from ..evaluation.evaluate import check_teacher
 from ..reporting.page import Figures, Picture, render_page
 from ..runtime.distributed import on_main_process
 from ..runtime.files import write_text
+from ..runtime.progress import plain_console
 from ..runtime.run_folder import COMPARISON_RESULTS
 from .plan import make_comparison_plan
 from .recipe import Recipe
@@ -84,8 +84,7 @@ def write_comparison(run_dir: Path | str, command: str = "") -> Path:
 
 def print_tables(results: ComparisonResults) -> None:
     """Print the tables at a minimum width: a narrow terminal wraps lines rather than cutting off numbers."""
-    console = Console(highlight=False)
-    console = Console(highlight=False, width=max(console.width, MIN_WIDTH))
+    console = plain_console(width=max(plain_console().width, MIN_WIDTH))
     for table in tables(results):
         shown = rich.table.Table(
             title=table.title, title_justify="left", title_style="bold", box=None, padding=(0, 1, 0, 0)

@@ -6,15 +6,23 @@ from pathlib import Path
 
 from ..errors import UserError, nearest
 from ..protocols.backbone import list_lengths
-from ..pruning.decision import Decision
-from ..pruning.interop_formats import TEXTS
-from ..pruning.prune import load_pretrained, origin
-from ..runtime.files import write_text
+from ..pruning.interop_formats import TEXTS, read_kept
+from ..pruning.prune import decision_of, load_pretrained, origin
+from ..runtime.files import read_json, write_json, write_text
+from ..runtime.locking import FolderKind, check_free
 from ..runtime.run_folder import RunFolder
 from .recipe import load_recipe
 
 FOLDERS = ("transformers", "diffusers")
 """Libraries whose folder format a backbone may support."""
+MARK = "tinyfusion_export.json"
+"""File that tells an exported folder, so that it may be written again."""
+EXPORT = FolderKind(
+    "an export",
+    "--out",
+    lambda folder: (folder / MARK).exists() and "library" in read_json(folder / MARK),
+    lambda folder, path: False,
+)
 FORMATS = (*FOLDERS, *TEXTS)
 
 
@@ -30,19 +38,24 @@ def export_run(folder: RunFolder, to: str, out: Path | None = None) -> str:
         The text, or the path that was written.
 
     Raises:
-        UserError: there is no student, no such format, or the network cannot be exported to it.
+        UserError: there is no student, no such format, the network cannot be exported to it, or `out` holds something
+            else.
     """
     if to not in FORMATS:
         raise UserError(f"--to: no format '{to}'{nearest(to, FORMATS)}")
     recipe = load_recipe(folder / "recipe.yaml")
-    rounds = [folder.round(name) for name in recipe.each_round()]
+    names = list(recipe.each_round())
+    rounds = [folder.round(name) for name in names]
     if not rounds or not (rounds[-1] / "student").is_dir():
         raise UserError(f"{folder.path}: no student yet; let the run finish first")
+    decisions = [decision_of(folder, name) for name in names]
     if to in FOLDERS:
-        target = out or folder / "export" / to
-        recipe.backbone.export(load_pretrained(rounds[-1] / "student"), to, target)
+        if out is not None:
+            check_free(out, EXPORT)
+        target, student = out or folder / "export" / to, load_pretrained(rounds[-1] / "student")
+        recipe.backbone.export(student, to, target)
+        write_json(target / MARK, {"format_version": 1, "library": to})
         return str(target)
-    decisions = [Decision.load(made / "decision.json") for made in rounds]
     blocks, kept = decisions[0].blocks, list(range(len(decisions[0].blocks)))
     for decision in decisions:
         kept = [kept[i] for i in decision.kept]
@@ -52,5 +65,16 @@ def export_run(folder: RunFolder, to: str, out: Path | None = None) -> str:
     text = TEXTS[to](kept, len(blocks), model)
     if out is None:
         return text.rstrip("\n")
+    _check_replaceable(out, len(blocks))
     write_text(out, text)
     return str(out)
+
+
+def _check_replaceable(out: Path, num_blocks: int) -> None:
+    """Raise UserError if a file exists that does not say, in any of the formats, which blocks are kept."""
+    if not out.exists():
+        return
+    try:
+        read_kept(out, num_blocks)
+    except UserError as e:
+        raise UserError(f"--out: {out} exists and is no such export of this network; choose another name") from e

@@ -16,7 +16,8 @@ from ..errors import UserError, nearest
 from ..evaluation.evaluate import known_exhibits
 from ..pruning.decision import versions
 from ..runtime.files import NEUTRAL, digest, read_json, write_json
-from ..runtime.run_folder import RunFolder
+from ..runtime.locking import check_free
+from ..runtime.run_folder import RUN, RUN_RECORD, RunFolder
 from ..runtime.stages import EVALUATE, Stage, stages_of
 from ..training.trainer import NUMERICALLY_NEUTRAL
 from .recipe import Recipe, flatten
@@ -55,7 +56,6 @@ def take_run_folder(recipe: Recipe, folder: RunFolder, command: str, restart_fro
         folder.round(stage.round).restart(stage.name, known_exhibits() if stage.name == EVALUATE else ())
         if stage.round and stage not in present:
             shutil.rmtree(folder / stage.round, ignore_errors=True)
-    recipe.save(folder.path)
     accelerator = recipe.trainer.accelerator
     hardware = {
         "device": str(accelerator.device),
@@ -64,23 +64,25 @@ def take_run_folder(recipe: Recipe, folder: RunFolder, command: str, restart_fro
         "threads": torch.get_num_threads(),
     }
     write_json(
-        folder / "run.json",
+        folder / RUN_RECORD,  # before all else, so that whatever is in the folder is known to be a run's
         {"format_version": 1, "command": command, "versions": versions(), "hardware": hardware, "settings": settings},
     )
+    recipe.save(folder.path)
 
 
 def check_resume(recipe: Recipe, folder: RunFolder, command: str, restart_from: str | None) -> Resume:
     """Check whether the recipe's run may begin or resume in the folder; changes nothing.
 
     Raises:
-        UserError: the folder holds a comparison, or results under other settings that `restart_from` would leave, or
-            there is no such stage.
+        UserError: the folder holds a comparison or files of no run, or results under other settings that
+            `restart_from` would leave, or there is no such stage.
     """
     now = run_fingerprint(recipe)
-    record = folder / "run.json"
-    before = read_json(record)["settings"] if record.exists() else now
+    record = folder / RUN_RECORD
     if not record.exists() and folder.holds_comparison():
         raise UserError(f"{folder.path}: holds a comparison; choose another --run-dir")
+    check_free(folder.path, RUN)
+    before = read_json(record)["settings"] if record.exists() else now
     stages = stages_of(_sections(now, before))
     keys = [stage.key for stage in stages]
     if restart_from is not None and restart_from not in keys:

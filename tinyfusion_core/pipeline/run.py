@@ -18,13 +18,13 @@ from ..evaluation.evaluate import check_teacher, evaluate, with_standing
 from ..evaluation.metrics import Measurement
 from ..protocols.task import Task
 from ..pruning.decision import Decision, versions
-from ..pruning.prune import load_pretrained, origin, prune, save_network, save_pretrained
+from ..pruning.prune import decision_of, load_pretrained, origin, prune, save_network, save_pretrained
 from ..reporting.page import Figures
 from ..reporting.report import write_report
 from ..runtime.distributed import on_every_rank, on_main_process
 from ..runtime.files import write_json
 from ..runtime.locking import owned
-from ..runtime.run_folder import RunFolder
+from ..runtime.run_folder import RUN, RunFolder
 from ..runtime.seeding import seed_of
 from ..runtime.stages import EVALUATE, RECOVER, SEARCH, TRAIN, Stage
 from ..selection.base import Selector
@@ -52,7 +52,7 @@ def run_recipe(
         The path of the report.
 
     Raises:
-        UserError: the plan has problems, or the folder holds a run with other settings.
+        UserError: the plan has problems, or the folder holds a run with other settings, or what is no run.
         Interrupted: a signal arrived; the same command resumes.
     """
     folder = RunFolder(run_dir)
@@ -63,7 +63,7 @@ def run_recipe(
     with ExitStack() as stack:
 
         def take() -> None:
-            stack.enter_context(owned(folder.path, "--run-dir"))
+            stack.enter_context(owned(folder.path, RUN))
             take_run_folder(recipe, folder, command, restart_from)
 
         on_main_process(take)
@@ -206,7 +206,7 @@ class _Run:
         return decision
 
     def _stored_decision(self, stage: Stage) -> Decision:
-        return Decision.load(self.folder.round(stage.round) / "decision.json")
+        return decision_of(self.folder, stage.round)
 
     def _use_decision(self, stage: Stage, decision: Decision) -> None:
         self.decisions[stage.round] = decision
@@ -221,13 +221,8 @@ class _Run:
         return student
 
     def _stored_student(self, stage: Stage) -> nn.Module:
-        folder = self.folder.round(stage.round)
-        if Decision.load(folder / "student" / "decision.json") != self.decisions[stage.round]:
-            raise UserError(
-                f"{folder / 'decision.json'}: not the decision that student/ was made from; "
-                f"restore it, or run with --restart-from {stage.key}"
-            )
-        return load_pretrained(folder / "student")
+        decision_of(self.folder, stage.round)
+        return load_pretrained(self.folder.round(stage.round) / "student")
 
     def _use_student(self, stage: Stage, student: nn.Module) -> None:
         if stage.round:  # alone, it keeps the teacher as the task's network

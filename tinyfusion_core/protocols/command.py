@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from pathlib import Path
 from typing import ClassVar
+
+
+def a_path(text: str) -> Path:
+    """Return the path that was typed; as `type=` of an argument. The empty one, which means this folder, is refused."""
+    if not text.strip():
+        raise ArgumentTypeError("the path is empty; a variable that is not set? This folder is '.'")
+    return Path(text)
 
 
 class Command(ABC):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from torch import nn
 
 from ..errors import MissingFileError, UserError
@@ -13,10 +15,13 @@ from ..protocols.backbone import WEIGHTS, Backbone
 from ..protocols.task import Task
 from ..registry.registry import record_of, registry
 from ..runtime.files import digest, read_json, sha256, write_json, write_text
+from ..runtime.run_folder import RunFolder
+from ..runtime.stages import RECOVER, SEARCH, Stage
 from .decision import Decision
 from .removal import check_removal, without
 
 FORMAT_VERSION = 1
+DECISION = "decision.json"
 RECORDS = ("tinyfusion.json", "config.json")
 """Record file of a saved folder: the second, unless the model family writes a file of that name itself."""
 
@@ -46,7 +51,7 @@ def save_pretrained(student: nn.Module, task: Task, decision: Decision, folder: 
     """
     folder = Path(folder)
     source = task.source
-    decision.save(folder / "decision.json")
+    decision.save(folder / DECISION)
     save_network(student, task.backbone, source, folder)
     write_text(folder / "README.md", _model_card(student, task.backbone, decision, source))
     return folder
@@ -56,7 +61,7 @@ def save_network(model: nn.Module, backbone: Backbone, source: Mapping[str, Any]
     """Write the network, and the record from which it is rebuilt and verified."""
     files = backbone.save(model, folder)
     record = folder / (RECORDS[0] if "config.json" in files else RECORDS[1])
-    files += ["decision.json"] if (folder / "decision.json").exists() else []
+    files += [DECISION] if (folder / DECISION).exists() else []
     content = {
         "format_version": FORMAT_VERSION,
         "backbone": type(backbone).__name__,
@@ -92,6 +97,27 @@ def origin(folder: Path) -> dict[str, Any]:
     record = read_record(folder)
     hashes = record["sha256"]
     return {**record["source"], "sha256": hashes.get(WEIGHTS) or digest(hashes)}
+
+
+def decision_of(run: RunFolder, round: str = "") -> Decision:
+    """Read the decision of a run, or of one of its rounds: the only way to it, for whoever says what the student has.
+
+    Raises:
+        UserError: there is none, or the student that was made from it has other blocks, because a file was edited.
+    """
+    folder = run.round(round)
+    path, made = folder / DECISION, folder / "student" / DECISION
+    decision = Decision.load(path)
+    if not made.exists() or not _record(made.parent).exists():  # not made yet, or not whole
+        return decision
+    hashed = read_record(made.parent)["sha256"].get(DECISION)
+    whole = hashed in (None, sha256(made))
+    if not whole or Decision.load(made) != decision:
+        raise UserError(
+            f"{path if whole else made}: not the decision that student/ was made from; restore it, or "
+            f"run with --restart-from {Stage(SEARCH, round).key}, or {Stage(RECOVER, round).key} to use it"
+        )
+    return decision
 
 
 def load_pretrained(folder: Path | str, backbone: type[Backbone] | None = None) -> nn.Module:
@@ -136,14 +162,14 @@ def push_to_hub(folder: Path | str, repo_id: str, private: bool = True) -> str:
 
 
 def _model_card(student: nn.Module, backbone: Backbone, decision: Decision, source: Mapping[str, Any]) -> str:
-    licence = source.get("licence", "unknown")
-    checkpoint = source.get("checkpoint", "a network trained in the same run")
+    # Of what a source says of itself nothing is taken as markup: neither as YAML nor as lines of the page.
+    licence = " ".join(str(source.get("licence", "unknown")).split())
+    checkpoint = " ".join(str(source.get("checkpoint", "a network trained in the same run")).replace("`", "'").split())
+    front = {"license": licence, "library_name": backbone.library, "tags": ["pruned", "depth-pruning", "tinyfusion"]}
+    matter = yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=math.inf, default_flow_style=None)
     parameters = sum(p.numel() for p in student.parameters())
     return f"""---
-license: {licence}
-library_name: {backbone.library}
-tags: [pruned, depth-pruning, tinyfusion]
----
+{matter}---
 
 # {type(backbone).__name__}, {len(decision.blocks)} → {len(decision.kept)} blocks
 

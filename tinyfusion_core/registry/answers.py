@@ -83,6 +83,8 @@ def _checked(kind: str, result: Any) -> dict[str, type[Any]]:
     return classes
 
 
-def reason_of(error: Exception) -> str:
+def reason_of(error: BaseException) -> str:
     """Return an error as the reason why a plugin is skipped."""
+    if isinstance(error, SystemExit):
+        return f"it calls sys.exit({'' if error.code is None else repr(error.code)})"
     return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"

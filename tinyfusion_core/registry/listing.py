@@ -26,7 +26,7 @@ def listed_commands() -> list[type[Command]]:
         if not switched_off_by(name) and _has_commands(value.partition(":")[0]):
             try:
                 found += brought(resolve_name(value), ["command"]).get("command", {}).values()
-            except Exception as e:  # whatever a stranger's import raises must not take the help down
+            except (Exception, SystemExit) as e:  # whatever a stranger's import raises must not take the help down
                 warnings.warn(f"plugin '{name}' left out: {reason_of(e)}", stacklevel=2)
     return found
 

@@ -98,9 +98,11 @@ def load_plugin(path: Path | str) -> PluginFile:
     A file of the same name replaces the earlier one; the same content is not run again.
 
     Raises:
-        UserError: the file is missing, its code fails, or its hooks or names are invalid.
+        UserError: the file is missing or no .py file, its code fails or exits, or its hooks or names are invalid.
     """
     path = Path(path)
+    if path.suffix != ".py":  # so that no file of a run folder, where it is copied to, has its name
+        raise UserError(f"plugins: {path}: expected a Python file, with a name that ends in .py")
     try:
         file = PluginFile(path, path.read_bytes())
     except OSError as e:
@@ -117,7 +119,7 @@ def load_plugin(path: Path | str) -> PluginFile:
         plugin = Plugin(file.name, str(path), "file", file.sha256[:12], names(classes))
         loaded = {**_files, file.name: (file, plugin, classes)}
         _with_files(loaded)  # raises when names collide
-    except Exception as e:  # whatever the file raises is its author's to read
+    except (Exception, SystemExit) as e:  # whatever the file raises is its author's to read
         del sys.modules[file.module]
         if before is not None:
             sys.modules[file.module] = before

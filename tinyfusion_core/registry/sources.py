@@ -91,7 +91,7 @@ def load(point: EntryPoint) -> tuple[Plugin, Classes]:
         return Plugin(point.name, point.value, distribution, version, error=f"switched off by {off}"), {}
     try:
         classes = brought(point.load())
-    except Exception as e:  # whatever a stranger's import raises must not take the command line down
+    except (Exception, SystemExit) as e:  # whatever a stranger's import raises must not take the command line down
         reason = reason_of(e)
         warnings.warn(f"plugin '{point.name}' ({distribution} {version}) left out: {reason}", stacklevel=2)
         return Plugin(point.name, point.value, distribution, version, error=reason), {}

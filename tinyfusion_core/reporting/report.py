@@ -11,6 +11,7 @@ from rich.table import Table
 
 from ..errors import UserError
 from ..pruning.decision import Decision
+from ..pruning.prune import DECISION, decision_of
 from ..runtime.files import read_json, write_text
 from ..runtime.run_folder import RunFolder
 from ..runtime.stages import SEARCH
@@ -173,8 +174,8 @@ def _provenance(record: Mapping[str, Any], decisions: Mapping[str, Decision]) ->
 def _decisions(folder: RunFolder) -> dict[str, Decision]:
     """The decisions of the rounds by name; without rounds, the name is empty."""
     searches = [stage for stage in folder.stages() if stage.name == SEARCH]
-    paths = {stage.round: folder.round(stage.round) / "decision.json" for stage in searches}
-    return {name: Decision.load(path) for name, path in paths.items() if path.exists()}
+    rounds = [stage.round for stage in searches if (folder.round(stage.round) / DECISION).exists()]
+    return {name: decision_of(folder, name) for name in rounds}
 
 
 def _figure(value: float | None, unit: str) -> str:

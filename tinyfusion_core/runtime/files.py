@@ -62,10 +62,22 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def remove_partial(path: Path) -> None:
-    """Remove temporary files left by killed processes, of one file or in a folder and below."""
-    inside = path.rglob(f".*{PARTIAL}") if path.is_dir() else ()
-    for file in [*inside, *path.parent.glob(f".{glob.escape(path.name)}.*{PARTIAL}")]:
+    """Remove the temporary files of one file that killed processes have left."""
+    for file in path.parent.glob(f".{glob.escape(path.name)}.*{PARTIAL}"):
         file.unlink(missing_ok=True)
+
+
+def remove_partials(folder: Path, writes: Callable[[Path], bool]) -> None:
+    """Remove temporary files that killed processes have left in a folder and below.
+
+    Args:
+        folder: where to look.
+        writes: says of a path in the folder, relative to it, whether we write such a file; others' are left alone.
+    """
+    for file in list(folder.rglob(f".*{PARTIAL}")):
+        name = file.name[1 : -len(PARTIAL)].rpartition(".")[0]
+        if name and writes((file.parent / name).relative_to(folder)):
+            file.unlink(missing_ok=True)
 
 
 def _flush_names(folder: Path) -> None:

@@ -1,17 +1,20 @@
-"""Allow one command at a time in a folder."""
+"""Take a folder for a command: only one that is new, empty or its own, and one command at a time."""
 
 from __future__ import annotations
 
 import fcntl
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
 from ..errors import UserError
-from .files import remove_partial
+from .files import PARTIAL, remove_partials
+
+LOCK = ".lock"
 
 _locks: list[TextIO] = []
 """Lock files held by this process."""
@@ -27,39 +30,90 @@ def _let_go() -> None:
 os.register_at_fork(after_in_child=_let_go)
 
 
+@dataclass(frozen=True)
+class FolderKind:
+    """The folders that a command makes, and how they are told from folders of the user's.
+
+    Attributes:
+        holds: what is in such a folder, for messages: `a run`.
+        option: the command-line option that names it, for messages.
+        is_ours: whether a folder has the mark of the command, a file that it writes before all others.
+        writes: whether the command writes a file; given the folder, and the file's path relative to it.
+    """
+
+    holds: str
+    option: str
+    is_ours: Callable[[Path], bool]
+    writes: Callable[[Path, Path], bool]
+
+
+def check_free(folder: Path, kind: FolderKind) -> None:
+    """Check that a command may write to a folder; changes nothing.
+
+    Raises:
+        UserError: the folder holds files, and does not have the mark of the command.
+    """
+    if not folder.is_dir() or kind.is_ours(folder):
+        return
+    if (other := next(_not_ours(folder), None)) is not None:
+        raise UserError(
+            f"{folder}: is neither empty nor {kind.holds} of tinyfusion's (it holds {other.relative_to(folder)}); "
+            f"choose a new or an empty folder as {kind.option}"
+        )
+
+
+def _not_ours(folder: Path) -> Iterator[Path]:
+    """Files in a folder and below that a command of ours cannot have left there before it wrote its mark."""
+
+    def fail(error: OSError) -> None:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror}); choose another folder") from error
+
+    for place, folders, files in os.walk(folder, onerror=fail):
+        folders.sort()
+        yield from (path for name in folders if (path := Path(place, name)).is_symlink())
+        yield from (path for name in sorted(files) if not _is_left_behind(path := Path(place, name)))
+
+
+def _is_left_behind(file: Path) -> bool:
+    if file.name == LOCK:
+        return file.read_bytes()[:8] in (b"", b"process ")
+    return file.name.startswith(".") and file.name.endswith(PARTIAL)
+
+
 @contextmanager
-def owned(folder: Path, option: str) -> Iterator[None]:
+def owned(folder: Path, kind: FolderKind) -> Iterator[None]:
     """Create a folder and lock it against other commands; the lock ends with this process.
 
-    Temporary files left by killed processes are removed.
+    Temporary files of ours that killed processes have left there are removed.
 
     Args:
         folder: the folder; it gets a file `.lock`, which stays.
-        option: the command-line option that names the folder, for messages.
+        kind: what it is for.
 
     Raises:
-        UserError: the folder is not writable, or another command is using it.
+        UserError: the folder holds something else or is not writable, or another command is using it.
     """
+    check_free(folder, kind)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".lock").touch()
+        (folder / LOCK).touch()
     except OSError as e:
-        raise UserError(f"{folder}: the folder cannot be written ({e.strerror}); choose another {option}") from e
-    with (folder / ".lock").open("a+") as file:
+        raise UserError(f"{folder}: the folder cannot be written ({e.strerror}); choose another {kind.option}") from e
+    with (folder / LOCK).open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.seek(0)
             raise UserError(
                 f"{folder}: another tinyfusion is at work in this folder ({file.read().strip() or 'unknown'}); "
-                f"wait for its end, or choose another {option}"
+                f"wait for its end, or choose another {kind.option}"
             ) from None
         with suppress(OSError):  # it only explains a refusal, a full disk must not matter
             os.truncate(file.fileno(), 0)
             os.write(file.fileno(), f"process {os.getpid()} on {platform.node()}\n".encode())
         _locks.append(file)
         try:
-            remove_partial(folder)
+            remove_partials(folder, lambda path: kind.writes(folder, path))
             yield
         finally:
             _locks.remove(file)

@@ -16,10 +16,15 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-console = Console(stderr=True, highlight=False)
-
-
 SECONDS_BETWEEN_LINES = 10.0
+
+
+def plain_console(stderr: bool = False, width: int | None = None) -> Console:
+    """Return a console that prints every text as it is: names and paths may look like markup, [/b] or :bug:."""
+    return Console(stderr=stderr, width=width, highlight=False, markup=False, emoji=False)
+
+
+console = plain_console(stderr=True)
 
 
 class Tracker:
@@ -79,13 +84,13 @@ def track(name: str, total: int, done: int = 0, show: bool = True) -> Iterator[T
             tracker = Tracker(name, total, done, None, show, _shown[0] if show and _shown else None)
         else:
             columns = (
-                TextColumn("{task.description:<24}"),
+                TextColumn("{task.description:<24}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
                 TextColumn("left"),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", markup=False),
             )
             bar = stack.enter_context(Progress(*columns, console=console))
             tracker = Tracker(name, total, done, bar, show, None)

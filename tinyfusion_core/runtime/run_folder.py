@@ -14,12 +14,18 @@ import yaml
 from ..errors import UserError
 from .checkpoints import Checkpoints
 from .files import read_json, write_json, write_text
+from .locking import FolderKind
 from .stages import OUTPUTS, Stage, stages_of
+from .trackers import IDS
 
 FAULTS = {"skipped": "steps skipped (loss or gradient not finite)", "bad_samples": "unreadable samples replaced"}
 """Counters in `metrics.jsonl` that should be zero, and their descriptions."""
 COMPARISON_RESULTS = "findings.json"
 """Results file of a comparison; a run folder never has one."""
+CELLS, NOW = "cells", "now.json"
+"""Folder of a comparison's results, and the file in it that says what is being computed."""
+RUN_RECORD = "run.json"
+"""Record of a run: its settings, command, versions and hardware. It is written first, and tells a run folder."""
 
 
 class RunFolder:
@@ -49,7 +55,7 @@ class RunFolder:
 
     def holds_comparison(self) -> bool:
         """Return whether this folder belongs to a comparison rather than a run."""
-        return any((self / name).exists() for name in (COMPARISON_RESULTS, "cells"))
+        return any((self / name).exists() for name in (COMPARISON_RESULTS, CELLS))
 
     # Metrics
 
@@ -129,7 +135,8 @@ class RunFolder:
 
     def restart(self, stage: str, exhibits: Collection[str] = ()) -> None:
         """Delete a stage's record, log and results, files of these names included, so that it runs again."""
-        write_json(self / "stages.json", {k: v for k, v in self.finished().items() if k != stage})
+        if stage in (finished := self.finished()):
+            write_json(self / "stages.json", {k: v for k, v in finished.items() if k != stage})
         for name in (*OUTPUTS[stage], *exhibits):
             if (self / name).is_dir():
                 shutil.rmtree(self / name)
@@ -147,6 +154,70 @@ def _parsed(line: str) -> dict[str, Any] | None:
     return entry
 
 
+def is_run(path: Path) -> bool:
+    """Return whether a folder has a run's record. Raises UserError if its file is damaged."""
+    record = read_json(path / RUN_RECORD) if (path / RUN_RECORD).exists() else None
+    return isinstance(record, dict) and {"format_version", "settings"} <= record.keys()
+
+
+def is_comparison(path: Path) -> bool:
+    """Return whether a folder holds results of a comparison, or one that has begun."""
+    marks = {
+        COMPARISON_RESULTS: {"format_version", "view"},
+        f"{CELLS}/{NOW}": {"cell", "what"},
+        f"{CELLS}/*-*.json": {"of"},
+    }
+    return any(_has_keys(file, keys) for name, keys in marks.items() for file in path.glob(name))
+
+
+def _has_keys(file: Path, keys: Collection[str]) -> bool:
+    with suppress(UserError):
+        content = read_json(file)
+        return isinstance(content, dict) and set(keys) <= content.keys()
+    return False
+
+
+def _run_writes(folder: Path, path: Path) -> bool:
+    """Whether a run writes this file, given relative to its folder."""
+    recipe = _sections(folder)
+    rounds = recipe.get("rounds")
+    parts = path.parts[1:] if isinstance(rounds, dict) and path.parts[0] in rounds else path.parts
+    written = {"recipe.yaml", RUN_RECORD, "stages.json", "metrics.jsonl", "checkpoints", "budgets.json", IDS}
+    return bool(parts) and parts[0] in written.union(*OUTPUTS.values(), _plugin_files(recipe))
+
+
+def _comparison_writes(folder: Path, path: Path) -> bool:
+    """Whether a comparison writes this file, given relative to its folder."""
+    written = {
+        "recipe.yaml",
+        COMPARISON_RESULTS,
+        CELLS,
+        "costs.json",
+        "table.csv",
+        "trials.csv",
+        "figures",
+        "report.html",
+    }
+    return path.parts[0] in written.union(_plugin_files(_sections(folder)))
+
+
+def _sections(folder: Path) -> dict[str, Any]:
+    """The sections of the recipe in a folder; none if it cannot be read."""
+    with suppress(OSError, ValueError, yaml.YAMLError):
+        found = yaml.safe_load((folder / "recipe.yaml").read_text())
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def _plugin_files(recipe: Mapping[str, Any]) -> list[str]:
+    """The names of the plugin files that are copied beside a recipe."""
+    return [name for name in recipe.get("plugins") or () if isinstance(name, str)]
+
+
+RUN = FolderKind("a run", "--run-dir", is_run, _run_writes)
+COMPARISON = FolderKind("a comparison", "--run-dir", is_comparison, _comparison_writes)
+
+
 def existing_run(path: Path | str) -> RunFolder:
     """Return the folder of an existing run.
 
@@ -155,6 +226,7 @@ def existing_run(path: Path | str) -> RunFolder:
     """
     if (Path(path) / COMPARISON_RESULTS).exists():
         raise UserError(f"{path}: a comparison, not a run; its page is {Path(path) / 'report.html'}")
-    if not (Path(path) / "recipe.yaml").is_file():
-        raise UserError(f"{path}: not a run folder (no recipe.yaml in it)")
+    for name, there in (("recipe.yaml", (Path(path) / "recipe.yaml").is_file()), (RUN_RECORD, is_run(Path(path)))):
+        if not there:
+            raise UserError(f"{path}: not a run folder (no {name} of a run in it)")
     return RunFolder(path)

@@ -134,7 +134,7 @@ def check_plugin(name: str) -> Iterator[CheckResult]:
             error = None
             try:
                 run_check(check, thing)
-            except Exception as e:  # whatever a stranger's class raises is what came of it
+            except (Exception, SystemExit) as e:  # whatever a stranger's class raises is what came of it
                 lines = str(e).strip().splitlines() or [""]
                 error = lines[0] if isinstance(e, (AssertionError, UserError)) else f"{type(e).__name__}: {lines[0]}"
             yield CheckResult(_name(thing), name_of(check), " ".join((check.__doc__ or "").split()), error)
@@ -204,6 +204,6 @@ def _misfit(pair: Pair) -> str | None:
         subject = Subject.of(pair)
         with torch.no_grad():
             subject.loss.predict(subject.backbone.build(), subject.inputs())
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         return f"{pair_name(pair)}: {type(e).__name__}: {e}"
     return None

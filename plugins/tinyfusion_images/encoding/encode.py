@@ -18,13 +18,14 @@ from tinyfusion_core.dataloading.shards import FORMAT_VERSION, METADATA, Shard, 
 from tinyfusion_core.errors import Interrupted, UserError, require
 from tinyfusion_core.runtime.distributed import all_gather_object, on_main_process, rank_and_world_size
 from tinyfusion_core.runtime.files import digest, read_json, write_json
-from tinyfusion_core.runtime.locking import owned
+from tinyfusion_core.runtime.locking import check_free, owned
 from tinyfusion_core.runtime.progress import track
 from tinyfusion_core.runtime.seeding import generator
 from tinyfusion_core.runtime.signals import stop_requests
 from tinyfusion_images.encoding.autoencoder import fingerprint
 from tinyfusion_images.encoding.crops import Crops, ImageFolder, list_images
 from tinyfusion_images.encoding.encoder import DTYPES, ImageEncoder
+from tinyfusion_images.encoding.latents_folder import LATENTS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +126,7 @@ class _Encoding:
     def _take(self, stack: ExitStack) -> None:
         """Reserve the folder for these latents, until the stack closes."""
         self._check()
-        stack.enter_context(owned(self.out, "--out"))
+        stack.enter_context(owned(self.out, LATENTS))
         if not (self.out / METADATA).exists():
             write_json(self.out / METADATA, {**self._settings, "shards": []})
 
@@ -160,7 +161,8 @@ class _Encoding:
             self._record_path(part).unlink(missing_ok=True)
 
     def _check(self) -> None:
-        """Raise UserError if the folder holds other latents than these."""
+        """Raise UserError if the folder holds other files, or other latents than these."""
+        check_free(self.out, LATENTS)
         if not (self.out / METADATA).exists():
             return
         before = read_metadata(str(self.out))

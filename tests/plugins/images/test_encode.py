@@ -29,6 +29,7 @@ from tinyfusion_dit.conditional import draw_latents
 from tinyfusion_images.encoding.autoencoder import load_autoencoder
 from tinyfusion_images.encoding.crops import centre_crop, list_images
 from tinyfusion_images.encoding.encode import Encode
+from tinyfusion_images.encoding.latents_folder import LATENTS
 
 NUM, CLASSES, SIZE = 22, ("ape", "bee", "cat"), 16
 
@@ -206,7 +207,7 @@ def test_other_latents_are_not_mixed_in(tiny_vae: Path, images: Path, tmp_path: 
 def test_two_encodings_do_not_share_a_folder(tiny_vae: Path, images: Path, tmp_path: Path) -> None:
     out, how = tmp_path / "latents", encode(tiny_vae)
     refusal = rf"at work in this folder \(process {os.getpid()} on .* choose another --out"
-    with owned(out, "--out"), pytest.raises(UserError, match=refusal):
+    with owned(out, LATENTS), pytest.raises(UserError, match=refusal):
         how(images, out)
     assert [path.name for path in out.iterdir()] == [".lock"]
     how(images, out)
