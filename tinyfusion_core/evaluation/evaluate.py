@@ -44,8 +44,8 @@ def check_teacher(task: Task, trainer: Trainer) -> None:
     learned, trivial = totals.tolist()
     if not learned < 0.9 * trivial:
         raise UserError(
-            f"the teacher's loss on {num} held-out samples is {learned:.4g}, that of a network that has learned nothing "
-            f"{trivial:.4g}: "
+            f"the teacher's loss on {num} held-out samples is {learned:.4g}, "
+            f"that of a network that has learned nothing {trivial:.4g}: "
             "is it the right checkpoint for this backbone, this loss (noise or velocity, its time steps) and this "
             "data (its scale, the order of its classes)?"
         )
