@@ -208,7 +208,7 @@ def test_a_recipe_with_a_budget_runs_plans_and_goes_on(recipe: Path, tmp_path: P
     # As after a kill between measuring and deciding.
     stopped = tmp_path / "stopped"
     stopped.mkdir()
-    for name in ("recipe.yaml", FILE):
+    for name in ("run.json", "recipe.yaml", FILE):
         shutil.copy(folder / name, stopped)
     assert run(recipe, stopped, *flags) == 0
     assert (stopped / FILE).read_bytes() == costs and (stopped / "decision.json").read_bytes() == decision
