@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -140,25 +141,35 @@ def _claim(record: Path, to: Path, made_with: dict[str, Any], num: int) -> int |
         UserError: there are other samples, other files, or single images beyond that number.
     """
     if not record.exists():
-        for path in (to, _parts(to)) if to.suffix == ".npz" else (to,):
-            if path.exists() and (path.is_file() or any(path.iterdir())):
-                raise UserError(f"--to: '{path}' exists and was not made by this command; choose another name")
+        _check_absent(to)
+        if to.suffix == ".npz":
+            _check_absent(_parts(to))
         write_json(record, {"made_with": made_with})
         return None
     before = read_json(record)
+    _check_same(before, made_with, record, to)
+    remove_partial(to)
+    remove_partials(to, lambda path: re.fullmatch(r"samples\.json|\d+\.png", str(path)) is not None)
+    there = 1 + max((int(p.stem) for p in to.glob("*.png") if p.stem.isdecimal()), default=-1)
+    if there > num:
+        raise UserError(f"--num: {num}, but '{to}' has {there} samples; ask for as many, or choose another name")
+    finished: int | None = before.get("num")
+    return finished
+
+
+def _check_absent(path: Path) -> None:
+    if path.exists() and (path.is_file() or any(path.iterdir())):
+        raise UserError(f"--to: '{path}' exists and was not made by this command; choose another name")
+
+
+def _check_same(before: Any, made_with: dict[str, Any], record: Path, to: Path) -> None:
+    """Raise UserError unless a record is of the same samples."""
     if not isinstance(before, dict) or "made_with" not in before:
         raise UserError(f"--to: '{record}' exists and was not made by this command; choose another name")
     if before["made_with"] != made_with:
         found = before["made_with"] or {}
         other = [key for key, value in made_with.items() if found.get(key) != value]
         raise UserError(f"--to: '{to}' has samples made with another {', '.join(other)}; choose another name")
-    remove_partial(to)
-    remove_partials(to, lambda path: path == Path("samples.json") or (path.suffix == ".png" and path.stem.isdecimal()))
-    there = 1 + max((int(p.stem) for p in to.glob("*.png") if p.stem.isdecimal()), default=-1)
-    if there > num:
-        raise UserError(f"--num: {num}, but '{to}' has {there} samples; ask for as many, or choose another name")
-    finished: int | None = before.get("num")
-    return finished
 
 
 def _parts(to: Path) -> Path:

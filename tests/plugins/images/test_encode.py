@@ -213,6 +213,15 @@ def test_two_encodings_do_not_share_a_folder(tiny_vae: Path, images: Path, tmp_p
     how(images, out)
 
 
+def test_a_folder_of_the_users_gets_no_latents(tiny_vae: Path, images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "mine"
+    (out / "films").mkdir(parents=True)
+    (out / "films" / "00000-of-00005.safetensors").write_text("mine")
+    with pytest.raises(UserError, match="is neither empty nor latents of tinyfusion's .it holds films/00000"):
+        encode(tiny_vae)(images, out)
+    assert [path.name for path in out.iterdir()] == ["films"]
+
+
 def test_an_image_that_cannot_be_read_is_named_or_left_out(
     tiny_vae: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

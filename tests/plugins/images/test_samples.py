@@ -71,6 +71,13 @@ def test_a_folder_is_completed_and_grows(finished: Path, tmp_path: Path, capsys:
     (tmp_path / "mine" / "holiday.png").touch()
     assert sample(finished, tmp_path / "mine", 3) == 2
     assert "was not made by this command" in capsys.readouterr().err
+    for name, content in (("theirs.npz.json", "[]"), ("theirs.npz.parts/film", "film")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+        assert sample(finished, tmp_path / "theirs.npz", 3) == 2
+        assert "was not made by this command" in capsys.readouterr().err
+        assert (tmp_path / name).read_text() == content
+        (tmp_path / name).unlink()
     assert sample(finished, to, 0) == 2
     assert "--num is 0" in capsys.readouterr().err
 
