@@ -44,16 +44,10 @@ def check_teacher(task: Task, trainer: Trainer) -> None:
     learned, trivial = totals.tolist()
     if not learned < 0.9 * trivial:
         raise UserError(
-<<<<<<< HEAD
             f"the teacher's loss on {num} held-out samples is {learned:.4g}, "
             f"that of a network that has learned nothing {trivial:.4g}: "
             "is it the right checkpoint for this backbone, this loss (noise or velocity, its time steps) and this "
             "data (its scale, the order of its classes)?"
-=======
-            f"the teacher's loss on {num} held-out samples is {learned:.4g}, that of a network that has learned "
-            f"nothing {trivial:.4g}: is it the right checkpoint for this backbone, this loss (noise or velocity, its time "
-            "steps) and this data (its scale, the order of its classes)?"
->>>>>>> folders
         )
 
 
