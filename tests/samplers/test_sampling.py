@@ -153,13 +153,12 @@ def test_order_visits_every_sample_once_in_an_epoch() -> None:
 @pytest.mark.parametrize(
     ("pattern", "lists", "message"),
     [
-        (124, {"blocks": 8}, r"unquoted 2:4 in base 60; write \[2, 4\]"),
+        (124, {"blocks": 8}, r"124 is no pattern\. Give \[keep, of\]"),
         ((2, 4), {"blocks": 10}, r"\[2, 4\] does not fit 'blocks' with 10 blocks: group 3 .* blocks 8 to 11"),
         ([(2, 4), (1, 2)], {"blocks": 8}, "2 groups cover 6 of the 8 blocks of 'blocks'"),
         ([(2, 4), (3, 6)], {"blocks": 8}, "group 2 of 2 ends at block 9, but 'blocks' has 8"),
         ((5, 4), {"blocks": 8}, r"cannot keep 5 of 4"),
         ((14, 28), {"blocks": 28}, "40,116,600 options"),
-        ([124, 124], {"blocks": 8}, r"unquoted 2:4, 2:4 in base 60; write \[\[2, 4\], \[2, 4\]\]"),
         ({"blocks": (1, 2)}, {"first": 2, "second": 2}, "the backbone has first, second"),
         ("two of four", {"blocks": 8}, "is no pattern"),
         ([], {"blocks": 8}, "is no pattern"),

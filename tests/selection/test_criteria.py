@@ -264,7 +264,7 @@ def test_a_loss_that_is_never_finite_is_an_error(criterion: type[Criterion]) -> 
         (lambda: Greedy(keep=4, samples=0), r"Greedy\.samples is 0; expected at least 1"),
         (lambda: Greedy(keep=4, batch_size=0), r"Greedy\.batch_size is 0; expected at least 1"),
         (lambda: Random(keep=4, draws=0), r"Random\.draws is 0; expected at least 1"),
-        (lambda: Greedy(pattern=124), r"YAML reads an unquoted 2:4 in base 60; write \[2, 4\]"),
+        (lambda: Greedy(pattern=124), r"124 is no pattern\. Give \[keep, of\]"),
         (lambda: Greedy(keep=9)(planted(), TRAINER), r"Greedy\.keep is 9; expected 1 to 8 blocks"),
         (lambda: Uniform(pattern=(0, 8))(planted(), TRAINER), r"Uniform\.pattern: keeps no block at all"),
         (lambda: Greedy(keep=2, protect=[1, 3, 4])(planted(), TRAINER), "keeps 2 of its 8 blocks, but 3 are protected"),

@@ -26,7 +26,8 @@ from ..runtime.stages import Stage, stages_of
 from ..selection.base import Selector
 from ..training.recover import Recover
 from ..training.trainer import Trainer
-from .schema import KEYS, SECTIONS, Round, checked, schema
+from ..yaml12 import dump_yaml, load_yaml
+from .schema import KEYS, SECTIONS, Round, checked, schema, yaml12_numbers
 
 RESERVED = ("teacher", "student", "figures", "checkpoints", "evaluation")
 """Names in a run folder that no round can have."""
@@ -72,7 +73,7 @@ class Recipe:
         Raises:
             UserError: the folder is not writable.
         """
-        write_text(folder / "recipe.yaml", yaml.safe_dump(dict(self.settings), sort_keys=False))
+        write_text(folder / "recipe.yaml", dump_yaml(dict(self.settings)))
         for file in self.plugins:
             write_atomic(folder / file.name, lambda out, file=file: out.write(file.content))  # type: ignore[misc]
 
@@ -91,8 +92,8 @@ def load_recipe(path: Path | str, flags: Sequence[str] = ()) -> Recipe:
     """Read a recipe.
 
     Args:
-        path: the YAML file.
-        flags: overrides as on the command line: `--search.steps 600` or `--search.steps=600`; values are YAML.
+        path: the YAML 1.2 file, in UTF-8.
+        flags: overrides as on the command line: `--search.steps 600` or `--search.steps=600`; values are YAML 1.2.
 
     Raises:
         UserError: the first error, with its key, what was expected and the nearest known name.
@@ -109,8 +110,9 @@ def load_recipe(path: Path | str, flags: Sequence[str] = ()) -> Recipe:
     _check_rounds(path, raw)
     try:
         parser = schema()
-        config = parser.parse_object(checked(raw))
-        objects = parser.instantiate(config)
+        with yaml12_numbers():
+            config = parser.parse_object(checked(raw))
+            objects = parser.instantiate(config)
     except UserError as e:
         raise UserError(f"{path}: {e}") from None
     except (ArgumentError, ValueError, TypeError) as e:
@@ -127,7 +129,7 @@ def load_recipe(path: Path | str, flags: Sequence[str] = ()) -> Recipe:
 def _read(path: Path) -> dict[str, Any]:
     """The content of a recipe file. Raises UserError if it is missing or not a mapping."""
     try:
-        raw = yaml.safe_load(path.read_text())
+        raw = load_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise MissingFileError(f"{path}: no such recipe (it comes first: tinyfusion run RECIPE --key value)") from None
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as e:
@@ -189,7 +191,7 @@ def _overrides(flags: Sequence[str]) -> list[tuple[str, Any]]:
                 raise UserError(f"{key}: a value is missing")
             text = rest.pop(0)
         try:
-            out.append((key[2:], yaml.safe_load(text)))
+            out.append((key[2:], load_yaml(text)))
         except yaml.YAMLError as e:
             raise UserError(f"{key}: '{text}' is not readable as YAML: {' '.join(str(e).split())}") from None
     return out

@@ -5,12 +5,13 @@ from __future__ import annotations
 import inspect
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import docstring_parser
-from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentParser, _loaders_dumpers, set_parsing_settings
 
 from ..comparison.study import Audit, Compare
 from ..errors import UserError, nearest
@@ -25,6 +26,7 @@ from ..selection.base import Selector
 from ..selection.search import Search
 from ..training.recover import Recover
 from ..training.trainer import Trainer
+from ..yaml12 import Loader
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +74,19 @@ def schema() -> ArgumentParser:
         default: Any = Trainer() if kind is Trainer else [] if name == "evaluate" else None
         parser.add_argument(f"--{name}", type=optional, default=default)
     return parser
+
+
+@contextmanager
+def yaml12_numbers() -> Iterator[None]:
+    """Let the parser of `schema` read texts as YAML 1.2 while the context is open.
+
+    It reads them where it expects a number, by a YAML 1.1 that no setting changes: "2:4" would be 124.
+    """
+    before, _loaders_dumpers.yaml_default_loader = _loaders_dumpers.yaml_default_loader, Loader
+    try:
+        yield
+    finally:
+        _loaders_dumpers.yaml_default_loader = before
 
 
 def describe_keys() -> str:

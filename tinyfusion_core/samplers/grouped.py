@@ -27,7 +27,7 @@ class GroupedSampler(BlockSampler):
     Args:
         lists: length of every block list, in execution order. Groups never cross from one list into the next.
         pattern: `[keep, of]` for all groups; a list of such pairs, one for each group; or a mapping from
-            block list to either. A quoted `"2:4"` also works.
+            block list to either. `2:4` is read as the pair `[2, 4]`.
         tau: Gumbel temperature at the first and at the last step, linear in between.
         scaling: factor on the logits at the first and at the last step, linear in between. A small first value
             keeps all options open for longer; the paper uses 100 throughout.

@@ -9,8 +9,11 @@ from typing import Any
 from ..errors import UserError
 
 Pair = tuple[int, int]
-Pattern = Pair | list[Pair] | dict[str, Pair | list[Pair]] | str
-"""A pattern as users write it: one pair for every group, a list with a pair for each group, or either by block list."""
+Pattern = Pair | list[Pair | str] | dict[str, Pair | list[Pair | str] | str] | str
+"""A pattern as users write it: one pair for every group, a list with a pair for each group, or either by block list.
+
+`"2:4"` is the pair (2, 4).
+"""
 
 Parsed = Pair | list[Pair] | dict[str, Pair | list[Pair]]
 
@@ -67,7 +70,7 @@ def parse_pattern(value: Any) -> Parsed:
     """Check a pattern as parsed from YAML.
 
     Raises:
-        UserError: it is not a pattern, for example the number that YAML makes of an unquoted `2:4`.
+        UserError: it is not a pattern.
     """
     if isinstance(value, dict):
         return {str(name): _parse_list(name, part) for name, part in value.items()}
@@ -79,7 +82,6 @@ def _parse_list(name: object, value: Any) -> Pair | list[Pair]:
     key = f"search.pattern.{name}" if name else "search.pattern"
     if isinstance(value, str) and ":" in value:
         value = _from_ratio(value)
-    _check_base_60(key, value)
     if _holds_only(int, value) and len(value) == 2:
         return _parse_pair(key, int(value[0]), int(value[1]))
     if _holds_only(Sequence, value):
@@ -102,18 +104,6 @@ def _holds_only(kind: type, value: Any) -> bool:
     """Whether a value is a non-empty list of items of this kind."""
     listed = isinstance(value, Sequence) and not isinstance(value, str)
     return listed and len(value) > 0 and all(isinstance(v, kind) for v in value)
-
-
-def _check_base_60(key: str, value: Any) -> None:
-    """Raise UserError for numbers that YAML makes of ratios: no network has groups of 60 or more blocks."""
-    numbers = [value] if isinstance(value, int) else list(value) if isinstance(value, (list, tuple)) else []
-    if numbers and all(type(v) is int and v >= 60 for v in numbers):
-        ratios = ", ".join(f"{v // 60}:{v % 60}" for v in numbers)
-        pairs = [[v // 60, v % 60] for v in numbers]
-        raise UserError(
-            f"{key}: got {value}. YAML reads an unquoted {ratios} in base 60; "
-            f"write {pairs[0] if isinstance(value, int) else pairs}"
-        )
 
 
 def _parse_pair(key: str, keep: int, of: int) -> Pair:

@@ -1,0 +1,70 @@
+"""YAML as recipes are written in it: the core schema of YAML 1.2, whose plain scalars mean what they look like.
+
+PyYAML reads YAML 1.1, where `2:4` is 124, `017` is 15, `1e-4` is a text and `no` is false.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+_TAG = "tag:yaml.org,2002:"
+_INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+_KINDS = (
+    ("null", re.compile(r"~|null|Null|NULL|"), ["~", "n", "N", ""]),
+    ("bool", re.compile(r"true|True|TRUE|false|False|FALSE"), list("tTfF")),
+    ("int", _INT, list("-+0123456789")),
+    ("float", _FLOAT, list("-+0123456789.")),
+)
+"""Section 10.3.2 of YAML 1.2.2: tags, what they match, and first characters; an integer is no float."""
+
+
+def load_yaml(text: str) -> Any:
+    """Read a YAML 1.2 document: JSON's types alone. Merge keys (`<<`) of YAML 1.1 are read too.
+
+    Raises:
+        yaml.YAMLError: it is not YAML.
+    """
+    try:
+        return yaml.load(text, Loader=Loader)  # noqa: S506  # a SafeLoader
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
+
+
+def dump_yaml(value: Any) -> str:
+    """Write a value of JSON's types as YAML that readers of 1.1 and of 1.2 read alike; keys keep their order."""
+    text: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False)
+    return text
+
+
+class Loader(yaml.SafeLoader):
+    """PyYAML's safe loader with the scalars of YAML 1.2."""
+
+    # A table of its own, not the parent's with more: what 1.1 alone takes for a number or a date stays a text.
+    yaml_implicit_resolvers: dict[Any, Any] = {"<": [(f"{_TAG}merge", re.compile(r"<<\Z"))]}
+
+    def number(self, node: yaml.ScalarNode) -> int | float:
+        """Make an integer or float of a scalar that is one by its looks or by its tag."""
+        text = node.value
+        try:
+            if _INT.fullmatch(text) and node.tag == f"{_TAG}int":
+                return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
+            if _FLOAT.fullmatch(text):
+                return float(re.sub(r"\.(?=[in])", "", text.lower()))  # Python writes inf and nan without the point
+        except ValueError:
+            pass  # more digits than Python converts
+        raise yaml.constructor.ConstructorError(None, None, f"'{text[:40]}' is not a number", node.start_mark)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes texts that either version takes for something else."""
+
+
+for _name, _pattern, _first in _KINDS:
+    for _class in (Loader, _Dumper):
+        _class.add_implicit_resolver(f"{_TAG}{_name}", re.compile(rf"(?:{_pattern.pattern})\Z"), _first)
+for _name in ("int", "float"):
+    Loader.add_constructor(f"{_TAG}{_name}", Loader.number)
