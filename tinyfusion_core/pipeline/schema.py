@@ -82,7 +82,8 @@ def yaml12_numbers() -> Iterator[None]:
 
     It reads them where it expects a number, by a YAML 1.1 that no setting changes: "2:4" would be 124.
     """
-    before, _loaders_dumpers.yaml_default_loader = _loaders_dumpers.yaml_default_loader, Loader
+    before = _loaders_dumpers.yaml_default_loader
+    _loaders_dumpers.yaml_default_loader = Loader  # type: ignore[assignment]
     try:
         yield
     finally:

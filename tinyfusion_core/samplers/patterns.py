@@ -26,17 +26,17 @@ def split_groups(pattern: Pattern, lists: Mapping[str, int]) -> list[Pair]:
     Raises:
         UserError: the pattern is malformed or does not cover a list exactly; names list, depth and group.
     """
-    pattern = parse_pattern(pattern)
-    if isinstance(pattern, dict):
-        unknown, left = set(pattern) - set(lists), set(lists) - set(pattern)
+    parsed = parse_pattern(pattern)
+    if isinstance(parsed, dict):
+        unknown, left = set(parsed) - set(lists), set(lists) - set(parsed)
         if unknown or left:
             raise UserError(
-                f"search.pattern: names the block list(s) {', '.join(sorted(pattern))}; "
+                f"search.pattern: names the block list(s) {', '.join(sorted(parsed))}; "
                 f"the backbone has {', '.join(lists)}: give each of them a pattern"
             )
-        by_list = pattern
+        by_list = parsed
     else:
-        by_list = dict.fromkeys(lists, pattern)
+        by_list = dict.fromkeys(lists, parsed)
     groups: list[Pair] = []
     for name, depth in lists.items():
         part = by_list[name]
