@@ -111,10 +111,10 @@ def test_a_search_that_diverges_is_an_error_with_its_name(tmp_path: Path) -> Non
 
 def test_an_audit_recovers_with_an_average_of_its_own_steps() -> None:
     def ema(given: float | None) -> float | None:
-        return Audit(steps=100).recovery(replace(RECOVER, ema=given)).ema
+        return Audit(steps=100).recovery(replace(RECOVER, steps=100_000, ema=given)).ema
 
     assert [ema(None), ema(0.9999), ema(0.0)] == [None, None, 0.0]
-    assert Compare().recovery(replace(RECOVER, ema=0.9999)).ema == 0.9999
+    assert Compare().recovery(replace(RECOVER, steps=100_000, ema=0.9999)).ema == 0.9999
 
 
 @dataclass(frozen=True)

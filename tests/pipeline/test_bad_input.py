@@ -51,7 +51,7 @@ def wrong(recipe: Path, capsys, *flags: str, command: str = "run") -> str:
         (["--trainer.activation_checkpointing", "yes"], "Expected a <class 'bool'>. Got value: yes"),
         (["--search.pattern", "[2, 3]"], "[2, 3] does not fit 'blocks' with 8 blocks: group 3"),
         (["--recover.steps", "0"], "steps (of recover or train) is 0; expected at least 1"),
-        (["--search.pattern", "null"], "search: give pattern or keep or sampler"),
+        (["--search.pattern", "null"], "search: give pattern or keep or budget or sampler"),
         (["--loss", "null"], "the key 'loss' is missing"),
         (["--search.steps"], "--search.steps: a value is missing"),
         (["--backbone.checkpoint", "nowhere.pt"], "backbone.checkpoint: 'nowhere.pt' does not exist"),

@@ -24,7 +24,7 @@ from ..samplers.grouped import GroupedSampler
 from ..samplers.patterns import Pattern, parse_pattern
 from ..samplers.subset import ScoreFunction
 from ..training.loop import Fit
-from ..training.objective import Ema, Optimization, ema_decay, fitting_ema
+from ..training.objective import Ema, Optimization, ema_decay
 from ..training.recover import Recover
 from ..training.trainer import Trainer
 from .base import Decisive, Selector, prepared
@@ -141,7 +141,7 @@ class Search(Selector):
         yield "dropped_values", 0 < self.dropped_values <= 1, "a fraction above 0, at most 1"
         yield "confident", self.confident is None or 0 < self.confident < 1, "a probability"
         yield "lr", self.lr is None or self.lr >= 0, "a rate"
-        yield "ema", *fitting_ema(self.ema, max(1, self.steps))
+        yield "ema", self.ema is None or 0 <= self.ema < 1, "a decay from 0 to below 1"
         yield "clip", self.clip > 0, "a norm above 0"
         yield "weight_decay", self.weight_decay >= 0, "0 or more"
 
