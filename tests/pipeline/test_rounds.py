@@ -197,7 +197,7 @@ def test_a_round_is_restarted_by_its_own_name(rounds: Path, tmp_path: Path, caps
     path.write_text(json.dumps({**json.loads(path.read_text()), "kept": [0]}))
     capsys.readouterr()
     assert run(rounds, folder) == 2
-    assert "--restart-from d2.recover" in capsys.readouterr().err
+    assert "--restart-from d2.search, or d2.recover" in capsys.readouterr().err
     # Stages of other recipes are no stages of this one: nothing is forgotten.
     for stage in ("recover", "train"):
         assert run(rounds, folder, "--restart-from", stage) == 2

@@ -150,7 +150,9 @@ def test_the_same_key_draws_the_same_numbers() -> None:
 
 
 def test_random_numbers_are_drawn_for_the_same_purposes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert purposes(monkeypatch, tmp_path) == json.loads((BEFORE / "purposes.json").read_text())
+    # What is tried before anything is spent came later, and draws apart from all else.
+    now = {kind: [p for p in found if "removal" not in p] for kind, found in purposes(monkeypatch, tmp_path).items()}
+    assert now == json.loads((BEFORE / "purposes.json").read_text())
 
 
 @dataclass(frozen=True)

@@ -148,12 +148,6 @@ def test_a_batch_that_cannot_be_split_is_one_clear_error(monkeypatch: pytest.Mon
         tiny.Recover(steps=1)(task(), student(), None, trainer)
 
 
-@pytest.mark.parametrize(("decay", "steps", "most"), [(0.9999, 150, "0.9953"), (0.6, 2, "0.5"), (1.0, 1, "0.5")])
-def test_an_average_that_is_mostly_the_start_is_refused(decay: float, steps: int, most: str) -> None:
-    with pytest.raises(tiny.UserError, match=rf"ema.* is {decay}; expected a decay from 0 to {most}, or the start"):
-        tiny.Recover(steps=steps, ema=decay)
-
-
 def test_a_training_whose_last_step_is_not_finite_fails() -> None:
     class LastIsNan(Match):
         steps = 0

@@ -75,15 +75,20 @@ def check_removal(task: Task, kept: Sequence[int]) -> None:
     model = task.teacher
     known = _checked.setdefault(model, set())
     removed = [i for i in range(len(task.blocks)) if i not in set(kept)]
-    if not removed or tuple(kept) in known or next(model.parameters()).is_meta:
+    first = next(model.parameters(), None)
+    if not removed or tuple(kept) in known or first is None or first.is_meta:
         return
     _check_norms(model)
-    device = next(model.parameters()).device
+    device = first.device
     inputs = task.loss.prepare({k: t.to(device) for k, t in task.backbone.example(2).items()}, Rng(0, "removal"))
     mask = torch.ones(2, len(task.blocks), device=device).index_fill(1, torch.tensor(removed, device=device), 0)
     what = f"the network without {', '.join(task.blocks[i] for i in removed)}"
     advice = "what else depends on these blocks has to be repaired by after_prune: docs/writing-a-plugin.md"
     with torch.random.fork_rng(), torch.no_grad(), evaluating(model):
+        try:
+            task.loss.predict(model, inputs)
+        except (RuntimeError, TypeError, ValueError, LookupError):
+            return  # the backbone's examples are not what this network is run on, so nothing can be tried
         with Gates(model, task.blocks, task.batch_dim(model), task.backbone.streams) as gates:
             gates.mask = mask
             skipped = _tensors(task.loss.predict(model, inputs))

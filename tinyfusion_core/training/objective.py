@@ -107,16 +107,6 @@ def cosine(final: float) -> Callable[[float], float]:
     return lambda progress: final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def fitting_ema(decay: float | None, steps: int) -> tuple[bool, str]:
-    """Return whether a decay suits a number of steps, and which does.
-
-    The average begins with the weights after the first step; they must not be more than half of the result.
-    """
-    most = math.floor(1e4 * 0.5 ** (1 / max(1, steps - 1))) / 1e4
-    expected = f"a decay from 0 to {most:g}, or the start would be more than half of the average of {steps} steps"
-    return decay is None or 0 <= decay <= most, expected
-
-
 def ema_decay(steps: int) -> float:
     """Return the decay of an average over about a tenth of the steps: 0.999 for 10,000, 0.9999 for 100,000."""
     return max(0.0, 1 - 10 / steps)

@@ -17,7 +17,7 @@ from ..runtime.run_folder import RunFolder
 from ..runtime.seeding import Rng
 from .distillation import Distilled, OutputKD
 from .loop import Fit
-from .objective import Ema, Objective, Optimization, cosine, ema_decay, fitting_ema
+from .objective import Ema, Objective, Optimization, cosine, ema_decay
 from .trainer import Trainer
 
 
@@ -53,8 +53,7 @@ class Recover:
         require(self.steps >= 1, f"steps {stage}", self.steps, "at least 1; null leaves the stage out")
         require(self.batch_size is None or self.batch_size >= 1, f"batch_size {stage}", self.batch_size, "at least 1")
         require(self.lr > 0, f"lr {stage}", self.lr, "a rate above 0")
-        fits, expected = fitting_ema(self.ema, self.steps)
-        require(fits, f"ema {stage}", self.ema, expected)
+        require(self.ema is None or 0 <= self.ema < 1, f"ema {stage}", self.ema, "a decay from 0 to below 1")
         require(self.clip > 0, f"clip {stage}", self.clip, "a norm above 0")
         require(self.weight_decay >= 0, f"weight_decay {stage}", self.weight_decay, "0 or more")
         falls = self.schedule != "cosine" or 0 <= self.lr_final <= self.lr
