@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -17,23 +16,25 @@ import numpy as np
 import torch
 from typing_extensions import override
 
-from tinyfusion_core.errors import MissingFileError, UserError, require
+from tinyfusion_core.errors import UserError, require
 from tinyfusion_core.protocols.data import DataSource
 from tinyfusion_core.runtime.files import digest, sha256
 from tinyfusion_core.runtime.seeding import generator
+from tinyfusion_llm.documents import check_text, find_files, json_lines, lines, parquet_rows
 from tinyfusion_llm.optional import need
 from tinyfusion_llm.pretrained import load_tokenizer
 from tinyfusion_llm.rows import Corpus, Rows
 
-KINDS = (".txt", ".md", ".jsonl", ".parquet")
+READING = 2
+"""Version of how files become documents; caches of another are made anew."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextTokens(DataSource):
     """Documents as samples of T = `context` tokens: `tokens` (T,), and `labels` (T,) with -100 where no loss counts.
 
-    A document is a text file, a line of a JSONL file, or a row of a Parquet file or of a data set of the library
-    `datasets`. Each ends with the tokenizer's end-of-text token. Documents are held out whole.
+    A document is a text file, a line of a JSONL file (both in UTF-8), or a row of a Parquet file or of a data set of
+    the library `datasets`. Each ends with the tokenizer's end-of-text token. Documents are held out whole.
 
     Args:
         tokenizer: folder or hub id of a model that has one.
@@ -130,7 +131,7 @@ class TextTokens(DataSource):
             of: Any = [self.dataset, self.split]
         else:
             of = {str(path): sha256(path) for path in found}
-        key = digest([of, self.text_field, self.prompt_field, _identity(tokenizer)])[:32]
+        key = digest([of, self.text_field, self.prompt_field, _identity(tokenizer), READING])[:32]
         base = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "tinyfusion", "tokens")
         folder = Path(self.cache or base).expanduser() / key
         if not folder.is_dir():
@@ -179,12 +180,10 @@ class TextTokens(DataSource):
             yield from self._fields(rows, f"data.dataset {self.dataset}")
         for path in files or []:
             if path.suffix == ".parquet":
-                parquet = need("pyarrow.parquet", "pyarrow", f"data.files: {path}")
-                batches = parquet.ParquetFile(path).iter_batches()
-                yield from self._fields((row for batch in batches for row in batch.to_pylist()), str(path))
+                yield from self._fields(parquet_rows(path), str(path))
             elif path.suffix == ".jsonl":
-                yield from self._fields(_lines(path), str(path))
-            elif text := path.read_text(encoding="utf-8", errors="replace").strip():
+                yield from self._fields(json_lines(path), str(path))
+            elif text := "".join(lines(path)).strip():
                 yield "", text
 
     def _fields(self, rows: Any, where: str) -> Iterator[tuple[str, str]]:
@@ -196,35 +195,9 @@ class TextTokens(DataSource):
                         f"{where}: row {number} has no text '{field}' (found: {found}); set data.text_field or "
                         "data.prompt_field"
                     )
+                check_text(row[field], f"{where}: row {number}: '{field}'")
             if row[self.text_field].strip():
                 yield row[self.prompt_field] if self.prompt_field else "", row[self.text_field]
-
-
-def find_files(names: Sequence[str]) -> list[Path]:
-    """Return the files, searching folders.
-
-    Raises:
-        UserError: one is missing, or a folder holds no text.
-    """
-    found: list[Path] = []
-    for name in names:
-        path = Path(name)
-        if not path.exists():
-            raise MissingFileError(f"data.files: no {path}; give {', '.join(KINDS)} files or a folder of them")
-        inside = sorted(p for p in path.rglob("*") if p.suffix in KINDS) if path.is_dir() else [path]
-        if not inside:
-            raise UserError(f"data.files: {path} holds no {', '.join(KINDS)} file")
-        found += inside
-    return found
-
-
-def _lines(path: Path) -> Iterator[Any]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                yield json.loads(line)
-            except ValueError as e:
-                raise UserError(f"{path}: line {number} is no JSON ({e})") from None
 
 
 def _encode(tokenizer: Any, texts: Sequence[str], special: bool) -> list[list[int]]:
