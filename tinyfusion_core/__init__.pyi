@@ -23,7 +23,9 @@ from .protocols.checkpoint_backbone import CheckpointBackbone as CheckpointBackb
 from .protocols.command import Command as Command
 from .protocols.data import DataSource as DataSource
 from .protocols.data import FeatureSpace as FeatureSpace
+from .protocols.data import Lookup as Lookup
 from .protocols.data import Tensors as Tensors
+from .protocols.data import Traceable as Traceable
 from .protocols.loss import LossAdapter as LossAdapter
 from .protocols.task import Task as Task
 from .protocols.wrap import wrap as wrap

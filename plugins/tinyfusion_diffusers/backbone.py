@@ -19,6 +19,7 @@ from typing_extensions import override
 from tinyfusion_core.errors import MissingFileError, UserError, require
 from tinyfusion_core.protocols.backbone import Backbone, Stream
 from tinyfusion_core.protocols.checkpoint_backbone import randomise
+from tinyfusion_core.protocols.data import Lookup
 from tinyfusion_core.runtime.files import digest, read_json, save_tensors, sha256, write_json
 from tinyfusion_core.runtime.seeding import generator
 from tinyfusion_diffusers import calling
@@ -133,6 +134,10 @@ class DiffusersTransformer(Backbone):
         """Return latents `x` (batch, ...), and the conditions: `y` (batch,), or `text`, `mask`, `pooled`."""
         config = self.config()
         return calling.example(config, network_class(config), num_rows, self.latent, self.text_length)
+
+    @override
+    def lookups(self, model: nn.Module) -> Mapping[str, Lookup]:
+        return {"y": Lookup(n)} if (n := self.config(model).get("num_embeds_ada_norm")) else {}
 
     @classmethod
     @override

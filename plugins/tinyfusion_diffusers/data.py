@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -103,6 +103,19 @@ class EncodedSamples:
         rows = self.rows[indices].tolist()
         return {name: column.read(rows) for name, column in self.columns.items()}
 
+    def extremes(self, name: str) -> Sequence[tuple[int, str]]:
+        """Return the smallest and largest of these samples' labels, and where each is."""
+        if name not in self.columns or len(self.columns[name].shape) != 1:
+            return []
+        values = self.columns[name].whole()[self.rows]
+        if values.dtype.is_floating_point or values.dtype == torch.bool:
+            return []
+        return [(int(values[i]), self.where(name, i)) for i in (int(values.argmin()), int(values.argmax()))]
+
+    def where(self, name: str, index: int) -> str:
+        """Return the file of a column, and a sample's row in it."""
+        return f"{self.columns[name].path} (row {int(self.rows[index])})"
+
 
 @dataclass(frozen=True)
 class _Column:
@@ -118,10 +131,7 @@ class _Column:
     def read(self, rows: list[int]) -> Tensor:
         """(rows, ...) as float32, int64 or bool, depending on the file."""
         if self.path.suffix == ".npy":
-            array = _mapped(self.path)
-            if array.shape != self.shape:
-                raise UserError(f"{self.path}: has changed to shape {array.shape}; put the old one back, or start anew")
-            found = torch.from_numpy(array[rows])
+            found = torch.from_numpy(self._array()[rows])
         else:
             try:
                 with safe_open(self.path, framework="pt") as file:
@@ -132,6 +142,23 @@ class _Column:
         if found.is_floating_point():
             return found.float()
         return found if found.dtype == torch.bool else found.long()
+
+    def whole(self) -> Tensor:
+        """(N, ...), in the dtype of the file."""
+        if self.path.suffix == ".npy":
+            return torch.from_numpy(self._array()[:].copy())
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                found: Tensor = file.get_tensor(self.name)
+        except (OSError, SafetensorError) as e:
+            raise UserError(f"{self.path}: damaged or cut short ({e}). Copy or make it again") from None
+        return found
+
+    def _array(self) -> np.ndarray[Any, Any]:
+        array = _mapped(self.path)
+        if array.shape != self.shape:
+            raise UserError(f"{self.path}: has changed to shape {array.shape}; put the old one back, or start anew")
+        return array
 
 
 def _columns(path: Path) -> list[_Column]:

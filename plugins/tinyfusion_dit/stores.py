@@ -53,6 +53,14 @@ class Rows(Store):
     def read(self, images: Indices, copies: Indices) -> tuple[NDArray[np.float32], Indices]:
         """Return latents (batch, ...) and labels (batch,) of these copies of these images."""
 
+    @abstractmethod
+    def where(self, name: str, image: int, copy: int) -> str:
+        """Return where a latent (`x`, `x_std`) or label (`y`) lies."""
+
+    def label_extremes(self) -> Sequence[tuple[int, str]]:
+        """Return the smallest and largest label, and where each is; empty if that takes reading every file."""
+        return []
+
     @override
     def split(self, num_held_out: int, moments: bool, held_out: bool) -> LatentSamples:
         if moments and self.num_channels % 2:
@@ -94,17 +102,30 @@ class LatentSamples:
         """
         if indices and not 0 <= min(indices) <= max(indices) < len(self):
             raise IndexError(f"sample index out of range, there are {len(self)}")
-        copies, i = np.divmod(np.array(indices, dtype=np.int64), self.num_images)
-        # The i-th image that is not held out, without a list of all images: held[j] - j of them lie before held[j].
-        images = (
-            self.held[i] if self.held_out else i + np.searchsorted(self.held - np.arange(len(self.held)), i, "right")
-        )
+        images, copies = self._images(indices)
         latents, labels = self.store.read(images, copies)
         x, y = torch.from_numpy(latents), torch.from_numpy(labels)
         if self.moments:
             mean, std = x.chunk(2, dim=1)
             return {"x": mean, "x_std": std, "y": y}
         return {"x": x, "y": y}
+
+    def extremes(self, name: str) -> Sequence[tuple[int, str]]:
+        """Return the smallest and largest label of all images, and where each is, if one file holds them."""
+        return self.store.label_extremes() if name == "y" else []
+
+    def where(self, name: str, index: int) -> str:
+        """Return the file of a latent or label, and its row there."""
+        (image,), (copy,) = self._images([index])
+        return self.store.where(name, int(image), int(copy))
+
+    def _images(self, indices: Sequence[int]) -> tuple[Indices, Indices]:
+        """The images of these samples, and which of their copies."""
+        copies, i = np.divmod(np.array(indices, dtype=np.int64), self.num_images)
+        if self.held_out:
+            return self.held[i], copies
+        # The i-th image that is not held out, without a list of all images: held[j] - j of them lie before held[j].
+        return i + np.searchsorted(self.held - np.arange(len(self.held)), i, "right"), copies
 
 
 class Shards(Store):
@@ -147,6 +168,15 @@ class Arrays(Rows):
             latents[copies == copy] = _load(path, self._shape)[images[copies == copy]]
         return latents, _load(self._labels, self._shape[:1], integers=True)[images].astype(np.int64)
 
+    @override
+    def where(self, name: str, image: int, copy: int) -> str:
+        return f"{self._labels if name == 'y' else self._features[copy]} (row {image})"
+
+    @override
+    def label_extremes(self) -> Sequence[tuple[int, str]]:
+        labels = _load(self._labels, self._shape[:1], integers=True)
+        return [(int(labels[i]), self.where("y", i, 0)) for i in (int(labels.argmin()), int(labels.argmax()))]
+
 
 class Files(Rows):
     """The layout of `LatentFolders`."""
@@ -179,6 +209,10 @@ class Files(Rows):
                 raise UserError(f"{path}: shape {label.shape}, expected one label")
             labels[row] = label.item()
         return latents, labels
+
+    @override
+    def where(self, name: str, image: int, copy: int) -> str:
+        return str(self._path(self._labels if name == "y" else self._features, image))
 
     def _path(self, folder: Path, image: int | np.int64) -> Path:
         return folder / os.fsdecode(bytes(self._names[image]))

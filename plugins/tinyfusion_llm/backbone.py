@@ -14,9 +14,11 @@ from typing_extensions import override
 
 from tinyfusion_core.errors import UserError, require
 from tinyfusion_core.protocols.backbone import Backbone
+from tinyfusion_core.protocols.data import Lookup
 from tinyfusion_core.runtime.files import digest, sha256
 from tinyfusion_core.runtime.seeding import generator
 from tinyfusion_llm.layers import construct, find_layers, shorten
+from tinyfusion_llm.loss import IGNORED
 from tinyfusion_llm.optional import need
 from tinyfusion_llm.pretrained import (
     as_json,
@@ -150,6 +152,12 @@ class CausalLM(Backbone):
         """Return token ids `tokens`, (batch, context), and `labels`, the same."""
         tokens = torch.arange(num_rows * self.context).view(num_rows, -1) % min(100, vocabulary_size(self.config()))
         return {"tokens": tokens, "labels": tokens.clone()}
+
+    @override
+    def lookups(self, model: nn.Module) -> Mapping[str, Lookup]:
+        size = int(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+        remedy = "take the model's own tokenizer"
+        return {"tokens": Lookup(size, "tokens", remedy), "labels": Lookup(size, "tokens", remedy, ignored=IGNORED)}
 
     @classmethod
     @override

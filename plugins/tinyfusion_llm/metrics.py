@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from tinyfusion_core.errors import UserError, require
 from tinyfusion_core.evaluation.metrics import Measurement, Metric, Models
+from tinyfusion_core.protocols.columns import unchecked
 from tinyfusion_core.protocols.data import DataSource
 from tinyfusion_core.protocols.task import Task
 from tinyfusion_core.runtime.distributed import batches, map_sharded
@@ -56,7 +57,7 @@ class Perplexity(Metric):
 
     @override
     def __call__(self, task: Task, models: Models, trainer: Trainer) -> list[Measurement]:
-        rows, loss = task.held_out, task.loss
+        rows, loss = unchecked(task.held_out), task.loss
         if not isinstance(rows, Rows) or not isinstance(loss, NextToken):
             raise UserError("evaluate: Perplexity goes with the loss NextToken and the data TextTokens")
         size = len(rows) * rows.context

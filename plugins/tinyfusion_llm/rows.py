@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -22,12 +23,16 @@ class Corpus:
         counted: (n,) ones where a loss counts the token; None if it counts all.
         bounds: (documents + 1,) where each document begins, and the end.
         filler: token id for padding.
+        largest: the largest token id in it.
+        name: what the text is and whose tokens these are, for messages.
     """
 
     tokens: Any
     counted: Any
     bounds: Any
     filler: int
+    largest: int
+    name: str
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,15 @@ class Rows:
         """Return `tokens` and `labels` of these samples, each (rows, context)."""
         rows = [self._row(i) for i in indices]
         return {"tokens": torch.stack([t for t, _ in rows]), "labels": torch.stack([labels for _, labels in rows])}
+
+    def extremes(self, name: str) -> Sequence[tuple[int, str]]:
+        """Return the largest token id of the corpus, and which text it is in."""
+        largest = max(self.corpus.largest, 0 if self.pack else self.corpus.filler)
+        return [(largest, self.corpus.name)] if name == "tokens" else []
+
+    def where(self, name: str, index: int) -> str:
+        """Return which text a sample is from, and which of its samples it is."""
+        return f"{self.corpus.name} (sample {index})"
 
     def span(self, first: int, last: int) -> tuple[Tensor, Tensor]:
         """Return tokens and labels at positions [first, last) of the packed text, each (last - first,)."""

@@ -141,11 +141,13 @@ class TextTokens(DataSource):
             raise UserError(f"data: {self._named} holds no text")
         counted = None if self.prompt_field is None else np.memmap(folder / "counted", dtype=np.uint8, mode="r")
         tokens = np.memmap(folder / "tokens", dtype=np.uint32, mode="r")
-        return Corpus(tokens, counted, bounds, _filler(tokenizer))
+        largest = int(np.fromfile(folder / "largest", dtype=np.int64)[0])
+        name = f"{self.dataset or ', '.join(files or [])} with the data.tokenizer {self.tokenizer}"
+        return Corpus(tokens, counted, bounds, _filler(tokenizer), largest, name)
 
     def _tokenise(self, tokenizer: Any, documents: Iterator[tuple[str, str]], folder: Path) -> None:
         """Write tokens, which of them count, and where documents begin; the folder appears when it is complete."""
-        end, bounds = tokenizer.eos_token_id, [0]
+        end, bounds, largest = tokenizer.eos_token_id, [0], 0
         folder.parent.mkdir(parents=True, exist_ok=True)
         made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".making"))
         try:
@@ -157,9 +159,12 @@ class TextTokens(DataSource):
                         text = [*text, *([end] if end is not None and text[-1:] != [end] else [])]
                         _write(tokens, [*prompt, *text], np.uint32)
                         _write(counted, [0] * len(prompt) + [1] * len(text), np.uint8)
+                        largest = max(largest, *prompt, *text)
                         bounds.append(bounds[-1] + len(prompt) + len(text))
             with (made / "bounds").open("wb") as file:
                 _write(file, bounds, np.int64)
+            with (made / "largest").open("wb") as file:
+                _write(file, [largest], np.int64)
             made.chmod(0o755)
             if not folder.is_dir():  # another process may have been faster
                 made.rename(folder)

@@ -104,6 +104,16 @@ class ShardedSamples:
         self._loaded.update(kept)
         return out
 
+    def extremes(self, name: str) -> Sequence[tuple[int, str]]:
+        """Return nothing: a column is known when its shards have been read."""
+        return []
+
+    def where(self, name: str, index: int) -> str:
+        """Return the shard of a sample, and the row in it."""
+        row = self.first + index
+        shard = bisect.bisect_right(self._ends, row)
+        return f"{self.url}/{self.shards[shard].name} (row {row - self._ends[shard] + self.shards[shard].count})"
+
     @cached_property
     def _ends(self) -> list[int]:
         return list(accumulate(shard.count for shard in self.shards))

@@ -16,6 +16,7 @@ from ..errors import MissingFileError, UserError
 from ..evaluation.metrics import count_flops
 from ..protocols.backbone import list_lengths, owner
 from ..protocols.block_call import watched_streams
+from ..protocols.columns import checked, columns_of
 from ..protocols.task import Task
 from ..pruning.decision import Decision
 from ..pruning.removal import remove_blocks
@@ -99,7 +100,7 @@ def _collect(plan: Plan, part: Callable[[], None]) -> None:
 
 
 def _network(plan: Plan, recipe: Recipe) -> None:
-    model, blocks = _on_meta(recipe)
+    model, blocks = on_meta(recipe)
     counts = ", ".join(f"{depth} blocks in '{name}'" for name, depth in list_lengths(blocks).items())
     plan.rows.append(("network", f"{type(recipe.backbone).__name__}, {counts}"))
     _fit_together(recipe, model)
@@ -109,7 +110,7 @@ def _network(plan: Plan, recipe: Recipe) -> None:
 def _stages(plan: Plan, recipe: Recipe) -> None:
     teacher: nn.Module | None = None
     decision: Decision | None = None
-    model, _ = _on_meta(recipe)
+    model, _ = on_meta(recipe)
     for stage in recipe.stages():
         try:
             if stage.name == SEARCH:
@@ -208,15 +209,15 @@ def _comparison(stage: Comparison, plan: Plan, recipe: Recipe) -> None:
             f"{stage.view}: needs a trained network; run the recipe's train stage first, give the checkpoint to the "
             "backbone and set train: null"
         )
-    model, blocks = _on_meta(recipe)
+    model, blocks = on_meta(recipe)
     task = Task.without_data(recipe.backbone, recipe.loss, model)
     costs = measure(stage.cost_budgets(recipe.search), task, recipe.trainer)
     found = stage.candidates_for(recipe.search, blocks, costs)
     plan.rows.append((stage.view, f"{len(found.selectors)} candidates that keep {found.said}, {stage.seeds} seeds"))
 
 
-def _on_meta(recipe: Recipe) -> tuple[nn.Module, list[str]]:
-    """The network on the meta device, and the paths of its blocks."""
+def on_meta(recipe: Recipe) -> tuple[nn.Module, list[str]]:
+    """Return the network of a recipe on the meta device, and the paths of its blocks."""
     with torch.device("meta"):
         model = recipe.backbone.construct(recipe.backbone.config())
     return model, recipe.backbone.block_paths(model)
@@ -245,11 +246,10 @@ def _data(plan: Plan, recipe: Recipe) -> None:
     train, held_out = recipe.data.train(), recipe.data.held_out()
     counts = f"{len(train):,} to train on, {len(held_out):,} held out"
     plan.rows.append(("data", f"{type(recipe.data).__name__}, {counts}"))
-    sample = train.__getitems__([0])
-    for name, example in recipe.backbone.example(1).items():
-        if name not in sample or sample[name].shape != example.shape:
-            found = list(sample[name].shape[1:]) if name in sample else "missing"
-            raise UserError(f"data: '{name}' of a sample is {found}, the network takes {list(example.shape[1:])}")
+    columns = columns_of(recipe.backbone, on_meta(recipe)[0], recipe.data.conditions)
+    checked(train, columns, "training").__getitems__([0])
+    for samples in (train, held_out):
+        columns.check_extremes(samples)
 
 
 def _metrics(plan: Plan, recipe: Recipe) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 from ..errors import UserError
 from ..evaluation.evaluate import check_teacher, evaluate, with_standing
 from ..evaluation.metrics import Measurement
+from ..protocols.columns import checked, columns_of
 from ..protocols.task import Task
 from ..pruning.decision import Decision, versions
 from ..pruning.prune import decision_of, load_pretrained, origin, prune, save_network, save_pretrained
@@ -30,7 +31,7 @@ from ..runtime.stages import EVALUATE, RECOVER, SEARCH, TRAIN, Stage
 from ..selection.base import Selector
 from ..selection.search import Search
 from ..training.recover import Recover
-from .plan import make_plan
+from .plan import make_plan, on_meta
 from .recipe import Recipe
 from .resume_check import check_resume, stage_keys, take_run_folder
 
@@ -115,12 +116,13 @@ def _has_finished(stage: Stage, folder: RunFolder, keys: Mapping[str, str]) -> b
 
 
 def make_task(recipe: Recipe, model: nn.Module | None = None) -> Task:
-    """Return the task of a recipe; without a model its backbone builds one."""
+    """Return the task of a recipe, its data checked as they are read; without a model its backbone builds one."""
+    columns = columns_of(recipe.backbone, on_meta(recipe)[0] if model is None else model, recipe.data.conditions)
     return Task(
         backbone=recipe.backbone,
         loss=recipe.loss,
-        train=recipe.data.train(),
-        held_out=recipe.data.held_out(),
+        train=checked(recipe.data.train(), columns, "training"),
+        held_out=checked(recipe.data.held_out(), columns, "held-out"),
         feature_space=recipe.data.feature_space(),
         data=recipe.data,
         model=model,

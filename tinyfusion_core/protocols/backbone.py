@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..runtime.files import load_strict, read_weights, save_tensors
+from .data import Lookup
 
 Batch = Mapping[str, Tensor]
 WEIGHTS = "model.safetensors"
@@ -122,6 +123,13 @@ class Backbone(ABC):
         By default, `num_classes` of its configuration. Labels run from 0 to one below it.
         """
         return self.config(model).get("num_classes")
+
+    def lookups(self, model: nn.Module) -> Mapping[str, Lookup]:
+        """Return the tables in which the network looks up the values of columns of the data, by column.
+
+        Data outside of them are refused. By default none, besides `num_labels` for the labels.
+        """
+        return {}
 
     @classmethod
     @abstractmethod

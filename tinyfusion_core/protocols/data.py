@@ -33,6 +33,48 @@ class Sharded(Samples, Protocol):
         ...
 
 
+@runtime_checkable
+class Traceable(Samples, Protocol):
+    """Samples that know what a column holds before it is read, and where it lies."""
+
+    def extremes(self, name: str) -> Sequence[tuple[int, str]]:
+        """Return the smallest and largest value of a column of integers, and where each is.
+
+        Either may be left out; empty if they cannot be had without reading all samples.
+        """
+        ...
+
+    def where(self, name: str, index: int) -> str:
+        """Return where the value of a column of a sample lies: its file, and place in it; empty if unknown."""
+        ...
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """A table of a network in which the values of a column are looked up.
+
+    Args:
+        size: number of its rows: values run from 0 to one below it.
+        of: what the rows stand for, in the plural.
+        remedy: what to do about other values.
+        ignored: a further value, that is never looked up.
+    """
+
+    size: int
+    of: str = "classes"
+    remedy: str = "number the labels from 0, or take a network with more classes"
+    ignored: int | None = None
+
+    def allows(self, value: int) -> bool:
+        """Return whether a value can be looked up, or is ignored."""
+        return 0 <= value < self.size or value == self.ignored
+
+    def holds(self, values: Tensor) -> Tensor:
+        """Return which values are allowed: booleans of the same shape, (rows, ...)."""
+        allowed = (values >= 0) & (values < self.size)
+        return allowed if self.ignored is None else allowed | (values == self.ignored)
+
+
 class FeatureSpace(ABC):
     """A fixed network that maps examples to features and class logits."""
 

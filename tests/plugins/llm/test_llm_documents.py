@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 import tinyfusion_core as tiny
 from llm_toys import folder, tokenizer
+from tinyfusion_core.cli import main
 from tinyfusion_llm import TextTokens
 from tinyfusion_llm.documents import json_lines, lines
 
@@ -80,3 +83,23 @@ def test_good_text_is_read_as_ever(tmp_path: Path) -> None:
     assert "".join(lines(path)) == path.read_text(encoding="utf-8-sig")
     path.write_bytes(b'\xef\xbb\xbf{"a": "\xe2\x80\xa8"}\r\n{"a": 2}\r{"a": "\\ud83d\\ude00"}')
     assert list(json_lines(path)) == [{"a": "\u2028"}, {"a": 2}, {"a": "\U0001f600"}]
+
+
+def test_tokens_beyond_the_vocabulary_are_found_when_the_plan_is_made(model: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "a.txt").write_text("w5 w25 w7 " * 20)
+    data = reading(model, tmp_path / "a.txt")
+    settings = {"tokenizer": data.tokenizer, "files": data.files, "context": 4, "cache": data.cache}
+    small = folder(tmp_path / "small", "llama", vocab_size=20)
+    recipe = {
+        "backbone": {"class_path": "CausalLM", "init_args": {"model": str(small), "context": 4}},
+        "loss": "NextToken",
+        "data": {"class_path": "TextTokens", "init_args": settings},
+        "search": {"keep": 2, "steps": 2},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["validate", str(tmp_path / "recipe.yaml")]) == 2
+    out = "".join(capsys.readouterr())
+    assert re.search(
+        r"data: 'tokens' is \d\d in .*a.txt with the data.tokenizer .*model; the network has 20 tokens", out
+    )
+    assert "0 to 19: take the model's own tokenizer" in out
