@@ -26,6 +26,7 @@ from ..samplers.compiled import compile_constraints
 from ..selection.base import Selector
 from ..selection.budget import CostBudget, measure, save_costs
 from ..selection.costs import NetworkCosts
+from ..settings import Settings
 from ..training.recover import Recover
 from ..training.trainer import Trainer
 from .cache import ResultCache
@@ -35,7 +36,7 @@ from .statistics import RANDOM
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
+class Comparison(Settings):
     """The common part of `Compare` and `Audit`."""
 
     candidates: dict[str, Selector] | None = None

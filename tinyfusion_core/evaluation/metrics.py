@@ -23,6 +23,7 @@ from ..runtime.distributed import batches, local_share, map_sharded
 from ..runtime.progress import track
 from ..runtime.run_folder import RunFolder
 from ..runtime.seeding import Rng
+from ..settings import Settings
 from ..training.trainer import Trainer
 
 Models = Mapping[str, nn.Module]
@@ -48,7 +49,7 @@ class Measurement:
     note: str = ""
 
 
-class Metric(ABC):
+class Metric(Settings, ABC):
     """A measurement of several networks. Subclasses are frozen dataclasses; their fields are the recipe's options.
 
     Attributes:
@@ -100,6 +101,10 @@ class Metric(ABC):
         return []
 
 
+_COUNTED: dict[str, int | str] = {}
+"""FLOPs that were counted in this process: plans, searches and metrics ask for the same networks again."""
+
+
 @dataclass(frozen=True)
 class Size(Metric):
     """Number of blocks, parameters, and floating-point operations of one forward pass for one sample."""
@@ -137,6 +142,16 @@ def count_flops(backbone: Backbone, loss: LossAdapter, config: Mapping[str, Any]
         The count, or the reason why it is not available.
     """
     inputs = loss.prepare(backbone.example(1), Rng(0, "flops"))
+    shapes = {name: tuple(t.shape) for name, t in inputs.items()}
+    key = repr((type(backbone), config, loss, shapes))  # all that the count depends on
+    if key not in _COUNTED:
+        _COUNTED[key] = _count_flops(backbone, loss, config, inputs)
+    return _COUNTED[key]
+
+
+def _count_flops(
+    backbone: Backbone, loss: LossAdapter, config: Mapping[str, Any], inputs: Mapping[str, Tensor]
+) -> int | str:
     try:
         with torch.device("meta"):
             model = backbone.construct(config).eval()

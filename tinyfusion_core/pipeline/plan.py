@@ -100,7 +100,8 @@ def _collect(plan: Plan, part: Callable[[], None]) -> None:
 
 
 def _network(plan: Plan, recipe: Recipe) -> None:
-    model, blocks = on_meta(recipe)
+    model = recipe.on_meta
+    blocks = recipe.backbone.block_paths(model)
     counts = ", ".join(f"{depth} blocks in '{name}'" for name, depth in list_lengths(blocks).items())
     plan.rows.append(("network", f"{type(recipe.backbone).__name__}, {counts}"))
     _fit_together(recipe, model)
@@ -110,7 +111,7 @@ def _network(plan: Plan, recipe: Recipe) -> None:
 def _stages(plan: Plan, recipe: Recipe) -> None:
     teacher: nn.Module | None = None
     decision: Decision | None = None
-    model, _ = on_meta(recipe)
+    model = recipe.on_meta
     for stage in recipe.stages():
         try:
             if stage.name == SEARCH:
@@ -209,18 +210,12 @@ def _comparison(stage: Comparison, plan: Plan, recipe: Recipe) -> None:
             f"{stage.view}: needs a trained network; run the recipe's train stage first, give the checkpoint to the "
             "backbone and set train: null"
         )
-    model, blocks = on_meta(recipe)
+    model = recipe.on_meta
+    blocks = recipe.backbone.block_paths(model)
     task = Task.without_data(recipe.backbone, recipe.loss, model)
     costs = measure(stage.cost_budgets(recipe.search), task, recipe.trainer)
     found = stage.candidates_for(recipe.search, blocks, costs)
     plan.rows.append((stage.view, f"{len(found.selectors)} candidates that keep {found.said}, {stage.seeds} seeds"))
-
-
-def on_meta(recipe: Recipe) -> tuple[nn.Module, list[str]]:
-    """Return the network of a recipe on the meta device, and the paths of its blocks."""
-    with torch.device("meta"):
-        model = recipe.backbone.construct(recipe.backbone.config())
-    return model, recipe.backbone.block_paths(model)
 
 
 def _training(recipe: Recipe, stage: Recover) -> str:
@@ -246,7 +241,7 @@ def _data(plan: Plan, recipe: Recipe) -> None:
     train, held_out = recipe.data.train(), recipe.data.held_out()
     counts = f"{len(train):,} to train on, {len(held_out):,} held out"
     plan.rows.append(("data", f"{type(recipe.data).__name__}, {counts}"))
-    columns = columns_of(recipe.backbone, on_meta(recipe)[0], recipe.data.conditions)
+    columns = columns_of(recipe.backbone, recipe.on_meta, recipe.data.conditions)
     checked(train, columns, "training").__getitems__([0])
     for samples in (train, held_out):
         columns.check_extremes(samples)

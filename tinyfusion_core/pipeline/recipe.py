@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
-from jsonargparse import ArgumentError
+from jsonargparse import ArgumentError, ArgumentParser
+from torch import nn
 
 from ..comparison.study import Audit, Compare
 from ..errors import MissingFileError, UserError
@@ -29,6 +31,7 @@ from ..training.trainer import Trainer
 from ..yaml12 import dump_yaml, load_yaml
 from .schema import KEYS, SECTIONS, Round, checked, schema, yaml12_numbers
 
+_REFUSALS = (UserError, ArgumentError, ValueError, TypeError)
 RESERVED = ("teacher", "student", "figures", "checkpoints", "evaluation")
 """Names in a run folder that no round can have."""
 
@@ -67,6 +70,12 @@ class Recipe:
     settings: Mapping[str, Any] = field(default_factory=dict)
     plugins: Sequence[PluginFile] = ()
 
+    @cached_property
+    def on_meta(self) -> nn.Module:
+        """The network on the meta device, without memory; whoever changes it takes a copy."""
+        with torch.device("meta"):
+            return self.backbone.construct(self.backbone.config())
+
     def save(self, folder: Path) -> None:
         """Write the resolved `recipe.yaml`, and beside it the plugin files that it needs.
 
@@ -104,26 +113,54 @@ def load_recipe(path: Path | str, flags: Sequence[str] = ()) -> Recipe:
         _override(raw, key.split("."), value)
     raw = {key: value for key, value in raw.items() if value is not None}
     files = _load_plugins(path, raw.pop("plugins", []))
-    for key in ("backbone", "loss", "data"):
-        if key not in raw:
-            raise UserError(f"{path}: the key '{key}' is missing")
     _check_rounds(path, raw)
-    try:
-        parser = schema()
-        with yaml12_numbers():
-            config = parser.parse_object(checked(raw))
-            objects = parser.instantiate(config)
-    except UserError as e:
-        raise UserError(f"{path}: {e}") from None
-    except (ArgumentError, ValueError, TypeError) as e:
-        raise UserError(f"{path}: {_root_message(e)}") from e
-    settings = json.loads(json.dumps(config.as_dict()))  # tuples as the lists that YAML has
-    for key, value in flatten(settings).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{path}: {key} is {value}; expected a finite number")
+    problems: list[str] = []
+    sections = checked(raw, problems)
+    known = not problems  # a section with another name may be the one that is missing
+    problems += [f"the key '{key}' is missing" for key in ("backbone", "loss", "data") if known and key not in raw]
+    objects, settings = _parsed(sections, problems)
+    if problems:
+        raise UserError("\n".join(f"{path}: {problem}" for problem in problems))
     if files:
         settings = {"plugins": [file.name for file in files], **settings}
     return Recipe(**{name: getattr(objects, name) for name in SECTIONS}, settings=settings, plugins=files)
+
+
+def _parsed(sections: Mapping[str, Any], problems: list[str]) -> tuple[Any, dict[str, Any]]:
+    """The objects that sections of a recipe stand for, and the resolved settings; what is wrong becomes problems."""
+    parser = schema()
+    with yaml12_numbers():
+        try:
+            config = parser.parse_object(dict(sections))
+            objects = parser.instantiate(config)
+        except _REFUSALS as e:
+            each = [problem for name in sections for problem in _refusals(parser, {name: sections[name]})]
+            problems += each or [_root_message(e)[1]]
+            return None, {}
+    return objects, json.loads(json.dumps(config.as_dict()))  # tuples as the lists that YAML has
+
+
+def _refusals(parser: ArgumentParser, section: dict[str, Any]) -> Iterator[str]:
+    """Yield what the parser or a class says against a section, without what it spoke against before."""
+    wrong = True
+    while wrong:
+        wrong = False
+        try:
+            parser.instantiate(parser.parse_object(section))
+        except _REFUSALS as e:
+            key, message = _root_message(e)
+            yield message
+            wrong = _remove(section, key.split("."))
+
+
+def _remove(config: Any, path: list[str]) -> bool:
+    """Remove a dotted key as the parser names it. Returns whether it was there."""
+    *parents, last = path
+    for name in parents:
+        config = config.get(name) if isinstance(config, dict) else None
+        if isinstance(config, dict) and "class_path" in config:
+            config = config.get("init_args")
+    return isinstance(config, dict) and config.pop(last, None) is not None
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -213,12 +250,12 @@ def _override(config: dict[str, Any], path: list[str], value: Any) -> None:
     config[last] = value
 
 
-def _root_message(error: BaseException) -> str:
-    """The root cause: our own message if a class raised one, else the parser's, on one line."""
+def _root_message(error: BaseException) -> tuple[str, str]:
+    """The key, if it is known, and the root cause: the message of a class that raised one, or the parser's line."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, UserError):
-            return str(cause)
+            return "", str(cause)
         cause = cause.__cause__ or cause.__context__
     # The parser nests its messages; the innermost one names the value, the outer ones the way to it.
     *_, message = re.split(r'Parser key "[^"]+":', str(error))
@@ -227,4 +264,4 @@ def _root_message(error: BaseException) -> str:
     union = re.search(r"Subtypes: (.*)(?s:.*?)Given value: (.*)", message)
     line = f"Expected one of {union[1]}. Got value: {union[2]}" if union else line
     line = line.replace("a <class 'tuple'>", "a list")
-    return f"{key}: {line}" if key else line
+    return key, f"{key}: {line}" if key else line

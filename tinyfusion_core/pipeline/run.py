@@ -31,7 +31,7 @@ from ..runtime.stages import EVALUATE, RECOVER, SEARCH, TRAIN, Stage
 from ..selection.base import Selector
 from ..selection.search import Search
 from ..training.recover import Recover
-from .plan import make_plan, on_meta
+from .plan import make_plan
 from .recipe import Recipe
 from .resume_check import check_resume, stage_keys, take_run_folder
 
@@ -117,7 +117,7 @@ def _has_finished(stage: Stage, folder: RunFolder, keys: Mapping[str, str]) -> b
 
 def make_task(recipe: Recipe, model: nn.Module | None = None) -> Task:
     """Return the task of a recipe, its data checked as they are read; without a model its backbone builds one."""
-    columns = columns_of(recipe.backbone, on_meta(recipe)[0] if model is None else model, recipe.data.conditions)
+    columns = columns_of(recipe.backbone, recipe.on_meta if model is None else model, recipe.data.conditions)
     return Task(
         backbone=recipe.backbone,
         loss=recipe.loss,

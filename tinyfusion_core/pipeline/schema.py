@@ -13,6 +13,7 @@ from typing import Any
 import docstring_parser
 from jsonargparse import ArgumentParser, _loaders_dumpers, set_parsing_settings
 
+from ..comparison.legacy_keys import PATHS
 from ..comparison.study import Audit, Compare
 from ..errors import UserError, nearest
 from ..evaluation.metrics import Metric
@@ -24,13 +25,14 @@ from ..registry.registry import registry
 from ..samplers.constraints import Rules
 from ..selection.base import Selector
 from ..selection.search import Search
+from ..settings import Settings
 from ..training.recover import Recover
 from ..training.trainer import Trainer
 from ..yaml12 import Loader
 
 
 @dataclass(frozen=True, kw_only=True)
-class Round:
+class Round(Settings):
     """One round of progressive pruning; its student is the next round's teacher.
 
     Args:
@@ -62,12 +64,14 @@ POLYMORPHIC: tuple[type[Any], ...] = (*BASES.values(), Search)
 """Types of values that are given as the name of a class."""
 PLAIN = (Trainer, Recover, Round, Rules, Compare, Audit)
 """Classes of sections that do not name their class."""
+WRONG = object()
+"""What stands for a value that is left out, because it cannot be one."""
 OPTIONAL = ("train", "search", "recover", "rounds", "compare", "audit")
 
 
 def schema() -> ArgumentParser:
     """Return the parser of recipes, made from the signatures of the classes."""
-    set_parsing_settings(subclasses_enabled=list(POLYMORPHIC))
+    set_parsing_settings(subclasses_enabled=list(POLYMORPHIC), subclasses_disabled=list(PLAIN))
     parser = ArgumentParser(prog="tinyfusion run RECIPE", exit_on_error=False)
     for name, kind in SECTIONS.items():
         optional = kind | None if name in OPTIONAL else kind
@@ -119,16 +123,21 @@ def _describe_class(name: str, cls: type[Any]) -> list[str]:
     return lines
 
 
-def checked(raw: Mapping[str, Any]) -> dict[str, Any]:
+def checked(raw: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
     """Return the sections of a recipe with full class paths, as the parser of `schema` needs them.
 
-    Raises:
-        UserError: the first unknown name, with its key and the nearest known one.
+    Args:
+        raw: the recipe.
+        problems: unknown names and values that are no arguments are added to it, with their keys and the nearest known
+            names; the result is without them.
     """
-    for name in raw:
+    found = {}
+    for name, value in raw.items():
         if name not in SECTIONS:
-            raise UserError(f"{name}: unknown key{nearest(str(name), KEYS)}")
-    return {name: _checked(name, value, SECTIONS[name]) for name, value in raw.items()}
+            problems.append(f"{name}: unknown key{nearest(str(name), KEYS)}")
+        elif (section := _checked(name, value, SECTIONS[name], problems)) is not WRONG:
+            found[name] = section
+    return found
 
 
 def known(base: type[Any]) -> dict[str, type[Any]]:
@@ -137,24 +146,33 @@ def known(base: type[Any]) -> dict[str, type[Any]]:
     return {name: cls for name, cls in registry().classes[kind].items() if issubclass(cls, base)}
 
 
-def _checked(key: str, value: Any, kind: Any, default: Any = None) -> Any:
+def _checked(key: str, value: Any, kind: Any, problems: list[str], default: Any = None) -> Any:
     kind = _without_none(kind)
     if typing.get_origin(kind) in (list, Sequence) and isinstance(value, list):
-        return [_checked(f"{key}[{i}]", v, _item(kind)) for i, v in enumerate(value)]
+        items = [_checked(f"{key}[{i}]", v, _item(kind), problems) for i, v in enumerate(value)]
+        return [item for item in items if item is not WRONG]
     if typing.get_origin(kind) is dict and isinstance(value, dict):
-        return {k: _checked(f"{key}.{k}", v, _item(kind)) for k, v in value.items()}
-    if value is None or not inspect.isclass(kind):
+        entries = {k: _checked(f"{key}.{k}", v, _item(kind), problems) for k, v in value.items()}
+        return {k: entry for k, entry in entries.items() if entry is not WRONG}
+    if value is None or not inspect.isclass(kind) or kind not in (*PLAIN, *POLYMORPHIC):
         return value
-    if kind in PLAIN:
-        if not isinstance(value, dict):
-            keys = ", ".join(inspect.signature(kind).parameters)
-            raise UserError(f"{key}: got {value!r}; expected a mapping with keys among {keys}")
-        return _checked_arguments(key, value, kind)
-    return _checked_class(key, value, kind, default) if kind in POLYMORPHIC else value
+    try:
+        cls, arguments = (kind, value) if kind in PLAIN else _class_and_arguments(key, value, kind, default)
+        if not isinstance(arguments, dict):
+            keys = ", ".join(name for name in inspect.signature(cls).parameters if not name.startswith("_"))
+            of = f"keys among {keys}" if keys else "nothing in it"
+            raise UserError(f"{key}: got {arguments!r}; expected a mapping with {of}")
+    except UserError as e:
+        problems.append(str(e))
+        return WRONG
+    arguments = _checked_arguments(key, arguments, cls, problems)
+    return (
+        arguments if kind in PLAIN else {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": arguments}
+    )
 
 
-def _checked_class(key: str, value: Any, kind: type[Any], default: Any) -> dict[str, Any]:
-    """`class_path` and `init_args` of a value that is a class name, or only the arguments of the default class."""
+def _class_and_arguments(key: str, value: Any, kind: type[Any], default: Any) -> tuple[type[Any], Any]:
+    """The class of a value that is a class name, has one, or has only the arguments of the default class."""
     if isinstance(value, str):
         value = {"class_path": value}
     usual = "Search" if kind in (Selector, Search) else type(default).__name__ if isinstance(default, kind) else None
@@ -164,31 +182,38 @@ def _checked_class(key: str, value: Any, kind: type[Any], default: Any) -> dict[
         raise UserError(f"{key}: give the name of a class, or class_path and init_args{nearest('', known(kind))}")
     extra = set(value) - {"class_path", "init_args"}
     if extra:
-        raise UserError(f"{key}: '{sorted(extra)[0]}' stands beside class_path; arguments go under init_args")
-    package, name = value["class_path"].partition(".")[0], value["class_path"].rpartition(".")[2]
+        raise UserError(f"{key}: '{min(map(str, extra))}' stands beside class_path; arguments go under init_args")
+    arguments = {} if value.get("init_args") is None else value["init_args"]
+    return _class(key, value["class_path"], kind), arguments
+
+
+def _class(key: str, path: str, kind: type[Any]) -> type[Any]:
+    name = path.rpartition(".")[2]
     cls = known(kind).get(name)
-    # A full path may be an old one, or go through a package's own front door; it must be the package of the class all
-    # the same, or the core, where some classes of plugins once were.
-    if cls is None or package not in (name, cls.__module__.partition(".")[0], "tinyfusion_core"):
-        raise UserError(f"{key}: unknown class '{value['class_path']}'{nearest(name, known(kind))}")
-    arguments = _checked_arguments(key, value.get("init_args") or {}, cls)
-    return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": arguments}
+    if cls is not None:
+        package = cls.__module__.partition(".")[0]
+        # Its name alone, where it lies, the front door of its package or of the core, or where it once lay.
+        doors = (cls.__module__, package, "tinyfusion_core")
+        if path in (name, *(f"{door}.{name}" for door in doors), PATHS.get(f"{package}:{name}")):
+            return cls
+    raise UserError(f"{key}: unknown class '{path}'{nearest(name, known(kind))}")
 
 
-def _checked_arguments(key: str, arguments: Mapping[str, Any], cls: type[Any]) -> dict[str, Any]:
+def _checked_arguments(key: str, arguments: Mapping[Any, Any], cls: type[Any], problems: list[str]) -> dict[str, Any]:
     known = {name: p for name, p in inspect.signature(cls).parameters.items() if not name.startswith("_")}
     for name, parameter in known.items():
         if parameter.default is parameter.empty and name not in arguments and cls in PLAIN:
-            raise UserError(f"{key}.{name}: missing")
+            problems.append(f"{key}.{name}: missing")
     hints = typing.get_type_hints(cls.__init__)
     out = {}
     for name, value in arguments.items():
-        if name not in known:
-            raise UserError(f"{key}.{name}: unknown key{nearest(str(name), known)}")
         hint = hints.get(name, Any)
-        if value is None and hint is not Any and type(None) not in typing.get_args(hint):
-            raise UserError(f"{key}.{name}: null is not allowed; expected {getattr(hint, '__name__', hint)}")
-        out[name] = _checked(f"{key}.{name}", value, hint, known[name].default)
+        if name not in known:
+            problems.append(f"{key}.{name}: unknown key{nearest(str(name), known)}")
+        elif value is None and hint is not Any and type(None) not in typing.get_args(hint):
+            problems.append(f"{key}.{name}: null is not allowed; expected {getattr(hint, '__name__', hint)}")
+        elif (found := _checked(f"{key}.{name}", value, hint, problems, known[name].default)) is not WRONG:
+            out[name] = found
     return out
 
 

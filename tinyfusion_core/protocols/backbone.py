@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..runtime.files import load_strict, read_weights, save_tensors
+from ..settings import Settings
 from .data import Lookup
 
 Batch = Mapping[str, Tensor]
@@ -58,7 +59,7 @@ def streams_of(streams: Streams, path: str) -> Sequence[Stream]:
     return streams[name]
 
 
-class Backbone(ABC):
+class Backbone(Settings, ABC):
     """A model family: how to build the network, and which of its blocks can be removed.
 
     Subclasses are frozen dataclasses; their fields are the options of the recipe. Import heavy libraries inside the

@@ -9,6 +9,8 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from ..settings import Settings
+
 
 class Samples(Protocol):
     """A map-style data set that is read by lists of indices: many samples in one call."""
@@ -93,7 +95,7 @@ class FeatureSpace(ABC):
         """
 
 
-class DataSource(ABC):
+class DataSource(Settings, ABC):
     """A data set of a recipe. Subclasses are frozen dataclasses; their fields are the options of the recipe.
 
     A task passes its data source on, so metrics and commands of plugins may use further methods: to show examples, say.

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 
 from ..errors import UserError
 from ..runtime.seeding import Rng
+from ..settings import Settings
 from .backbone import Batch, owner
 
 Prediction = Any
@@ -23,7 +24,7 @@ def has_values(x: Tensor) -> bool:
     return not (x.is_meta or is_fake(x))
 
 
-class LossAdapter(ABC):
+class LossAdapter(Settings, ABC):
     """A training objective with one loss per sample.
 
     All randomness is drawn in `prepare`, so that teacher and student see the same inputs, and never from the global

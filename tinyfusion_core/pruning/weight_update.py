@@ -14,9 +14,10 @@ from typing_extensions import override
 
 from ..errors import UserError, require
 from ..protocols.undisturbed import undisturbed
+from ..settings import Settings
 
 
-class WeightUpdate(ABC):
+class WeightUpdate(Settings, ABC):
     """How the weights may change during a search. The original weights are always restored."""
 
     @abstractmethod

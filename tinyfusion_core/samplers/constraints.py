@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ..errors import UserError, nearest, require
+from ..settings import Settings
 from .automaton import Automaton, Demands, Segment, automaton_of
 
 Budget = int | Mapping[str, int]
@@ -41,7 +42,7 @@ def budget_text(budget: Budget | Spending) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rules:
+class Rules(Settings):
     """Rules for masks. Blocks are numbered over all lists, in execution order.
 
     Args:

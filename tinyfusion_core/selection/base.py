@@ -14,6 +14,7 @@ from ..pruning.removal import check_removal
 from ..runtime.distributed import on_main_process
 from ..runtime.run_folder import RunFolder
 from ..samplers.constraints import Budget, Spending
+from ..settings import Settings
 from ..training.recover import Recover
 from ..training.trainer import Trainer
 from .budget import CostBudget, measure, save_costs
@@ -38,7 +39,7 @@ class Decisive:
     but_of_trainer: tuple[str, ...] = ()
 
 
-class Selector(ABC):
+class Selector(Settings, ABC):
     """A stage that decides which blocks are kept: the learned search, or a criterion."""
 
     @abstractmethod

@@ -18,6 +18,7 @@ from ..protocols.loss import LossAdapter, Prediction
 from ..protocols.task import Task
 from ..pruning.decision import Decision
 from ..runtime.seeding import Rng
+from ..settings import Settings
 from .objective import Objective
 
 Tap = tuple[int, int]
@@ -47,7 +48,7 @@ def derive_taps(decision: Decision) -> list[Tap]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OutputKD:
+class OutputKD(Settings):
     """Match the teacher's prediction on the same inputs, in addition to the training loss.
 
     Args:

@@ -15,6 +15,7 @@ from ..protocols.undisturbed import evaluating
 from ..pruning.decision import Decision
 from ..runtime.run_folder import RunFolder
 from ..runtime.seeding import Rng
+from ..settings import Settings
 from .distillation import Distilled, OutputKD
 from .loop import Fit
 from .objective import Ema, Objective, Optimization, cosine, ema_decay
@@ -22,7 +23,7 @@ from .trainer import Trainer
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recover:
+class Recover(Settings):
     """Fine-tune with the task's own loss, or with a distillation loss.
 
     Args:

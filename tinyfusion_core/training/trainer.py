@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..errors import UserError, require
+from ..settings import Settings
 from .block_transforms import block_transforms
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ NUMERICALLY_NEUTRAL = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trainer:
+class Trainer(Settings):
     """How every stage of a run trains.
 
     Args:

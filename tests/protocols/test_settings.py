@@ -1,0 +1,133 @@
+"""Settings given in Python are checked like those of a recipe, and a recipe's errors come together."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import tinyfusion_core as tiny
+from small_run import RECIPE
+from tinyfusion_core.comparison.study import Audit, Compare
+from tinyfusion_core.pipeline.schema import PLAIN
+from tinyfusion_core.registry.registry import registry
+from tinyfusion_core.settings import Settings
+
+CLASSES = [cls for kind in registry().classes.values() for cls in kind.values() if issubclass(cls, Settings)]
+SETTINGS = [cls for cls in {*CLASSES, *PLAIN} if is_dataclass(cls) and cls.__module__.startswith("tinyfusion_")]
+
+
+@pytest.mark.parametrize("cls", sorted(SETTINGS, key=lambda cls: cls.__name__), ids=lambda cls: cls.__name__)
+def test_no_field_takes_what_it_is_not(cls: type[Any]) -> None:
+    needed = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
+    for field in fields(cls):
+        if field.init and not field.name.startswith("_"):
+            with pytest.raises(tiny.UserError):
+                cls(**{name: object() for name in {*needed, field.name}})
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: tiny.Recover(schedule="linear"), r"schedule \(of Recover\) is 'linear'; expected 'cosine' or 'consta"),
+        (lambda: tiny.Recover(kd="MaskedKD"), r"kd \(of Recover\) is 'MaskedKD'; expected OutputKD or None"),
+        (lambda: tiny.Recover(steps="10"), r"steps \(of Recover\) is '10'; expected int"),
+        (lambda: tiny.Recover(steps=True), r"steps \(of Recover\) is True; expected int"),
+        (lambda: tiny.Recover(steps=None), r"steps \(of Recover\) is None; expected int"),
+        (lambda: tiny.Recover(lr=float("nan")), r"lr \(of Recover\) is nan; expected finite numbers"),
+        (lambda: tiny.Search(pattern=(2, 4), tau=(4.0, float("inf"))), r"tau \(of Search\) is .* finite numbers"),
+        (lambda: tiny.Search(pattern=(2, 4), tau=(4.0,)), r"tau \(of Search\) is \(4.0,\); expected tuple\[float, fl"),
+        (lambda: tiny.Search(keep=4, protect=["3"]), r"protect \(of Search\) is \['3'\]; expected Sequence\[int\] or"),
+        (lambda: tiny.Trainer(precision="fp8"), r"precision \(of Trainer\) is 'fp8'; expected 'auto' or 'fp32'"),
+        (lambda: tiny.Trainer(trackers="wandb"), r"trackers \(of Trainer\) is 'wandb'; expected tuple\[str, ...\]"),
+        (lambda: Compare(candidates={"one": "LastN"}), r"candidates \(of Compare\) is .* expected dict\[str, Selector"),
+        (lambda: Audit(seeds=1.5), r"seeds \(of Audit\) is 1.5; expected int"),
+    ],
+)
+def test_what_is_wrong_is_named(make: Any, message: str) -> None:
+    with pytest.raises(tiny.UserError, match=message):
+        make()
+
+
+def test_lists_and_paths_stand_for_tuples_and_texts(tmp_path: Path) -> None:
+    assert tiny.Search(pattern=[2, 4], tau=[4, 0.1]).tau == (4, 0.1)
+    assert tiny.MaskedKD(taps=[[0, 1], [1, 3]]).taps == [(0, 1), (1, 3)]
+    assert tiny.Keep(decision=tmp_path).decision == str(tmp_path)
+
+
+def test_a_plugins_class_is_checked_before_it_checks_itself() -> None:
+    @dataclass(frozen=True)
+    class Ours(tiny.Metric):
+        rounds: int = 3
+
+        def __post_init__(self) -> None:
+            assert self.rounds > 0
+
+        def __call__(self, task: Any, models: Any, trainer: Any) -> list[Any]:
+            return []
+
+    with pytest.raises(tiny.UserError, match=r"rounds \(of Ours\) is 'a'"):
+        Ours(rounds="a")  # type: ignore[arg-type]
+    assert Ours(rounds=2).rounds == 2
+
+
+def refusals(tmp_path: Path, **changes: Any) -> list[str]:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({k: v for k, v in {**RECIPE, **changes}.items() if v is not None}))
+    with pytest.raises(tiny.UserError) as error:
+        tiny.load_recipe(path)
+    return [line.removeprefix(f"{path}: ") for line in str(error.value).splitlines()]
+
+
+def test_all_errors_of_a_recipe_are_shown_together(tmp_path: Path) -> None:
+    found = refusals(
+        tmp_path,
+        search={"keep": 4, "steps": "many", "lr": [1], "warmp": 2},
+        recover={"steps": 0},
+        trainer={"batch_size": "a", "precision": "fp8"},
+        evaluate=["Nothing", {"class_path": "HeldOutLoss", "init_args": {"draws": -1}}],
+    )
+    for beginning in (
+        "search.warmp: unknown key; did you mean 'warmup'?",
+        "search.steps: Expected a",
+        "search.lr: Expected one of",
+        "steps (of recover or train) is 0",
+        "trainer.batch_size: Expected",
+        "trainer.precision: Expected",
+        "evaluate[0]: unknown class 'Nothing'",
+        "evaluate: HeldOutLoss.draws is -1",
+    ):
+        assert any(line.startswith(beginning) for line in found), beginning
+    assert len(found) == 8
+
+
+def test_a_misspelt_section_is_not_a_missing_one(tmp_path: Path) -> None:
+    assert [line[:41] for line in refusals(tmp_path, loss=None, los="GaussianDiffusion")] == [
+        "los: unknown key; did you mean 'loss'? (k"
+    ]
+    assert refusals(tmp_path, loss=None) == ["the key 'loss' is missing"]
+
+
+@pytest.mark.parametrize("arguments", [[], [1], "a", 3, False, 0, ""])
+def test_arguments_are_a_mapping(tmp_path: Path, arguments: Any) -> None:
+    (found,) = refusals(tmp_path, backbone={"class_path": "DiT", "init_args": arguments})
+    assert found.startswith(f"backbone: got {arguments!r}; expected a mapping with keys among variant, checkpoint,")
+
+
+@pytest.mark.parametrize(
+    "path", ["tinyfusion_dit.os.DiT", "DiT.DiT", "os.DiT", "tinyfusion_dit.backbone.x.DiT", ".DiT"]
+)
+def test_a_class_path_is_one_that_exists(tmp_path: Path, path: str) -> None:
+    (found,) = refusals(tmp_path, backbone={"class_path": path, "init_args": {"checkpoint": "digits"}})
+    assert found.startswith(f"backbone: unknown class '{path}'; did you mean 'DiT'?")
+
+
+@pytest.mark.parametrize("path", ["DiT", "tinyfusion_dit.DiT", "tinyfusion_dit.backbone.DiT"])
+def test_a_class_is_found_by_its_name_and_by_its_paths(tmp_path: Path, path: str) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    backbone = {"class_path": path, "init_args": {"checkpoint": "digits"}}
+    recipe.write_text(yaml.safe_dump({**RECIPE, "backbone": backbone}))
+    assert type(tiny.load_recipe(recipe).backbone).__name__ == "DiT"

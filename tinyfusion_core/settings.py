@@ -1,0 +1,127 @@
+"""Settings: values given in Python are checked like those of a recipe."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from .errors import require
+
+_NOTHING = object()
+
+
+class Settings:
+    """Base of the dataclasses whose fields are the options of a recipe.
+
+    Before a subclass's own `__post_init__`, every value is checked against its annotation, and numbers are finite. A
+    list is taken where a tuple is expected, and a path where a text is.
+
+    Raises:
+        UserError: a value is not what its annotation says; names the class and field.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if (own := cls.__dict__.get("__post_init__")) is not None:
+
+            @functools.wraps(own)
+            def checked_first(self: Any) -> None:
+                check_fields(self)
+                own(self)
+
+            setattr(cls, "__post_init__", checked_first)  # noqa: B010  # so that no plugin has to remember it
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+def check_fields(settings: Any) -> None:
+    """Check the fields of a dataclass against their annotations; other objects check themselves.
+
+    Raises:
+        UserError: a value does not fit.
+    """
+    if not is_dataclass(settings):
+        return
+    hints = _hints(settings.__class__)
+    for field in fields(settings):
+        value, hint = getattr(settings, field.name), hints.get(field.name, Any)
+        key = f"{field.name} (of {type(settings).__name__})"
+        taken = next((v for v in _spellings(value) if fits(v, hint)), _NOTHING)
+        require(taken is not _NOTHING, key, value, spelled(hint))
+        require(all(map(math.isfinite, numbers(taken))), key, value, "finite numbers")
+        if taken is not value:
+            object.__setattr__(settings, field.name, taken)  # most of them are frozen
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Return whether a value is what an annotation says. Truth values are no numbers."""
+    from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
+
+    try:
+        check_type(value, hint, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
+    except TypeCheckError:
+        return False
+    takes_truth = any(part is bool or part is Any for part in _parts(hint))
+    return takes_truth or not any(isinstance(leaf, bool) for leaf in leaves(value))
+
+
+def numbers(value: Any) -> Iterator[float]:
+    """Yield the numbers in a value, also those in its lists and mappings."""
+    return (leaf for leaf in leaves(value) if isinstance(leaf, int | float))
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """Yield what is in nested lists, tuples and mappings; any other value itself."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from leaves(item)
+    else:
+        yield value
+
+
+def spelled(hint: Any) -> str:
+    """Return an annotation as text, without the modules of its classes."""
+    if hint is None or hint is type(None):
+        return "None"
+    if hint is Any or hint is ...:
+        return "anything" if hint is Any else "..."
+    if (origin := typing.get_origin(hint)) is None:
+        return str(getattr(hint, "__name__", hint))
+    inner = [spelled(part) if not isinstance(part, list | str) else repr(part) for part in typing.get_args(hint)]
+    if origin is typing.Literal:
+        return " or ".join(map(repr, typing.get_args(hint)))
+    if "Union" in str(getattr(origin, "__name__", origin)):
+        return " or ".join(inner)
+    return f"{getattr(origin, '__name__', origin)}[{', '.join(inner)}]"
+
+
+@functools.cache
+def _hints(cls: type[Any]) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(cls)
+    except NameError:  # imported for type checkers alone
+        return {}
+
+
+def _spellings(value: Any) -> Iterator[Any]:
+    """A value, and what it may stand for."""
+    yield value
+    if isinstance(value, os.PathLike):
+        yield os.fspath(value)
+    if isinstance(value, list | tuple):
+        pairs = [tuple(item) if isinstance(item, list) else item for item in value]
+        yield from (tuple(value), pairs, tuple(pairs), list(value))
+
+
+def _parts(hint: Any) -> Iterator[Any]:
+    yield hint
+    for part in typing.get_args(hint):
+        yield from _parts(part)
