@@ -149,7 +149,7 @@ def search_needs(backbone: Backbone, loss: LossAdapter, model: nn.Module, search
     everywhere = torch.ones_like(mask).requires_grad_()
 
     def gated(mask: Tensor) -> Tensor:
-        with Gates(network, blocks, dims, backbone.streams) as gates:
+        with Gates(network, blocks, dims, backbone.streams, backbone.unneeded) as gates:
             with unset_fake_temporarily():  # which rows are kept is a matter of values
                 gates.set(mask, torch.zeros_like(mask))  # dropped rows keep nothing, so they need not be run
             return loss.losses(network, _fake(mode, inputs))

@@ -25,16 +25,22 @@ class Stream:
     """One residual stream of a block: the tensor that a skipped block returns unchanged.
 
     Args:
-        argument: name or position of the block's argument that carries the stream.
-        output: index into the block's output tuple; None if the output is the stream itself, or its first item.
+        argument: name or position of the block's argument that carries the stream; `state.x` is the entry `x` of an
+            argument `state` that is a mapping.
+        output: index or key in the block's output; None if the output is the stream itself, or its first item.
     """
 
     argument: str | int = 0
-    output: int | None = None
+    output: int | str | None = None
+
+    @property
+    def item(self) -> int | str:
+        """Index or key of the stream in a block's output."""
+        return 0 if self.output is None else self.output
 
     def of(self, output: Any) -> Tensor:
-        """Return the stream, (batch, ...), from a block's output: a tensor, or a tuple that contains it."""
-        found: Tensor = output if isinstance(output, Tensor) else output[self.output or 0]
+        """Return the stream, (batch, ...), from a block's output: a tensor, or a tuple or mapping that contains it."""
+        found: Tensor = output if isinstance(output, Tensor) else output[self.item]
         return found
 
 
@@ -68,6 +74,9 @@ class Backbone(Settings, ABC):
 
     #: Residual streams of a block, in no particular order; by block list where lists differ.
     streams: ClassVar[Streams] = FIRST
+    #: Outputs of a block, by index or key, that are no stream and that nobody needs, such as attention weights.
+    #: They are None while blocks are gated: a block then runs for some of the samples only.
+    unneeded: ClassVar[Sequence[int | str]] = ()
     #: Block arguments that carry the batch, as name -> batch dimension. None: found by comparing two batch sizes.
     batched: ClassVar[Mapping[str, int] | None] = None
     #: For the model card of a saved folder: the library that reads it, and how.

@@ -59,6 +59,9 @@ class Call:
             UserError: the argument is missing, or is not a tensor.
         """
         name = stream.argument
+        if isinstance(name, str) and "." in name and name in self.leaf_names:
+            entry: Tensor = self.leaves[self.leaf_names.index(name)]
+            return entry
         if isinstance(name, str) and name not in self.kwargs:
             if name not in self.names[: len(self.args)]:
                 raise UserError(f"block '{path}' was called without its stream argument '{name}'; see Backbone.streams")
@@ -137,6 +140,25 @@ def entering(
     """
     call = Call(block.forward, positional_names(block.forward), args, kwargs, lambda leaf: None)
     return [(stream, call.stream(stream, path)) for stream in streams_of(streams, path)]
+
+
+def items_of(output: Any) -> dict[int | str, Any] | None:
+    """Return the parts of a block's output by index or key; None if it is no tensor, tuple, list or mapping."""
+    if isinstance(output, Tensor):
+        return {0: output}
+    if isinstance(output, Mapping):
+        return dict(output)
+    return dict(enumerate(output)) if isinstance(output, tuple | list) else None
+
+
+def in_the_form_of(output: Any, items: Mapping[int | str, Any]) -> Any:
+    """Return such parts in the form of a block's output: one tensor, or a mapping, tuple or list of its type."""
+    if isinstance(output, Tensor):
+        return items[0]
+    if isinstance(output, Mapping):
+        return type(output)(items)  # type: ignore[call-arg]
+    values = list(items.values())
+    return type(output)._make(values) if hasattr(output, "_make") else type(output)(values)
 
 
 @contextmanager

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
+from ..errors import UserError
 from ..settings import Settings
 
 
@@ -125,12 +128,92 @@ class DataSource(Settings, ABC):
 
 @dataclass(frozen=True)
 class Tensors:
-    """Samples held in memory: named tensors with the same number of rows, each (rows, ...)."""
+    """Samples held in memory: named tensors with the same number of rows, each (rows, ...).
+
+    Raises:
+        UserError: there are none, or their numbers of rows differ.
+    """
 
     columns: dict[str, Tensor]
+
+    def __post_init__(self) -> None:
+        rows = {name: len(column) if column.ndim else 0 for name, column in self.columns.items()}
+        if len(set(rows.values())) != 1 or 0 in rows.values():
+            has = ", ".join(f"'{name}' has {count} rows" for name, count in rows.items()) or "there is no tensor"
+            raise UserError(f"data: {has}; give every tensor the same number, one row a sample")
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
         return {name: column[indices] for name, column in self.columns.items()}
+
+
+def as_samples(data: Any, key: str) -> Samples:
+    """Return data as samples that are read by lists of indices.
+
+    Args:
+        data: samples; tensors or numpy arrays by name, each (samples, ...); or a map-style data set of torch, or a
+            loader of one, whose data set is read and whose `collate_fn` is used. Items that are tuples become columns
+            "0", "1", ...
+        key: its name, for messages.
+
+    Raises:
+        UserError: it is something else.
+    """
+    if isinstance(data, Mapping):
+        return Tensors({str(name): _tensor(str(name), column) for name, column in data.items()})
+    if isinstance(data, TensorDataset):
+        return Tensors({str(i): tensor for i, tensor in enumerate(data.tensors)})
+    of = data.dataset if isinstance(data, DataLoader) else data
+    if isinstance(of, IterableDataset):
+        raise UserError(f"{key}: a stream of samples has no order to go back to on resume; give a map-style data set")
+    if isinstance(of, Dataset):
+        return Items(of, data.collate_fn if isinstance(data, DataLoader) else default_collate)
+    if not (hasattr(data, "__getitems__") and hasattr(data, "__len__")):
+        raise UserError(
+            f"{key} is a {type(data).__name__}; expected tensors or arrays by name, a torch data set or loader, or "
+            "samples with __len__ and __getitems__"
+        )
+    samples: Samples = data
+    return samples
+
+
+def _tensor(name: str, column: Any) -> Tensor:
+    try:
+        return torch.as_tensor(column)
+    except (TypeError, ValueError, RuntimeError) as e:
+        kind = type(column).__name__
+        raise UserError(f"data: '{name}' is a {kind}; expected a tensor or an array of numbers ({e})") from None
+
+
+@dataclass(frozen=True)
+class Items:
+    """The items of a map-style data set of torch, as samples.
+
+    Args:
+        dataset: the data set.
+        collate: makes a batch of a list of its items.
+    """
+
+    dataset: Dataset[Any]
+    collate: Callable[[list[Any]], Any]
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+        batch = self.collate([self.dataset[i] for i in indices])
+        columns = batch if isinstance(batch, Mapping) else dict(enumerate(batch if _is_row(batch) else [batch]))
+        wrong = {name: column for name, column in columns.items() if not isinstance(column, Tensor)}
+        if wrong:
+            name, column = next(iter(wrong.items()))
+            raise UserError(
+                f"data: '{name}' of a sample is a {type(column).__name__}, not a tensor; leave it out in the data set "
+                "or in the loader's collate_fn"
+            )
+        return {str(name): column for name, column in columns.items()}
+
+
+def _is_row(batch: Any) -> bool:
+    return isinstance(batch, list | tuple)

@@ -11,22 +11,23 @@ import torch
 from torch import nn
 
 from ..runtime.seeding import Rng
+from ..settings import Settings
 from .backbone import Backbone, list_lengths
 from .block_call import BatchDim, named_batch_dims, probed_batch_dims
-from .data import DataSource, FeatureSpace, Samples, Tensors
+from .data import DataSource, FeatureSpace, Samples, Tensors, as_samples
 from .loss import LossAdapter
 from .undisturbed import evaluating
 
 
 @dataclass(eq=False, kw_only=True)
-class Task:
+class Task(Settings):
     """One model family, objective and data set.
 
     Args:
         backbone: the model family.
         loss: the objective.
-        train: training samples.
-        held_out: samples that no stage trains on.
+        train: training samples; whatever `as_samples` takes.
+        held_out: samples that no stage trains on; the same.
         feature_space: features in which generated and real examples are compared.
         data: the data source, for metrics and commands of plugins that use further methods of it.
         model: the network to prune; by default the backbone builds it on first use.
@@ -41,6 +42,10 @@ class Task:
     data: DataSource | None = None
     model: nn.Module | None = None
     origin: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        self.train = as_samples(self.train, "train (of Task)")
+        self.held_out = as_samples(self.held_out, "held_out (of Task)")
 
     @classmethod
     def without_data(cls, backbone: Backbone, loss: LossAdapter, model: nn.Module) -> Self:

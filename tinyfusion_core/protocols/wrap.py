@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from ..errors import UserError
-from .backbone import Backbone, Batch
-from .data import Samples, Tensors
+from .backbone import FIRST, Backbone, Batch, Streams
+from .data import Samples, as_samples
 from .loss import LossAdapter, Prediction
 from .task import Task
 
@@ -23,6 +23,9 @@ def wrap(
     loss_fn: Callable[[nn.Module, Batch], Tensor],
     data: Samples | Mapping[str, Tensor],
     held_out: Samples | Mapping[str, Tensor] | None = None,
+    streams: Streams = FIRST,
+    unneeded: Sequence[int | str] = (),
+    batched: Mapping[str, int] | None = None,
     after_prune: Callable[[nn.Module, Mapping[str, Sequence[int]]], object] = lambda model, kept: None,
 ) -> Task:
     """Make a task from a network, for `Search`, every criterion, `prune` and `Recover`.
@@ -34,26 +37,33 @@ def wrap(
         model: the network. It is not changed.
         blocks: paths of its blocks; `"layers.*"` stands for all children of `layers`.
         loss_fn: (model, batch) -> losses, (batch,). Anything it draws at random must come with the batch.
-        data: training data: tensors by name, each (samples, ...), or a data set read by lists of indices.
+        data: training data: tensors or numpy arrays by name, each (samples, ...); a data set or loader of torch, whose
+            items are mappings, or tuples that become columns "0", "1", ...; or samples read by lists of indices.
         held_out: data for criteria and measurements; by default `data`.
+        streams: what a skipped block hands on; by default its first argument, as its first output.
+        unneeded: outputs of a block that are no stream and that nobody needs, see `Backbone.unneeded`.
+        batched: arguments of blocks that carry the batch, see `Backbone.batched`; by default found by trial.
         after_prune: repairs in the student what its module lists cannot express, see `Backbone.after_prune`.
 
     Raises:
-        UserError: a path leads nowhere.
+        UserError: a path leads nowhere, or the data cannot be read.
     """
-    train = data if not isinstance(data, Mapping) else Tensors(dict(data))
-    other = train if held_out is None else held_out if not isinstance(held_out, Mapping) else Tensors(dict(held_out))
+    train = as_samples(data, "data")
     paths = (blocks,) if isinstance(blocks, str) else tuple(blocks)
     task = Task(
-        backbone=_Wrapped(model, paths, train, after_prune),
+        backbone=_Wrapped(model, paths, train, after_prune, streams, unneeded, batched),
         loss=_Function(loss_fn),
         train=train,
-        held_out=other,
+        held_out=train if held_out is None else as_samples(held_out, "held_out"),
         model=model,
         origin={"licence": "unknown"},
     )
-    _ = task.blocks  # a wrong path shows here
+    _ = task.blocks, task.backbone.example(1)  # a wrong path or sample shows here
     return task
+
+
+_REMAINING = "_remaining_blocks"
+"""Attribute of a student: the paths of its blocks, where they were named one by one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +72,9 @@ class _Wrapped(Backbone):
     given: Sequence[str]
     data: Samples
     repair: Callable[[nn.Module, Mapping[str, Sequence[int]]], object]
+    streams: Streams = FIRST  # type: ignore[misc]  # of this network, not of a family
+    unneeded: Sequence[int | str] = ()  # type: ignore[misc]
+    batched: Mapping[str, int] | None = None  # type: ignore[misc]
 
     @override
     def build(self) -> nn.Module:
@@ -81,10 +94,15 @@ class _Wrapped(Backbone):
 
     @override
     def blocks(self, model: nn.Module) -> Sequence[str]:
-        return self.given
+        remaining: Sequence[str] = getattr(model, _REMAINING, self.given)
+        return remaining
 
     @override
     def after_prune(self, model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
+        before = self.blocks(model)
+        if not any(".*" in path for path in before):  # lists count anew from 0
+            places = {f"{path}.{old}": f"{path}.{new}" for path, k in kept.items() for new, old in enumerate(k)}
+            object.__setattr__(model, _REMAINING, tuple(places[path] for path in before if path in places))
         self.repair(model, kept)
 
     @override

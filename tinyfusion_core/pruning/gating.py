@@ -8,7 +8,7 @@ with a graph, dropped ones without, and a small autograd function merges both.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from ..errors import UserError
 from ..protocols.backbone import FIRST, Streams, streams_of
-from ..protocols.block_call import BatchDim, Call, positional_names
+from ..protocols.block_call import BatchDim, Call, in_the_form_of, items_of, positional_names
 
 
 class Gates:
@@ -40,6 +40,7 @@ class Gates:
         blocks: paths of the blocks, in the order of the mask's columns.
         batch_dim: which arguments carry the batch; see `probed_batch_dims` and `named_batch_dims`.
         streams: the blocks' residual streams, by block list where they differ.
+        unneeded: outputs of blocks that are None where only some of the samples ran; see `Backbone.unneeded`.
     """
 
     def __init__(
@@ -48,11 +49,13 @@ class Gates:
         blocks: Sequence[str],
         batch_dim: BatchDim,
         streams: Streams = FIRST,
+        unneeded: Sequence[int | str] = (),
     ) -> None:
         self.blocks = list(blocks)
         self._modules = [model.get_submodule(path) for path in blocks]
         self._batch_dim = batch_dim
         self._streams = [list(streams_of(streams, path)) for path in blocks]
+        self._unneeded = set(unneeded)
         self._mask: Tensor | None = None
         self._weights: Tensor | None = None
         self._rows: list[tuple[Tensor, ...]] = []
@@ -145,9 +148,9 @@ class Gates:
         self._check_items(j, items, inputs, partly=len(run) < len(mask))
         weight = None if self._weights is None else self._weights[:, j]
         for stream, x in zip(self._streams[j], inputs, strict=True):
-            i = stream.output or 0
+            i = stream.item
             items[i] = _Merge.apply(x, items[i], value[i] if value else None, mask, kept, run, rest, weight)
-        return _in_the_form_of(output, items)
+        return in_the_form_of(output, items)
 
     def _inputs(self, j: int, call: Call, num_rows: int) -> list[Tensor]:
         """The incoming streams. Raises ValueError unless they have this number of samples."""
@@ -156,39 +159,35 @@ class Gates:
             raise ValueError(f"block '{self.blocks[j]}' got {inputs[0].shape[0]} samples, the mask has {num_rows} rows")
         return inputs
 
-    def _check_items(self, j: int, items: Sequence[Any], inputs: Sequence[Tensor], partly: bool) -> None:
+    def _check_items(self, j: int, items: Mapping[int | str, Any], inputs: Sequence[Tensor], partly: bool) -> None:
         """Raise UserError if a block's output cannot be merged with its input.
 
         A stream must keep its shape; and if the block ran for only a part of the samples, a tensor that is not a
         declared stream has unknown rows.
         """
-        declared = [stream.output or 0 for stream in self._streams[j]]
+        declared = [stream.item for stream in self._streams[j]]
         for i, x in zip(declared, inputs, strict=True):
+            if not isinstance(items.get(i), Tensor):
+                raise UserError(f"block '{self.blocks[j]}' returns no tensor at {i!r}; see Backbone.streams")
             if items[i].shape[1:] != x.shape[1:]:
                 raise UserError(
                     f"block '{self.blocks[j]}' makes {list(items[i].shape[1:])} of a stream of {list(x.shape[1:])} a "
                     "sample, so it cannot be skipped; leave it out of Backbone.blocks"
                 )
-        for i, item in enumerate(items):
+        for i, item in items.items():
             if partly and i not in declared and any(isinstance(leaf, Tensor) for leaf in tree_leaves(item)):
                 raise UserError(
-                    f"block '{self.blocks[j]}' returns a tensor at index {i} that is no declared stream; "
-                    "name it in Backbone.streams"
+                    f"block '{self.blocks[j]}' returns a tensor at {i!r} that is no declared stream; name it "
+                    "in Backbone.streams, or in Backbone.unneeded if the network does without it"
                 )
 
-    def _items(self, j: int, output: Any) -> list[Any]:
-        if isinstance(output, Tensor):
-            return [output]
-        if isinstance(output, (tuple, list)):
-            return list(output)
-        raise UserError(f"block '{self.blocks[j]}' returns a {type(output).__name__}; gating takes a tensor or a tuple")
-
-
-def _in_the_form_of(output: Any, items: Sequence[Any]) -> Any:
-    """These items in the form of a block's output: one tensor, or a tuple or list of its type."""
-    if isinstance(output, Tensor):
-        return items[0]
-    return type(output)._make(items) if hasattr(output, "_make") else type(output)(items)
+    def _items(self, j: int, output: Any) -> dict[int | str, Any]:
+        """The parts of a block's output, without those that nobody needs."""
+        items = items_of(output)
+        if items is None:
+            kind = type(output).__name__
+            raise UserError(f"block '{self.blocks[j]}' returns a {kind}; gating takes a tensor, a tuple or a mapping")
+        return {i: None if i in self._unneeded else item for i, item in items.items()}
 
 
 def _split(mask: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -89,7 +89,7 @@ def check_removal(task: Task, kept: Sequence[int]) -> None:
             task.loss.predict(model, inputs)
         except (RuntimeError, TypeError, ValueError, LookupError):
             return  # the backbone's examples are not what this network is run on, so nothing can be tried
-        with Gates(model, task.blocks, task.batch_dim(model), task.backbone.streams) as gates:
+        with Gates(model, task.blocks, task.batch_dim(model), task.backbone.streams, task.backbone.unneeded) as gates:
             gates.mask = mask
             skipped = _tensors(task.loss.predict(model, inputs))
         student = without(task, removed, shared=chain(model.parameters(), model.buffers()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -46,12 +47,13 @@ class Frozen(WeightUpdate):
 
 @dataclass(frozen=True)
 class LoRA(WeightUpdate):
-    """A low-rank update of linear layers, (alpha / rank) B A (arXiv:2106.09685), by peft.
+    """A low-rank update of linear layers and convolutions, (alpha / rank) B A (arXiv:2106.09685), by peft.
 
     Args:
         rank: rank of each update.
         alpha: numerator of the update's scale.
-        targets: regular expression that a module's full path must match; default: every linear layer inside the blocks.
+        targets: regular expression that a module's full path must match; default: every linear layer and every
+            convolution that is not grouped inside the blocks.
     """
 
     rank: int = 8
@@ -69,15 +71,24 @@ class LoRA(WeightUpdate):
     @override
     def applied(self, model: nn.Module, blocks: Sequence[str]) -> Iterator[list[nn.Parameter]]:
         from peft import LoraConfig, LoraModel
+        from transformers.pytorch_utils import Conv1D  # a linear layer, of GPT-2
 
-        targets = self.targets or "|".join(re.escape(name) for name in _linears(model, blocks))
-        if not any(re.fullmatch(targets, name) and not list(m.children()) for name, m in model.named_modules()):
-            raise UserError(f"search.update.targets: '{targets}' matches no layer of {type(model).__name__}")
+        layers = {name: module for name, module in model.named_modules() if not list(module.children())}
+        if self.targets is None:
+            targets = "|".join(re.escape(name) for name in layers if _adaptable(name, layers[name], blocks, Conv1D))
+            advice = "LoRA finds no linear layer and no ungrouped convolution inside the blocks; use update: Full"
+        else:
+            targets, advice = self.targets, f"'{self.targets}' matches no layer; paths are like {next(iter(layers))}"
+        chosen = [module for name, module in layers.items() if re.fullmatch(targets, name)]
+        if not chosen:
+            raise UserError(f"search.update{'.targets' * bool(self.targets)}: {advice} ({type(model).__name__})")
         children = [(module, dict(module._modules)) for module in model.modules()]
         with undisturbed(model):
             config = LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=targets)  # type: ignore[arg-type]
             try:
-                LoraModel(model, config, "recoverability")
+                with warnings.catch_warnings():  # that a Conv1D has its weight transposed, which peft sees by itself
+                    warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")
+                    LoraModel(model, config, "recoverability")
                 yield [p for p in model.parameters() if p.requires_grad]
             finally:  # not by peft, which an exception while it wraps the layers leaves half done
                 for module, before in children:
@@ -103,10 +114,8 @@ class Full(WeightUpdate):
                         p.copy_(values)
 
 
-def _linears(model: nn.Module, blocks: Sequence[str]) -> list[str]:
-    return [
-        f"{path}.{name}"
-        for path in blocks
-        for name, module in model.get_submodule(path).named_modules()
-        if isinstance(module, nn.Linear)
-    ]
+def _adaptable(name: str, module: nn.Module, blocks: Sequence[str], transposed: type[nn.Module]) -> bool:
+    """Whether LoRA updates a layer by default."""
+    inside = any(name.startswith(f"{path}.") or name == path for path in blocks)
+    linear = isinstance(module, nn.Linear | transposed)
+    return inside and (linear or (isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups == 1))

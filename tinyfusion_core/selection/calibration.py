@@ -207,7 +207,13 @@ class Calibration:
             return self.task.loss.losses(self.task.teacher, inputs)
 
     def _gates(self) -> Gates:
-        return Gates(self.task.teacher, self.task.blocks, self._batch_dim, self.task.backbone.streams)
+        return Gates(
+            self.task.teacher,
+            self.task.blocks,
+            self._batch_dim,
+            self.task.backbone.streams,
+            self.task.backbone.unneeded,
+        )
 
     @cached_property
     def _batch_dim(self) -> BatchDim:

@@ -260,7 +260,7 @@ class Search(Selector):
             with (
                 self.update.applied(model, task.blocks) as weights,
                 trainer.transformed(blocks),
-                Gates(model, task.blocks, batch_dim, task.backbone.streams) as gates,
+                Gates(model, task.blocks, batch_dim, task.backbone.streams, task.backbone.unneeded) as gates,
             ):
                 warmup = self.warmup if weights else 0.0  # weights that do not move need none
                 search_mode(model, random=sampler.masks_per_sample == 1)

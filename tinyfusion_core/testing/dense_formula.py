@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..protocols.backbone import FIRST, Streams
-from ..protocols.block_call import entering
+from ..protocols.block_call import entering, in_the_form_of, items_of
 from .assertions import removing
 
 
@@ -28,14 +28,12 @@ def dense_formula(model: nn.Module, blocks: Sequence[str], mask: Tensor, streams
     """
 
     def mix(j: int, path: str, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        items = [output] if isinstance(output, Tensor) else list(output)
+        items = items_of(output) or {}
         for stream, before in entering(block, args, kwargs, streams, path):
             m = mask[:, j].view(-1, *[1] * (before.ndim - 1))
-            i = stream.output or 0
+            i = stream.item
             items[i] = items[i] * m + before * (1 - m)
-        if isinstance(output, Tensor):
-            return items[0]
-        return type(output)._make(items) if hasattr(output, "_make") else type(output)(items)
+        return in_the_form_of(output, items)
 
     with removing(
         model.get_submodule(path).register_forward_hook(partial(mix, j, path), with_kwargs=True)

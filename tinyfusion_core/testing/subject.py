@@ -69,7 +69,7 @@ class Subject:
         """Return gates for all blocks of a network; probing uses a new network, which is not cast."""
         batch = self.batch()
         task = Task(backbone=self.backbone, loss=self.loss, train=Tensors(batch), held_out=Tensors(batch))
-        return Gates(model, task.blocks, task.batch_dim(task.teacher), self.backbone.streams)
+        return Gates(model, task.blocks, task.batch_dim(task.teacher), self.backbone.streams, self.backbone.unneeded)
 
     def network(self) -> nn.Module:
         """Return the full network."""
