@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from .errors import require
+from .errors import UserError, require
 
 _NOTHING = object()
 
@@ -57,6 +57,19 @@ def check_fields(settings: Any) -> None:
         require(all(map(math.isfinite, numbers(taken))), key, value, "finite numbers")
         if taken is not value:
             object.__setattr__(settings, field.name, taken)  # most of them are frozen
+
+
+def check_arguments(**given: tuple[Any, Any]) -> None:
+    """Check what a function was given, by name: (value, annotation).
+
+    Raises:
+        UserError: a value does not fit.
+    """
+    for name, (value, hint) in given.items():
+        if not fits(value, hint):
+            text = repr(value)
+            text = f"a {type(value).__name__}" if len(text) > 60 or "\n" in text else text
+            raise UserError(f"{name} is {text}; expected {spelled(hint)}")
 
 
 def fits(value: Any, hint: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import yaml
 
 import tinyfusion_core as tiny
-from small_run import RECIPE
+from small_run import RECIPE, digits_task
 from tinyfusion_core.comparison.study import Audit, Compare
 from tinyfusion_core.pipeline.schema import PLAIN
 from tinyfusion_core.registry.registry import registry
@@ -131,3 +132,30 @@ def test_a_class_is_found_by_its_name_and_by_its_paths(tmp_path: Path, path: str
     backbone = {"class_path": path, "init_args": {"checkpoint": "digits"}}
     recipe.write_text(yaml.safe_dump({**RECIPE, "backbone": backbone}))
     assert type(tiny.load_recipe(recipe).backbone).__name__ == "DiT"
+
+
+def test_arguments_of_functions_are_checked_too() -> None:
+    task, trainer = digits_task(), tiny.Trainer(precision="fp32", batch_size=8)
+    decision = tiny.Keep(blocks=[0, 2, 4, 6])(task, trainer)
+    student, recover = tiny.prune(task, decision), tiny.Recover(steps=1)
+    blocks = tuple(f"layers.{i}" for i in range(8))
+    other = dataclasses.replace(decision, blocks=blocks)
+    shorter = dataclasses.replace(decision, kept=(0, 2, 4))
+    for wrong, message in (
+        (lambda: tiny.prune(task, [0, 1]), r"decision is \[0, 1\]; expected Decision"),
+        (lambda: tiny.prune(task.teacher, decision), "task is a DiT; expected Task"),
+        (lambda: tiny.save_pretrained(decision, task, student, "x"), "student is a Decision; expected Module"),
+        (lambda: recover(task, student, [0, 1], trainer), r"decision is \[0, 1\]; expected Decision or None"),
+        (lambda: recover(task, student, decision, trainer, "folder"), "run is 'folder'; expected RunFolder or None"),
+        (lambda: recover(task, student, other, trainer), r"the decision is about 8 blocks \(layers.0 to layers.7\)"),
+        (lambda: recover(task, student, shorter, trainer), "the decision keeps 3 blocks, the student has 4"),
+        (lambda: tiny.Greedy(keep=4)(task, None), "trainer is None; expected Trainer"),
+        (lambda: tiny.Search(keep=4)(task, trainer, "run"), "run is 'run'; expected RunFolder or None"),
+        (
+            lambda: tiny.Task(backbone=task.backbone, loss="mse", train=task.train, held_out=task.held_out),
+            "loss .of Tas",
+        ),
+        (lambda: dataclasses.replace(decision, kept=(0, "1")), r"kept \(of Decision\) is \(0, '1'\); expected tuple"),
+    ):
+        with pytest.raises(tiny.UserError, match=message):
+            wrong()

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..runtime.files import read_json, write_json
+from ..settings import Settings
 from .interop_formats import read_kept
 
 FORMAT_VERSION = 1
@@ -33,7 +34,7 @@ def versions() -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class Decision:
+class Decision(Settings):
     """The outcome of a search or a criterion.
 
     Attributes:

@@ -17,6 +17,7 @@ from ..registry.registry import record_of, registry
 from ..runtime.files import digest, read_json, sha256, write_json, write_text
 from ..runtime.run_folder import RunFolder
 from ..runtime.stages import RECOVER, SEARCH, Stage
+from ..settings import check_arguments
 from .decision import Decision
 from .removal import check_removal, without
 
@@ -32,6 +33,7 @@ def prune(task: Task, decision: Decision) -> nn.Module:
     Raises:
         UserError: the decision is about other blocks than the network has, or the network cannot do without them.
     """
+    check_arguments(task=(task, Task), decision=(decision, Decision))
     decision.check_fits(task.blocks, type(task.teacher).__name__)
     check_removal(task, decision.kept)
     return without(task, decision.removed)
@@ -49,6 +51,7 @@ def save_pretrained(student: nn.Module, task: Task, decision: Decision, folder: 
     Returns:
         The folder.
     """
+    check_arguments(student=(student, nn.Module), task=(task, Task), decision=(decision, Decision))
     folder = Path(folder)
     source = task.source
     decision.save(folder / DECISION)

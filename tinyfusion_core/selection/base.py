@@ -14,7 +14,7 @@ from ..pruning.removal import check_removal
 from ..runtime.distributed import on_main_process
 from ..runtime.run_folder import RunFolder
 from ..samplers.constraints import Budget, Spending
-from ..settings import Settings
+from ..settings import Settings, check_arguments
 from ..training.recover import Recover
 from ..training.trainer import Trainer
 from .budget import CostBudget, measure, save_costs
@@ -118,7 +118,11 @@ def prepared(selector: S, task: Task, trainer: Trainer, run: RunFolder | None) -
 
     Returns:
         The bound selector, and the costs, for the record.
+
+    Raises:
+        UserError: the task cannot be pruned so, or an argument is something else.
     """
+    check_arguments(task=(task, Task), trainer=(trainer, Trainer), run=(run, RunFolder | None))
     trainer.to_device(task.teacher)
     budgets = selector.cost_budgets()
     if not budgets:

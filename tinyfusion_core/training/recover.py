@@ -15,7 +15,7 @@ from ..protocols.undisturbed import evaluating
 from ..pruning.decision import Decision
 from ..runtime.run_folder import RunFolder
 from ..runtime.seeding import Rng
-from ..settings import Settings
+from ..settings import Settings, check_arguments
 from .distillation import Distilled, OutputKD
 from .loop import Fit
 from .objective import Ema, Objective, Optimization, cosine, ema_decay
@@ -87,9 +87,18 @@ class Recover(Settings):
             `student` with its averaged weights, in eval mode.
 
         Raises:
-            UserError: the loss was not finite for too long, or student and teacher do not match.
+            UserError: the loss was not finite for too long, or student, decision and teacher do not match.
             Interrupted: a signal arrived; the same call with the same run folder resumes.
         """
+        of = {"task": (task, Task), "student": (student, nn.Module), "decision": (decision, Decision | None)}
+        check_arguments(**of, trainer=(trainer, Trainer), run=(run, RunFolder | None))
+        if decision is not None:
+            decision.check_fits(task.blocks, "the task's network")
+            depth = len(task.backbone.block_paths(student))
+            if depth != len(decision.kept):
+                raise UserError(
+                    f"the decision keeps {len(decision.kept)} blocks, the student has {depth}: give its own"
+                )
         trainer = trainer.with_batch_size(self.batch_size)
         trainer.to_device(student).train()
         objective = self._objective(task, student, decision, trainer)
