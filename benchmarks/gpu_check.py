@@ -142,7 +142,7 @@ def measure(what: str, size: dict[str, int]) -> str:
     torch.manual_seed(0)
     model = backbone.construct(backbone.config()).to(device).train()
     blocks = backbone.block_paths(model)
-    task = tiny.Task(backbone=backbone, loss=loss, train=[], held_out=[], model=model)  # type: ignore[arg-type]
+    task = tiny.Task.without_data(backbone, loss, model)
     prepared = loss.prepare(backbone.example(size["batch"]), tiny.Rng(0, "check"))
     inputs = {name: t.to(device) for name, t in prepared.items()}
     mask = None

@@ -129,9 +129,19 @@ def _spellings(value: Any) -> Iterator[Any]:
     yield value
     if isinstance(value, os.PathLike):
         yield os.fspath(value)
-    if isinstance(value, list | tuple):
-        pairs = [tuple(item) if isinstance(item, list) else item for item in value]
-        yield from (tuple(value), pairs, tuple(pairs), list(value))
+    yield _with_lists(value, innermost=tuple, outer=list)
+    yield _with_lists(value, innermost=tuple, outer=tuple)
+    yield _with_lists(value, innermost=list, outer=list)
+
+
+def _with_lists(value: Any, innermost: type[Any], outer: type[Any]) -> Any:
+    """A value whose lists and tuples are of these types, those without another one in them of the first."""
+    if isinstance(value, Mapping):
+        return {key: _with_lists(item, innermost, outer) for key, item in value.items()}
+    if not isinstance(value, list | tuple):
+        return value
+    nested = any(isinstance(item, list | tuple) for item in value)
+    return (outer if nested else innermost)(_with_lists(item, innermost, outer) for item in value)
 
 
 def _parts(hint: Any) -> Iterator[Any]:

@@ -36,6 +36,8 @@ class EncodedPrompts(DataSource):
         num_held_out: rows that are not trained on, the same for every seed.
     """
 
+    deviations = {"x": (0.4, 2.5)}  # pipelines scale and shift latents to make it 1
+
     folder: str
     num_held_out: int = 256
 

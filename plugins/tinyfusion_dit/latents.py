@@ -26,6 +26,8 @@ _STATED = ("vae", "scale", "kind")
 
 @dataclass(frozen=True, kw_only=True)
 class _LatentSource(DataSource):
+    deviations = {"x": (0.4, 2.5)}  # scales are chosen to make it 1
+
     vae: str | None = None
     scale: float | None = None
     kind: Literal["sample", "moments"] | None = None

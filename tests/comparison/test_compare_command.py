@@ -113,7 +113,7 @@ def test_a_recipe_that_cannot_be_compared_is_told_why(comparing: Path, tmp_path:
     assert "compare.candidates.learned.stepz: unknown key" in error("--compare.candidates.learned.stepz=3")
     assert "did you mean 'Greedy'" in error("--compare.candidates.learned={class_path: Gready}")
     assert "<first> keeps 3; learned keeps 4" in error("--compare.candidates.<first>.keep=3")
-    assert "the name of one is 1; expected a text" in error(
+    assert "candidates (of Compare) is {1: FirstN(" in error(
         "--compare.candidates={1: {class_path: FirstN, init_args: {keep: 4}}}"
     )
     message = error("--compare.candidates={a: FirstN}")

@@ -46,7 +46,7 @@ class Comparison(Settings):
         require(self.seeds >= 1, f"{self.view}.seeds", self.seeds, "at least 1")
         require(self.candidates != {}, f"{self.view}.candidates", {}, "at least one; null takes every criterion")
         for name in self.candidates or {}:
-            named = isinstance(name, str) and name.strip() not in ("", RANDOM)
+            named = name.strip() not in ("", RANDOM)
             require(named, f"{self.view}.candidates: the name of one", name, f"a text, and not '{RANDOM}'")
 
     @property

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -21,10 +22,11 @@ from .metrics import Measurement, Metric, Models, Size, held_out_inputs
 
 
 def check_teacher(task: Task, trainer: Trainer) -> None:
-    """Check that the teacher performs its objective, on up to 256 held-out samples.
+    """Check that the teacher performs its objective, on up to 256 held-out samples, and that it knows their labels.
 
     Raises:
-        UserError: its loss is not below 0.9 of the loss of an untrained network; see `LossAdapter.trivial`.
+        UserError: its loss is not below 0.9 of the loss of an untrained network, see `LossAdapter.trivial`, or is lower
+            with the labels of other samples.
     """
     num = min(256, len(task.held_out))
     model = task.teacher.to(trainer.accelerator.device)
@@ -33,22 +35,50 @@ def check_teacher(task: Task, trainer: Trainer) -> None:
         inputs = held_out_inputs(task, trainer, rows, num)
         with torch.no_grad(), trainer.accelerator.autocast():
             prediction = task.loss.predict(model, inputs)
+            learned = task.loss.loss(prediction, inputs)
             nothing = task.loss.trivial(prediction, inputs)
-            both = [p for p in (prediction, nothing) if p is not None]
-            return torch.stack([task.loss.loss(p, inputs).double().sum().cpu() for p in both])
+            trivial = torch.full_like(learned, torch.nan) if nothing is None else task.loss.loss(nothing, inputs)
+            shuffled = _shuffled(inputs, task.conditions)
+            others = learned if shuffled is None else task.loss.losses(model, shuffled)
+            return torch.stack([learned, trivial, others]).double().cpu()
 
     with evaluating(model):
-        totals = torch.stack(map_sharded(batches(num, 32), work)).sum(0) / num
-    if len(totals) == 1:
-        return
-    learned, trivial = totals.tolist()
-    if not learned < 0.9 * trivial:
+        learned, trivial, others = torch.cat(map_sharded(batches(num, 32), work), dim=1)
+    if not learned.mean() < 0.9 * trivial.mean() and not trivial.isnan().any():
         raise UserError(
-            f"the teacher's loss on {num} held-out samples is {learned:.4g}, "
-            f"that of a network that has learned nothing {trivial:.4g}: "
+            f"the teacher's loss on {num} held-out samples is {learned.mean():.4g}, "
+            f"that of a network that has learned nothing {trivial.mean():.4g}: "
             "is it the right checkpoint for this backbone, this loss (noise or velocity, its time steps) and this "
             "data (its scale, the order of its classes)?"
         )
+    _check_labels(learned, others)
+
+
+def _shuffled(inputs: Mapping[str, Tensor], conditions: str) -> dict[str, Tensor] | None:
+    """The inputs with the labels of the next samples, (batch, ...) each; None if there are no labels."""
+    labels = inputs.get(conditions)
+    if labels is None or labels.ndim != 1 or labels.is_floating_point():
+        return None
+    return {**inputs, conditions: labels.roll(1)}
+
+
+def _check_labels(given: Tensor, others: Tensor) -> None:
+    """Raise UserError, or warn, if the losses of samples, (samples,), are no lower than with the labels of others."""
+    differ = others != given  # not where labels agree or are dropped
+    given, others = given[differ], others[differ]
+    if len(given) < 32:
+        return  # too few, or a network without labels
+    worse = others - given
+    sure = float(worse.mean() / (worse.std() / len(worse) ** 0.5))
+    if sure > 2:
+        return
+    text = (
+        f"the teacher's loss on {len(given)} held-out samples is {given.mean():.4g} with their labels, and "
+        f"{others.mean():.4g} with those of others: are the classes of the data in the order of the checkpoint?"
+    )
+    if sure < 0:
+        raise UserError(text)
+    warnings.warn(text, stacklevel=2)
 
 
 def with_standing(metrics: Sequence[Metric]) -> list[Metric]:

@@ -197,7 +197,7 @@ def training_needs(
             needs = replace(needs, ema=needs.parameters)
         forward: Callable[[], Any] = lambda: loss.losses(network, _fake(mode, inputs)).mean()  # noqa: E731
         if recover.kd is not None and teacher is not None and decision is not None:
-            task = Task(backbone=backbone, loss=loss, train=[], held_out=[], model=_faked(teacher))  # type: ignore[arg-type]
+            task = Task.without_data(backbone, loss, _faked(teacher))
             theirs = _spread(setup, task.teacher.requires_grad_(False), task.blocks)
             needs = replace(needs, teacher=theirs.parameters, communication=needs.communication + theirs.communication)
             distilled = Distilled(network, task, decision, recover.kd)

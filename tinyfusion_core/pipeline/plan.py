@@ -242,7 +242,9 @@ def _data(plan: Plan, recipe: Recipe) -> None:
     counts = f"{len(train):,} to train on, {len(held_out):,} held out"
     plan.rows.append(("data", f"{type(recipe.data).__name__}, {counts}"))
     columns = columns_of(recipe.backbone, recipe.on_meta, recipe.data.conditions)
-    checked(train, columns, "training").__getitems__([0])
+    some = checked(train, columns, "training").__getitems__(list(range(min(64, len(train)))))
+    if recipe.train is None:  # what a checkpoint was trained on; a fresh network learns from what there is
+        columns.check_deviations(some, recipe.data.deviations)
     for samples in (train, held_out):
         columns.check_extremes(samples)
 

@@ -65,6 +65,24 @@ class Columns:
                     if not lookup.allows(value):
                         self._refuse(name, value, where)
 
+    def check_deviations(self, batch: Mapping[str, Tensor], deviations: Mapping[str, tuple[float, float]]) -> None:
+        """Check how much the values of a batch vary.
+
+        Args:
+            batch: tensors by name, each (rows, ...).
+            deviations: smallest and largest standard deviation, by column.
+
+        Raises:
+            UserError: one is outside.
+        """
+        for name, (low, high) in deviations.items():
+            found = float(batch[name].double().std()) if name in batch else low
+            if not low <= found <= high:
+                raise UserError(
+                    f"data: '{name}' has the standard deviation {found:.3g} in {len(batch[name])} samples; expected "
+                    f"about 1, {low} to {high}: were the latents scaled twice, or not at all?"
+                )
+
     def _refuse(self, name: str, value: int, where: str) -> None:
         lookup = self.lookups[name]
         raise UserError(

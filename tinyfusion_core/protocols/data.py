@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -105,9 +105,12 @@ class DataSource(Settings, ABC):
 
     Attributes:
         conditions: name of the column with the conditions of generation.
+        deviations: smallest and largest standard deviation that the values of a column can have, by column. Latents
+            that were scaled twice, or not at all, lie outside.
     """
 
     conditions = "y"
+    deviations: ClassVar[Mapping[str, tuple[float, float]]] = {}
 
     @abstractmethod
     def train(self) -> Samples:
