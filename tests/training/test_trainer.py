@@ -51,9 +51,12 @@ def test_the_average_weighs_the_past_by_its_decay() -> None:
     average = tiny.Recover(steps=2, lr=1e-2, schedule="constant", ema=0.4)(task(), student(), None, TRAINER)
     for a, b, c in zip(first.parameters(), second.parameters(), average.parameters(), strict=True):
         assert torch.allclose(c, 0.4 * a + 0.6 * b, atol=1e-6)
-    assert ema_decay(10_000) == pytest.approx(0.999)
-    assert ema_decay(100_000) == pytest.approx(0.9999)
-    assert ema_decay(5) == 0
+    assert ema_decay("recover", 10_000) == pytest.approx(0.999)
+    assert ema_decay("recover", 100_000) == pytest.approx(0.9999)
+    assert ema_decay("recover", 5) == 0
+    assert ema_decay("recover", 150, 0.99) == 0.99
+    with pytest.warns(UserWarning, match=r"recover.ema: 0.9999 averages over the last 10,000 steps, and there are 150"):
+        assert ema_decay("recover", 150, 0.9999) == 0.9999
 
 
 def test_the_learning_rate_follows_its_schedule(tmp_path: Path) -> None:

@@ -143,8 +143,9 @@ def search_needs(backbone: Backbone, loss: LossAdapter, model: nn.Module, search
     blocks = backbone.block_paths(model)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     sampler = search.make_sampler(list_lengths(blocks))
-    inputs = _inputs(backbone, loss, setup.rows, sampler.masks_per_sample)
-    mask = sampler.sample(setup.rows * sampler.masks_per_sample, Rng(0, "plan", 0)).mask
+    rows = setup.rows * sampler.masks_per_sample
+    inputs = _inputs(backbone, loss, 1)
+    mask = sampler.sample(rows, Rng(0, "plan", 0)).mask
     mask = mask.detach().requires_grad_(mask.requires_grad)
     everywhere = torch.ones_like(mask).requires_grad_()
 
@@ -152,7 +153,7 @@ def search_needs(backbone: Backbone, loss: LossAdapter, model: nn.Module, search
         with Gates(network, blocks, dims, backbone.streams, backbone.unneeded) as gates:
             with unset_fake_temporarily():  # which rows are kept is a matter of values
                 gates.set(mask, torch.zeros_like(mask))  # dropped rows keep nothing, so they need not be run
-            return loss.losses(network, _fake(mode, inputs))
+            return loss.losses(network, _fake(inputs, rows))
 
     dims = _batch_dims(backbone, loss, model, blocks)
     planned = copy.deepcopy(model)
@@ -163,7 +164,7 @@ def search_needs(backbone: Backbone, loss: LossAdapter, model: nn.Module, search
             sparse, dense = (
                 saved_by(functools.partial(gated, m), network, blocks, setup.precision) for m in (mask, everywhere)
             )
-        except (RuntimeError, NotImplementedError, UserError) as e:
+        except (RuntimeError, NotImplementedError) as e:
             return replace(needs, rows=setup.rows, note=_first_line(e))
     return replace(needs, activations=sparse, dense=dense, rows=setup.rows)
 
@@ -188,23 +189,23 @@ def training_needs(
         teacher: the teacher, on the meta device.
         decision: how the student was made from the teacher.
     """
-    inputs = _inputs(backbone, loss, setup.rows, 1)
+    inputs = _inputs(backbone, loss, 1)
     blocks = backbone.block_paths(student)
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+    with FakeTensorMode(allow_non_fake_inputs=True):
         network = _faked(student).train()
         needs = _spread(setup, network, blocks)
         if recover.ema != 0:
             needs = replace(needs, ema=needs.parameters)
-        forward: Callable[[], Any] = lambda: loss.losses(network, _fake(mode, inputs)).mean()  # noqa: E731
+        forward: Callable[[], Any] = lambda: loss.losses(network, _fake(inputs, setup.rows)).mean()  # noqa: E731
         if recover.kd is not None and teacher is not None and decision is not None:
             task = Task.without_data(backbone, loss, _faked(teacher))
             theirs = _spread(setup, task.teacher.requires_grad_(False), task.blocks)
             needs = replace(needs, teacher=theirs.parameters, communication=needs.communication + theirs.communication)
             distilled = Distilled(network, task, decision, recover.kd)
-            forward = lambda: distilled(_fake(mode, inputs), Rng(0, "plan"))[0]  # noqa: E731
+            forward = lambda: distilled(_fake(inputs, setup.rows), Rng(0, "plan"))[0]  # noqa: E731
         try:
             activations = saved_by(forward, network, blocks, setup.precision)
-        except (RuntimeError, NotImplementedError, UserError) as e:
+        except (RuntimeError, NotImplementedError) as e:
             return replace(needs, rows=setup.rows, note=_first_line(e))
     return replace(needs, activations=activations, rows=setup.rows)
 
@@ -241,9 +242,8 @@ def _spread(setup: Setup, model: nn.Module, blocks: Sequence[str]) -> Needs:
     return Needs(parameters=share[0], gradients=share[1], optimizer=share[2], communication=gathered)
 
 
-def _inputs(backbone: Backbone, loss: LossAdapter, rows: int, copies: int) -> Batch:
-    inputs = loss.prepare(backbone.example(rows), Rng(0, "plan"))
-    return {name: t.repeat_interleave(copies, 0) for name, t in inputs.items()}
+def _inputs(backbone: Backbone, loss: LossAdapter, rows: int) -> Batch:
+    return loss.prepare(backbone.example(rows), Rng(0, "plan"))
 
 
 def _batch_dims(backbone: Backbone, loss: LossAdapter, model: nn.Module, blocks: Sequence[str]) -> BatchDim:
@@ -251,7 +251,7 @@ def _batch_dims(backbone: Backbone, loss: LossAdapter, model: nn.Module, blocks:
         return named_batch_dims(backbone.batched)
 
     def run(num_rows: int) -> None:
-        inputs = _inputs(backbone, loss, num_rows, 1)
+        inputs = _inputs(backbone, loss, num_rows)
         loss.predict(model, {name: t.to("meta") for name, t in inputs.items()})
 
     return probed_batch_dims(model.eval(), blocks, run)
@@ -264,8 +264,9 @@ def _faked(model: nn.Module) -> nn.Module:
     return copied.to_empty(device="cpu")
 
 
-def _fake(mode: FakeTensorMode, inputs: Batch) -> Batch:
-    return {name: mode.from_tensor(t) for name, t in inputs.items()}
+def _fake(inputs: Batch, rows: int) -> Batch:
+    """Inputs of this many rows like the first of these, without memory; in a fake mode."""
+    return {name: torch.empty((rows, *t.shape[1:]), dtype=t.dtype) for name, t in inputs.items()}
 
 
 def _chosen(saved: Saved, checkpointing: bool) -> int:

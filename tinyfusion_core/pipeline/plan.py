@@ -102,6 +102,8 @@ def _collect(plan: Plan, part: Callable[[], None]) -> None:
 def _network(plan: Plan, recipe: Recipe) -> None:
     model = recipe.on_meta
     blocks = recipe.backbone.block_paths(model)
+    if len(blocks) < 2:
+        raise UserError(f"{owner(recipe.backbone)}: the network has {len(blocks)} block(s); of 2 or more some can go")
     counts = ", ".join(f"{depth} blocks in '{name}'" for name, depth in list_lengths(blocks).items())
     plan.rows.append(("network", f"{type(recipe.backbone).__name__}, {counts}"))
     _fit_together(recipe, model)

@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 from torch import nn
@@ -18,7 +17,8 @@ from torch import nn
 from ..comparison.study import Audit, Compare
 from ..errors import MissingFileError, UserError
 from ..evaluation.metrics import Metric
-from ..protocols.backbone import Backbone
+from ..protocols.backbone import Backbone, build_on_meta
+from ..protocols.columns import check_sample_size
 from ..protocols.data import DataSource
 from ..protocols.loss import LossAdapter
 from ..registry.registry import load_plugin
@@ -73,8 +73,8 @@ class Recipe:
     @cached_property
     def on_meta(self) -> nn.Module:
         """The network on the meta device, without memory; whoever changes it takes a copy."""
-        with torch.device("meta"):
-            return self.backbone.construct(self.backbone.config())
+        check_sample_size(self.backbone)
+        return build_on_meta(self.backbone)
 
     def save(self, folder: Path) -> None:
         """Write the resolved `recipe.yaml`, and beside it the plugin files that it needs.

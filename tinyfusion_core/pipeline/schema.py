@@ -156,6 +156,10 @@ def _checked(key: str, value: Any, kind: Any, problems: list[str], default: Any 
         return {k: entry for k, entry in entries.items() if entry is not WRONG}
     if value is None or not inspect.isclass(kind) or kind not in (*PLAIN, *POLYMORPHIC):
         return value
+    return _checked_object(key, value, kind, problems, default)
+
+
+def _checked_object(key: str, value: Any, kind: type[Any], problems: list[str], default: Any) -> Any:
     try:
         cls, arguments = (kind, value) if kind in PLAIN else _class_and_arguments(key, value, kind, default)
         if not isinstance(arguments, dict):
@@ -165,10 +169,9 @@ def _checked(key: str, value: Any, kind: Any, problems: list[str], default: Any 
     except UserError as e:
         problems.append(str(e))
         return WRONG
+    path = {} if kind in PLAIN else {"class_path": f"{cls.__module__}.{cls.__qualname__}"}
     arguments = _checked_arguments(key, arguments, cls, problems)
-    return (
-        arguments if kind in PLAIN else {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": arguments}
-    )
+    return {**path, "init_args": arguments} if path else arguments
 
 
 def _class_and_arguments(key: str, value: Any, kind: type[Any], default: Any) -> tuple[type[Any], Any]:

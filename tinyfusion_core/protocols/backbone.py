@@ -3,12 +3,14 @@
 # No `from __future__ import annotations` here: jsonargparse evaluates the annotations of a base class in the
 # plugin's module, where the strings it would make of the ClassVars mean nothing.
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
@@ -197,6 +199,38 @@ class Backbone(Settings, ABC):
         model = cls.construct(config)
         load_strict(model, tensors, folder / WEIGHTS)
         return model
+
+
+MAX_DEPTH = 1000
+"""Blocks that a network can have; the deepest that were published have as many layers."""
+
+
+def build_on_meta(backbone: Backbone) -> nn.Module:
+    """Build the network of a backbone on the meta device, where it takes no memory.
+
+    Raises:
+        UserError: the sizes in its config make no network.
+    """
+    config = backbone.config()
+    for key, value in _numbers(config, ""):
+        if re.search(r"depth|layers|blocks", key) and value > MAX_DEPTH:
+            raise UserError(f"{owner(backbone)}: {key} is {value:,}; expected at most {MAX_DEPTH:,}")
+    try:
+        with torch.device("meta"):
+            return backbone.construct(config)
+    except UserError:
+        raise
+    except Exception as e:  # of any library's constructor
+        reason = f"{type(e).__name__}: {' '.join(str(e).split())}"
+        raise UserError(f"{owner(backbone)}: its sizes make no network ({reason}); correct them") from e
+
+
+def _numbers(config: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, int]]:
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{prefix}{key}.")
+        elif isinstance(value, int) and not isinstance(value, bool):
+            yield f"{prefix}{key}", value
 
 
 def owner(thing: object) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from typing_extensions import override
 
-from ..errors import MissingFileError, UserError, nearest
+from ..errors import MissingFileError, UserError, nearest, require
 from ..runtime.files import load_strict, read_json, read_weights, sha256
 from ..runtime.seeding import generator
 from .backbone import Backbone
@@ -141,7 +141,12 @@ class CheckpointBackbone(Backbone):
         if self.variant is not None and self.variant not in self.variants:
             raise UserError(f"backbone.variant: no '{self.variant}'{nearest(self.variant, self.variants)}")
         sizes: dict[str, Any] = dict(self.variants[self.variant]) if self.variant else {}
-        named = {f.name: getattr(self, f.name) for f in fields(self) if f.name in self._defaults()}
+        defaults = self._defaults()
+        named = {f.name: getattr(self, f.name) for f in fields(self) if f.name in defaults}
+        for name, value in named.items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                least = 1 if isinstance(value, int) and defaults[name] else 0
+                require(value >= least, f"backbone.{name}", value, f"at least {least}")
         return sizes | {k: v for k, v in named.items() if v is not None}
 
     @classmethod

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..errors import UserError
-from .backbone import Backbone
+from .backbone import Backbone, owner
 from .data import Lookup, Samples, Sharded, Traceable
 
+LARGEST_SAMPLE = 2**30
+"""Bytes of one column of a sample; videos in latent space have some tens of MB."""
 _INDICES = {torch.int32, torch.int64}
 
 
@@ -105,6 +108,20 @@ def columns_of(backbone: Backbone, model: nn.Module, conditions: str) -> Columns
         lookups.setdefault(conditions, Lookup(num_labels))
     shapes = {name: tuple(t.shape[1:]) for name, t in example.items()}
     return Columns(shapes, {name: t.dtype for name, t in example.items()}, lookups)
+
+
+def check_sample_size(backbone: Backbone) -> None:
+    """Check that a machine can hold what the network takes, without making it.
+
+    Raises:
+        UserError: a column of one sample is larger than `LARGEST_SAMPLE`.
+    """
+    with FakeTensorMode():  # of tensors that take no memory
+        example = backbone.example(1)
+    for name, column in example.items():
+        if column.nbytes > LARGEST_SAMPLE:
+            size = f"{list(column.shape[1:])}, {column.nbytes / 2**30:,.0f} GiB"
+            raise UserError(f"{owner(backbone)}: '{name}' of one sample is {size}; correct the sizes")
 
 
 def checked(samples: Samples, columns: Columns, part: str) -> Samples:

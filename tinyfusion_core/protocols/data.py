@@ -206,6 +206,11 @@ class Items:
         return len(self.dataset)  # type: ignore[arg-type]
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+        """Return the collated items by name, each (rows, ...).
+
+        Raises:
+            UserError: something in them is no tensor.
+        """
         batch = self.collate([self.dataset[i] for i in indices])
         columns = batch if isinstance(batch, Mapping) else dict(enumerate(batch if _is_row(batch) else [batch]))
         wrong = {name: column for name, column in columns.items() if not isinstance(column, Tensor)}

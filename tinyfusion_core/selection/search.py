@@ -235,7 +235,17 @@ class Search(Selector):
         return replace(decision, provenance={**decision.provenance, **costs})
 
     def decide(self, learned: Learned, task: Task, trainer: Trainer) -> Decision:
-        """Return the decision of what was learned."""
+        """Return the decision of what was learned.
+
+        Raises:
+            UserError: nothing was: every block is as likely as at the beginning.
+        """
+        before, after = self.make_sampler(task.lists).marginals(), learned.sampler.marginals()
+        if self.start is None and (after - before).abs().max() < 1e-4:
+            raise UserError(
+                f"search: after {learned.num_steps} step(s) every block is as likely to be kept as at the beginning; "
+                "set more search.steps, or a higher search.lr_gates"
+            )
         taken = {"steps": learned.num_steps, "evaluations": learned.evaluations}
         return self._decision(learned.sampler, task.blocks, {**provenance(trainer.seed, task.source), **taken})
 
@@ -252,7 +262,7 @@ class Search(Selector):
             sampler.set_prior(first.kept, self.prior)
             evaluations = int(first.provenance.get("evaluations", 0))
         # AveragedModel begins with the values after the first step: no bias towards the initial ones.
-        ema = Ema(sampler, ema_decay(self.steps) if self.ema is None else self.ema)
+        ema = Ema(sampler, ema_decay("search", self.steps, self.ema))
         averaged = ema.average.module
         assert isinstance(averaged, BlockSampler)
         with torch.random.fork_rng(), undisturbed(model):

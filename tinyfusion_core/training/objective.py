@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -107,6 +108,20 @@ def cosine(final: float) -> Callable[[float], float]:
     return lambda progress: final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def ema_decay(steps: int) -> float:
-    """Return the decay of an average over about a tenth of the steps: 0.999 for 10,000, 0.9999 for 100,000."""
-    return max(0.0, 1 - 10 / steps)
+def ema_decay(stage: str, steps: int, given: float | None = None) -> float:
+    """Return the decay of a stage's average: by default over about a tenth of its steps, 0.999 for 10,000.
+
+    Args:
+        stage: name of the stage, for a warning if the given average reaches further back than the stage is long.
+        steps: optimizer updates of the stage.
+        given: the decay in its settings.
+    """
+    if given is None:
+        return max(0.0, 1 - 10 / steps)
+    if (reach := 1 / (1 - given)) > steps:
+        warnings.warn(
+            f"{stage}.ema: {given} averages over the last {reach:,.0f} steps, and there are {steps:,}: the result lags "
+            "behind; leave it out",
+            stacklevel=2,
+        )
+    return given

@@ -102,7 +102,7 @@ class Recover(Settings):
         trainer = trainer.with_batch_size(self.batch_size)
         trainer.to_device(student).train()
         objective = self._objective(task, student, decision, trainer)
-        decay = ema_decay(self.steps) if self.ema is None else self.ema
+        decay = ema_decay(stage, self.steps, self.ema)
         ema = Ema(student, decay) if decay else None
         averaged = ema.average.module if ema else None  # copied before the blocks' forward is taken over
         optimization = Optimization(
