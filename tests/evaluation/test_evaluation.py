@@ -77,7 +77,7 @@ def test_frechet_distance_and_accuracy_know_real_images_from_none() -> None:
     task.loss = Copy(learn_sigma=False)
     real, broken = nn.Linear(1, 1), nn.Linear(1, 1)
     real.good, broken.good = True, False
-    metric = tiny.Frechet(num_samples=40, batch_size=40)
+    metric = tiny.Frechet(num_samples=40, batch_size=30)
     distance, accuracy = metric(task, {"real": real, "broken": broken}, TRAINER)
     assert accuracy.values["real"] > 0.95
     assert 0 <= distance.values["real"] < 60  # 40 samples are few for 32 features

@@ -44,7 +44,7 @@ class Mutation:
 def run_on_copy(
     folder: Path, tests: Iterable[str], mutation: Mutation | None = None, timeout: float = 300
 ) -> subprocess.CompletedProcess[str]:
-    """Run tests on a copy of the engine in this folder, in a process of its own; see `mutation_watch` for exit codes."""
+    """Run tests on a copy of the engine in this folder, in a process of its own. Exit codes: `mutation_watch`."""
     shutil.copytree(ENGINE, folder / ENGINE.name, ignore=shutil.ignore_patterns("__pycache__"))
     if mutation is not None:
         (folder / ENGINE.name / mutation.file).write_text(mutation.source())

@@ -8,12 +8,16 @@ SEARCH = "selection/search.py"
 SEARCHED = "selection/test_search.py::"
 OPTIONS = "selection/test_search_options.py::"
 LOSS = "selection/gated_loss.py"
+WEIGHTS = "pruning/test_weight_updates.py::"
+GATED = "selection/test_gated_loss.py::"
+DROPPED = "pruning/test_dropped_values.py::test_a_share_of_the_values_is_weighted_to_a_mean_of_one"
 CALIBRATION = "selection/calibration.py"
 CRITERIA = "selection/test_criteria.py::"
 BY_HAND = "selection/test_criteria_by_hand.py::"
 SIMILARITY = "selection/similarity.py"
 HALVING = "selection/successive_halving.py"
 HALVED = "selection/test_finals.py::test_the_final_heals_the_best_masks_and_keeps_the_winner"
+TEACHERS = "evaluation/test_teacher_check.py::"
 METRICS = "evaluation/metrics.py"
 EVALUATED = "evaluation/test_evaluation.py::"
 
@@ -23,7 +27,7 @@ SEARCHES = [
         SEARCH,
         "averaged.anneal(1.0)",
         "pass",
-        ("selection/test_search.py", "selection/test_search_options.py"),
+        (GATED + "test_the_averaged_sampler_decides_as_it_is_after_the_last_step",),
     ),
     Mutation(
         "a long search moves the weights faster",
@@ -44,28 +48,49 @@ SEARCHES = [
         SEARCH,
         "return Learned(averaged.cpu(),",
         "return Learned(sampler.cpu(),",
-        ("selection/test_search.py", "selection/test_search_options.py"),
+        (SEARCHED + "test_every_logged_step_tells_the_state_of_the_search",),
+    ),
+    Mutation(
+        "gates decay like weights",
+        SEARCH,
+        '"lr": self.lr_gates or sampler.lr_gates, "weight_decay": 0.0}',
+        '"lr": self.lr_gates or sampler.lr_gates, "weight_decay": self.weight_decay}',
+        (WEIGHTS + "test_gates_do_not_decay",),
+    ),
+    Mutation(
+        "LoRA's update is not scaled by alpha / rank",
+        "pruning/weight_update.py",
+        "lora_alpha=self.alpha",
+        "lora_alpha=self.rank",
+        (WEIGHTS + "test_lora_adds_alpha_over_rank_times_its_product",),
+    ),
+    Mutation(
+        "a full update stays in the network",
+        "pruning/weight_update.py",
+        "p.copy_(values)",
+        "pass",
+        (WEIGHTS + "test_the_weights_of_a_full_update_come_back_bit_for_bit",),
     ),
     Mutation(
         "the weights of dropped values have a mean below one",
         LOSS,
         "< share).to(mask) / share",
         "< share).to(mask)",
-        ("selection/test_search.py", "selection/test_search_options.py"),
+        (DROPPED,),
     ),
     Mutation(
         "the values of a share and of its complement are mistaken for each other",
         LOSS,
         'rng.uniform("dropped values", *mask.shape) < share',
         'rng.uniform("dropped values", *mask.shape) >= share',
-        ("selection/test_search.py", "selection/test_search_options.py"),
+        (DROPPED,),
     ),
     Mutation(
         "the masks of a sample are drawn from the streams of its neighbours",
         LOSS,
         "first=rng.first * copies",
         "first=rng.first",
-        ("selection/test_search.py", "selection/test_search_options.py"),
+        (GATED + "test_passes_over_parts_of_a_batch_draw_the_masks_of_the_whole",),
     ),
     Mutation(
         "copies of a sample do not lie side by side",
@@ -86,14 +111,14 @@ SEARCHES = [
         LOSS,
         "(progress - self.warmup) / (1 - self.warmup)",
         "progress - self.warmup",
-        (SEARCHED + "test_every_logged_step_tells_the_state_of_the_search",),
+        (GATED + "test_schedules_begin_when_the_gates_do",),
     ),
     Mutation(
         "a search is as sure as its surest choice",
         LOSS,
         "return min(self.unregistered[1].confidence()) >= self.confident",
         "return max(self.unregistered[1].confidence()) >= self.confident",
-        ("selection/test_search.py", "selection/test_search_options.py"),
+        (GATED + "test_a_search_is_as_sure_as_its_least_certain_choice",),
     ),
     Mutation(
         "a start that fades has a say in the decision",
@@ -166,7 +191,7 @@ CRITERIA_AND_HALVING = [
         SIMILARITY,
         "if run[-1] - run[0] == size - 1]",
         "if run[-1] - run[0] >= size - 1]",
-        ("selection/test_criteria.py", "selection/test_criteria_by_hand.py"),
+        (CRITERIA + "test_bad_input",),
     ),
     Mutation(
         "the block that matters least is kept",
@@ -201,7 +226,7 @@ CRITERIA_AND_HALVING = [
         "selection/criteria.py",
         "p + (i in decision.kept)",
         "p",
-        ("pipeline/test_budgets.py", "testing/test_core_classes.py::test_a_decision_that_a_search_has_nested"),
+        (BY_HAND + "test_nested_budgets_rank_what_a_search_has_kept_before_the_rest",),
     ),
     Mutation(
         "less than half of the finalists go on",
@@ -238,22 +263,22 @@ EVALUATION = [
         "a teacher that is hardly better than nothing passes",
         "evaluation/evaluate.py",
         "if not learned < 0.9 * trivial:",
-        "if not learned < 1.1 * trivial:",
-        ("evaluation", "training/test_distill.py::test_a_teacher_that_knows_nothing_stops_the_run"),
+        "if not learned < 1.0 * trivial:",
+        (TEACHERS + "test_a_teacher_that_has_learned_less_is_refused",),
     ),
     Mutation(
         "a teacher whose loss is no number passes",
         "evaluation/evaluate.py",
         "if not learned < 0.9 * trivial:",
         "if learned >= 0.9 * trivial:",
-        ("evaluation", "training/test_distill.py::test_a_teacher_that_knows_nothing_stops_the_run"),
+        (TEACHERS + "test_a_teacher_that_has_learned_less_is_refused",),
     ),
     Mutation(
         "generated classes are compared with those of the first batch",
         "evaluation/frechet.py",
         "classes[rows.start : rows.stop]",
         "classes[: len(rows)]",
-        ("evaluation/test_evaluation.py",),
+        (EVALUATED + "test_frechet_distance_and_accuracy_know_real_images_from_none",),
     ),
     Mutation(
         "the Fréchet distance is between the real examples and themselves",
@@ -274,14 +299,14 @@ EVALUATION = [
         METRICS,
         'Rng(0, "held out", draw, rows.start, strata=num)',
         'Rng(0, "held out", 0, rows.start, strata=num)',
-        ("evaluation/test_evaluation.py",),
+        (TEACHERS + "test_draws_have_noise_of_their_own_and_seeds_change_nothing",),
     ),
     Mutation(
         "held-out draws are not spread over the samples",
         METRICS,
         'Rng(0, "held out", draw, rows.start, strata=num)',
         'Rng(0, "held out", draw, rows.start)',
-        ("evaluation/test_evaluation.py",),
+        (TEACHERS + "test_every_draw_spreads_its_times_over_the_samples_in_an_order_of_its_own",),
     ),
     Mutation(
         "every batch is generated from the noise of the first",

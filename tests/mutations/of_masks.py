@@ -6,7 +6,10 @@ from mutations.mutation import Mutation
 
 GATING = "pruning/gating.py"
 GATES = "pruning/test_gating.py::"
+TRANSFORMED = "training/test_block_transforms.py::"
 REMOVAL = "pruning/removal.py"
+PRUNED = "pruning/test_pruning.py::"
+DECIDED = "pruning/test_decision.py::"
 GROUPED = "samplers/grouped.py"
 GROUPS = "samplers/test_sampling.py::"
 SUBSET = "samplers/subset.py"
@@ -15,6 +18,7 @@ POISSON = "samplers/conditional_poisson.py"
 ENUMERATED = "samplers/test_subsets.py::test_everything_equals_enumeration"
 AUTOMATON = "samplers/automaton.py"
 COMPILED = "samplers/compiled.py"
+ESTIMATORS = "samplers/test_estimators.py::"
 RULED = "samplers/test_constraints.py::"
 
 GATES_AND_REMOVAL = [
@@ -23,28 +27,28 @@ GATES_AND_REMOVAL = [
         GATING,
         "change = change * weight.index_select(0, rows).view(-1, *[1] * (x.ndim - 1)).to(change)",
         "pass",
-        ("pruning",),
+        ("pruning/test_dropped_values.py::test_weights_are_factors_on_the_gradient_of_dropped_samples_alone",),
     ),
     Mutation(
         "the weights of dropped values are those of the first block",
         GATING,
         "self._weights[:, j]",
         "self._weights[:, 0]",
-        ("pruning/test_gating.py", "selection/test_search_options.py"),
+        ("pruning/test_dropped_values.py::test_weights_are_factors_on_the_gradient_of_dropped_samples_alone",),
     ),
     Mutation(
         "weights outlast their mask",
         GATING,
         "self._mask, self._weights = mask, weights",
         "self._mask, self._weights = mask, self._weights if weights is None else weights",
-        ("pruning/test_gating.py", "selection/test_search_options.py"),
+        ("pruning/test_dropped_values.py::test_weights_are_factors_on_the_gradient_of_dropped_samples_alone",),
     ),
     Mutation(
         "a mask outlasts its context",
         GATING,
         "        self._before.clear()\n        self._mask = None\n",
         "        self._before.clear()\n",
-        ("pruning/test_gating.py", "selection/test_search_options.py"),
+        ("pruning/test_dropped_values.py::test_the_mask_goes_when_the_context_closes",),
     ),
     Mutation(
         "the mask's gradient is that of f(x)",
@@ -79,35 +83,35 @@ GATES_AND_REMOVAL = [
         "training/block_transforms.py",
         "use_reentrant=False, **kwargs) if recompute else",
         "use_reentrant=False, **kwargs) if compiled else",
-        ("training/test_distributed.py::test_passes_and_recomputed_blocks_change_no_number",),
+        (TRANSFORMED + "test_recomputed_blocks_run_once_more_and_give_the_same_gradients",),
     ),
     Mutation(
         "blocks stay transformed",
         "training/block_transforms.py",
         'block.__dict__.pop("forward", None)',
         "pass",
-        ("training/test_distributed.py::test_passes_and_recomputed_blocks_change_no_number", "training/test_trainer.py"),
+        (TRANSFORMED + "test_the_forward_of_before_comes_back",),
     ),
     Mutation(
         "a forward that somebody else had taken over is lost",
         "training/block_transforms.py",
         'block.__dict__["forward"] = forward',
         'block.__dict__.pop("forward", None)',
-        ("training/test_distributed.py::test_passes_and_recomputed_blocks_change_no_number",),
+        (TRANSFORMED + "test_the_forward_of_before_comes_back",),
     ),
     Mutation(
         "blocks are deleted from the front, so that later ones have moved",
         REMOVAL,
         "for i in reversed(going):",
         "for i in going[: len(container)]:",
-        ("pruning/test_pruning.py",),
+        (PRUNED + "test_only_named_blocks_go_and_the_rest_of_the_list_stays",),
     ),
     Mutation(
         "a pruned copy trains if the teacher does",
         REMOVAL,
         "return student.eval()",
         "return student",
-        ("pruning/test_pruning.py", "pruning/test_removal.py", "pruning/test_undisturbed.py"),
+        (PRUNED + "test_the_teacher_keeps_its_blocks_and_shares_no_weights",),
     ),
     Mutation(
         "networks that differ are taken for alike",
@@ -121,21 +125,21 @@ GATES_AND_REMOVAL = [
         "pruning/decision.py",
         "return min(self.confidences, default=None)",
         "return max(self.confidences, default=None)",
-        ("pruning", "selection/test_search.py", "selection/test_search_options.py"),
+        (DECIDED + "test_a_decision_is_as_sure_as_its_least_certain_choice",),
     ),
     Mutation(
         "a decision may keep the block after the last",
         "pruning/decision.py",
         "if not 0 <= k < len(self.blocks)]",
         "if not 0 <= k <= len(self.blocks)]",
-        ("pruning", "selection/test_search.py"),
+        (DECIDED + "test_what_cannot_be_kept_is_refused",),
     ),
     Mutation(
         "the second removed block counts as kept",
         "pruning/decision.py",
         "if i not in self.kept)",
         "if i not in self.kept and i - 1 in (-1, *self.kept))",
-        ("pruning/test_pruning.py",),
+        (DECIDED + "test_what_is_not_kept_is_removed",),
     ),
 ]
 
@@ -145,7 +149,7 @@ SAMPLERS = [
         GROUPED,
         " - linearised(law) / 2",
         "",
-        ("samplers",),
+        (ESTIMATORS + "test_reinmax_is_its_formula",),
     ),
     Mutation(
         "the relaxation is divided by no temperature",
@@ -159,7 +163,7 @@ SAMPLERS = [
         GROUPED,
         "self.prior_logits[members]",
         "self.prior_logits[: len(members)]",
-        ("samplers", "selection/test_search_options.py"),
+        (ESTIMATORS + "test_a_prior_is_log_odds_for_the_blocks_that_it_keeps_and_against_the_others",),
     ),
     Mutation(
         "the best masks of later groups are numbered from their own first block",
@@ -180,7 +184,7 @@ SAMPLERS = [
         "samplers/base.py",
         "fill_(-1.0)",
         "fill_(0.0)",
-        ("samplers", "selection/test_search_options.py"),
+        (ESTIMATORS + "test_a_prior_is_log_odds_for_the_blocks_that_it_keeps_and_against_the_others",),
     ),
     Mutation(
         "a prior never fades",
@@ -194,35 +198,35 @@ SAMPLERS = [
         SUBSET,
         "total = total - self.entropy_weight",
         "total = total + self.entropy_weight",
-        ("samplers",),
+        (ESTIMATORS + "test_the_entropy_is_a_reward_in_units_of_the_differences",),
     ),
     Mutation(
         "the entropy counts as much as differences of either sign cancel",
         SUBSET,
         "advantage.abs().mean()",
         "advantage.mean()",
-        ("samplers",),
+        (ESTIMATORS + "test_the_entropy_is_a_reward_in_units_of_the_differences",),
     ),
     Mutation(
         "a mask is compared with all masks of its sample but for the number",
         SUBSET,
         "/ (self.masks_per_sample - 1)",
         "/ self.masks_per_sample",
-        ("samplers",),
+        (ESTIMATORS + "test_a_mask_is_weighted_by_how_much_worse_it_is_than_the_others_of_its_sample",),
     ),
     Mutation(
         "masks of different samples are compared",
         SUBSET,
         "losses = loss.detach().float().view(-1, self.masks_per_sample)",
         "losses = loss.detach().float().view(self.masks_per_sample, -1).T",
-        ("samplers",),
+        (ESTIMATORS + "test_a_mask_is_weighted_by_how_much_worse_it_is_than_the_others_of_its_sample",),
     ),
     Mutation(
         "the relaxed top-k forgets what it has taken, at the temperature",
         SUBSET,
         ".clamp(min=1e-6).log() / self.tau",
         ".clamp(min=1e-6).log()",
-        ("samplers",),
+        (ESTIMATORS + "test_the_relaxed_top_k_is_its_formula",),
     ),
     Mutation(
         "the order of a draw is read backwards",
@@ -299,7 +303,7 @@ SAMPLERS = [
         COMPILED,
         "[rules.costs[block] for block in order]",
         "list(rules.costs)",
-        ("samplers/test_constraints.py", "selection/test_criteria.py"),
+        (RULED + "test_groups_follow_lists_that_take_turns",),
     ),
     Mutation(
         "scores stay in the order of execution where the automaton reads list by list",
@@ -320,7 +324,7 @@ SAMPLERS = [
         "samplers/constraints.py",
         "tuple(sorted({*given.protect, *protect}))",
         "tuple(sorted(protect))",
-        ("samplers/test_constraints.py", "selection/test_criteria.py"),
+        (RULED + "test_groups_follow_lists_that_take_turns",),
     ),
 ]
 

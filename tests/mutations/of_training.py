@@ -8,6 +8,7 @@ DISTILLATION = "training/distillation.py"
 DISTILLED = "training/test_distill.py::"
 TRAINED = "training/test_trainer.py::"
 UPDATE = "training/update.py"
+UPDATED = "training/test_update.py::"
 GUARD = "training/step_guard.py"
 FAULTS = "training/test_faults.py::"
 ORDER = "dataloading/order.py"
@@ -41,7 +42,7 @@ LEARNING_FROM_A_TEACHER = [
         DISTILLATION,
         "(x - x.mean(1, keepdim=True)).abs() < sigma * x.std(1, keepdim=True)",
         "(x - x.mean()).abs() < sigma * x.std()",
-        ("training/test_distill.py",),
+        (DISTILLED + "test_the_two_masks_differ_where_one_side_alone_is_extreme",),
     ),
     Mutation(
         "a tap of one list belongs to the next",
@@ -72,35 +73,35 @@ TRAINING = [
         UPDATE,
         "loss * (rows.micro / rows.count)",
         "loss",
-        ("training/test_trainer.py", "training/test_distributed.py::test_passes_and_recomputed_blocks_change_no_number"),
+        (UPDATED + "test_parts_of_a_batch_have_the_gradient_of_the_whole",),
     ),
     Mutation(
         "every micro-batch draws like the first",
         UPDATE,
         "rng = Rng(trainer.seed, self.stage, step, first)",
         "rng = Rng(trainer.seed, self.stage, step)",
-        ("training/test_trainer.py", "training/test_distributed.py::test_passes_and_recomputed_blocks_change_no_number"),
+        (UPDATED + "test_parts_of_a_batch_have_the_gradient_of_the_whole",),
     ),
     Mutation(
         "dropout is the same in every step",
         UPDATE,
         'seed_of(trainer.seed, self.stage, step, "forward", first)',
         'seed_of(trainer.seed, self.stage, "forward", first)',
-        ("training/test_trainer.py",),
+        (UPDATED + "test_the_global_generator_follows_from_step_and_row",),
     ),
     Mutation(
         "dropout is the same in every micro-batch",
         UPDATE,
         'seed_of(trainer.seed, self.stage, step, "forward", first)',
         'seed_of(trainer.seed, self.stage, step, "forward")',
-        ("training/test_trainer.py",),
+        (UPDATED + "test_the_global_generator_follows_from_step_and_row",),
     ),
     Mutation(
         "the average moves in a step that is not finite",
         UPDATE,
         "if finite and ema is not None:",
         "if ema is not None:",
-        ("training/test_trainer.py", "training/test_faults.py"),
+        (UPDATED + "test_a_step_that_is_not_finite_does_not_move_the_average",),
     ),
     Mutation(
         "the optimizer moves in a step that is not finite",
@@ -108,6 +109,27 @@ TRAINING = [
         "if finite or self.trainer.accelerator.scaler is not None:",
         "if True:",
         (FAULTS + "test_gates_whose_gradient_is_no_number_do_not_move",),
+    ),
+    Mutation(
+        "gradients are not clipped",
+        UPDATE,
+        "accelerator.clip_grad_norm_(self.parameters, clip)",
+        "accelerator.clip_grad_norm_(self.parameters, 1e9)",
+        (UPDATED + "test_the_gradient_is_clipped_and_its_norm_is_that_of_before",),
+    ),
+    Mutation(
+        "a training that goes on reads its data from the start",
+        "training/loop.py",
+        "order.steps(start, steps,",
+        "order.steps(0, steps,",
+        (TRAINED + "test_a_stop_request_finishes_the_step_and_resumes_bit_for_bit",),
+    ),
+    Mutation(
+        "what a finished stage resumes to is one step further",
+        "training/loop.py",
+        "self.optimization.progress(step - 1)",
+        "self.optimization.progress(step)",
+        ("selection/test_search.py::test_a_search_that_was_stopped_in_its_last_step_decides_like_any_other",),
     ),
     Mutation(
         "gates that wait use up Adam's bias correction",
@@ -149,7 +171,7 @@ TRAINING = [
         "training/recover.py",
         '"weight_decay": self.weight_decay,',
         '"weight_decay": 0.0,',
-        ("training/test_trainer.py", "training/test_distill.py", "training/test_faults.py"),
+        (UPDATED + "test_weight_decay_shrinks_what_no_gradient_moves",),
     ),
     Mutation(
         "an average does not resume",
@@ -161,9 +183,9 @@ TRAINING = [
     Mutation(
         "the logged loss counts steps that were skipped",
         "training/state.py",
-        "self._sum, self._count = self._sum + report.loss, self._count + 1",
-        "self._sum, self._count = self._sum + report.loss, self._count + 2",
-        ("training/test_trainer.py", "training/test_distill.py"),
+        "if report.finite:",
+        "if True:",
+        ("selection/test_search.py::test_a_step_that_is_not_finite_is_skipped_and_counted",),
     ),
     Mutation(
         "a gradient that is no number is taken for finite",
@@ -194,7 +216,7 @@ ORDER_AND_STREAMS = [
         ORDER,
         "generator=generator(*self.key, epoch))",
         "generator=generator(*self.key))",
-        ("samplers/test_sampling.py", "dataloading/test_shards.py"),
+        ("samplers/test_sampling.py::test_order_visits_every_sample_once_in_an_epoch",),
     ),
     Mutation(
         "every process reads the first rows of a batch",
@@ -222,14 +244,16 @@ ORDER_AND_STREAMS = [
         SEEDING,
         "generator=generator(self.seed, self.stage, self.step, purpose))\n            rows",
         "generator=generator(self.seed, self.stage, purpose))\n            rows",
-        ("samplers/test_sampling.py", "evaluation/test_evaluation.py"),
+        ("samplers/test_sampling.py::test_stratified_draws_cover_every_interval_once",),
     ),
     Mutation(
         "stratified rows start over in every batch",
         SEEDING,
         "torch.arange(self.first, self.first + num_rows)",
         "torch.arange(num_rows)",
-        ("selection/test_criteria.py::test_every_criterion_sees_the_same_inputs_spread_over_the_data_and_the_time_steps",),
+        (
+            "selection/test_criteria.py::test_every_criterion_sees_the_same_inputs_spread_over_the_data_and_the_time_steps",
+        ),
     ),
     Mutation(
         "rows are numbered from the start of their batch",

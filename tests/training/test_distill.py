@@ -170,6 +170,10 @@ def test_the_two_masks_differ_where_one_side_alone_is_extreme() -> None:
     assert left_out.item() == pytest.approx(0.1)
     plain, left_out = feature_loss(student, teacher, None, "joint")
     assert plain.item() == pytest.approx((9 * 1 + 51**2) / 10)
+    # What is extreme in a sample does not depend on the others of its batch.
+    scale = torch.tensor([[1.0], [100.0], [0.01]])
+    alike, _ = feature_loss(scale * student, scale * teacher, 2.0, "joint")
+    assert alike.tolist() == pytest.approx([1.0, 1e4, 1e-4])
     assert left_out.item() == 0
 
 

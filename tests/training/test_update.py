@@ -32,11 +32,11 @@ def noisy(batch: Batch, rng: Rng) -> dict[str, Tensor]:
     return {"x": batch["x"] + rng.normal("noise", batch["x"])}
 
 
-def update_of(micro: int | None) -> Update:
+def update_of(micro: int | None, clip: float = 1e9) -> Update:
     torch.manual_seed(0)
     objective, trainer = Regression(), tiny.Trainer(batch_size=12, micro_batch_size=micro, precision="fp32")
-    # A clip that changes nothing: it would hide a wrong factor on the gradient, as AdamW does.
-    how = Optimization(groups=[{"params": list(objective.parameters()), "lr": 1e-2}], steps=5, clip=1e9)
+    # By default a clip that changes nothing: it would hide a wrong factor on the gradient, as AdamW does.
+    how = Optimization(groups=[{"params": list(objective.parameters()), "lr": 1e-2}], steps=5, clip=clip)
     return Update(trainer, "recover", objective, noisy, how, Rows.of(trainer), None)
 
 
@@ -51,6 +51,15 @@ def test_parts_of_a_batch_have_the_gradient_of_the_whole(micro: int) -> None:
     assert norm_of_parts.item() == pytest.approx(norm.item(), rel=1e-6)
     assert mean_of_parts.item() == pytest.approx(mean.item(), rel=1e-6)
     assert len(parts.objective.drawn) == 12 // micro
+
+
+def test_the_gradient_is_clipped_and_its_norm_is_that_of_before() -> None:
+    batch = {"x": torch.randn(12, 8, dtype=torch.float64)}
+    plain, clipped = update_of(3), update_of(3, clip=0.25)
+    norms = [update.accumulate(0, batch)[1].item() for update in (plain, clipped)]
+    assert norms[0] == norms[1] > 1
+    for a, b in zip(plain.parameters, clipped.parameters, strict=True):
+        assert torch.allclose(b.grad, a.grad * 0.25 / norms[0], rtol=1e-5)
 
 
 def test_the_global_generator_follows_from_step_and_row() -> None:
