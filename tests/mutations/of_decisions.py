@@ -128,11 +128,11 @@ SEARCHES = [
         (OPTIONS + "test_a_prior_that_fades_makes_no_search_confident",),
     ),
     Mutation(
-        "gates move before they learn",
+        "gates that wait have a gradient, which counts in the norm that is clipped",
         LOSS,
         "mask = draw.mask if self.learning else draw.mask.detach()",
         "mask = draw.mask",
-        (SEARCHED + "test_the_gates_wait_for_the_warmup",),
+        (GATED + "test_gates_that_wait_have_a_gradient_of_zero_not_none",),
     ),
 ]
 
@@ -199,13 +199,6 @@ CRITERIA_AND_HALVING = [
         "[loss - full for loss in losses]",
         "[full - loss for loss in losses]",
         (BY_HAND + "test_leave_one_out_by_hand",),
-    ),
-    Mutation(
-        "greedy removes by the losses of the first round",
-        "selection/sensitivity.py",
-        "masks = [[j for j in kept if j not in unit] for unit in candidates]",
-        "masks = [[j for j in range(constraints.num_blocks) if j not in unit] for unit in candidates]",
-        (BY_HAND + "test_greedy_sees_what_belongs_together",),
     ),
     Mutation(
         "greedy removes the block that costs most",

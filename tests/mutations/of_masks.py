@@ -104,7 +104,7 @@ GATES_AND_REMOVAL = [
         REMOVAL,
         "for i in reversed(going):",
         "for i in going[: len(container)]:",
-        (PRUNED + "test_only_named_blocks_go_and_the_rest_of_the_list_stays",),
+        (PRUNED + "test_the_teacher_keeps_its_blocks_and_shares_no_weights",),
     ),
     Mutation(
         "a pruned copy trains if the teacher does",
@@ -135,10 +135,10 @@ GATES_AND_REMOVAL = [
         (DECIDED + "test_what_cannot_be_kept_is_refused",),
     ),
     Mutation(
-        "the second removed block counts as kept",
+        "what comes after the last kept block is not removed",
         "pruning/decision.py",
-        "if i not in self.kept)",
-        "if i not in self.kept and i - 1 in (-1, *self.kept))",
+        "for i in range(len(self.blocks)) if i not in self.kept)",
+        "for i in range(self.kept[-1]) if i not in self.kept)",
         (DECIDED + "test_what_is_not_kept_is_removed",),
     ),
 ]

@@ -182,6 +182,7 @@ def test_groups_follow_lists_that_take_turns() -> None:
     constraints = compile_constraints(blocks, "Greedy", pattern=(1, 2))
     assert [choice.blocks for choice in constraints.choices] == [(0, 2), (1, 3)]
     assert constraints.best([0, 1, 2, 3]) == (2, 3)
+    assert constraints.best([1, 2, 0, 3]) == (0, 3)
     assert math.prod(len(choice.blocks) for choice in constraints.choices) == constraints.num_masks
     in_turns = compile_constraints(blocks, "Greedy", keep=2, constraints=Rules(max_run=1))
     assert in_turns.distinct(9, torch.Generator()) == [(0, 1), (0, 3), (1, 2), (2, 3)]

@@ -84,3 +84,18 @@ def test_schedules_begin_when_the_gates_do() -> None:
     own = search.sampler.scaling_schedule
     ends = [(1, False, 1.0, own[0]), (5, False, 1.0, own[0]), (6, True, 1.0, own[0]), (11, True, 3.0, own[1])]
     assert found == ends
+
+
+def test_gates_that_wait_have_a_gradient_of_zero_not_none() -> None:
+    """Else it would count in the norm by which the gradient of the weights is clipped; processes wait for one."""
+    search = objective(GroupedSampler({"blocks": 4}, (1, 2)), warmup=0.5)
+    inputs = Match().prepare({"x": torch.randn(6, 8)}, tiny.Rng(0, "search"))
+    for progress, moves in ((0.0, False), (1.0, True)):
+        search.zero_grad()
+        with search.unregistered[2]:
+            search.before_step(progress)
+            loss, losses = search(inputs, tiny.Rng(0, "search"))
+            loss.backward()
+        assert [bool(gate.grad.any()) for gate in search.gates] == [moves] * 2
+        assert all(p.grad is not None and p.grad.any() for p in search.model.parameters())
+        assert loss.item() == pytest.approx(losses.mean().item())
