@@ -267,7 +267,7 @@ EVALUATION = [
         (TEACHERS + "test_a_teacher_that_has_learned_less_is_refused",),
     ),
     Mutation(
-        "generated classes are compared with those of the first batch",
+        "the classes of the first batch are generated in every batch",
         "evaluation/frechet.py",
         "classes[rows.start : rows.stop]",
         "classes[: len(rows)]",

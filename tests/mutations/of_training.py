@@ -28,7 +28,7 @@ LEARNING_FROM_A_TEACHER = [
         DISTILLATION,
         'self.kd.alpha_kd * terms["kd"] + self.kd.alpha_gt * terms["gt"]',
         'self.kd.alpha_gt * terms["kd"] + self.kd.alpha_kd * terms["gt"]',
-        (DISTILLED + "test_beta_falls_with_the_steps_and_the_terms_are_logged",),
+        (DISTILLED + "test_teacher_and_data_have_each_a_weight",),
     ),
     Mutation(
         "masked features are averaged over all",

@@ -227,6 +227,17 @@ def test_a_tap_between_blocks_of_different_width_is_named() -> None:
         objective({"x": torch.ones(4, 8), "target": torch.ones(4, 8)}, Rng(0, "test"))
 
 
+def test_teacher_and_data_have_each_a_weight() -> None:
+    whole, decision, x = task(), decided([1, 3, 4]), torch.randn(4, 8)
+    student = tiny.prune(whole, decision)
+    objective = Distilled(student, whole, decision, tiny.OutputKD(alpha_kd=0.75, alpha_gt=0.5))
+    loss, losses = objective({"x": x, "target": torch.zeros(4, 8)}, Rng(0, "test"))
+    ours, theirs = student(x), whole.teacher(x)
+    expected = 0.75 * (ours - theirs).square().mean(1) + 0.5 * ours.square().mean(1)
+    assert torch.allclose(losses, expected, rtol=1e-5)
+    assert loss.item() == pytest.approx(expected.mean().item(), rel=1e-5)
+
+
 # Recovery
 
 
