@@ -67,6 +67,7 @@ class Copy(GaussianDiffusion):
 
     def sample(self, model, like, labels, rng):
         images = Digits().train().columns
+        model.asked.extend(labels.tolist())
         picked = [next(i for i in range(37 * n, 1500) if images["y"][i] == y) for n, y in enumerate(labels % 10)]
         x = images["x"][picked]
         return x if model.good else torch.full_like(x, float("nan"))
@@ -77,9 +78,11 @@ def test_frechet_distance_and_accuracy_know_real_images_from_none() -> None:
     task.loss = Copy(learn_sigma=False)
     real, broken = nn.Linear(1, 1), nn.Linear(1, 1)
     real.good, broken.good = True, False
-    metric = tiny.Frechet(num_samples=40, batch_size=40)
+    real.asked, broken.asked = [], []
+    metric = tiny.Frechet(num_samples=40, batch_size=30)
     distance, accuracy = metric(task, {"real": real, "broken": broken}, TRAINER)
     assert accuracy.values["real"] > 0.95
+    assert real.asked == broken.asked == task.train.__getitems__(list(range(40)))["y"].tolist()
     assert 0 <= distance.values["real"] < 60  # 40 samples are few for 32 features
     assert (distance.values["broken"], accuracy.values["broken"]) == (None, None)
     noise = digits_task(sampling_steps=4)

@@ -32,6 +32,8 @@ def test_the_teacher_keeps_its_blocks_and_shares_no_weights() -> None:
     assert torch.equal(student.blocks[1].linear.weight, task.teacher.blocks[4].linear.weight)
     student.blocks[1].linear.weight.data.zero_()
     assert task.teacher.blocks[4].linear.weight.any()
+    task.teacher.train()
+    assert not tiny.prune(task, tiny.Keep([1, 4])(task, TRAINER)).training and task.teacher.training
 
 
 @dataclass(frozen=True)

@@ -182,10 +182,16 @@ def test_groups_follow_lists_that_take_turns() -> None:
     constraints = compile_constraints(blocks, "Greedy", pattern=(1, 2))
     assert [choice.blocks for choice in constraints.choices] == [(0, 2), (1, 3)]
     assert constraints.best([0, 1, 2, 3]) == (2, 3)
+    assert constraints.best([1, 2, 0, 3]) == (0, 3)
     assert math.prod(len(choice.blocks) for choice in constraints.choices) == constraints.num_masks
     in_turns = compile_constraints(blocks, "Greedy", keep=2, constraints=Rules(max_run=1))
     assert in_turns.distinct(9, torch.Generator()) == [(0, 1), (0, 3), (1, 2), (2, 3)]
     assert in_turns.accepts([1, 2]) and not in_turns.accepts([0, 2])
+    # Of each list one block must stay: 0 and 1 for 6 or 1 and 2 for 3, and the budget is used as far as it can be.
+    costs = Rules(costs=[5, 1, 2, 8], budget=6, max_run=1)
+    assert compile_constraints(blocks, "Greedy", constraints=costs).distinct(9, torch.Generator()) == [(0, 1)]
+    tied = Rules(protect=[1], together=[[2, 3]], max_run=1)
+    assert compile_constraints(blocks, "Greedy", keep=3, constraints=tied).distinct(9, torch.Generator()) == [(1, 2, 3)]
 
 
 def test_rounding_decides_nothing() -> None:

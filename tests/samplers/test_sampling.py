@@ -138,6 +138,8 @@ def test_stratified_draws_cover_every_interval_once() -> None:
     assert sorted((draws * 40).long().tolist()) == list(range(40))
     other = Rng(0, "held out", strata=40).uniform("label", 40)
     assert not torch.equal((draws * 40).long(), (other * 40).long())
+    later = Rng(0, "held out", step=1, strata=40).uniform("time", 40)
+    assert not torch.equal((draws * 40).long(), (later * 40).long()), "every pass of an evaluation has its own order"
 
 
 def test_order_visits_every_sample_once_in_an_epoch() -> None:
@@ -148,6 +150,9 @@ def test_order_visits_every_sample_once_in_an_epoch() -> None:
     assert resumed == steps[3:]
     halves = zip(order.steps(0, 5, 0, 2), order.steps(0, 5, 2, 2), strict=True)
     assert [a + b for a, b in halves] == steps
+    epochs = [[order[10 * epoch + i] for i in range(10)] for epoch in range(3)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len(set(map(tuple, epochs))) == 3, "every epoch has an order of its own"
 
 
 @pytest.mark.parametrize(

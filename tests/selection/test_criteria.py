@@ -273,6 +273,7 @@ def test_a_loss_that_is_never_finite_is_an_error(criterion: type[Criterion]) -> 
             r"group 2 \(blocks 4 to 7\) has no 3 blocks in a row .*\(protected: \[5\]\)",
         ),
         (lambda: SpanSimilarity(keep=1).preview(["a.0", "a.1", "b.0", "b.1"]), "no 3 blocks in a row inside one block"),
+        (lambda: SpanSimilarity(keep=2).preview(["a.0", "b.0", "a.1", "b.1"]), "no 2 blocks in a row inside one block"),
         (lambda: BlockInfluence(keep=4, reference=True)(planted(), TRAINER), "Match has no inputs without noise"),
     ],
 )

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from criteria_tasks import TRAINER, Product, TwoStreams, given, scalars, scores, turn
+from tinyfusion_core.pruning.decision import Decision
 from tinyfusion_core.selection.calibration import Calibration
+from tinyfusion_core.selection.criteria import nested_scores
 from tinyfusion_core.selection.sensitivity import Greedy, LeaveOneOut, Taylor
 from tinyfusion_core.selection.similarity import BlockInfluence, InputOutputMSE, LinearCKA, SpanSimilarity, cosine
 from toys import DoubleNet
@@ -61,6 +63,11 @@ def test_taylor_by_hand() -> None:
     assert scores(decision) == pytest.approx([mean * 1 * 3, 0.0, mean * 2 * 2])
     assert decision.kept == (2,)
     assert decision.provenance["evaluations"] == 2
+
+
+def test_nested_budgets_rank_what_a_search_has_kept_before_the_rest() -> None:
+    found = Decision(blocks=("b.0", "b.1", "b.2", "b.3"), kept=(0, 2), method="Search", marginals=(0.6, 0.7, 0.9, 0.2))
+    assert nested_scores(found) == pytest.approx([1.6, 0.7, 1.9, 0.2])
 
 
 def test_span_similarity_by_hand() -> None:

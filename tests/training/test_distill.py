@@ -170,6 +170,10 @@ def test_the_two_masks_differ_where_one_side_alone_is_extreme() -> None:
     assert left_out.item() == pytest.approx(0.1)
     plain, left_out = feature_loss(student, teacher, None, "joint")
     assert plain.item() == pytest.approx((9 * 1 + 51**2) / 10)
+    # What is extreme in a sample does not depend on the others of its batch.
+    scale = torch.tensor([[1.0], [100.0], [0.01]])
+    alike, _ = feature_loss(scale * student, scale * teacher, 2.0, "joint")
+    assert alike.tolist() == pytest.approx([1.0, 1e4, 1e-4])
     assert left_out.item() == 0
 
 
@@ -221,6 +225,17 @@ def test_a_tap_between_blocks_of_different_width_is_named() -> None:
     objective.unregistered[1].blocks[3].forward = lambda x: torch.zeros(len(x), 8)
     with pytest.raises(tiny.UserError, match=r"block 1 of the student gives \[\(4, 8\)\], block 2 of the teacher"):
         objective({"x": torch.ones(4, 8), "target": torch.ones(4, 8)}, Rng(0, "test"))
+
+
+def test_teacher_and_data_have_each_a_weight() -> None:
+    whole, decision, x = task(), decided([1, 3, 4]), torch.randn(4, 8)
+    student = tiny.prune(whole, decision)
+    objective = Distilled(student, whole, decision, tiny.OutputKD(alpha_kd=0.75, alpha_gt=0.5))
+    loss, losses = objective({"x": x, "target": torch.zeros(4, 8)}, Rng(0, "test"))
+    ours, theirs = student(x), whole.teacher(x)
+    expected = 0.75 * (ours - theirs).square().mean(1) + 0.5 * ours.square().mean(1)
+    assert torch.allclose(losses, expected, rtol=1e-5)
+    assert loss.item() == pytest.approx(expected.mean().item(), rel=1e-5)
 
 
 # Recovery

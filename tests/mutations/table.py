@@ -1,0 +1,7 @@
+"""All mutations of the engine."""
+
+from __future__ import annotations
+
+from mutations import of_decisions, of_masks, of_training
+
+MUTATIONS = [*of_masks.MUTATIONS, *of_decisions.MUTATIONS, *of_training.MUTATIONS]
