@@ -15,6 +15,7 @@ from tinyfusion_core.evaluation.evaluate import check_teacher
 from tinyfusion_core.evaluation.metrics import held_out_inputs
 from toys import Match, Planted, planted_data
 
+ONE = torch.tensor(1.0)
 TRAINER = tiny.Trainer(batch_size=8, precision="fp32", seed=0)
 
 
@@ -22,7 +23,7 @@ TRAINER = tiny.Trainer(batch_size=8, precision="fp32", seed=0)
 class Rated(Match):
     """Predicts its own loss: a share of the loss of a network that knows nothing, which differs between samples."""
 
-    share: float = 1.0
+    share: Tensor = ONE  # settings are finite numbers, and this one need not be
 
     def predict(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         return self.share * inputs["x"].square().sum(1)
@@ -40,13 +41,13 @@ def a_task(loss: tiny.LossAdapter, num: int = 40) -> tiny.Task:
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.89])
 def test_a_teacher_that_has_learned_a_tenth_passes(share: float) -> None:
-    check_teacher(a_task(Rated(share=share)), TRAINER)
+    check_teacher(a_task(Rated(share=torch.tensor(share))), TRAINER)
 
 
 @pytest.mark.parametrize("share", [0.91, 1.0, 3.0, math.nan, math.inf])
 def test_a_teacher_that_has_learned_less_is_refused(share: float) -> None:
     with pytest.raises(tiny.UserError, match=r"loss on 40 held-out samples is .* that has learned nothing"):
-        check_teacher(a_task(Rated(share=share)), TRAINER)
+        check_teacher(a_task(Rated(share=torch.tensor(share))), TRAINER)
 
 
 @dataclass(frozen=True)

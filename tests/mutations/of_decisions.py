@@ -255,16 +255,23 @@ EVALUATION = [
     Mutation(
         "a teacher that is hardly better than nothing passes",
         "evaluation/evaluate.py",
-        "if not learned < 0.9 * trivial:",
-        "if not learned < 1.0 * trivial:",
+        "if known and not learned.mean() < 0.9 * trivial.mean():",
+        "if known and not learned.mean() < 1.0 * trivial.mean():",
         (TEACHERS + "test_a_teacher_that_has_learned_less_is_refused",),
     ),
     Mutation(
         "a teacher whose loss is no number passes",
         "evaluation/evaluate.py",
-        "if not learned < 0.9 * trivial:",
-        "if learned >= 0.9 * trivial:",
+        "if known and not learned.mean() < 0.9 * trivial.mean():",
+        "if known and learned.mean() >= 0.9 * trivial.mean():",
         (TEACHERS + "test_a_teacher_that_has_learned_less_is_refused",),
+    ),
+    Mutation(
+        "labels are held against themselves",
+        "evaluation/evaluate.py",
+        "conditions: labels.roll(1)",
+        "conditions: labels",
+        ("tests/evaluation/test_teacher.py::test_permuted_labels_are_refused",),
     ),
     Mutation(
         "the classes of the first batch are generated in every batch",

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from typing_extensions import override
 
+from ..errors import UserError
 from ..protocols.backbone import Batch
 from ..protocols.loss import LossAdapter
 from ..pruning.gating import Gates
@@ -128,3 +129,21 @@ class GatedLoss(Objective):
             "entropy": round(averaged.entropy(), 5),
             **self.temperatures,
         }
+
+
+def check_learned(before: BlockSampler, after: BlockSampler, steps: int) -> None:
+    """Check that a search has changed its distribution over masks.
+
+    Args:
+        before: the distribution at the beginning.
+        after: the one at the end.
+        steps: how many steps it took.
+
+    Raises:
+        UserError: every block is as likely to be kept as at the beginning.
+    """
+    if (after.marginals() - before.marginals()).abs().max() < 1e-4:
+        raise UserError(
+            f"search: after {steps} step(s) every block is as likely to be kept as at the beginning; set more "
+            "search.steps, or a higher search.lr_gates"
+        )

@@ -30,7 +30,7 @@ from ..training.trainer import Trainer
 from .base import Decisive, Selector, prepared
 from .budget import CostBudget, check_bound, parse_budget
 from .costs import NetworkCosts
-from .gated_loss import GatedLoss, search_mode
+from .gated_loss import GatedLoss, check_learned, search_mode
 
 
 @dataclass(frozen=True)
@@ -235,17 +235,9 @@ class Search(Selector):
         return replace(decision, provenance={**decision.provenance, **costs})
 
     def decide(self, learned: Learned, task: Task, trainer: Trainer) -> Decision:
-        """Return the decision of what was learned.
-
-        Raises:
-            UserError: nothing was: every block is as likely as at the beginning.
-        """
-        before, after = self.make_sampler(task.lists).marginals(), learned.sampler.marginals()
-        if self.start is None and (after - before).abs().max() < 1e-4:
-            raise UserError(
-                f"search: after {learned.num_steps} step(s) every block is as likely to be kept as at the beginning; "
-                "set more search.steps, or a higher search.lr_gates"
-            )
+        """Return the decision of what was learned; UserError if that is nothing."""
+        if self.start is None:
+            check_learned(self.make_sampler(task.lists), learned.sampler, learned.num_steps)
         taken = {"steps": learned.num_steps, "evaluations": learned.evaluations}
         return self._decision(learned.sampler, task.blocks, {**provenance(trainer.seed, task.source), **taken})
 
@@ -257,8 +249,7 @@ class Search(Selector):
         blocks, batch_dim = [model.get_submodule(path) for path in task.blocks], task.batch_dim(model)
         sampler, evaluations = self.make_sampler(task.lists), 0
         if self.start is not None:
-            part = None if run is None else run.part("search", "start")
-            first = self.start(task, replace(trainer, trackers=()), part)
+            first = self.start(task, replace(trainer, trackers=()), run and run.part("search", "start"))
             sampler.set_prior(first.kept, self.prior)
             evaluations = int(first.provenance.get("evaluations", 0))
         # AveragedModel begins with the values after the first step: no bias towards the initial ones.
