@@ -29,6 +29,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phi3": {},
     "gpt2": {"attn_pdrop": 0.0},
     "gpt_neox": {},
+    "gptj": {"rotary_dim": 4},
+    "mpt": {},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 16},
     "mixtral": {"num_local_experts": 4},
     "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 16, "mlp_only_layers": [1, 3]},

@@ -49,6 +49,11 @@ class CausalLM(Backbone):
         licence: licence of the checkpoint, for the model card.
     """
 
+    unneeded: ClassVar[Sequence[int | str]] = (
+        1,
+        2,
+        3,
+    )  # attention weights and the like, which the decoder only collects
     library: ClassVar[str] = "transformers"
     loading: ClassVar[str] = (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +68,18 @@ class explained:  # noqa: N801  # a context, like those of contextlib
 
 
 def check_kind(config: Any, name: str) -> None:
-    """Check that a config is that of a decoder-only language model.
+    """Check that a config is that of a decoder-only language model, and that it names no code to fetch and run.
 
     Raises:
-        UserError: it is not.
+        UserError: it is not, or does.
     """
     from transformers import AutoModelForCausalLM
 
+    if kernels := list(_kernels(config)):
+        raise UserError(
+            f"backbone.model: the config of '{name}' names a kernel of the hub, '{kernels[0]}', whose code would be "
+            "run; remove it from config.json"
+        )
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(
             f"backbone.model: '{name}' ({config.model_type}) is an encoder-decoder; expected a decoder-only model"
@@ -84,6 +89,16 @@ def check_kind(config: Any, name: str) -> None:
             f"backbone.model: '{name}' ({config.model_type}) is not a decoder-only language model; "
             "AutoModelForCausalLM of transformers has none for it"
         )
+
+
+def _kernels(config: Any) -> Iterator[str]:
+    """The attention and other implementations in a config, and in those inside of it, that lie in a repository."""
+    for key, value in vars(config).items():
+        if hasattr(value, "model_type"):
+            yield from _kernels(value)
+        elif "implementation" in key:
+            given = value.values() if isinstance(value, Mapping) else [value]
+            yield from (name for name in given if isinstance(name, str) and "/" in name)
 
 
 def check_causal(model: Any) -> None:

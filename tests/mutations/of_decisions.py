@@ -271,7 +271,7 @@ EVALUATION = [
         "evaluation/evaluate.py",
         "conditions: labels.roll(1)",
         "conditions: labels",
-        ("tests/evaluation/test_teacher.py::test_permuted_labels_are_refused",),
+        ("evaluation/test_teacher.py::test_permuted_labels_are_refused",),
     ),
     Mutation(
         "the classes of the first batch are generated in every batch",

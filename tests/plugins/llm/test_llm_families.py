@@ -46,7 +46,10 @@ def test_a_pruned_family_is_a_plain_checkpoint(family: str, tmp_path: Path) -> N
 
     mask = torch.tensor([float(i in KEPT) for i in range(6)])
     dims = task.batch_dim(task.teacher)
-    with Gates(task.teacher, task.blocks, dims, task.backbone.streams) as gates, torch.no_grad():
+    with (
+        Gates(task.teacher, task.blocks, dims, task.backbone.streams, task.backbone.unneeded) as gates,
+        torch.no_grad(),
+    ):
         gates.mask = torch.ones(3, 6)
         assert torch.equal(task.loss.predict(task.teacher, inputs).states, prediction.states)
         gates.mask = mask.expand(3, 6)
@@ -74,7 +77,7 @@ def test_the_gradient_of_the_gates_is_that_of_the_dense_formula(family: str, tmp
     task.teacher.double()  # a gate's gradient is a sum that cancels
     inputs = task.loss.prepare({"tokens": TOKENS, "labels": TOKENS}, tiny.Rng(0, "test"))
     mask = (torch.rand(3, 6) < 0.5).double().requires_grad_()
-    with Gates(task.teacher, task.blocks, task.batch_dim(task.teacher)) as gates:
+    with Gates(task.teacher, task.blocks, task.batch_dim(task.teacher), unneeded=task.backbone.unneeded) as gates:
         gates.mask = mask
         loss = task.loss.loss(task.loss.predict(task.teacher, inputs), inputs)
         (found,) = torch.autograd.grad(loss.sum(), mask)
@@ -146,6 +149,24 @@ def test_a_list_of_another_depth_is_not_taken_for_the_layers(tmp_path: Path) -> 
 def test_other_models_are_refused(network: dict[str, str], message: str) -> None:
     with pytest.raises(tiny.UserError, match=message):
         CausalLM(network=network).construct(network)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gptj"])
+def test_the_default_search_fits_layers_of_other_kinds(family: str) -> None:
+    backbone = CausalLM(network=settings(family), context=16, _random_seed=0)
+    rows = tiny.Tensors(backbone.example(8))
+    task = tiny.Task(backbone=backbone, loss=NextToken(), train=rows, held_out=rows)
+    decision = tiny.Search(keep=3, steps=2)(task, tiny.Trainer(precision="fp32", batch_size=4))
+    assert len(decision.kept) == 3
+
+
+@pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation", "experts_implementation"])
+def test_a_config_that_names_code_of_the_hub_is_refused(tmp_path: Path, key: str) -> None:
+    path = folder(tmp_path / "model", "qwen3_moe")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, key: "org/kernels"}))
+    with pytest.raises(tiny.UserError, match=r"names a kernel of the hub, 'org/kernels', whose code would be run"):
+        CausalLM(model=str(path)).build()
 
 
 def test_a_model_that_sees_later_tokens_is_refused(tmp_path: Path) -> None:
