@@ -7,11 +7,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from fuzz import folders
+from fuzz import folders, recipes
 from fuzz.runner import Case, Outcome, run
 
 Make = Callable[[random.Random, Path, Path], Case]
-KINDS: dict[str, tuple[Callable[[Path], None], Make]] = {"folders": (folders.prepare, folders.make)}
+KINDS: dict[str, tuple[Callable[[Path], None], Make]] = {
+    "folders": (folders.prepare, folders.make),
+    "recipes": (recipes.prepare, recipes.make),
+}
 """What is prepared once, and what makes a case of it."""
 
 

@@ -22,7 +22,7 @@ COMMANDS: dict[str, tuple[tuple[str, ...], ...]] = {
                         ("run", "--restart-from", "recover")),
     "rounds_stopped": (("run",), ("watch", "--once"), ("run", "--restart-from", "d2.search")),
     "compare": (("compare",), ("watch", "--once"), ("show",), ("audit",)),
-    "audit": (("audit",), ("watch", "--once"), ("run",)),
+    "audit": (("audit",), ("watch", "--once")),
     "compare_stopped": (("compare",), ("watch", "--once")),
 }  # fmt: skip
 """What can be done with a folder: `run` and its like get the recipe that made it."""
