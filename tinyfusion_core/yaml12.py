@@ -75,7 +75,6 @@ class Loader(yaml.SafeLoader):
             pass  # more digits than Python converts
         raise yaml.constructor.ConstructorError(None, None, f"'{text[:40]}' is not a number", node.start_mark)
 
-
     def text(self, node: yaml.ScalarNode) -> str:
         """Make a text of a scalar: one that files and terminals can hold."""
         text = str(self.construct_scalar(node))

@@ -5,14 +5,18 @@ from __future__ import annotations
 import random
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from fuzz import folders, recipes
+from fuzz import checkpoints, data, folders, recipes
 from fuzz.runner import Case, Outcome, run
 
 Make = Callable[[random.Random, Path, Path], Case]
 KINDS: dict[str, tuple[Callable[[Path], None], Make]] = {
-    "folders": (folders.prepare, folders.make),
+    "folders": (folders.prepare, partial(folders.make, quick=True)),
+    "resumes": (folders.prepare, partial(folders.make, quick=False)),
+    "checkpoints": (checkpoints.prepare, checkpoints.make),
+    "data": (data.prepare, data.make),
     "recipes": (recipes.prepare, recipes.make),
 }
 """What is prepared once, and what makes a case of it."""

@@ -26,6 +26,8 @@ COMMANDS: dict[str, tuple[tuple[str, ...], ...]] = {
     "compare_stopped": (("compare",), ("watch", "--once")),
 }  # fmt: skip
 """What can be done with a folder: `run` and its like get the recipe that made it."""
+QUICK = ("show", "watch", "export")
+"""Commands that only read."""
 TAKES_RECIPE = ("run", "compare", "audit")
 WEIGHTS = {"finished": 4, "recover_stopped": 3, "rounds_stopped": 1, "compare": 2, "compare_stopped": 1}
 
@@ -52,10 +54,10 @@ def _argv(folder: Path, name: str, command: tuple[str, ...]) -> list[str]:
     return [word, str(recipe), "--run-dir", run_dir, *options]
 
 
-def make(rng: random.Random, base: Path, folder: Path) -> Case:
+def make(rng: random.Random, base: Path, folder: Path, quick: bool) -> Case:
     """A command on a folder with one damaged file."""
     (name,) = rng.choices(list(COMMANDS), [WEIGHTS.get(name, 1) for name in COMMANDS])
-    command = rng.choice(COMMANDS[name])
+    command = rng.choice([command for command in COMMANDS[name] if (command[0] in QUICK) == quick])
     for part in ("teacher", name):
         shutil.copytree(base / part, folder / part)
     shutil.copy(base / f"{name}.yaml", folder)
