@@ -9,7 +9,18 @@ import stat
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from types import NoneType, UnionType
-from typing import Any, Literal, NotRequired, TypeVar, Union, get_args, get_origin, get_type_hints, is_typeddict
+from typing import (
+    Any,
+    Literal,
+    NotRequired,
+    TypedDict,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+    is_typeddict,
+)
 
 from .errors import MissingFileError, UserError
 
@@ -139,6 +150,24 @@ def check_inside(names: Iterable[str], path: Path) -> None:
         parts = PurePosixPath(name.replace("\\", "/"))
         if parts.is_absolute() or ".." in parts.parts or "\0" in name or not parts.name:
             raise UserError(f"{path}: names {name!r:.60}; expected a file in its folder. Do not use it")
+
+
+class _Index(TypedDict):
+    weight_map: dict[str, str]
+
+
+def check_folder(folder: Path) -> None:
+    """Check a folder before another library reads it: its files are files, and its indexes name files in it.
+
+    Raises:
+        UserError: it is not so; names the file.
+    """
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".json", ".safetensors", ".bin") and not path.is_dir():
+            check_regular(path)
+        if path.name.endswith(".index.json"):
+            found = read_as(path, _Index, "copy the whole folder again")
+            check_inside(found["weight_map"].values(), path)
 
 
 class _Mismatch(Exception):

@@ -51,7 +51,9 @@ def prepare(base: Path) -> None:
             text = {"tokenizer": "parts", "files": ["text.txt"], "held_out_files": ["text.txt"], "context": 8}
             recipe |= {"loss": "NextToken", "data": {"class_path": "TextTokens", "init_args": {**text, "cache": "own"}}}
         (base / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
-        warm_up(base, ["run", f"{name}.yaml", "--run-dir", f"{name} run"], code=2 if name == "parts" else 0)  # it is random
+        warm_up(
+            base, ["run", f"{name}.yaml", "--run-dir", f"{name} run"], code=2 if name == "parts" else 0
+        )  # it is random
 
 
 def _split(folder: Path) -> None:
@@ -82,7 +84,7 @@ def make(rng: random.Random, base: Path, folder: Path) -> Case:
     else:
         what = harm_file(rng, path)
     argv = ["run", f"{name}.yaml", "--run-dir", str(folder / "file there" / "run")]
-    told = [path.name, f"{name}.yaml", f"{name}/", "'parts'", "parts:", "backbone.", "file there"]
+    told = [path.name, f"{name}.yaml", f"{name}/", "'parts'", "parts:", "backbone.", "file there", "the teacher's loss"]
     return Case(argv, folder, told, f"{name}: {what}", owned=(folder / "own", folder / "file there" / "run"))
 
 

@@ -16,9 +16,7 @@ MANY = {"folders": (10, 100), "recipes": (8, 100), "checkpoints": (4, 100), "dat
 
 
 def slices(table: dict[str, tuple[int, int]], begin: int) -> list[tuple[str, int, int]]:
-    return [
-        (kind, begin + i * size, begin + (i + 1) * size) for kind, (num, size) in table.items() for i in range(num)
-    ]
+    return [(kind, begin + i * size, begin + (i + 1) * size) for kind, (num, size) in table.items() for i in range(num)]
 
 
 @pytest.fixture(scope="session")
