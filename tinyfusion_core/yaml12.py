@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+DEEPEST, MOST = 100, 1_000_000
+"""How many lists and mappings a value may be in, and how many values there may be."""
 _TAG = "tag:yaml.org,2002:"
 _INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
@@ -29,9 +31,24 @@ def load_yaml(text: str) -> Any:
         yaml.YAMLError: it is not YAML.
     """
     try:
-        return yaml.load(text, Loader=Loader)  # a SafeLoader
+        value = yaml.load(text, Loader=Loader)  # a SafeLoader
     except RecursionError:
         raise yaml.YAMLError("it is nested too deeply") from None
+    if _size(value, DEEPEST, {}) > MOST:
+        raise yaml.YAMLError("its aliases make it too large")
+    return value
+
+
+def _size(value: Any, depth: int, known: dict[int, int]) -> int:
+    """The number of values in a value; aliases make a small document large, or one that never ends."""
+    if not isinstance(value, (dict, list)):
+        return 1
+    if depth == 0:
+        raise yaml.YAMLError("it is nested too deeply")
+    if id(value) not in known:
+        inner = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_size(part, depth - 1, known) for part in inner)
+    return known[id(value)]
 
 
 def dump_yaml(value: Any) -> str:
@@ -58,6 +75,15 @@ class Loader(yaml.SafeLoader):
             pass  # more digits than Python converts
         raise yaml.constructor.ConstructorError(None, None, f"'{text[:40]}' is not a number", node.start_mark)
 
+    def text(self, node: yaml.ScalarNode) -> str:
+        """Make a text of a scalar: one that files and terminals can hold."""
+        text = str(self.construct_scalar(node))
+        if "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):
+            raise yaml.constructor.ConstructorError(
+                None, None, "a text holds a zero byte or half of a character", node.start_mark
+            )
+        return text
+
 
 class _Dumper(yaml.SafeDumper):
     """Quotes texts that either version takes for something else."""
@@ -66,5 +92,6 @@ class _Dumper(yaml.SafeDumper):
 for _name, _pattern, _first in _KINDS:
     for _class in (Loader, _Dumper):
         _class.add_implicit_resolver(f"{_TAG}{_name}", re.compile(rf"(?:{_pattern.pattern})\Z"), _first)
+Loader.add_constructor(f"{_TAG}str", Loader.text)
 for _name in ("int", "float"):
     Loader.add_constructor(f"{_TAG}{_name}", Loader.number)

@@ -20,7 +20,8 @@ from tinyfusion_core.errors import MissingFileError, UserError, require
 from tinyfusion_core.protocols.backbone import Backbone, Stream
 from tinyfusion_core.protocols.checkpoint_backbone import randomise
 from tinyfusion_core.protocols.data import Lookup
-from tinyfusion_core.runtime.files import digest, read_json, save_tensors, sha256, write_json
+from tinyfusion_core.records import check_folder, read_json
+from tinyfusion_core.runtime.files import digest, save_tensors, sha256, write_json
 from tinyfusion_core.runtime.seeding import generator
 from tinyfusion_diffusers import calling
 from tinyfusion_diffusers.library import diffusers
@@ -246,6 +247,7 @@ class DiffusersTransformer(Backbone):
                 f"backbone.model: neither {inner} nor {root} holds a config.json; expected a pipeline's folder, with "
                 f"the transformer in '{self.subfolder}' (set backbone.subfolder if it is elsewhere)"
             )
+        check_folder(folder)
         return folder
 
 

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from torch import Tensor, nn
 
@@ -18,9 +18,9 @@ from tinyfusion_core.pipeline.recipe import load_recipe
 from tinyfusion_core.pipeline.run import make_task
 from tinyfusion_core.protocols.task import Task
 from tinyfusion_core.pruning.prune import decision_of, load_pretrained, origin
+from tinyfusion_core.records import read_json, shaped
 from tinyfusion_core.runtime.distributed import batches, complete_sharded, on_main_process
 from tinyfusion_core.runtime.files import (
-    read_json,
     read_weights,
     remove_partial,
     remove_partials,
@@ -33,6 +33,13 @@ from tinyfusion_images.image_sets import rgb, write_archive, write_png
 from tinyfusion_images.pictures import balanced_labels, by_label, draw_grid, has_pictures, pictures
 
 FORMAT_VERSION = 1
+
+
+class _Made(TypedDict):
+    """What is known of samples; how many there are once they are finished."""
+
+    made_with: dict[str, Any]
+    num: NotRequired[int]
 
 
 def sample_images(folder: RunFolder, num: int, seed: int, out: Path | None = None) -> Path:
@@ -153,8 +160,7 @@ def _claim(record: Path, to: Path, made_with: dict[str, Any], num: int) -> int |
     there = 1 + max((int(p.stem) for p in to.glob("*.png") if p.stem.isdecimal()), default=-1)
     if there > num:
         raise UserError(f"--num: {num}, but '{to}' has {there} samples; ask for as many, or choose another name")
-    finished: int | None = before.get("num")
-    return finished
+    return shaped(before, _Made, record, "choose another name").get("num")
 
 
 def _check_absent(path: Path) -> None:
@@ -167,7 +173,7 @@ def _check_same(before: Any, made_with: dict[str, Any], record: Path, to: Path) 
     if not isinstance(before, dict) or "made_with" not in before:
         raise UserError(f"--to: '{record}' exists and was not made by this command; choose another name")
     if before["made_with"] != made_with:
-        found = before["made_with"] or {}
+        found = before["made_with"] if isinstance(before["made_with"], dict) else {}
         other = [key for key, value in made_with.items() if found.get(key) != value]
         raise UserError(f"--to: '{to}' has samples made with another {', '.join(other)}; choose another name")
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from tinyfusion_core.errors import MissingFileError, UserError
+from tinyfusion_core.records import check_folder
 from tinyfusion_llm.optional import need
 
 
@@ -34,9 +35,13 @@ def load_tokenizer(name: str, revision: str | None, gguf_file: str | None, requi
     if gguf_file:
         need("gguf", "gguf", "gguf_file")
     more = {"gguf_file": gguf_file} if gguf_file else {}
+    if Path(name).is_dir():
+        check_folder(Path(name))
     try:
-        return AutoTokenizer.from_pretrained(name, revision=revision or "main", **more)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        made = AutoTokenizer.from_pretrained(name, revision=revision or "main", **more)
+        made("a")  # some damage shows only then
+        return made
+    except Exception as e:  # damaged files make the readers fail in any way they can
         if not required:
             return None
         raise MissingFileError(
@@ -52,7 +57,8 @@ class explained:  # noqa: N801  # a context, like those of contextlib
         self.model = model
 
     def __enter__(self) -> None:
-        pass
+        if Path(self.model).is_dir():
+            check_folder(Path(self.model))
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, UserError) or not isinstance(error, Exception):

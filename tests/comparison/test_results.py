@@ -55,7 +55,7 @@ def test_the_page_of_a_deep_network_with_losses_that_are_not_finite(tmp_path: Pa
     assert "SpanSimilarity left out: why &lt;not&gt;" in page
     assert "Not shown: 2 with a loss that is not finite." in page
     (tmp_path / "findings.json").write_text(json.dumps({"format_version": 0}))
-    with pytest.raises(UserError, match="not the results of a comparison"):
+    with pytest.raises(UserError, match="'format_version' is 0; expected 1"):
         write_comparison(tmp_path)
 
 

@@ -162,7 +162,10 @@ def test_a_listing_that_is_not_right(tmp_path: Path) -> None:
     metadata = json.loads((tmp_path / METADATA).read_text())
     for shards, message in (
         ([], "lists no shards; let the `tinyfusion encode` that makes them finish"),
-        ([{"name": "0.safetensors"}], "entries with name, count and sha256"),
+        (
+            [{"name": "0.safetensors"}],
+            r"'shards\[0\].count' is missing; expected an integer; run",
+        ),
         ([{**metadata["shards"][0], "count": 4}], "'x' does not have the 4 rows"),
     ):
         (tmp_path / METADATA).write_text(json.dumps({**metadata, "shards": shards}))

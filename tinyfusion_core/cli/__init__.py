@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import shlex
 import sys
@@ -42,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ..errors import FailedElsewhere, Interrupted, UserError
 
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what a terminal's encoding lacks is shown as "?"
+            stream.reconfigure(errors="replace")
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         command, options = parse(arguments)  # which is all for `--help`
@@ -64,6 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as e:  # of a file that could not be used; others are bugs
+        if e.filename is None or "--debug" in arguments:
+            raise
+        print(f"error: {e.filename}: cannot be used ({e.strerror})", file=sys.stderr)
+        return USER_ERROR
 
 
 def _obeyed(command: Command, options: argparse.Namespace) -> int:

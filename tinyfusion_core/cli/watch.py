@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,15 +14,16 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from ..comparison.cells import Now
 from ..comparison.results import ComparisonResults
 from ..errors import UserError
 from ..pipeline.compare import print_tables
 from ..pruning.prune import DECISION, decision_of
+from ..records import check_regular, read_as
 from ..reporting.report import duration, results_table
-from ..runtime.files import read_json
 from ..runtime.progress import plain_console
-from ..runtime.run_folder import COMPARISON_RESULTS, RunFolder
-from ..runtime.stages import EVALUATE, SEARCH, Stage
+from ..runtime.run_folder import CELLS, COMPARISON_RESULTS, NOW, RUN_RECORD, RunFolder
+from ..runtime.stages import EVALUATE, SEARCH, Stage, log_line
 
 LEVELS = "▁▂▃▄▅▆▇█"
 TAIL_BYTES = 256 * 1024
@@ -52,6 +52,7 @@ class Tail:
     def read(self) -> bool:
         """Read new lines. Returns whether there were any."""
         try:
+            check_regular(self.path)
             with self.path.open("rb") as file:
                 status = self.path.stat()
                 if status.st_ino != self.file or status.st_size < self.offset:
@@ -59,16 +60,13 @@ class Tail:
                     self.file, self.offset = status.st_ino, max(0, status.st_size - TAIL_BYTES)
                 file.seek(self.offset)
                 new = file.read()
-        except OSError:  # not there yet, or a shared disk that is away for a moment
+        except (OSError, UserError):  # not there yet, or a shared disk that is away for a moment
             return False
         self.offset += len(new)
         *lines, self.rest = (self.rest + new).split(b"\n")
         for line in lines:
-            try:
-                entry = json.loads(line)
+            if (entry := log_line(line)) is not None:  # it may be the end of a line whose beginning was not read
                 self.entries.setdefault(entry["stage"], deque(maxlen=NUM_SHOWN)).append(entry)
-            except (ValueError, KeyError, TypeError):  # the end of a line whose beginning was not read
-                continue
         return bool(new)
 
 
@@ -138,8 +136,8 @@ class View:
                 table.add_row(Text("now", "cyan"), stage.title, "")
             else:
                 table.add_row(Text("later", "dim"), Text(stage.title, "dim"), "")
-        if (record_path := self.folder / "run.json").exists():
-            hardware = read_json(record_path).get("hardware", {})
+        if (self.folder / RUN_RECORD).exists():
+            hardware = self.folder.record().get("hardware", {})
             yield Text(", ".join(f"{key} {value}" for key, value in hardware.items()), style="dim")
         yield table
         # Every folder is read at every look, or the old lines of a round would pass for news later.
@@ -156,13 +154,17 @@ class View:
                 yield Text.assemble((f"{stage.title} decided: ", "bold"), _choice(chosen))
 
     def _comparison(self) -> Iterator[RenderableType]:
-        cells = self.folder / "cells"
+        cells = self.folder / CELLS
         counts = {
             what: len(list(cells.glob(f"{kind}-*.json")))
             for what, kind in (("decision", "decision"), ("calibration", "calibration"), ("recovery", "healing"))
         }
         yield Text(", ".join(f"{count} {kind} cells" for kind, count in counts.items()) + " done")
-        now = read_json(cells / "now.json") if (cells / "now.json").exists() else None
+        now = (
+            read_as(cells / NOW, Now, "delete it; the comparison goes on without it")
+            if (cells / NOW).exists()
+            else None
+        )
         if now is not None:
             yield _bar(now["done"], now["total"], "")
             yield Text(now["what"])

@@ -29,12 +29,13 @@ from ..pruning.decision import Decision
 from ..pruning.prune import prune
 from ..registry.registry import record_of
 from ..runtime.distributed import on_main_process
-from ..runtime.files import NEUTRAL, digest, read_json, write_json
+from ..runtime.files import NEUTRAL, digest, write_json
 from ..runtime.progress import Tracker
 from ..runtime.run_folder import CELLS, NOW, RunFolder
 from ..selection.base import Decisive, Selector
 from ..training.recover import Recover
 from ..training.trainer import NUMERICALLY_NEUTRAL, Trainer
+from .cells import read_cell
 from .legacy_keys import Name, then
 from .results import Entry
 
@@ -173,7 +174,7 @@ class ResultCache:
             work: computes it.
             needs: pairs of names; if neither of a pair is in the file, it is computed again.
         """
-        folder = self.folder / CELLS
+        folder, depth = self.folder / CELLS, len(self.task.blocks)
 
         def named() -> str:
             new, old = (f"{kind}-{digest(k)[:24]}" for k in (key, then(key)))
@@ -182,7 +183,7 @@ class ResultCache:
 
         name = on_main_process(named)  # the others may describe it otherwise
         path, scratch = folder / f"{name}.json", RunFolder(folder / name)
-        before = on_main_process(lambda: read_json(path) if path.exists() else {})
+        before = on_main_process(lambda: read_cell(kind, path, depth) if path.exists() else {})
         made: dict[str, Any] = {}
         if not before or any(before.keys().isdisjoint(names) for names in needs):
             self.progress.tell(what)
@@ -195,9 +196,7 @@ class ResultCache:
             if made:
                 write_json(path, {**before, **made, "of": dict(key)})
             shutil.rmtree(scratch.path, ignore_errors=True)
-            content: dict[str, Any] = read_json(path)
-            del content["of"]
-            return content
+            return {name: value for name, value in read_cell(kind, path, depth).items() if name != "of"}
 
         return on_main_process(keep)
 

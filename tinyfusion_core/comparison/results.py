@@ -5,16 +5,52 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, NotRequired, Self, TypedDict
 
 from ..errors import UserError
 from ..evaluation.frechet import DISTANCE
-from ..runtime.files import read_json, write_json
+from ..records import read_as
+from ..runtime.files import write_json
 from ..samplers.constraints import Budget, budget_text
 
 FORMAT_VERSION = 1
+AGAIN = "delete it and give the command again, which computes nothing twice"
 FILE_NAMES = {"entries": "trials", "recovered": "healed", DISTANCE: "frechet"}
 """Attributes and metrics whose names in files differ."""
+
+
+class _Trial(TypedDict):
+    method: str
+    seed: int
+    kept: list[int]
+    calibration: NotRequired[float | None]
+    healed: NotRequired[float | None]
+    frechet: NotRequired[float | None]
+    metrics: NotRequired[dict[str, float]]
+    scores: NotRequired[list[float | None] | None]
+    seconds: NotRequired[float]
+    evaluations: NotRequired[int]
+
+
+class Viewed(TypedDict):
+    """Whose results they are."""
+
+    format_version: Literal[1]
+    view: Literal["compare", "audit"]
+
+
+class _Findings(Viewed):
+    blocks: list[str]
+    budget: int | dict[str, int] | str
+    num_masks: int
+    steps: int
+    seeds: list[int]
+    teacher: float | None
+    learned: list[str]
+    trials: list[_Trial]
+    masks: list[_Trial]
+    left_out: NotRequired[dict[str, str]]
+    note: NotRequired[str]
 
 
 @dataclass(frozen=True)
@@ -56,6 +92,7 @@ class Entry:
         given = from_files(data)
         distance = given.pop(DISTANCE, None)
         metrics = {} if distance is None else {DISTANCE: distance}
+        given = {name: value for name, value in given.items() if name in {f.name for f in fields(cls)}}
         return cls(**{**given, "metrics": {**metrics, **given.get("metrics", {})}})
 
 
@@ -114,13 +151,23 @@ class ComparisonResults:
         Raises:
             UserError: the file is missing or is not such a file.
         """
-        data = read_json(path)
-        if not isinstance(data, dict) or data.pop("format_version", None) != FORMAT_VERSION:
-            raise UserError(f"{path}: not the results of a comparison, format_version {FORMAT_VERSION}")
-        given = from_files(data)
-        for name in ("entries", "masks"):
-            given[name] = tuple(Entry.from_json(entry) for entry in data[FILE_NAMES.get(name, name)])
+        data = read_as(path, _Findings, AGAIN)
+        given = {name: value for name, value in from_files(data).items() if name in {f.name for f in fields(cls)}}
+        given["entries"], given["masks"] = (tuple(map(Entry.from_json, data[name])) for name in ("trials", "masks"))
+        _check(path, cls(**given))
         return cls(**given)
+
+
+def _check(path: Path, results: ComparisonResults) -> None:
+    """Raise UserError if numbers of blocks do not go together."""
+    blocks = range(len(results.blocks))
+    if not results.seeds:
+        raise UserError(f"{path}: 'seeds' is []; expected at least one; {AGAIN}")
+    for entry in (*results.entries, *results.masks):
+        if not set(entry.kept) <= set(blocks):
+            raise UserError(f"{path}: 'kept' is {list(entry.kept)}; expected some of {len(blocks)} blocks; {AGAIN}")
+        if entry.scores is not None and len(entry.scores) != len(blocks):
+            raise UserError(f"{path}: 'scores' has {len(entry.scores)}; expected one for each block; {AGAIN}")
 
 
 def in_files(figures: Mapping[str, Any], missing: Any = None) -> dict[str, Any]:

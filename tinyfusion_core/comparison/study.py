@@ -16,8 +16,9 @@ from typing_extensions import override
 from ..errors import UserError, require
 from ..evaluation.metrics import HeldOutLoss, Metric
 from ..protocols.task import Task
+from ..records import read_as
 from ..runtime.distributed import on_main_process
-from ..runtime.files import read_json, write_json
+from ..runtime.files import write_json
 from ..runtime.locking import check_free, owned
 from ..runtime.progress import track
 from ..runtime.run_folder import CELLS, COMPARISON, COMPARISON_RESULTS, NOW, RUN_RECORD, RunFolder, is_comparison
@@ -31,7 +32,7 @@ from ..training.recover import Recover
 from ..training.trainer import Trainer
 from .cache import ResultCache
 from .candidates import Candidates, line_up
-from .results import ComparisonResults, Entry
+from .results import AGAIN, ComparisonResults, Entry, Viewed
 from .statistics import RANDOM
 
 
@@ -169,7 +170,7 @@ class Comparison(Settings):
         """Raise UserError if the folder holds something that this would overwrite."""
         what = "a run" if (folder / RUN_RECORD).exists() else ""
         found = folder / COMPARISON_RESULTS
-        if found.exists() and (view := read_json(found).get("view")) != self.view:
+        if found.exists() and (view := read_as(found, Viewed, AGAIN)["view"]) != self.view:
             what = f"the results of another command ({view})"
         if what:
             raise UserError(f"{folder.path}: holds {what}; choose another --run-dir")

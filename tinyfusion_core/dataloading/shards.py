@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import bisect
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from safetensors import SafetensorError
@@ -18,6 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ..errors import MissingFileError, UserError
+from ..records import check_inside, parse_json, shaped
 from ..runtime.files import write_atomic
 
 FORMAT_VERSION = 1
@@ -37,6 +37,23 @@ class Shard:
     name: str
     count: int
     sha256: str
+
+
+class _Metadata(TypedDict):
+    """What is in a metadata.json; of arrays it may say no more than its version."""
+
+    vae: NotRequired[str | None]
+    scale: NotRequired[float | None]
+    shift: NotRequired[float]
+    kind: NotRequired[str]
+    flips: NotRequired[bool]
+    num_images: NotRequired[int]
+    skipped: NotRequired[list[str]]
+    shards: NotRequired[list[Any]]
+
+
+class _Listing(TypedDict):
+    shards: list[Shard]
 
 
 @dataclass(frozen=True)
@@ -156,7 +173,7 @@ def write_shard(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> Shard
     return Shard(name, len(next(iter(tensors.values()))), hashlib.sha256(content).hexdigest())
 
 
-def shards_in(metadata: Mapping[str, Any], url: str) -> list[Shard]:
+def shards_in(metadata: dict[str, Any], url: str) -> list[Shard]:
     """Return the shards that a metadata.json lists.
 
     Raises:
@@ -164,10 +181,11 @@ def shards_in(metadata: Mapping[str, Any], url: str) -> list[Shard]:
     """
     if not metadata["shards"]:
         raise UserError(f"{url}/{METADATA}: lists no shards; let the `tinyfusion encode` that makes them finish")
-    try:
-        return [Shard(**{key: entry[key] for key in ("name", "count", "sha256")}) for entry in metadata["shards"]]
-    except (TypeError, KeyError):
-        raise UserError(f"{url}/{METADATA}: expected 'shards' to be entries with name, count and sha256") from None
+    found = shaped(metadata, _Listing, f"{url}/{METADATA}", "run `tinyfusion encode` again")["shards"]
+    check_inside([shard.name for shard in found], Path(url) / METADATA)
+    if bad := [shard.name for shard in found if shard.count < 1]:
+        raise UserError(f"{url}/{METADATA}: {bad[0]!r} has no rows; run `tinyfusion encode` again")
+    return found
 
 
 def read_metadata(url: str) -> dict[str, Any]:
@@ -177,13 +195,13 @@ def read_metadata(url: str) -> dict[str, Any]:
         UserError: there is none, or it has another format.
     """
     try:
-        content = json.loads(read_bytes(url, METADATA))
+        content = parse_json(read_bytes(url, METADATA))
     except ValueError as e:
         raise UserError(f"{url}/{METADATA}: not readable as JSON ({e})") from None
     if not isinstance(content, dict) or content.get("format_version") != FORMAT_VERSION:
         found = content.get("format_version") if isinstance(content, dict) else type(content).__name__
-        raise UserError(f"{url}/{METADATA}: format_version is {found!r}, expected {FORMAT_VERSION}")
-    return content
+        raise UserError(f"{url}/{METADATA}: format_version is {found!r:.60}, expected {FORMAT_VERSION}")
+    return dict(shaped(content, _Metadata, f"{url}/{METADATA}", "make the folder again, or mend the entry"))
 
 
 def read_bytes(url: str, name: str) -> bytes:

@@ -14,11 +14,14 @@ from torch import Tensor
 from ..errors import UserError
 from ..protocols.task import Task
 from ..protocols.undisturbed import evaluating
+from ..records import read_as
 from ..registry.registry import registry
 from ..runtime.distributed import batches, map_sharded, on_main_process
-from ..runtime.files import read_json, write_json
+from ..runtime.files import write_json
 from ..training.trainer import Trainer
 from .metrics import Measurement, Metric, Models, Size, held_out_inputs
+
+AGAIN = "delete it to measure that again"
 
 
 def check_teacher(task: Task, trainer: Trainer) -> None:
@@ -133,9 +136,11 @@ def measure(
         folder: for parts that an interrupted measurement leaves; the results are stored beside it.
     """
     record = None if folder is None else folder.with_name(f"{folder.name}.json")
-    before = on_main_process(lambda: read_json(record) if record is not None and record.exists() else None)
+    before = on_main_process(
+        lambda: None if record is None or not record.exists() else read_as(record, list[Measurement], AGAIN)
+    )
     if before is not None:
-        return [Measurement(**m) for m in before]
+        return before
 
     def work() -> list[Measurement]:
         return metric(task, models, trainer) if folder is None else metric.resume(task, models, trainer, folder)

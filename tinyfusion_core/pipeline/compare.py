@@ -15,6 +15,7 @@ from ..comparison.study import Audit, Compare, Comparison
 from ..comparison.tables import table_csv, tables, trials_csv
 from ..errors import UserError
 from ..evaluation.evaluate import check_teacher
+from ..records import read_text
 from ..reporting.page import Figures, Picture, render_page
 from ..runtime.distributed import on_main_process
 from ..runtime.files import write_text
@@ -73,7 +74,7 @@ def write_comparison(run_dir: Path | str, command: str = "") -> Path:
         title=folder.resolve().name,
         figures=_draw(results, folder / "figures"),
         command=command,
-        recipe=recipe.read_text() if recipe.exists() else "",
+        recipe=read_text(recipe) if recipe.exists() else "",
         brand=f"tinyfusion {results.view}",
         tables=tables(results),
         learned=results.learned,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ..errors import UserError, nearest
 from ..protocols.backbone import list_lengths
 from ..pruning.interop_formats import TEXTS, read_kept
 from ..pruning.prune import decision_of, load_pretrained, origin
-from ..runtime.files import read_json, write_json, write_text
+from ..records import read_as
+from ..runtime.files import write_json, write_text
 from ..runtime.locking import FolderKind, check_free
 from ..runtime.run_folder import RunFolder
 from .recipe import load_recipe
@@ -20,7 +22,9 @@ MARK = "tinyfusion_export.json"
 EXPORT = FolderKind(
     "an export",
     "--out",
-    lambda folder: (folder / MARK).exists() and "library" in read_json(folder / MARK),
+    lambda folder: (
+        (folder / MARK).exists() and "library" in read_as(folder / MARK, dict[str, Any], "choose another folder")
+    ),
     lambda folder, path: False,
 )
 FORMATS = (*FOLDERS, *TEXTS)

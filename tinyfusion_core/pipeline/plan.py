@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -244,8 +245,11 @@ def _data(plan: Plan, recipe: Recipe) -> None:
     counts = f"{len(train):,} to train on, {len(held_out):,} held out"
     plan.rows.append(("data", f"{type(recipe.data).__name__}, {counts}"))
     columns = columns_of(recipe.backbone, recipe.on_meta, recipe.data.conditions)
-    some = checked(train, columns, "training").__getitems__(list(range(min(64, len(train)))))
-    if recipe.train is None:  # what a checkpoint was trained on; a fresh network learns from what there is
+    checked(train, columns, "training").__getitems__([0])
+    if recipe.train is None and recipe.data.deviations:  # what a checkpoint was trained on; a fresh one learns anything
+        some: Mapping[str, Tensor] = {}
+        with suppress(UserError):  # of a damaged sample, which is not a matter of the plan
+            some = train.__getitems__(list(range(min(64, len(train)))))
         columns.check_deviations(some, recipe.data.deviations)
     for samples in (train, held_out):
         columns.check_extremes(samples)

@@ -21,6 +21,7 @@ from ..protocols.backbone import Backbone, build_on_meta
 from ..protocols.columns import check_sample_size
 from ..protocols.data import DataSource
 from ..protocols.loss import LossAdapter
+from ..records import read_text
 from ..registry.registry import load_plugin
 from ..registry.sources import PluginFile
 from ..runtime.files import write_atomic, write_text
@@ -166,10 +167,10 @@ def _remove(config: Any, path: list[str]) -> bool:
 def _read(path: Path) -> dict[str, Any]:
     """The content of a recipe file. Raises UserError if it is missing or not a mapping."""
     try:
-        raw = load_yaml(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        raw = load_yaml(read_text(path))
+    except MissingFileError:
         raise MissingFileError(f"{path}: no such recipe (it comes first: tinyfusion run RECIPE --key value)") from None
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as e:
+    except yaml.YAMLError as e:
         raise UserError(f"{path}: not readable as YAML: {e}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: a recipe is a mapping with the keys {', '.join(KEYS)}")

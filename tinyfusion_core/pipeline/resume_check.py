@@ -15,7 +15,7 @@ from ..comparison.legacy_keys import PATHS
 from ..errors import UserError, nearest
 from ..evaluation.evaluate import known_exhibits
 from ..pruning.decision import versions
-from ..runtime.files import NEUTRAL, digest, read_json, write_json
+from ..runtime.files import NEUTRAL, digest, write_json
 from ..runtime.locking import check_free
 from ..runtime.run_folder import RUN, RUN_RECORD, RunFolder
 from ..runtime.stages import EVALUATE, Stage, stages_of
@@ -82,7 +82,7 @@ def check_resume(recipe: Recipe, folder: RunFolder, command: str, restart_from: 
     if not record.exists() and folder.holds_comparison():
         raise UserError(f"{folder.path}: holds a comparison; choose another --run-dir")
     check_free(folder.path, RUN)
-    before = read_json(record)["settings"] if record.exists() else now
+    before = folder.record()["settings"] if record.exists() else now
     stages = stages_of(_sections(now, before))
     keys = [stage.key for stage in stages]
     if restart_from is not None and restart_from not in keys:

@@ -111,8 +111,8 @@ def _to_be_searched(recipe: Recipe, folder: RunFolder) -> bool:
 
 def _has_finished(stage: Stage, folder: RunFolder, keys: Mapping[str, str]) -> bool:
     """Whether a stage has finished with these settings; the same answer on every process."""
-    records = on_main_process(folder.round(stage.round).finished)
-    return records.get(stage.name, {}).get("key") == keys[stage.key]
+    record = on_main_process(folder.round(stage.round).finished).get(stage.name)
+    return record is not None and record["key"] == keys[stage.key]
 
 
 def make_task(recipe: Recipe, model: nn.Module | None = None) -> Task:

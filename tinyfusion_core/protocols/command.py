@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
@@ -12,6 +13,8 @@ def a_path(text: str) -> Path:
     """Return the path that was typed; as `type=` of an argument. The empty one, which means this folder, is refused."""
     if not text.strip():
         raise ArgumentTypeError("the path is empty; a variable that is not set? This folder is '.'")
+    if "\0" in text or any(len(os.fsencode(part)) > 255 for part in Path(text).parts) or len(os.fsencode(text)) > 4095:
+        raise ArgumentTypeError(f"'{text[:40]}...' is too long for the name of a file, or holds a zero byte")
     return Path(text)
 
 

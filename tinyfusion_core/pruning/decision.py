@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..runtime.files import read_json, write_json
+from ..records import read_json, shaped
+from ..runtime.files import write_json
 from ..settings import Settings
 from .interop_formats import read_kept
 
@@ -66,6 +67,10 @@ class Decision(Settings):
             )
         if not self.kept:
             raise UserError("decision keeps no block at all")
+        if any(not choice or not set(choice) <= set(range(len(self.blocks))) for choice in self.choices):
+            raise UserError(f"decision chooses among {list(map(list, self.choices))}: not all are blocks")
+        if len(self.marginals) not in (0, len(self.blocks)):
+            raise UserError(f"decision has marginals of {len(self.marginals)} of {len(self.blocks)} blocks")
 
     @property
     def removed(self) -> tuple[int, ...]:
@@ -106,19 +111,7 @@ class Decision(Settings):
         data = read_json(Path(path))
         if not isinstance(data, dict) or data.get("format_version") != FORMAT_VERSION:
             raise UserError(f"{path}: not a decision of format_version {FORMAT_VERSION}")
-        try:
-            return cls(
-                blocks=tuple(data["blocks"]),
-                kept=tuple(data["kept"]),
-                method=data["method"],
-                pattern=data.get("pattern"),
-                choices=tuple(map(tuple, data.get("choices", []))),
-                confidences=tuple(data.get("confidences", [])),
-                marginals=tuple(data.get("marginals", [])),
-                provenance=data.get("provenance", {}),
-            )
-        except (KeyError, TypeError) as e:
-            raise UserError(f"{path}: not a complete decision ({e!r})") from None
+        return shaped(data, cls, path, "restore it, or let the search decide again")
 
     @classmethod
     def from_file(cls, path: Path | str, blocks: Sequence[str]) -> Decision:

@@ -9,7 +9,9 @@ from typing import Any
 
 import yaml
 
-from ..errors import MissingFileError, UserError
+from ..errors import UserError
+from ..records import read_text
+from ..yaml12 import load_yaml
 
 Writer = Callable[[Sequence[int], int, str], str]
 
@@ -81,11 +83,9 @@ def read_kept(path: Path, num_blocks: int) -> list[int]:
 def _read(path: Path) -> tuple[str, Any]:
     """A file as text, and parsed as YAML. Raises UserError if it is missing or not readable."""
     try:
-        text = path.read_text()
-        return text, yaml.safe_load(text)
-    except FileNotFoundError:
-        raise MissingFileError(f"{path}: no such file") from None
-    except (OSError, ValueError, yaml.YAMLError) as e:
+        text = read_text(path)
+        return text, load_yaml(text)
+    except yaml.YAMLError as e:
         raise UserError(f"{path}: not readable ({' '.join(str(e).split())})") from None
 
 

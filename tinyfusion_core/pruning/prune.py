@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NotRequired, TypedDict
 
 import yaml
 from torch import nn
@@ -13,8 +13,9 @@ from torch import nn
 from ..errors import MissingFileError, UserError
 from ..protocols.backbone import WEIGHTS, Backbone
 from ..protocols.task import Task
+from ..records import check_inside, read_as
 from ..registry.registry import record_of, registry
-from ..runtime.files import digest, read_json, sha256, write_json, write_text
+from ..runtime.files import digest, sha256, write_json, write_text
 from ..runtime.run_folder import RunFolder
 from ..runtime.stages import RECOVER, SEARCH, Stage
 from ..settings import check_arguments
@@ -25,6 +26,17 @@ FORMAT_VERSION = 1
 DECISION = "decision.json"
 RECORDS = ("tinyfusion.json", "config.json")
 """Record file of a saved folder: the second, unless the model family writes a file of that name itself."""
+
+
+class Record(TypedDict):
+    """What is known of a saved network: its family and sizes, the SHA-256 of its files, and where it came from."""
+
+    format_version: Literal[1]
+    backbone: str
+    network: dict[str, Any]
+    sha256: dict[str, str]
+    source: dict[str, Any]
+    plugin: NotRequired[dict[str, str]]
 
 
 def prune(task: Task, decision: Decision) -> nn.Module:
@@ -76,18 +88,17 @@ def save_network(model: nn.Module, backbone: Backbone, source: Mapping[str, Any]
     write_json(record, content)
 
 
-def read_record(folder: Path) -> dict[str, Any]:
-    """Read the record of `save_network`: format_version, backbone, network, sha256 by file, source.
+def read_record(folder: Path) -> Record:
+    """Read the record of `save_network`.
 
     Raises:
         UserError: it is missing, damaged or incomplete.
     """
     path = _record(folder)
-    record = read_json(path)
-    if not isinstance(record, dict) or record.get("format_version") != FORMAT_VERSION:
-        raise UserError(f"{path}: not of format_version {FORMAT_VERSION}")
-    if not {"backbone", "network"} <= record.keys() or not record.get("sha256"):
-        raise UserError(f"{path}: incomplete; expected backbone, network and the files' sha256")
+    record = read_as(path, Record, "restore the whole folder")
+    if not record["sha256"]:
+        raise UserError(f"{path}: incomplete; expected the files' sha256")
+    check_inside(record["sha256"], path)
     return record
 
 

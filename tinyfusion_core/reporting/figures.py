@@ -63,6 +63,9 @@ def draw_strip(decision: Decision, path: Path) -> None:
 
 def draw_dynamics(entries: Entries, num_blocks: int, path: Path) -> None:
     """Plot the decision over the search: kept blocks, and every block's probability of being kept."""
+    entries = [
+        e for e in entries if len(e.get("marginals", ())) == num_blocks and {"confidence", "decision"} <= e.keys()
+    ]
     steps = [e["step"] for e in entries]
     with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(10, 0.9 + 0.17 * max(14, num_blocks)), layout="constrained")
@@ -90,7 +93,7 @@ def draw_losses(stages: Mapping[str, Entries], path: Path) -> None:
             1, len(stages), figsize=(5 * len(stages), 2.9), layout="constrained", squeeze=False
         )
         for axes, (stage, entries) in zip(panels[0], stages.items(), strict=True):
-            _curves(axes, [e for e in entries if e["loss"] is not None])
+            _curves(axes, [e for e in entries if e.get("loss") is not None])
             axes.set(title=f"training loss: {stage}", xlabel="step")
         save_figure(figure, path)
 
@@ -105,9 +108,10 @@ def _curves(axes: Axes, entries: Entries) -> None:
     if width > 1:
         smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
         axes.plot(steps[width - 1 :], smooth, color=KEPT, linewidth=1.8)
-    plain = [e["gt"] for e in entries if "gt" in e]
+    told = [e for e in entries if e.get("gt") is not None]
+    plain = [e["gt"] for e in told]
     if plain:
-        axes.plot(steps, plain, color="#9aa5b1", linewidth=1, label="without the teacher's terms")
+        axes.plot([e["step"] for e in told], plain, color="#9aa5b1", linewidth=1, label="without the teacher's terms")
         axes.legend(frameon=False, fontsize=8)
     low, high = np.percentile([*losses, *plain], [0, 95])
     margin = 0.15 * (high - low) + 1e-9

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import yaml
 from rich.table import Table
@@ -12,11 +12,25 @@ from rich.table import Table
 from ..errors import UserError
 from ..pruning.decision import Decision
 from ..pruning.prune import DECISION, decision_of
-from ..runtime.files import read_json, write_text
-from ..runtime.run_folder import RunFolder
+from ..records import read_as, read_text
+from ..runtime.files import write_text
+from ..runtime.run_folder import RunFolder, RunRecord
 from ..runtime.stages import SEARCH
 from .figures import draw_dynamics, draw_losses, draw_strip
 from .page import Figures, Picture, render_page
+
+
+class _Measured(TypedDict):
+    name: str
+    values: dict[str, float | None]
+    unit: str
+    better: str
+    note: str
+
+
+class _Metrics(TypedDict):
+    measurements: list[_Measured]
+
 
 PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -34,8 +48,8 @@ def results(folder: RunFolder) -> tuple[list[str], list[tuple[str, list[str], st
     if not path.exists():
         done = ", ".join(folder.finished()) or "none"
         raise UserError(f"{folder.path}: no metrics.json: not a finished run (finished stages: {done})")
-    measurements = read_json(path)["measurements"]
-    names = list(measurements[0]["values"])
+    measurements = read_as(path, _Metrics, "restore it, or run with --restart-from evaluate")["measurements"]
+    names = list(measurements[0]["values"]) if measurements else []
     rows = []
     for m in measurements:
         values = [m["values"].get(name) for name in names]
@@ -76,14 +90,14 @@ def write_report(folder: RunFolder, exhibits: Sequence[Figures] = ()) -> Path:
     Returns:
         The path of the page.
     """
-    decisions, record = _decisions(folder), read_json(folder / "run.json")
+    decisions, record = _decisions(folder), folder.record()
     names, rows = results(folder)
     page = render_page(
         "report.html.j2",
         title=_headline(folder),
         figures=[*_draw_decisions(folder, decisions), *exhibits, *_draw_training(folder)],
-        command=record["command"],
-        recipe=(folder / "recipe.yaml").read_text(),
+        command=record.get("command", ""),
+        recipe=read_text(folder / "recipe.yaml"),
         brand="tinyfusion",
         facts=_facts(folder, decisions),
         names=names,
@@ -163,9 +177,9 @@ def _faults(folder: RunFolder) -> list[str]:
     ]
 
 
-def _provenance(record: Mapping[str, Any], decisions: Mapping[str, Decision]) -> str:
+def _provenance(record: RunRecord, decisions: Mapping[str, Decision]) -> str:
     """Versions, hardware and how every decision was made, as YAML."""
-    parts = {"versions": record["versions"], "hardware": record["hardware"]}
+    parts = {"versions": record.get("versions", {}), "hardware": record.get("hardware", {})}
     for name, decision in decisions.items():
         parts[f"decision {name}".strip()] = {"kept": list(decision.kept), **decision.provenance}
     return yaml.safe_dump(parts, sort_keys=False, allow_unicode=True, default_flow_style=None)

@@ -5,14 +5,25 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
 from ..errors import UserError
-from .files import read_json, sha256, write_atomic, write_json
+from ..records import read_as
+from .files import sha256, write_atomic, write_json
 
 MANIFEST = "manifest.json"
+
+
+class _Checkpoint(TypedDict):
+    file: str
+    step: int
+    sha256: str
+
+
+class _Manifest(TypedDict):
+    checkpoints: list[_Checkpoint]
 
 
 class Checkpoints:
@@ -43,7 +54,8 @@ class Checkpoints:
         write_atomic(file, lambda target: torch.save(dict(state), target))
         # Later steps are there when the newest checkpoint was damaged: they have been made again.
         before = [entry for entry in self._entries() if entry["step"] < step]
-        entries = [*before, {"file": file.name, "step": step, "sha256": sha256(file)}][-keep:]
+        newest = _Checkpoint(file=file.name, step=step, sha256=sha256(file))
+        entries = [*before, newest][-keep:]
         write_json(self.path / MANIFEST, {"format_version": 1, "checkpoints": entries})
         for other in self.path.iterdir():
             if other.is_file() and other.name not in (MANIFEST, *(entry["file"] for entry in entries)):
@@ -57,7 +69,7 @@ class Checkpoints:
         """
         damaged: list[str] = []
         for entry in reversed(self._entries()):
-            name: str = entry["file"]
+            name = Path(entry["file"]).name
             file = self.path / name
             if file.is_file() and sha256(file) == entry["sha256"]:
                 if damaged:
@@ -83,13 +95,15 @@ class Checkpoints:
             raise UserError(
                 f"{self.path / name}: cannot be read ({e.strerror}); every process must see the run folder"
             ) from e
+        except Exception as e:  # what is no checkpoint makes the reader fail in any way it can
+            raise UserError(f"{self.path / name}: no checkpoint; delete {self.path} to begin the stage again") from e
         return state
 
-    def _entries(self) -> list[dict[str, Any]]:
-        manifest = self.path / MANIFEST
+    def _entries(self) -> list[_Checkpoint]:
+        manifest, fix = self.path / MANIFEST, f"delete {self.path} to begin the stage again"
         if not manifest.exists():
             return []
         try:
-            return list(read_json(manifest)["checkpoints"])
-        except (UserError, TypeError, KeyError) as e:
-            raise UserError(f"{manifest}: damaged; delete {self.path} to begin the stage again") from e
+            return read_as(manifest, _Manifest, fix)["checkpoints"]
+        except UserError as e:
+            raise UserError(f"{manifest}: damaged; {fix} ({e})") from e

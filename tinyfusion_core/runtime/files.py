@@ -22,7 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..errors import MissingFileError, UserError
+from ..errors import UserError
+from ..records import check_regular
 
 PARTIAL = ".partial"
 
@@ -100,31 +101,16 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        UserError: the file is missing or is not JSON.
-    """
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise MissingFileError(f"{path}: no such file") from None
-    except (ValueError, OSError) as e:
-        raise UserError(f"{path}: not readable as JSON ({e})") from None
-
-
 def map_array(path: Path) -> Any:
     """Memory-map a .npy file of numbers; an .npz archive is returned as numpy reads it.
 
     Raises:
         UserError: the file is missing, truncated, or holds anything but numbers.
     """
+    check_regular(path)
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise MissingFileError(f"{path}: no such file") from None
-    except (ValueError, EOFError, OSError) as e:
+    except Exception as e:  # a damaged header makes numpy fail in any way it can
         raise UserError(f"{path}: cut short, or not a .npy file of numbers ({e})") from None
 
 
@@ -165,8 +151,7 @@ def read_weights(path: Path, containers: Sequence[str] = ("ema", "model")) -> di
     Raises:
         UserError: the file is missing, damaged, contains code, or holds no state dict.
     """
-    if not path.is_file():
-        raise MissingFileError(f"{path}: no such file")
+    check_regular(path)
     try:
         if path.suffix == ".safetensors":
             return dict(load_file(path))
@@ -220,7 +205,12 @@ def load_strict(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> 
 
 
 def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file as hex; cached while its size and modification time stay the same."""
+    """Return the SHA-256 of a file as hex; cached while its size and modification time stay the same.
+
+    Raises:
+        UserError: it is missing, or no file.
+    """
+    check_regular(path)
     status = path.stat()
     return _sha256(path, status.st_mtime_ns, status.st_size)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TextIO
 
 from ..errors import UserError
+from ..records import check_regular
 from .files import PARTIAL, remove_partials
 
 LOCK = ".lock"
@@ -75,7 +76,7 @@ def _not_ours(folder: Path) -> Iterator[Path]:
 
 
 def _is_left_behind(file: Path) -> bool:
-    if file.name == LOCK:
+    if file.name == LOCK and file.is_file():
         return file.read_bytes()[:8] in (b"", b"process ")
     return file.name.startswith(".") and file.name.endswith(PARTIAL)
 
@@ -96,6 +97,8 @@ def owned(folder: Path, kind: FolderKind) -> Iterator[None]:
     check_free(folder, kind)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if (folder / LOCK).exists():
+            check_regular(folder / LOCK)
         (folder / LOCK).touch()
     except OSError as e:
         raise UserError(f"{folder}: the folder cannot be written ({e.strerror}); choose another {kind.option}") from e

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import yaml
 
 from ..errors import UserError
+from ..records import check_regular, read_as, read_json, read_text
+from ..yaml12 import load_yaml
 from .checkpoints import Checkpoints
-from .files import read_json, write_json, write_text
+from .files import write_json, write_text
 from .locking import FolderKind
-from .stages import OUTPUTS, Stage, stages_of
+from .stages import OUTPUTS, Finished, Stage, log_line, stages_of
 from .trackers import IDS
 
 FAULTS = {"skipped": "steps skipped (loss or gradient not finite)", "bad_samples": "unreadable samples replaced"}
@@ -26,6 +29,15 @@ CELLS, NOW = "cells", "now.json"
 """Folder of a comparison's results, and the file in it that says what is being computed."""
 RUN_RECORD = "run.json"
 """Record of a run: its settings, command, versions and hardware. It is written first, and tells a run folder."""
+
+
+class RunRecord(TypedDict):
+    """What is in `run.json`."""
+
+    settings: dict[str, Any]
+    command: NotRequired[str]
+    versions: NotRequired[dict[str, str]]
+    hardware: NotRequired[dict[str, Any]]
 
 
 class RunFolder:
@@ -50,8 +62,20 @@ class RunFolder:
         return RunFolder(self / name) if name else self
 
     def stages(self) -> list[Stage]:
-        """Return the stages of the run, in order, from its `recipe.yaml`."""
-        return stages_of(yaml.safe_load((self / "recipe.yaml").read_text()))
+        """Return the stages of the run, in order, from its `recipe.yaml`.
+
+        Raises:
+            UserError: the file is missing or no recipe.
+        """
+        path = self / "recipe.yaml"
+        try:
+            return stages_of(load_yaml(read_text(path)))
+        except yaml.YAMLError as e:
+            raise UserError(
+                f"{path}: not readable as YAML ({' '.join(str(e).split())}); run the recipe again"
+            ) from None
+        except (TypeError, AttributeError, KeyError):
+            raise UserError(f"{path}: not the recipe of a run; run the recipe again") from None
 
     def holds_comparison(self) -> bool:
         """Return whether this folder belongs to a comparison rather than a run."""
@@ -68,17 +92,32 @@ class RunFolder:
         path = self / "metrics.jsonl"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists():
+                check_regular(path)
             with path.open("a") as file:
                 file.write(json.dumps({"stage": stage, "step": step, **values}) + "\n")
         except OSError as e:
             raise UserError(f"{path}: cannot be written ({e.strerror}). Free space, then run again to go on") from e
 
     def metrics(self, stage: str | None = None) -> list[dict[str, Any]]:
-        """Return the logged lines of one stage or of all; an incomplete last line is left out."""
+        """Return the logged lines of one stage or of all, without those that are damaged, which a warning names.
+
+        An incomplete last line is what a kill leaves, and is left out silently.
+
+        Raises:
+            UserError: the log is no file, or cannot be read.
+        """
         path = self / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        entries = [entry for line in lines if (entry := _parsed(line)) is not None]
-        return [e for e in entries if stage is None or e["stage"] == stage]
+        if not path.exists():
+            return []
+        check_regular(path)
+        lines = path.read_bytes().split(b"\n")
+        entries = [log_line(line) for line in lines]
+        damaged = [i for i, entry in enumerate(entries[:-1], 1) if entry is None and lines[i - 1].strip()]
+        if damaged:
+            which = ", ".join(map(str, damaged[:5])) + (" ..." if len(damaged) > 5 else "")
+            warnings.warn(f"{path}: left out what is no line of a log: {which}", stacklevel=2)
+        return [e for e in entries if e is not None and (stage is None or e["stage"] == stage)]
 
     def spent(self, seconds: float, stage: str | None = None) -> float:
         """Return the total time of a stage in seconds, including earlier, interrupted processes."""
@@ -116,11 +155,23 @@ class RunFolder:
 
     # Finished stages
 
-    def finished(self) -> dict[str, dict[str, Any]]:
-        """Return the finished stages: name -> key (hash of what decides its result) and seconds."""
+    def finished(self) -> dict[str, Finished]:
+        """Return the finished stages by name.
+
+        Raises:
+            UserError: their record is damaged.
+        """
         path = self / "stages.json"
-        stages: dict[str, dict[str, Any]] = read_json(path) if path.exists() else {}
-        return stages
+        fix = "restore the file, or delete it to do these stages again"
+        return read_as(path, dict[str, Finished], fix) if path.exists() else {}
+
+    def record(self) -> RunRecord:
+        """Return what is in `run.json`.
+
+        Raises:
+            UserError: it is missing or damaged.
+        """
+        return read_as(self / RUN_RECORD, RunRecord, "restore it, or take another run folder")
 
     def finish(self, stage: str, key: str, seconds: float) -> None:
         """Record a stage as finished and delete its checkpoints.
@@ -146,17 +197,11 @@ class RunFolder:
         self.rewind(stage, -1)
 
 
-def _parsed(line: str) -> dict[str, Any] | None:
-    try:
-        entry: dict[str, Any] = json.loads(line)
-    except ValueError:
-        return None
-    return entry
-
-
 def is_run(path: Path) -> bool:
     """Return whether a folder has a run's record. Raises UserError if its file is damaged."""
-    record = read_json(path / RUN_RECORD) if (path / RUN_RECORD).exists() else None
+    if not (path / RUN_RECORD).exists():
+        return False
+    record = read_json(path / RUN_RECORD)
     return isinstance(record, dict) and {"format_version", "settings"} <= record.keys()
 
 
@@ -203,15 +248,16 @@ def _comparison_writes(folder: Path, path: Path) -> bool:
 
 def _sections(folder: Path) -> dict[str, Any]:
     """The sections of the recipe in a folder; none if it cannot be read."""
-    with suppress(OSError, ValueError, yaml.YAMLError):
-        found = yaml.safe_load((folder / "recipe.yaml").read_text())
+    with suppress(UserError, yaml.YAMLError):
+        found = load_yaml(read_text(folder / "recipe.yaml"))
         return found if isinstance(found, dict) else {}
     return {}
 
 
 def _plugin_files(recipe: Mapping[str, Any]) -> list[str]:
     """The names of the plugin files that are copied beside a recipe."""
-    return [name for name in recipe.get("plugins") or () if isinstance(name, str)]
+    names = recipe.get("plugins")
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
 RUN = FolderKind("a run", "--run-dir", is_run, _run_writes)

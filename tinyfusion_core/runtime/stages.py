@@ -1,10 +1,14 @@
-"""The stages of a run: names, order, and the files each one writes."""
+"""The stages of a run: names, order, the files each one writes, and what is recorded of them."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NotRequired, TypedDict
+
+from ..errors import UserError
+from ..records import shaped
 
 TRAIN, SEARCH, RECOVER, EVALUATE = "train", "search", "recover", "evaluate"
 OUTPUTS = {
@@ -54,3 +58,35 @@ def stages_of(sections: Mapping[str, Any]) -> list[Stage]:
         if part.get(SEARCH) is not None:
             stages += [Stage(SEARCH, name, part[SEARCH]), Stage(RECOVER, name, part.get(RECOVER))]
     return [*stages, Stage(EVALUATE, settings=sections.get(EVALUATE) or ())]
+
+
+class Finished(TypedDict):
+    """What is known of a finished stage: the hash of what decides its result, and how long it took."""
+
+    key: str
+    seconds: float
+
+
+class LogLine(TypedDict):
+    """What is in a line of `metrics.jsonl` for certain; a stage adds numbers of its own."""
+
+    stage: str
+    step: int
+    loss: NotRequired[float | None]
+    seconds: NotRequired[float]
+    skipped: NotRequired[int]
+    bad_samples: NotRequired[int]
+    gt: NotRequired[float | None]
+    confidence: NotRequired[float]
+    decision: NotRequired[list[int]]
+    marginals: NotRequired[list[float]]
+
+
+def log_line(line: bytes) -> dict[str, Any] | None:
+    """Return what is in a line of `metrics.jsonl`, numbers that are not finite as None; None if it is no such line."""
+    try:
+        entry = json.loads(line, parse_constant=lambda name: None)
+        shaped(entry, LogLine, "", "")
+    except (ValueError, RecursionError, UserError):
+        return None
+    return dict(entry)

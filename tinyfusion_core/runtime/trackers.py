@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MissingFileError, UserError, nearest
-from .files import read_json, write_json
+from ..records import read_as
+from .files import write_json
 
 IDS = "trackers.json"
 """File with the tracker run of each stage, so that a resumed stage continues it."""
@@ -95,7 +96,7 @@ def _options(name: str, folder: Path, stage: str, start: int) -> dict[str, Any]:
         return {"purge_step": start + 1}
     if name not in ("wandb", "trackio"):
         return {}
-    ids: dict[str, str] = read_json(folder / IDS) if (folder / IDS).exists() else {}
+    ids: dict[str, str] = _known_ids(folder / IDS)
     if start == 0 or stage not in ids:
         ids[stage] = uuid.uuid4().hex[:8]
         write_json(folder / IDS, ids)
@@ -103,6 +104,12 @@ def _options(name: str, folder: Path, stage: str, start: int) -> dict[str, Any]:
     if name == "wandb":
         return {"id": ids[stage], "resume": "allow", "name": title, "dir": str(folder)}
     return {"name": f"{title} {ids[stage]}", "resume": "allow"}
+
+
+def _known_ids(path: Path) -> dict[str, str]:
+    return (
+        read_as(path, dict[str, str], "delete it; resumed stages then get runs of their own") if path.exists() else {}
+    )
 
 
 def _numbers(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

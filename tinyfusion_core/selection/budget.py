@@ -8,11 +8,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from ..errors import UserError, nearest, require
 from ..protocols.task import Task
-from ..runtime.files import digest, read_json, write_json
+from ..records import read_as
+from ..runtime.files import digest, write_json
 from ..samplers.constraints import Rules
 from ..training.trainer import Trainer
 from .costs import BATCH_SIZE, CostKind, NetworkCosts, network_costs
@@ -170,6 +171,11 @@ def check_bound(budget: object, owner: str) -> None:
         )
 
 
+class _Stored(TypedDict):
+    network: str
+    costs: dict[str, NetworkCosts]
+
+
 def measure(
     budgets: Iterable[CostBudget], task: Task, trainer: Trainer, folder: Path | None = None
 ) -> dict[str, NetworkCosts]:
@@ -182,13 +188,12 @@ def measure(
         folder: where `save_costs` may have kept earlier costs, which are used again.
     """
     path = None if folder is None else folder / FILE
-    known = read_json(path) if path is not None and path.exists() else {}
-    stored = known["costs"] if known and known["network"] == _identity(task, trainer) else {}
+    known = None if path is None or not path.exists() else read_as(path, _Stored, "delete it to measure again")
+    stored = known["costs"] if known is not None and known["network"] == _identity(task, trainer) else {}
     found: dict[str, NetworkCosts] = {}
     for budget in budgets:
         if budget.name in stored:
-            entry = stored[budget.name]
-            found[budget.name] = NetworkCosts(tuple(entry["blocks"]), entry["outside"])
+            found[budget.name] = stored[budget.name]
         elif budget.name not in found:
             found[budget.name] = network_costs(_UNITS[budget.said].kind, task, trainer, budget.batch_size)
     return found

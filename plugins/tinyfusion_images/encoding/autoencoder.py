@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyfusion_core.errors import MissingFileError, UserError
+from tinyfusion_core.records import check_folder
 from tinyfusion_core.runtime.files import load_strict, read_weights
 
 WEIGHTS = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
@@ -40,7 +41,9 @@ def load_autoencoder(where: str) -> nn.Module:
         model: nn.Module = AutoencoderKL.from_pretrained(  # type: ignore[no-untyped-call]
             _folder(where), use_safetensors=True
         )
-    except (OSError, ValueError, TypeError, RuntimeError) as e:
+    except UserError:
+        raise
+    except Exception as e:  # damaged files make the readers fail in any way they can
         raise MissingFileError(f"{where}: {_expected(e)}") from None
     return model.eval().requires_grad_(False)
 
@@ -59,7 +62,9 @@ def check_autoencoder(where: str) -> None:
         return
     try:
         AutoencoderKL.load_config(_folder(where))
-    except (OSError, ValueError, TypeError) as e:
+    except UserError:
+        raise
+    except Exception as e:
         raise MissingFileError(f"{where}: {_expected(e)}") from None
 
 
@@ -94,7 +99,10 @@ def fingerprint(model: nn.Module) -> str:
 
 def _folder(where: str) -> str:
     inside = Path(where) / "vae"
-    return str(inside) if (inside / "config.json").is_file() else where
+    found = inside if (inside / "config.json").is_file() else Path(where)
+    if found.is_dir():
+        check_folder(found)
+    return str(found) if found.is_dir() else where
 
 
 def _expected(error: Exception) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -14,10 +14,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from tinyfusion_core.dataloading.shards import FORMAT_VERSION, METADATA, Shard, read_metadata, read_shard, write_shard
+from tinyfusion_core.dataloading.shards import (
+    FORMAT_VERSION,
+    METADATA,
+    read_metadata,
+    read_shard,
+    shards_in,
+    write_shard,
+)
 from tinyfusion_core.errors import Interrupted, UserError, require
 from tinyfusion_core.runtime.distributed import all_gather_object, on_main_process, rank_and_world_size
-from tinyfusion_core.runtime.files import digest, read_json, write_json
+from tinyfusion_core.runtime.files import digest, write_json
 from tinyfusion_core.runtime.locking import check_free, owned
 from tinyfusion_core.runtime.progress import track
 from tinyfusion_core.runtime.seeding import generator
@@ -25,7 +32,7 @@ from tinyfusion_core.runtime.signals import stop_requests
 from tinyfusion_images.encoding.autoencoder import fingerprint
 from tinyfusion_images.encoding.crops import Crops, ImageFolder, list_images
 from tinyfusion_images.encoding.encoder import DTYPES, ImageEncoder
-from tinyfusion_images.encoding.latents_folder import LATENTS
+from tinyfusion_images.encoding.latents_folder import LATENTS, Record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,12 +141,12 @@ class _Encoding:
         """Make the missing shards of this process. Returns the metadata of all shards."""
         index, processes = rank_and_world_size()
         mine = self._parts[index::processes]
-        finished = {part.name: found for part in mine if isinstance(found := self._verified(part), _Record)}
+        finished = {part.name: found for part in mine if isinstance(found := self._verified(part), Record)}
         missing = [part for part in mine if part.name not in finished]
         self._encode(missing)
         for part in missing:
             found = self._verified(part)
-            if not isinstance(found, _Record):
+            if not isinstance(found, Record):
                 raise UserError(
                     f"{self.out / part.name}: not what was written a moment ago: {found}. Is the disk sound?"
                 )
@@ -247,11 +254,11 @@ class _Encoding:
         skipped = [self.folder.files[i] for i in left_out]
         write_json(self._record_path(part), {**asdict(shard), "skipped": skipped})
 
-    def _verified(self, part: _Part) -> _Record | str:
+    def _verified(self, part: _Part) -> Record | str:
         """The record of a shard whose file is correct; else what is wrong."""
         record = self._known.get(part.name)
         if record is None and self._record_path(part).exists():
-            record = _Record.of(read_json(self._record_path(part)))
+            record = Record.read(self._record_path(part))
         if record is None:
             return "nothing is known of it"
         try:
@@ -267,23 +274,12 @@ class _Encoding:
         return record
 
     @cached_property
-    def _known(self) -> dict[str, _Record]:
+    def _known(self) -> dict[str, Record]:
         """The shards listed by a finished encoding."""
         found = read_metadata(str(self.out))
-        return {entry["name"]: _Record.of({**entry, "skipped": found["skipped"]}) for entry in found["shards"]}
+        shards = shards_in(found, str(self.out)) if found.get("shards") else []
+        return {shard.name: Record(shard, found.get("skipped", [])) for shard in shards}
 
     def _record_path(self, part: _Part) -> Path:
         """Where a finished shard's hash is kept until all are finished."""
         return (self.out / part.name).with_suffix(".json")
-
-
-@dataclass(frozen=True)
-class _Record:
-    """A finished shard, and the images that could not be read for it."""
-
-    shard: Shard
-    skipped: list[str]
-
-    @staticmethod
-    def of(entry: Mapping[str, Any]) -> _Record:
-        return _Record(Shard(entry["name"], entry["count"], entry["sha256"]), entry["skipped"])
