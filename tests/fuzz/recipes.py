@@ -25,7 +25,7 @@ SMALL = {"hidden_size": 16, "num_heads": 2, "patch_size": 2, "input_size": 8, "i
 def prepare(base: Path) -> None:
     """Import what recipes need."""
     importlib.import_module("urllib3.util.connection")  # it opens a socket, to see which kinds there are
-    for name in ("quickstart", "sit_small", "mar_small"):
+    for name in ("teacher_digits", "teacher_sit_digits", "teacher_mar_digits"):
         warm_up(base, ["validate", str(ROOT / "recipes" / f"{name}.yaml")])
 
 

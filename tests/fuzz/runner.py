@@ -69,10 +69,12 @@ def run(case: Case) -> Outcome:
     before = _state(case)
     with tempfile.TemporaryFile() as said:
         reader, writer = os.pipe()
+        gc.freeze()  # or the collector of the child would copy all that is here
         child = os.fork()
         if child == 0:
             os.close(reader)
             _obey(case, said.fileno(), writer)
+        gc.unfreeze()
         os.close(writer)
         waited = _wait(child, reader)
         with os.fdopen(reader, "rb") as file:
@@ -95,8 +97,6 @@ def warm_up(folder: Path, argv: Sequence[str], code: int = 0) -> None:
     with contextlib.chdir(folder), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         found = main(argv)
     assert found == code, said.getvalue()
-    gc.collect()
-    gc.freeze()  # or the collector of every process would copy all that is here
 
 
 def _judge(case: Case, outcome: Outcome) -> None:
@@ -150,6 +150,7 @@ def _obey(case: Case, said: int, writer: int) -> None:
 
 def _confine(case: Case, said: int) -> None:
     os.setpgid(0, 0)
+    gc.disable()  # it lives for a moment
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(said, 1)
     os.dup2(said, 2)

@@ -169,6 +169,9 @@ class _Encoding:
 
     def _check(self) -> None:
         """Raise UserError if the folder holds other files, or other latents than these."""
+        levels = self._encoder.autoencoder.config.get("block_out_channels", (1,))  # type: ignore[operator, union-attr]
+        least = 2 ** (len(levels) - 1)
+        require(self.how.size >= least, "encode: size", self.how.size, f"at least {least} pixels, one latent")
         check_free(self.out, LATENTS)
         if not (self.out / METADATA).exists():
             return

@@ -340,3 +340,8 @@ def test_a_run_on_encoded_images_from_its_teacher_to_pictures(
     out = tmp_path / "grid.png"
     assert main(["sample", str(tmp_path / "run"), "--num", "4", "--out", str(out)]) == 0
     assert np.array(Image.open(out)).std() > 1
+
+
+def test_a_picture_smaller_than_one_latent_is_refused(tmp_path: Path, images: Path, tiny_vae: Path) -> None:
+    with pytest.raises(UserError, match="encode: size is 1; expected at least 2 pixels"):
+        Encode(vae=str(tiny_vae), size=1)(images, tmp_path / "out")
