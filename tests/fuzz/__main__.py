@@ -18,12 +18,13 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     kind, first, number = sys.argv[1], int(sys.argv[2]), int((sys.argv[3:] or ["1"])[0])
     with tempfile.TemporaryDirectory() as place:
-        base, seconds, found, slowest = prepared(kind, Path(place)), 0.0, Counter[int](), (0.0, 0)
+        base, seconds, found, slowest, faults = prepared(kind, Path(place)), 0.0, Counter[int](), (0.0, 0), 0
         for i in range(first, first + number):
             case, outcome = judged(kind, i, base, Path(place))
             seconds, found[outcome.code] = seconds + outcome.seconds, found[outcome.code] + 1
-            slowest = max(slowest, (outcome.seconds, i))
+            slowest, faults = max(slowest, (outcome.seconds, i)), faults + bool(outcome.faults)
             if outcome.faults or number == 1:
                 print(f"{kind} {i}: {case.what}\n  {' '.join(case.argv)}\n  -> {outcome.code}, {outcome.faults}")
                 print(outcome.text if number == 1 else "", flush=True)
         print(f"{number} cases of {kind} in {seconds:.0f} s, by exit code {dict(found)}; slowest {slowest}")
+    sys.exit(1 if faults else 0)

@@ -39,14 +39,15 @@ def files(folder: Path, labels: Any) -> dict[str, Any]:
     for name in ("features", "labels"):
         (folder / name).mkdir(parents=True)
     for i, label in enumerate(labels):
-        np.save(folder / "features" / f"{i:03}.npy", np.zeros((1, 8, 8), np.float32))
+        latent = np.random.default_rng(i).standard_normal((1, 8, 8)).astype(np.float32)
+        np.save(folder / "features" / f"{i:03}.npy", latent)
         np.save(folder / "labels" / f"{i:03}.npy", np.array([label]))
     paths = {name: str(folder / name) for name in ("features", "labels")}
     return {"class_path": "LatentFolders", "init_args": {**paths, "num_held_out": 8}}
 
 
 def shards(folder: Path, labels: Any) -> dict[str, Any]:
-    x, y = torch.zeros(NUM, 1, 8, 8), torch.as_tensor(labels)
+    x, y = torch.randn(NUM, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.as_tensor(labels)
     made = [write_shard(folder, f"{i}.safetensors", {"x": x[i : i + 20], "y": y[i : i + 20]}) for i in (0, 20)]
     (folder / "metadata.json").write_text(json.dumps({"format_version": 1, "shards": [vars(shard) for shard in made]}))
     return {"class_path": "Latents", "init_args": {"folder": str(folder), "num_held_out": 8}}

@@ -54,7 +54,9 @@ def folder(tmp_path: Path) -> RunFolder:
         measurement("latency", 12.5, 6.25, unit="ms", better="lower", note="how"),
     ]
     (run / "metrics.json").write_text(json.dumps({"measurements": figures}))
-    (run / "run.json").write_text(json.dumps({"settings": {}, "command": "tinyfusion run x.yaml", "versions": {}, "hardware": {}}))
+    (run / "run.json").write_text(
+        json.dumps({"settings": {}, "command": "tinyfusion run x.yaml", "versions": {}, "hardware": {}})
+    )
     (run / "recipe.yaml").write_text(yaml.safe_dump({"trainer": {"seed": 0}, "search": {}, "recover": {}}))
     run.finish("search", "key", 3700)
     images = torch.randint(0, 255, (12, 3, 8, 8), dtype=torch.uint8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -68,18 +69,22 @@ class Columns:
                     if not lookup.allows(value):
                         self._refuse(name, value, where)
 
-    def check_deviations(self, batch: Mapping[str, Tensor], deviations: Mapping[str, tuple[float, float]]) -> None:
-        """Check how much the values of a batch vary.
+    def check_deviations(self, samples: Samples, deviations: Mapping[str, tuple[float, float]]) -> None:
+        """Check how much the values of the first samples vary. One that cannot be read is no matter of this check.
 
         Args:
-            batch: tensors by name, each (rows, ...).
+            samples: the samples.
             deviations: smallest and largest standard deviation, by column.
 
         Raises:
             UserError: one is outside.
         """
-        for name, (low, high) in deviations.items():
-            found = float(batch[name].double().std()) if name in batch else low
+        batch: Mapping[str, Tensor] = {}
+        with suppress(UserError):
+            batch = samples.__getitems__(list(range(min(64, len(samples))))) if deviations else {}
+        for name in deviations.keys() & batch.keys():
+            low, high = deviations[name]
+            found = float(batch[name].double().std())
             if not low <= found <= high:
                 raise UserError(
                     f"data: '{name}' has the standard deviation {found:.3g} in {len(batch[name])} samples; expected "
