@@ -112,7 +112,7 @@ def purposes(monkeypatch: pytest.MonkeyPatch, folder: Path) -> dict[str, list[st
     go("run", "pattern", search=search, recover={"steps": 2})
     candidates = {
         "random": a("Random", keep=4, draws=2, samples=8),
-        "top": a("Search", sampler=a("GumbelTopK", keep=4), steps=1),
+        "top": a("Search", sampler=a("GumbelTopK", keep=4), steps=2),
     }
     go("compare", "compare", recover={"steps": 1}, compare={"seeds": 1, "random": 2, "candidates": candidates})
     for loss, network in (
