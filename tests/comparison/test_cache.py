@@ -109,7 +109,7 @@ def halves(lists: Mapping[str, int]) -> GroupedSampler:
 def test_what_cannot_be_described_is_never_taken_from_a_cell(tmp_path: Path, worked: Counter[str]) -> None:
     def decided(sampler: Callable) -> int:
         worked.clear()
-        candidates = {"search": tiny.Search(sampler=sampler, steps=1)}
+        candidates = {"search": tiny.Search(sampler=sampler, steps=2)}
         Compare(candidates=candidates, seeds=1, random=0)(
             task(), replace(RECOVER, steps=1), TRAINER, tmp_path / "run", evaluate=LOSS
         )

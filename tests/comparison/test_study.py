@@ -191,7 +191,7 @@ def test_several_block_lists(tmp_path: Path) -> None:
         UserError, match=r"a keeps 2 of 'first' \+ 1 of 'second'; b keeps 1 of 'first' \+ 2 of 'second'"
     ):
         compare({"a": Keep([0, 1, 4]), "b": Keep([0, 4, 5])})
-    found = compare(None, tiny.Search(pattern={"first": [3, 4], "second": [0, 2]}, steps=1))
+    found = compare(None, tiny.Search(pattern={"first": [3, 4], "second": [0, 2]}, steps=2))
     assert found.budget == {"first": 3, "second": 0}
     assert (len(found.entries), found.left_out) == (11, {})
     assert splits(found.entries) == splits(found.masks) == {(3, 0)}

@@ -126,7 +126,7 @@ class Full(Match):
         return super().prepare(batch, rng)
 kind = tiny.UserError if me == 0 else FailedElsewhere
 calm = replace(TRAINER, checkpoint_every=1000)
-expect(kind, "metrics.jsonl: cannot be written", lambda: recovered(tiny.RunFolder(folder / "full"), calm, loss=Full()))
+expect(kind, "metrics.jsonl: is a folder", lambda: recovered(tiny.RunFolder(folder / "full"), calm, loss=Full()))
 
 if me == 0:
     torch.save({"one to two": more, "torn": substituted}, folder / "out.pt")
