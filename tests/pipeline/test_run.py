@@ -303,7 +303,7 @@ def test_latents_and_a_training_checkpoint_from_search_to_student(recipe: Path, 
     data.mkdir()
     numbers = np.random.default_rng(0)
     for name in ("features", "flipped"):
-        np.save(data / f"{name}.npy", numbers.random((40, 8, 8, 8), dtype=np.float32))
+        np.save(data / f"{name}.npy", 3 * numbers.random((40, 8, 8, 8), dtype=np.float32))
     np.save(data / "labels.npy", numbers.integers(0, 10, 40))
     metadata = {"format_version": 1, "vae": "sd", "scale": 0.18215, "kind": "moments"}
     (data / "metadata.json").write_text(json.dumps(metadata))
