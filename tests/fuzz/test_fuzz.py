@@ -30,6 +30,7 @@ def check(kind: str, first: int, number: int) -> None:
     assert done.returncode == 0, f"PYTHONPATH=.:plugins:tests python -m fuzz {kind} NUMBER:\n{done.stdout}{done.stderr}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "first", "number"), slices(SOME, 0))
 def test_some(kind: str, first: int, number: int) -> None:
     check(kind, first, number)
