@@ -132,35 +132,31 @@ class _Column:
 
     def read(self, rows: list[int]) -> Tensor:
         """(rows, ...) as float32, int64 or bool, depending on the file."""
-        if self.path.suffix == ".npy":
-            found = torch.from_numpy(self._array()[rows])
-        else:
-            try:
-                with safe_open(self.path, framework="pt") as file:
-                    part = file.get_slice(self.name)
-                    found = torch.cat([part[row : row + 1] for row in rows])
-            except (OSError, SafetensorError) as e:
-                raise UserError(f"{self.path}: damaged or cut short ({e}). Copy or make it again") from None
+        found = self._stored(rows)
         if found.is_floating_point():
             return found.float()
         return found if found.dtype == torch.bool else found.long()
 
     def whole(self) -> Tensor:
         """(N, ...), in the dtype of the file."""
+        return self._stored(None)
+
+    def _stored(self, rows: list[int] | None) -> Tensor:
+        """These rows, or all, in the dtype of the file."""
         if self.path.suffix == ".npy":
-            return torch.from_numpy(self._array()[:].copy())
+            array = _mapped(self.path)
+            if array.shape != self.shape:
+                raise UserError(f"{self.path}: has changed to shape {array.shape}; put the old one back, or start anew")
+            return torch.from_numpy(array[:].copy() if rows is None else array[rows])
         try:
             with safe_open(self.path, framework="pt") as file:
-                found: Tensor = file.get_tensor(self.name)
+                if rows is None:
+                    whole: Tensor = file.get_tensor(self.name)
+                    return whole
+                part = file.get_slice(self.name)
+                return torch.cat([part[row : row + 1] for row in rows])
         except (OSError, SafetensorError) as e:
             raise UserError(f"{self.path}: damaged or cut short ({e}). Copy or make it again") from None
-        return found
-
-    def _array(self) -> np.ndarray[Any, Any]:
-        array = _mapped(self.path)
-        if array.shape != self.shape:
-            raise UserError(f"{self.path}: has changed to shape {array.shape}; put the old one back, or start anew")
-        return array
 
 
 def _columns(path: Path) -> list[_Column]:

@@ -212,16 +212,12 @@ class Items:
             UserError: something in them is no tensor.
         """
         batch = self.collate([self.dataset[i] for i in indices])
-        columns = batch if isinstance(batch, Mapping) else dict(enumerate(batch if _is_row(batch) else [batch]))
-        wrong = {name: column for name, column in columns.items() if not isinstance(column, Tensor)}
-        if wrong:
-            name, column = next(iter(wrong.items()))
-            raise UserError(
-                f"data: '{name}' of a sample is a {type(column).__name__}, not a tensor; leave it out in the data set "
-                "or in the loader's collate_fn"
-            )
-        return {str(name): column for name, column in columns.items()}
-
-
-def _is_row(batch: Any) -> bool:
-    return isinstance(batch, list | tuple)
+        if not isinstance(batch, Mapping):
+            batch = dict(enumerate(batch if isinstance(batch, list | tuple) else [batch]))
+        for name, column in batch.items():
+            if not isinstance(column, Tensor):
+                raise UserError(
+                    f"data: '{name}' of a sample is a {type(column).__name__}, not a tensor; leave it out in the data "
+                    "set or in the loader's collate_fn"
+                )
+        return {str(name): column for name, column in batch.items()}

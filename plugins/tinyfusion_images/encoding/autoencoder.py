@@ -100,9 +100,10 @@ def fingerprint(model: nn.Module) -> str:
 def _folder(where: str) -> str:
     inside = Path(where) / "vae"
     found = inside if (inside / "config.json").is_file() else Path(where)
-    if found.is_dir():
-        check_folder(found)
-    return str(found) if found.is_dir() else where
+    if not found.is_dir():
+        return where  # a name on the hub
+    check_folder(found)
+    return str(found)
 
 
 def _expected(error: Exception) -> str:
