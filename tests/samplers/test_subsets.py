@@ -226,9 +226,7 @@ def test_a_row_is_drawn_from_its_own_numbers() -> None:
         (Rules(keep=3, budget=4), "expected keep, or costs with budget"),
         (Rules(keep=3, costs=[1] * 8), "expected keep, or costs with budget"),
         (Rules(keep=9), r"search\.sampler\.rules\.keep is 9; expected 1 to 8 blocks"),
-        (Rules(keep="3"), r"keep is '3'; expected 1 to 8 blocks"),
         (Rules(keep={"first": 0, "second": 0}), r"keep is .*; expected at least one block in all"),
-        (Rules(costs=[1] * 8, budget={"first": 3}), r"budget is {'first': 3}; expected enough for one block, a whole"),
         (Rules(keep={"first": 2}), "says nothing of the block list.s. second"),
         (Rules(keep={"first": 2, "secnd": 1}), "no block list 'secnd'; did you mean 'second'"),
         (Rules(keep={"first": 6, "second": 1}), r"search\.sampler\.rules\.keep\.first is 6; expected 0 to 5"),
@@ -255,3 +253,10 @@ def test_a_row_is_drawn_from_its_own_numbers() -> None:
 def test_rules_that_make_no_sense_or_no_mask(rules: Rules, message: str) -> None:
     with pytest.raises(UserError, match=message):
         build(rules, TWO_LISTS)
+
+
+def test_rules_of_another_type_are_refused_when_they_are_made() -> None:
+    with pytest.raises(UserError, match=r"keep \(of Rules\) is '3'; expected int or Mapping\[str, int\] or None"):
+        Rules(keep="3")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"budget \(of Rules\) is {'first': 3}; expected int or None"):
+        Rules(costs=[1] * 8, budget={"first": 3})  # type: ignore[arg-type]
