@@ -32,11 +32,13 @@ def tinyfusion_register_metrics() -> list[type[Metric]]:
 def tinyfusion_register_selectors() -> list[type[Selector]]:
     """Selectors: the search, successive halving and the criteria."""
     from .selection import criteria, sensitivity, similarity
+    from .selection.race import Race
     from .selection.search import Search
     from .selection.successive_halving import Finals
 
     return [
         Search,
+        Race,
         Finals,
         criteria.Keep,
         criteria.Nested,

@@ -95,9 +95,21 @@ class Constraints:
         """
         if self.accepts(kept):
             return []
+        return sorted(
+            unit for unit in self._units() if set(unit) <= set(kept) and self._accepts_within(set(kept) - set(unit))
+        )
+
+    def exchanges(self, kept: Collection[int]) -> list[tuple[int, ...]]:
+        """Return the masks that keep one other block, or unit of tied blocks, in place of one of `kept`."""
+        units = self._units()
+        inside, outside = [u for u in units if set(u) <= set(kept)], [u for u in units if not set(u) & set(kept)]
+        near = [(set(kept) - set(out)) | set(into) for out in inside for into in outside]
+        return [tuple(sorted(mask)) for mask in near if self.accepts(mask)]
+
+    def _units(self) -> list[tuple[int, ...]]:
+        """Blocks that come and go as one."""
         bound = [tuple(sorted(group)) for group in self.rules.together]
-        units = [*bound, *((i,) for i in range(self.num_blocks) if all(i not in group for group in bound))]
-        return sorted(unit for unit in units if set(unit) <= set(kept) and self._accepts_within(set(kept) - set(unit)))
+        return [*bound, *((i,) for i in range(self.num_blocks) if all(i not in group for group in bound))]
 
     def draw(self, generator: torch.Generator) -> tuple[int, ...]:
         """Draw a mask uniformly from all that obey the constraints, and return its kept blocks."""

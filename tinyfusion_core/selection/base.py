@@ -39,6 +39,19 @@ class Decisive:
     but_of_trainer: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Proposals:
+    """What a selector proposes to recover.
+
+    Attributes:
+        decision: its decision.
+        masks: indices of the kept blocks of each mask, the decision's first.
+    """
+
+    decision: Decision
+    masks: Sequence[tuple[int, ...]]
+
+
 class Selector(Settings, ABC):
     """A stage that decides which blocks are kept: the learned search, or a criterion."""
 
@@ -51,6 +64,18 @@ class Selector(Settings, ABC):
             trainer: how to train; device, precision and seed.
             run: where to log and to keep checkpoints.
         """
+
+    def propose(self, task: Task, trainer: Trainer, run: RunFolder | None, num: int) -> Proposals:
+        """Decide, and name further masks that may recover as well. Arguments as for a call.
+
+        Args:
+            task: the network to prune, its objective and data.
+            trainer: how to train.
+            run: where to log and to keep checkpoints.
+            num: how many masks to name at most.
+        """
+        decision = self(task, trainer, run)
+        return Proposals(decision, (decision.kept,))
 
     def inputs(self) -> dict[str, str]:
         """Return the hashes of the files that affect the outcome besides the settings, by key."""

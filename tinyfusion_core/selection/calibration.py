@@ -111,19 +111,28 @@ class Calibration:
             masks: (masks, num_blocks) zeros and ones.
             note: appended to the label of the progress bar.
         """
+        means: list[float] = self.sample_losses(masks, note).mean(1).tolist()
+        return means
+
+    def sample_losses(self, masks: Tensor, note: str = "") -> Tensor:
+        """Return the loss of every sample under each mask, (masks, samples); infinite where it is not finite.
+
+        Args:
+            masks: (masks, num_blocks) zeros and ones.
+            note: appended to the label of the progress bar.
+        """
         with self._open(len(masks), note) as progress, torch.no_grad(), self._gates() as gates:
 
             def work(rows: range) -> Tensor:
-                inputs, sums = self._inputs(rows), []
+                inputs, losses = self._inputs(rows), []
                 for mask in masks.to(self.device):
                     gates.mask = mask.expand(len(rows), -1)
-                    sums.append(self._losses(inputs).cpu().double().sum())
+                    losses.append(self._losses(inputs).cpu().double())
                     progress.advance(len(rows))
-                return torch.stack(sums)
+                return torch.stack(losses)
 
-            totals = torch.stack(map_sharded(self._parts, work)).sum(0)
-        means: list[float] = (totals / self.num_samples).nan_to_num(nan=torch.inf, neginf=torch.inf).tolist()
-        return means
+            found = torch.cat(map_sharded(self._parts, work), dim=1)
+        return found.nan_to_num(nan=torch.inf, neginf=torch.inf)
 
     def gradients(self) -> list[float]:
         """Return for every block the mean over samples of |dL/dm|, m being the block's mask, at m = 1.

@@ -79,8 +79,8 @@ class CriterionResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Criterion(Selector):
-    """A heuristic that keeps a given number of blocks.
+class Constrained(Selector):
+    """A selector that chooses among the masks that its settings allow.
 
     Args:
         keep: how many blocks are kept: in total, or a number for every block list, which may be 0.
@@ -102,15 +102,6 @@ class Criterion(Selector):
         self.cost_budgets()
         if self.pattern is not None:
             object.__setattr__(self, "pattern", parse_pattern(self.pattern))
-
-    @override
-    def __call__(self, task: Task, trainer: Trainer, run: RunFolder | None = None) -> Decision:
-        how, costs = prepared(self, task, trainer, run)
-        constraints = how.compiled(task.blocks)
-        result = how.decide(constraints, task, trainer)
-        found = tree_map(_recorded, {"evaluations": result.evaluations, **result.findings})
-        where = {**provenance(trainer.seed, task.source), **found, **costs}
-        return how._decision(task.blocks, constraints, result.kept, where)
 
     @override
     def preview(self, blocks: Sequence[str]) -> Decision:
@@ -147,10 +138,6 @@ class Criterion(Selector):
         """Return the indices of the blocks that must be kept."""
         return self.protect
 
-    @abstractmethod
-    def decide(self, constraints: Constraints, task: Task, trainer: Trainer) -> CriterionResult:
-        """Choose blocks that obey the constraints. Leaves the network as it was."""
-
     def guess(self, constraints: Constraints) -> Sequence[int]:
         """Return blocks that obey the constraints, found without a network."""
         return constraints.best([0.0] * constraints.num_blocks)
@@ -166,6 +153,23 @@ class Criterion(Selector):
             choices=() if self.pattern is None else tuple(choice.blocks for choice in constraints.choices),
             provenance=where,
         )
+
+
+class Criterion(Constrained):
+    """A heuristic: it scores blocks or masks, and trains nothing."""
+
+    @override
+    def __call__(self, task: Task, trainer: Trainer, run: RunFolder | None = None) -> Decision:
+        how, costs = prepared(self, task, trainer, run)
+        constraints = how.compiled(task.blocks)
+        result = how.decide(constraints, task, trainer)
+        found = tree_map(_recorded, {"evaluations": result.evaluations, **result.findings})
+        where = {**provenance(trainer.seed, task.source), **found, **costs}
+        return how._decision(task.blocks, constraints, result.kept, where)
+
+    @abstractmethod
+    def decide(self, constraints: Constraints, task: Task, trainer: Trainer) -> CriterionResult:
+        """Choose blocks that obey the constraints. Leaves the network as it was."""
 
 
 def _recorded(value: Any) -> Any:

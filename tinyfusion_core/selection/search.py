@@ -27,7 +27,7 @@ from ..training.loop import Fit
 from ..training.objective import Ema, Optimization, ema_decay
 from ..training.recover import Recover
 from ..training.trainer import Trainer
-from .base import Decisive, Selector, prepared
+from .base import Decisive, Proposals, Selector, prepared
 from .budget import CostBudget, check_bound, parse_budget
 from .costs import NetworkCosts
 from .gated_loss import GatedLoss, check_learned, search_mode
@@ -230,9 +230,16 @@ class Search(Selector):
             UserError: the pattern does not fit the network, or the loss was not finite for too long.
             Interrupted: a signal arrived; the same call with the same run folder resumes.
         """
+        return self.propose(task, trainer, run, 1).decision
+
+    @override
+    def propose(self, task: Task, trainer: Trainer, run: RunFolder | None, num: int) -> Proposals:
+        """Search, and name the most probable masks."""
         how, costs = prepared(self, task, trainer, run)
-        decision = how.decide(how.learn(task, trainer, run), task, trainer)
-        return replace(decision, provenance={**decision.provenance, **costs})
+        learned = how.learn(task, trainer, run)
+        decision = how.decide(learned, task, trainer)
+        decision = replace(decision, provenance={**decision.provenance, **costs})
+        return Proposals(decision, learned.sampler.best(num))
 
     def decide(self, learned: Learned, task: Task, trainer: Trainer) -> Decision:
         """Return the decision of what was learned; UserError if that is nothing."""

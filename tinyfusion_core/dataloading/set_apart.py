@@ -1,0 +1,68 @@
+"""Set samples apart, so that a network is never judged on what it was trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from ..protocols.data import Samples, Sharded
+from ..runtime.seeding import generator
+
+
+class Part:
+    """Some of the samples of a data set.
+
+    Args:
+        samples: the data set.
+        indices: the samples of the part, in its order.
+    """
+
+    def __init__(self, samples: Samples, indices: Sequence[int]) -> None:
+        self.samples, self.indices = samples, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+        return self.samples.__getitems__([self.indices[i] for i in indices])
+
+
+class ShardedPart(Part):
+    """Some of the samples of every shard.
+
+    Args:
+        samples: the data set.
+        indices: the samples of the part, shard by shard.
+        sizes: how many of them lie in each shard.
+    """
+
+    def __init__(self, samples: Sharded, indices: Sequence[int], sizes: Sequence[int]) -> None:
+        super().__init__(samples, indices)
+        self.sizes, self.mix = sizes, samples.mix
+
+
+def set_apart(samples: Samples, num: int, seed: int, purpose: str) -> tuple[Samples, Samples]:
+    """Split a data set at random.
+
+    Args:
+        samples: the data set.
+        num: how many samples to set apart; at most half of them are.
+        seed: the run's seed.
+        purpose: distinguishes random streams.
+
+    Returns:
+        The samples that were not set apart, in shards if they were, and those that were.
+    """
+    num = min(num, len(samples) // 2)
+    drawn = torch.randperm(len(samples), generator=generator(seed, purpose, "set apart"))[:num]
+    left = torch.ones(len(samples), dtype=torch.bool)
+    left[drawn] = False
+    others, apart = left.nonzero().flatten().tolist(), Part(samples, sorted(drawn.tolist()))
+    if not isinstance(samples, Sharded):
+        return Part(samples, others), apart
+    ends = [0, *accumulate(samples.sizes)]
+    sizes = [int(left[first:end].sum()) for first, end in zip(ends, ends[1:], strict=False)]
+    return ShardedPart(samples, others, sizes), apart
