@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from forks import command, start
 from tinyfusion_core.cli import main
 
 
@@ -23,16 +21,15 @@ def sample(finished: Path, to: Path, num: int, *flags: str) -> int:
 def test_killed_and_gone_on_with_it_is_the_same_set(finished: Path, tmp_path: Path) -> None:
     num, archive = 300, tmp_path / "set.npz"
     words = ["sample", str(finished), "--num", str(num), "--to", str(archive), "--batch-size", "3"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, "-m", "tinyfusion_core", *words], env=env, stderr=subprocess.DEVNULL)
+    (process,) = start(command(*words), finished.parent / "sample.txt")
     deadline = time.monotonic() + 120
     parts = tmp_path / "set.npz.parts"
     while len(list(parts.glob("*.safetensors"))) < 3:
         assert time.monotonic() < deadline
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.01)
     process.kill()
-    process.wait()
+    process.join()
     (tmp_path / ".set.npz.x.partial").write_bytes(b"a kill in the middle of a write")
     before = {path: path.stat().st_mtime_ns for path in parts.glob("*.safetensors")}
     assert 3 <= len(before) < num / 3
