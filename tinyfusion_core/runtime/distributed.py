@@ -25,7 +25,9 @@ R = TypeVar("R")
 PATIENCE = timedelta(days=1)
 """Timeout of collective calls on the CPU; guards against a machine that vanished without closing its connections."""
 
-_GONE = re.compile(r"connection (closed|reset) by peer|connection refused|broken pipe|remote process exited", re.IGNORECASE)
+_GONE = re.compile(
+    r"connection (closed|reset) by peer|connection refused|broken pipe|remote process exited", re.IGNORECASE
+)
 """What gloo, NCCL and the store of torch say when the process at the other end has gone."""
 
 _alone = False
