@@ -153,10 +153,12 @@ def check_learned(before: BlockSampler, after: BlockSampler, steps: int) -> None
         raise UserError(
             "search: after 1 step every block is as likely to be kept as at the beginning; set more search.steps"
         )
-    # Noise alone moves the gates of a usual learning rate by more; short searches are tests of a recipe.
+    # Noise alone moves the gates of a usual learning rate by more, unless their gradient is zero; short searches are
+    # tests of a recipe.
     if steps >= LONG and moved < HARDLY:
         warnings.warn(
             f"search: after {steps:,} steps no block is kept more or less often than at the beginning by more than "
-            f"{moved:.1e}: its choice means little. Set a higher search.lr_gates, or more search.steps",
+            f"{moved:.1e}: its choice means little. Set a higher search.lr_gates or more "
+            "search.steps, unless no block matters",
             stacklevel=2,
         )
