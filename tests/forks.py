@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import runpy
 import signal
 import socket
 import sys
@@ -39,6 +40,12 @@ SERVER.set_forkserver_preload(
 def command(*words: object) -> Callable[[], int]:
     """Return what `tinyfusion` does with these words, to be started."""
     return partial(main, [str(word) for word in words])
+
+
+def script(path: Path, *arguments: object) -> None:
+    """Run a file as a program."""
+    sys.argv = [str(path), *map(str, arguments)]
+    runpy.run_path(str(path), run_name="__main__")
 
 
 def start(work: Callable[[], object], log: Path, processes: int = 1) -> list[ForkServerProcess]:

@@ -72,7 +72,8 @@ class Greedy(Calibrated):
         rounds = constraints.num_blocks - len(constraints.best([0.0] * constraints.num_blocks))
         removed: list[int] = []
         lowest: list[float] = []
-        while candidates := constraints.removable(kept):
+        # Every round removes a block, so that there are at most as many.
+        while len(removed) < constraints.num_blocks and (candidates := constraints.removable(kept)):
             masks = [[j for j in kept if j not in unit] for unit in candidates]
             note = f", block {len(removed) + 1} of {rounds}"
             losses = calibration.losses(_rows(masks, constraints.num_blocks), note)

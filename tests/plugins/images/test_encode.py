@@ -283,9 +283,10 @@ def test_folders_of_images(tmp_path: Path) -> None:
 def test_what_cannot_be_asked_for(tiny_vae: Path) -> None:
     for how, message in (
         ({"size": 0}, "encode: size is 0"),
-        ({"kind": "mean"}, "kind is 'mean'; expected sample or moments"),
-        ({"dtype": "int8"}, "dtype is 'int8'; expected float32 or float16 or bfloat16"),
+        ({"kind": "mean"}, r"kind \(of Encode\) is .mean.; expected .sample. or .moments."),
+        ({"dtype": "int8"}, r"dtype \(of Encode\) is .int8.; expected .float32. or .float16. or .bfloat16."),
         ({"num_workers": -1}, "num_workers is -1"),
+        ({"batch_size": 10**18}, r"batch_size \(of Encode\) is 1\d+; expected at most 100,000"),
     ):
         with pytest.raises(UserError, match=message):
             Encode(vae=str(tiny_vae), **how)
