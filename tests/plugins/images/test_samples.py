@@ -22,7 +22,7 @@ def sample(finished: Path, to: Path, num: int, *flags: str) -> int:
 
 
 def test_killed_and_gone_on_with_it_is_the_same_set(finished: Path, tmp_path: Path) -> None:
-    num, archive = 300, tmp_path / "set.npz"
+    num, archive = 90, tmp_path / "set.npz"
     words = ["sample", str(finished), "--num", str(num), "--to", str(archive), "--batch-size", "3"]
     (process,) = start(command(*words), finished.parent / "sample.txt")
     deadline = time.monotonic() + 120
