@@ -5,6 +5,7 @@ Tests and the processes that they start use one thread, or as many as `TINYFUSIO
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -28,6 +29,13 @@ collect_ignore = ["third_party"]  # packages of their own, tested where they are
 def _reproducible() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(int(os.environ["TINYFUSION_TEST_THREADS"]))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick_collections() -> None:
+    """Every training ends with a garbage collection, which looks at all that was ever imported: half a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -1,79 +1,29 @@
 """Kill a command with SIGKILL at random moments, run it again, and hold what comes out against an undisturbed run.
 
-    python tests/kills.py FOLDER PROCESSES KILLS SEED COMMAND RECIPE FLAG ...
-
-The processes are forked from this one, which has imported everything: a start takes no time, so kills fall everywhere,
-from the plan to the report. Several of them find each other as torchrun's would, and when one is dead the others are
-ended as torchrun does it: one that still waits for the dead to join cannot know.
+It runs in forks, see forks.py, so that kills fall everywhere, from the plan to the report.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing.connection
 import os
 import random
 import shutil
 import signal
-import socket
-import sys
 import time
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-import accelerate.utils  # noqa: F401  # imported once, for all forks
-import peft  # noqa: F401
-import torch
 from safetensors.torch import load_file
 
-import tinyfusion_core.pipeline.compare
-import tinyfusion_core.pipeline.run  # noqa: F401
+from forks import command, start, wait
 from tinyfusion_core.cli import main
-from tinyfusion_core.runtime.distributed import shutdown
+from tinyfusion_core.runtime.run_folder import RunFolder
 
 GRACE = 5.0
 """Seconds between asking the others to end and killing them; torchrun's are 30."""
-
-
-def start(arguments: list[str], processes: int, log: Path) -> list[int]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    pids = []
-    for rank in range(processes):
-        pid = os.fork()
-        if pid:
-            pids.append(pid)
-            continue
-        code = 1
-        try:
-            output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(output, 1)
-            os.dup2(output, 2)
-            if processes > 1:
-                address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-                ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-                os.environ.update(address | {name: str(value) for name, value in ranks.items()})
-            code = main(arguments)
-            if processes > 1:
-                assert torch.distributed.get_world_size() == processes
-                shutdown()
-        finally:
-            sys.stdout.flush()
-            os._exit(code)
-    return pids
-
-
-def wait(pids: list[int], seconds: float) -> dict[int, int]:
-    """Exit codes of the processes that have ended within some seconds."""
-    codes: dict[int, int] = {}
-    deadline = time.monotonic() + seconds
-    while len(codes) < len(pids) and time.monotonic() < deadline:
-        for pid in set(pids) - codes.keys():
-            ended, status = os.waitpid(pid, os.WNOHANG)
-            if ended:
-                codes[pid] = os.waitstatus_to_exitcode(status)
-        time.sleep(0.002)
-    return codes
 
 
 def outcome(folder: Path) -> Any:
@@ -96,49 +46,65 @@ def outcome(folder: Path) -> Any:
     ]
 
 
-def kills(folder: Path, processes: int, number: int, seed: int, arguments: list[str]) -> dict[str, Any]:
+def die_at(place: str, step: int, *words: str) -> int:
+    """Run a command that dies when a stage of a round logs this step or a later one."""
+    log = RunFolder.log
+
+    def log_and_die(self: RunFolder, stage: str, at: int, values: dict[str, Any]) -> None:
+        log(self, stage, at, values)
+        if f"{self.path.name}.{stage}" == place and at >= step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    RunFolder.log = log_and_die  # type: ignore[method-assign]
+    return main(list(words))
+
+
+def kills(folder: Path, processes: int, number: int, seed: int, words: list[str]) -> list[str]:
+    """Kill a command this many times, and let it go on; returns the stages in which it died.
+
+    When one of several processes is dead, the others are ended as torchrun does it: one that still waits for the dead
+    to join cannot know.
+
+    Args:
+        folder: an empty one.
+        processes: how many share the work.
+        number: how often to kill one.
+        seed: of the moments.
+        words: the command, without its run folder.
+    """
     draws = random.Random(seed)
     log = folder / "log.txt"
 
-    def leg(name: str) -> list[int]:
-        return start([*arguments, "--run-dir", str(folder / name)], processes, log)
+    def leg(name: str) -> list[ForkServerProcess]:
+        return start(command(*words, "--run-dir", folder / name), log, processes)
 
     began = time.monotonic()
     codes = wait(leg("whole"), 600)
-    assert list(codes.values()) == [0] * processes, (codes, log.read_text()[-3000:])
+    assert codes == [0] * processes, (codes, log.read_text()[-3000:])
     took, whole = time.monotonic() - began, outcome(folder / "whole")
-    killed, finished, stages = 0, 0, []
+    stages: list[str] = []
     while True:
-        pids = leg("killed")
-        codes = wait(pids, draws.uniform(0, took) if killed < number else 600)
-        if codes:
-            codes |= wait([pid for pid in pids if pid not in codes], 600)
-        else:
-            victim = draws.choice(pids)
-            os.kill(victim, signal.SIGKILL)
-            codes = wait([victim], GRACE)
-            others = [pid for pid in pids if pid != victim]
-            for signum in (signal.SIGTERM, signal.SIGKILL):
-                for pid in others:
-                    os.kill(pid, signum)
-                codes |= wait(others, GRACE)
-                others = [pid for pid in others if pid not in codes]
-            assert not others
-            if codes[victim] == -signal.SIGKILL:
-                killed += 1
-                stages += [p.name for p in folder.glob("killed/checkpoints/*")] or ["elsewhere"]
+        ranks = leg("killed")
+        if len(stages) < number:
+            multiprocessing.connection.wait([rank.sentinel for rank in ranks], draws.uniform(0, took))
+        if len(stages) < number and all(rank.is_alive() for rank in ranks):
+            victim = draws.choice(ranks)
+            victim.kill()
+            victim.join(GRACE)
+            for end in (ForkServerProcess.terminate, ForkServerProcess.kill):
+                for rank in ranks:
+                    end(rank)
+                wait(ranks, GRACE)
+            assert not any(rank.is_alive() for rank in ranks)
+            if victim.exitcode == -signal.SIGKILL:
+                stages.append(next((p.name for p in folder.glob("killed/checkpoints/*")), "elsewhere"))
                 continue
-            if any(codes.values()):  # it had just ended, the others had not
+            if any(rank.exitcode for rank in ranks):  # it had just ended, the others had not
                 continue
-        assert list(codes.values()) == [0] * processes, (codes, log.read_text()[-3000:])
+        codes = wait(ranks, 600)
+        assert codes == [0] * processes, (codes, log.read_text()[-3000:])
         assert outcome(folder / "killed") == whole, "the outcome differs"
         assert not list(folder.rglob("*.partial")), "something is half-written"
-        finished += 1
-        if killed >= number:
-            return {"killed": killed, "finished": finished, "stages": stages}
+        if len(stages) >= number:
+            return stages
         shutil.rmtree(folder / "killed")
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    print(json.dumps(kills(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5:])))

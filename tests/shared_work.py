@@ -1,12 +1,11 @@
 """Everything that processes share when they evaluate, as plain numbers: run here, and by several processes.
 
-As a program: `torchrun --nproc-per-node 2 shared_work.py FOLDER RUN_DIR` writes FOLDER/found.json.
+`main(folder, run_dir)`, in two processes, writes folder/found.json.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from torch_fidelity import FeatureExtractorBase, register_feature_extractor
 import tinyfusion_core as tiny
 from small_run import digits_task
 from tinyfusion_core.evaluation.generation import generate
-from tinyfusion_core.runtime.distributed import map_sharded, on_main_process, rank_and_world_size, shutdown
+from tinyfusion_core.runtime.distributed import map_sharded, on_main_process, rank_and_world_size
 from tinyfusion_core.runtime.seeding import generator
 from tinyfusion_core.selection.calibration import Calibration
 from tinyfusion_core.selection.similarity import LinearCKA, cosine, squared_error
@@ -158,9 +157,3 @@ def main(folder: Path, run_dir: Path) -> None:
     write_samples(tiny.RunFolder(run_dir), 11, 5, folder / "pictures", batch_size=3)
     write_samples(tiny.RunFolder(run_dir), 11, 5, folder / "set.npz", batch_size=3)
     on_main_process(lambda: (folder / "found.json").write_text(json.dumps(found)))
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
-    shutdown()

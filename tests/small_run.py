@@ -18,8 +18,8 @@ RECIPE = {
     },
     "data": "Digits",
     "trainer": {"precision": "fp32", "batch_size": 8, "seed": 3, "log_every": 4, "checkpoint_every": 6},
-    "search": {"pattern": [2, 4], "steps": 24, "lr_gates": 1e-2},
-    "recover": {"steps": 24},
+    "search": {"pattern": [2, 4], "steps": 12, "lr_gates": 1e-2},
+    "recover": {"steps": 12},
     "evaluate": [{"class_path": "HeldOutLoss", "init_args": {"draws": 1}}],
 }
 

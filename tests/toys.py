@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -136,6 +137,11 @@ class Planted(Backbone):
         return cls()
 
 
+@cache
+def _whole(dtype: torch.dtype) -> nn.Module:
+    return Planted().build().to(dtype)
+
+
 @dataclass(frozen=True)
 class Match(LossAdapter):
     """Squared distance to the full chain's output; `noise` jitters the inputs."""
@@ -148,7 +154,7 @@ class Match(LossAdapter):
         if rng.step in self.explode_at and rng.stage in ("search", "recover"):
             x = x * float("nan")
         with torch.no_grad():
-            return {"x": x, "target": Planted().build()(x)}
+            return {"x": x, "target": _whole(x.dtype)(x)}
 
     def predict(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         return model(inputs["x"])

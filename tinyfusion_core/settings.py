@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import os
 import typing
 from collections.abc import Iterator, Mapping
@@ -12,17 +11,34 @@ from typing import Any
 
 from .errors import UserError, require
 
+MOST = "most"
+"""Metadata key of a field of whole numbers: how large they may be, or None for no limit; see `LARGEST`."""
+LARGEST = 10_000_000
+"""How large a whole number may be: more of anything would not end, or fit into no memory."""
+_MOST = {
+    "steps": 10**9,
+    "batch_size": 100_000,
+    "num_workers": 1024,
+    "rank": 10_000,
+    "masks": 100_000,
+    "random": 100_000,
+    "seeds": 1000,
+    "seed": None,
+    "_random_seed": None,
+}
+"""The same by the name of a field, which means the same thing in every class."""
 _NOTHING = object()
 
 
 class Settings:
     """Base of the dataclasses whose fields are the options of a recipe.
 
-    Before a subclass's own `__post_init__`, every value is checked against its annotation, and numbers are finite. A
-    list is taken where a tuple is expected, and a path where a text is.
+    Before a subclass's own `__post_init__`, every value is checked against its annotation. Numbers are finite, whole
+    numbers at most `LARGEST`, or what the field's metadata say as `MOST`. A list is taken where a tuple is expected,
+    and a path where a text is.
 
     Raises:
-        UserError: a value is not what its annotation says; names the class and field.
+        UserError: a value is not what its annotation says, or too large; names the class and field.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -54,7 +70,9 @@ def check_fields(settings: Any) -> None:
         key = f"{field.name} (of {type(settings).__name__})"
         taken = next((v for v in _spellings(value) if fits(v, hint)), _NOTHING)
         require(taken is not _NOTHING, key, value, spelled(hint))
-        require(all(map(math.isfinite, numbers(taken))), key, value, "finite numbers")
+        require(all(-1e30 <= n <= 1e30 for n in numbers(taken)), key, value, "finite numbers, up to 1e30")
+        if (most := field.metadata.get(MOST, _MOST.get(field.name, LARGEST))) is not None and int in _parts(hint):
+            require(max(map(abs, numbers(taken)), default=0) <= most, key, value, f"at most {most:,}")
         if taken is not value:
             object.__setattr__(settings, field.name, taken)  # most of them are frozen
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from tinyfusion_core.protocols.command import Command, a_path
+from tinyfusion_core.protocols.command import Command, a_count, a_path
 
 
 class EncodeImages(Command):
@@ -62,14 +62,14 @@ class SampleImages(Command):
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """A run folder, how many images, and where to write them."""
         parser.add_argument("run_dir", type=a_path)
-        parser.add_argument("--num", type=int, default=100, help="how many images (default: 100)")
+        parser.add_argument("--num", type=a_count, default=100, help="how many images (default: 100)")
         parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
         where = parser.add_mutually_exclusive_group()
         where.add_argument("--out", type=a_path, help="the grid (default: RUN_DIR/figures/student.png)")
         where.add_argument(
             "--to", type=a_path, help="single images with balanced labels: a folder of PNG files, or ADM's .npz"
         )
-        parser.add_argument("--batch-size", type=int, default=64, help="images at once, with --to (default: 64)")
+        parser.add_argument("--batch-size", type=a_count, default=64, help="images at once, with --to (default: 64)")
 
     def __call__(self, options: argparse.Namespace) -> int:
         """Generate the images; the main process prints where they are."""

@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from typing_extensions import override
@@ -30,6 +30,8 @@ SAMPLES = "samples.safetensors"
 """File in the run folder with the images that the report shows."""
 NUM_SHOWN = 40
 """Images of each network."""
+_MARK = {"Software": "tinyfusion"}
+"""Text in the header of a grid, which tells it from pictures of the user's."""
 
 
 @runtime_checkable
@@ -152,7 +154,19 @@ def draw_grid(images: Tensor, path: Path, columns: int) -> None:
     picture = Image.fromarray(_grid(images, columns))
     factor = max(1, 960 // max(picture.size))
     picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
-    write_atomic(path, lambda file: picture.save(file, format="png"))
+    mark = PngImagePlugin.PngInfo()
+    for key, value in _MARK.items():
+        mark.add_text(key, value)
+    write_atomic(path, lambda file: picture.save(file, format="png", pnginfo=mark))
+
+
+def is_grid(path: Path) -> bool:
+    """Return whether a file is one that `draw_grid` wrote."""
+    try:
+        with Image.open(path) as picture:
+            return _MARK.items() <= picture.info.items()
+    except Exception:  # what is no picture makes its decoder fail in any way it can
+        return False
 
 
 def _grid(images: Tensor, columns: int) -> np.ndarray[Any, Any]:

@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -20,17 +21,12 @@ from tinyfusion_core.protocols.task import Task
 from tinyfusion_core.pruning.prune import decision_of, load_pretrained, origin
 from tinyfusion_core.records import read_json, shaped
 from tinyfusion_core.runtime.distributed import batches, complete_sharded, on_main_process
-from tinyfusion_core.runtime.files import (
-    read_weights,
-    remove_partial,
-    remove_partials,
-    save_tensors,
-    write_json,
-)
+from tinyfusion_core.runtime.files import read_weights, save_tensors, write_json
+from tinyfusion_core.runtime.locking import FolderKind, check_replaceable, owned, remove_partial
 from tinyfusion_core.runtime.run_folder import RunFolder
 from tinyfusion_core.training.trainer import Trainer
 from tinyfusion_images.image_sets import rgb, write_archive, write_png
-from tinyfusion_images.pictures import balanced_labels, by_label, draw_grid, has_pictures, pictures
+from tinyfusion_images.pictures import balanced_labels, by_label, draw_grid, has_pictures, is_grid, pictures
 
 FORMAT_VERSION = 1
 
@@ -55,10 +51,12 @@ def sample_images(folder: RunFolder, num: int, seed: int, out: Path | None = Non
         The path of the file.
 
     Raises:
-        UserError: no network has been saved there yet, or its data cannot be shown.
+        UserError: no network has been saved there yet, its data cannot be shown, or `out` is a file of the user's.
     """
     if num < 1 or (out is not None and out.suffix != ".png"):
         raise UserError("expected --num of at least 1 and an --out that ends in .png")
+    if out is not None:
+        check_replaceable(out, "--out", is_grid)
     task, model, trainer, made_with = _open(folder, seed)
     out = out or folder / "figures" / f"{made_with['name']}.png"
     x, labels = generate(task, model, trainer, num, 250)
@@ -93,25 +91,48 @@ def write_samples(folder: RunFolder, num: int, seed: int, to: Path, batch_size: 
     task, model, trainer, made_with = _open(folder, seed)
     archive = to.suffix == ".npz"
     record = to.with_name(f"{to.name}.json") if archive else to / "samples.json"
-    before = on_main_process(lambda: _claim(record, to, made_with, num))
-    if archive and to.exists() and before == num:
-        return to
 
     def images(rows: range) -> Tensor:
         x = sample_rows(task, model, trainer, rows, balanced_labels(task, model, rows))
         return pictures(task, x)
 
-    parts = batches(num, batch_size)
-    if archive:
-        _write_archive(to, parts, images, balanced_labels(task, model, range(num)))
-    else:
-        _write_folder(to, parts, images)
-    if trainer.accelerator.is_main_process:
-        labels = balanced_labels(task, model, range(num)).tolist()
-        write_json(record, {"made_with": made_with, "num": num, "labels": labels})
+    def take() -> int | None:
+        before = _check(record, to, made_with, num)
+        stack.enter_context(owned(_parts(to) if archive else to, _kind(record)))
+        if before is None:
+            write_json(record, {"made_with": made_with})
+        remove_partial(to)
+        return None if before is None else before.get("num")
+
+    def finish() -> None:
+        write_json(record, {"made_with": made_with, "num": num, "labels": labels.tolist()})
         if archive:
             shutil.rmtree(_parts(to), ignore_errors=True)
+
+    parts, labels = batches(num, batch_size), balanced_labels(task, model, range(num))
+    with ExitStack() as stack:
+        before = on_main_process(take)
+        if not archive:
+            _write_folder(to, parts, images)
+        elif not to.exists() or before != num:
+            _write_archive(to, parts, images, labels)
+        on_main_process(finish)
     return to
+
+
+def _kind(record: Path) -> FolderKind:
+    """The folder of samples, or of the parts of an archive, that belongs to a record."""
+
+    def writes(folder: Path, path: Path) -> bool:
+        return re.fullmatch(r"samples\.json|\d+\.png|\d+-\d+\.safetensors", str(path)) is not None
+
+    return FolderKind("samples", "--to", lambda folder: _is_record(record), writes)
+
+
+def _is_record(path: Path) -> bool:
+    """Whether a file, if there is one, is the record of samples."""
+    content = read_json(path) if path.exists() else None
+    return isinstance(content, dict) and "made_with" in content
 
 
 def _open(folder: RunFolder, seed: int) -> tuple[Task, nn.Module, Trainer, dict[str, Any]]:
@@ -141,41 +162,25 @@ def _open(folder: RunFolder, seed: int) -> tuple[Task, nn.Module, Trainer, dict[
     return task, model.to(trainer.accelerator.device), trainer, made_with
 
 
-def _claim(record: Path, to: Path, made_with: dict[str, Any], num: int) -> int | None:
-    """Reserve the output for these samples. Returns how many there are, or None if they are not finished.
+def _check(record: Path, to: Path, made_with: dict[str, Any], num: int) -> _Made | None:
+    """Check that the output is free for these samples. Returns what is known of those that are there.
 
     Raises:
         UserError: there are other samples, other files, or single images beyond that number.
     """
+    check_replaceable(record, "--to", _is_record)
     if not record.exists():
-        _check_absent(to)
         if to.suffix == ".npz":
-            _check_absent(_parts(to))
-        write_json(record, {"made_with": made_with})
+            check_replaceable(to, "--to", lambda file: False)
         return None
-    before = read_json(record)
-    _check_same(before, made_with, record, to)
-    remove_partial(to)
-    remove_partials(to, lambda path: re.fullmatch(r"samples\.json|\d+\.png", str(path)) is not None)
+    before = shaped(read_json(record), _Made, record, "choose another name")
+    if before["made_with"] != made_with:
+        other = [key for key, value in made_with.items() if before["made_with"].get(key) != value]
+        raise UserError(f"--to: '{to}' has samples made with another {', '.join(other)}; choose another name")
     there = 1 + max((int(p.stem) for p in to.glob("*.png") if p.stem.isdecimal()), default=-1)
     if there > num:
         raise UserError(f"--num: {num}, but '{to}' has {there} samples; ask for as many, or choose another name")
-    return shaped(before, _Made, record, "choose another name").get("num")
-
-
-def _check_absent(path: Path) -> None:
-    if path.exists() and (path.is_file() or any(path.iterdir())):
-        raise UserError(f"--to: '{path}' exists and was not made by this command; choose another name")
-
-
-def _check_same(before: Any, made_with: dict[str, Any], record: Path, to: Path) -> None:
-    """Raise UserError unless a record is of the same samples."""
-    if not isinstance(before, dict) or "made_with" not in before:
-        raise UserError(f"--to: '{record}' exists and was not made by this command; choose another name")
-    if before["made_with"] != made_with:
-        found = before["made_with"] if isinstance(before["made_with"], dict) else {}
-        other = [key for key, value in made_with.items() if found.get(key) != value]
-        raise UserError(f"--to: '{to}' has samples made with another {', '.join(other)}; choose another name")
+    return before
 
 
 def _parts(to: Path) -> Path:

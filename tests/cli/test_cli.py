@@ -7,8 +7,10 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from plugin_files import PLUGIN, install
 from tinyfusion_core.cli import main
@@ -111,3 +113,26 @@ assert not heavy, heavy
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "wanted", [lambda: torch.empty(2**55), lambda: torch.empty(2**62, 2), lambda: bytearray(2**62)]
+)
+def test_what_fits_into_no_memory_is_one_message(
+    wanted: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tinyfusion_core.cli.results.Show.__call__", lambda self, options: wanted())
+    assert main(["show", "run"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: not enough memory (")
+    assert "Lower trainer.batch_size" in err
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", ["sample run --num", "costs r.yaml --batch-size", "budgets run --recover-steps"])
+@pytest.mark.parametrize("number", ["-1", "1.5", "many", "1" + "0" * 18, "9" * 5000])
+def test_counts_that_are_typed_are_moderate(command: str, number: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([*command.split(), number])
+    assert stopped.value.code == 2
+    assert f"'{number[:40]}' is no whole number from 0 to 10,000,000" in capsys.readouterr().err

@@ -106,4 +106,6 @@ def test_validate_prints_the_plan_and_says_when_it_does_not_fit(
     assert "recover: needs" in err and "on every device, which has 3 MB" in err
     assert main(["validate", str(recipe), "--memory", "plenty"]) == 2
     assert "'plenty' is no amount of memory; expected one as 24GB or 40GiB" in capsys.readouterr().err
-    assert (parse_bytes("24GB"), parse_bytes("1.5 GiB"), parse_bytes("10")) == (24e9, 1.5 * 2**30, 10)
+    assert (parse_bytes("24GB"), parse_bytes("1.5 GiB"), parse_bytes("10MB")) == (24e9, 1.5 * 2**30, 1e7)
+    with pytest.raises(tiny.UserError, match=r"--memory: '24' lacks a unit; 24GB\? \(known: MB, GB, TB, MiB"):
+        parse_bytes("24")

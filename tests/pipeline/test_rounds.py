@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
-import subprocess
-import sys
+from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ import yaml
 from safetensors.torch import load_file
 
 import tinyfusion_core as tiny
+from forks import start, wait
+from kills import die_at
 from places import ROOT
 from small_run import RECIPE, run
 from tinyfusion_core.cli import main
@@ -29,12 +32,24 @@ ROUNDS = {
 OUT_OF_RANGE = {"class_path": "MaskedKD", "init_args": {"taps": [[4, 7]]}}
 
 
-@pytest.fixture
-def rounds(tmp_path: Path) -> Path:
+def write(path: Path) -> Path:
     content = {k: v for k, v in RECIPE.items() if k not in ("search", "recover")} | {"rounds": ROUNDS}
-    path = tmp_path / "rounds.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     return path
+
+
+@pytest.fixture
+def rounds(tmp_path: Path) -> Path:
+    return write(tmp_path / "rounds.yaml")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, to copy; what it printed is in `printed.txt` beside it."""
+    folder = tmp_path_factory.mktemp("rounds")
+    with (folder / "printed.txt").open("w") as printed, redirect_stdout(printed):
+        assert run(write(folder / "rounds.yaml"), folder / "run") == 0
+    return folder / "run"
 
 
 def students(folder: Path) -> list[dict[str, torch.Tensor]]:
@@ -47,10 +62,9 @@ def assert_same(a: Path, b: Path) -> None:
         assert all(torch.equal(v, theirs[k]) for k, v in ours.items())
 
 
-def test_each_student_is_the_next_rounds_teacher_and_source(rounds: Path, tmp_path: Path, capsys) -> None:
-    folder = tmp_path / "run"
-    assert run(rounds, folder) == 0
-    assert "8 → 4 → 2 blocks" in capsys.readouterr().out
+def test_each_student_is_the_next_rounds_teacher_and_source(rounds: Path, made: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(made, tmp_path / "run")
+    assert "8 → 4 → 2 blocks" in (made.parent / "printed.txt").read_text()
     first, second = (tiny.Decision.load(folder / name / "decision.json") for name in ROUNDS)
     assert (len(first.blocks), len(first.kept), len(second.blocks), len(second.kept)) == (8, 4, 4, 2)
     made = json.loads((folder / "d4" / "student" / "config.json").read_text())
@@ -73,25 +87,13 @@ def test_each_student_is_the_next_rounds_teacher_and_source(rounds: Path, tmp_pa
 
 
 def test_a_killed_run_goes_on_in_its_round(rounds: Path, tmp_path: Path) -> None:
-    killer = """
-import os, signal, sys
-from tinyfusion_core.cli import main
-from tinyfusion_core.runtime.run_folder import RunFolder
-place, log = sys.argv.pop(1), RunFolder.log
-def log_and_die(self, stage, step, values):
-    log(self, stage, step, values)
-    if f"{self.path.name}.{stage}" == place and step >= 20:
-        os.kill(os.getpid(), signal.SIGKILL)
-RunFolder.log = log_and_die
-main(sys.argv[1:])
-"""
     places = ["d4.recover", "d2.search", "d2.recover"]
-    flags = [*(f"--rounds.{place}.steps=40" for place in places), "--trainer.checkpoint_every=5"]
+    flags = [*(f"--rounds.{place}.steps=16" for place in places), "--trainer.checkpoint_every=3"]
     killed = tmp_path / "killed"
     for place in places:
-        command = [sys.executable, "-c", killer, place, "run", str(rounds), "--run-dir", str(killed), *flags]
-        done = subprocess.run(command, env={"OMP_NUM_THREADS": "1", "PATH": ""}, capture_output=True, check=False)
-        assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+        words = ["run", str(rounds), "--run-dir", str(killed), *flags]
+        process = start(partial(die_at, place, 8, *words), tmp_path / place)
+        assert wait(process) == [-signal.SIGKILL], (tmp_path / place).read_text()
         round_, stage = place.split(".")
         assert (killed / round_ / "checkpoints" / stage).exists()
         assert (killed / "d2").exists() == (round_ == "d2")
@@ -100,11 +102,9 @@ main(sys.argv[1:])
     assert_same(killed, tmp_path / "whole")
 
 
-def test_a_changed_round_spoils_itself_and_the_later_ones(rounds: Path, tmp_path: Path, capsys) -> None:
-    folder = tmp_path / "run"
-    assert run(rounds, folder) == 0
+def test_a_changed_round_spoils_itself_and_the_later_ones(rounds: Path, made: Path, tmp_path: Path, capsys) -> None:
+    folder = shutil.copytree(made, tmp_path / "run")
     first = students(folder)[0]
-    capsys.readouterr()
     assert run(rounds, folder, "--rounds.d2.recover.steps=8") == 2
     err = capsys.readouterr().err
     assert "rounds.d2.recover.steps: 12 -> 8" in err
@@ -190,12 +190,10 @@ def test_rounds_in_another_order_are_another_run(rounds: Path, tmp_path: Path, c
     assert "--restart-from b.search" in err
 
 
-def test_a_round_is_restarted_by_its_own_name(rounds: Path, tmp_path: Path, capsys) -> None:
-    folder = tmp_path / "run"
-    assert run(rounds, folder) == 0
+def test_a_round_is_restarted_by_its_own_name(rounds: Path, made: Path, tmp_path: Path, capsys) -> None:
+    folder = shutil.copytree(made, tmp_path / "run")
     path = folder / "d2" / "decision.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "kept": [0]}))
-    capsys.readouterr()
     assert run(rounds, folder) == 2
     assert "--restart-from d2.search, or d2.recover" in capsys.readouterr().err
     # Stages of other recipes are no stages of this one: nothing is forgotten.

@@ -8,9 +8,8 @@ import os
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 import time
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import tinyfusion_core as tiny
+from forks import command, start, wait
 from small_run import RECIPE, SHIPPED, run
 from tinyfusion_core.cli import main
 from tinyfusion_core.pipeline.run import make_task
@@ -106,39 +106,28 @@ def assert_same_outcome_but_recipe(a: Path, b: Path) -> None:
     assert lines_a == lines_b
 
 
-def command(recipe: Path, run_dir: Path, *flags: str) -> list[str]:
-    return [sys.executable, "-m", "tinyfusion_core", "run", str(recipe), "--run-dir", str(run_dir), *flags]
-
-
-def wait_for_step(process: subprocess.Popen, run_dir: Path, stage: str, step: int) -> None:
+def wait_for_step(process: ForkServerProcess, run_dir: Path, stage: str, step: int) -> None:
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
+    while time.monotonic() < deadline and wait([process], 0.01) == [None]:
         path = run_dir / "metrics.jsonl"
         for line in path.read_text().splitlines() if path.exists() else ():
             if f'"stage": "{stage}"' in line and line.endswith("}") and json.loads(line)["step"] >= step:
                 return
-        time.sleep(0.01)
     pytest.fail(f"{stage} never came to step {step}")
 
 
 def test_ctrl_c_saves_says_how_to_go_on_and_goes_on(recipe: Path, tmp_path: Path) -> None:
-    flags = ["--search.steps=100", "--recover.steps=100", "--trainer.checkpoint_every=1000"]
+    flags = ["--search.steps=40", "--recover.steps=40", "--trainer.checkpoint_every=1000"]
     stopped = tmp_path / "stopped"
     for stage in ("search", "recover"):
-        process = subprocess.Popen(
-            command(recipe, stopped, *flags),
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        with process:
-            wait_for_step(process, stopped, stage, 8)
-            process.send_signal(signal.SIGINT)
-            _, err = process.communicate(timeout=60)
-        assert process.returncode == 130
-        assert f"of 100 of {stage}" in err
-        assert f"tinyfusion run {recipe} --run-dir {stopped} --search.steps=100" in err
+        log = tmp_path / stage
+        (process,) = start(command("run", recipe, "--run-dir", stopped, *flags), log)
+        wait_for_step(process, stopped, stage, 4)
+        os.kill(process.pid, signal.SIGINT)
+        assert wait([process]) == [130]
+        err = log.read_text()
+        assert f"of 40 of {stage}" in err
+        assert f"tinyfusion run {recipe} --run-dir {stopped} --search.steps=40" in err
         assert (stopped / "checkpoints" / stage / "manifest.json").exists()
     assert run(recipe, stopped, *flags) == 0
     assert run(recipe, tmp_path / "whole", *flags) == 0
@@ -241,12 +230,10 @@ def test_a_recovery_that_diverged_is_an_error_with_advice(recipe: Path, tmp_path
 
 
 def test_two_processes_share_the_work_and_one_of_them_writes(recipe: Path, short: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["-m", "tinyfusion_core", "run", str(recipe), "--run-dir", str(tmp_path / "two"), *SHORT]
-    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("report:") == 1
+    log = tmp_path / "log"
+    ranks = start(command("run", recipe, "--run-dir", tmp_path / "two", *SHORT), log, processes=2)
+    assert wait(ranks) == [0, 0], log.read_text()[-3000:]
+    assert log.read_text().count("report:") == 1
     one, two = (load_file(folder / "student" / "model.safetensors") for folder in (short, tmp_path / "two"))
     assert all(torch.allclose(v, two[k], atol=1e-4) for k, v in one.items())
     steps = [[(e["stage"], e["step"]) for e in outcome(folder)[2]] for folder in (short, tmp_path / "two")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import yaml
@@ -15,7 +15,7 @@ from small_run import RECIPE, digits_task
 from tinyfusion_core.comparison.study import Audit, Compare
 from tinyfusion_core.pipeline.schema import PLAIN
 from tinyfusion_core.registry.registry import registry
-from tinyfusion_core.settings import Settings
+from tinyfusion_core.settings import Settings, fits
 
 CLASSES = [cls for kind in registry().classes.values() for cls in kind.values() if issubclass(cls, Settings)]
 SETTINGS = [cls for cls in {*CLASSES, *PLAIN} if is_dataclass(cls) and cls.__module__.startswith("tinyfusion_")]
@@ -30,9 +30,27 @@ def test_no_field_takes_what_it_is_not(cls: type[Any]) -> None:
                 cls(**{name: object() for name in {*needed, field.name}})
 
 
+UNLIMITED = {"seed", "_random_seed", "costs", "budget"}
+
+
+@pytest.mark.parametrize("cls", sorted(SETTINGS, key=lambda cls: cls.__name__), ids=lambda cls: cls.__name__)
+def test_no_number_is_absurd(cls: type[Any]) -> None:
+    hints = get_type_hints(cls)
+    needed = {f.name: "x" for f in fields(cls) if f.default is f.default_factory is MISSING}
+    needed |= {"search": tiny.Search(keep=4)} if "search" in needed else {}
+    for field in fields(cls):
+        takes = [number for number in (0.5, 1) if fits(number, hints[field.name]) and field.name not in UNLIMITED]
+        for number in (10**18 if takes == [1] else 1e300, 10**400) if takes else ():
+            message = rf"{field.name} \(of {cls.__name__}\) is .*expected (at most \d|finite numbers, up to)"
+            with pytest.raises(tiny.UserError, match=message):
+                cls(**{**needed, field.name: number})
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: tiny.Trainer(num_workers=1025), r"num_workers \(of Trainer\) is 1025; expected at most 1,024"),
+        (lambda: tiny.Trainer(batch_size=10**6), r"batch_size \(of Trainer\) is 1000000; expected at most 100,000"),
         (lambda: tiny.Recover(schedule="linear"), r"schedule \(of Recover\) is 'linear'; expected 'cosine' or 'consta"),
         (lambda: tiny.Recover(kd="MaskedKD"), r"kd \(of Recover\) is 'MaskedKD'; expected OutputKD or None"),
         (lambda: tiny.Recover(steps="10"), r"steps \(of Recover\) is '10'; expected int"),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
 import tinyfusion_core as tiny
+from tinyfusion_core.evaluation.metrics import Size
 
 pytestmark = pytest.mark.numerics
 
@@ -215,3 +216,23 @@ def test_data_as_torch_has_it(data: Any, loss_fn: Any) -> None:
 def test_data_that_cannot_be_read(data: Any, message: str) -> None:
     with pytest.raises(tiny.UserError, match=f"^{message}"):
         tiny.wrap(Stages(), blocks=NAMED, loss_fn=classify, data=data())
+
+
+def test_the_operations_of_a_wrapped_network_are_counted() -> None:
+    task = staged()
+    student = tiny.prune(task, tiny.Keep([0, 2, 4])(task, TRAINER))
+    models = {"teacher": task.teacher, "student": student}
+    flops = next(m for m in tiny.evaluate(task, models, [], TRAINER) if m.name == "FLOPs")
+    # Two for a multiply-add. Convolutions: 4x4 places of 4 channels, then 2x2 of 8; and the head.
+    block, late = 2 * 16 * 4 * 4 * 9, 2 * 4 * 8 * 8 * 9
+    outside = 2 * 16 * 4 * 4 + 2 * 4 * 8 * 16 + 2 * 8 * 3
+    assert flops.values == {"teacher": 3 * block + 3 * late + outside, "student": 2 * block + 2 * late + outside}
+    half = tiny.Greedy(budget={"flops": "0.9x"}, samples=8)(task, TRAINER)
+    assert len(half.kept) < 5
+
+    def counts_itself(model: nn.Module, batch: Any) -> Tensor:
+        raise TypeError("not under a mode")
+
+    other = tiny.wrap(Stages(), blocks=NAMED, loss_fn=counts_itself, data=images())
+    (flops,) = [m for m in Size()(other, {"teacher": other.teacher}, TRAINER) if m.name == "FLOPs"]
+    assert (flops.values, flops.note) == ({"teacher": None}, "cannot be counted: not under a mode")

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from interrupted import recovered
 from places import ROOT, TESTS
 from small_run import run
 from tinyfusion_core.cli import main
-from tinyfusion_core.runtime.locking import owned
-from tinyfusion_core.runtime.run_folder import COMPARISON, RUN, is_comparison, is_run
+from tinyfusion_core.errors import UserError
+from tinyfusion_core.runtime.locking import LOCK, check_held, owned
+from tinyfusion_core.runtime.run_folder import COMPARISON, RUN, RunFolder, is_comparison, is_run
+from toys import Match
 
 BEFORE = TESTS / "before_rooms"
 USERS = (
@@ -133,17 +136,45 @@ def test_an_export_does_not_replace_what_is_none(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "kept.yaml"
-    for to in ("indices", "mergekit", "peft"):  # one replaces another
-        assert main(["export", str(finished), "--to", to, "--out", str(out)]) == 0
+    for _ in range(2):  # the second finds what it would write
+        assert main(["export", str(finished), "--to", "indices", "--out", str(out)]) == 0
     text = out.read_text()
+    assert main(["export", str(finished), "--to", "mergekit", "--out", str(out)]) == 2  # it may be a user's own
+    assert f"--out: {out} exists and was not made by this command; delete it" in capsys.readouterr().err
     mine = tmp_path / "recipe.yaml"
     shutil.copy(ROOT / "recipes" / "quickstart.yaml", mine)
     before = mine.read_bytes()
     assert main(["export", str(finished), "--to", "indices", "--out", str(mine)]) == 2
-    assert "is no such export of this network" in capsys.readouterr().err
+    assert "exists and was not made by this command" in capsys.readouterr().err
     assert (mine.read_bytes(), out.read_text()) == (before, text)
     folder = tmp_path / "mine"
     before_folder = users_folder(folder)
     assert main(["export", str(finished), "--to", "diffusers", "--out", str(folder)]) == 2
     assert "neither empty nor an export of tinyfusion's" in capsys.readouterr().err
     assert content(folder) == before_folder
+
+
+@pytest.mark.parametrize("how", ["deleted", "moved", "replaced", "in the way"])
+def test_a_folder_that_goes_during_the_run_is_noticed_at_the_next_write(how: str, tmp_path: Path) -> None:
+    class Gone(Match):
+        def prepare(self, batch, rng):
+            if rng.stage == "recover" and rng.step == 7 and (folder / LOCK).exists():
+                shutil.rmtree(folder) if how == "deleted" else folder.rename(tmp_path / "elsewhere")
+                if how == "replaced":
+                    folder.mkdir()
+                    (folder / LOCK).touch()
+                elif how == "in the way":
+                    folder.write_text("a file")
+            return super().prepare(batch, rng)
+
+    folder = tmp_path / "run"
+    steps: list[int] = []
+    with owned(folder, RUN), pytest.raises(UserError, match="run: was deleted, moved or replaced while"):
+        try:
+            recovered(RunFolder(folder), loss=Gone())
+        finally:
+            steps = [entry["step"] for entry in RunFolder(tmp_path / "elsewhere").metrics()]
+    assert steps == ([] if how == "deleted" else [3, 6])  # its log ends before the step
+    left = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    assert left == ([LOCK] if how == "replaced" else [])  # nothing was made in its place
+    check_held()  # and no longer is it ours

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +12,11 @@ import pytest
 import yaml
 from PIL import Image
 
+import shared_work
 import tinyfusion_core as tiny
-from places import TESTS
-from shared_work import figures
+from forks import command, start, wait
 from small_run import RECIPE
 from tinyfusion_images.samples import write_samples
-
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-ENV = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 
 
 def close(one: Any, two: Any) -> None:
@@ -38,15 +33,12 @@ def close(one: Any, two: Any) -> None:
 
 
 def test_two_processes_find_what_one_finds(finished: Path, tmp_path: Path) -> None:
-    program = TESTS.joinpath("shared_work.py")
-    path = os.pathsep.join([str(program.parent), *sys.path])
-    command = [*TORCHRUN, str(program), str(tmp_path), str(finished)]
-    done = subprocess.run(command, env={**ENV, "PYTHONPATH": path}, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
+    log = tmp_path / "log.txt"
+    assert wait(start(partial(shared_work.main, tmp_path, finished), log, processes=2)) == [0, 0], log.read_text()
     two = json.loads((tmp_path / "found.json").read_text())
     assert two.pop("failure") == ["it failed on process 0"] * 2
     assert "the other processes waiting" in two.pop("latency")
-    one = json.loads(json.dumps(figures()))
+    one = json.loads(json.dumps(shared_work.figures()))
     assert len(one) > 30
     close(one, two)
     assert "is it the right checkpoint" in one["untrained"]
@@ -78,10 +70,10 @@ def test_two_processes_compare_as_one_does(tmp_path: Path) -> None:
     recipe = tmp_path / "small.yaml"
     recipe.write_text(yaml.safe_dump(content))
     found = []
-    for name, command in (("one", [sys.executable]), ("two", TORCHRUN)):
-        words = [*command, "-m", "tinyfusion_core", "compare", str(recipe), "--run-dir", str(tmp_path / name)]
-        done = subprocess.run(words, env=ENV, capture_output=True, text=True, timeout=500)
-        assert done.returncode == 0, done.stderr[-3000:]
+    for name, processes in (("one", 1), ("two", 2)):
+        log = tmp_path / f"{name}.txt"
+        work = command("compare", recipe, "--run-dir", tmp_path / name)
+        assert set(wait(start(work, log, processes), 500)) == {0}, log.read_text()[-3000:]
         findings = json.loads((tmp_path / name / "findings.json").read_text())
         for trial in [*findings["trials"], *findings["masks"]]:
             trial.pop("seconds", None)

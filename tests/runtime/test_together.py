@@ -6,6 +6,7 @@ import os
 import runpy
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 import tinyfusion_core as tiny
+from forks import script, start, wait
 from interrupted import BAD, Torn, recovered, stopped, substituted
 from places import TESTS
 from tinyfusion_core.runtime.locking import owned
@@ -131,7 +133,17 @@ expect(kind, "metrics.jsonl: is a folder", lambda: recovered(tiny.RunFolder(fold
 if me == 0:
     torch.save({"one to two": more, "torn": substituted}, folder / "out.pt")
 accelerator.wait_for_everyone()
+
+# One is killed: the other says that it has died, and does not wait. (Launchers end it soon, which is not what we see.)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+class Killed(OnOne):
+    def act(self, rng):
+        if rng.step == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+expect(tiny.UserError, "has died", lambda: recovered(loss=Killed()))
+expect(tiny.UserError, "has died", lambda: on_every_rank(lambda: me))
 shutdown()
+(folder / "left.txt").touch()
 """
 
 
@@ -156,11 +168,9 @@ def test_the_program_leaves_the_others_before_it_ends(monkeypatch: pytest.Monkey
 def test_two_processes_bear_it_alike(tmp_path: Path) -> None:
     stopped(tmp_path / "one to two")
     (tmp_path / "job.py").write_text(PROGRAM)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [str(tmp_path / "job.py"), str(TESTS), str(tmp_path)]
-    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+    log = tmp_path / "log.txt"
+    wait(start(partial(script, tmp_path / "job.py", TESTS, tmp_path), log, processes=2))
+    assert (tmp_path / "left.txt").exists(), log.read_text()[-4000:]
     found = torch.load(tmp_path / "out.pt", weights_only=True)
     whole = recovered()
     # Another number of processes goes on to the same numbers, to the rounding of a sum.

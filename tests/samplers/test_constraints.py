@@ -133,6 +133,16 @@ def test_removing_one_by_one_ends_at_a_mask_that_obeys(case: Case, random: Any) 
     assert kept in masks
 
 
+@settings(max_examples=100, deadline=None)
+@given(cases() | cases(ruled=False), st.randoms(use_true_random=False))
+def test_an_exchange_leads_to_a_mask_that_obeys(case: Case, random: Any) -> None:
+    kept = set(random.choice(case.masks))
+    units = {tuple(next((g for g in case.constraints.rules.together if i in g), [i])) for i in range(6)}
+    pairs = [(out, back) for out in units for back in units if {*out} <= kept and not {*back} & kept]
+    obeying = [pair for pair in pairs if tuple(sorted(kept.difference(pair[0]).union(pair[1]))) in case.masks]
+    assert case.constraints.exchanges(tuple(kept)) == sorted(obeying)
+
+
 @settings(max_examples=60, deadline=None)
 @given(cases() | cases(ruled=False), st.integers(1, 30))
 def test_distinct_draws(case: Case, num: int) -> None:

@@ -136,7 +136,7 @@ def test_every_mask_of_a_sample_sees_the_same_draws(masks: int) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ScoreFunction(LISTS, Rules(keep=4), masks=1), r"search\.sampler\.masks is 1; expected at least 2"),
+        (lambda: ScoreFunction(LISTS, Rules(keep=4), masks=1), r"search\.sampler\.masks is 1; expected 2 to 1,000"),
         (lambda: ScoreFunction(LISTS, Rules(keep=4), entropy=(-1.0, 0.0)), r"search\.sampler\.entropy"),
         (lambda: GumbelTopK(LISTS, keep=9), r"search\.sampler\.keep is 9"),
         (lambda: GumbelTopK(LISTS, keep=4, tau=(0.0, 1.0)), r"search\.sampler\.tau"),

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 
 import distributed_program as program
 import tinyfusion_core as tiny
+from forks import start, wait
 from places import ROOT
 from small_run import RECIPE
 from tinyfusion_core.cli import main
@@ -44,8 +46,10 @@ def torchrun(*command: object, processes: int = 2, timeout: float = 400) -> subp
 
 
 def run_program(folder: Path, *what: str) -> dict[str, Any]:
-    done = torchrun(PROGRAM, folder, 2, *what)
-    assert done.returncode == 0, done.stderr[-4000:]
+    log = folder / "log.txt"
+    assert wait(start(partial(program.main, folder, 2, *what), log, processes=2), 400) == [0, 0], log.read_text()[
+        -4000:
+    ]
     return torch.load(folder / "found.pt", weights_only=True)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import re
 import shlex
 import sys
 import traceback
@@ -35,6 +36,8 @@ COMMANDS: tuple[type[Command], ...] = (
 """The core's own commands, in the order of `tinyfusion --help`."""
 
 USER_ERROR, INTERRUPTED = 2, 130
+_NO_ROOM = re.compile("out of memory|can't allocate memory|size calculation overflowed|multiplication overflow")
+"""What torch says, in errors of no type of their own, of a tensor that fits into no memory."""
 OVERRIDES = "Any key of the recipe can be set: --search.steps 600 (values are YAML). `tinyfusion keys` lists them."
 
 
@@ -79,7 +82,7 @@ def _obeyed(command: Command, options: argparse.Namespace) -> int:
     """Run a command. Code that it calls, of a plugin for one, may call `sys.exit`, which would look like success.
 
     Raises:
-        UserError: code has called `sys.exit`; names its file.
+        UserError: code has called `sys.exit`; names its file. Or there is not enough memory; says how much was wanted.
     """
     from ..errors import UserError
 
@@ -89,6 +92,14 @@ def _obeyed(command: Command, options: argparse.Namespace) -> int:
         *_, (frame, line) = traceback.walk_tb(e.__traceback__)
         place = f"{frame.f_code.co_filename}, line {line}"
         raise UserError(f"{place}: sys.exit was called before '{command.name}' was done; raise an error instead") from e
+    except (MemoryError, RuntimeError) as e:
+        if not isinstance(e, MemoryError) and not _NO_ROOM.search(str(e)):
+            raise
+        reason = next(iter(str(e).splitlines()), "out of memory")
+        raise UserError(
+            f"not enough memory ({reason:.200}). Lower trainer.batch_size or set trainer.micro_batch_size, lower the "
+            "batch_size of what was at work, or check the sizes of the network"
+        ) from e
 
 
 def parse(arguments: Sequence[str]) -> tuple[Command, argparse.Namespace]:

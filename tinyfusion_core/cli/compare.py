@@ -7,7 +7,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from ..protocols.command import Command, a_path
+from ..protocols.command import Command, a_count, a_path
 
 
 class Compare(Command):
@@ -54,7 +54,7 @@ class Costs(Command):
     def add_arguments(self, parser: ArgumentParser) -> None:
         """A recipe, whose keys can be overridden."""
         parser.add_argument("recipe", type=a_path)
-        parser.add_argument("--batch-size", type=int, default=1, help="samples of a timed pass; default 1")
+        parser.add_argument("--batch-size", type=a_count, default=1, help="samples of a timed pass; default 1")
 
     def __call__(self, options: Namespace) -> int:
         """Print parameters, FLOPs and milliseconds of every block, and rules to copy into a recipe."""
@@ -95,10 +95,10 @@ class Budgets(Command):
         """A run folder, the numbers of blocks, and how long to recover."""
         parser.add_argument("run_dir", type=a_path)
         parser.add_argument(
-            "--keep", type=int, nargs="+", default=(), metavar="K", help="blocks (default: all numbers)"
+            "--keep", type=a_count, nargs="+", default=(), metavar="K", help="blocks (default: all numbers)"
         )
         parser.add_argument(
-            "--recover-steps", type=int, default=0, metavar="N", help="recover each student (default: 0)"
+            "--recover-steps", type=a_count, default=0, metavar="N", help="recover each student (default: 0)"
         )
 
     def __call__(self, options: Namespace) -> int:

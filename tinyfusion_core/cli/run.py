@@ -6,7 +6,7 @@ import shlex
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from ..protocols.command import Command, a_path
+from ..protocols.command import Command, a_count, a_path
 
 
 class Run(Command):
@@ -56,7 +56,7 @@ class Validate(Command):
     def add_arguments(self, parser: ArgumentParser) -> None:
         """A recipe, whose keys can be overridden, and the devices to plan for."""
         parser.add_argument("recipe", type=a_path)
-        parser.add_argument("--devices", type=int, default=1, help="plan the memory of so many (default: 1)")
+        parser.add_argument("--devices", type=a_count, default=1, help="plan the memory of so many (default: 1)")
         parser.add_argument("--memory", help="of each device, as 24GB: say when the plan does not fit")
 
     def __call__(self, options: Namespace) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -64,5 +64,5 @@ def set_apart(samples: Samples, num: int, seed: int, purpose: str) -> tuple[Samp
     if not isinstance(samples, Sharded):
         return Part(samples, others), apart
     ends = [0, *accumulate(samples.sizes)]
-    sizes = [int(left[first:end].sum()) for first, end in zip(ends, ends[1:], strict=False)]
+    sizes = [int(left[first:end].sum()) for first, end in pairwise(ends)]
     return ShardedPart(samples, others, sizes), apart

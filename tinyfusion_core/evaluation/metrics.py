@@ -18,6 +18,7 @@ from ..protocols.backbone import Backbone
 from ..protocols.data import DataSource
 from ..protocols.loss import LossAdapter
 from ..protocols.task import Task
+from ..protocols.undisturbed import evaluating
 from ..reporting.page import Figures
 from ..runtime.distributed import batches, local_share, map_sharded
 from ..runtime.progress import track
@@ -116,14 +117,14 @@ class Size(Metric):
         blocks: dict[str, float | None] = {}
         parameters: dict[str, float | None] = {}
         flops: dict[str, float | None] = {}
-        note = "one forward pass, one sample; counted by torch on the meta device"
+        note = "one forward pass, one sample; counted by torch"
         for name, model in models.items():
             blocks[name] = len(task.backbone.block_paths(model))
             parameters[name] = sum(p.numel() for p in model.parameters())
             try:
                 count = count_flops(task.backbone, task.loss, task.backbone.config(model))
-            except UserError as e:  # a network of which no config is known
-                count = str(e)
+            except UserError:  # a network of which no config is known
+                count = _count_here(task, model)
             flops[name] = count if isinstance(count, int) else None
             note = note if isinstance(count, int) else count
         return [
@@ -159,6 +160,20 @@ def _count_flops(
             loss.predict(model, {name: t.to("meta") for name, t in inputs.items()})
     except (NotImplementedError, RuntimeError) as e:
         return f"cannot be counted on the meta device: {str(e).splitlines()[0]}"
+    return int(counter.get_total_flops())
+
+
+def _count_here(task: Task, model: nn.Module) -> int | str:
+    """Count as `count_flops` does, in a forward pass of the network as it is."""
+    device = next(model.parameters()).device
+    inputs = task.loss.prepare(task.backbone.example(1), Rng(0, "flops"))
+    # As many operations on fused kernels, which the counter does not know on a CPU.
+    plain, counter = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False)
+    try:
+        with evaluating(model), torch.no_grad(), plain, counter:
+            task.loss.predict(model, {name: t.to(device) for name, t in inputs.items()})
+    except Exception as e:  # code of somebody else's, under a mode that it may not know
+        return f"cannot be counted: {next(iter(str(e).splitlines()), type(e).__name__)}"
     return int(counter.get_total_flops())
 
 

@@ -7,11 +7,11 @@ from typing import Any
 
 from ..errors import UserError, nearest
 from ..protocols.backbone import list_lengths
-from ..pruning.interop_formats import TEXTS, read_kept
+from ..pruning.interop_formats import TEXTS
 from ..pruning.prune import decision_of, load_pretrained, origin
-from ..records import read_as
+from ..records import read_as, read_text
 from ..runtime.files import write_json, write_text
-from ..runtime.locking import FolderKind, check_free
+from ..runtime.locking import FolderKind, check_free, check_replaceable
 from ..runtime.run_folder import RunFolder
 from .recipe import load_recipe
 
@@ -69,16 +69,7 @@ def export_run(folder: RunFolder, to: str, out: Path | None = None) -> str:
     text = TEXTS[to](kept, len(blocks), model)
     if out is None:
         return text.rstrip("\n")
-    _check_replaceable(out, len(blocks))
+    # These formats have no room for a mark: a file is ours if it says the same.
+    check_replaceable(out, "--out", lambda file: read_text(file) == text)
     write_text(out, text)
     return str(out)
-
-
-def _check_replaceable(out: Path, num_blocks: int) -> None:
-    """Raise UserError if a file exists that does not say, in any of the formats, which blocks are kept."""
-    if not out.exists():
-        return
-    try:
-        read_kept(out, num_blocks)
-    except UserError as e:
-        raise UserError(f"--out: {out} exists and is no such export of this network; choose another name") from e

@@ -211,13 +211,15 @@ def training_needs(
 
 
 def parse_bytes(text: str) -> float:
-    """Parse `24GB`, `40 GiB` or a number of bytes.
+    """Parse `24GB` or `40 GiB`.
 
     Raises:
-        UserError: it is none of them.
+        UserError: it is no amount, or has no unit.
     """
-    units = {"": 1.0, "MB": 1e6, "GB": 1e9, "TB": 1e12, "MiB": 2.0**20, "GiB": 2.0**30, "TiB": 2.0**40}
+    units = {"MB": 1e6, "GB": 1e9, "TB": 1e12, "MiB": 2.0**20, "GiB": 2.0**30, "TiB": 2.0**40}
     found = re.fullmatch(r"\s*([0-9]+\.?[0-9]*)\s*([A-Za-z]*)\s*", text)
+    if found is not None and not found[2]:
+        raise UserError(f"--memory: '{text}' lacks a unit; {found[1]}GB? (known: {', '.join(units)})")
     if found is None or found[2] not in units or float(found[1]) <= 0:
         raise UserError(f"--memory: '{text}' is no amount of memory; expected one as 24GB or 40GiB")
     return float(found[1]) * units[found[2]]

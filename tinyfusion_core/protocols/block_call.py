@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -76,6 +76,21 @@ class Call:
             )
         return x
 
+    def signature(self) -> tuple[Hashable, ...] | None:
+        """Return what calls have in common whose outputs have one form, whatever the samples.
+
+        These are names, types, shapes and plain values of the arguments; None if one is an object of another kind,
+        which may be anything the next time.
+        """
+        if not all(isinstance(leaf, Tensor) or is_plain(leaf) for leaf in self.leaves):
+            return None
+        return tuple(
+            (name, v.dtype, (*v.shape[:dim], *v.shape[dim + 1 :]) if dim is not None else v.shape)
+            if isinstance(v, Tensor)
+            else (name, type(v), v)
+            for name, v, dim in zip(self.leaf_names, self.leaves, self.dims, strict=True)
+        )
+
     def run(self, rows: Tensor) -> Any:
         """Run the block for some rows of the batch.
 
@@ -91,15 +106,24 @@ class Call:
         else:
             some = [v if d is None else v.index_select(d, rows) for v, d in zip(self.leaves, self.dims, strict=True)]
             args, kwargs = tree_unflatten(some, self.spec)
-        before = [_version(v) for v in some]
+        before = [version(v) for v in some]
         output = self.plain(*args, **kwargs)
-        self.changed.update(n for n, v, old in zip(self.leaf_names, some, before, strict=True) if _version(v) != old)
+        self.changed.update(n for n, v, old in zip(self.leaf_names, some, before, strict=True) if version(v) != old)
         return output
 
 
-def _version(leaf: Any) -> int:
-    """How often a tensor has been changed in place; 0 for tensors made in inference mode, which are not tracked."""
+def version(leaf: Any) -> int:
+    """Return how often a tensor has been changed in place; 0 for those of inference mode, which are not tracked.
+
+    Args:
+        leaf: a tensor of any shape, or something else.
+    """
     return leaf._version if isinstance(leaf, Tensor) and not leaf.is_inference() else 0
+
+
+def is_plain(leaf: Any) -> bool:
+    """Return whether this is a value that nobody can change: None, a number, a text, a dtype or a device."""
+    return leaf is None or isinstance(leaf, bool | int | float | str | torch.dtype | torch.device)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 from typing import ClassVar
 
+from ..settings import LARGEST
+
 
 def a_path(text: str) -> Path:
     """Return the path that was typed; as `type=` of an argument. The empty one, which means this folder, is refused."""
@@ -16,6 +18,13 @@ def a_path(text: str) -> Path:
     if "\0" in text or any(len(os.fsencode(part)) > 255 for part in Path(text).parts) or len(os.fsencode(text)) > 4095:
         raise ArgumentTypeError(f"'{text[:40]}...' is too long for the name of a file, or holds a zero byte")
     return Path(text)
+
+
+def a_count(text: str) -> int:
+    """Return the number of things that was typed; as `type=` of an argument."""
+    if not (text.isascii() and text.isdecimal()) or int(text[:20]) > LARGEST:
+        raise ArgumentTypeError(f"'{text[:40]}' is no whole number from 0 to {LARGEST:,}")
+    return int(text)
 
 
 class Command(ABC):

@@ -8,7 +8,8 @@ with a graph, dropped ones without, and a small autograd function merges both.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -20,7 +21,10 @@ from typing_extensions import override
 
 from ..errors import UserError
 from ..protocols.backbone import FIRST, Streams, streams_of
-from ..protocols.block_call import BatchDim, Call, in_the_form_of, items_of, positional_names
+from ..protocols.block_call import BatchDim, Call, in_the_form_of, is_plain, items_of, positional_names
+
+Recall = Callable[[int, bool, Call, Callable[[], Any]], Any]
+"""(block, whether it is kept, call, what computes its output) -> its output."""
 
 
 class Gates:
@@ -32,8 +36,9 @@ class Gates:
     again: keep the context open around backward, and use non-reentrant checkpointing. Nothing in the model changes but
     `forward`, and closing the context, also by an exception, restores it. Do not copy or pickle the model meanwhile.
 
-    Every call runs at least one sample of every block with the graph (a dropped one, with a zero gradient, if none
-    keeps it): parameters get zero gradients, never None, and distributed processes stay in step.
+    With gradients, every call runs at least one sample of every block with the graph (a dropped one, with a zero
+    gradient, if none keeps it): parameters get zero gradients, never None, and distributed processes stay in step.
+    Without, a block that nobody keeps is run only until the form of its output is known.
 
     Args:
         model: the network.
@@ -41,6 +46,10 @@ class Gates:
         batch_dim: which arguments carry the batch; see `probed_batch_dims` and `named_batch_dims`.
         streams: the blocks' residual streams, by block list where they differ.
         unneeded: outputs of blocks that are None where only some of the samples ran; see `Backbone.unneeded`.
+
+    Attributes:
+        recall: answers the calls of blocks where there are no gradients; see `Prefixes`. It takes every sample to have
+            the same mask.
     """
 
     def __init__(
@@ -58,7 +67,9 @@ class Gates:
         self._unneeded = set(unneeded)
         self._mask: Tensor | None = None
         self._weights: Tensor | None = None
+        self.recall: Recall | None = None
         self._rows: list[tuple[Tensor, ...]] = []
+        self._forms: dict[tuple[int, Hashable], Any] = {}
         self._before: list[tuple[nn.Module, Any]] = []
 
     @property
@@ -123,7 +134,10 @@ class Gates:
             if self._mask is None:
                 return plain(*args, **kwargs)
             call = Call(plain, names, args, kwargs, lambda leaf: self._batch_dim(self.blocks[j], leaf))
-            return self._sparse(j, call, self._mask[:, j])
+            compute = partial(self._sparse, j, call, self._mask[:, j])
+            if self.recall is None or torch.is_grad_enabled():
+                return compute()
+            return self.recall(j, len(self._rows[j][0]) > 0, call, compute)
 
         return forward
 
@@ -132,7 +146,7 @@ class Gates:
         kept, run, rest = self._rows[j]
         learning = mask.requires_grad and torch.is_grad_enabled()
         # First with the graph: older torch keeps what autocast has cast under no_grad, and its gradients are lost.
-        output = call.run(run)
+        output = call.run(run) if torch.is_grad_enabled() else self._of_no_graph(j, call, kept, run)
         if len(kept) == len(mask) and not learning:
             return output
         value = None
@@ -151,6 +165,28 @@ class Gates:
             i = stream.item
             items[i] = _Merge.apply(x, items[i], value[i] if value else None, mask, kept, run, rest, weight)
         return in_the_form_of(output, items)
+
+    def _of_no_graph(self, j: int, call: Call, kept: Tensor, run: Tensor) -> Any:
+        """A block's output; if nobody keeps the block and a call like this has been seen, one of no rows."""
+        like = (j, call.signature())
+        if not len(kept) and like in self._forms:
+            return self._forms[like]
+        output = call.run(run)
+        if like[1] is not None and not call.changed and (form := self._form(j, output)) is not None:
+            self._forms[like] = form
+        return output
+
+    def _form(self, j: int, output: Any) -> Any:
+        """A block's output with the streams of no rows; None if more than streams and plain values is in it."""
+        streams, items = {stream.item for stream in self._streams[j]}, items_of(output) or {}
+        for i, item in items.items():
+            if i in streams and isinstance(item, Tensor):
+                items[i] = item.new_empty(0, *item.shape[1:])
+            elif i in self._unneeded:
+                items[i] = None
+            elif not is_plain(item):
+                return None
+        return in_the_form_of(output, items) if streams <= items.keys() else None
 
     def _inputs(self, j: int, call: Call, num_rows: int) -> list[Tensor]:
         """The incoming streams. Raises ValueError unless they have this number of samples."""

@@ -120,5 +120,7 @@ def _curves(axes: Axes, entries: Entries) -> None:
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure as PNG, atomically, and close it."""
-    write_atomic(path, lambda file: figure.savefig(file, format="png", bbox_inches="tight", facecolor="white"))
+    # A layout that fits everything in needs no second look at what is drawn.
+    box = None if figure.get_layout_engine() else "tight"
+    write_atomic(path, lambda file: figure.savefig(file, format="png", bbox_inches=box, facecolor="white"))
     plt.close(figure)

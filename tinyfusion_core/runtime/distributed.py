@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import signal
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -23,6 +25,10 @@ R = TypeVar("R")
 PATIENCE = timedelta(days=1)
 """Timeout of collective calls on the CPU; guards against a machine that vanished without closing its connections."""
 
+_GONE = re.compile(
+    r"connection (closed|reset) by peer|connection refused|broken pipe|remote process exited", re.IGNORECASE
+)
+"""What gloo, NCCL and the store of torch say when the process at the other end has gone."""
 
 _alone = False
 """Whether this process is running something that the others wait for."""
@@ -35,11 +41,33 @@ def rank_and_world_size() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
+@contextmanager
+def naming_the_dead() -> Iterator[None]:
+    """Say in one message that another process has gone; also a decorator. Put it around collective calls.
+
+    Raises:
+        UserError: a collective call has failed because a process at the other end has ended.
+    """
+    try:
+        yield
+    except RuntimeError as e:  # gloo has no type of its own
+        if rank_and_world_size()[1] == 1 or not _GONE.search(str(e)):
+            raise
+        raise UserError(
+            "another process of this run has died: killed, out of memory, or by an error that it shows itself. Run the "
+            "same command again: a run goes on from its last checkpoint"
+        ) from e
+
+
+@naming_the_dead()
 def all_gather_object(mine: T) -> list[T]:
     """Gather one object from every process, in order of rank. A collective call.
 
     Args:
         mine: pickled, so tensors belong on the CPU.
+
+    Raises:
+        UserError: another process has died.
     """
     _, size = rank_and_world_size()
     if size == 1:

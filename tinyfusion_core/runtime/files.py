@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import glob
 import hashlib
 import json
 import os
@@ -24,14 +23,14 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..records import check_regular
-
-PARTIAL = ".partial"
+from .locking import PARTIAL, check_held
 
 
 def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write a temporary file, flush it to disk, then rename it: readers see the old file or the new one, never a part.
 
-    A process that is killed half-way leaves a file that ends in `PARTIAL`; see `remove_partial`.
+    A process that is killed half-way leaves a file that ends in `PARTIAL`; see `remove_partial`. Once a folder that
+    this process has locked is gone, nothing is written.
 
     Args:
         path: the file to write; its folder is created.
@@ -40,6 +39,7 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
     Raises:
         UserError: the folder is not writable or the disk is full; an existing file is untouched.
     """
+    check_held()
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,25 +60,6 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
-
-
-def remove_partial(path: Path) -> None:
-    """Remove the temporary files of one file that killed processes have left."""
-    for file in path.parent.glob(f".{glob.escape(path.name)}.*{PARTIAL}"):
-        file.unlink(missing_ok=True)
-
-
-def remove_partials(folder: Path, writes: Callable[[Path], bool]) -> None:
-    """Remove temporary files that killed processes have left in a folder and below.
-
-    Args:
-        folder: where to look.
-        writes: says of a path in the folder, relative to it, whether we write such a file; others' are left alone.
-    """
-    for file in list(folder.rglob(f".*{PARTIAL}")):
-        name = file.name[1 : -len(PARTIAL)].rpartition(".")[0]
-        if name and writes((file.parent / name).relative_to(folder)):
-            file.unlink(missing_ok=True)
 
 
 def _flush_names(folder: Path) -> None:

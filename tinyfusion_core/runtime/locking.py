@@ -1,8 +1,9 @@
-"""Take a folder for a command: only one that is new, empty or its own, and one command at a time."""
+"""Take a folder for a command: only one that is new, empty or its own, one command at a time, while it is there."""
 
 from __future__ import annotations
 
 import fcntl
+import glob
 import os
 import platform
 from collections.abc import Callable, Iterator
@@ -13,16 +14,15 @@ from typing import TextIO
 
 from ..errors import UserError
 from ..records import check_regular
-from .files import PARTIAL, remove_partials
 
-LOCK = ".lock"
+LOCK, PARTIAL = ".lock", ".partial"
 
-_locks: list[TextIO] = []
-"""Lock files held by this process."""
+_locks: dict[Path, TextIO] = {}
+"""Folders that this process has locked, and their lock files."""
 
 
 def _let_go() -> None:
-    for file in _locks:
+    for file in _locks.values():
         file.close()
     _locks.clear()
 
@@ -81,6 +81,62 @@ def _is_left_behind(file: Path) -> bool:
     return file.name.startswith(".") and file.name.endswith(PARTIAL)
 
 
+def remove_partial(path: Path) -> None:
+    """Remove the temporary files of one file that killed processes have left."""
+    for file in path.parent.glob(f".{glob.escape(path.name)}.*{PARTIAL}"):
+        file.unlink(missing_ok=True)
+
+
+def remove_partials(folder: Path, writes: Callable[[Path], bool]) -> None:
+    """Remove temporary files that killed processes have left in a folder and below.
+
+    Args:
+        folder: where to look.
+        writes: says of a path in the folder, relative to it, whether we write such a file; others' are left alone.
+    """
+    for file in list(folder.rglob(f".*{PARTIAL}")):
+        name = file.name[1 : -len(PARTIAL)].rpartition(".")[0]
+        if name and writes((file.parent / name).relative_to(folder)):
+            file.unlink(missing_ok=True)
+
+
+def check_replaceable(file: Path, option: str, is_ours: Callable[[Path], bool]) -> None:
+    """Check that a command may write a file: one that is new, or that it has written itself.
+
+    Args:
+        file: the file.
+        option: the command-line option that names it, for messages.
+        is_ours: whether an existing file was written by the command.
+
+    Raises:
+        UserError: it may not.
+    """
+    if file.is_symlink() or file.exists():
+        check_regular(file)
+        if not is_ours(file):
+            raise UserError(
+                f"{option}: {file} exists and was not made by this command; delete it or choose another name"
+            )
+
+
+def check_held() -> None:
+    """Check that the folders which this process has locked are still there: else what it writes would lie elsewhere.
+
+    Raises:
+        UserError: one is not.
+    """
+    for folder, lock in _locks.items():
+        try:
+            there = os.path.samestat(os.fstat(lock.fileno()), (folder / LOCK).stat())
+        except OSError:
+            there = False
+        if not there:
+            raise UserError(
+                f"{folder}: was deleted, moved or replaced while this command was at work in it. Put it back and run "
+                "the same command to go on, or begin again without it"
+            )
+
+
 @contextmanager
 def owned(folder: Path, kind: FolderKind) -> Iterator[None]:
     """Create a folder and lock it against other commands; the lock ends with this process.
@@ -114,9 +170,9 @@ def owned(folder: Path, kind: FolderKind) -> Iterator[None]:
         with suppress(OSError):  # it only explains a refusal, a full disk must not matter
             os.truncate(file.fileno(), 0)
             os.write(file.fileno(), f"process {os.getpid()} on {platform.node()}\n".encode())
-        _locks.append(file)
+        _locks[folder.absolute()] = file
         try:
             remove_partials(folder, lambda path: kind.writes(folder, path))
             yield
         finally:
-            _locks.remove(file)
+            del _locks[folder.absolute()]

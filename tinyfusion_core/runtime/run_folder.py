@@ -17,7 +17,7 @@ from ..records import check_regular, read_as, read_json, read_text
 from ..yaml12 import load_yaml
 from .checkpoints import Checkpoints
 from .files import write_json, write_text
-from .locking import FolderKind
+from .locking import FolderKind, check_held
 from .stages import OUTPUTS, Finished, Stage, log_line, stages_of
 from .trackers import IDS
 
@@ -87,8 +87,9 @@ class RunFolder:
         """Append one line to `metrics.jsonl`.
 
         Raises:
-            UserError: the file cannot be written.
+            UserError: the file cannot be written, or the folder is gone.
         """
+        check_held()
         path = self / "metrics.jsonl"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -95,21 +95,17 @@ class Constraints:
         """
         if self.accepts(kept):
             return []
-        return sorted(
-            unit for unit in self._units() if set(unit) <= set(kept) and self._accepts_within(set(kept) - set(unit))
-        )
+        left = set(kept)
+        return [unit for unit in self._units if left.issuperset(unit) and self._accepts_within(left.difference(unit))]
 
-    def exchanges(self, kept: Collection[int]) -> list[tuple[int, ...]]:
-        """Return the masks that keep one other block, or unit of tied blocks, in place of one of `kept`."""
-        units = self._units()
-        inside, outside = [u for u in units if set(u) <= set(kept)], [u for u in units if not set(u) & set(kept)]
-        near = [(set(kept) - set(out)) | set(into) for out in inside for into in outside]
-        return [tuple(sorted(mask)) for mask in near if self.accepts(mask)]
+    def exchanges(self, kept: Collection[int]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """Return what may be exchanged in a mask, so that it obeys the constraints: sets of blocks, (kept, removed).
 
-    def _units(self) -> list[tuple[int, ...]]:
-        """Blocks that come and go as one."""
-        bound = [tuple(sorted(group)) for group in self.rules.together]
-        return [*bound, *((i,) for i in range(self.num_blocks) if all(i not in group for group in bound))]
+        A set is one block, or those that the rules remove as one.
+        """
+        left = set(kept)
+        inside, outside = ([u for u in self._units if (u[0] in left) is there] for there in (True, False))
+        return [(out, back) for out in inside for back in outside if self.accepts(left.difference(out).union(back))]
 
     def draw(self, generator: torch.Generator) -> tuple[int, ...]:
         """Draw a mask uniformly from all that obey the constraints, and return its kept blocks."""
@@ -132,6 +128,12 @@ class Constraints:
         while len(drawn) < num:
             drawn[self.draw(generator)] = None
         return list(drawn)
+
+    @cached_property
+    def _units(self) -> list[tuple[int, ...]]:
+        """The blocks, or those that the rules remove as one."""
+        bound = [tuple(sorted(group)) for group in self.rules.together]
+        return sorted([*bound, *((i,) for i in range(self.num_blocks) if all(i not in group for group in bound))])
 
     @cached_property
     def _uniform(self) -> Subsets:

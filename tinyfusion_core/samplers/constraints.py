@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from ..errors import UserError, nearest, require
-from ..settings import Settings
+from ..settings import MOST, Settings
 from .automaton import Automaton, Demands, Segment, automaton_of
 
 Budget = int | Mapping[str, int]
@@ -58,8 +58,8 @@ class Rules(Settings):
     """
 
     keep: int | Mapping[str, int] | None = None
-    costs: Sequence[int] | None = None
-    budget: int | None = None
+    costs: Sequence[int] | None = field(default=None, metadata={MOST: None})
+    budget: int | None = field(default=None, metadata={MOST: None})
     protect: Sequence[int] = ()
     remove: Sequence[int] = ()
     together: Sequence[Sequence[int]] = ()

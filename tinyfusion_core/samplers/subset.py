@@ -116,7 +116,7 @@ class ScoreFunction(SubsetSampler):
         self, lists: Mapping[str, int], rules: Rules, masks: int = 4, entropy: tuple[float, float] = (0.3, 0.0)
     ) -> None:
         super().__init__(lists, rules)
-        require(masks >= 2, "search.sampler.masks", masks, "at least 2")
+        require(2 <= masks <= 1000, "search.sampler.masks", masks, "2 to 1,000")
         require(min(entropy) >= 0, "search.sampler.entropy", entropy, "weights of 0 or more")
         self.masks_per_sample = masks
         self.entropy_schedule, self.entropy_weight = entropy, entropy[0]

@@ -15,6 +15,7 @@ from ..protocols.task import Task
 from ..records import read_as
 from ..runtime.files import digest, write_json
 from ..samplers.constraints import Rules
+from ..settings import LARGEST
 from ..training.trainer import Trainer
 from .costs import BATCH_SIZE, CostKind, NetworkCosts, network_costs
 
@@ -155,7 +156,8 @@ def parse_budget(value: Any, owner: str) -> CostBudget:
     expected = f"a number above 0, with K, M, G or T if it is large, or a share below 1x: {_WAYS}"
     require(amount > 0 and not (relative and amount >= 1), f"{key}.{said[0]}", given[said[0]], expected)
     size = given.get("batch_size", BATCH_SIZE)
-    require(str(size).removesuffix(".0").isdigit() and float(size) >= 1, f"{key}.batch_size", size, "at least 1")
+    whole = str(size).removesuffix(".0").isdigit() and 1 <= float(size) <= LARGEST
+    require(whole, f"{key}.batch_size", size, f"a whole number from 1 to {LARGEST:,}")
     return CostBudget(said[0], amount, relative, int(float(size)))
 
 

@@ -21,6 +21,7 @@ from ..protocols.block_call import BatchDim, Call, positional_names
 from ..protocols.task import Task
 from ..protocols.undisturbed import evaluating
 from ..pruning.gating import Gates
+from ..pruning.prefixes import Prefixes
 from ..runtime.distributed import batches, local_share, map_sharded, rank_and_world_size
 from ..runtime.progress import Tracker, track
 from ..runtime.seeding import Rng
@@ -94,7 +95,7 @@ class Calibration:
         name: label of the progress bar.
 
     Attributes:
-        evaluations: sample forward passes so far, over all processes.
+        evaluations: sample forward passes so far, over all processes, each counted as a whole one.
     """
 
     def __init__(self, task: Task, trainer: Trainer, samples: int, batch_size: int, name: str = "calibration") -> None:
@@ -121,18 +122,19 @@ class Calibration:
             masks: (masks, num_blocks) zeros and ones.
             note: appended to the label of the progress bar.
         """
-        with self._open(len(masks), note) as progress, torch.no_grad(), self._gates() as gates:
+        with self._open(len(masks), note) as progress, torch.no_grad(), self._gates:
 
             def work(rows: range) -> Tensor:
-                inputs, losses = self._inputs(rows), []
-                for mask in masks.to(self.device):
-                    gates.mask = mask.expand(len(rows), -1)
-                    losses.append(self._losses(inputs).cpu().double())
+                inputs, found = self._inputs(rows), torch.empty(len(masks), len(rows), dtype=torch.float64)
+                for i, losses in self._prefixes.evaluate(
+                    masks.to(self.device), len(rows), lambda: self._losses(inputs).cpu().double()
+                ):
+                    found[i] = losses
                     progress.advance(len(rows))
-                return torch.stack(losses)
+                return found
 
             found = torch.cat(map_sharded(self._parts, work), dim=1)
-        return found.nan_to_num(nan=torch.inf, neginf=torch.inf)
+        return found.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=torch.inf)
 
     def gradients(self) -> list[float]:
         """Return for every block the mean over samples of |dL/dm|, m being the block's mask, at m = 1.
@@ -141,7 +143,7 @@ class Calibration:
             UserError: a value is not finite.
         """
         num_blocks = len(self.task.blocks)
-        with self._open(1) as progress, torch.enable_grad(), self._gates() as gates:
+        with self._open(1) as progress, torch.enable_grad(), self._gates as gates:
             self.task.teacher.requires_grad_(False)
 
             def work(rows: range) -> Tensor:
@@ -215,6 +217,7 @@ class Calibration:
         with self.trainer.accelerator.autocast():
             return self.task.loss.losses(self.task.teacher, inputs)
 
+    @cached_property
     def _gates(self) -> Gates:
         return Gates(
             self.task.teacher,
@@ -223,6 +226,10 @@ class Calibration:
             self.task.backbone.streams,
             self.task.backbone.unneeded,
         )
+
+    @cached_property
+    def _prefixes(self) -> Prefixes:
+        return Prefixes(self._gates)
 
     @cached_property
     def _batch_dim(self) -> BatchDim:

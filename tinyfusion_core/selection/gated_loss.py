@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,9 @@ from ..pruning.gating import Gates
 from ..runtime.seeding import Rng
 from ..samplers.base import BlockSampler
 from ..training.objective import Objective
+
+LONG, HARDLY = 100, 1e-3
+"""Steps after which a search should have moved the probability of some block by so much."""
 
 
 def value_weights(mask: Tensor, share: float, rng: Rng) -> Tensor | None:
@@ -132,7 +136,7 @@ class GatedLoss(Objective):
 
 
 def check_learned(before: BlockSampler, after: BlockSampler, steps: int) -> None:
-    """Check that a search of a single step has changed its distribution over masks.
+    """Check that a search has changed its distribution over masks; warn if a long one hardly has.
 
     Args:
         before: the distribution at the beginning.
@@ -140,9 +144,21 @@ def check_learned(before: BlockSampler, after: BlockSampler, steps: int) -> None
         steps: how many steps it took.
 
     Raises:
-        UserError: every block is as likely to be kept as at the beginning.
+        UserError: after a single step every block is as likely to be kept as at the beginning.
     """
-    if steps == 1 and before.num_masks > 1 and (after.marginals() - before.marginals()).abs().max() < 1e-4:
+    moved = float((after.marginals() - before.marginals()).abs().max())
+    if before.num_masks == 1:
+        return
+    if steps == 1 and moved < 1e-4:
         raise UserError(
             "search: after 1 step every block is as likely to be kept as at the beginning; set more search.steps"
+        )
+    # Noise alone moves the gates of a usual learning rate by more, unless their gradient is zero; short searches are
+    # tests of a recipe.
+    if steps >= LONG and moved < HARDLY:
+        warnings.warn(
+            f"search: after {steps:,} steps no block is kept more or less often than at the beginning by more than "
+            f"{moved:.1e}: its choice means little. Set a higher search.lr_gates or more "
+            "search.steps, unless no block matters",
+            stacklevel=2,
         )

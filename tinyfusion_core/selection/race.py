@@ -75,7 +75,12 @@ class Race(Constrained):
         require(self.lr > 0, "search.lr", self.lr, "a rate above 0")
         require(self.sure >= 0, "search.sure", self.sure, "0 or more standard errors")
         require(self.batch_size is None or self.batch_size >= 1, "search.batch_size", self.batch_size, "at least 1")
-        require(self.proposers is None or self.proposers, "search.proposers", self.proposers, "at least one selector")
+        require(
+            self.proposers is None or len(self.proposers) > 0,
+            "search.proposers",
+            self.proposers,
+            "at least one selector",
+        )
 
     def recovery(self, steps: int) -> Recover:
         """Return the recovery of one entrant by some steps."""
@@ -185,7 +190,8 @@ class _Running:
 
     def _propose(self, constraints: Constraints) -> tuple[float, ...]:
         """Let everybody propose; returns the marginals of the first who has learned some."""
-        quiet, marginals, logged = replace(self.trainer, trackers=()), (), False
+        quiet, logged = replace(self.trainer, trackers=()), False
+        marginals: tuple[float, ...] = ()
         for i, proposer in enumerate(self.how.proposed_by()):
             # One search is shown as that of the run.
             own = proposer.learned() is not None and not logged
@@ -218,7 +224,8 @@ class _Running:
     def _neighbours(self, constraints: Constraints, leader: Mask, tried: Mapping[Mask, Tensor]) -> list[Mask]:
         """Masks one exchange away that were not tried, those with the blocks that entrants keep most often first."""
         votes = [sum(block in mask for mask in tried) for block in range(constraints.num_blocks)]
-        near = [mask for mask in constraints.exchanges(leader) if mask not in tried]
+        exchanged = [tuple(sorted({*leader} - {*out} | {*back})) for out, back in constraints.exchanges(leader)]
+        near = [mask for mask in exchanged if mask not in tried]
         return sorted(near, key=lambda mask: (-sum(votes[block] for block in mask), mask))
 
     def _recovered(self, number: int, entrants: Sequence[Mask], steps: int, note: str = "") -> dict[Mask, Tensor]:
@@ -242,7 +249,7 @@ class _Running:
         self.evaluations += steps * (self.how.batch_size or quiet.batch_size) + len(self.judged)
         try:
             recovery(self.healing, student, None, quiet, part, stage=f"race {number}")
-            (losses,) = calibration.sample_losses(torch.ones(1, len(mask)))
+            losses = calibration.sample_losses(torch.ones(1, len(mask)))[0]
         except Diverged:
             losses = torch.full((len(self.judged),), math.inf, dtype=torch.float64)
         return losses

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from ..protocols.task import Task
 from ..runtime.seeding import generator
 from ..samplers.compiled import Constraints
 from ..training.trainer import Trainer
-from .calibration import Calibrated
+from .calibration import Calibrated, Calibration
 from .criteria import CriterionResult
 
 
@@ -60,11 +61,22 @@ class LeaveOneOut(Calibrated):
         return CriterionResult(constraints.best(scores), calibration.evaluations, {"scores": scores})
 
 
+@dataclass(frozen=True, kw_only=True)
 class Greedy(Calibrated):
     """Remove the block whose removal raises the calibration loss least, then repeat (SLEB, arXiv:2402.09025).
 
     Blocks that constraints tie are removed as one. With a budget of costs it ends as soon as the budget is met.
+
+    Args:
+        swaps: how often, at most, a kept and a removed block are exchanged afterwards: the two that lower the
+            calibration loss most, as long as any do.
     """
+
+    swaps: int = field(default=0, metadata={"neutral": 0})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.swaps >= 0, "Greedy.swaps", self.swaps, "0 or more")
 
     @override
     def decide(self, constraints: Constraints, task: Task, trainer: Trainer) -> CriterionResult:
@@ -72,7 +84,8 @@ class Greedy(Calibrated):
         rounds = constraints.num_blocks - len(constraints.best([0.0] * constraints.num_blocks))
         removed: list[int] = []
         lowest: list[float] = []
-        while candidates := constraints.removable(kept):
+        # Every round removes a block, so that there are at most as many.
+        while len(removed) < constraints.num_blocks and (candidates := constraints.removable(kept)):
             masks = [[j for j in kept if j not in unit] for unit in candidates]
             note = f", block {len(removed) + 1} of {rounds}"
             losses = calibration.losses(_rows(masks, constraints.num_blocks), note)
@@ -80,7 +93,25 @@ class Greedy(Calibrated):
             best = losses.index(lowest[-1])
             kept = masks[best]
             removed += candidates[best]
-        return CriterionResult(kept, calibration.evaluations, {"removed": removed, "losses": lowest})
+        found: dict[str, Any] = {"removed": removed, "losses": lowest}
+        if self.swaps:
+            kept, found["exchanges"] = self._exchanged(kept, lowest, constraints, calibration)
+        return CriterionResult(kept, calibration.evaluations, found)
+
+    def _exchanged(
+        self, kept: list[int], losses: list[float], constraints: Constraints, calibration: Calibration
+    ) -> tuple[list[int], list[dict[str, Any]]]:
+        """Return what is kept after the exchanges, and these; the last of the losses is that of `kept`."""
+        made: list[dict[str, Any]] = []
+        while len(made) < self.swaps and (pairs := constraints.exchanges(kept)):
+            masks = [sorted({*kept, *back}.difference(out)) for out, back in pairs]
+            found = calibration.losses(_rows(masks, constraints.num_blocks), f", exchange {len(made) + 1}")
+            best = found.index(min(found))
+            if found[best] >= losses[-1]:
+                break
+            kept, losses = masks[best], [found[best]]
+            made.append({"removed": list(pairs[best][0]), "kept": list(pairs[best][1]), "loss": found[best]})
+        return kept, made
 
 
 class Taylor(Calibrated):

@@ -15,7 +15,7 @@ from ..dataloading.order import order_of
 from ..errors import Interrupted, UserError
 from ..protocols.backbone import Batch
 from ..protocols.data import Samples
-from ..runtime.distributed import check_ranks_agree, on_every_rank, on_main_process
+from ..runtime.distributed import check_ranks_agree, naming_the_dead, on_every_rank, on_main_process
 from ..runtime.progress import track
 from ..runtime.run_folder import RunFolder
 from ..runtime.seeding import Rng
@@ -68,12 +68,14 @@ class Fit:
         self._rows = Rows.of(trainer)
         self._saved = time.monotonic()
 
+    @naming_the_dead()
     def run(self) -> None:
         """Train.
 
         Raises:
             Interrupted: SIGINT or SIGTERM arrived; the step was finished and a checkpoint saved.
-            UserError: too many steps in a row were not finite, the data cannot be read, or the disk is full.
+            UserError: too many steps in a row were not finite, the data cannot be read, the disk is full, or another
+                process has died.
         """
         trainer, steps, main = self.trainer, self.optimization.steps, self.trainer.accelerator.is_main_process
         with ExitStack() as stack:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..protocols.backbone import Batch
-from ..runtime.seeding import Rng, seed_of
+from ..runtime.seeding import Rng, seed_forward, seed_of
 from .objective import Objective, Optimization
 from .trainer import Trainer
 
@@ -125,7 +125,7 @@ class Update:
         """Forward and backward for some of this process's rows. Returns the means of the losses and of their terms."""
         trainer, rows, first = self.trainer, self.rows, self.rows.first + row
         # Dropout and its like draw from the global generator; a step's numbers must not depend on the past.
-        torch.manual_seed(seed_of(trainer.seed, self.stage, step, "forward", first))
+        seed_forward(seed_of(trainer.seed, self.stage, step, "forward", first), trainer.accelerator.device)
         rng = Rng(trainer.seed, self.stage, step, first)
         some = {name: t[row : row + rows.micro] for name, t in batch.items()}
         # FSDP averages after every pass: whole gradients would take the memory that it is there to save.

@@ -29,14 +29,15 @@ from tinyfusion_core.runtime.locking import check_free, owned
 from tinyfusion_core.runtime.progress import track
 from tinyfusion_core.runtime.seeding import generator
 from tinyfusion_core.runtime.signals import stop_requests
+from tinyfusion_core.settings import Settings
 from tinyfusion_images.encoding.autoencoder import fingerprint
 from tinyfusion_images.encoding.crops import Crops, ImageFolder, list_images
-from tinyfusion_images.encoding.encoder import DTYPES, ImageEncoder
+from tinyfusion_images.encoding.encoder import ImageEncoder
 from tinyfusion_images.encoding.latents_folder import LATENTS, Record
 
 
 @dataclass(frozen=True, kw_only=True)
-class Encode:
+class Encode(Settings):
     """Encode a folder of images to latents, in shuffled shards that the data source `Latents` reads.
 
     The folder has one folder for each class; sorted by name they are labels 0, 1, ... Images are cropped as ADM does.
@@ -76,8 +77,6 @@ class Encode:
     def __post_init__(self) -> None:
         for name in ("size", "shard_size", "batch_size"):
             require(getattr(self, name) >= 1, f"encode: {name}", getattr(self, name), "at least 1")
-        require(self.kind in ("sample", "moments"), "encode: kind", self.kind, "sample or moments")
-        require(self.dtype in DTYPES, "encode: dtype", self.dtype, " or ".join(DTYPES))
         require(self.num_workers >= 0, "encode: num_workers", self.num_workers, "0 or more")
 
     def __call__(self, images: Path, out: Path) -> dict[str, Any]:

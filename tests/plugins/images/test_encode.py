@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
+from forks import command, start, wait
 from small_run import run
 from tinyfusion_core.cli import main
 from tinyfusion_core.errors import Interrupted, UserError
@@ -144,9 +142,7 @@ def test_two_processes_and_a_kill_make_what_one_makes(tiny_vae: Path, images: Pa
     torch.set_num_threads(1)  # what a forked process can use
     assert main(["encode", *words, "--out", str(whole)]) == 0
 
-    # A fork spares the seconds that imports take.
-    process = multiprocessing.get_context("fork").Process(target=main, args=(["encode", *words, "--out", str(killed)],))
-    process.start()
+    (process,) = start(command("encode", *words, "--out", killed), tmp_path / "killed.txt")
     deadline = time.monotonic() + 120
     while not list(killed.glob("0*.json")):
         assert process.is_alive()
@@ -165,12 +161,10 @@ def test_two_processes_and_a_kill_make_what_one_makes(tiny_vae: Path, images: Pa
         (killed / damaged).write_bytes(b"?")
     (killed / f".00009-of-{NUM:05d}.safetensors.x.partial").write_bytes(b"a kill in the middle of a write")
 
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["-m", "tinyfusion_core", "encode", *words, "--out", str(killed)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count(f"{NUM} images in {NUM} shards, all verified") == 1
+    log = tmp_path / "log.txt"
+    ranks = start(command("encode", *words, "--out", killed), log, processes=2)
+    assert wait(ranks) == [0, 0], log.read_text()[-3000:]
+    assert log.read_text().count(f"{NUM} images in {NUM} shards, all verified") == 1
     assert content(killed) == content(whole)
     for name in recorded - {damaged}:
         assert (killed / name).stat().st_mtime_ns == kept[name]
@@ -289,9 +283,10 @@ def test_folders_of_images(tmp_path: Path) -> None:
 def test_what_cannot_be_asked_for(tiny_vae: Path) -> None:
     for how, message in (
         ({"size": 0}, "encode: size is 0"),
-        ({"kind": "mean"}, "kind is 'mean'; expected sample or moments"),
-        ({"dtype": "int8"}, "dtype is 'int8'; expected float32 or float16 or bfloat16"),
+        ({"kind": "mean"}, r"kind \(of Encode\) is .mean.; expected .sample. or .moments."),
+        ({"dtype": "int8"}, r"dtype \(of Encode\) is .int8.; expected .float32. or .float16. or .bfloat16."),
         ({"num_workers": -1}, "num_workers is -1"),
+        ({"batch_size": 10**18}, r"batch_size \(of Encode\) is 1\d+; expected at most 100,000"),
     ):
         with pytest.raises(UserError, match=message):
             Encode(vae=str(tiny_vae), **how)

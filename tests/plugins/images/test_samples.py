@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from forks import command, start
 from tinyfusion_core.cli import main
+from tinyfusion_core.evaluation.generation import sample_rows
 
 
 def sample(finished: Path, to: Path, num: int, *flags: str) -> int:
@@ -21,18 +22,17 @@ def sample(finished: Path, to: Path, num: int, *flags: str) -> int:
 
 
 def test_killed_and_gone_on_with_it_is_the_same_set(finished: Path, tmp_path: Path) -> None:
-    num, archive = 300, tmp_path / "set.npz"
+    num, archive = 90, tmp_path / "set.npz"
     words = ["sample", str(finished), "--num", str(num), "--to", str(archive), "--batch-size", "3"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, "-m", "tinyfusion_core", *words], env=env, stderr=subprocess.DEVNULL)
+    (process,) = start(command(*words), finished.parent / "sample.txt")
     deadline = time.monotonic() + 120
     parts = tmp_path / "set.npz.parts"
     while len(list(parts.glob("*.safetensors"))) < 3:
         assert time.monotonic() < deadline
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.01)
     process.kill()
-    process.wait()
+    process.join()
     (tmp_path / ".set.npz.x.partial").write_bytes(b"a kill in the middle of a write")
     before = {path: path.stat().st_mtime_ns for path in parts.glob("*.safetensors")}
     assert 3 <= len(before) < num / 3
@@ -57,7 +57,7 @@ def test_a_folder_is_completed_and_grows(finished: Path, tmp_path: Path, capsys:
     for name, (content, when) in first.items():
         assert (to / name).read_bytes() == content
         assert name in ("000003.png", "000004.png", "000005.png") or (to / name).stat().st_mtime_ns == when
-    assert sorted(path.name for path in to.iterdir()) == [*(f"{i:06d}.png" for i in range(12)), "samples.json"]
+    assert sorted(path.name for path in to.iterdir()) == [".lock", *(f"{i:06d}.png" for i in range(12)), "samples.json"]
     record = json.loads((to / "samples.json").read_text())
     assert record["labels"] == [*range(10), 0, 1]
     assert record["num"] == 12
@@ -70,14 +70,20 @@ def test_a_folder_is_completed_and_grows(finished: Path, tmp_path: Path, capsys:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "holiday.png").touch()
     assert sample(finished, tmp_path / "mine", 3) == 2
-    assert "was not made by this command" in capsys.readouterr().err
-    for name, content in (("theirs.npz.json", "[]"), ("theirs.npz.parts/film", "film")):
+    assert "mine: is neither empty nor samples of tinyfusion's" in capsys.readouterr().err
+    not_made, not_empty = "was not made by this command; delete it", "is neither empty nor samples"
+    for name, content, said in (
+        ("theirs.npz", "numbers", not_made),
+        ("theirs.npz.json", "[]", not_made),
+        ("theirs.npz.parts/film", "film", not_empty),
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
         assert sample(finished, tmp_path / "theirs.npz", 3) == 2
-        assert "was not made by this command" in capsys.readouterr().err
+        assert said in capsys.readouterr().err
         assert (tmp_path / name).read_text() == content
         (tmp_path / name).unlink()
+        assert not [path for path in tmp_path.glob("theirs.npz*") if path.is_file()]
     assert sample(finished, to, 0) == 2
     assert "--num is 0" in capsys.readouterr().err
 
@@ -91,3 +97,34 @@ def test_an_archive_that_is_there_is_left_alone(finished: Path, tmp_path: Path) 
     assert sample(finished, to, 5) == 0
     with np.load(to) as content:
         assert content["arr_0"].shape == (5, 8, 8, 3)
+
+
+def test_a_grid_replaces_a_grid_and_no_picture_of_the_users(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, words = tmp_path / "x.png", ["sample", str(finished), "--num", "2", "--out"]
+    assert main([*words, str(out)]) == 0
+    first = out.read_bytes()
+    assert main([*words, str(out), "--seed", "1"]) == 0
+    assert out.read_bytes() != first
+    capsys.readouterr()
+    Image.new("RGB", (4, 4)).save(tmp_path / "holiday.png")
+    (tmp_path / "broken.png").write_text("no picture")
+    for name in ("holiday.png", "broken.png"):
+        before = (tmp_path / name).read_bytes()
+        assert main([*words, str(tmp_path / name)]) == 2
+        assert f"--out: {tmp_path / name} exists and was not made by this command" in capsys.readouterr().err
+        assert (tmp_path / name).read_bytes() == before
+
+
+def test_samples_whose_folder_goes_while_they_are_made(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made(*given: Any) -> Any:
+        shutil.rmtree(tmp_path / "gone")
+        return sample_rows(*given)
+
+    monkeypatch.setattr("tinyfusion_images.samples.sample_rows", made)
+    assert sample(finished, tmp_path / "gone", 3) == 2
+    assert "gone: was deleted, moved or replaced while this command was at work" in capsys.readouterr().err
+    assert not (tmp_path / "gone").exists()
