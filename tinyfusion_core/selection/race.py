@@ -129,12 +129,7 @@ class Race(Constrained):
     @override
     def trainings(self) -> Sequence[Search | Recover]:
         theirs = [training for proposer in self.proposed_by() for training in proposer.trainings()]
-        return (*theirs, self.recovery(self.share))
-
-    @property
-    def share(self) -> int:
-        """Updates of one round; all entrants of the round together."""
-        return self.steps // (self.rounds + self.neighbours)
+        return (*theirs, self.recovery(self.steps))
 
     @override
     def __call__(self, task: Task, trainer: Trainer, run: RunFolder | None = None) -> Decision:
@@ -151,6 +146,7 @@ class _Running:
         of: who proposed each mask.
         rounds: for each round, every entrant with its loss, for the record.
         evaluations: samples that networks were run on.
+        spent: updates of all recoveries.
     """
 
     how: Race
@@ -160,25 +156,32 @@ class _Running:
     of: dict[Mask, list[str]] = field(default_factory=dict)
     rounds: list[list[dict[str, Any]]] = field(default_factory=list)
     evaluations: int = 0
+    spent: int = 0
 
     def decision(self) -> Decision:
-        how, share = self.how, self.how.share
+        how = self.how
         constraints = how.compiled(self.task.blocks)
-        learned = self._propose(constraints)
+        marginals = self._propose(constraints)
         healing, self.judged = set_apart(self.task.train, how.samples, self.trainer.seed, "race")
         self.healing = replace(self.task, train=healing)
         entrants, leader = list(self.of), None
         for number in range(1, how.rounds + 1):
+            begins = number == 1 and how.neighbours
+            share = (how.steps - self.spent) // (how.rounds - number + 1 + begins)
             steps = share // len(entrants)
-            if not steps:
+            if not steps and number == 1:
+                least = len(entrants) * (how.rounds + how.neighbours)
                 raise UserError(
-                    f"search.steps is {how.steps}: a round has {share} for {len(entrants)} entrants; give at least "
-                    f"{len(entrants) * (how.rounds + how.neighbours)}"
+                    f"search.steps is {how.steps}: too few for {len(entrants)} masks to recover; give at least {least}"
                 )
+            if not steps:
+                break
             losses = self._recovered(number, entrants, steps)
             leader = leading(losses, leader, how.sure)
-            if number == 1 and how.neighbours:
-                leader = self._try_neighbours(constraints, losses, leader, steps, share // steps)
+            if begins:
+                leader = self._try_neighbours(constraints, losses, leader, (number, steps), share)
+            if how.neighbours and len(surviving(losses, leader, how.sure)) == 1:  # what is left is for more of them
+                leader = self._try_neighbours(constraints, losses, leader, (number, steps), how.steps - self.spent)
             self._record(losses, leader, steps)
             entrants = surviving(losses, leader, how.sure)
             if len(entrants) == 1:
@@ -186,7 +189,7 @@ class _Running:
         assert leader is not None
         where = {**provenance(self.trainer.seed, self.task.source), "evaluations": self.evaluations}
         decision = how._decision(self.task.blocks, constraints, leader, {**where, "race": self.rounds})
-        return replace(decision, marginals=learned)
+        return replace(decision, marginals=marginals)
 
     def _propose(self, constraints: Constraints) -> tuple[float, ...]:
         """Let everybody propose; returns the marginals of the first who has learned some."""
@@ -210,14 +213,23 @@ class _Running:
         return marginals
 
     def _try_neighbours(
-        self, constraints: Constraints, losses: dict[Mask, Tensor], leader: Mask, steps: int, tries: int
+        self, constraints: Constraints, losses: dict[Mask, Tensor], leader: Mask, heat: tuple[int, int], share: int
     ) -> Mask:
-        """Let neighbours of the leader enter, and of whoever takes its place. Returns the leader at the end."""
-        while near := self._neighbours(constraints, leader, losses)[:tries]:
-            tries -= len(near)
+        """Let neighbours of the leader enter a round, and of whoever takes its place. Returns the leader at the end.
+
+        Args:
+            constraints: what masks must obey.
+            losses: of the entrants, (samples,) each; gets those of the neighbours.
+            leader: who leads.
+            heat: number of the round, and the steps by which its entrants are recovered.
+            share: updates that it may take.
+        """
+        number, steps = heat
+        while near := self._neighbours(constraints, leader, losses)[: share // steps]:
+            share -= len(near) * steps
             for mask in near:
                 self.of[mask] = ["neighbour"]
-            losses |= self._recovered(1, near, steps, "neighbours")
+            losses |= self._recovered(number, near, steps, ", neighbours")
             leader = leading(losses, leader, self.how.sure)
         return leader
 
@@ -231,7 +243,7 @@ class _Running:
     def _recovered(self, number: int, entrants: Sequence[Mask], steps: int, note: str = "") -> dict[Mask, Tensor]:
         """Recover entrants; returns the losses of each, (samples,), infinite if they are not finite."""
         losses, show = {}, self.trainer.accelerator.is_main_process
-        with track(f"race, round {number} {note}".rstrip(), len(entrants), show=show) as progress:
+        with track(f"race, round {number}{note}", len(entrants), show=show) as progress:
             for mask in entrants:
                 losses[mask] = self._recover(mask, number, steps)
                 progress.advance()
@@ -246,6 +258,7 @@ class _Running:
         judged = replace(self.task, model=student, train=self.judged)
         calibration = Calibration(judged, quiet, len(self.judged), 64, "race")
         recovery = self.how.recovery(steps)
+        self.spent += steps
         self.evaluations += steps * (self.how.batch_size or quiet.batch_size) + len(self.judged)
         try:
             recovery(self.healing, student, None, quiet, part, stage=f"race {number}")
