@@ -15,7 +15,7 @@ import torch
 
 import tinyfusion_core as tiny
 from tinyfusion_core.protocols.data import Samples
-from tinyfusion_core.selection.calibration import Calibration
+from tinyfusion_core.selection.criteria.calibration import Calibration
 from tinyfusion_dit import DiT, GaussianDiffusion
 from tinyfusion_images import Digits
 

@@ -21,7 +21,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import tinyfusion_core as tiny
-from tinyfusion_core.selection.calibration import Calibrated, Calibration
+from tinyfusion_core.selection.criteria.calibration import Calibrated, Calibration
 from tinyfusion_dit.model import DiT
 
 WIDTH, HEADS, SIDE, ROWS = 128, 4, 8, 4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tinyfusion_core as tiny
 import toys
-from tinyfusion_core.selection.criteria import FirstN, LastN
+from tinyfusion_core.selection.criteria.positions import FirstN, LastN
 
 TRAINER = tiny.Trainer(precision="fp32", batch_size=8, seed=1)
 RECOVER = tiny.Recover(steps=12, lr=1e-3)

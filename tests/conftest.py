@@ -31,6 +31,12 @@ def _reproducible() -> None:
     torch.set_num_threads(int(os.environ["TINYFUSION_TEST_THREADS"]))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _thawed_at_the_end() -> Iterator[None]:
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _quick_collections() -> None:
     """Every training ends with a garbage collection, which looks at all that was ever imported: half a second."""

@@ -154,6 +154,8 @@ def numbers(folder: Path, trainer: tiny.Trainer, only: Collection[str] = ()) -> 
         others = [tiny.Uniform(pattern=(2, 4)), tiny.LeaveOneOut(pattern=(2, 4), samples=8)]
         finals = tiny.Finals(search=SEARCHES["grouped, lora"], masks=2, others=others, steps=2, samples=8)
         found["finals"] = {"kept": finals(task(), trainer).kept}
+        race = tiny.Race(pattern=(2, 4), proposers=others, steps=24, samples=8)
+        found["race"] = {"kept": race(task(), trainer).kept}
     return found
 
 

@@ -14,7 +14,7 @@ from torch.utils.data import get_worker_info
 import tinyfusion_core as tiny
 import tinyfusion_core.evaluation.metrics
 import tinyfusion_core.pipeline.run
-import tinyfusion_core.selection.calibration
+import tinyfusion_core.selection.criteria.calibration
 from tinyfusion_core.errors import Interrupted
 from tinyfusion_core.protocols.data import Tensors
 from tinyfusion_core.pruning.removal import remove_blocks

@@ -19,8 +19,8 @@ from small_run import digits_task
 from tinyfusion_core.evaluation.generation import generate
 from tinyfusion_core.runtime.distributed import map_sharded, on_main_process, rank_and_world_size
 from tinyfusion_core.runtime.seeding import generator
-from tinyfusion_core.selection.calibration import Calibration
-from tinyfusion_core.selection.similarity import LinearCKA, cosine, squared_error
+from tinyfusion_core.selection.criteria.calibration import Calibration
+from tinyfusion_core.selection.criteria.similarity import LinearCKA, cosine, squared_error
 from tinyfusion_images.fidelity import Fidelity
 from tinyfusion_images.samples import write_samples
 from tinyfusion_mar import MAR, MaskedTokenDiffusion

@@ -31,7 +31,8 @@ def tinyfusion_register_metrics() -> list[type[Metric]]:
 @hookimpl
 def tinyfusion_register_selectors() -> list[type[Selector]]:
     """Selectors: the search, successive halving and the criteria."""
-    from .selection import criteria, sensitivity, similarity
+    from .selection import given
+    from .selection.criteria import positions, sensitivity, similarity
     from .selection.race import Race
     from .selection.search import Search
     from .selection.successive_halving import Finals
@@ -40,12 +41,12 @@ def tinyfusion_register_selectors() -> list[type[Selector]]:
         Search,
         Race,
         Finals,
-        criteria.Keep,
-        criteria.Nested,
-        criteria.Uniform,
-        criteria.FirstN,
-        criteria.LastN,
-        criteria.BKSDM,
+        given.Keep,
+        given.Nested,
+        positions.Uniform,
+        positions.FirstN,
+        positions.LastN,
+        positions.BKSDM,
         sensitivity.Random,
         sensitivity.LeaveOneOut,
         sensitivity.Greedy,

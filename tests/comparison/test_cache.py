@@ -24,8 +24,8 @@ from tinyfusion_core.comparison.study import Compare
 from tinyfusion_core.errors import Interrupted
 from tinyfusion_core.runtime.files import NEUTRAL, digest
 from tinyfusion_core.samplers.grouped import GroupedSampler
-from tinyfusion_core.selection.criteria import FirstN, LastN, Uniform
-from tinyfusion_core.selection.sensitivity import Greedy
+from tinyfusion_core.selection.criteria.positions import FirstN, LastN, Uniform
+from tinyfusion_core.selection.criteria.sensitivity import Greedy
 
 
 def test_finished_cells_are_never_computed_again(tmp_path: Path, worked: Counter[str]) -> None:

@@ -19,7 +19,7 @@ from tinyfusion_core.cli import main
 from tinyfusion_core.comparison.results import ComparisonResults
 from tinyfusion_core.pipeline.plan import make_comparison_plan, make_plan
 from tinyfusion_core.pipeline.run import make_task
-from tinyfusion_core.selection.criteria import FirstN
+from tinyfusion_core.selection.criteria.positions import FirstN
 from tinyfusion_images.features import shipped
 
 

@@ -22,9 +22,11 @@ from tinyfusion_core.errors import UserError
 from tinyfusion_core.pipeline.compare import write_comparison
 from tinyfusion_core.protocols.backbone import Backbone
 from tinyfusion_core.protocols.data import Tensors
-from tinyfusion_core.selection.criteria import CriterionResult, FirstN, Keep, LastN, Uniform
-from tinyfusion_core.selection.sensitivity import Greedy, LeaveOneOut
-from tinyfusion_core.selection.similarity import BlockInfluence
+from tinyfusion_core.selection.criteria.base import CriterionResult
+from tinyfusion_core.selection.criteria.positions import FirstN, LastN, Uniform
+from tinyfusion_core.selection.criteria.sensitivity import Greedy, LeaveOneOut
+from tinyfusion_core.selection.criteria.similarity import BlockInfluence
+from tinyfusion_core.selection.given import Keep
 
 
 def test_an_audit_ranks_the_working_blocks_first(tmp_path: Path) -> None:

@@ -11,10 +11,10 @@ LOSS = "selection/gated_loss.py"
 WEIGHTS = "pruning/test_weight_updates.py::"
 GATED = "selection/test_gated_loss.py::"
 DROPPED = "pruning/test_dropped_values.py::test_a_share_of_the_values_is_weighted_to_a_mean_of_one"
-CALIBRATION = "selection/calibration.py"
+CALIBRATION = "selection/criteria/calibration.py"
 CRITERIA = "selection/test_criteria.py::"
 BY_HAND = "selection/test_criteria_by_hand.py::"
-SIMILARITY = "selection/similarity.py"
+SIMILARITY = "selection/criteria/similarity.py"
 HALVING = "selection/successive_halving.py"
 HALVED = "selection/test_finals.py::test_the_final_heals_the_best_masks_and_keeps_the_winner"
 TEACHERS = "evaluation/test_teacher_check.py::"
@@ -195,28 +195,28 @@ CRITERIA_AND_HALVING = [
     ),
     Mutation(
         "the block that matters least is kept",
-        "selection/sensitivity.py",
+        "selection/criteria/sensitivity.py",
         "[loss - full for loss in losses]",
         "[full - loss for loss in losses]",
         (BY_HAND + "test_leave_one_out_by_hand",),
     ),
     Mutation(
         "greedy removes the block that costs most",
-        "selection/sensitivity.py",
+        "selection/criteria/sensitivity.py",
         "lowest += calibration.finite([min(losses)])",
         "lowest += calibration.finite([max(losses)])",
         (BY_HAND + "test_greedy_sees_what_belongs_together",),
     ),
     Mutation(
         "evenly spaced blocks start at the first",
-        "selection/criteria.py",
+        "selection/criteria/positions.py",
         "(i + 1) * size // num_kept - 1",
         "i * size // num_kept",
         (CRITERIA + "test_positions",),
     ),
     Mutation(
         "a smaller budget forgets the decision",
-        "selection/criteria.py",
+        "selection/given.py",
         "p + (i in decision.kept)",
         "p",
         (BY_HAND + "test_nested_budgets_rank_what_a_search_has_kept_before_the_rest",),

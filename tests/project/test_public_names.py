@@ -52,6 +52,7 @@ ALWAYS = [
     "Metric",
     "Nested",
     "OutputKD",
+    "Race",
     "Random",
     "Recover",
     "Rng",

@@ -12,8 +12,8 @@ from criteria_tasks import TRAINER, Linear, scalars
 from prefix_nets import NETS, ROWS, TOKENS, WIDTH, Stack, gates_of, inputs_of, masks_of, runs
 from tinyfusion_core.pruning.gating import Gates
 from tinyfusion_core.pruning.prefixes import Prefixes
-from tinyfusion_core.selection.calibration import Calibration
-from tinyfusion_core.selection.sensitivity import Greedy, LeaveOneOut
+from tinyfusion_core.selection.criteria.calibration import Calibration
+from tinyfusion_core.selection.criteria.sensitivity import Greedy, LeaveOneOut
 
 pytestmark = pytest.mark.numerics
 

@@ -63,6 +63,7 @@ SELECTORS = {
     "search": lambda keep: tiny.Search(keep=keep, steps=50),
     "criterion": lambda keep: tiny.Greedy(keep=keep),
     "finals": lambda keep: tiny.Finals(search=tiny.Search(keep=keep, steps=2), masks=2, steps=2),
+    "race": lambda keep: tiny.Race(keep=keep, steps=50),
 }
 
 

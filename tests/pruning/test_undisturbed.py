@@ -76,6 +76,7 @@ STAGES: dict[str, Callable[[tiny.Task], object]] = {
         for kind in (tiny.Greedy, tiny.LeaveOneOut, tiny.Taylor, tiny.BlockInfluence, tiny.SpanSimilarity)
     },
     "finals": lambda task: tiny.Finals(search=tiny.Search(keep=3, steps=2), masks=2, steps=2)(task, TRAINER),
+    "race": lambda task: tiny.Race(keep=3, steps=32)(task, TRAINER),
     "recovery": recovered,
     "evaluation": lambda task: evaluate(task, {"teacher": task.teacher}, [tiny.HeldOutLoss()], TRAINER),
     "wrap": lambda task: None,

@@ -13,8 +13,8 @@ import golden_data
 import tinyfusion_core as tiny
 from criteria_tasks import TRAINER, Plain, given, scores
 from golden_data import assert_close_rel, weights
-from tinyfusion_core.selection.calibration import Calibration
-from tinyfusion_core.selection.similarity import BlockInfluence, cosine
+from tinyfusion_core.selection.criteria.calibration import Calibration
+from tinyfusion_core.selection.criteria.similarity import BlockInfluence, cosine
 from tinyfusion_dit import GaussianDiffusion
 from tinyfusion_dit.model import DiT as Network
 from toys import Chain

@@ -135,6 +135,7 @@ SELECTORS: Mapping[str, Callable[..., Selector]] = {
     "Finals": lambda **how: tiny.Finals(
         search=tiny.Search(steps=4, **how), others=[tiny.Taylor(**how)], masks=2, steps=2
     ),
+    "Race": lambda **how: tiny.Race(steps=40, samples=16, **how),
 }
 
 

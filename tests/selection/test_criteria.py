@@ -16,10 +16,11 @@ from criteria_tasks import TRAINER, given, planted, scores
 from small_run import RECIPE
 from tinyfusion_core.errors import UserError
 from tinyfusion_core.samplers.constraints import Rules, Spending
-from tinyfusion_core.selection.calibration import Calibrated, Calibration
-from tinyfusion_core.selection.criteria import BKSDM, Criterion, FirstN, LastN, Uniform
-from tinyfusion_core.selection.sensitivity import Greedy, LeaveOneOut, Random, Taylor
-from tinyfusion_core.selection.similarity import BlockInfluence, InputOutputMSE, SpanSimilarity
+from tinyfusion_core.selection.criteria.base import Criterion
+from tinyfusion_core.selection.criteria.calibration import Calibrated, Calibration
+from tinyfusion_core.selection.criteria.positions import BKSDM, FirstN, LastN, Uniform
+from tinyfusion_core.selection.criteria.sensitivity import Greedy, LeaveOneOut, Random, Taylor
+from tinyfusion_core.selection.criteria.similarity import BlockInfluence, InputOutputMSE, SpanSimilarity
 from toys import Match, Net
 
 pytestmark = pytest.mark.numerics

@@ -10,10 +10,16 @@ from torch import Tensor, nn
 
 from criteria_tasks import TRAINER, Product, TwoStreams, given, scalars, scores, turn
 from tinyfusion_core.pruning.decision import Decision
-from tinyfusion_core.selection.calibration import Calibration
-from tinyfusion_core.selection.criteria import nested_scores
-from tinyfusion_core.selection.sensitivity import Greedy, LeaveOneOut, Taylor
-from tinyfusion_core.selection.similarity import BlockInfluence, InputOutputMSE, LinearCKA, SpanSimilarity, cosine
+from tinyfusion_core.selection.criteria.calibration import Calibration
+from tinyfusion_core.selection.criteria.sensitivity import Greedy, LeaveOneOut, Taylor
+from tinyfusion_core.selection.criteria.similarity import (
+    BlockInfluence,
+    InputOutputMSE,
+    LinearCKA,
+    SpanSimilarity,
+    cosine,
+)
+from tinyfusion_core.selection.given import nested_scores
 from toys import DoubleNet
 
 

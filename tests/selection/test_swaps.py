@@ -16,8 +16,8 @@ from criteria_tasks import TRAINER, Given, Plain, Product, given, scalars
 from tinyfusion_core.comparison.cache import _described
 from tinyfusion_core.errors import UserError
 from tinyfusion_core.samplers.constraints import Rules
-from tinyfusion_core.selection.calibration import Calibration
-from tinyfusion_core.selection.sensitivity import Greedy
+from tinyfusion_core.selection.criteria.calibration import Calibration
+from tinyfusion_core.selection.criteria.sensitivity import Greedy
 
 pytestmark = pytest.mark.numerics
 

@@ -11,7 +11,7 @@ import tinyfusion_core as tiny
 from tinyfusion_core.samplers.constraints import Rules
 from tinyfusion_core.samplers.grouped import BlockSampler
 from tinyfusion_core.samplers.subset import GumbelTopK
-from tinyfusion_core.selection.criteria import Nested
+from tinyfusion_core.selection.given import Nested
 from tinyfusion_core.selection.search import Selector
 from tinyfusion_core.testing import parametrize_with_checks, run_check
 from tinyfusion_core.testing.checks import KINDS
@@ -33,6 +33,7 @@ DISTILLATIONS = [tiny.OutputKD, tiny.MaskedKD, tiny.MaskedKD(sigma=1.0, mask="se
 SEARCHES = [
     *(SEARCH, tiny.Search(pattern=[2, 4], steps=3), tiny.Search(keep=5, steps=3, start=tiny.Uniform(keep=5))),
     tiny.Finals(search=SEARCH, masks=2, steps=1, samples=8),
+    tiny.Race(keep=2, steps=8, samples=8, rounds=1, proposers=[tiny.FirstN(keep=2), tiny.LastN(keep=2)]),
 ]
 
 
@@ -50,7 +51,17 @@ def test_a_decision_that_a_search_has_nested(check, tmp_path: Path) -> None:
 def test_every_class_of_the_core_is_checked() -> None:
     checked = {
         type(thing) if not inspect.isclass(thing) else thing
-        for thing in [*CRITERIA, *SAMPLERS, *UPDATES, *DISTILLATIONS, tiny.Keep([0]), SEARCH, tiny.Finals, Nested]
+        for thing in [
+            *CRITERIA,
+            *SAMPLERS,
+            *UPDATES,
+            *DISTILLATIONS,
+            tiny.Keep([0]),
+            SEARCH,
+            tiny.Finals,
+            tiny.Race,
+            Nested,
+        ]
     }
     bases = (Selector, BlockSampler, tiny.WeightUpdate, tiny.OutputKD)
     assert {cls for base in bases for cls in _concrete(base)} <= checked

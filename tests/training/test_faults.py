@@ -19,7 +19,7 @@ import pytest
 import tinyfusion_core as tiny
 import tinyfusion_core.evaluation.metrics
 import tinyfusion_core.pipeline.run
-import tinyfusion_core.selection.calibration
+import tinyfusion_core.selection.criteria.calibration
 import tinyfusion_images.pictures
 from interrupted import BAD, RECOVER, TRAINER, Torn, assert_equal, lines, recovered, stopped, substituted, task
 from places import ROOT, TESTS
@@ -170,7 +170,7 @@ def test_signals_outside_of_the_training_loop(recipe: Path, tmp_path: Path, caps
     folder = tmp_path / "run"
     for signum, where, name in [
         (signal.SIGINT, tinyfusion_core.pipeline.run, "make_plan"),
-        (signal.SIGTERM, tinyfusion_core.selection.calibration.Calibration, "losses"),
+        (signal.SIGTERM, tinyfusion_core.selection.criteria.calibration.Calibration, "losses"),
         (signal.SIGTERM, tinyfusion_core.evaluation.metrics.HeldOutLoss, "__call__"),
         (signal.SIGINT, tinyfusion_images.pictures, "generate"),
     ]:

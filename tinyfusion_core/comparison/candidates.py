@@ -10,9 +10,10 @@ from ..errors import UserError
 from ..samplers.constraints import Budget, Rules, Spending, budget_text
 from ..selection.base import Selector, count_by_list
 from ..selection.costs import NetworkCosts
-from ..selection.criteria import BKSDM, Criterion, FirstN, LastN, Uniform
-from ..selection.sensitivity import Greedy, LeaveOneOut, Taylor
-from ..selection.similarity import BlockInfluence, InputOutputMSE, SpanSimilarity
+from ..selection.criteria.base import Criterion
+from ..selection.criteria.positions import BKSDM, FirstN, LastN, Uniform
+from ..selection.criteria.sensitivity import Greedy, LeaveOneOut, Taylor
+from ..selection.criteria.similarity import BlockInfluence, InputOutputMSE, SpanSimilarity
 
 CRITERIA: tuple[type[Criterion], ...] = (
     Uniform, FirstN, LastN, BKSDM, BlockInfluence, InputOutputMSE, SpanSimilarity, LeaveOneOut, Greedy, Taylor

@@ -27,6 +27,7 @@ class Part:
         return len(self.indices)
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+        """Return the named tensors of these samples of the part, each (rows, ...), one row per index."""
         return self.samples.__getitems__([self.indices[i] for i in indices])
 
 

@@ -16,7 +16,7 @@ from ..pruning.prune import decision_of, prune
 from ..runtime.distributed import on_main_process
 from ..runtime.files import write_json
 from ..runtime.run_folder import RunFolder
-from ..selection.criteria import Nested, nested_scores
+from ..selection.given import Nested, nested_scores
 from .recipe import Recipe, load_recipe
 from .run import make_task
 

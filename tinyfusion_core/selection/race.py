@@ -1,6 +1,6 @@
 """A race: what several selectors propose is recovered for some steps, and what recovers best is kept."""
 
-# No `from __future__ import annotations` here, for the reason given in criteria.py.
+# No `from __future__ import annotations` here, for the reason given in constrained.py.
 
 import math
 from collections.abc import Mapping, Sequence
@@ -24,15 +24,16 @@ from ..training.recover import Recover
 from ..training.trainer import Trainer
 from .base import Selector, prepared
 from .budget import CostBudget
-from .calibration import Calibration
+from .constrained import Constrained
 from .costs import NetworkCosts
-from .criteria import Constrained
+from .criteria.calibration import Calibration
+from .criteria.sensitivity import Greedy, LeaveOneOut, Taylor
+from .criteria.similarity import BlockInfluence
+from .paired import Mask, difference, leading, mean_of, surviving
 from .search import Search
-from .sensitivity import Greedy, LeaveOneOut, Taylor
-from .similarity import BlockInfluence
 
-Mask = tuple[int, ...]
-"""Indices of the kept blocks, ascending."""
+LEAST = 10
+"""Steps of a first recovery, if there are enough: along a cosine they rank masks nearly as a hundred do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,10 +177,13 @@ class _Running:
                 )
             if not steps:
                 break
+            if begins:  # shorter, if that lets more neighbours enter: those of two leaders
+                most = len(entrants) + 2 * len(constraints.exchanges(entrants[0]))
+                steps = min(steps, max(LEAST, 2 * share // most))
             losses = self._recovered(number, entrants, steps)
             leader = leading(losses, leader, how.sure)
             if begins:
-                leader = self._try_neighbours(constraints, losses, leader, (number, steps), share)
+                leader = self._try_neighbours(constraints, losses, leader, (number, steps), 2 * share - self.spent)
             if how.neighbours and len(surviving(losses, leader, how.sure)) == 1:  # what is left is for more of them
                 leader = self._try_neighbours(constraints, losses, leader, (number, steps), how.steps - self.spent)
             self._record(losses, leader, steps)
@@ -275,45 +279,3 @@ class _Running:
             return {"kept": list(mask), "of": self.of[mask], "steps": steps, **finite}
 
         self.rounds.append([entry(mask) for mask in sorted(losses, key=lambda mask: mean_of(losses[mask]))])
-
-
-def mean_of(losses: Tensor) -> float:
-    """Return the mean of the losses of one network, (samples,)."""
-    return float(losses.mean())
-
-
-def difference(losses: Tensor, of: Tensor) -> tuple[float, float]:
-    """Return the mean paired difference of two networks' losses, both (samples,), and its standard error."""
-    paired = losses - of
-    return float(paired.mean()), float(paired.std()) / math.sqrt(len(paired))
-
-
-def leading(losses: Mapping[Mask, Tensor], leader: Mask | None, sure: float) -> Mask:
-    """Return who leads: the leader so far, unless the one with the lowest loss is better by more than noise.
-
-    Args:
-        losses: losses of each entrant, (samples,).
-        leader: who has led so far; None takes the lowest loss.
-        sure: standard errors beyond which a difference is no noise.
-    """
-    best = min(losses, key=lambda mask: mean_of(losses[mask]))
-    return best if leader is None or _worse(losses[leader], losses[best], sure) else leader
-
-
-def surviving(losses: Mapping[Mask, Tensor], leader: Mask, sure: float) -> list[Mask]:
-    """Return who enters the next round, the leader first: a third of all, but two, and nobody who is surely worse.
-
-    Args:
-        losses: losses of each entrant, (samples,).
-        leader: who leads.
-        sure: standard errors beyond which a difference is no noise.
-    """
-    others = sorted((mask for mask in losses if mask != leader), key=lambda mask: mean_of(losses[mask]))
-    close = [mask for mask in others if not _worse(losses[mask], losses[leader], sure)]
-    return [leader, *close[: max(1, math.ceil(len(losses) / 3) - 1)]]
-
-
-def _worse(losses: Tensor, of: Tensor, sure: float) -> bool:
-    """Whether losses, (samples,), are higher than others by more than noise. Infinite ones are."""
-    mean, error = difference(losses, of)
-    return not mean <= sure * error

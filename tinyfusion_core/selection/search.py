@@ -154,11 +154,7 @@ class Search(Selector):
         return self.preview_beside(blocks, {})
 
     def preview_beside(self, blocks: Sequence[str], others: Mapping[str, Selector]) -> Decision:
-        """Preview, and check that other selectors, by key, keep as many blocks as the search.
-
-        Raises:
-            UserError: one keeps another number, or the budget does not fit these blocks.
-        """
+        """Preview; UserError unless other selectors, by key, keep as many blocks as the search."""
         sampler = self.make_sampler(list_lengths(blocks))
         decision = self._decision(sampler, blocks, {})
         for key, other in {**({"start": self.start} if self.start else {}), **others}.items():
@@ -221,25 +217,21 @@ class Search(Selector):
 
     @override
     def __call__(self, task: Task, trainer: Trainer, run: RunFolder | None = None) -> Decision:
-        """Run the search. Afterwards the network's weights are what they were, bit for bit.
+        return self.propose(task, trainer, run, 1).decision
 
-        Returns:
-            The most probable mask of the averaged gate logits, with its confidences and marginals.
+    @override
+    def propose(self, task: Task, trainer: Trainer, run: RunFolder | None, num: int) -> Proposals:
+        """Search, and name the most probable masks. Afterwards the weights are what they were, bit for bit.
 
         Raises:
             UserError: the pattern does not fit the network, or the loss was not finite for too long.
             Interrupted: a signal arrived; the same call with the same run folder resumes.
         """
-        return self.propose(task, trainer, run, 1).decision
-
-    @override
-    def propose(self, task: Task, trainer: Trainer, run: RunFolder | None, num: int) -> Proposals:
-        """Search, and name the most probable masks."""
         how, costs = prepared(self, task, trainer, run)
         learned = how.learn(task, trainer, run)
         decision = how.decide(learned, task, trainer)
-        decision = replace(decision, provenance={**decision.provenance, **costs})
-        return Proposals(decision, learned.sampler.best(num))
+        where = {**decision.provenance, **costs}
+        return Proposals(replace(decision, provenance=where), learned.sampler.best(num))
 
     def decide(self, learned: Learned, task: Task, trainer: Trainer) -> Decision:
         """Return the decision of what was learned; UserError if that is nothing."""

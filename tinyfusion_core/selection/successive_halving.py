@@ -1,6 +1,6 @@
 """Successive halving: the best masks of a search are recovered for a few steps each."""
 
-# No `from __future__ import annotations` here, for the reason given in criteria.py.
+# No `from __future__ import annotations` here, for the reason given in constrained.py.
 
 import math
 from collections.abc import Mapping, Sequence
@@ -23,8 +23,8 @@ from ..training.recover import Recover
 from ..training.trainer import Trainer
 from .base import Selector, prepared
 from .budget import CostBudget
-from .calibration import Calibration
 from .costs import NetworkCosts
+from .criteria.calibration import Calibration
 from .search import Search
 
 

@@ -17,7 +17,7 @@ from golden_data import assert_close_rel
 from tinyfusion_core.errors import UserError
 from tinyfusion_core.pruning.gating import Gates
 from tinyfusion_core.runtime.seeding import Rng
-from tinyfusion_core.selection.calibration import Calibration
+from tinyfusion_core.selection.criteria.calibration import Calibration
 from tinyfusion_dit import DiT
 from tinyfusion_mar import MAR, MaskedTokenDiffusion
 from tinyfusion_mar.tokens import take

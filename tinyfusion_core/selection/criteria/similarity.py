@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
 
-from ..errors import UserError
-from ..protocols.task import Task
-from ..samplers.compiled import Constraints
-from ..training.trainer import Trainer
+from ...errors import UserError
+from ...protocols.task import Task
+from ...samplers.compiled import Constraints
+from ...training.trainer import Trainer
+from .base import CriterionResult
 from .calibration import Calibrated, Measure, Span
-from .criteria import CriterionResult
 
 
 class MeanSimilarity:

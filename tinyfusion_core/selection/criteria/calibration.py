@@ -14,20 +14,20 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from ..dataloading.order import order_of
-from ..errors import UserError, require
-from ..protocols.backbone import Stream, streams_of
-from ..protocols.block_call import BatchDim, Call, positional_names
-from ..protocols.task import Task
-from ..protocols.undisturbed import evaluating
-from ..pruning.gating import Gates
-from ..pruning.prefixes import Prefixes
-from ..runtime.distributed import batches, local_share, map_sharded, rank_and_world_size
-from ..runtime.progress import Tracker, track
-from ..runtime.seeding import Rng
-from ..training.trainer import Trainer
-from .base import Decisive
-from .criteria import Criterion
+from ...dataloading.order import order_of
+from ...errors import UserError, require
+from ...protocols.backbone import Stream, streams_of
+from ...protocols.block_call import BatchDim, Call, positional_names
+from ...protocols.task import Task
+from ...protocols.undisturbed import evaluating
+from ...pruning.gating import Gates
+from ...pruning.prefixes import Prefixes
+from ...runtime.distributed import batches, local_share, map_sharded, rank_and_world_size
+from ...runtime.progress import Tracker, track
+from ...runtime.seeding import Rng
+from ...training.trainer import Trainer
+from ..base import Decisive
+from .base import Criterion
 
 Span = tuple[int, int]
 """First and last of some consecutive blocks."""

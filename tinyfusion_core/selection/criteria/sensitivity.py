@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from ..errors import require
-from ..protocols.task import Task
-from ..runtime.seeding import generator
-from ..samplers.compiled import Constraints
-from ..training.trainer import Trainer
+from ...errors import require
+from ...protocols.task import Task
+from ...runtime.seeding import generator
+from ...samplers.compiled import Constraints
+from ...training.trainer import Trainer
+from .base import CriterionResult
 from .calibration import Calibrated, Calibration
-from .criteria import CriterionResult
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,174 @@
+"""A race of recovered masks: who enters, who leads, who is out, and that nothing but recovery decides."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import tinyfusion_core as tiny
+from planted_search import TRAINER, WORKING, task
+from tinyfusion_core.dataloading.order import order_of
+from tinyfusion_core.dataloading.set_apart import set_apart
+from tinyfusion_core.errors import Interrupted
+from tinyfusion_core.protocols.data import Tensors
+from tinyfusion_core.selection import race
+from tinyfusion_core.selection.paired import leading, surviving
+from toys import Match, planted_data
+
+WRONG = tiny.Keep([0, 2, 5, 6])
+NEAR = tiny.Keep([0, 3, 4, 7])
+
+
+def racing(*proposers: tiny.Selector, **options) -> tiny.Race:
+    return tiny.Race(**{"keep": 4, "steps": 120, "samples": 32, "proposers": proposers, **options})
+
+
+def test_what_recovers_best_wins_whoever_proposed_it() -> None:
+    planted = task()
+    before = {name: value.clone() for name, value in planted.teacher.state_dict().items()}
+    others = (WRONG, tiny.FirstN(keep=4), tiny.LeaveOneOut(keep=4, samples=32), tiny.LastN(keep=4))
+    decision = racing(*others, neighbours=False)(planted, TRAINER)
+    assert list(decision.kept) == WORKING
+    assert decision.method == "Race"
+    assert all(torch.equal(value, before[name]) for name, value in planted.teacher.state_dict().items())
+    first = decision.provenance["race"][0]
+    assert {tuple(entry["kept"]): entry["of"] for entry in first} == {
+        (0, 2, 5, 6): ["Keep"], (0, 1, 2, 3): ["FirstN"], tuple(WORKING): ["LeaveOneOut"], (4, 5, 6, 7): ["LastN"],
+    }  # fmt: skip
+    assert first[0]["kept"] == WORKING
+    assert {entry["steps"] for entry in first} == {120 // 3 // 4}
+    assert first[0]["behind"] == first[0]["standard_error"] == 0
+    assert all(entry["behind"] > 2 * entry["standard_error"] > 0 for entry in first[1:])
+
+
+def test_neighbours_of_the_leader_are_tried_and_followed() -> None:
+    """Nobody proposes the right mask: it is two exchanges away, and each of them recovers better."""
+    decision = racing(WRONG, tiny.Keep([0, 2, 4, 7]), steps=700)(task(), TRAINER)
+    assert list(decision.kept) == WORKING
+    (entry,) = [entry for entry in decision.provenance["race"][0] if entry["kept"] == WORKING]
+    assert entry["of"] == ["neighbour"]
+
+
+def test_with_the_weights_of_other_entrants_it_finds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A negative control: were it anything but recovery that decides, this would change nothing."""
+    others = (tiny.Keep(WORKING), WRONG)
+    assert list(racing(*others, neighbours=False)(task(), TRAINER).kept) == WORKING
+    plain = race.prune
+
+    def exchanged(of: tiny.Task, decision: tiny.Decision) -> torch.nn.Module:
+        kept = WRONG.blocks if list(decision.kept) == WORKING else WORKING
+        return plain(of, replace(decision, kept=tuple(kept)))
+
+    monkeypatch.setattr(race, "prune", exchanged)
+    assert list(racing(*others, neighbours=False)(task(), TRAINER).kept) == list(WRONG.blocks)
+
+
+def test_the_default_proposers_search_within_the_same_budget() -> None:
+    how = tiny.Race(keep=4, constraints=tiny.Rules(protect=[0]), steps=100)
+    search, *criteria = how.proposed_by()
+    assert search == tiny.Search(keep=4, constraints=tiny.Rules(protect=[0]), protect=(), steps=50)
+    assert [type(criterion) for criterion in criteria] == [
+        tiny.Greedy, tiny.LeaveOneOut, tiny.Taylor, tiny.BlockInfluence,
+    ]  # fmt: skip
+    assert {criterion.keep for criterion in criteria} == {4}
+    assert how.learned() == search
+    with_costs = tiny.Race(budget="0.5x", steps=8)
+    assert len(with_costs.cost_budgets()) == 1
+
+
+class Stopped(Match):
+    """Asks for a stop in the middle of the second entrant's recovery."""
+
+    def prepare(self, batch, rng):
+        stage = getattr(self, "stage", None)
+        if rng.stage == "race 1" and rng.step == 3 and stage != "done":
+            object.__setattr__(self, "stage", "once" if stage is None else "done")
+            if stage == "once":
+                os.kill(os.getpid(), signal.SIGTERM)
+        return super().prepare(batch, rng)
+
+
+def test_a_race_that_was_stopped_has_the_same_winner(tmp_path: Path) -> None:
+    how = racing(WRONG, NEAR, tiny.Keep(WORKING), steps=48)
+    whole = how(task(), TRAINER)
+    folder = tiny.RunFolder(tmp_path)
+    with pytest.raises(Interrupted, match="stopped at step 4 of"):
+        how(replace(task(), loss=Stopped()), TRAINER, folder)
+    assert how(task(), TRAINER, folder) == whole
+
+
+class Diverging(Match):
+    """No shallow network can be trained."""
+
+    def predict(self, model, inputs):
+        out = super().predict(model, inputs)
+        return out * float("nan") if model.training and len(model.blocks) < 8 else out
+
+
+def test_what_cannot_race_is_told_why() -> None:
+    with pytest.raises(tiny.UserError, match=r"search\.steps is 7: too few for 2 masks to recover; give at least 8"):
+        racing(WRONG, NEAR, steps=7)(task(), TRAINER)
+    outside = racing(tiny.Keep([0, 1, 2]), WRONG)
+    with pytest.raises(tiny.UserError, match=r"search\.proposers\[0\]: keeps 3 blocks, the race 4"):
+        outside(task(), TRAINER)
+    protected = racing(WRONG, protect=[7])
+    with pytest.raises(tiny.UserError, match=r"search\.proposers\[0\]: Keep keeps 0 2 5 6, which is outside"):
+        protected(task(), TRAINER)
+    with pytest.raises(tiny.UserError, match=r"search\.lr is 0\.001: after \d+ steps no entrant has a finite loss"):
+        racing(WRONG, NEAR)(replace(task(), loss=Diverging()), TRAINER)
+    for key, value in {"steps": 0, "rounds": 0, "masks": 0, "samples": 1, "lr": 0, "sure": -1, "proposers": ()}.items():
+        with pytest.raises(tiny.UserError, match=rf"search\.{key}"):
+            replace(racing(WRONG), **{key: value})
+
+
+def losses(mean: float, spread: float, seed: int) -> Tensor:
+    noise = torch.randn(100, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return mean + spread * (noise - noise.mean())
+
+
+def test_a_leader_is_replaced_only_by_who_is_surely_better() -> None:
+    common = losses(0, 1.0, 1)  # hard and easy samples, which the differences do not see
+    a, b, c = common + 1.00, common + losses(0.99, 0.2, 2), common + losses(0.9, 0.2, 3)
+    found = {(0,): a, (1,): b, (2,): c}
+    assert leading(found, None, 2.0) == (2,)
+    assert leading({(0,): a, (1,): b}, (0,), 2.0) == (0,)  # better by half of a standard error
+    assert leading({(0,): a, (1,): b}, None, 2.0) == (1,)
+    assert leading(found, (0,), 2.0) == (2,)
+    diverged = torch.full((100,), torch.inf, dtype=torch.float64)
+    assert leading({(0,): diverged, (1,): b}, (0,), 2.0) == (1,)
+
+
+def test_who_is_surely_worse_is_out_and_a_third_goes_on() -> None:
+    near = {(i,): losses(1 + 1e-3 * i, 0.2, i) for i in range(9)}
+    assert surviving(near, (0,), 2.0) == [(0,), (1,), (2,)]
+    assert surviving(near, (4,), 2.0) == [(4,), (0,), (1,)]
+    far = {(0,): losses(1.0, 0.2, 0), (1,): losses(1.2, 0.2, 1), (2,): losses(1.01, 0.2, 2)}
+    assert surviving(far, (0,), 2.0) == [(0,), (2,)]
+    far[2,] = torch.full((100,), torch.inf, dtype=torch.float64)
+    assert surviving(far, (0,), 2.0) == [(0,)]
+
+
+class Shards(Tensors):
+    sizes, mix = (30, 4, 30), 2
+
+
+def test_nobody_is_judged_on_what_it_was_trained_on() -> None:
+    numbers = torch.arange(64)
+    for whole in (Tensors({"x": numbers}), Shards({"x": numbers})):
+        rest, apart = set_apart(whole, 20, 3, "race")
+        parts = [part.__getitems__(list(range(len(part))))["x"].tolist() for part in (rest, apart)]
+        assert [len(part) for part in parts] == [44, 20]
+        assert sorted(parts[0] + parts[1]) == list(range(64))
+        assert parts[1] != list(range(44, 64))
+        again = set_apart(whole, 20, 3, "race")[1]
+        assert again.__getitems__(list(range(20)))["x"].tolist() == parts[1]
+    assert sum(rest.sizes) == 44
+    order = order_of(rest, 0, "race 1", 8)
+    assert sorted(order[i] for i in range(44)) == list(range(44))
+    assert [len(part) for part in set_apart(planted_data(10), 512, 0, "race")] == [5, 5]
