@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from tinyfusion_core.errors import MissingFileError, UserError, require
+from tinyfusion_core.parsing.records import check_folder, read_json
 from tinyfusion_core.protocols.backbone import Backbone, Stream
 from tinyfusion_core.protocols.checkpoint_backbone import randomise
 from tinyfusion_core.protocols.data import Lookup
-from tinyfusion_core.records import check_folder, read_json
 from tinyfusion_core.runtime.files import digest, save_tensors, sha256, write_json
 from tinyfusion_core.runtime.seeding import generator
 from tinyfusion_diffusers import calling

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tinyfusion_core.errors import MissingFileError, UserError
-from tinyfusion_core.records import check_folder
+from tinyfusion_core.parsing.records import check_folder
 from tinyfusion_llm.optional import need
 
 

@@ -13,8 +13,8 @@ import yaml
 from fuzz.mutations import altered, another, damaged, spelled, written
 from fuzz.runner import Case, warm_up
 from places import ROOT
+from tinyfusion_core.parsing.yaml12 import load_yaml
 from tinyfusion_core.pipeline.schema import KEYS
-from tinyfusion_core.yaml12 import load_yaml
 
 SHIPPED = sorted((ROOT / "recipes").glob("*.yaml"))
 WEIGHTS = [0.1 if p.stem in ("flux_dev", "sd35_large", "wan_1_3b", "dit_xl_diffusers") else 1.0 for p in SHIPPED]

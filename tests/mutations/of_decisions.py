@@ -154,8 +154,8 @@ CRITERIA_AND_HALVING = [
     Mutation(
         "the calibration loss is a sum",
         CALIBRATION,
-        "(totals / self.num_samples).nan_to_num",
-        "totals.nan_to_num",
+        "self.sample_losses(masks, note).mean(1)",
+        "self.sample_losses(masks, note).sum(1)",
         (BY_HAND + "test_leave_one_out_by_hand",),
     ),
     Mutation(

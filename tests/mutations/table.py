@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from mutations import of_decisions, of_masks, of_prefixes, of_training
+from mutations import of_decisions, of_masks, of_prefixes, of_races, of_training
 
-MUTATIONS = [*of_masks.MUTATIONS, *of_prefixes.MUTATIONS, *of_decisions.MUTATIONS, *of_training.MUTATIONS]
+MUTATIONS = [m for table in (of_masks, of_prefixes, of_decisions, of_races, of_training) for m in table.MUTATIONS]

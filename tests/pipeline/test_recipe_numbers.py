@@ -10,8 +10,8 @@ import yaml
 
 import tinyfusion_core as tiny
 from places import ROOT
+from tinyfusion_core.parsing.yaml12 import dump_yaml, load_yaml
 from tinyfusion_core.pipeline.recipe import flatten
-from tinyfusion_core.yaml12 import dump_yaml, load_yaml
 
 RECIPES = sorted(path for top in ("recipes", "tests", "benchmarks") for path in (ROOT / top).rglob("*.yaml"))
 

@@ -13,9 +13,9 @@ import yaml
 import tinyfusion_core as tiny
 from small_run import RECIPE, digits_task
 from tinyfusion_core.comparison.study import Audit, Compare
+from tinyfusion_core.parsing.settings import Settings, fits
 from tinyfusion_core.pipeline.schema import PLAIN
 from tinyfusion_core.registry.registry import registry
-from tinyfusion_core.settings import Settings, fits
 
 CLASSES = [cls for kind in registry().classes.values() for cls in kind.values() if issubclass(cls, Settings)]
 SETTINGS = [cls for cls in {*CLASSES, *PLAIN} if is_dataclass(cls) and cls.__module__.startswith("tinyfusion_")]

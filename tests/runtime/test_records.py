@@ -15,9 +15,9 @@ import pytest
 from places import TESTS
 from tinyfusion_core.cli import main
 from tinyfusion_core.errors import UserError
-from tinyfusion_core.records import check_folder, parse_json, read_as, read_text
+from tinyfusion_core.parsing.records import check_folder, parse_json, read_as, read_text
+from tinyfusion_core.parsing.yaml12 import load_yaml
 from tinyfusion_core.runtime.run_folder import RunFolder
-from tinyfusion_core.yaml12 import load_yaml
 
 BEFORE = TESTS / "before_rooms"
 

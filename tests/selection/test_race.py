@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-from dataclasses import replace
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -152,6 +153,26 @@ def test_who_is_surely_worse_is_out_and_a_third_goes_on() -> None:
     assert surviving(far, (0,), 2.0) == [(0,), (2,)]
     far[2,] = torch.full((100,), torch.inf, dtype=torch.float64)
     assert surviving(far, (0,), 2.0) == [(0,)]
+
+
+@dataclass(frozen=True)
+class Noted(Match):
+    """Notes which samples the recoveries see, and which the judge."""
+
+    seen: dict[str, set[float]] = field(default_factory=lambda: defaultdict(set))
+
+    def prepare(self, batch, rng):
+        self.seen[rng.stage].update(batch["x"][:, 0].tolist())
+        return super().prepare(batch, rng)
+
+
+def test_a_race_judges_by_samples_that_it_did_not_train_on() -> None:
+    loss = Noted()
+    racing(WRONG, NEAR, samples=20)(replace(task(), loss=loss), TRAINER)
+    trained, judged = set().union(*(loss.seen[f"race {i}"] for i in (1, 2, 3))), loss.seen["calibration"]
+    assert len(judged) == 20
+    assert len(trained) == 64 - 20
+    assert not trained & judged
 
 
 class Shards(Tensors):

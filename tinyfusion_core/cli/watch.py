@@ -17,9 +17,9 @@ from rich.text import Text
 from ..comparison.cells import Now
 from ..comparison.results import ComparisonResults
 from ..errors import UserError
+from ..parsing.records import check_regular, read_as
 from ..pipeline.compare import print_tables
 from ..pruning.prune import DECISION, decision_of
-from ..records import check_regular, read_as
 from ..reporting.report import duration, results_table
 from ..runtime.progress import plain_console
 from ..runtime.run_folder import CELLS, COMPARISON_RESULTS, NOW, RUN_RECORD, RunFolder

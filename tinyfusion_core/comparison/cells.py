@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 from ..errors import UserError
-from ..records import read_as, shaped
+from ..parsing.records import read_as, shaped
 
 AGAIN = "delete it to compute that again"
 NEEDED = {"decision": ("kept", "scores", "seconds", "evaluations"), "calibration": ("loss",), "healing": ("loss",)}

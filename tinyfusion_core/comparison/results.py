@@ -9,7 +9,7 @@ from typing import Any, Literal, NotRequired, Self, TypedDict
 
 from ..errors import UserError
 from ..evaluation.frechet import DISTANCE
-from ..records import read_as
+from ..parsing.records import read_as
 from ..runtime.files import write_json
 from ..samplers.constraints import Budget, budget_text
 

@@ -15,8 +15,9 @@ from typing_extensions import override
 
 from ..errors import UserError, require
 from ..evaluation.metrics import HeldOutLoss, Metric
+from ..parsing.records import read_as
+from ..parsing.settings import Settings
 from ..protocols.task import Task
-from ..records import read_as
 from ..runtime.distributed import on_main_process
 from ..runtime.files import write_json
 from ..runtime.locking import check_free, owned
@@ -27,7 +28,6 @@ from ..samplers.compiled import compile_constraints
 from ..selection.base import Selector
 from ..selection.budget import CostBudget, measure, save_costs
 from ..selection.costs import NetworkCosts
-from ..settings import Settings
 from ..training.recover import Recover
 from ..training.trainer import Trainer
 from .cache import ResultCache

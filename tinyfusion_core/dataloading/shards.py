@@ -17,7 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ..errors import MissingFileError, UserError
-from ..records import check_inside, parse_json, shaped
+from ..parsing.records import check_inside, parse_json, shaped
 from ..runtime.files import write_atomic
 
 FORMAT_VERSION = 1

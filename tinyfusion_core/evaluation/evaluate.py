@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..parsing.records import read_as
 from ..protocols.task import Task
 from ..protocols.undisturbed import evaluating
-from ..records import read_as
 from ..registry.registry import registry
 from ..runtime.distributed import batches, map_sharded, on_main_process
 from ..runtime.files import write_json

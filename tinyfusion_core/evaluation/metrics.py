@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from typing_extensions import override
 
 from ..errors import UserError, require
+from ..parsing.settings import Settings
 from ..protocols.backbone import Backbone
 from ..protocols.data import DataSource
 from ..protocols.loss import LossAdapter
@@ -24,7 +25,6 @@ from ..runtime.distributed import batches, local_share, map_sharded
 from ..runtime.progress import track
 from ..runtime.run_folder import RunFolder
 from ..runtime.seeding import Rng
-from ..settings import Settings
 from ..training.trainer import Trainer
 
 Models = Mapping[str, nn.Module]

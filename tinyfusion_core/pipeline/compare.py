@@ -15,7 +15,7 @@ from ..comparison.study import Audit, Compare, Comparison
 from ..comparison.tables import table_csv, tables, trials_csv
 from ..errors import UserError
 from ..evaluation.evaluate import check_teacher
-from ..records import read_text
+from ..parsing.records import read_text
 from ..reporting.page import Figures, Picture, render_page
 from ..runtime.distributed import on_main_process
 from ..runtime.files import write_text

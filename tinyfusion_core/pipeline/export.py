@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, nearest
+from ..parsing.records import read_as, read_text
 from ..protocols.backbone import list_lengths
 from ..pruning.interop_formats import TEXTS
 from ..pruning.prune import decision_of, load_pretrained, origin
-from ..records import read_as, read_text
 from ..runtime.files import write_json, write_text
 from ..runtime.locking import FolderKind, check_free, check_replaceable
 from ..runtime.run_folder import RunFolder

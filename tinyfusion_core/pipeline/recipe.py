@@ -17,11 +17,12 @@ from torch import nn
 from ..comparison.study import Audit, Compare
 from ..errors import MissingFileError, UserError
 from ..evaluation.metrics import Metric
+from ..parsing.records import read_text
+from ..parsing.yaml12 import dump_yaml, load_yaml
 from ..protocols.backbone import Backbone, build_on_meta
 from ..protocols.columns import check_sample_size
 from ..protocols.data import DataSource
 from ..protocols.loss import LossAdapter
-from ..records import read_text
 from ..registry.registry import load_plugin
 from ..registry.sources import PluginFile
 from ..runtime.files import write_atomic, write_text
@@ -29,7 +30,6 @@ from ..runtime.stages import Stage, stages_of
 from ..selection.base import Selector
 from ..training.recover import Recover
 from ..training.trainer import Trainer
-from ..yaml12 import dump_yaml, load_yaml
 from .schema import KEYS, SECTIONS, Round, checked, schema, yaml12_numbers
 
 _REFUSALS = (UserError, ArgumentError, ValueError, TypeError)

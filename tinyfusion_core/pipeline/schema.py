@@ -17,6 +17,8 @@ from ..comparison.legacy_keys import PATHS
 from ..comparison.study import Audit, Compare
 from ..errors import UserError, nearest
 from ..evaluation.metrics import Metric
+from ..parsing.settings import Settings
+from ..parsing.yaml12 import Loader
 from ..protocols.backbone import Backbone
 from ..protocols.data import DataSource
 from ..protocols.loss import LossAdapter
@@ -25,10 +27,8 @@ from ..registry.registry import registry
 from ..samplers.constraints import Rules
 from ..selection.base import Selector
 from ..selection.search import Search
-from ..settings import Settings
 from ..training.recover import Recover
 from ..training.trainer import Trainer
-from ..yaml12 import Loader
 
 
 @dataclass(frozen=True, kw_only=True)

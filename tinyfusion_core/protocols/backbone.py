@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..parsing.settings import Settings
 from ..runtime.files import load_strict, read_weights, save_tensors
-from ..settings import Settings
 from .data import Lookup
 
 Batch = Mapping[str, Tensor]

@@ -14,7 +14,7 @@ from torch import nn
 from typing_extensions import override
 
 from ..errors import MissingFileError, UserError, nearest, require
-from ..records import read_json
+from ..parsing.records import read_json
 from ..runtime.files import load_strict, read_weights, sha256
 from ..runtime.seeding import generator
 from .backbone import Backbone

@@ -8,7 +8,7 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 from typing import ClassVar
 
-from ..settings import LARGEST
+from ..parsing.settings import LARGEST
 
 
 def a_path(text: str) -> Path:

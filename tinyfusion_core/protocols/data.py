@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
 from ..errors import UserError
-from ..settings import Settings
+from ..parsing.settings import Settings
 
 
 class Samples(Protocol):

@@ -11,8 +11,8 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.utils._pytree import tree_map
 
 from ..errors import UserError
+from ..parsing.settings import Settings
 from ..runtime.seeding import Rng
-from ..settings import Settings
 from .backbone import Batch, owner
 
 Prediction = Any

@@ -10,8 +10,8 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from ..parsing.settings import Settings
 from ..runtime.seeding import Rng
-from ..settings import Settings
 from .backbone import Backbone, list_lengths
 from .block_call import BatchDim, named_batch_dims, probed_batch_dims
 from .data import DataSource, FeatureSpace, Samples, Tensors, as_samples

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..records import read_json, shaped
+from ..parsing.records import read_json, shaped
+from ..parsing.settings import Settings
 from ..runtime.files import write_json
-from ..settings import Settings
 from .interop_formats import read_kept
 
 FORMAT_VERSION = 1

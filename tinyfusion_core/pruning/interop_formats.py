@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 
 from ..errors import UserError
-from ..records import read_text
-from ..yaml12 import load_yaml
+from ..parsing.records import read_text
+from ..parsing.yaml12 import load_yaml
 
 Writer = Callable[[Sequence[int], int, str], str]
 

@@ -11,14 +11,14 @@ import yaml
 from torch import nn
 
 from ..errors import MissingFileError, UserError
+from ..parsing.records import check_inside, read_as
+from ..parsing.settings import check_arguments
 from ..protocols.backbone import WEIGHTS, Backbone
 from ..protocols.task import Task
-from ..records import check_inside, read_as
 from ..registry.registry import record_of, registry
 from ..runtime.files import digest, sha256, write_json, write_text
 from ..runtime.run_folder import RunFolder
 from ..runtime.stages import RECOVER, SEARCH, Stage
-from ..settings import check_arguments
 from .decision import Decision
 from .removal import check_removal, without
 

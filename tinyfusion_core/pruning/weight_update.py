@@ -14,8 +14,8 @@ from torch import nn
 from typing_extensions import override
 
 from ..errors import UserError, require
+from ..parsing.settings import Settings
 from ..protocols.undisturbed import undisturbed
-from ..settings import Settings
 
 
 class WeightUpdate(Settings, ABC):

@@ -10,9 +10,9 @@ import yaml
 from rich.table import Table
 
 from ..errors import UserError
+from ..parsing.records import read_as, read_text
 from ..pruning.decision import Decision
 from ..pruning.prune import DECISION, decision_of
-from ..records import read_as, read_text
 from ..runtime.files import write_text
 from ..runtime.run_folder import RunFolder, RunRecord
 from ..runtime.stages import SEARCH

@@ -10,7 +10,7 @@ from typing import Any, TypedDict
 import torch
 
 from ..errors import UserError
-from ..records import read_as
+from ..parsing.records import read_as
 from .files import sha256, write_atomic, write_json
 
 MANIFEST = "manifest.json"

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..records import check_regular
+from ..parsing.records import check_regular
 from .locking import PARTIAL, check_held
 
 

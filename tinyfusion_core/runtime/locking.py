@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TextIO
 
 from ..errors import UserError
-from ..records import check_regular
+from ..parsing.records import check_regular
 
 LOCK, PARTIAL = ".lock", ".partial"
 

@@ -13,8 +13,8 @@ from typing import Any, NotRequired, TypedDict
 import yaml
 
 from ..errors import UserError
-from ..records import check_regular, read_as, read_json, read_text
-from ..yaml12 import load_yaml
+from ..parsing.records import check_regular, read_as, read_json, read_text
+from ..parsing.yaml12 import load_yaml
 from .checkpoints import Checkpoints
 from .files import write_json, write_text
 from .locking import FolderKind, check_held

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NotRequired, TypedDict
 
 from ..errors import UserError
-from ..records import shaped
+from ..parsing.records import shaped
 
 TRAIN, SEARCH, RECOVER, EVALUATE = "train", "search", "recover", "evaluate"
 OUTPUTS = {

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MissingFileError, UserError, nearest
-from ..records import read_as
+from ..parsing.records import read_as
 from .files import write_json
 
 IDS = "trackers.json"

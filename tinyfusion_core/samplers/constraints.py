@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from ..errors import UserError, nearest, require
-from ..settings import MOST, Settings
+from ..parsing.settings import MOST, Settings
 from .automaton import Automaton, Demands, Segment, automaton_of
 
 Budget = int | Mapping[str, int]

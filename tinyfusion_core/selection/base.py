@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+from ..parsing.settings import Settings, check_arguments
 from ..protocols.backbone import block_lists
 from ..protocols.task import Task
 from ..pruning.decision import Decision
@@ -14,7 +15,6 @@ from ..pruning.removal import check_removal
 from ..runtime.distributed import on_main_process
 from ..runtime.run_folder import RunFolder
 from ..samplers.constraints import Budget, Spending
-from ..settings import Settings, check_arguments
 from ..training.recover import Recover
 from ..training.trainer import Trainer
 from .budget import CostBudget, measure, save_costs

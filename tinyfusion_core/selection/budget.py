@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from ..errors import UserError, nearest, require
+from ..parsing.records import read_as
+from ..parsing.settings import LARGEST
 from ..protocols.task import Task
-from ..records import read_as
 from ..runtime.files import digest, write_json
 from ..samplers.constraints import Rules
-from ..settings import LARGEST
 from ..training.trainer import Trainer
 from .costs import BATCH_SIZE, CostKind, NetworkCosts, network_costs
 

@@ -13,12 +13,12 @@ from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from ..errors import UserError, require
+from ..parsing.settings import Settings
 from ..protocols.backbone import Batch, Streams, block_lists, streams_of
 from ..protocols.loss import LossAdapter, Prediction
 from ..protocols.task import Task
 from ..pruning.decision import Decision
 from ..runtime.seeding import Rng
-from ..settings import Settings
 from .objective import Objective
 
 Tap = tuple[int, int]

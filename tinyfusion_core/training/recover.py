@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from ..errors import UserError, require
+from ..parsing.settings import Settings, check_arguments
 from ..protocols.backbone import Batch
 from ..protocols.task import Task
 from ..protocols.undisturbed import evaluating
 from ..pruning.decision import Decision
 from ..runtime.run_folder import RunFolder
 from ..runtime.seeding import Rng
-from ..settings import Settings, check_arguments
 from .distillation import Distilled, OutputKD
 from .loop import Fit
 from .objective import Ema, Objective, Optimization, cosine, ema_decay

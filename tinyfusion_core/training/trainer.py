@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..errors import UserError, require
-from ..settings import Settings
+from ..parsing.settings import Settings
 from .block_transforms import block_transforms
 
 if TYPE_CHECKING:

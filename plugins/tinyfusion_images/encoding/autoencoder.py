@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyfusion_core.errors import MissingFileError, UserError
-from tinyfusion_core.records import check_folder
+from tinyfusion_core.parsing.records import check_folder
 from tinyfusion_core.runtime.files import load_strict, read_weights
 
 WEIGHTS = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")

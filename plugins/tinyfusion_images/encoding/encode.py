@@ -23,13 +23,13 @@ from tinyfusion_core.dataloading.shards import (
     write_shard,
 )
 from tinyfusion_core.errors import Interrupted, UserError, require
+from tinyfusion_core.parsing.settings import Settings
 from tinyfusion_core.runtime.distributed import all_gather_object, on_main_process, rank_and_world_size
 from tinyfusion_core.runtime.files import digest, write_json
 from tinyfusion_core.runtime.locking import check_free, owned
 from tinyfusion_core.runtime.progress import track
 from tinyfusion_core.runtime.seeding import generator
 from tinyfusion_core.runtime.signals import stop_requests
-from tinyfusion_core.settings import Settings
 from tinyfusion_images.encoding.autoencoder import fingerprint
 from tinyfusion_images.encoding.crops import Crops, ImageFolder, list_images
 from tinyfusion_images.encoding.encoder import ImageEncoder

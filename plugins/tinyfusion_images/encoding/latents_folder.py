@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from tinyfusion_core.dataloading.shards import METADATA, Shard, read_metadata
-from tinyfusion_core.records import read_as
+from tinyfusion_core.parsing.records import read_as
 from tinyfusion_core.runtime.locking import FolderKind
 
 

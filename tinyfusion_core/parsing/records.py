@@ -22,7 +22,7 @@ from typing import (
     is_typeddict,
 )
 
-from .errors import MissingFileError, UserError
+from ..errors import MissingFileError, UserError
 
 T = TypeVar("T")
 DEEPEST = 100

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from .errors import UserError, require
+from ..errors import UserError, require
 
 MOST = "most"
 """Metadata key of a field of whole numbers: how large they may be, or None for no limit; see `LARGEST`."""

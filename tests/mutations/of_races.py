@@ -1,0 +1,53 @@
+"""Mistakes in a race: who enters, who is judged on what, who goes on."""
+
+from __future__ import annotations
+
+from mutations.mutation import Mutation
+
+RACE, PAIRED = "selection/race.py", "selection/paired.py"
+TESTS = "selection/test_race.py::"
+
+MUTATIONS = [
+    Mutation(
+        "entrants are trained on what judges them",
+        RACE,
+        "replace(self.task, train=healing)",
+        "self.task",
+        (TESTS + "test_a_race_judges_by_samples_that_it_did_not_train_on",),
+    ),
+    Mutation(
+        "neighbours of the leader do not enter",
+        RACE,
+        "[: share // steps]",
+        "[:0]",
+        (TESTS + "test_neighbours_of_the_leader_are_tried_and_followed",),
+    ),
+    Mutation(
+        "any lower loss takes the lead",
+        PAIRED,
+        "best if leader is None or _worse(losses[leader], losses[best], sure) else leader",
+        "best",
+        (TESTS + "test_a_leader_is_replaced_only_by_who_is_surely_better",),
+    ),
+    Mutation(
+        "differences are not paired",
+        PAIRED,
+        "float(paired.std()) / math.sqrt(len(paired))",
+        "float((losses.var() + of.var()).sqrt()) / math.sqrt(len(paired))",
+        (TESTS + "test_a_leader_is_replaced_only_by_who_is_surely_better",),
+    ),
+    Mutation(
+        "who is surely worse goes on",
+        PAIRED,
+        "[mask for mask in others if not _worse(losses[mask], losses[leader], sure)]",
+        "others",
+        (TESTS + "test_who_is_surely_worse_is_out_and_a_third_goes_on",),
+    ),
+    Mutation(
+        "all that are close go on",
+        PAIRED,
+        "*close[: max(1, math.ceil(len(losses) / 3) - 1)]",
+        "*close",
+        (TESTS + "test_who_is_surely_worse_is_out_and_a_third_goes_on",),
+    ),
+]

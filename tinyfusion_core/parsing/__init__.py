@@ -1,0 +1,1 @@
+"""What comes in from outside, checked: settings, YAML, files that we have written."""
