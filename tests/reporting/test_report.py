@@ -119,3 +119,25 @@ def test_in_a_real_browser(folder: RunFolder, width: int, tmp_path: Path) -> Non
     assert all(natural > 0 and shown > 0 for natural, shown in sizes), "an image is missing"
     assert errors == []
     assert overflow <= 0, "the page is wider than the window"
+
+
+def test_a_race_is_drawn(folder: RunFolder) -> None:
+    kept = [[0, 1], [0, 2], [1, 2]]
+    losses = [(0.0, 0.0), (0.1, 0.02), (None, None)]  # the last has diverged
+    entries = [
+        {
+            "kept": mask,
+            "of": ["<b>Mine", "Greedy"],
+            "steps": 8,
+            "loss": behind,
+            "behind": behind,
+            "standard_error": error,
+        }
+        for mask, (behind, error) in zip(kept, losses, strict=True)
+    ]
+    decision = json.loads((folder / "decision.json").read_text())
+    decision["provenance"]["race"] = [entries, entries[:2]]
+    (folder / "decision.json").write_text(json.dumps(decision))
+    page = write_report(folder).read_text()
+    assert "The race" in page
+    assert (folder / "figures" / "race.png").read_bytes().startswith(b"\x89PNG")

@@ -86,6 +86,30 @@ def draw_dynamics(entries: Entries, num_blocks: int, path: Path) -> None:
         save_figure(figure, path)
 
 
+def draw_race(rounds: Sequence[Entries], path: Path) -> None:
+    """Plot how far the entrants of each round of a race are behind its leader, and how sure that is.
+
+    Args:
+        rounds: the entrants of every round as `provenance.race` has them, best first; the first 12 are shown.
+        path: the file to write.
+    """
+    shown = [[e for e in entries if e["behind"] is not None][:12] for entries in rounds]
+    with plt.rc_context(STYLE):
+        height = 1.1 + 0.24 * max(map(len, shown))
+        figure, panels = plt.subplots(
+            1, len(shown), figsize=(4.6 * len(shown), height), layout="constrained", squeeze=False
+        )
+        for number, (axes, entries) in enumerate(zip(panels[0], shown, strict=True), start=1):
+            places = range(len(entries))
+            behind, errors = ([e[key] for e in entries] for key in ("behind", "standard_error"))
+            axes.errorbar(behind, places, xerr=errors, fmt="o", color=KEPT, ecolor="#9aa5b1", markersize=4)
+            axes.set(yticks=places, yticklabels=[", ".join(dict.fromkeys(e["of"])) for e in entries])
+            axes.tick_params(axis="y", labelsize=8)
+            axes.invert_yaxis()
+            axes.set(title=f"round {number}: {entries[0]['steps']} steps", xlabel="loss behind the leader")
+        save_figure(figure, path)
+
+
 def draw_losses(stages: Mapping[str, Entries], path: Path) -> None:
     """Plot one loss curve for each stage that trained."""
     with plt.rc_context(STYLE):

@@ -16,7 +16,7 @@ from ..pruning.prune import DECISION, decision_of
 from ..runtime.files import write_text
 from ..runtime.run_folder import RunFolder, RunRecord
 from ..runtime.stages import SEARCH
-from .figures import draw_dynamics, draw_losses, draw_strip
+from .figures import draw_dynamics, draw_losses, draw_race, draw_strip
 from .page import Figures, Picture, render_page
 
 
@@ -120,6 +120,13 @@ def _draw_decisions(folder: RunFolder, decisions: Mapping[str, Decision]) -> lis
         sure = "; the numbers above are the confidence" if decision.confidences else ""
         caption = f"Removed: {removed}. Decided by {decision.method}{sure}."
         drawn.append(Figures(f"What was kept{of}", caption, [Picture(strip)]))
+        if rounds := decision.provenance.get("race"):
+            race = figures / f"{prefix}race.png"
+            draw_race(rounds, race)
+            caption = (
+                "Who proposed each entrant, and how far its recovered loss is behind, with the standard error of that."
+            )
+            drawn.append(Figures(f"The race{of}", caption, [Picture(race)]))
         search = made.metrics(SEARCH)
         if search:
             draw_dynamics(search, len(decision.blocks), dynamics)
