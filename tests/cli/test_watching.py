@@ -54,7 +54,7 @@ def test_a_run_is_shown_while_it_stands_and_when_it_is_done(
     assert [word for line in out.splitlines() for word in ("done", "now", "later") if line.startswith(word)] == [
         "done", "now", "later"
     ]  # fmt: skip
-    assert "in 1 min 15 s" in out and "8 of 24" in out and "1 steps/s" in out and "16 s left" in out
+    assert "in 1 min 15 s" in out and "8 of 12" in out and "1 steps/s" in out and "4 s left" in out
     assert "device cpu" in out
     table = [asdict(tiny.Measurement("held-out loss", {"teacher": 0.25, "recovered": 0.5}, "", "lower"))]
     write_json(folder / "metrics.json", {"measurements": table})

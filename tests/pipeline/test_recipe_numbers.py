@@ -49,12 +49,12 @@ def test_what_is_written_reads_the_same_in_either_version(text: str) -> None:
 
 
 def test_numbers_reach_the_settings(recipe: Path) -> None:
-    text = recipe.read_text().replace("pattern:\n  - 2\n  - 4", "pattern: 2:4").replace("steps: 24", "steps: 024")
+    text = recipe.read_text().replace("pattern:\n  - 2\n  - 4", "pattern: 2:4").replace("steps: 12", "steps: 012")
     recipe.write_text(text.replace("lr_gates: 0.01", "lr_gates: 1e-2"))
     read = tiny.load_recipe(recipe, ["--trainer.batch_size=016", "--search.tau", "[4, 1e-1]"])
     search = read.settings["search"]["init_args"]
     assert search["pattern"] == "2:4"
-    assert (search["steps"], search["lr_gates"], search["tau"]) == (24, 0.01, [4.0, 0.1])
+    assert (search["steps"], search["lr_gates"], search["tau"]) == (12, 0.01, [4.0, 0.1])
     assert read.trainer.batch_size == 16
     read.save(recipe.parent / "resolved")
     assert flatten(tiny.load_recipe(recipe.parent / "resolved" / "recipe.yaml").settings) == flatten(read.settings)

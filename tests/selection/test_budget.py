@@ -199,22 +199,26 @@ def test_what_was_measured_is_kept_and_measured_again_for_another_network(task: 
 
 
 def test_a_recipe_with_a_budget_runs_plans_and_goes_on(recipe: Path, tmp_path: Path, capsys) -> None:
-    flags = ["--search.pattern=null", "--search.lr_gates=null", "--search.budget={latency_ms: 0.8x}"]
+    flags = ["--search.pattern=null", "--search.lr_gates=null", "--search.budget={flops: 0.8x}"]
     assert main(["validate", str(recipe), *flags]) == 0
     out = capsys.readouterr().out
     assert "(0.8x)" in out and "as many of 8 blocks as the budget pays for" in out
     folder = tmp_path / "run"
     assert run(recipe, folder, *flags) == 0
-    costs, decision = (folder / FILE).read_bytes(), (folder / "decision.json").read_bytes()
-    # As after a kill between measuring and deciding.
+    measured = json.loads((folder / FILE).read_text())
+    # As after a kill between measuring and deciding: what was measured decides, and is not measured again.
     stopped = tmp_path / "stopped"
     stopped.mkdir()
-    for name in ("run.json", "recipe.yaml", FILE):
+    for name in ("run.json", "recipe.yaml"):
         shutil.copy(folder / name, stopped)
+    other = json.loads(json.dumps(measured))
+    other["costs"]["flops"]["outside"] += 1
+    (stopped / FILE).write_text(json.dumps(other))
     assert run(recipe, stopped, *flags) == 0
-    assert (stopped / FILE).read_bytes() == costs and (stopped / "decision.json").read_bytes() == decision
-    assert run(recipe, folder, "--restart-from=search", *flags) == 0
-    assert (folder / FILE).read_bytes() != costs, "a search from its beginning measures"
+    decision = json.loads((stopped / "decision.json").read_text())
+    assert decision["provenance"]["costs"] == json.loads((stopped / FILE).read_text())["costs"] == other["costs"]
+    assert run(recipe, stopped, "--restart-from=search", *flags) == 0
+    assert json.loads((stopped / FILE).read_text()) == measured, "a search from its beginning measures"
 
 
 def test_candidates_with_a_budget_are_compared(recipe: Path, tmp_path: Path, capsys) -> None:
