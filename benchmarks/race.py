@@ -1,0 +1,95 @@
+"""Which selector finds the mask that recovers best, of all masks of a small teacher.
+
+    python benchmarks/race.py TEACHER KEEP [SEEDS]
+
+TEACHER is a folder as `tinyfusion run recipes/teacher_digits.yaml` leaves it. Every mask that keeps KEEP blocks is
+recovered by 100 steps and judged on held-out samples; the losses are kept in `TEACHER/../masks_KEEP.json`. Then every
+selector decides with every seed, and its choice is looked up.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from itertools import combinations
+from pathlib import Path
+from statistics import mean
+
+import torch
+
+import tinyfusion_core as tiny
+from tinyfusion_core.runtime.progress import track
+from tinyfusion_dit import DiT, GaussianDiffusion
+from tinyfusion_images import Digits
+
+RECOVERY = tiny.Recover(steps=100, lr=1e-3, lr_final=1e-5, ema=0.0)
+
+
+def task_of(teacher: Path) -> tiny.Task:
+    data = Digits()
+    loss = GaussianDiffusion(learn_sigma=False, sampler="ddim", sampling_steps=25, guided_channels=None)
+    backbone = DiT(checkpoint=str(teacher))
+    return tiny.Task(backbone=backbone, loss=loss, train=data.train(), held_out=data.held_out(), data=data)
+
+
+def trainer_of(seed: int) -> tiny.Trainer:
+    return tiny.Trainer(batch_size=64, precision="fp32", seed=seed, log_every=1000)
+
+
+def recovered(task: tiny.Task, kept: tuple[int, ...]) -> float:
+    trainer, decision = trainer_of(0), tiny.Decision(blocks=tuple(task.blocks), kept=kept, method="any")
+    student = RECOVERY(task, tiny.prune(task, decision), decision, trainer)
+    (loss,) = tiny.HeldOutLoss(draws=4)(task, {"student": student}, trainer)
+    found = loss.values["student"]
+    assert found is not None
+    return found
+
+
+def truth(task: tiny.Task, keep: int, path: Path) -> dict[tuple[int, ...], float]:
+    """The recovered loss of every mask; those that the file has are not computed again."""
+    known: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+    masks = list(combinations(range(len(task.blocks)), keep))
+    with track("masks", len(masks), done=len(known)) as progress:
+        for kept in masks:
+            key = " ".join(map(str, kept))
+            if key not in known:
+                known[key] = recovered(task, kept)
+                path.write_text(json.dumps(known))
+                progress.advance()
+    return {tuple(map(int, key.split())): loss for key, loss in known.items()}
+
+
+def selectors(keep: int) -> dict[str, tiny.Selector]:
+    search = tiny.Search(keep=keep, steps=300, batch_size=16)
+    criteria = [kind(keep=keep) for kind in (tiny.Greedy, tiny.LeaveOneOut, tiny.Taylor, tiny.BlockInfluence)]
+    half = tiny.Search(keep=keep, steps=150, batch_size=16)
+    return {
+        "score function, 300 steps": search,
+        "race, 300 steps": tiny.Race(keep=keep, steps=300, proposers=[half, *criteria]),
+        "race, 600 steps": tiny.Race(keep=keep, steps=600, proposers=[search, *criteria]),
+        "greedy": criteria[0],
+        "leave one out": criteria[1],
+        "Taylor": criteria[2],
+        "block influence": criteria[3],
+    }
+
+
+def main() -> None:
+    teacher, keep, seeds = Path(sys.argv[1]), int(sys.argv[2]), int((*sys.argv, "3")[3])
+    torch.set_num_threads(1)
+    task = task_of(teacher)
+    losses = truth(task, keep, teacher.parent / f"masks_{keep}.json")
+    order = sorted(losses, key=losses.__getitem__)
+    print(f"{len(order)} masks of {len(task.blocks)} → {keep}; best {order[0]}: {losses[order[0]]:.4f}")
+    print("| selector | ranks | mean loss behind the best | seconds | rows |\n|---|---|---|---|---|")
+    for name, selector in selectors(keep).items():
+        began, decisions = time.process_time(), [selector(task, trainer_of(seed)) for seed in range(seeds)]
+        ranks = ", ".join(str(1 + order.index(d.kept)) for d in decisions)
+        behind = mean(losses[d.kept] for d in decisions) - losses[order[0]]
+        rows = mean(d.provenance["evaluations"] for d in decisions)
+        print(f"| {name} | {ranks} | {behind:.4f} | {(time.process_time() - began) / seeds:.0f} | {rows:,.0f} |")
+
+
+if __name__ == "__main__":
+    main()
