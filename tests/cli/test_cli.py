@@ -136,3 +136,12 @@ def test_counts_that_are_typed_are_moderate(command: str, number: str, capsys: p
         main([*command.split(), number])
     assert stopped.value.code == 2
     assert f"'{number[:40]}' is no whole number from 0 to 10,000,000" in capsys.readouterr().err
+
+
+def test_whoever_reads_what_is_printed_may_stop_reading() -> None:
+    command = [sys.executable, "-m", "tinyfusion_core", "plugins"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        error = process.stderr.read()
+    assert error == ""

@@ -112,7 +112,30 @@ class Diverging(Match):
         return out * float("nan") if model.training and len(model.blocks) < 8 else out
 
 
+def test_every_round_is_longer_than_the_one_before() -> None:
+    """Whatever the neighbours have left: a shorter recovery would have the last word."""
+    for steps in (100, 130, 157):
+        found = racing(WRONG, NEAR, steps=steps, sure=50.0)(task(), TRAINER).provenance["race"]
+        lengths = [entries[0]["steps"] for entries in found]
+        assert lengths == sorted(set(lengths))
+        assert sum(entry["steps"] for entries in found for entry in entries) <= steps
+
+
+def test_only_losses_are_kept_of_entrants(tmp_path: Path) -> None:
+    folder = tiny.RunFolder(tmp_path)
+    decision = racing(WRONG, NEAR, neighbours=False, steps=30)(task(), TRAINER, folder)
+    left = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.name for path in left} == {"losses.safetensors", "metrics.jsonl"}
+    assert len([path for path in left if path.name == "losses.safetensors"]) == sum(
+        map(len, decision.provenance["race"])
+    )
+
+
 def test_what_cannot_race_is_told_why() -> None:
+    for size, fault in ((3, "at least 4 training samples.* there are 3"), (1, "there are 1")):
+        few = replace(task(), train=planted_data(size))
+        with pytest.raises(tiny.UserError, match=fault):
+            racing(WRONG, NEAR)(few, TRAINER.with_batch_size(1))
     with pytest.raises(tiny.UserError, match=r"search\.steps is 7: too few for 2 masks to recover; give at least 8"):
         racing(WRONG, NEAR, steps=7)(task(), TRAINER)
     outside = racing(tiny.Keep([0, 1, 2]), WRONG)
@@ -123,7 +146,7 @@ def test_what_cannot_race_is_told_why() -> None:
         protected(task(), TRAINER)
     with pytest.raises(tiny.UserError, match=r"search\.lr is 0\.001: after \d+ steps no entrant has a finite loss"):
         racing(WRONG, NEAR)(replace(task(), loss=Diverging()), TRAINER)
-    for key, value in {"steps": 0, "rounds": 0, "masks": 0, "samples": 1, "lr": 0, "sure": -1, "proposers": ()}.items():
+    for key, value in {"steps": 3, "rounds": 0, "masks": 0, "samples": 1, "lr": 0, "sure": -1, "proposers": ()}.items():
         with pytest.raises(tiny.UserError, match=rf"search\.{key}"):
             replace(racing(WRONG), **{key: value})
 

@@ -89,6 +89,8 @@ def _obeyed(command: Command, options: argparse.Namespace) -> int:
     try:
         return command(options)
     except SystemExit as e:
+        if isinstance(e.__context__, BrokenPipeError):  # rich's answer to `tinyfusion validate ... | head`
+            raise
         *_, (frame, line) = traceback.walk_tb(e.__traceback__)
         place = f"{frame.f_code.co_filename}, line {line}"
         raise UserError(f"{place}: sys.exit was called before '{command.name}' was done; raise an error instead") from e

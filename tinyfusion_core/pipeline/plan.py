@@ -148,14 +148,18 @@ def _search(plan: Plan, recipe: Recipe, stage: Stage, model: nn.Module) -> tuple
         else:
             plan.rows.append((f"{prefix}masks", f"any within the budget, {masks}"))
         copies = f" under {sampler.masks_per_sample} masks each" if sampler.masks_per_sample > 1 else ""
-        update = type(search.update).__name__
-        plan.rows.append((f"{prefix}search", f"{_budget(recipe, search)}{copies}, weight update {update}"))
-        needed = partial(search_needs, recipe.backbone, recipe.loss, model, search)
-        _memory(plan, recipe, f"{prefix}search", search, needed)
+        how = f"{_budget(recipe, search)}{copies}, weight update {type(search.update).__name__}"
+        plan.rows.append((f"{prefix}search", how))
+        needs = partial(search_needs, recipe.backbone, recipe.loss, model, search)
+        _memory(plan, recipe, f"{prefix}search", search, needs)
     pruned = copy.deepcopy(model)
     remove_blocks(recipe.backbone, pruned, [blocks[i] for i in decision.removed])
-    several = len(list_lengths(blocks)) > 1  # whose blocks are not alike
-    plan.rows.append((f"{prefix}after pruning", _size(recipe, pruned) + _given(decision) * several))
+    given = _given(decision) if len(list_lengths(blocks)) > 1 else ""  # lists whose blocks are not alike
+    plan.rows.append((f"{prefix}after pruning", _size(recipe, pruned) + given))
+    for trial in (part for part in selector.trainings() if isinstance(part, Recover)):
+        what, needed = f"{prefix}trial recoveries", partial(training_needs, recipe.backbone, recipe.loss, pruned, trial)
+        plan.rows.append((what, _training(recipe, trial)))
+        _memory(plan, recipe, what, trial, needed)
     return decision, pruned
 
 
@@ -194,9 +198,8 @@ def _memory(plan: Plan, recipe: Recipe, name: str, stage: Search | Recover, need
     total = found.total(setup.checkpointing)
     if hardware.memory is not None and total > hardware.memory:
         plan.problems.append(
-            f"{name}: needs {gigabytes(total)} on every device, which has {gigabytes(hardware.memory)}; take more "
-            "devices with trainer.sharding: fsdp, a smaller trainer.micro_batch_size, or "
-            "trainer.activation_checkpointing"
+            f"{name}: needs {gigabytes(total)} on every device, which has {gigabytes(hardware.memory)}; more devices "
+            "with trainer.sharding: fsdp, a smaller trainer.micro_batch_size or activation_checkpointing help"
         )
 
 

@@ -5,6 +5,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -16,7 +17,8 @@ from ..errors import Diverged, UserError, require
 from ..protocols.task import Task
 from ..pruning.decision import Decision, provenance
 from ..pruning.prune import prune
-from ..runtime.files import digest
+from ..runtime.distributed import on_main_process
+from ..runtime.files import digest, read_weights, save_tensors
 from ..runtime.progress import track
 from ..runtime.run_folder import RunFolder
 from ..samplers.compiled import Constraints
@@ -32,6 +34,8 @@ from .criteria.similarity import BlockInfluence
 from .paired import Mask, difference, leading, mean_of, surviving
 from .search import Search
 
+JUDGED = "losses.safetensors"
+"""File with the losses of an entrant, while the race runs."""
 LEAST = 10
 """Steps of a first recovery, if there are enough: along a cosine they rank masks nearly as a hundred do."""
 
@@ -71,7 +75,7 @@ class Race(Constrained):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in {"steps": 1, "rounds": 1, "masks": 1, "samples": 2}.items():
+        for name, least in {"rounds": 1, "masks": 1, "samples": 2, "steps": self.rounds + self.neighbours}.items():
             require(getattr(self, name) >= least, f"search.{name}", getattr(self, name), f"at least {least}")
         require(self.lr > 0, "search.lr", self.lr, "a rate above 0")
         require(self.sure >= 0, "search.sure", self.sure, "0 or more standard errors")
@@ -165,7 +169,10 @@ class _Running:
         marginals = self._propose(constraints)
         healing, self.judged = set_apart(self.task.train, how.samples, self.trainer.seed, "race")
         self.healing = replace(self.task, train=healing)
-        entrants, leader = list(self.of), None
+        if len(self.judged) < 2:
+            found = len(self.task.train)
+            raise UserError(f"search: a race needs at least 4 training samples, to judge on some; there are {found}")
+        entrants, leader, before = list(self.of), None, 0
         for number in range(1, how.rounds + 1):
             begins = number == 1 and how.neighbours
             share = (how.steps - self.spent) // (how.rounds - number + 1 + begins)
@@ -175,12 +182,12 @@ class _Running:
                 raise UserError(
                     f"search.steps is {how.steps}: too few for {len(entrants)} masks to recover; give at least {least}"
                 )
-            if not steps:
+            if steps <= before:  # a shorter recovery has nothing to say about those that were close in a longer one
                 break
             if begins:  # shorter, if that lets more neighbours enter: those of two leaders
                 most = len(entrants) + 2 * len(constraints.exchanges(entrants[0]))
                 steps = min(steps, max(LEAST, 2 * share // most))
-            losses = self._recovered(number, entrants, steps)
+            before, losses = steps, self._recovered(number, entrants, steps)
             leader = leading(losses, leader, how.sure)
             if begins:
                 leader = self._try_neighbours(constraints, losses, leader, (number, steps), 2 * share - self.spent)
@@ -199,7 +206,8 @@ class _Running:
         """Let everybody propose; returns the marginals of the first who has learned some."""
         quiet, logged = replace(self.trainer, trackers=()), False
         marginals: tuple[float, ...] = ()
-        for i, proposer in enumerate(self.how.proposed_by()):
+        # Those that train come last: a choice outside of the budget ends the race before they cost anything.
+        for i, proposer in sorted(enumerate(self.how.proposed_by()), key=lambda pair: len(pair[1].trainings())):
             # One search is shown as that of the run.
             own = proposer.learned() is not None and not logged
             part = self.run if own or self.run is None else self.run.part("search", f"proposer {i}")
@@ -209,7 +217,7 @@ class _Running:
                 if not constraints.accepts(mask):
                     raise UserError(
                         f"search.proposers[{i}]: {type(proposer).__name__} keeps {' '.join(map(str, mask))}, which is "
-                        "outside of the race's budget; give it the same keep, pattern or budget, and constraints"
+                        "outside of the race's budget; give it the same budget, protected blocks and constraints"
                     )
                 self.of.setdefault(tuple(mask), []).append(type(proposer).__name__)
             marginals = marginals or found.decision.marginals
@@ -251,24 +259,28 @@ class _Running:
             for mask in entrants:
                 losses[mask] = self._recover(mask, number, steps)
                 progress.advance()
-        if not any(math.isfinite(mean_of(values)) for values in losses.values()) and not note:
+        if number == 1 and not note and not any(math.isfinite(mean_of(values)) for values in losses.values()):
             raise UserError(f"search.lr is {self.how.lr}: after {steps} steps no entrant has a finite loss; lower it")
         return losses
 
     def _recover(self, mask: Mask, number: int, steps: int) -> Tensor:
-        quiet = replace(self.trainer, trackers=())
-        part = self.run and self.run.part("search", f"race {number} of {digest(list(mask))[:16]}")
+        """Recover an entrant and judge it. Only its losses are kept: weights of all would fill a disk."""
+        quiet, stage = replace(self.trainer, trackers=()), f"race {number}"
+        self.spent += steps
+        self.evaluations += steps * (self.how.batch_size or quiet.batch_size) + len(self.judged)
+        part = self.run and self.run.part("search", f"{stage} of {digest(list(mask))[:16]}")
+        if part is not None and (part / JUDGED).exists():
+            return read_weights(part / JUDGED)["losses"]
         student = prune(self.task, Decision(blocks=tuple(self.task.blocks), kept=mask, method="Race"))
         judged = replace(self.task, model=student, train=self.judged)
         calibration = Calibration(judged, quiet, len(self.judged), 64, "race")
-        recovery = self.how.recovery(steps)
-        self.spent += steps
-        self.evaluations += steps * (self.how.batch_size or quiet.batch_size) + len(self.judged)
         try:
-            recovery(self.healing, student, None, quiet, part, stage=f"race {number}")
+            self.how.recovery(steps)(self.healing, student, None, quiet, part, stage=stage)
             losses = calibration.sample_losses(torch.ones(1, len(mask)))[0]
         except Diverged:
             losses = torch.full((len(self.judged),), math.inf, dtype=torch.float64)
+        if part is not None:
+            on_main_process(partial(_keep_losses, part, stage, losses))
         return losses
 
     def _record(self, losses: Mapping[Mask, Tensor], leader: Mask, steps: int) -> None:
@@ -279,3 +291,8 @@ class _Running:
             return {"kept": list(mask), "of": self.of[mask], "steps": steps, **finite}
 
         self.rounds.append([entry(mask) for mask in sorted(losses, key=lambda mask: mean_of(losses[mask]))])
+
+
+def _keep_losses(part: RunFolder, stage: str, losses: Tensor) -> None:
+    save_tensors(part / JUDGED, {"losses": losses})
+    part.drop_checkpoints(stage)
