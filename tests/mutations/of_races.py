@@ -11,7 +11,7 @@ MUTATIONS = [
     Mutation(
         "entrants are trained on what judges them",
         RACE,
-        "replace(self.task, train=healing)",
+        "replace(self.task, train=rest)",
         "self.task",
         (TESTS + "test_a_race_judges_by_samples_that_it_did_not_train_on",),
     ),

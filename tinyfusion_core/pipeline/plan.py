@@ -156,10 +156,10 @@ def _search(plan: Plan, recipe: Recipe, stage: Stage, model: nn.Module) -> tuple
     remove_blocks(recipe.backbone, pruned, [blocks[i] for i in decision.removed])
     given = _given(decision) if len(list_lengths(blocks)) > 1 else ""  # lists whose blocks are not alike
     plan.rows.append((f"{prefix}after pruning", _size(recipe, pruned) + given))
-    for trial in (part for part in selector.trainings() if isinstance(part, Recover)):
-        what, needed = f"{prefix}trial recoveries", partial(training_needs, recipe.backbone, recipe.loss, pruned, trial)
-        plan.rows.append((what, _training(recipe, trial)))
-        _memory(plan, recipe, what, trial, needed)
+    for short in (part for part in selector.trainings() if isinstance(part, Recover)):
+        what, needed = f"{prefix}short recoveries", partial(training_needs, recipe.backbone, recipe.loss, pruned, short)
+        plan.rows.append((what, _training(recipe, short)))
+        _memory(plan, recipe, what, short, needed)
     return decision, pruned
 
 

@@ -167,8 +167,8 @@ class _Running:
         how = self.how
         constraints = how.compiled(self.task.blocks)
         marginals = self._propose(constraints)
-        healing, self.judged = set_apart(self.task.train, how.samples, self.trainer.seed, "race")
-        self.healing = replace(self.task, train=healing)
+        rest, self.judged = set_apart(self.task.train, how.samples, self.trainer.seed, "race")
+        self.trained = replace(self.task, train=rest)
         if len(self.judged) < 2:
             found = len(self.task.train)
             raise UserError(f"search: a race needs at least 4 training samples, to judge on some; there are {found}")
@@ -275,7 +275,7 @@ class _Running:
         judged = replace(self.task, model=student, train=self.judged)
         calibration = Calibration(judged, quiet, len(self.judged), 64, "race")
         try:
-            self.how.recovery(steps)(self.healing, student, None, quiet, part, stage=stage)
+            self.how.recovery(steps)(self.trained, student, None, quiet, part, stage=stage)
             losses = calibration.sample_losses(torch.ones(1, len(mask)))[0]
         except Diverged:
             losses = torch.full((len(self.judged),), math.inf, dtype=torch.float64)
