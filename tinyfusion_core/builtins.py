@@ -30,7 +30,7 @@ def tinyfusion_register_metrics() -> list[type[Metric]]:
 
 @hookimpl
 def tinyfusion_register_selectors() -> list[type[Selector]]:
-    """Selectors: the search, successive halving and the criteria."""
+    """Selectors: the search, the race, successive halving, and the criteria."""
     from .selection import given
     from .selection.criteria import positions, sensitivity, similarity
     from .selection.race import Race

@@ -83,14 +83,16 @@ def test_the_default_proposers_search_within_the_same_budget() -> None:
     assert len(with_costs.cost_budgets()) == 1
 
 
+@dataclass(frozen=True)
 class Stopped(Match):
     """Asks for a stop in the middle of the second entrant's recovery."""
 
+    entrants: list[str] = field(default_factory=list)
+
     def prepare(self, batch, rng):
-        stage = getattr(self, "stage", None)
-        if rng.stage == "race 1" and rng.step == 3 and stage != "done":
-            object.__setattr__(self, "stage", "once" if stage is None else "done")
-            if stage == "once":
+        if rng.stage == "race 1" and rng.step == 3:
+            self.entrants.append(rng.stage)
+            if len(self.entrants) == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
         return super().prepare(batch, rng)
 

@@ -14,11 +14,12 @@ from typing_extensions import override
 
 from ..dataloading.set_apart import set_apart
 from ..errors import Diverged, UserError, require
+from ..protocols.data import Samples
 from ..protocols.task import Task
 from ..pruning.decision import Decision, provenance
 from ..pruning.prune import prune
 from ..runtime.distributed import on_main_process
-from ..runtime.files import digest, read_weights, save_tensors
+from ..runtime.files import read_weights, save_tensors
 from ..runtime.progress import track
 from ..runtime.run_folder import RunFolder
 from ..samplers.compiled import Constraints
@@ -31,7 +32,7 @@ from .costs import NetworkCosts
 from .criteria.calibration import Calibration
 from .criteria.sensitivity import Greedy, LeaveOneOut, Taylor
 from .criteria.similarity import BlockInfluence
-from .paired import Mask, difference, leading, mean_of, surviving
+from .paired import Mask, difference, folder_name, leading, mean_of, surviving
 from .search import Search
 
 JUDGED = "losses.safetensors"
@@ -80,12 +81,8 @@ class Race(Constrained):
         require(self.lr > 0, "search.lr", self.lr, "a rate above 0")
         require(self.sure >= 0, "search.sure", self.sure, "0 or more standard errors")
         require(self.batch_size is None or self.batch_size >= 1, "search.batch_size", self.batch_size, "at least 1")
-        require(
-            self.proposers is None or len(self.proposers) > 0,
-            "search.proposers",
-            self.proposers,
-            "at least one selector",
-        )
+        some = self.proposers is None or len(self.proposers) > 0
+        require(some, "search.proposers", self.proposers, "at least one selector")
 
     def recovery(self, steps: int) -> Recover:
         """Return the recovery of one entrant by some steps."""
@@ -148,6 +145,9 @@ class _Running:
     """One race.
 
     Attributes:
+        quiet: the trainer for pieces of the race, which would each be a run of their own to a tracker.
+        trained: the task with the samples that entrants are trained on.
+        judged: the samples that they are judged on.
         of: who proposed each mask.
         rounds: for each round, every entrant with its loss, for the record.
         evaluations: samples that networks were run on.
@@ -158,20 +158,26 @@ class _Running:
     task: Task
     trainer: Trainer
     run: RunFolder | None
+    quiet: Trainer = field(init=False)
+    trained: Task = field(init=False)
+    judged: Samples = field(init=False)
     of: dict[Mask, list[str]] = field(default_factory=dict)
     rounds: list[list[dict[str, Any]]] = field(default_factory=list)
     evaluations: int = 0
     spent: int = 0
 
-    def decision(self) -> Decision:
-        how = self.how
-        constraints = how.compiled(self.task.blocks)
-        marginals = self._propose(constraints)
-        rest, self.judged = set_apart(self.task.train, how.samples, self.trainer.seed, "race")
+    def __post_init__(self) -> None:
+        self.quiet = replace(self.trainer, trackers=())
+        rest, self.judged = set_apart(self.task.train, self.how.samples, self.trainer.seed, "race")
         self.trained = replace(self.task, train=rest)
         if len(self.judged) < 2:
             found = len(self.task.train)
             raise UserError(f"search: a race needs at least 4 training samples, to judge on some; there are {found}")
+
+    def decision(self) -> Decision:
+        how = self.how
+        constraints = how.compiled(self.task.blocks)
+        marginals = self._propose(constraints)
         entrants, leader, before = list(self.of), None, 0
         for number in range(1, how.rounds + 1):
             begins = number == 1 and how.neighbours
@@ -204,14 +210,14 @@ class _Running:
 
     def _propose(self, constraints: Constraints) -> tuple[float, ...]:
         """Let everybody propose; returns the marginals of the first who has learned some."""
-        quiet, logged = replace(self.trainer, trackers=()), False
+        logged = False
         marginals: tuple[float, ...] = ()
         # Those that train come last: a choice outside of the budget ends the race before they cost anything.
         for i, proposer in sorted(enumerate(self.how.proposed_by()), key=lambda pair: len(pair[1].trainings())):
             # One search is shown as that of the run.
             own = proposer.learned() is not None and not logged
             part = self.run if own or self.run is None else self.run.part("search", f"proposer {i}")
-            found = proposer.propose(self.task, self.trainer if own else quiet, part, self.how.masks)
+            found = proposer.propose(self.task, self.trainer if own else self.quiet, part, self.how.masks)
             logged |= own
             for mask in found.masks:
                 if not constraints.accepts(mask):
@@ -229,12 +235,7 @@ class _Running:
     ) -> Mask:
         """Let neighbours of the leader enter a round, and of whoever takes its place. Returns the leader at the end.
 
-        Args:
-            constraints: what masks must obey.
-            losses: of the entrants, (samples,) each; gets those of the neighbours.
-            leader: who leads.
-            heat: number of the round, and the steps by which its entrants are recovered.
-            share: updates that it may take.
+        `losses` gets theirs; `heat` is the number of the round and its steps, `share` the updates that they may take.
         """
         number, steps = heat
         while near := self._neighbours(constraints, leader, losses)[: share // steps]:
@@ -265,10 +266,10 @@ class _Running:
 
     def _recover(self, mask: Mask, number: int, steps: int) -> Tensor:
         """Recover an entrant and judge it. Only its losses are kept: weights of all would fill a disk."""
-        quiet, stage = replace(self.trainer, trackers=()), f"race {number}"
+        quiet, stage = self.quiet, f"race {number}"
         self.spent += steps
         self.evaluations += steps * (self.how.batch_size or quiet.batch_size) + len(self.judged)
-        part = self.run and self.run.part("search", f"{stage} of {digest(list(mask))[:16]}")
+        part = self.run and self.run.part("search", f"{stage} of {folder_name(mask)}")
         if part is not None and (part / JUDGED).exists():
             return read_weights(part / JUDGED)["losses"]
         student = prune(self.task, Decision(blocks=tuple(self.task.blocks), kept=mask, method="Race"))

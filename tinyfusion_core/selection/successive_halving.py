@@ -15,7 +15,6 @@ from ..errors import Diverged, UserError, require
 from ..protocols.task import Task
 from ..pruning.decision import Decision
 from ..pruning.prune import prune
-from ..runtime.files import digest
 from ..runtime.progress import track
 from ..runtime.run_folder import RunFolder
 from ..samplers.constraints import Budget, Spending
@@ -25,6 +24,7 @@ from .base import Selector, prepared
 from .budget import CostBudget
 from .costs import NetworkCosts
 from .criteria.calibration import Calibration
+from .paired import folder_name
 from .search import Search
 
 
@@ -120,7 +120,7 @@ class Finals(Selector):
             show = quiet.accelerator.is_main_process
             with track(f"finals, round {number}", len(students), show=show) as progress:
                 for kept, student in students.items():
-                    part = None if run is None else run.part("search", f"finals {number} of {_name(kept)}")
+                    part = None if run is None else run.part("search", f"finals {number} of {folder_name(kept)}")
                     losses[kept], looked_at = self._recover(task, student, quiet, part, number)
                     evaluations += looked_at
                     progress.advance()
@@ -177,8 +177,3 @@ class Finals(Selector):
             proposed.setdefault(found.kept, []).append(found.method)
             evaluations += int(found.provenance.get("evaluations", 0))
         return proposed, evaluations
-
-
-def _name(kept: Sequence[int]) -> str:
-    """A short folder name; the indices themselves can be too long for one."""
-    return digest(list(kept))[:16]
