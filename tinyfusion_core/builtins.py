@@ -33,6 +33,7 @@ def tinyfusion_register_selectors() -> list[type[Selector]]:
     """Selectors: the search, the race, successive halving, and the criteria."""
     from .selection import given
     from .selection.criteria import positions, sensitivity, similarity
+    from .selection.quality import Shallowest
     from .selection.race import Race
     from .selection.search import Search
     from .selection.successive_halving import Finals
@@ -40,6 +41,7 @@ def tinyfusion_register_selectors() -> list[type[Selector]]:
     return [
         Search,
         Race,
+        Shallowest,
         Finals,
         given.Keep,
         given.Nested,

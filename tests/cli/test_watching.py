@@ -114,6 +114,24 @@ def test_rounds_and_finals_have_their_steps(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_a_race_shows_who_proposes_and_who_recovers(tmp_path: Path) -> None:
+    race = {"class_path": "Race", "init_args": {"keep": 4, "steps": 300}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**RECIPE, "search": race}))
+    (tmp_path / "metrics.jsonl").write_text("".join(line(step) for step in range(10, 60, 10)))
+    parts = tmp_path / "checkpoints" / "search"
+    parts.mkdir(parents=True)
+    now = {"cell": "", "what": "Search proposes", "done": 0, "total": 300, "steps": 150}
+    (parts / "now.json").write_text(json.dumps(now))
+    out = frame(tmp_path)
+    assert "0 of 300" in out and "Search proposes" in out and "50 of 150" in out
+    now = {"cell": "race 1 of ab", "what": "race 1: recovers 0 3", "done": 40, "total": 300, "steps": 12}
+    (parts / "now.json").write_text(json.dumps(now))
+    assert "40 of 300" in (out := frame(tmp_path)) and "50 of 150" not in out
+    (parts / "race 1 of ab").mkdir()
+    (parts / "race 1 of ab" / "metrics.jsonl").write_text(line(5, "race 1"))
+    assert "race 1: recovers 0 3" in (out := frame(tmp_path)) and "5 of 12" in out
+
+
 def test_a_comparison_shows_its_cells(tmp_path: Path) -> None:
     cells = tmp_path / "cells"
     (cells / "healing-ab").mkdir(parents=True)

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from mutations.mutation import Mutation
 
-RACE, PAIRED = "selection/race.py", "selection/paired.py"
+HEATS, PAIRED, RECOVERIES = (f"selection/judging/{name}.py" for name in ("heats", "paired", "recoveries"))
 TESTS = "selection/test_race.py::"
 
 MUTATIONS = [
     Mutation(
         "entrants are trained on what judges them",
-        RACE,
+        RECOVERIES,
         "replace(self.task, train=rest)",
         "self.task",
         (TESTS + "test_a_race_judges_by_samples_that_it_did_not_train_on",),
     ),
     Mutation(
         "neighbours of the leader do not enter",
-        RACE,
-        "[: share // steps]",
+        HEATS,
+        "[: max(0, share) // steps]",
         "[:0]",
         (TESTS + "test_neighbours_of_the_leader_are_tried_and_followed",),
     ),

@@ -18,8 +18,8 @@ from tinyfusion_core.dataloading.order import order_of
 from tinyfusion_core.dataloading.set_apart import set_apart
 from tinyfusion_core.errors import Interrupted
 from tinyfusion_core.protocols.data import Tensors
-from tinyfusion_core.selection import race
-from tinyfusion_core.selection.paired import leading, surviving
+from tinyfusion_core.selection.judging import recoveries
+from tinyfusion_core.selection.judging.paired import leading, surviving
 from toys import Match, planted_data
 
 WRONG = tiny.Keep([0, 2, 5, 6])
@@ -60,13 +60,13 @@ def test_with_the_weights_of_other_entrants_it_finds_nothing(monkeypatch: pytest
     """A negative control: were it anything but recovery that decides, this would change nothing."""
     others = (tiny.Keep(WORKING), WRONG)
     assert list(racing(*others, neighbours=False)(task(), TRAINER).kept) == WORKING
-    plain = race.prune
+    plain = recoveries.prune
 
     def exchanged(of: tiny.Task, decision: tiny.Decision) -> torch.nn.Module:
         kept = WRONG.blocks if list(decision.kept) == WORKING else WORKING
         return plain(of, replace(decision, kept=tuple(kept)))
 
-    monkeypatch.setattr(race, "prune", exchanged)
+    monkeypatch.setattr(recoveries, "prune", exchanged)
     assert list(racing(*others, neighbours=False)(task(), TRAINER).kept) == list(WRONG.blocks)
 
 
@@ -127,7 +127,7 @@ def test_only_losses_are_kept_of_entrants(tmp_path: Path) -> None:
     folder = tiny.RunFolder(tmp_path)
     decision = racing(WRONG, NEAR, neighbours=False, steps=30)(task(), TRAINER, folder)
     left = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert {path.name for path in left} == {"losses.safetensors", "metrics.jsonl"}
+    assert {path.name for path in left} == {"losses.safetensors", "metrics.jsonl", "now.json"}
     assert len([path for path in left if path.name == "losses.safetensors"]) == sum(
         map(len, decision.provenance["race"])
     )
@@ -138,8 +138,11 @@ def test_what_cannot_race_is_told_why() -> None:
         few = replace(task(), train=planted_data(size))
         with pytest.raises(tiny.UserError, match=fault):
             racing(WRONG, NEAR)(few, TRAINER.with_batch_size(1))
-    with pytest.raises(tiny.UserError, match=r"search\.steps is 7: too few for 2 masks to recover; give at least 8"):
-        racing(WRONG, NEAR, steps=7)(task(), TRAINER)
+    many = [tiny.Keep([first, 5, 6, 7]) for first in range(5)]
+    with pytest.raises(tiny.UserError, match=r"search\.steps is 4: too few for 5 masks to recover; give at least 5"):
+        racing(*many, steps=4)(task(), TRAINER)
+    with pytest.raises(tiny.UserError, match=r"search\.proposers\[0\] is a race itself"):
+        racing(racing(WRONG))
     outside = racing(tiny.Keep([0, 1, 2]), WRONG)
     with pytest.raises(tiny.UserError, match=r"search\.proposers\[0\]: keeps 3 blocks, the race 4"):
         outside(task(), TRAINER)

@@ -14,15 +14,14 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from ..comparison.cells import Now
 from ..comparison.results import ComparisonResults
-from ..errors import UserError
+from ..errors import MissingFileError, UserError
 from ..parsing.records import check_regular, read_as
 from ..pipeline.compare import print_tables
 from ..pruning.prune import DECISION, decision_of
 from ..reporting.report import duration, results_table
 from ..runtime.progress import plain_console
-from ..runtime.run_folder import CELLS, COMPARISON_RESULTS, NOW, RUN_RECORD, RunFolder
+from ..runtime.run_folder import CELLS, COMPARISON_RESULTS, NOW, RUN_RECORD, Now, RunFolder
 from ..runtime.stages import EVALUATE, SEARCH, Stage, log_line
 
 LEVELS = "▁▂▃▄▅▆▇█"
@@ -142,7 +141,12 @@ class View:
         yield table
         # Every folder is read at every look, or the old lines of a round would pass for news later.
         tails = {name: self._tail(self.folder.round(name).path) for name in done}
-        yield from self._training(tails[current.round].entries.get(current.name, ()), current)
+        folder = self.folder.round(current.round)
+        parts, own = folder.checkpoints(current.name).path, tails[current.round].entries.get(current.name, ())
+        if (parts / NOW).exists():
+            yield from self._parts(parts, own)
+        else:
+            yield from self._training(own, num_steps(current))
         yield from self._decided([s for s in stages if s.name == SEARCH and s.name in done[s.round]])
 
     def _decided(self, searches: Sequence[Stage]) -> Iterator[RenderableType]:
@@ -160,21 +164,24 @@ class View:
             for what, kind in (("decision", "decision"), ("calibration", "calibration"), ("recovery", "healing"))
         }
         yield Text(", ".join(f"{count} {kind} cells" for kind, count in counts.items()) + " done")
-        now = (
-            read_as(cells / NOW, Now, "delete it; the comparison goes on without it")
-            if (cells / NOW).exists()
-            else None
-        )
-        if now is not None:
-            yield _bar(now["done"], now["total"], "")
-            yield Text(now["what"])
-            tail = self._tail(cells / now["cell"])
-            for name, entries in list(tail.entries.items())[-1:]:
-                yield from self._training(entries, Stage(name))
+        if (cells / NOW).exists():
+            yield from self._parts(cells, ())
 
-    def _training(self, entries: Sequence[Mapping[str, Any]], stage: Stage) -> Iterator[RenderableType]:
-        """The progress of the current stage, if it has logged anything."""
-        entries, pace, steps = list(entries), 0.0, num_steps(stage)
+    def _parts(self, folder: Path, own: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
+        """Work of several parts, whose `now.json` is in a folder; what it logs elsewhere are the run's own entries."""
+        try:
+            now = read_as(folder / NOW, Now, "delete it; what is running goes on without it")
+        except MissingFileError:  # it has just finished
+            return
+        yield _bar(now["done"], now["total"], "")
+        yield Text(now["what"])
+        if now["cell"]:
+            own = next(reversed(self._tail(folder / now["cell"]).entries.values()), ())
+        yield from self._training(own, now.get("steps"))
+
+    def _training(self, entries: Sequence[Mapping[str, Any]], steps: int | None) -> Iterator[RenderableType]:
+        """The progress of a training of so many steps, if it has logged anything."""
+        entries, pace = list(entries), 0.0
         if entries:
             last, first = entries[-1], entries[max(0, len(entries) - 10)]
             if len(entries) > 1 and last["seconds"] > first["seconds"]:

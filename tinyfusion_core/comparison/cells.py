@@ -24,15 +24,6 @@ class Cell(TypedDict):
     loss: NotRequired[float | None]
 
 
-class Now(TypedDict):
-    """What a comparison is computing."""
-
-    cell: str
-    what: str
-    done: int
-    total: int
-
-
 def read_cell(kind: str, path: Path, num_blocks: int) -> dict[str, Any]:
     """Read the file of a result.
 

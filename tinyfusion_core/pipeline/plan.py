@@ -7,20 +7,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch import nn
 
 from ..comparison.study import Comparison
 from ..errors import MissingFileError, UserError
 from ..evaluation.metrics import count_flops
 from ..protocols.backbone import list_lengths, owner
-from ..protocols.block_call import watched_streams
 from ..protocols.columns import checked, columns_of
-from ..protocols.task import Task
+from ..protocols.task import Task, check_fit
 from ..pruning.decision import Decision
 from ..pruning.removal import remove_blocks
-from ..runtime.seeding import Rng
 from ..runtime.stages import EVALUATE, SEARCH, Stage
 from ..runtime.trackers import check_trackers
 from ..samplers.constraints import Spending
@@ -106,7 +102,7 @@ def _network(plan: Plan, recipe: Recipe) -> None:
         raise UserError(f"{owner(recipe.backbone)}: the network has {len(blocks)} block(s); of 2 or more some can go")
     counts = ", ".join(f"{depth} blocks in '{name}'" for name, depth in list_lengths(blocks).items())
     plan.rows.append(("network", f"{type(recipe.backbone).__name__}, {counts}"))
-    _fit_together(recipe, model)
+    check_fit(recipe.backbone, recipe.loss, model)
     plan.rows.append(("before pruning", _size(recipe, model)))
 
 
@@ -136,9 +132,13 @@ def _search(plan: Plan, recipe: Recipe, stage: Stage, model: nn.Module) -> tuple
     for said in dict.fromkeys(budget.describe(costs[budget.name]) for budget in budgets):
         plan.rows.append((f"{prefix}budget", said))
     selector: Selector = stage.settings.bound(costs)
-    decision, paid = selector.preview(blocks), isinstance(selector.keeps(blocks), Spending)
-    how_many = ("as many", " as the budget pays for") if paid else (str(len(decision.kept)), "")
-    plan.rows.append((f"{prefix}keeps", f"{how_many[0]} of {len(blocks)} blocks{how_many[1]}"))
+    decision, keeps = selector.preview(blocks), selector.keeps(blocks)
+    how_many = f"{len(decision.kept)} of {len(blocks)} blocks"
+    if isinstance(keeps, Spending):
+        how_many = f"as many of {len(blocks)} blocks as the budget pays for"
+    elif keeps is None:
+        how_many = f"as few of {len(blocks)} blocks as it finds to be enough; planned for {len(decision.kept)}"
+    plan.rows.append((f"{prefix}keeps", how_many))
     if (search := selector.learned()) is not None:
         sampler = search.make_sampler(list_lengths(blocks))
         masks = f"{sampler.num_masks:,} possible masks"
@@ -156,11 +156,22 @@ def _search(plan: Plan, recipe: Recipe, stage: Stage, model: nn.Module) -> tuple
     remove_blocks(recipe.backbone, pruned, [blocks[i] for i in decision.removed])
     given = _given(decision) if len(list_lengths(blocks)) > 1 else ""  # lists whose blocks are not alike
     plan.rows.append((f"{prefix}after pruning", _size(recipe, pruned) + given))
-    for short in (part for part in selector.trainings() if isinstance(part, Recover)):
+    _choosing(plan, recipe, stage, selector, pruned)
+    return decision, pruned
+
+
+def _choosing(plan: Plan, recipe: Recipe, stage: Stage, selector: Selector, pruned: nn.Module) -> None:
+    """Plan the short recoveries of a selector, and what all of its trainings come to."""
+    prefix, blocks, trainings = _prefix(stage), recipe.backbone.block_paths(recipe.on_meta), selector.trainings()
+    for short in (part for part in trainings if isinstance(part, Recover)):
         what, needed = f"{prefix}short recoveries", partial(training_needs, recipe.backbone, recipe.loss, pruned, short)
         plan.rows.append((what, _training(recipe, short)))
         _memory(plan, recipe, what, short, needed)
-    return decision, pruned
+    if len(trainings) > 1:
+        rows = sum(_rows(recipe, blocks, part) for part in trainings)
+        recovery = recipe.each_round()[stage.round].recover
+        beside = f"; the recovery {_rows(recipe, blocks, recovery):,}" if recovery else ""
+        plan.rows.append((f"{prefix}choosing", f"{rows:,} rows through the pruned network{beside}"))
 
 
 def _train(
@@ -263,31 +274,6 @@ def _trackers(plan: Plan, recipe: Recipe) -> None:
     check_trackers(recipe.trainer.trackers)
 
 
-def _fit_together(recipe: Recipe, model: nn.Module) -> None:
-    """Raise UserError if the loss does not fit the network."""
-    inputs = recipe.loss.prepare(recipe.backbone.example(2), Rng(0, "plan"))
-    blocks = recipe.backbone.block_paths(model)
-    try:
-        with torch.no_grad():
-            on_meta = {name: t.to("meta") for name, t in inputs.items()}
-            with watched_streams(model, blocks, recipe.backbone.streams) as seen:
-                prediction = recipe.loss.predict(model.eval(), on_meta)
-            for passage in seen:
-                if passage.before[0] != passage.after[0]:
-                    raise UserError(f"{owner(recipe.backbone)}: blocks: {passage}")
-            if all(isinstance(leaf, Tensor) for leaf in tree_leaves(prediction)):
-                # The loss on zeros of the prediction's shape: the meta device cannot look values up in tables.
-                prediction, on_meta = tree_map(lambda x: torch.zeros(x.shape), prediction), inputs
-            recipe.loss.per_sample(recipe.loss.loss(prediction, on_meta), on_meta)
-    except NotImplementedError:
-        return  # an operation without a meta kernel: the run itself will tell
-    except RuntimeError as e:
-        raise UserError(
-            f"loss: {type(recipe.loss).__name__} does not fit the network ({str(e).splitlines()[0]}); "
-            "compare their options"
-        ) from None
-
-
 def _size(recipe: Recipe, model: nn.Module) -> str:
     parameters = sum(p.numel() for p in model.parameters())
     flops = count_flops(recipe.backbone, recipe.loss, recipe.backbone.config(model))
@@ -298,3 +284,9 @@ def _size(recipe: Recipe, model: nn.Module) -> str:
 def _budget(recipe: Recipe, stage: Search | Recover) -> str:
     size = stage.batch_size or recipe.trainer.batch_size
     return f"{stage.steps:,} steps of {size}, {stage.steps * size:,} samples"
+
+
+def _rows(recipe: Recipe, blocks: Sequence[str], stage: Search | Recover) -> int:
+    """How many samples a training runs through the network, each as often as it gets masks."""
+    masks = stage.make_sampler(list_lengths(blocks)).masks_per_sample if isinstance(stage, Search) else 1
+    return stage.steps * (stage.batch_size or recipe.trainer.batch_size) * masks

@@ -30,7 +30,7 @@ from ..runtime.stages import Stage, stages_of
 from ..selection.base import Selector
 from ..training.recover import Recover
 from ..training.trainer import Trainer
-from .schema import KEYS, SECTIONS, Round, checked, schema, yaml12_numbers
+from .schema import KEYS, SECTIONS, Round, checked, follow_recovery, schema, yaml12_numbers
 
 _REFUSALS = (UserError, ArgumentError, ValueError, TypeError)
 RESERVED = ("teacher", "student", "figures", "checkpoints", "evaluation")
@@ -117,6 +117,7 @@ def load_recipe(path: Path | str, flags: Sequence[str] = ()) -> Recipe:
     _check_rounds(path, raw)
     problems: list[str] = []
     sections = checked(raw, problems)
+    follow_recovery(sections)
     known = not problems  # a section with another name may be the one that is missing
     problems += [f"the key '{key}' is missing" for key in ("backbone", "loss", "data") if known and key not in raw]
     objects, settings = _parsed(sections, problems)

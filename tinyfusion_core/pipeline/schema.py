@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
+from pkgutil import resolve_name
 from typing import Any
 
 import docstring_parser
@@ -25,7 +26,7 @@ from ..protocols.loss import LossAdapter
 from ..registry.hooks import KINDS
 from ..registry.registry import registry
 from ..samplers.constraints import Rules
-from ..selection.base import Selector
+from ..selection.base import FOLLOWS, Selector
 from ..selection.search import Search
 from ..training.recover import Recover
 from ..training.trainer import Trainer
@@ -66,6 +67,8 @@ PLAIN = (Trainer, Recover, Round, Rules, Compare, Audit)
 """Classes of sections that do not name their class."""
 WRONG = object()
 """What stands for a value that is left out, because it cannot be one."""
+SAID_BY = {"loss": "Shallowest", "pattern": "Search", "sampler": "Search", "keep": "Race", "budget": "Race"}
+"""The class of a selector without one, by the first of these keys that it has; `Race` if it has none."""
 OPTIONAL = ("train", "search", "recover", "rounds", "compare", "audit")
 
 
@@ -140,6 +143,29 @@ def checked(raw: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
     return found
 
 
+def follow_recovery(sections: Mapping[str, Any]) -> None:
+    """Set what selectors take from the recovery beside them, where the recipe does not say it.
+
+    Args:
+        sections: checked sections of a recipe; changed in place.
+    """
+    for part in (
+        {key: value for key, value in sections.items() if key != "rounds"},
+        *sections.get("rounds", {}).values(),
+    ):
+        if recovery := part.get("recover"):
+            _follow(part, recovery)
+
+
+def _follow(value: Any, recovery: Mapping[str, Any]) -> None:
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _follow(item, recovery)
+    if isinstance(value, dict) and "class_path" in value and is_dataclass(cls := resolve_name(value["class_path"])):
+        for field in fields(cls):
+            if (option := field.metadata.get(FOLLOWS)) is not None:
+                value["init_args"].setdefault(field.name, recovery.get(option, getattr(Recover, option)))
+
+
 def known(base: type[Any]) -> dict[str, type[Any]]:
     """Return the classes that a value of this type can be, by the names that recipes use."""
     kind = next(name for name, other in BASES.items() if issubclass(base, other))
@@ -178,8 +204,7 @@ def _class_and_arguments(key: str, value: Any, kind: type[Any], default: Any) ->
     """The class of a value that is a class name, has one, or has only the arguments of the default class."""
     if isinstance(value, str):
         value = {"class_path": value}
-    usual = "Search" if kind in (Selector, Search) else type(default).__name__ if isinstance(default, kind) else None
-    if isinstance(value, dict) and "class_path" not in value and usual:
+    if isinstance(value, dict) and "class_path" not in value and (usual := _usual(value, kind, default)):
         value = {"class_path": usual, "init_args": value}
     if not isinstance(value, dict) or not isinstance(value.get("class_path"), str):
         raise UserError(f"{key}: give the name of a class, or class_path and init_args{nearest('', known(kind))}")
@@ -188,6 +213,13 @@ def _class_and_arguments(key: str, value: Any, kind: type[Any], default: Any) ->
         raise UserError(f"{key}: '{min(map(str, extra))}' stands beside class_path; arguments go under init_args")
     arguments = {} if value.get("init_args") is None else value["init_args"]
     return _class(key, value["class_path"], kind), arguments
+
+
+def _usual(arguments: Mapping[str, Any], kind: type[Any], default: Any) -> str | None:
+    """The name of the class that arguments alone stand for; None if there is no such class."""
+    if kind is Selector:
+        return next((cls for key, cls in SAID_BY.items() if key in arguments), "Race")
+    return "Search" if kind is Search else type(default).__name__ if isinstance(default, kind) else None
 
 
 def _class(key: str, path: str, kind: type[Any]) -> type[Any]:
@@ -212,12 +244,23 @@ def _checked_arguments(key: str, arguments: Mapping[Any, Any], cls: type[Any], p
     for name, value in arguments.items():
         hint = hints.get(name, Any)
         if name not in known:
-            problems.append(f"{key}.{name}: unknown key{nearest(str(name), known)}")
+            problems.append(f"{key}.{name}: {_unknown(str(name), cls, known)}")
         elif value is None and hint is not Any and type(None) not in typing.get_args(hint):
             problems.append(f"{key}.{name}: null is not allowed; expected {getattr(hint, '__name__', hint)}")
         elif (found := _checked(f"{key}.{name}", value, hint, problems, known[name].default)) is not WRONG:
             out[name] = found
     return out
+
+
+def _unknown(name: str, cls: type[Any], keys: Collection[str]) -> str:
+    """What to say of a key that a class does not have."""
+    siblings = next((known(base) for base in BASES.values() if issubclass(cls, base)), {})
+    owners = [other for other, sibling in siblings.items() if name in inspect.signature(sibling).parameters]
+    if not owners:
+        return f"unknown key{nearest(name, keys)}"
+    return (
+        f"a key of {', '.join(owners)}, and this is a {cls.__name__}; say which you mean as class_path, with init_args"
+    )
 
 
 def _item(kind: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,33 @@ def draw_race(rounds: Sequence[Entries], path: Path) -> None:
             axes.tick_params(axis="y", labelsize=8)
             axes.invert_yaxis()
             axes.set(title=f"round {number}: {entries[0]['steps']} steps", xlabel="loss behind the leader")
+        save_figure(figure, path)
+
+
+def draw_quality(depths: Entries, recovered: tuple[int, float] | None, path: Path) -> None:
+    """Plot the losses of the depths that were tried.
+
+    Args:
+        depths: what was found at each depth, as `provenance.quality` has it.
+        recovered: the depth that was taken, and its loss after the recovery as a multiple of the teacher's; None if it
+            was not measured.
+        path: the file to write.
+    """
+    kept, teacher, grey = [len(e["kept"]) for e in depths], depths[0]["teacher"], "#9aa5b1"
+    short = [(len(e["kept"]), loss) for e in depths for loss in e["measured"].values() if loss < math.inf]
+    predicted = np.array([e["predicted"] for e in depths])
+    around = np.abs(np.array([e["interval"] for e in depths]).T - predicted)
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(5.5, 3.2), layout="constrained")
+        axes.plot(*np.array(short).T, ".", color=grey, label="measured after short recoveries")
+        axes.errorbar(kept, predicted, yerr=around, fmt="o-", color=KEPT, label="predicted, with a 90 % interval")
+        axes.axhline(depths[0]["limit"], color=grey, linestyle="--", linewidth=1, label="allowed")
+        axes.axhline(teacher, color=grey, linestyle=":", linewidth=1, label="teacher")
+        if recovered:
+            label = "recovered, as held-out samples say"
+            axes.plot(recovered[0], recovered[1] * teacher, "*", color="#c0392b", markersize=11, label=label)
+        axes.set(xlabel="blocks kept", ylabel="loss", xticks=kept)
+        axes.legend(frameon=False, fontsize=8)
         save_figure(figure, path)
 
 

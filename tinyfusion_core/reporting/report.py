@@ -16,7 +16,7 @@ from ..pruning.prune import DECISION, decision_of
 from ..runtime.files import write_text
 from ..runtime.run_folder import RunFolder, RunRecord
 from ..runtime.stages import SEARCH
-from .figures import draw_dynamics, draw_losses, draw_race, draw_strip
+from .figures import draw_dynamics, draw_losses, draw_quality, draw_race, draw_strip
 from .page import Figures, Picture, render_page
 
 
@@ -127,12 +127,31 @@ def _draw_decisions(folder: RunFolder, decisions: Mapping[str, Decision]) -> lis
                 "Who proposed each entrant, and how far its recovered loss is behind, with the standard error of that."
             )
             drawn.append(Figures(f"The race{of}", caption, [Picture(race)]))
+        if depths := decision.provenance.get("quality"):
+            quality = figures / f"{prefix}quality.png"
+            loss = None if name else _recovered_loss(folder)  # the table compares with the first round's teacher
+            draw_quality(depths, None if loss is None else (len(decision.kept), loss), quality)
+            chosen = next(e for e in depths if e["kept"] == list(decision.kept))
+            caption = (
+                f"Depths that were tried. The fewest blocks within the loss: {len(decision.kept)}; with probability "
+                f"{chosen['probability']:.2f}, as far as the samples that judged can tell."
+            )
+            drawn.append(Figures(f"Depth against quality{of}", caption, [Picture(quality)]))
         search = made.metrics(SEARCH)
         if search:
             draw_dynamics(search, len(decision.blocks), dynamics)
             caption = "The decision of the averaged gate logits at every logged step, after figure 6 of the paper."
             drawn.append(Figures(f"How the decision came about{of}", caption, [Picture(dynamics)]))
     return drawn
+
+
+def _recovered_loss(folder: RunFolder) -> float | None:
+    """The recovered network's held-out loss as a multiple of the teacher's; None if it was not measured."""
+    for measured in read_as(folder / "metrics.json", _Metrics, "")["measurements"]:
+        values = list(measured["values"].values())
+        if measured["name"] == "held-out loss" and len(values) > 1 and values[0] and values[-1] is not None:
+            return values[-1] / values[0]
+    return None
 
 
 def _draw_training(folder: RunFolder) -> list[Figures]:

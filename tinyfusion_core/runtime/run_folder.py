@@ -26,7 +26,7 @@ FAULTS = {"skipped": "steps skipped (loss or gradient not finite)", "bad_samples
 COMPARISON_RESULTS = "findings.json"
 """Results file of a comparison; a run folder never has one."""
 CELLS, NOW = "cells", "now.json"
-"""Folder of a comparison's results, and the file in it that says what is being computed."""
+"""Folder of a comparison's results, and the file, there or among a stage's parts, that says what is being computed."""
 RUN_RECORD = "run.json"
 """Record of a run: its settings, command, versions and hardware. It is written first, and tells a run folder."""
 
@@ -38,6 +38,24 @@ class RunRecord(TypedDict):
     command: NotRequired[str]
     versions: NotRequired[dict[str, str]]
     hardware: NotRequired[dict[str, Any]]
+
+
+class Now(TypedDict):
+    """What a comparison or a stage of several parts is computing, as `now.json` has it.
+
+    Attributes:
+        cell: the folder beside the file that it is logged in; empty: the run's own log.
+        what: what it is.
+        done: how much of all is done.
+        total: how much there is.
+        steps: steps of what is logged meanwhile.
+    """
+
+    cell: str
+    what: str
+    done: int
+    total: int
+    steps: NotRequired[int | None]
 
 
 class RunFolder:

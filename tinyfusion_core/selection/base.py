@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from .search import Search
 
 
+FOLLOWS = "follows"
+"""Metadata key of a field: the option of the recipe's `recover` that is its default."""
+
+
 @dataclass(frozen=True)
 class Decisive:
     """The settings that can change the results of a stage.

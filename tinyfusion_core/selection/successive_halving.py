@@ -24,7 +24,7 @@ from .base import Selector, prepared
 from .budget import CostBudget
 from .costs import NetworkCosts
 from .criteria.calibration import Calibration
-from .paired import folder_name
+from .judging.recoveries import folder_name
 from .search import Search
 
 

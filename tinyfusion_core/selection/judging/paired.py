@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from torch import Tensor
 
-from ..runtime.files import digest
-
 Mask = tuple[int, ...]
 """Indices of the kept blocks, ascending."""
-
-
-def folder_name(mask: Sequence[int]) -> str:
-    """Return a short name for what belongs to a mask; the indices themselves can be too long for one."""
-    return digest(list(mask))[:16]
 
 
 def mean_of(losses: Tensor) -> float:

@@ -1,0 +1,107 @@
+"""Prune to a quality: the fewest blocks that recover within a loss, how sure that is, and what is said when none do."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import tinyfusion_core as tiny
+from planted_search import TRAINER, WORKING, task
+from tinyfusion_core.reporting.figures import draw_quality
+from tinyfusion_core.selection.quality import predicted_losses
+from toys import Match
+
+
+def shallowest(loss: str | float, **options) -> tiny.Shallowest:
+    return tiny.Shallowest(**{"loss": loss, "steps": 180, "recover_steps": 400, "samples": 32, "lr": 1e-2, **options})
+
+
+@dataclass(frozen=True)
+class Noisy(Match):
+    """The teacher has a loss of 1, which nobody can take away."""
+
+    def loss(self, prediction: Tensor, inputs):
+        return super().loss(prediction, inputs) + 1
+
+
+def noisy() -> tiny.Task:
+    planted = task()
+    planted.loss = Noisy()
+    return planted
+
+
+def test_it_keeps_the_blocks_that_work_and_no_more() -> None:
+    planted = noisy()
+    before = {name: value.clone() for name, value in planted.teacher.state_dict().items()}
+    decision = shallowest("1.0001x")(planted, TRAINER)
+    assert list(decision.kept) == WORKING
+    assert decision.method == "Shallowest"
+    assert all(torch.equal(value, before[name]) for name, value in planted.teacher.state_dict().items())
+    tried = decision.provenance["quality"]
+    assert [len(entry["kept"]) for entry in tried] == [2, 3, 4]  # of 1 to 7, bisected
+    _, three, four = tried
+    assert three["predicted"] > three["limit"] == pytest.approx(1.0001 * three["teacher"])
+    assert four["predicted"] <= four["limit"]
+    assert four["probability"] > 0.9 > 0.1 > three["probability"]
+
+
+def test_a_looser_quality_keeps_fewer_blocks_and_a_number_is_a_loss() -> None:
+    loose = shallowest("9x")(noisy(), TRAINER)
+    assert len(loose.kept) == 1
+    assert len(shallowest(0.001)(task(), TRAINER).kept) == 4
+
+
+def test_what_is_lacking_falls_as_a_power_of_the_steps() -> None:
+    teacher = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    lengths = {steps: teacher + 8 * steps**-0.5 for steps in (4, 16, 64)}
+    weights = torch.tensor([[1 / 3, 1 / 3, 1 / 3], [1.0, 0.0, 0.0]], dtype=torch.float64)
+    at, found = predicted_losses(lengths, teacher, 400, weights)
+    assert at.tolist() == pytest.approx([2.0, 1.0])
+    assert found.tolist() == pytest.approx([2.4, 1.4])
+    # What does not fall stays; what is better than the teacher is taken as it is.
+    worse = {4: teacher + 1, 16: teacher + 3}
+    assert predicted_losses(worse, teacher, 400, weights)[1].tolist() == pytest.approx(
+        [2 + math.sqrt(3), 1 + math.sqrt(3)]
+    )
+    better = {4: teacher + 1, 16: teacher - 0.5}
+    assert predicted_losses(better, teacher, 400, weights)[1].tolist() == pytest.approx([1.5, 0.5])
+    assert predicted_losses({16: teacher + 1}, teacher, 400, weights)[1].tolist() == pytest.approx([3.0, 2.0])
+
+
+def test_it_obeys_rules_and_its_plan_is_that_of_the_deepest_choice() -> None:
+    how = shallowest("9x", protect=[5], constraints=tiny.Rules(remove=[0]))
+    blocks = task().blocks
+    assert how.depths(blocks) == [1, 2, 3, 4, 5, 6, 7]
+    assert how.preview(blocks).kept == (1, 2, 3, 4, 5, 6, 7)
+    assert how.keeps(blocks) is None
+    assert how(noisy(), TRAINER).kept == (5,)
+    tied = shallowest("9x", constraints=tiny.Rules(together=[[0, 1, 2, 3, 4, 5, 6, 7]]))
+    with pytest.raises(tiny.UserError, match="no number of blocks fits the rules"):
+        tied.preview(blocks)
+
+
+def test_what_cannot_be_is_told() -> None:
+    with pytest.raises(
+        tiny.UserError, match=r"search\.loss is 0\.5: no depth .* of 8 blocks is the best"
+    ):
+        shallowest(0.5, steps=60)(noisy(), TRAINER)
+    with pytest.raises(tiny.UserError, match="the teacher's is 0; give a number"):
+        shallowest("1.05x")(task(), TRAINER)
+    with pytest.raises(tiny.UserError, match=r"search\.steps is 30: too few to try depths with"):
+        shallowest("1.05x", steps=30)(noisy(), TRAINER)
+    for wrong in ("x", "good", "-1x", 0.0, "nan", "infx"):
+        with pytest.raises(tiny.UserError, match=r"search\.loss is .*a multiple of the teacher's, as 1"):
+            shallowest(wrong)
+    with pytest.raises(tiny.UserError, match=r"search\.sure is 1\.0"):
+        shallowest("1.05x", sure=1.0)
+
+
+def test_its_figure_is_drawn(tmp_path: Path) -> None:
+    found = shallowest("1.0001x")(noisy(), TRAINER).provenance["quality"]
+    draw_quality(found, (4, 1.00005), tmp_path / "quality.png")
+    assert (tmp_path / "quality.png").stat().st_size > 5000

@@ -1,0 +1,1 @@
+"""Judging masks by short recoveries: paired comparisons, and the rounds of a race."""

@@ -1,0 +1,173 @@
+"""The rounds of a race: who enters, who leads, who goes on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ...errors import UserError
+from ...protocols.task import Task
+from ...pruning.decision import Decision, provenance
+from ...runtime.progress import track
+from ...runtime.run_folder import RunFolder
+from ...runtime.stages import SEARCH
+from ...samplers.compiled import Constraints
+from ...training.trainer import Trainer
+from .paired import Mask, difference, leading, mean_of, surviving
+from .recoveries import ShortRecoveries
+
+if TYPE_CHECKING:
+    from ..race import Race
+
+LEAST = 10
+"""Steps of a first recovery, if there are enough: along a cosine they rank masks nearly as a hundred do."""
+
+
+@dataclass
+class Heats:
+    """One race.
+
+    Attributes:
+        how: its settings, bound to the costs of the network.
+        task: the network and its objective.
+        trainer: how to train.
+        run: where losses are kept while it runs.
+        recoveries: recovers masks and judges them.
+        constraints: what masks obey.
+        of: who proposed each mask.
+        rounds: for each round, every entrant with its loss, for the record.
+    """
+
+    how: Race
+    task: Task
+    trainer: Trainer
+    run: RunFolder | None
+    recoveries: ShortRecoveries = field(init=False)
+    constraints: Constraints = field(init=False)
+    of: dict[Mask, list[str]] = field(default_factory=dict)
+    rounds: list[list[dict[str, Any]]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        how = self.how
+        self.constraints = how.compiled(self.task.blocks)
+        self.recoveries = ShortRecoveries(self.task, self.trainer, self.run, how.recovery, how.samples, how.steps)
+
+    def decision(self) -> Decision:
+        """Run the race; returns what won, without what the costs were."""
+        marginals = self._propose()
+        leader = self._race(list(self.of))
+        where = provenance(self.trainer.seed, self.task.source)
+        where |= {"evaluations": self.recoveries.evaluations, "race": self.rounds}
+        return replace(self.how._decision(self.task.blocks, self.constraints, leader, where), marginals=marginals)
+
+    def _race(self, entrants: list[Mask]) -> Mask:
+        """Recover entrants, round by round. Returns the winner."""
+        how, recoveries = self.how, self.recoveries
+        leader, before = entrants[0], 0
+        for number in range(1, how.rounds + 1):
+            first = number == 1
+            both = 2 if first and how.neighbours else 1  # the neighbours' round has a share of its own
+            share = recoveries.left // (how.rounds - number + both)
+            steps = self._length(entrants, share, both)
+            if not steps and first:
+                raise UserError(
+                    f"search.steps is {how.steps}: too few for {len(entrants)} masks to recover; give at least "
+                    f"{len(entrants)}, and ten times as many to tell them apart"
+                )
+            if steps <= before:  # a shorter recovery has nothing to say about those that were close in a longer one
+                break
+            before, losses = steps, self._recovered(number, entrants, steps)
+            leader = leading(losses, None if first else leader, how.sure)
+            if both > 1:
+                leader = self._try_neighbours(losses, leader, (number, steps), both * share - recoveries.spent)
+            if how.neighbours and len(surviving(losses, leader, how.sure)) == 1:  # what is left is for more of them
+                leader = self._try_neighbours(losses, leader, (number, steps), recoveries.left)
+            self._record(losses, leader, steps)
+            entrants = surviving(losses, leader, how.sure)
+            if len(entrants) == 1:
+                break
+        return leader
+
+    def _length(self, entrants: Sequence[Mask], share: int, both: int) -> int:
+        """How many steps the recoveries of a round take.
+
+        Args:
+            entrants: who enters.
+            share: updates that a round may take.
+            both: 2 if neighbours enter it too, with a share of their own; else 1.
+        """
+        steps = share // len(entrants)
+        if both > 1:  # shorter, if that lets more neighbours enter: those of two leaders
+            most = len(entrants) + 2 * len(self.constraints.exchanges(entrants[0]))
+            steps = min(steps, both * share // most)
+        return max(steps, min(LEAST, self.recoveries.left // len(entrants)))
+
+    def _propose(self) -> tuple[float, ...]:
+        """Let everybody propose; returns the marginals of the first who has learned some."""
+        logged = False
+        marginals: tuple[float, ...] = ()
+        # Those that train come last: a choice outside of the budget ends the race before they cost anything.
+        for i, proposer in sorted(enumerate(self.how.proposed_by()), key=lambda pair: len(pair[1].trainings())):
+            # One search is shown as that of the run.
+            own, name = proposer.learned() is not None and not logged, type(proposer).__name__
+            part = self.run if own or self.run is None else self.run.part(SEARCH, f"proposer {i}")
+            steps = next((training.steps for training in proposer.trainings()), None)
+            self.recoveries.tell(f"{name} proposes", steps, "" if own else f"proposer {i}")
+            found = proposer.propose(self.task, self.trainer if own else self.recoveries.quiet, part, self.how.masks)
+            logged |= own
+            for mask in found.masks:
+                if not self.constraints.accepts(mask):
+                    raise UserError(
+                        f"search.proposers[{i}]: {name} keeps {' '.join(map(str, mask))}, which is outside of the "
+                        "race's budget; give it the same budget, protected blocks and constraints"
+                    )
+                self.of.setdefault(tuple(mask), []).append(name)
+            marginals = marginals or found.decision.marginals
+            self.recoveries.evaluations += int(found.decision.provenance.get("evaluations", 0))
+        return marginals
+
+    def _try_neighbours(self, losses: dict[Mask, Tensor], leader: Mask, heat: tuple[int, int], share: int) -> Mask:
+        """Let neighbours of the leader enter a round, and of whoever takes its place. Returns the leader at the end.
+
+        `losses` gets theirs; `heat` is the number of the round and its steps, `share` the updates that they may take.
+        """
+        number, steps = heat
+        while near := self._neighbours(leader, losses)[: max(0, share) // steps]:
+            share -= len(near) * steps
+            for mask in near:
+                self.of[mask] = ["neighbour"]
+            losses |= self._recovered(number, near, steps, ", neighbours")
+            leader = leading(losses, leader, self.how.sure)
+        return leader
+
+    def _neighbours(self, leader: Mask, tried: Mapping[Mask, Tensor]) -> list[Mask]:
+        """Masks one exchange away that were not tried, those with the blocks that entrants keep most often first."""
+        votes = [sum(block in mask for mask in tried) for block in range(self.constraints.num_blocks)]
+        exchanged = [tuple(sorted({*leader} - {*out} | {*back})) for out, back in self.constraints.exchanges(leader)]
+        near = [mask for mask in exchanged if mask not in tried]
+        return sorted(near, key=lambda mask: (-sum(votes[block] for block in mask), mask))
+
+    def _recovered(self, number: int, entrants: Sequence[Mask], steps: int, note: str = "") -> dict[Mask, Tensor]:
+        """Recover entrants; returns the losses of each, (samples,), infinite if they are not finite."""
+        losses, show = {}, self.trainer.accelerator.is_main_process
+        with track(f"race, round {number}{note}", len(entrants), show=show) as progress:
+            for mask in entrants:
+                losses[mask] = self.recoveries.losses(mask, f"race {number}", steps)
+                progress.advance()
+        if number == 1 and not note and not any(math.isfinite(mean_of(values)) for values in losses.values()):
+            rate = self.how.recovery(steps).lr
+            raise UserError(f"search.lr is {rate}: after {steps} steps no entrant has a finite loss; lower it")
+        return losses
+
+    def _record(self, losses: Mapping[Mask, Tensor], leader: Mask, steps: int) -> None:
+        def entry(mask: Mask) -> dict[str, Any]:
+            mean, error = difference(losses[mask], losses[leader])
+            found = {"loss": mean_of(losses[mask]), "behind": mean, "standard_error": error}
+            finite = {name: value if math.isfinite(value) else None for name, value in found.items()}
+            return {"kept": list(mask), "of": self.of[mask], "steps": steps, **finite}
+
+        self.rounds.append([entry(mask) for mask in sorted(losses, key=lambda mask: mean_of(losses[mask]))])

@@ -1,0 +1,213 @@
+"""Prune to a quality: the fewest blocks that are predicted to recover within a loss."""
+
+# No `from __future__ import annotations` here, for the reason given in constrained.py.
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from ..errors import UserError, require
+from ..protocols.task import Task
+from ..pruning.decision import Decision, provenance
+from ..runtime.run_folder import RunFolder
+from ..runtime.seeding import generator
+from ..samplers.constraints import Rules
+from ..training.recover import Recover
+from ..training.trainer import Trainer
+from .base import FOLLOWS, Selector, prepared
+from .criteria.calibration import Calibration
+from .criteria.sensitivity import Greedy, LeaveOneOut, Taylor
+from .criteria.similarity import BlockInfluence
+from .judging.heats import Heats
+from .race import Race
+
+DRAWS = 1000
+"""Bootstrap draws of the samples that judge."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shallowest(Selector):
+    """Keep the fewest blocks that are predicted to recover within a loss.
+
+    Depths are bisected. At each one a race between the choices of criteria finds the mask, which is then recovered by
+    what is left of that depth's steps. What its loss lacks to the teacher's falls as a power of the steps: a line
+    through the lengths that the mask was recovered by, in logarithms, says what the recipe's recovery will come to.
+    How sure that is comes from a bootstrap over the samples that judge; another seed of the recovery is not in it.
+
+    Args:
+        loss: the most that the recovered network's loss may be: `1.05x` of the teacher's, or a number.
+        steps: updates of all short recoveries together.
+        recover_steps: steps of the recovery to predict for; default the recipe's `recover.steps`, or `steps`.
+        lr: learning rate of the short recoveries; default the recipe's `recover.lr`, or 1e-3.
+        batch_size: samples per update; default the trainer's.
+        samples: training samples set apart to judge on, at most half of all.
+        sure: how probable a depth must be within the loss.
+        protect: indices of blocks that must be kept.
+        constraints: further rules for masks.
+    """
+
+    loss: str | float
+    steps: int = 10_000
+    recover_steps: int | None = field(default=None, metadata={FOLLOWS: "steps"})
+    lr: float | None = field(default=None, metadata={FOLLOWS: "lr"})
+    batch_size: int | None = None
+    samples: int = 512
+    sure: float = 0.5
+    protect: Sequence[int] = field(default_factory=tuple)
+    constraints: Rules | None = None
+
+    def __post_init__(self) -> None:
+        require(0 < self.sure < 1, "search.sure", self.sure, "a probability between 0 and 1")
+        steps = self.recover_steps
+        require(steps is None or steps >= 1, "search.recover_steps", steps, "at least 1")
+        self.limit(1.0)
+        self._race(1, 4)  # what is wrong with the others is said there
+
+    def limit(self, teacher: float) -> float:
+        """Return the highest loss allowed, for the teacher's loss.
+
+        Raises:
+            UserError: it is no loss.
+        """
+        text = str(self.loss)
+        try:
+            value = float(text.removesuffix("x")) * (teacher if text.endswith("x") else 1.0)
+        except ValueError:
+            value = math.nan
+        require(0 < value < math.inf, "search.loss", self.loss, "a multiple of the teacher's, as 1.05x, or a loss")
+        return value
+
+    def _race(self, keep: int, steps: int) -> Race:
+        """The race at one depth."""
+        of: dict[str, Any] = {"keep": keep, "protect": self.protect, "constraints": self.constraints}
+        criteria = [criterion(**of) for criterion in (Greedy, LeaveOneOut, Taylor, BlockInfluence)]
+        of |= {"lr": self.lr, "batch_size": self.batch_size, "samples": self.samples}
+        return Race(**of, steps=steps, rounds=2, proposers=criteria)
+
+    def depths(self, blocks: Sequence[str]) -> list[int]:
+        """Return how many blocks may be kept, ascending.
+
+        Raises:
+            UserError: the rules leave no choice.
+        """
+        found, problem = [], ""
+        for keep in range(1, len(blocks)):
+            try:
+                self._race(keep, 4).compiled(blocks)
+                found.append(keep)
+            except UserError as e:
+                problem = str(e)
+        if not found:
+            raise UserError(f"search: no number of blocks fits the rules; {problem}")
+        return found
+
+    @override
+    def preview(self, blocks: Sequence[str]) -> Decision:
+        """Return the deepest choice there is, which needs most memory."""
+        return replace(self._race(self.depths(blocks)[-1], 4).preview(blocks), method=type(self).__name__)
+
+    @override
+    def keeps(self, blocks: Sequence[str]) -> None:
+        return None
+
+    @override
+    def trainings(self) -> Sequence[Recover]:
+        return (self._race(1, 4).recovery(self.steps),)
+
+    @override
+    def __call__(self, task: Task, trainer: Trainer, run: RunFolder | None = None) -> Decision:
+        """Decide.
+
+        Raises:
+            UserError: no depth is predicted to recover within the loss, or there are too few steps.
+        """
+        prepared(self, task, trainer, run)
+        depths = self.depths(task.blocks)
+        share = self.steps // len(depths).bit_length()  # as many as a bisection visits at most
+        tried: dict[int, dict[str, Any]] = {}
+        low, high, evaluations = 0, len(depths), 0  # the answer is in depths[low:high], or there is none
+        while low < high:
+            middle = (low + high) // 2
+            found = self._try(depths[middle], share, task, trainer, run)
+            tried[depths[middle]] = found
+            evaluations += found.pop("evaluations")
+            low, high = (low, middle) if found["probability"] >= self.sure else (middle + 1, high)
+        if low == len(depths):
+            best = min(tried.values(), key=lambda found: float(found["predicted"]))
+            raise UserError(
+                f"search.loss is {self.loss}: no depth is predicted to recover within it. Of those tried "
+                f"{len(best['kept'])} of {len(task.blocks)} blocks is the best, predicted at {best['predicted']:.4g} "
+                f"where the teacher has {best['teacher']:.4g}; allow a higher loss, or recover for more steps"
+            )
+        where = {**provenance(trainer.seed, task.source), "evaluations": evaluations}
+        where["quality"] = [tried[depth] for depth in sorted(tried)]
+        kept = tuple(tried[depths[low]]["kept"])
+        return Decision(blocks=tuple(task.blocks), kept=kept, method=type(self).__name__, provenance=where)
+
+    def _try(self, depth: int, steps: int, task: Task, trainer: Trainer, run: RunFolder | None) -> dict[str, Any]:
+        """Find the mask of a depth, and predict what it recovers to."""
+        if steps < 12:
+            raise UserError(f"search.steps is {self.steps}: too few to try depths with; give at least 12 for each")
+        race = self._race(depth, max(4, 2 * steps // 3))
+        heats = Heats(race, task, trainer, run)
+        kept, recoveries = heats.decision().kept, heats.recoveries
+        recoveries.steps = steps
+        recoveries.losses(kept, "race, last", recoveries.left)
+        whole = replace(task, train=recoveries.judged)
+        calibration = Calibration(whole, recoveries.quiet, len(recoveries.judged), 64, "race")
+        teacher = calibration.sample_losses(torch.ones(1, len(task.blocks)))[0]
+        if str(self.loss).endswith("x") and teacher.mean() <= 0:
+            raise UserError(f"search.loss is {self.loss}, and the teacher's is {teacher.mean():.3g}; give a number")
+        lengths = recoveries.known[kept]
+        until = self.recover_steps or self.steps
+        weights = torch.full((1, len(teacher)), 1 / len(teacher), dtype=torch.float64)
+        (at,), (predicted,) = predicted_losses(lengths, teacher, until, weights)
+        teachers, draws = predicted_losses(lengths, teacher, until, self._bootstrap(len(teacher), trainer.seed))
+        within = torch.tensor([self.limit(float(loss)) for loss in teachers], dtype=torch.float64)
+        return {
+            "kept": list(kept),
+            "measured": {str(steps): float(losses.mean()) for steps, losses in sorted(lengths.items())},
+            "teacher": float(at),
+            "limit": self.limit(float(at)),
+            "predicted": float(predicted),
+            "interval": [float(at + (draws - teachers).quantile(share)) for share in (0.05, 0.95)],
+            "probability": float((draws <= within).double().mean()),
+            "steps": until,
+            "evaluations": recoveries.evaluations + len(teacher),
+        }
+
+    def _bootstrap(self, num: int, seed: int) -> Tensor:
+        """(draws, samples) weights of samples drawn with replacement."""
+        drawn = torch.randint(num, (DRAWS, num), generator=generator(seed, "quality", "bootstrap"))
+        return torch.nn.functional.one_hot(drawn, num).sum(1).double() / num
+
+
+def predicted_losses(
+    lengths: Mapping[int, Tensor], teacher: Tensor, until: int, weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Predict the loss after a longer recovery, for several weightings of the samples.
+
+    Args:
+        lengths: (samples,) losses after recoveries of so many steps.
+        teacher: (samples,) losses of the teacher.
+        until: steps of the recovery to predict.
+        weights: (draws, samples) weights that sum to 1.
+
+    Returns:
+        (draws,) losses of the teacher, and (draws,) predicted ones: what the shorter recoveries lack to the teacher
+        falls as a power of their steps, or stays where it does not fall.
+    """
+    steps = sorted(lengths)
+    at = weights @ teacher
+    behind = torch.stack([weights @ lengths[length] for length in steps], dim=1) - at[:, None]  # (draws, lengths)
+    x = torch.tensor(steps, dtype=torch.float64).log()
+    y = behind.clamp(min=1e-12).log()
+    spread = (x - x.mean()).square().sum().clamp(min=1e-12)
+    slope = (((x - x.mean()) * (y - y.mean(1, keepdim=True))).sum(1) / spread).clamp(max=0)
+    line = (y.mean(1) + slope * (math.log(until) - x.mean())).exp()
+    return at, at + torch.where(behind[:, -1] > 0, line, behind[:, -1])
