@@ -102,8 +102,9 @@ def describe_keys() -> str:
     kinds = ", ".join(name.replace("_", " ") for name in BASES)
     lines = [f"plugins: Python files beside the recipe that bring classes ({kinds}); their code is run"]
     bases = {section: _without_none(_item(kind)) for section, kind in SECTIONS.items()}
+    said = ", ".join(f"{key} means {cls}" for key, cls in SAID_BY.items())
     for section, base in bases.items():
-        lines.append(f"{section}:")
+        lines.append(f"{section}:" + f" without class_path {said}" * (base is Selector))
         for name, cls in (known(base) if base in POLYMORPHIC else {base.__name__: base}).items():
             lines += _describe_class(name, cls)
     for base in BASES.values():
