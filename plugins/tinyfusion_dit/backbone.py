@@ -26,8 +26,6 @@ class DiT(CheckpointBackbone):
 
     Args:
         variant: a published size, "S/2" to "XL/8": width and patch size.
-        checkpoint: a folder with config.json and model.safetensors, the name of one that comes with this package, or a
-            .pt, .pth or .safetensors file (EMA weights are preferred to the raw ones).
         input_size: side of the latent: an eighth of the image's.
         patch_size: side of a patch.
         in_channels: channels of the latent.
@@ -49,6 +47,7 @@ class DiT(CheckpointBackbone):
     }
     needed = ("hidden_size", "depth", "num_heads", "patch_size")
     shipped = Path(__file__).parent / "checkpoints"
+    computed = ("pos_embed",)
 
     input_size: int | None = None
     patch_size: int | None = None

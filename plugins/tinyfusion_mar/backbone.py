@@ -30,8 +30,6 @@ class MAR(CheckpointBackbone):
 
     Args:
         variant: a published size: "base", "large" or "huge".
-        checkpoint: a folder with config.json and model.safetensors, the name of one that comes with this
-            package, or a .pth, .pt or .safetensors file (of a training checkpoint, its `model_ema`).
         img_size: side of the image in pixels.
         vae_stride: pixels per position of the latent, along each side.
         patch_size: side of a token, in positions of the latent; the loss has the same option.
@@ -60,7 +58,7 @@ class MAR(CheckpointBackbone):
     }
     needed = tuple(variants["base"])
     shipped = Path(__file__).parent / "checkpoints"
-    containers = ("model_ema",)
+    containers = ("model_ema", "model")
 
     img_size: int | None = None
     vae_stride: int | None = None

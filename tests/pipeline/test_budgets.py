@@ -47,7 +47,7 @@ def test_the_command_prunes_a_runs_teacher_to_several_budgets(
     folder = tmp_path / "run"
     # An average over so many steps would give the first weights of a recovery of twenty.
     average = ["--recover.steps", "2", "--recover.ema", "0.9999"]
-    assert run(recipe, folder, "--search={keep: 4, steps: 4}", *average) == 0
+    assert run(recipe, folder, "--search={class_path: Search, init_args: {keep: 4, steps: 4}}", *average) == 0
     capsys.readouterr()
     assert main(["budgets", str(folder), "--keep", "8", "6", "3", "--recover-steps", "20"]) == 0
     assert "held-out loss" in capsys.readouterr().out

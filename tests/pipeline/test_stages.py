@@ -30,11 +30,15 @@ KEYS = {
     },
 }
 """What `stages.json` holds of shipped recipes. With other keys, finished stages of old run folders would run again."""
+SAID = {
+    "quickstart": ["--search={class_path: Search, init_args: {keep: 4, steps: 300, batch_size: 16, update: LoRA}}"],
+}
+"""What a recipe said when its keys were noted, where it says something else now."""
 
 
 @pytest.mark.parametrize("name", KEYS)
 def test_the_keys_of_stages_stay_the_same(name: str) -> None:
-    assert stage_keys(tiny.load_recipe(ROOT / "recipes" / f"{name}.yaml")) == KEYS[name]
+    assert stage_keys(tiny.load_recipe(ROOT / "recipes" / f"{name}.yaml", SAID.get(name, ()))) == KEYS[name]
 
 
 @pytest.mark.parametrize("name", KEYS)

@@ -61,7 +61,10 @@ def test_the_decision_of_a_student_that_is_not_whole_is_the_runs(finished: Path,
 def test_the_held_out_loss_of_budgets_is_that_of_the_table(draws: int, recipe: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     how = f"--evaluate=[{{class_path: HeldOutLoss, init_args: {{draws: {draws}, batch_size: 100}}}}]"
-    assert run(recipe, folder, "--search={keep: 4, steps: 4}", "--recover.steps=2", how) == 0
+    assert (
+        run(recipe, folder, "--search={class_path: Search, init_args: {keep: 4, steps: 4}}", "--recover.steps=2", how)
+        == 0
+    )
     assert main(["budgets", str(folder), "--keep", "8", "4", "--recover-steps", "2"]) == 0
     full, pruned = json.loads((folder / "budgets.json").read_text())["rows"]
     table = {m["name"]: m["values"] for m in json.loads((folder / "metrics.json").read_text())["measurements"]}

@@ -5,17 +5,19 @@
 import inspect
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import override
 
 from ..errors import MissingFileError, UserError, nearest, require
 from ..parsing.records import read_json
-from ..runtime.files import load_strict, read_weights, sha256
+from ..parsing.state_dicts import unwrapped, without_ignored
+from ..runtime.files import NEUTRAL, digest, load_strict, read_weights, sha256, weight_files
 from ..runtime.seeding import generator
 from .backbone import Backbone
 
@@ -31,8 +33,10 @@ class CheckpointBackbone(Backbone):
     Args:
         variant: name of a published size.
         checkpoint: a folder with config.json and model.safetensors, the name of one that comes with the package,
-            or a .pt, .pth or .safetensors file.
+            a .pt, .pth or .safetensors file, or a folder of several with their index. Of a file that holds more than
+            one network, averages are preferred; `{file: ..., key: model}` chooses, dots lead into nested ones.
         licence: licence of the checkpoint, for the model card.
+        ignore: names of weights to leave out, with `*`: heads that inference does not use.
     """
 
     #: Constructor keywords of the published sizes, by name.
@@ -42,11 +46,14 @@ class CheckpointBackbone(Backbone):
     #: Where the checkpoint folders are that come with the package.
     shipped: ClassVar[Path | None] = None
     #: The entry to take of a file that holds several state dicts, best first.
-    containers: ClassVar[Sequence[str]] = ("ema", "model")
+    containers: ClassVar[Sequence[str]] = ("ema", "model_ema", "ema_model", "model", "state_dict", "model_state_dict")
+    #: Weights that the network's constructor computes, which a checkpoint may lack.
+    computed: ClassVar[Sequence[str]] = ()
 
     variant: str | None = None
-    checkpoint: str | None = None
+    checkpoint: str | dict[str, str] | None = None
     licence: str = "unknown"
+    ignore: Sequence[str] = field(default=(), metadata={NEUTRAL: ()})
     _random_seed: int | None = None  # set by `tiny`, which has no checkpoint
 
     @classmethod
@@ -77,8 +84,37 @@ class CheckpointBackbone(Backbone):
         if path is None:
             randomise(model, generator(self._random_seed, type(self).__name__))
         else:
-            load_strict(model, read_weights(path, self.containers), path)
+            load_strict(model, self._read(path, model.state_dict()), path)
         return model
+
+    def _read(self, path: Path, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weights of a checkpoint under the network's names."""
+        weights = unwrapped(read_weights(path, self.containers, self._place[1]), own)
+        weights = without_ignored(weights, self.ignore, own, "backbone.ignore")
+        if not own.keys().isdisjoint(weights) and (missing := [name for name in self.computed if name not in weights]):
+            with torch.random.fork_rng():
+                made = self.construct(self.config()).state_dict()
+            weights |= {name: made[name] for name in missing}
+        more = [name for name in weights if name not in own]
+        heads = sorted({f"{name.partition('.')[0]}.*" for name in more})
+        if own.keys() <= weights.keys() and not any(fnmatchcase(name, head) for name in own for head in heads) and more:
+            raise UserError(
+                f"{path}: has {len(more)} weights that {self.network().__name__} has no place for, such as {more[0]}; "
+                f"if it can do without them, set backbone.ignore: [{', '.join(heads)}]"
+            )
+        return weights
+
+    @property
+    def _place(self) -> tuple[str | None, str | None]:
+        """The file or folder of the checkpoint, and which of its entries is the network."""
+        if self.checkpoint is None or isinstance(self.checkpoint, str):
+            return self.checkpoint, None
+        given = self.checkpoint
+        if unknown := sorted(given.keys() - {"file", "key"}):
+            raise UserError(f"backbone.checkpoint.{unknown[0]}: unknown key{nearest(unknown[0], ('file', 'key'))}")
+        if "file" not in given:
+            raise UserError("backbone.checkpoint: has a key, but no file")
+        return given["file"], given.get("key")
 
     @override
     def config(self, model: nn.Module | None = None) -> dict[str, Any]:
@@ -124,7 +160,10 @@ class CheckpointBackbone(Backbone):
             if "unknown" not in (saved, licence) and saved != licence:
                 raise UserError(f"backbone.licence is '{licence}', but {folder / 'config.json'} says '{saved}'")
             licence = saved if licence == "unknown" else licence
-        return {"checkpoint": self.checkpoint, "sha256": sha256(self._weights()), "licence": licence}
+        name, key = self._place
+        files = weight_files(self._weights())
+        content = sha256(files[0]) if len(files) == 1 else digest([sha256(file) for file in files])
+        return {"checkpoint": name, **({"key": key} if key else {}), "sha256": content, "licence": licence}
 
     @classmethod
     def random(cls, **sizes: Any) -> Self:
@@ -155,25 +194,28 @@ class CheckpointBackbone(Backbone):
         return {name: p.default for name, p in inspect.signature(cls.network()).parameters.items()}
 
     def _folder(self) -> Path | None:
-        """The checkpoint folder, if the checkpoint is one. A bare name means a shipped folder before a local one."""
-        name = self.checkpoint
+        """The checkpoint folder that says what its network is. A bare name is a shipped folder before a local one."""
+        name = self._place[0]
         if name is None:
             return None
         if Path(name).name == name and self.shipped and (self.shipped / name / "config.json").is_file():
             return self.shipped / name
-        return Path(name) if Path(name).is_dir() else None
+        # Of a folder without a config the recipe has the sizes.
+        return Path(name) if Path(name).is_dir() and not _of_others(Path(name)) else None
 
     def _weights(self) -> Path:
-        """The file that holds the weights."""
-        folder = self._folder()
+        """The file that holds the weights, or the index of several."""
+        folder, name = self._folder(), self._place[0]
         if folder is not None:
             path = folder / "model.safetensors"
             if not path.is_file() and (folder / "config.json").is_file():
                 raise MissingFileError(f"{path}: no such file; copy the whole folder again")
             return path
-        if self.checkpoint is not None and Path(self.checkpoint).is_file():
-            return Path(self.checkpoint)
-        problem = "not set. Name" if self.checkpoint is None else f"'{self.checkpoint}' does not exist. Put there"
+        if name is not None and Path(name).is_dir():
+            return _of_others(Path(name))[0]
+        if name is not None and Path(name).is_file():
+            return Path(name)
+        problem = "not set. Name" if name is None else f"'{name}' does not exist. Put there"
         official = f"{self.official()}, or any other" if self.official() else "a"
         names = ", ".join(sorted(p.parent.name for p in self.shipped.glob("*/config.json"))) if self.shipped else ""
         raise MissingFileError(
@@ -187,6 +229,14 @@ class CheckpointBackbone(Backbone):
         if not isinstance(value, dict):
             raise UserError(f"{folder / 'config.json'}: no mapping '{key}'; expected a folder written by this package")
         return value
+
+
+def _of_others(folder: Path) -> list[Path]:
+    """The index of the weights in a folder that others have written, or their only file; empty if it has neither."""
+    if (folder / "config.json").is_file():
+        return []
+    indices, files = sorted(folder.glob("*.index.json")), sorted(folder.glob("*.safetensors"))
+    return indices[:1] or (files if len(files) == 1 else [])
 
 
 def settings(model: nn.Module) -> dict[str, Any]:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import hashlib
 import json
 import os
+import pathlib
 import pickle
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypedDict
 
 import numpy as np
 import torch
@@ -21,8 +24,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..errors import UserError
-from ..parsing.records import check_regular
+from ..errors import MissingFileError, UserError
+from ..parsing.records import check_regular, read_as
+from ..parsing.state_dicts import chosen_entry
 from .locking import PARTIAL, check_held
 
 
@@ -119,12 +123,15 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     write_atomic(path, write)
 
 
-def read_weights(path: Path, containers: Sequence[str] = ("ema", "model")) -> dict[str, Tensor]:
-    """Read a state dict from a safetensors file, or from a torch file with `weights_only=True`.
+def read_weights(path: Path, containers: Sequence[str] = ("ema", "model"), key: str | None = None) -> dict[str, Tensor]:
+    """Read a state dict from safetensors, in one file or in several with an index, or from a torch file.
+
+    Torch files are read with `weights_only=True`; data that training scripts keep beside the weights are allowed.
 
     Args:
-        path: the file.
+        path: the file, or the index.
         containers: if the file holds a dict of state dicts, the entry to take: the first of these that exists.
+        key: the entry to take instead; see `chosen_entry`.
 
     Returns:
         Tensors by name, of any shape, on the CPU.
@@ -132,29 +139,69 @@ def read_weights(path: Path, containers: Sequence[str] = ("ema", "model")) -> di
     Raises:
         UserError: the file is missing, damaged, contains code, or holds no state dict.
     """
+    content: Any = {}
+    for file in weight_files(path):
+        part = _content(file)
+        content = {**content, **part} if isinstance(part, dict) else part
+    return chosen_entry(content, containers, key, str(path))
+
+
+def weight_files(path: Path) -> list[Path]:
+    """Return the files that hold the weights of a file, or of the index of several.
+
+    Raises:
+        UserError: it is missing, or an index that is damaged or names files elsewhere.
+    """
+    check_regular(path)
+    if path.suffix != ".json":
+        return [path]
+    index = read_as(path, _Index, "copy or download it again")
+    names = sorted(set(index["weight_map"].values()))
+    if wrong := next((name for name in names if Path(name).name != name or name in ("", "..")), None):
+        raise UserError(f"{path}: names the file {wrong!r}, which is not beside it")
+    if missing := [name for name in names if not (path.parent / name).is_file()]:
+        raise MissingFileError(
+            f"{path.parent / missing[0]}: no such file, but {path.name} needs it; copy the whole folder"
+        )
+    return [path.parent / name for name in names]
+
+
+class _Index(TypedDict):
+    weight_map: dict[str, str]
+
+
+def _content(path: Path) -> Any:
+    """What a file holds that has weights in it."""
     check_regular(path)
     try:
         if path.suffix == ".safetensors":
             return dict(load_file(path))
-        # Training scripts keep their arguments beside the weights; a Namespace holds data, not code.
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        with torch.serialization.safe_globals(_DATA), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on old pickle protocols; what cannot be read raises
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
         raise UserError(
             f"{path}: refused, it is not a file of plain tensors; it may hold code, which would run while loading "
-            f"({_reason(e)}). Ask its author for safetensors"
+            f"({_refused(e)}). Ask its author for safetensors"
         ) from None
     except Exception as e:  # a damaged file makes the readers fail in any way they can
         raise UserError(f"{path}: damaged or cut short ({_reason(e)}). Copy or download it again") from None
-    for name in containers:
-        if isinstance(content, dict) and isinstance(content.get(name), dict):
-            content = content[name]
-            break
-    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
-        found = ", ".join(map(str, list(content)[:6])) if isinstance(content, dict) else type(content).__name__
-        raise UserError(f"{path}: holds no state dict (found: {found}; looked for {', '.join(containers)} or tensors)")
-    return content
+
+
+def _mapping(*factory: Any) -> dict[Any, Any]:
+    """What stands for a defaultdict, into which the reader puts nothing."""
+    return collections.OrderedDict()
+
+
+_SCALAR, _ARRAY = np.float32(0).__reduce__()[0], np.zeros(0).__reduce__()[0]
+_DATA: list[Any] = [
+    *(argparse.Namespace, list, dict, tuple, int, float, str, (_mapping, "collections.defaultdict")),
+    *(pathlib.PosixPath, pathlib.PurePosixPath, (pathlib.PureWindowsPath, "pathlib.WindowsPath")),
+    *(np.dtype, np.ndarray, *(getattr(np.dtypes, name) for name in np.dtypes.__all__)),
+    *(_SCALAR, (_SCALAR, "numpy.core.multiarray.scalar")),
+    *(_ARRAY, (_ARRAY, "numpy.core.multiarray._reconstruct")),
+]
+"""Classes of training arguments that scripts keep beside the weights: data, not code."""
 
 
 def load_strict(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
@@ -176,6 +223,12 @@ def load_strict(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> 
         for k, v in own.items()
         if k in weights and weights[k].shape != v.shape
     ]
+    if problems and own.keys().isdisjoint(weights):
+        theirs, ours = (sorted({name.partition(".")[0] for name in names})[:6] for names in (weights, own))
+        raise UserError(
+            f"{path}: none of its {len(weights)} names is one of {type(model).__name__}: they begin with "
+            f"{', '.join(theirs) or 'nothing'}, not with {', '.join(ours)}. Of several networks in a file a key chooses"
+        )
     if problems:
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise UserError(
@@ -215,6 +268,13 @@ def _reason(error: BaseException) -> str:
         return _reason(behind)
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__
+
+
+def _refused(error: pickle.UnpicklingError) -> str:
+    """What a torch file holds that is not read."""
+    told = str(error).partition("WeightsUnpickler error:")[2].strip() or str(error)
+    found = re.search(r"(?:GLOBAL|class) ([\w.]+)", told)
+    return found[1] if found else told.splitlines()[0][:200]
 
 
 def digest(value: Any) -> str:
