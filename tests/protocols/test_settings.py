@@ -104,7 +104,7 @@ def refusals(tmp_path: Path, **changes: Any) -> list[str]:
 def test_all_errors_of_a_recipe_are_shown_together(tmp_path: Path) -> None:
     found = refusals(
         tmp_path,
-        search={"keep": 4, "steps": "many", "lr": [1], "warmp": 2},
+        search={"pattern": [2, 4], "steps": "many", "lr": [1], "warmp": 2},
         recover={"steps": 0},
         trainer={"batch_size": "a", "precision": "fp8"},
         evaluate=["Nothing", {"class_path": "HeldOutLoss", "init_args": {"draws": -1}}],

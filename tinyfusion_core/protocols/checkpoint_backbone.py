@@ -53,7 +53,7 @@ class CheckpointBackbone(Backbone):
     variant: str | None = None
     checkpoint: str | dict[str, str] | None = None
     licence: str = "unknown"
-    ignore: Sequence[str] = field(default=(), metadata={NEUTRAL: ()})
+    ignore: Sequence[str] = field(default=(), metadata={NEUTRAL: []})
     _random_seed: int | None = None  # set by `tiny`, which has no checkpoint
 
     @classmethod
