@@ -20,27 +20,35 @@ def chosen_entry(content: Any, containers: Sequence[str], key: str | None, where
         key: the entry instead, through nested ones if it has dots; what is left of it is a prefix of the names.
         where: the file, for messages.
 
+    Returns:
+        Tensors by name, of any shape.
+
     Raises:
         UserError: there is no such entry, or no state dict.
     """
     if key is None:
-        there = content if isinstance(content, dict) else {}
-        key = next((name for name in containers if isinstance(there.get(name), dict)), "")
+        entries = content if isinstance(content, dict) else {}
+        key = next((name for name in containers if isinstance(entries.get(name), dict)), "")
+    content = _entry(content, key, where)
+    if isinstance(content, dict) and all(isinstance(value, Tensor) for value in content.values()):
+        return content
+    found = ", ".join(map(str, list(content)[:6])) if isinstance(content, dict) else type(content).__name__
+    raise UserError(f"{where}: holds no state dict (found: {found}; looked for {', '.join(containers)} or tensors)")
+
+
+def _entry(content: Any, key: str, where: str) -> Any:
+    """What is found on a dotted way into nested entries, the last of which may be a prefix of names."""
     names = key.split(".") if key else []
-    while names and isinstance(content, dict) and names[0] in content:
-        content = content[names.pop(0)]
-    if names and isinstance(content, dict):
+    while names and isinstance(content, dict):
+        if names[0] in content:
+            content = content[names.pop(0)]
+            continue
         prefix = ".".join(names) + "."
-        found = {name.removeprefix(prefix): v for name, v in content.items() if str(name).startswith(prefix)}
-        if not found:
-            known = sorted({str(name).partition(".")[0] for name in content})
+        under = {str(name): value for name, value in content.items() if str(name).startswith(prefix)}
+        if not under:
+            known = {str(name).partition(".")[0] for name in content}
             raise UserError(f"{where}: has no entry '{key}'{nearest(names[0], known)}")
-        content = found
-    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
-        found_names = ", ".join(map(str, list(content)[:6])) if isinstance(content, dict) else type(content).__name__
-        raise UserError(
-            f"{where}: holds no state dict (found: {found_names}; looked for {', '.join(containers)} or tensors)"
-        )
+        return {name.removeprefix(prefix): value for name, value in under.items()}
     return content
 
 
@@ -51,7 +59,7 @@ def unwrapped(weights: Mapping[str, Tensor], names: Collection[str]) -> dict[str
     of every name; `AveragedModel` counts in `n_averaged`.
 
     Args:
-        weights: tensors by name.
+        weights: tensors by name, of any shape.
         names: the names of the network.
     """
     known = set(names)
@@ -76,7 +84,7 @@ def without_ignored(
     """Return weights without those that are to be ignored.
 
     Args:
-        weights: tensors by name.
+        weights: tensors by name, of any shape.
         ignore: patterns of names, with `*`.
         names: the names of the network, which cannot be ignored.
         key: the option that the patterns are from, for messages.
