@@ -26,7 +26,7 @@ from tinyfusion_images import Digits
 RECOVERY = tiny.Recover(steps=100, lr=1e-3, lr_final=1e-5, ema=0.0)
 
 
-def task_of(teacher: Path) -> tiny.Task:
+def task_of(teacher: Path | str) -> tiny.Task:
     data = Digits()
     loss = GaussianDiffusion(learn_sigma=False, sampler="ddim", sampling_steps=25, guided_channels=None)
     backbone = DiT(checkpoint=str(teacher))
