@@ -25,7 +25,18 @@ _STATED = ("vae", "scale", "kind")
 
 
 @dataclass(frozen=True, kw_only=True)
-class _LatentSource(DataSource):
+class LatentSource(DataSource):
+    """Latents of images, in whatever files.
+
+    Args:
+        vae: name of the autoencoder that the latents must come from; null accepts any.
+        scale: factor that the latents must have been multiplied by (Stable Diffusion's: 0.18215); null accepts any.
+        kind: "sample" or "moments"; null accepts either.
+        num_held_out: number of images that are not trained on.
+        decoder: the autoencoder that decodes latents to images: a folder, a checkpoint file or a name on the hub; null
+            shows no images.
+    """
+
     deviations = {"x": (0.4, 2.5)}  # scales are chosen to make it 1
 
     vae: str | None = None
@@ -98,7 +109,7 @@ class _LatentSource(DataSource):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Latents(_LatentSource):
+class Latents(LatentSource):
     """Encoded images, in the shards that `tinyfusion encode` makes, or in a few large arrays.
 
     `metadata.json` describes the folder: `format_version` 1, `vae`, `scale`, `kind`, and for shards their names, rows
@@ -112,12 +123,6 @@ class Latents(_LatentSource):
 
     Args:
         folder: the folder; with shards it may be any URL that fsspec supports (s3://..., hf://..., https://...).
-        vae: name of the autoencoder that the latents must come from; null accepts any.
-        scale: factor that the latents must have been multiplied by (Stable Diffusion's: 0.18215); null accepts any.
-        kind: "sample" or "moments"; null accepts either.
-        num_held_out: number of images that are not trained on.
-        decoder: the autoencoder that decodes latents to images: a folder, a checkpoint file or a name on the hub; null
-            shows no images.
         mix: how many shards a batch is drawn from; a multiple of the number of processes gives each process shards of
             its own. Memory grows with it.
     """
@@ -151,6 +156,8 @@ class Latents(_LatentSource):
         made += f" --name {self.vae}" if self.vae and self.decoder not in (None, self.vae) else ""
         made += f" --scale {self.scale}" if self.scale else ""
         stated = {"vae": self.vae, "scale": self.scale, "kind": self.kind or "sample"}
+        if found := _layout(Path(self.folder)):
+            return MissingFileError(f"data.folder: '{self.folder}' lacks {', '.join(names)}, but {found}")
         return MissingFileError(
             f"data.folder: '{self.folder}' lacks {', '.join(names)}. Put there the training images, encoded once: "
             f"`tinyfusion encode IMAGES --out {self.folder} {made} --kind {stated['kind']} --flip`; or features.npy "
@@ -159,8 +166,19 @@ class Latents(_LatentSource):
         )
 
 
+def _layout(folder: Path) -> str:
+    """What reads the latents in a folder that others have laid out; empty if nothing is known to."""
+    if next(folder.glob("*/*.npz"), None):
+        return "holds .npz files in folders of classes, as MAR caches them: data: {class_path: CachedMoments}"
+    parts = [next((p for p in sorted(folder.glob(f"*{kind}")) if p.is_dir()), None) for kind in ("features", "labels")]
+    if all(parts):
+        options = f"features: {parts[0]}, labels: {parts[1]}"
+        return f"holds a file for each image: data: {{class_path: LatentFolders, init_args: {{{options}}}}}"
+    return ""
+
+
 @dataclass(frozen=True, kw_only=True)
-class LatentFolders(_LatentSource):
+class LatentFolders(LatentSource):
     """Encoded images in one file each, as the feature extraction of TinyFusion writes them.
 
     A file of the features is (C, H, W), or (2, C, H, W) with the mirrored image second. Labels are in files of
@@ -170,12 +188,6 @@ class LatentFolders(_LatentSource):
     Args:
         features: folder of the latents.
         labels: folder of the labels.
-        vae: name of the autoencoder that the latents must come from; null accepts any.
-        scale: factor that the latents must have been multiplied by (Stable Diffusion's: 0.18215); null accepts any.
-        kind: "sample" or "moments"; null accepts either.
-        num_held_out: number of images that are not trained on.
-        decoder: the autoencoder that decodes latents to images: a folder, a checkpoint file or a name on the hub; null
-            shows no images.
     """
 
     features: str

@@ -272,3 +272,11 @@ def test_memory_does_not_grow_with_the_data(tmp_path: Path) -> None:
     assert rows["x"][1].unique().tolist() == [7]
     assert not rows["x"][0].any()
     assert peak < 1_000_000
+
+
+def test_another_layout_is_named(tmp_path: Path) -> None:
+    write_files(tmp_path / "imagenet256")
+    for part in ("features", "labels"):  # as fast-DiT and TinyFusion have it
+        (tmp_path / "imagenet256" / part).rename(tmp_path / "imagenet256" / f"imagenet256_{part}")
+    with pytest.raises(UserError, match=r"a file for each image: .*LatentFolders.*256_features, labels: .*256_labels"):
+        Latents(folder=str(tmp_path / "imagenet256")).train()
