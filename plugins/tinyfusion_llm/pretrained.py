@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -107,6 +108,47 @@ def _kernels(config: Any) -> Iterator[str]:
             yield from (name for name in given if isinstance(name, str) and "/" in name)
 
 
+def ask_to_dequantise(config: Any, name: str) -> None:
+    """Make transformers dequantise the weights of a model while it reads them, if they are quantised.
+
+    Quantised weights can be neither trained nor saved without a layer.
+
+    Args:
+        config: the model's config; it is changed.
+        name: folder or hub id, for messages.
+
+    Raises:
+        UserError: they are, and transformers cannot do that.
+        ImportError: it needs a further package for it.
+    """
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoQuantizationConfig
+
+    if (given := getattr(config, "quantization_config", None)) is None:
+        return
+    method = given.get("quant_method")
+    kind = AUTO_QUANTIZATION_CONFIG_MAPPING.get(method)
+    if kind is None or "dequantize" not in inspect.signature(kind).parameters:
+        raise UserError(
+            f"backbone.model: the weights in '{name}' are quantised ({method or 'by a method that is not named'}) and "
+            "cannot be dequantised while they are read; give the model that they were made from, or load them with "
+            "transformers, call its `dequantize()`, and give the folder that `save_pretrained` writes"
+        )
+    config.quantization_config = {**given, "dequantize": True}
+    AutoQuantizationConfig.from_dict(config.quantization_config)
+
+
+def encoding_of(config: Any, dtype: str) -> str:
+    """Say how the weights of a model are quantised, and to which dtype they are dequantised; empty if they are not.
+
+    Args:
+        config: the model's config.
+        dtype: the dtype asked for; `auto` is the config's.
+    """
+    if (given := getattr(config, "quantization_config", None)) is None:
+        return ""
+    return f"{given['quant_method']}, dequantised to {str(config.dtype if dtype == 'auto' else dtype).split('.')[-1]}"
+
+
 def check_causal(model: Any) -> None:
     """Check that no token sees later ones: BERT and similar models load as causal models too.
 
@@ -123,10 +165,13 @@ def check_causal(model: Any) -> None:
         )
 
 
+_OF_A_FILE = ("_name_or_path", "transformers_version", "quantization_config")
+
+
 def as_json(config: Any) -> dict[str, Any]:
-    """Return a transformers config as JSON, without what depends on location or version."""
+    """Return a transformers config as JSON, without what depends on location, version or the weights' encoding."""
     found: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
-    return {key: value for key, value in found.items() if key not in ("_name_or_path", "transformers_version")}
+    return {key: value for key, value in found.items() if key not in _OF_A_FILE}
 
 
 def vocabulary_size(config: Mapping[str, Any]) -> int:

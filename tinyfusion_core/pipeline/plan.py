@@ -217,8 +217,7 @@ def _comparison(stage: Comparison, plan: Plan, recipe: Recipe) -> None:
         )
     model = recipe.on_meta
     blocks = recipe.backbone.block_paths(model)
-    task = Task.without_data(recipe.backbone, recipe.loss, model)
-    costs = measure(stage.cost_budgets(recipe.search), task, recipe.trainer)
+    costs = measure(stage.cost_budgets(recipe.search), Task.without_data(recipe.backbone, recipe.loss, model), recipe.trainer)
     found = stage.candidates_for(recipe.search, blocks, costs)
     plan.rows.append((stage.view, f"{len(found.selectors)} candidates that keep {found.said}, {stage.seeds} seeds"))
 
@@ -239,7 +238,8 @@ def _checkpoint(plan: Plan, recipe: Recipe) -> None:
     if recipe.train is None:
         licence = source.get("licence", "unknown")
         hint = "; set backbone.licence for the model card" if licence == "unknown" else ""
-        plan.rows.append(("checkpoint", f"{source['checkpoint']} (licence: {licence}{hint})"))
+        weights = f"; weights: {source['weights']}" if "weights" in source else ""
+        plan.rows.append(("checkpoint", f"{source['checkpoint']} (licence: {licence}{hint}{weights})"))
 
 
 def _data(plan: Plan, recipe: Recipe) -> None:

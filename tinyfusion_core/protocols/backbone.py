@@ -160,11 +160,14 @@ class Backbone(Settings, ABC):
             raise UserError(f"{owner(self)}: blocks: {e}") from None
 
     def source(self) -> dict[str, Any]:
-        """Return the source of the pretrained weights, for the record: `checkpoint`, `sha256`, `licence`."""
+        """Return the source of the pretrained weights, for the record: `checkpoint`, `sha256`, `licence`.
+
+        And `weights`, what was done to read them, if anything was: of what kind they are, and what they became.
+        """
         return {}
 
     def save(self, model: nn.Module, folder: Path) -> list[str]:
-        """Write a network to a folder and return the file names, which `load` reads and the core verifies.
+        """Write a network to an empty folder and return the file names, which `load` reads and the core verifies.
 
         By default `model.safetensors`. A family that other software reads should write that software's files; if
         `config.json` is one of them, the core's record of the folder is `tinyfusion.json`.
@@ -186,18 +189,22 @@ class Backbone(Settings, ABC):
 
     @classmethod
     def load(cls, folder: Path, config: Mapping[str, Any]) -> nn.Module:
-        """Load a network that `save` wrote.
+        """Load a network that `save` wrote, as anybody would who has the files: saving compares the two bit by bit.
+
+        By default in the dtypes in which it was saved.
 
         Args:
             folder: where the files are.
             config: what `config` returned for it.
 
         Raises:
-            UserError: the weights do not fit such a network.
+            UserError: the weights do not fit such a network, none missing and none left over.
         """
         tensors = read_weights(folder / WEIGHTS)
         model = cls.construct(config)
         load_strict(model, tensors, folder / WEIGHTS)
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            tensor.data = tensor.data.to(tensors[name].dtype)
         return model
 
 

@@ -1,0 +1,171 @@
+"""What is saved of a language model is what is in memory; weights in other encodings are decoded or refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import tinyfusion_core as tiny
+from llm_toys import VOCABULARY, folder
+from tinyfusion_llm import CausalLM, NextToken
+
+pytestmark = [pytest.mark.numerics, pytest.mark.filterwarnings("ignore")]  # of transformers
+TOKENS = torch.randint(3, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))
+TILE = 16
+
+
+def task_of(path: Path, **more: object) -> tiny.Task:
+    rows = tiny.Tensors({"tokens": TOKENS, "labels": TOKENS})
+    backbone = CausalLM(model=str(path), context=12, **more)  # type: ignore[arg-type]
+    return tiny.Task(backbone=backbone, loss=NextToken(), train=rows, held_out=rows)
+
+
+def save(task: tiny.Task, path: Path, *kept: int) -> torch.nn.Module:
+    decision = tiny.Decision(blocks=tuple(task.blocks), kept=kept, method="Keep")
+    student = tiny.prune(task, decision)
+    tiny.save_pretrained(student, task, decision, path)
+    return student
+
+
+def logits(model: torch.nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=TOKENS, use_cache=False).logits
+
+
+def fp8(path: Path, family: str) -> tuple[Path, dict[str, Tensor]]:
+    """A folder as DeepSeek and Qwen publish them: float8 weights, and the scale of every tile. And its values."""
+    weights: dict[str, Tensor] = load_file(folder(path, family) / "model.safetensors")
+    values, stored = {}, {}
+    for name, tensor in weights.items():
+        stored[name] = values[name] = tensor.bfloat16()
+        if tensor.ndim == 2 and ".layers." in name:
+            tiles = tensor.unfold(0, TILE, TILE).unfold(1, TILE, TILE)  # rows, columns, height, width
+            scales = tiles.abs().amax((2, 3)) / 448
+            whole = scales.repeat_interleave(TILE, 0).repeat_interleave(TILE, 1)
+            stored[name] = (tensor / whole).to(torch.float8_e4m3fn)
+            stored[f"{name}_scale_inv"] = scales
+            values[name] = stored[name].float() * whole
+    save_file(stored, path / "model.safetensors", {"format": "pt"})
+    encoding = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [TILE, TILE]}
+    config = json.loads((path / "config.json").read_text())
+    config.update(dtype="bfloat16", quantization_config=encoding)
+    (path / "config.json").write_text(json.dumps(config))
+    return path, values
+
+
+@pytest.mark.parametrize(("asked", "dtype"), [("auto", torch.bfloat16), ("float32", torch.float32)])
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+def test_a_student_of_float8_weights_is_a_plain_one(
+    family: str, asked: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    path, values = fp8(tmp_path / "full", family)
+    task = task_of(path, dtype=asked)
+    with pytest.warns(UserWarning, match=rf"are fp8, dequantised to {asked if asked != 'auto' else 'bfloat16'}: .* MB"):
+        state = task.teacher.state_dict()
+    assert all(torch.equal(state[name], value.to(dtype)) for name, value in values.items())
+    student = save(task, tmp_path / "student", 0, 2, 3, 5)
+    again, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "student", output_loading_info=True)
+    assert not any(loading.values())
+    assert again.dtype == dtype
+    assert torch.equal(logits(again), logits(student))
+    assert "quantization_config" not in json.loads((tmp_path / "student" / "config.json").read_text())
+    assert "fp8, dequantised to" in (tmp_path / "student" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "encoding",
+    [
+        {"quant_method": "bitsandbytes", "load_in_4bit": True},
+        {"quant_method": "gptq", "bits": 4},
+        {"quant_method": "awq"},
+        {"quant_method": "torchao"},
+        {"quant_method": "of tomorrow"},
+    ],
+)
+def test_other_encodings_are_refused_when_the_plan_is_made(encoding: dict[str, object], tmp_path: Path) -> None:
+    path = folder(tmp_path, "llama")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "quantization_config": encoding}))
+    with pytest.raises(tiny.UserError, match=rf"quantised \({encoding['quant_method']}\) and cannot be dequantised"):
+        CausalLM(model=str(path)).config()
+
+
+def change(name: str, repair: Callable[[Tensor], Tensor | None]) -> Callable[[torch.nn.Module, Path], list[str]]:
+    """A way of saving that changes or leaves out one tensor, or, of a name that is not there, adds one."""
+
+    def saving(model: torch.nn.Module, path: Path) -> list[str]:
+        model.save_pretrained(path)  # type: ignore[operator]
+        weights = load_file(path / "model.safetensors")
+        changed = repair(weights.pop(name, torch.zeros(1)))
+        save_file(weights if changed is None else {**weights, name: changed}, path / "model.safetensors")
+        return sorted(p.name for p in path.iterdir())
+
+    return saving
+
+
+NORM, HEAD = "model.norm.weight", "lm_head.weight"
+
+
+@pytest.mark.parametrize(
+    ("saving", "message"),
+    [
+        (change(NORM, lambda t: t + 1e-6), "model.norm.weight has other values"),
+        (change(NORM, lambda t: None), "do not fit its config: model.norm.weight"),
+        (change(NORM, lambda t: t[:-1]), "do not fit its config: .*model.norm.weight"),
+        (change("model.further", lambda t: t), "do not fit its config: model.further"),
+        (change(HEAD, lambda t: t.bfloat16()), None),  # read in the dtype of the config
+    ],
+)
+def test_what_is_read_otherwise_is_not_saved(
+    saving: Callable[[torch.nn.Module, Path], list[str]],
+    message: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    task = task_of(folder(tmp_path / "full", "qwen3"))
+    monkeypatch.setattr(CausalLM, "save", lambda self, model, path: saving(model, path))
+    with pytest.raises(tiny.UserError, match=message or "lm_head.weight has other values"):
+        save(task, tmp_path / "student", 0, 2)
+    assert not any((tmp_path / "student").iterdir())
+
+
+def test_a_setting_that_the_files_do_not_hold_is_found_by_a_forward(tmp_path: Path) -> None:
+    task = task_of(folder(tmp_path / "full", "llama"))
+    student = tiny.prune(task, decision := tiny.Decision(blocks=tuple(task.blocks), kept=(0, 2), method="Keep"))
+    student.model.norm.variance_epsilon = 1e-4  # the config says 1e-6
+    with pytest.raises(tiny.UserError, match="has the same weights and predicts otherwise"):
+        tiny.save_pretrained(student, task, decision, tmp_path / "student")
+
+
+def test_no_shards_of_an_older_student_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = task_of(folder(tmp_path / "full", "llama"))
+    whole = CausalLM.save
+
+    def sharded(self: CausalLM, model: torch.nn.Module, path: Path) -> list[str]:
+        model.save_pretrained(path, max_shard_size="40KB")  # type: ignore[operator]
+        return sorted(p.name for p in path.iterdir())
+
+    monkeypatch.setattr(CausalLM, "save", sharded)
+    save(task, tmp_path / "student", 0, 1, 2, 3)
+    assert (tmp_path / "student" / "model.safetensors.index.json").exists()
+    assert len(list((tmp_path / "student").glob("*.safetensors"))) > 2
+    monkeypatch.setattr(CausalLM, "save", whole)
+    student = save(task, tmp_path / "student", 0, 2)
+    assert [p.name for p in (tmp_path / "student").glob("*.safetensors*")] == ["model.safetensors"]
+    assert torch.equal(logits(tiny.load_pretrained(tmp_path / "student")), logits(student))
+
+
+def test_weights_of_others_are_neither_mixed_with_ours_nor_removed(tmp_path: Path) -> None:
+    task = task_of(folder(tmp_path / "full", "llama"))
+    AutoModelForCausalLM.from_pretrained(tmp_path / "full").save_pretrained(tmp_path / "theirs", max_shard_size="40KB")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "theirs").iterdir()}
+    with pytest.raises(tiny.UserError, match=r"holds weights of another network \(model-00001-of"):
+        save(task, tmp_path / "theirs", 0, 2)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "theirs").iterdir()} == before
