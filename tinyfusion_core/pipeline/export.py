@@ -5,11 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from ..errors import UserError, nearest
 from ..parsing.records import read_as, read_text
 from ..protocols.backbone import list_lengths
 from ..pruning.interop_formats import TEXTS
+from ..protocols.task import Task
 from ..pruning.prune import decision_of, load_pretrained, origin
+from ..pruning.read_back import weights_in, write_checked
 from ..runtime.files import write_json, write_text
 from ..runtime.locking import FolderKind, check_free, check_replaceable
 from ..runtime.run_folder import RunFolder
@@ -57,7 +61,7 @@ def export_run(folder: RunFolder, to: str, out: Path | None = None) -> str:
         if out is not None:
             check_free(out, EXPORT)
         target, student = out or folder / "export" / to, load_pretrained(rounds[-1] / "student")
-        recipe.backbone.export(student, to, target)
+        _write(recipe, student, to, target)
         write_json(target / MARK, {"format_version": 1, "library": to})
         return str(target)
     blocks, kept = decisions[0].blocks, list(range(len(decisions[0].blocks)))
@@ -73,3 +77,19 @@ def export_run(folder: RunFolder, to: str, out: Path | None = None) -> str:
     check_replaceable(out, "--out", lambda file: read_text(file) == text)
     write_text(out, text)
     return str(out)
+
+
+def _write(recipe: Recipe, student: nn.Module, to: str, target: Path) -> None:
+    """Write a student as a folder of a library; what the backbone can load is read back and compared."""
+    backbone = recipe.backbone
+    if to != backbone.library:  # a network of another kind, which is not loaded here
+        backbone.export(student, to, target)
+        return
+
+    def write(made: Path) -> list[str]:
+        backbone.export(student, to, made)
+        return sorted(path.name for path in made.iterdir())
+
+    # A folder with our mark holds no weights but those of an earlier export.
+    ours = weights_in(target) if (target / MARK).exists() else []
+    write_checked(student, Task.without_data(backbone, recipe.loss, student), target, write, ours)

@@ -21,8 +21,9 @@ from ..runtime.locking import PARTIAL, check_held
 from ..runtime.seeding import Rng
 from .removal import same_but_for_rounding, tensors_in
 
-WEIGHTS_FILES = ("*.safetensors", "*.bin", "*.index.json")
-"""Files that readers of a folder take for weights, whoever has put them there."""
+def weights_in(folder: Path) -> list[str]:
+    """Return the names of the files in a folder that readers take for weights, whoever has put them there."""
+    return sorted({path.name for kind in ("*.safetensors", "*.bin", "*.index.json") for path in folder.glob(kind)})
 
 
 def write_checked(
@@ -76,8 +77,7 @@ def _staging(folder: Path) -> Iterator[Path]:
 
 
 def _check_alone(folder: Path, files: set[str]) -> None:
-    found = sorted({path.name for pattern in WEIGHTS_FILES for path in folder.glob(pattern)} - files)
-    if found:
+    if found := [name for name in weights_in(folder) if name not in files]:
         raise UserError(
             f"{folder}: holds weights of another network ({', '.join(found[:3])}), which readers would mix with the "
             "new ones; remove them, or choose another folder"
