@@ -18,12 +18,13 @@ from tinyfusion_core.protocols.backbone import Backbone
 from tinyfusion_core.protocols.data import Lookup
 from tinyfusion_core.runtime.files import digest, sha256
 from tinyfusion_core.runtime.seeding import generator
+from tinyfusion_llm.converters import clients
 from tinyfusion_llm.layers import construct, find_layers, shorten
 from tinyfusion_llm.loss import IGNORED
 from tinyfusion_llm.optional import need
 from tinyfusion_llm.pretrained import (
-    ask_to_dequantise,
     as_json,
+    ask_to_dequantise,
     check_causal,
     check_kind,
     encoding_of,
@@ -138,6 +139,10 @@ class CausalLM(Backbone):
     def after_prune(self, model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
         ((path, indices),) = kept.items()
         shorten(model, path, indices)
+
+    @override
+    def clients(self, model: nn.Module, student: nn.Module, kept: Sequence[int]) -> Mapping[str, str]:
+        return clients(model, student, kept)
 
     @override
     def example(self, num_rows: int) -> dict[str, Tensor]:

@@ -10,14 +10,14 @@ from torch import nn
 from ..errors import UserError, nearest
 from ..parsing.records import read_as, read_text
 from ..protocols.backbone import list_lengths
-from ..pruning.interop_formats import TEXTS
 from ..protocols.task import Task
+from ..pruning.interop_formats import TEXTS, describe_clients
 from ..pruning.prune import decision_of, load_pretrained, origin
 from ..pruning.read_back import weights_in, write_checked
 from ..runtime.files import write_json, write_text
 from ..runtime.locking import FolderKind, check_free, check_replaceable
 from ..runtime.run_folder import RunFolder
-from .recipe import load_recipe
+from .recipe import Recipe, load_recipe
 
 FOLDERS = ("transformers", "diffusers")
 """Libraries whose folder format a backbone may support."""
@@ -43,7 +43,7 @@ def export_run(folder: RunFolder, to: str, out: Path | None = None) -> str:
         out: folder or file to write; by default `export/FORMAT` in the run folder for a folder, none for a text.
 
     Returns:
-        The text, or the path that was written.
+        The text, or the path that was written; and in a further line what is known of other tools.
 
     Raises:
         UserError: there is no student, no such format, the network cannot be exported to it, or `out` holds something
@@ -57,18 +57,24 @@ def export_run(folder: RunFolder, to: str, out: Path | None = None) -> str:
     if not rounds or not (rounds[-1] / "student").is_dir():
         raise UserError(f"{folder.path}: no student yet; let the run finish first")
     decisions = [decision_of(folder, name) for name in names]
-    if to in FOLDERS:
-        if out is not None:
-            check_free(out, EXPORT)
-        target, student = out or folder / "export" / to, load_pretrained(rounds[-1] / "student")
-        _write(recipe, student, to, target)
-        write_json(target / MARK, {"format_version": 1, "library": to})
-        return str(target)
     blocks, kept = decisions[0].blocks, list(range(len(decisions[0].blocks)))
     for decision in decisions:
         kept = [kept[i] for i in decision.kept]
+    student = load_pretrained(rounds[-1] / "student")
+    clients = recipe.backbone.clients(recipe.on_meta, student, kept)
+    if to in FOLDERS:
+        if out is not None:
+            check_free(out, EXPORT)
+        target = out or folder / "export" / to
+        _write(recipe, student, to, target)
+        write_json(target / MARK, {"format_version": 1, "library": to})
+        return "\n".join([str(target), *([f"other tools: {describe_clients(clients)}"] if clients else [])])
     if len(list_lengths(blocks)) > 1 and to != "indices":
         raise UserError(f"--to {to}: takes one list of layers, this network has {', '.join(list_lengths(blocks))}")
+    if reason := clients.get(to):
+        raise UserError(
+            f"--to {to}: would not be the student ({reason}). Export it to transformers, or keep other blocks"
+        )
     model = str(recipe.backbone.source().get("checkpoint") or origin(folder / "teacher")["checkpoint"])
     text = TEXTS[to](kept, len(blocks), model)
     if out is None:

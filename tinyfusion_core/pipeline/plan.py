@@ -7,20 +7,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch import nn
 
 from ..comparison.study import Comparison
 from ..errors import MissingFileError, UserError
 from ..evaluation.metrics import count_flops
 from ..protocols.backbone import list_lengths, owner
-from ..protocols.block_call import watched_streams
 from ..protocols.columns import checked, columns_of
-from ..protocols.task import Task
+from ..protocols.task import Task, check_loss_fits
 from ..pruning.decision import Decision
+from ..pruning.interop_formats import describe_clients
 from ..pruning.removal import remove_blocks
-from ..runtime.seeding import Rng
 from ..runtime.stages import EVALUATE, SEARCH, Stage
 from ..runtime.trackers import check_trackers
 from ..samplers.constraints import Spending
@@ -106,7 +103,7 @@ def _network(plan: Plan, recipe: Recipe) -> None:
         raise UserError(f"{owner(recipe.backbone)}: the network has {len(blocks)} block(s); of 2 or more some can go")
     counts = ", ".join(f"{depth} blocks in '{name}'" for name, depth in list_lengths(blocks).items())
     plan.rows.append(("network", f"{type(recipe.backbone).__name__}, {counts}"))
-    _fit_together(recipe, model)
+    check_loss_fits(recipe.backbone, recipe.loss, model)
     plan.rows.append(("before pruning", _size(recipe, model)))
 
 
@@ -156,6 +153,9 @@ def _search(plan: Plan, recipe: Recipe, stage: Stage, model: nn.Module) -> tuple
     remove_blocks(recipe.backbone, pruned, [blocks[i] for i in decision.removed])
     given = _given(decision) if len(list_lengths(blocks)) > 1 else ""  # lists whose blocks are not alike
     plan.rows.append((f"{prefix}after pruning", _size(recipe, pruned) + given))
+    if clients := recipe.backbone.clients(model, pruned, decision.kept):
+        stay = f", if blocks {', '.join(map(str, decision.kept))} stay"
+        plan.rows.append((f"{prefix}other tools", describe_clients(clients) + stay))
     for short in (part for part in selector.trainings() if isinstance(part, Recover)):
         what, needed = f"{prefix}short recoveries", partial(training_needs, recipe.backbone, recipe.loss, pruned, short)
         plan.rows.append((what, _training(recipe, short)))
@@ -217,7 +217,9 @@ def _comparison(stage: Comparison, plan: Plan, recipe: Recipe) -> None:
         )
     model = recipe.on_meta
     blocks = recipe.backbone.block_paths(model)
-    costs = measure(stage.cost_budgets(recipe.search), Task.without_data(recipe.backbone, recipe.loss, model), recipe.trainer)
+    costs = measure(
+        stage.cost_budgets(recipe.search), Task.without_data(recipe.backbone, recipe.loss, model), recipe.trainer
+    )
     found = stage.candidates_for(recipe.search, blocks, costs)
     plan.rows.append((stage.view, f"{len(found.selectors)} candidates that keep {found.said}, {stage.seeds} seeds"))
 
@@ -261,31 +263,6 @@ def _metrics(plan: Plan, recipe: Recipe) -> None:
 
 def _trackers(plan: Plan, recipe: Recipe) -> None:
     check_trackers(recipe.trainer.trackers)
-
-
-def _fit_together(recipe: Recipe, model: nn.Module) -> None:
-    """Raise UserError if the loss does not fit the network."""
-    inputs = recipe.loss.prepare(recipe.backbone.example(2), Rng(0, "plan"))
-    blocks = recipe.backbone.block_paths(model)
-    try:
-        with torch.no_grad():
-            on_meta = {name: t.to("meta") for name, t in inputs.items()}
-            with watched_streams(model, blocks, recipe.backbone.streams) as seen:
-                prediction = recipe.loss.predict(model.eval(), on_meta)
-            for passage in seen:
-                if passage.before[0] != passage.after[0]:
-                    raise UserError(f"{owner(recipe.backbone)}: blocks: {passage}")
-            if all(isinstance(leaf, Tensor) for leaf in tree_leaves(prediction)):
-                # The loss on zeros of the prediction's shape: the meta device cannot look values up in tables.
-                prediction, on_meta = tree_map(lambda x: torch.zeros(x.shape), prediction), inputs
-            recipe.loss.per_sample(recipe.loss.loss(prediction, on_meta), on_meta)
-    except NotImplementedError:
-        return  # an operation without a meta kernel: the run itself will tell
-    except RuntimeError as e:
-        raise UserError(
-            f"loss: {type(recipe.loss).__name__} does not fit the network ({str(e).splitlines()[0]}); "
-            "compare their options"
-        ) from None
 
 
 def _size(recipe: Recipe, model: nn.Module) -> str:

@@ -143,6 +143,19 @@ class Backbone(Settings, ABC):
         """
         return {}
 
+    def clients(self, model: nn.Module, student: nn.Module, kept: Sequence[int]) -> Mapping[str, str]:
+        """Return the tools that take a decision or a student, and why what they make of it would be wrong.
+
+        A reason by tool, empty where the result is right. `export` refuses a tool of the name of its form that has a
+        reason. By default nothing is known of any.
+
+        Args:
+            model: the whole network, on any device, `meta` too.
+            student: it without the other blocks.
+            kept: indices of the kept blocks.
+        """
+        return {}
+
     @classmethod
     @abstractmethod
     def tiny(cls) -> "Backbone":
@@ -160,10 +173,7 @@ class Backbone(Settings, ABC):
             raise UserError(f"{owner(self)}: blocks: {e}") from None
 
     def source(self) -> dict[str, Any]:
-        """Return the source of the pretrained weights, for the record: `checkpoint`, `sha256`, `licence`.
-
-        And `weights`, what was done to read them, if anything was: of what kind they are, and what they became.
-        """
+        """Return the source of the weights for the record: `checkpoint`, `sha256`, `licence`; `weights`, if decoded."""
         return {}
 
     def save(self, model: nn.Module, folder: Path) -> list[str]:

@@ -8,12 +8,14 @@ from functools import cached_property
 from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
+from ..errors import UserError
 from ..parsing.settings import Settings
 from ..runtime.seeding import Rng
-from .backbone import Backbone, list_lengths
-from .block_call import BatchDim, named_batch_dims, probed_batch_dims
+from .backbone import Backbone, list_lengths, owner
+from .block_call import BatchDim, named_batch_dims, probed_batch_dims, watched_streams
 from .data import DataSource, FeatureSpace, Samples, Tensors, as_samples
 from .loss import LossAdapter
 from .undisturbed import evaluating
@@ -90,3 +92,30 @@ class Task(Settings):
 
         with torch.random.fork_rng(), evaluating(model):
             return probed_batch_dims(model, self.blocks, run)
+
+
+def check_loss_fits(backbone: Backbone, loss: LossAdapter, model: nn.Module) -> None:
+    """Check that a loss and the blocks' streams fit a network on the meta device.
+
+    Raises:
+        UserError: they do not.
+    """
+    inputs = loss.prepare(backbone.example(2), Rng(0, "plan"))
+    try:
+        with torch.no_grad():
+            on_meta = {name: t.to("meta") for name, t in inputs.items()}
+            with watched_streams(model, backbone.block_paths(model), backbone.streams) as seen:
+                prediction = loss.predict(model.eval(), on_meta)
+            for passage in seen:
+                if passage.before[0] != passage.after[0]:
+                    raise UserError(f"{owner(backbone)}: blocks: {passage}")
+            if all(isinstance(leaf, Tensor) for leaf in tree_leaves(prediction)):
+                # The loss on zeros of the prediction's shape: the meta device cannot look values up in tables.
+                prediction, on_meta = tree_map(lambda x: torch.zeros(x.shape), prediction), inputs
+            loss.per_sample(loss.loss(prediction, on_meta), on_meta)
+    except NotImplementedError:
+        return  # an operation without a meta kernel: the run itself will tell
+    except RuntimeError as e:
+        raise UserError(
+            f"loss: {type(loss).__name__} does not fit the network ({str(e).splitlines()[0]}); compare their options"
+        ) from None

@@ -20,6 +20,7 @@ from ..runtime.files import digest, sha256, write_json, write_text
 from ..runtime.run_folder import RunFolder
 from ..runtime.stages import RECOVER, SEARCH, Stage
 from .decision import Decision
+from .interop_formats import describe_clients
 from .read_back import write_checked
 from .removal import check_removal, without
 
@@ -70,7 +71,7 @@ def save_pretrained(student: nn.Module, task: Task, decision: Decision, folder: 
     check_arguments(student=(student, nn.Module), task=(task, Task), decision=(decision, Decision))
     folder = Path(folder)
     save_network(student, task, folder, decision)
-    write_text(folder / "README.md", _model_card(student, task.backbone, decision, task.source))
+    write_text(folder / "README.md", _model_card(student, task, decision))
     return folder
 
 
@@ -205,7 +206,8 @@ def push_to_hub(folder: Path | str, repo_id: str, private: bool = True) -> str:
     return str(api.upload_folder(repo_id=repo_id, folder_path=str(folder)).commit_url)
 
 
-def _model_card(student: nn.Module, backbone: Backbone, decision: Decision, source: Mapping[str, Any]) -> str:
+def _model_card(student: nn.Module, task: Task, decision: Decision) -> str:
+    backbone, source = task.backbone, task.source
     # Of what a source says of itself nothing is taken as markup: neither as YAML nor as lines of the page.
     licence = " ".join(str(source.get("licence", "unknown")).split())
     checkpoint = " ".join(str(source.get("checkpoint", "a network trained in the same run")).replace("`", "'").split())
@@ -213,6 +215,8 @@ def _model_card(student: nn.Module, backbone: Backbone, decision: Decision, sour
     matter = yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=math.inf, default_flow_style=None)
     parameters = sum(p.numel() for p in student.parameters())
     weights = f"- weights of the source checkpoint: {source['weights']}\n" if "weights" in source else ""
+    clients = backbone.clients(task.teacher, student, decision.kept)
+    runs = f"- other tools: {describe_clients(clients)}\n" if clients else ""
     return f"""---
 {matter}---
 
@@ -225,7 +229,7 @@ The licence is that of the source checkpoint: **{licence}**.
 - kept blocks: {", ".join(str(i) for i in decision.kept)}
 - removed blocks: {", ".join(str(i) for i in decision.removed)}
 - sha256 of the source checkpoint: {source.get("sha256", "none")}
-{weights}
+{weights}{runs}
 ```python
 {backbone.loading}
 ```

@@ -21,6 +21,7 @@ from ..runtime.locking import PARTIAL, check_held
 from ..runtime.seeding import Rng
 from .removal import same_but_for_rounding, tensors_in
 
+
 def weights_in(folder: Path) -> list[str]:
     """Return the names of the files in a folder that readers take for weights, whoever has put them there."""
     return sorted({path.name for kind in ("*.safetensors", "*.bin", "*.index.json") for path in folder.glob(kind)})
