@@ -37,7 +37,7 @@ REPEATED: Mapping[str, Mapping[str, Sequence[Any]]] = {
     "smollm3": {"no_rope_layers": [1, 1, 1, 0]},
 }
 """What llama.cpp takes its layers for, by type of model and key of the config: repeated from the first layer on."""
-WRITTEN: Mapping[str, Sequence[str]] = {"lfm2": ["layer_types"]}
+WRITTEN: Mapping[str, Sequence[str]] = {"lfm2": ["layer_types", "full_attn_idxs"]}
 """Lists that llama.cpp's converter writes to a GGUF file entry by entry, by type of model."""
 
 Settings = Mapping[str, Any]
