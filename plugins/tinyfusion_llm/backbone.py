@@ -19,7 +19,7 @@ from tinyfusion_core.protocols.data import Lookup
 from tinyfusion_core.runtime.files import digest, sha256
 from tinyfusion_core.runtime.seeding import generator
 from tinyfusion_llm.converters import clients
-from tinyfusion_llm.layers import construct, find_layers, shorten
+from tinyfusion_llm.layers import construct, find_layers, shorten, try_out
 from tinyfusion_llm.loss import IGNORED
 from tinyfusion_llm.optional import need
 from tinyfusion_llm.pretrained import (
@@ -139,6 +139,7 @@ class CausalLM(Backbone):
     def after_prune(self, model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
         ((path, indices),) = kept.items()
         shorten(model, path, indices)
+        try_out(model, indices)
 
     @override
     def clients(self, model: nn.Module, student: nn.Module, kept: Sequence[int]) -> Mapping[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from tinyfusion_core.errors import UserError
+from tinyfusion_core.protocols.undisturbed import evaluating
 
 Settings = Mapping[str, Any]
 
@@ -76,6 +78,37 @@ def shorten(model: nn.Module, path: str, kept: Sequence[int]) -> None:
             f"backbone: the config of a '{config.model_type}' cannot express the layers {list(kept)} of {depth}: "
             f"{problem}{named}. Its kinds of layers follow from their positions; keep whole periods, or other layers"
         )
+
+
+def try_out(model: nn.Module, kept: Sequence[int]) -> None:
+    """Run a pruned network once, on any device, and once with a cache; warn if it runs without one only.
+
+    Hybrid ones that have lost all attention cannot generate.
+
+    Args:
+        model: the network.
+        kept: indices of its layers in the whole one.
+
+    Raises:
+        UserError: it does not run: something in it still counts on other layers.
+    """
+    tokens = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
+    kind = f"a '{text_config(model).model_type}' of the layers {list(kept)} alone"
+    for cached in (False, True):
+        try:
+            with torch.random.fork_rng(), torch.no_grad(), evaluating(model):
+                model(input_ids=tokens, use_cache=cached)
+        except (LookupError, TypeError, ValueError) as e:
+            reason = f"{type(e).__name__}: {e}"
+            if not cached:
+                raise UserError(f"backbone: {kind} does not run ({reason}); keep other layers") from e
+            warnings.warn(
+                f"backbone: {kind} cannot generate, it runs with use_cache=False only ({reason}); protect a layer with "
+                "attention to keep one",
+                stacklevel=2,
+            )
+        except (NotImplementedError, RuntimeError):
+            return  # an operation that the meta device does not have
 
 
 def _count_anew(model: nn.Module, path: str, depth: int, kept: Sequence[int]) -> str:

@@ -1,4 +1,4 @@
-"""What other tools make of a decision is said beforehand, as the tools themselves show; what would be wrong is refused."""
+"""What other tools make of a decision is said beforehand, as the tools show; what would be wrong is refused."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -169,3 +170,33 @@ def test_weights_of_others_are_neither_mixed_with_ours_nor_removed(tmp_path: Pat
     with pytest.raises(tiny.UserError, match=r"holds weights of another network \(model-00001-of"):
         save(task, tmp_path / "theirs", 0, 2)
     assert {p.name: p.read_bytes() for p in (tmp_path / "theirs").iterdir()} == before
+
+
+ATTENTION, MAMBA = "attention", "mamba"
+
+
+def test_a_shared_block_that_counts_on_a_removed_layer_is_found_out(tmp_path: Path) -> None:
+    sizes = {"mamba_d_state": 8, "mamba_headdim": 16, "n_mamba_heads": 4, "attention_head_dim": 16, "num_mem_blocks": 1}
+    kinds = {"layers_block_type": [MAMBA, "hybrid"] * 2 + [MAMBA] * 2, "num_key_value_heads": 4, "adapter_rank": 4}
+    more = {"mamba_ngroups": 1, "chunk_size": 4, "use_shared_attention_adapter": False}
+    task = task_of(folder(tmp_path / "full", "zamba2", **sizes, **kinds, **more))
+    with pytest.raises(
+        tiny.UserError, match=r"a 'zamba2' of the layers \[0, 1, 3, 5\] alone does not run \(KeyError: 2\)"
+    ):
+        save(task, tmp_path / "student", 0, 1, 3, 5)
+    student = save(task, tmp_path / "student", 0, 1, 2, 3)
+    assert torch.equal(logits(tiny.load_pretrained(tmp_path / "student")), logits(student))
+
+
+def test_a_student_that_has_lost_all_attention_is_said_not_to_generate(tmp_path: Path) -> None:
+    sizes = {"head_dim": 8, "mamba_num_heads": 4, "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 1}
+    kinds = {"layers_block_type": [MAMBA, ATTENTION, "mlp"] * 2, "chunk_size": 4}
+    task = task_of(folder(tmp_path / "full", "nemotron_h", **sizes, **kinds))
+    with pytest.warns(UserWarning, match=r"'nemotron_h' of the layers \[0, 2, 3, 5\] alone cannot generate"):
+        student = save(task, tmp_path / "student", 0, 2, 3, 5)
+    with pytest.raises(ValueError, match="Attention layers"):  # as was said
+        student.generate(TOKENS, max_new_tokens=2)  # type: ignore[operator]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "backbone")
+        with_attention = save(task, tmp_path / "student", 0, 1, 3, 5)
+    assert with_attention.generate(TOKENS, max_new_tokens=2, min_new_tokens=2).shape == (2, 14)  # type: ignore[operator]
