@@ -26,6 +26,7 @@ from tinyfusion_llm.pretrained import (
     as_json,
     ask_to_dequantise,
     check_causal,
+    check_keys,
     check_kind,
     encoding_of,
     explained,
@@ -208,7 +209,7 @@ class CausalLM(Backbone):
         assert self.model is not None
         config = self._pretrained_config()
         self._agreed(config)
-        quantised = hasattr(config, "quantization_config")
+        encoding = encoding_of(config, self.dtype)
         given: dict[str, Any] = {} if self.gguf_file else {"config": config, "use_safetensors": True}
         with torch.random.fork_rng(), explained(self.model):
             found: Any = AutoModelForCausalLM.from_pretrained(
@@ -220,20 +221,15 @@ class CausalLM(Backbone):
                 output_loading_info=True,
             )
         model, loading = found
-        if problem := sorted(
-            " ".join(map(str, [key] if isinstance(key, str) else key)) for kind in refused for key in loading[kind]
-        ):
-            raise UserError(
-                f"backbone.model: the weights in {self.model} do not fit its config: {', '.join(problem[:4])}"
-            )
-        if not quantised and not self.gguf_file:
+        check_keys(loading, refused, self.model)
+        if not encoding and not self.gguf_file:
             return model
         # Of quantised weights transformers gives the config's dtype to those alone that it dequantises.
-        plain = _plain(model, model.config.dtype if quantised else model.dtype)
-        if quantised:
+        plain = _plain(model, model.config.dtype if encoding else model.dtype)
+        if encoding:
             files = sum(path.stat().st_size for path in Path(self.model).glob("*.safetensors"))
             warnings.warn(
-                f"backbone.model: the weights in {self.model} are {encoding_of(config, self.dtype)}: "
+                f"backbone.model: the weights in {self.model} are {encoding}: "
                 f"{gigabytes(plain.num_parameters() * plain.dtype.itemsize)}"
                 f"{f' from {gigabytes(files)}' if files else ''}; students are saved in that dtype",
                 stacklevel=3,

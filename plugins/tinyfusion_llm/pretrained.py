@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +147,23 @@ def encoding_of(config: Any, dtype: str) -> str:
     if (given := getattr(config, "quantization_config", None)) is None:
         return ""
     return f"{given['quant_method']}, dequantised to {str(config.dtype if dtype == 'auto' else dtype).split('.')[-1]}"
+
+
+def check_keys(loading: Mapping[str, Any], refused: Sequence[str], name: str) -> None:
+    """Check that weights fit their config.
+
+    Args:
+        loading: what `from_pretrained` tells of the keys, by kind.
+        refused: kinds of which there may be none.
+        name: folder or hub id, for messages.
+
+    Raises:
+        UserError: there are some; names the first, of a mismatch with both shapes.
+    """
+    found = [[key] if isinstance(key, str) else key for kind in refused for key in loading[kind]]
+    if found:
+        named = ", ".join(sorted(" ".join(map(str, key)) for key in found)[:4])
+        raise UserError(f"backbone.model: the weights in {name} do not fit its config: {named}")
 
 
 def check_causal(model: Any) -> None:
