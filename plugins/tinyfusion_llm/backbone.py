@@ -91,7 +91,7 @@ class CausalLM(Backbone):
         """
         if self.model is None:
             return self._random()
-        model = self._read("missing_keys", "mismatched_keys")  # a checkpoint may hold more, such as further heads
+        model = self._read(strict=False)
         check_causal(model)
         find_layers(model)
         return _evaluating(model)
@@ -196,14 +196,14 @@ class CausalLM(Backbone):
     @classmethod
     @override
     def load(cls, folder: Path, config: Mapping[str, Any]) -> nn.Module:
-        return _evaluating(cls(model=str(folder))._read("missing_keys", "mismatched_keys", "unexpected_keys"))
+        return _evaluating(cls(model=str(folder))._read(strict=True))
 
     def tokenizer(self) -> Any:
         """Return the model's tokenizer; None if it has none."""
         return None if self.model is None else load_tokenizer(self.model, self.revision, self.gguf_file, required=False)
 
-    def _read(self, *refused: str) -> Any:
-        """The pretrained model. Raises UserError if keys of these kinds are left over on either side."""
+    def _read(self, strict: bool) -> Any:
+        """The pretrained model. Raises UserError if its weights do not fit its config, see `check_keys`."""
         from transformers import AutoModelForCausalLM
 
         assert self.model is not None
@@ -221,7 +221,7 @@ class CausalLM(Backbone):
                 output_loading_info=True,
             )
         model, loading = found
-        check_keys(loading, refused, self.model)
+        check_keys(model, loading, self.model, strict)
         if not encoding and not self.gguf_file:
             return model
         # Of quantised weights transformers gives the config's dtype to those alone that it dequantises.

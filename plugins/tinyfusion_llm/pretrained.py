@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -149,20 +149,23 @@ def encoding_of(config: Any, dtype: str) -> str:
     return f"{given['quant_method']}, dequantised to {str(config.dtype if dtype == 'auto' else dtype).split('.')[-1]}"
 
 
-def check_keys(loading: Mapping[str, Any], refused: Sequence[str], name: str) -> None:
-    """Check that weights fit their config.
+def check_keys(model: Any, loading: Mapping[str, Any], name: str, strict: bool) -> None:
+    """Check that weights fit their config: none is missing, has another shape, or is a part of a module without such.
 
     Args:
+        model: the model that was loaded.
         loading: what `from_pretrained` tells of the keys, by kind.
-        refused: kinds of which there may be none.
         name: folder or hub id, for messages.
+        strict: refuse whatever else is left over too, such as further heads.
 
     Raises:
-        UserError: there are some; names the first, of a mismatch with both shapes.
+        UserError: they do not; names the first keys, of other shapes with both.
     """
-    found = [[key] if isinstance(key, str) else key for kind in refused for key in loading[kind]]
-    if found:
-        named = ", ".join(sorted(" ".join(map(str, key)) for key in found)[:4])
+    leaves = {path for path, module in model.named_modules() if next(module.children(), None) is None}
+    further = [k for k in loading["unexpected_keys"] if strict or k.rpartition(".")[0] in leaves]
+    keys = [[k] if isinstance(k, str) else k for k in (*loading["missing_keys"], *loading["mismatched_keys"], *further)]
+    if keys:
+        named = ", ".join(sorted(" ".join(map(str, key)) for key in keys)[:4])
         raise UserError(f"backbone.model: the weights in {name} do not fit its config: {named}")
 
 

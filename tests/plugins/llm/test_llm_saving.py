@@ -40,44 +40,98 @@ def logits(model: torch.nn.Module) -> Tensor:
         return model(input_ids=TOKENS, use_cache=False).logits
 
 
-def fp8(path: Path, family: str) -> tuple[Path, dict[str, Tensor]]:
-    """A folder as DeepSeek and Qwen publish them: float8 weights, and the scale of every tile. And its values."""
+def fp8(path: Path, family: str) -> Path:
+    """A folder as DeepSeek and Qwen publish them: float8 weights, and the scale of every tile. Beside it, `plain`."""
     weights: dict[str, Tensor] = load_file(folder(path, family) / "model.safetensors")
     values, stored = {}, {}
     for name, tensor in weights.items():
         stored[name] = values[name] = tensor.bfloat16()
-        if tensor.ndim == 2 and ".layers." in name:
+        if ".layers." in name and tensor.ndim == 2 and not any(size % TILE for size in tensor.shape):
             tiles = tensor.unfold(0, TILE, TILE).unfold(1, TILE, TILE)  # rows, columns, height, width
             scales = tiles.abs().amax((2, 3)) / 448
             whole = scales.repeat_interleave(TILE, 0).repeat_interleave(TILE, 1)
             stored[name] = (tensor / whole).to(torch.float8_e4m3fn)
             stored[f"{name}_scale_inv"] = scales
             values[name] = stored[name].float() * whole
-    save_file(stored, path / "model.safetensors", {"format": "pt"})
+    config = json.loads((path / "config.json").read_text()) | {"dtype": "bfloat16"}
     encoding = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [TILE, TILE]}
+    (path.parent / "plain").mkdir()
+    for place, tensors, more in (
+        (path, stored, {"quantization_config": encoding}),
+        (path.parent / "plain", values, {}),
+    ):
+        save_file(tensors, place / "model.safetensors", {"format": "pt"})
+        (place / "config.json").write_text(json.dumps(config | more))
+    return path
+
+
+def mxfp4(path: Path) -> Path:
+    """A folder as gpt-oss is published: numbers of four bits in blocks of 32 with a scale, two to a byte."""
+    sizes = {"hidden_size": 64, "intermediate_size": 32, "head_dim": 16, "num_local_experts": 4}
+    weights: dict[str, Tensor] = load_file(folder(path, "gpt_oss", **sizes) / "model.safetensors")
+    stored, rng = {}, torch.Generator().manual_seed(0)
+    for name, tensor in weights.items():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            experts, inner, outer = tensor.shape
+            blocks = (experts, outer, inner // 32)
+            stored[f"{name}_blocks"] = torch.randint(0, 256, (*blocks, 16), generator=rng, dtype=torch.uint8)
+            stored[f"{name}_scales"] = torch.full(blocks, 122, dtype=torch.uint8)
+        else:
+            stored[name] = tensor.bfloat16()
+    save_file(stored, path / "model.safetensors", {"format": "pt"})
+    kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    encoding = {"quant_method": "mxfp4", "modules_to_not_convert": kept}
     config = json.loads((path / "config.json").read_text())
-    config.update(dtype="bfloat16", quantization_config=encoding)
-    (path / "config.json").write_text(json.dumps(config))
-    return path, values
+    (path / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16", "quantization_config": encoding}))
+    return path
 
 
-@pytest.mark.parametrize(("asked", "dtype"), [("auto", torch.bfloat16), ("float32", torch.float32)])
-@pytest.mark.parametrize("family", ["qwen3", "llama"])
-def test_a_student_of_float8_weights_is_a_plain_one(
-    family: str, asked: str, dtype: torch.dtype, tmp_path: Path
-) -> None:
-    path, values = fp8(tmp_path / "full", family)
-    task = task_of(path, dtype=asked)
-    with pytest.warns(UserWarning, match=rf"are fp8, dequantised to {asked if asked != 'auto' else 'bfloat16'}: .* MB"):
-        state = task.teacher.state_dict()
-    assert all(torch.equal(state[name], value.to(dtype)) for name, value in values.items())
-    student = save(task, tmp_path / "student", 0, 2, 3, 5)
-    again, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "student", output_loading_info=True)
+def check_student(task: tiny.Task, path: Path, dtype: torch.dtype) -> None:
+    student = save(task, path, 0, 1, 4, 5)
+    again, loading = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
     assert not any(loading.values())
     assert again.dtype == dtype
     assert torch.equal(logits(again), logits(student))
-    assert "quantization_config" not in json.loads((tmp_path / "student" / "config.json").read_text())
-    assert "fp8, dequantised to" in (tmp_path / "student" / "README.md").read_text()
+    assert {tensor.dtype for tensor in load_file(path / "model.safetensors").values()} == {dtype}
+    assert "quantization_config" not in json.loads((path / "config.json").read_text())
+    assert "dequantised to" in (path / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("asked", "dtype"), [("auto", torch.bfloat16), ("float32", torch.float32)])
+@pytest.mark.parametrize("family", ["qwen3", "llama", "qwen3_moe"])
+def test_a_student_of_float8_weights_is_a_plain_one(
+    family: str, asked: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    task = task_of(fp8(tmp_path / "full", family), dtype=asked)
+    said = str(dtype).removeprefix("torch.")
+    with pytest.warns(UserWarning, match=rf"are fp8, dequantised to {said}: \S+ MB from \S+ MB"):
+        found = logits(task.teacher)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=dtype)
+    assert torch.equal(found, logits(plain))
+    check_student(task, tmp_path / "student", dtype)
+
+
+def test_float8_weights_that_are_not_said_to_be_scaled_are_refused(tmp_path: Path) -> None:
+    path = fp8(tmp_path / "full", "llama")
+    config = json.loads((path / "config.json").read_text())
+    del config["quantization_config"]
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(tiny.UserError, match=r"do not fit its config: model.layers.0\.\S+weight_scale_inv"):
+        CausalLM(model=str(path)).build()
+
+
+def test_a_checkpoint_may_hold_a_further_head(tmp_path: Path) -> None:
+    path = folder(tmp_path, "llama")
+    weights = load_file(path / "model.safetensors")
+    save_file({**weights, "value_head.weight": torch.ones(1, 32)}, path / "model.safetensors", {"format": "pt"})
+    assert torch.equal(logits(CausalLM(model=str(path)).build()), logits(AutoModelForCausalLM.from_pretrained(path)))
+
+
+def test_a_student_of_four_bits_is_a_plain_one(tmp_path: Path) -> None:
+    task = task_of(mxfp4(tmp_path / "full"))
+    with pytest.warns(UserWarning, match=r"are mxfp4, dequantised to bfloat16: \S+ MB from \S+ MB"):
+        assert logits(task.teacher).abs().max() > 0.1
+    check_student(task, tmp_path / "student", torch.bfloat16)
 
 
 @pytest.mark.parametrize(
