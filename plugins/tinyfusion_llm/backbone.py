@@ -19,7 +19,7 @@ from tinyfusion_core.protocols.data import Lookup
 from tinyfusion_core.runtime.files import digest, sha256
 from tinyfusion_core.runtime.seeding import generator
 from tinyfusion_llm.converters import clients
-from tinyfusion_llm.layers import construct, find_layers, shorten, try_out
+from tinyfusion_llm.layers import config_of, construct, find_layers, shorten, try_out
 from tinyfusion_llm.loss import IGNORED
 from tinyfusion_llm.optional import need
 from tinyfusion_llm.pretrained import (
@@ -119,11 +119,9 @@ class CausalLM(Backbone):
         Raises:
             UserError: `config` is not that of a decoder-only model.
         """
-        from transformers import AutoConfig
-
         kind = config.get("model_type")
         try:
-            made = AutoConfig.for_model(**{k: v for k, v in config.items() if k != "transformers_version"})
+            made = config_of(config)
         except (ValueError, TypeError) as e:
             raise UserError(
                 f"backbone: transformers cannot read a config of model_type '{kind}': {first_line(e)}"

@@ -37,6 +37,8 @@ REPEATED: Mapping[str, Mapping[str, Sequence[Any]]] = {
     "smollm3": {"no_rope_layers": [1, 1, 1, 0]},
 }
 """What llama.cpp takes its layers for, by type of model and key of the config: repeated from the first layer on."""
+COUNTED = {"first_k_dense_replace", "num_dense_layers"}
+"""Numbers of dense layers before those of experts, which llama.cpp's converter writes to a GGUF file."""
 WRITTEN: Mapping[str, Sequence[str]] = {"lfm2": ["layer_types", "full_attn_idxs"]}
 """Lists that llama.cpp's converter writes to a GGUF file entry by entry, by type of model."""
 
@@ -55,7 +57,7 @@ def clients(model: nn.Module, student: nn.Module, kept: Sequence[int]) -> dict[s
     depth = len(student.get_submodule(find_layers(student)))  # type: ignore[arg-type]
     lists = _lists(before, after, len(model.get_submodule(find_layers(model))), kept)  # type: ignore[arg-type]
     counts = [key for key, value in after.items() if before.get(key) != value and key not in lists]
-    gguf = _llama_cpp(str(before["model_type"]), lists)
+    gguf = _llama_cpp(str(before["model_type"]), lists) or _unexplained(student, before, lists)
     return {
         "mergekit": _mergekit(str(before["model_type"]), before, [*lists, *counts]),
         "peft": _peft(model, before, lists, depth),
@@ -125,6 +127,16 @@ def _llama_cpp(kind: str, lists: Mapping[str, Sequence[Any]]) -> str:
                     f"in periods of {len(cycle)}, {', '.join(map(str, cycle))}"
                 )
     return ""
+
+
+def _unexplained(student: nn.Module, before: Settings, lists: Mapping[str, Sequence[Any]]) -> str:
+    """Why layers of several kinds are not known to be told apart: no list and no count of the config does it."""
+    layers = student.get_submodule(find_layers(student)).children()
+    kinds = {tuple((name, tuple(t.shape)) for name, t in layer.state_dict().items()) for layer in layers}
+    told = any(value != found[0] for found in lists.values() for value in found) or not COUNTED.isdisjoint(before)
+    if len(kinds) < 2 or told:
+        return ""
+    return f"it is not known to tell the layers of a '{before['model_type']}' apart, which are of {len(kinds)} kinds"
 
 
 def _pruned_file(kind: str, lists: Mapping[str, Sequence[Any]], counts: Sequence[str]) -> str:

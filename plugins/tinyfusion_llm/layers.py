@@ -173,12 +173,24 @@ def verify(model: nn.Module, path: str) -> str:
 
 def construct(config: Settings, device: str = "meta") -> Any:
     """Build the untrained network of a config given as a dict."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    settings = {key: value for key, value in config.items() if key != "transformers_version"}
-    made = AutoConfig.for_model(**settings)
+    made = config_of(config)
     with torch.device(device):
         return AutoModelForCausalLM.from_config(made, dtype=made.dtype)  # type: ignore[no-untyped-call]
+
+
+def config_of(settings: Settings) -> Any:
+    """Return the transformers config of its settings, in which infinity may be written as transformers does in JSON."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(**{k: _numbers(v) for k, v in settings.items() if k != "transformers_version"})
+
+
+def _numbers(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return float(value["__float__"]) if "__float__" in value else {k: _numbers(v) for k, v in value.items()}
+    return [_numbers(item) for item in value] if isinstance(value, list) else value
 
 
 def _described(layer: nn.Module) -> dict[str, Any]:

@@ -154,8 +154,8 @@ def _search(plan: Plan, recipe: Recipe, stage: Stage, model: nn.Module) -> tuple
     given = _given(decision) if len(list_lengths(blocks)) > 1 else ""  # lists whose blocks are not alike
     plan.rows.append((f"{prefix}after pruning", _size(recipe, pruned) + given))
     if clients := recipe.backbone.clients(model, pruned, decision.kept):
-        stay = f", if blocks {', '.join(map(str, decision.kept))} stay"
-        plan.rows.append((f"{prefix}other tools", describe_clients(clients) + stay))
+        stay = f"if blocks {', '.join(map(str, decision.kept))} stay: "
+        plan.rows.append((f"{prefix}other tools", stay + describe_clients(clients)))
     for short in (part for part in selector.trainings() if isinstance(part, Recover)):
         what, needed = f"{prefix}short recoveries", partial(training_needs, recipe.backbone, recipe.loss, pruned, short)
         plan.rows.append((what, _training(recipe, short)))

@@ -23,6 +23,7 @@ from tinyfusion_llm import CausalLM, NextToken
 pytestmark = [pytest.mark.numerics, pytest.mark.filterwarnings("ignore")]  # of transformers
 TOKENS = torch.randint(3, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))
 MIXED, PERIODS, START = (0, 2, 3, 5), (0, 1, 4, 5), (0, 1, 2, 3)
+JAMBA = {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "mamba_d_state": 4}
 GLOBAL = {"use_sliding_window": False}
 
 
@@ -92,6 +93,7 @@ def test_peft_makes_the_student_exactly_where_that_is_said(
         ("lfm2", {}, MIXED, "", "leaves what the file says of the whole model's"),
         ("deepseek_v3", {}, MIXED, "", "leaves what the file says of the whole model's first_k_dense_replace"),
         ("deepseek_v3", {}, (0, 1, 3, 5), "", ""),
+        ("jamba", JAMBA, START, "not known to tell the layers of a 'jamba' apart, which are of 2 kinds", "not known"),
         ("qwen2_moe", {}, MIXED, "not known to tell the layers of a 'qwen2_moe' apart by mlp_only_layers", "not known"),
     ],
 )
