@@ -58,8 +58,14 @@ class explained:  # noqa: N801  # a context, like those of contextlib
         self.model = model
 
     def __enter__(self) -> None:
-        if Path(self.model).is_dir():
-            check_folder(Path(self.model))
+        folder = Path(self.model)
+        if folder.is_dir():
+            check_folder(folder)
+        if (folder / "adapter_config.json").is_file():
+            raise UserError(
+                f"backbone.model: '{self.model}' is an adapter of peft; merge it into its model first: "
+                "`PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(folder)`"
+            )
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, UserError) or not isinstance(error, Exception):

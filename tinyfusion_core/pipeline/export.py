@@ -72,6 +72,8 @@ def export_run(folder: RunFolder, to: str, out: Path | None = None) -> str:
     if len(list_lengths(blocks)) > 1 and to != "indices":
         raise UserError(f"--to {to}: takes one list of layers, this network has {', '.join(list_lengths(blocks))}")
     model = str(recipe.backbone.source().get("checkpoint") or origin(folder / "teacher")["checkpoint"])
+    if Path(model).is_dir():  # a relative path may look like a model on the hub
+        model = str(Path(model).absolute())
     text = TEXTS[to](kept, len(blocks), model)
     if out is None:
         return text.rstrip("\n")
