@@ -124,7 +124,7 @@ def _llama_cpp(kind: str, lists: Mapping[str, Sequence[Any]]) -> str:
             if value != (expected := cycle[position % len(cycle)]):
                 return (
                     f"it takes layer {position} for {_said(key, expected)} and it is {_said(key, value)}: it counts "
-                    f"in periods of {len(cycle)}, {', '.join(map(str, cycle))}"
+                    f"in periods of {len(cycle)}, {', '.join(map(str, cycle))} (see constraints.period)"
                 )
     return ""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -18,6 +19,8 @@ import tinyfusion_core as tiny
 from llm_toys import VOCABULARY, folder, tokenizer
 from tinyfusion_core.cli import main
 from tinyfusion_core.pruning.interop_formats import TEXTS, describe_clients, ranges
+from tinyfusion_core.samplers.compiled import compile_constraints
+from tinyfusion_core.samplers.constraints import Rules
 from tinyfusion_llm import CausalLM, NextToken
 
 pytestmark = [pytest.mark.numerics, pytest.mark.filterwarnings("ignore")]  # of transformers
@@ -103,6 +106,15 @@ def test_llama_cpp_counts_layers(
     _, clients = pruned(folder(tmp_path, family, **more), kept)
     for found, expected in ((clients["gguf"], gguf), (clients["llama.cpp"], pruned_file)):
         assert expected in found and bool(expected) == bool(found), found
+
+
+def test_a_constraint_keeps_a_search_to_what_llama_cpp_can_express(tmp_path: Path) -> None:
+    folder(tmp_path, "gemma2")
+    blocks = [f"model.layers.{i}" for i in range(6)]
+    within = compile_constraints(blocks, "search", keep=3, constraints=Rules(period=["sliding", "full"]))
+    for kept in itertools.combinations(range(6), 3):
+        _, clients = pruned(tmp_path, kept)
+        assert (clients["gguf"] == "") == within.accepts(kept), kept
 
 
 MERGED = [("llama", {}), ("mixtral", {}), ("gpt2", {}), ("qwen3", {}), ("gemma2", {}), ("lfm2", {}), ("opt", {})]
