@@ -71,16 +71,18 @@ def export_run(folder: RunFolder, to: str, out: Path | None = None) -> str:
         raise UserError(f"--to {to}: would not be the student: {reason}. Export it to transformers, or keep others")
     if len(list_lengths(blocks)) > 1 and to != "indices":
         raise UserError(f"--to {to}: takes one list of layers, this network has {', '.join(list_lengths(blocks))}")
-    model = str(recipe.backbone.source().get("checkpoint") or origin(folder / "teacher")["checkpoint"])
-    if Path(model).is_dir():  # a relative path may look like a model on the hub
-        model = str(Path(model).absolute())
-    text = TEXTS[to](kept, len(blocks), model)
+    text = TEXTS[to](kept, len(blocks), _checkpoint(recipe, folder))
     if out is None:
         return text.rstrip("\n")
     # These formats have no room for a mark: a file is ours if it says the same.
     check_replaceable(out, "--out", lambda file: read_text(file) == text)
     write_text(out, text)
     return str(out)
+
+
+def _checkpoint(recipe: Recipe, folder: RunFolder) -> str:
+    name = str(recipe.backbone.source().get("checkpoint") or origin(folder / "teacher")["checkpoint"])
+    return str(Path(name).absolute()) if Path(name).is_dir() else name  # a relative path may look like one on the hub
 
 
 def _write(recipe: Recipe, student: nn.Module, to: str, out: Path | None, folder: RunFolder) -> Path:

@@ -110,8 +110,6 @@ class Rules(Settings):
         ):
             right = all(type(i) is int and 0 <= i < num_blocks for i in blocks) and len(set(blocks)) == len(blocks)
             require(right, f"{key}.{name}", getattr(self, name), indices)
-        if self.period and self.costs is not None:
-            raise UserError(f"{key}.period: goes with a number of blocks or a pattern, not with a budget of costs")
         right = self.max_run is None or (type(self.max_run) is int and self.max_run >= 0)
         require(right, f"{key}.max_run", self.max_run, "0 or more blocks, a whole number")
         require(type(self.contiguous) is bool, f"{key}.contiguous", self.contiguous, "true or false")
@@ -200,6 +198,8 @@ def build_from(rules: Rules, demands: Callable[[Rules], Demands], key: str) -> A
     Raises:
         UserError: as `build`.
     """
+    if rules.period and rules.costs is not None:
+        raise UserError(f"{key}.period: goes with a number of blocks or a pattern, not with a budget of costs")
     found = automaton_of(demands(rules), key)
     if found is not None:
         return found
