@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,17 +13,22 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from tinyfusion_core.errors import UserError, require
+from tinyfusion_core.pipeline.memory import gigabytes
 from tinyfusion_core.protocols.backbone import Backbone
 from tinyfusion_core.protocols.data import Lookup
 from tinyfusion_core.runtime.files import digest, sha256
 from tinyfusion_core.runtime.seeding import generator
-from tinyfusion_llm.layers import construct, find_layers, shorten
+from tinyfusion_llm.converters import clients
+from tinyfusion_llm.layers import config_of, construct, find_layers, shorten, try_out
 from tinyfusion_llm.loss import IGNORED
 from tinyfusion_llm.optional import need
 from tinyfusion_llm.pretrained import (
     as_json,
+    ask_to_dequantise,
     check_causal,
+    check_keys,
     check_kind,
+    encoding_of,
     explained,
     first_line,
     load_tokenizer,
@@ -86,23 +91,7 @@ class CausalLM(Backbone):
         """
         if self.model is None:
             return self._random()
-        from transformers import AutoModelForCausalLM
-
-        config = self._pretrained_config()
-        self._agreed(config)
-        given: dict[str, Any] = {} if self.gguf_file else {"config": config, "use_safetensors": True}
-        with torch.random.fork_rng(), explained(self.model):
-            found: Any = AutoModelForCausalLM.from_pretrained(
-                self.model, **self._where(), **given, dtype=self.dtype, output_loading_info=True
-            )
-        model, loading = found
-        if loading["missing_keys"] or loading["mismatched_keys"]:
-            problem = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))
-            raise UserError(
-                f"backbone.model: the weights in {self.model} do not fit its config: {', '.join(problem[:4])}"
-            )
-        if self.gguf_file:
-            model = _plain(model)
+        model = self._read(strict=False)
         check_causal(model)
         find_layers(model)
         return _evaluating(model)
@@ -130,11 +119,9 @@ class CausalLM(Backbone):
         Raises:
             UserError: `config` is not that of a decoder-only model.
         """
-        from transformers import AutoConfig
-
         kind = config.get("model_type")
         try:
-            made = AutoConfig.for_model(**{k: v for k, v in config.items() if k != "transformers_version"})
+            made = config_of(config)
         except (ValueError, TypeError) as e:
             raise UserError(
                 f"backbone: transformers cannot read a config of model_type '{kind}': {first_line(e)}"
@@ -151,6 +138,11 @@ class CausalLM(Backbone):
     def after_prune(self, model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
         ((path, indices),) = kept.items()
         shorten(model, path, indices)
+        try_out(model, indices)
+
+    @override
+    def clients(self, model: nn.Module, student: nn.Module, kept: Sequence[int]) -> Mapping[str, str]:
+        return clients(model, student, kept)
 
     @override
     def example(self, num_rows: int) -> dict[str, Tensor]:
@@ -182,31 +174,65 @@ class CausalLM(Backbone):
         if not folder.is_dir():  # on the hub, where a revision says what it is
             return {**found, "revision": self.revision or "main"}
         files = [folder / self.gguf_file] if self.gguf_file else [*folder.glob("*.safetensors"), folder / "config.json"]
+        if encoding := encoding_of(self._pretrained_config(), self.dtype):
+            found["weights"] = encoding
         return {**found, "sha256": digest({path.name: sha256(path) for path in sorted(files) if path.is_file()})}
 
     @override
     def save(self, model: nn.Module, folder: Path) -> list[str]:
         """Write a transformers folder: config, weights named as in its checkpoints, generation config, tokenizer."""
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving") as made:
-            model.save_pretrained(made)  # type: ignore[operator]
-            tokenizer = self.tokenizer()
-            if tokenizer is not None:
-                tokenizer.save_pretrained(made)
-            written = sorted(p.name for p in Path(made).iterdir() if p.is_file())
-            for name in written:
-                Path(made, name).chmod(0o644)  # transformers keeps weights to their owner
-                Path(made, name).replace(folder / name)
-        return written
+        model.save_pretrained(folder)  # type: ignore[operator]
+        tokenizer = self.tokenizer()
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        written = sorted(path for path in folder.iterdir() if path.is_file())
+        for path in written:
+            path.chmod(0o644)  # transformers keeps weights to their owner
+        return [path.name for path in written]
 
     @classmethod
     @override
     def load(cls, folder: Path, config: Mapping[str, Any]) -> nn.Module:
-        return cls(model=str(folder)).build()
+        return _evaluating(cls(model=str(folder))._read(strict=True))
 
     def tokenizer(self) -> Any:
         """Return the model's tokenizer; None if it has none."""
         return None if self.model is None else load_tokenizer(self.model, self.revision, self.gguf_file, required=False)
+
+    def _read(self, strict: bool) -> Any:
+        """The pretrained model. Raises UserError if its weights do not fit its config, see `check_keys`."""
+        from transformers import AutoModelForCausalLM
+
+        assert self.model is not None
+        config = self._pretrained_config()
+        self._agreed(config)
+        encoding = encoding_of(config, self.dtype)
+        given: dict[str, Any] = {} if self.gguf_file else {"config": config, "use_safetensors": True}
+        with torch.random.fork_rng(), explained(self.model):
+            found: Any = AutoModelForCausalLM.from_pretrained(
+                self.model,
+                **self._where(),
+                **given,
+                dtype=self.dtype,
+                ignore_mismatched_sizes=True,  # refused below, by name
+                output_loading_info=True,
+            )
+        model, loading = found
+        check_keys(model, loading, self.model, strict)
+        if not encoding and not self.gguf_file:
+            return model
+        # Of quantised weights transformers gives the config's dtype to those alone that it dequantises.
+        plain = _plain(model, model.config.dtype if encoding else model.dtype)
+        if encoding:
+            files = sum(path.stat().st_size for path in Path(self.model).glob("*.safetensors"))
+            warnings.warn(
+                f"backbone.model: the weights in {self.model} are {encoding}: "
+                f"{gigabytes(plain.num_parameters() * plain.dtype.itemsize)}"
+                f"{f' from {gigabytes(files)}' if files else ''}; students are saved in that dtype",
+                stacklevel=3,
+            )
+        return plain
 
     def _random(self) -> nn.Module:
         if self._random_seed is None:
@@ -241,17 +267,26 @@ class CausalLM(Backbone):
             need("gguf", "gguf", "backbone.gguf_file")
         with explained(self.model):
             config = AutoConfig.from_pretrained(self.model, **self._where())
+            ask_to_dequantise(config, self.model)
         check_kind(config, self.model)
         return config
 
 
-def _plain(model: Any) -> Any:
-    """A model read from a GGUF file as a plain model, so that it can be trained and saved."""
-    config = {k: v for k, v in as_json(model.config).items() if k != "quantization_config"}
-    with torch.random.fork_rng():
-        plain = construct(config, "cpu").to(model.dtype)
-    plain.load_state_dict({name: t.to(model.dtype) for name, t in model.state_dict().items()}, strict=True)
-    plain.config.dtype = model.dtype
+def _plain(model: Any, dtype: torch.dtype) -> Any:
+    """A model whose weights were encoded in its files as a plain model, so that it can be trained and saved."""
+    plain = construct(as_json(model.config))
+    state = model.state_dict()
+    whole = model._get_dtype_plan(dtype)  # some stay in float32
+    for key, tensor in state.items():
+        if tensor.is_floating_point():
+            state[key] = tensor.to(torch.float32 if any(part in key for part in whole) else dtype)
+    plain.load_state_dict(state, strict=True, assign=True)
+    plain.tie_weights()
+    for name, buffer in model.named_buffers():
+        if name not in state:  # made by the constructor
+            owner, _, leaf = name.rpartition(".")
+            plain.get_submodule(owner).register_buffer(leaf, buffer, persistent=False)
+    plain.config.dtype = dtype
     plain.generation_config = model.generation_config
     return plain
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from tinyfusion_core.errors import UserError
+from tinyfusion_core.protocols.undisturbed import evaluating
 
 Settings = Mapping[str, Any]
 
@@ -78,6 +80,37 @@ def shorten(model: nn.Module, path: str, kept: Sequence[int]) -> None:
         )
 
 
+def try_out(model: nn.Module, kept: Sequence[int]) -> None:
+    """Run a pruned network once, on any device, and once with a cache; warn if it runs without one only.
+
+    Hybrid ones that have lost all attention cannot generate.
+
+    Args:
+        model: the network.
+        kept: indices of its layers in the whole one.
+
+    Raises:
+        UserError: it does not run: something in it still counts on other layers.
+    """
+    tokens = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
+    kind = f"a '{text_config(model).model_type}' of the layers {list(kept)} alone"
+    for cached in (False, True):
+        try:
+            with torch.random.fork_rng(), torch.no_grad(), evaluating(model):
+                model(input_ids=tokens, use_cache=cached)
+        except (LookupError, TypeError, ValueError) as e:
+            reason = f"{type(e).__name__}: {e}"
+            if not cached:
+                raise UserError(f"backbone: {kind} does not run ({reason}); keep other layers") from e
+            warnings.warn(
+                f"backbone: {kind} cannot generate, it runs with use_cache=False only ({reason}); protect a layer with "
+                "attention to keep one",
+                stacklevel=2,
+            )
+        except (NotImplementedError, RuntimeError):
+            return  # an operation that the meta device does not have
+
+
 def _count_anew(model: nn.Module, path: str, depth: int, kept: Sequence[int]) -> str:
     """Find the setting that counts the special first layers, such as `first_k_dense_replace`, and correct it.
 
@@ -140,12 +173,24 @@ def verify(model: nn.Module, path: str) -> str:
 
 def construct(config: Settings, device: str = "meta") -> Any:
     """Build the untrained network of a config given as a dict."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    settings = {key: value for key, value in config.items() if key != "transformers_version"}
-    made = AutoConfig.for_model(**settings)
+    made = config_of(config)
     with torch.device(device):
         return AutoModelForCausalLM.from_config(made, dtype=made.dtype)  # type: ignore[no-untyped-call]
+
+
+def config_of(settings: Settings) -> Any:
+    """Return the transformers config of its settings, in which infinity may be written as transformers does in JSON."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(**{k: _numbers(v) for k, v in settings.items() if k != "transformers_version"})
+
+
+def _numbers(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return float(value["__float__"]) if "__float__" in value else {k: _numbers(v) for k, v in value.items()}
+    return [_numbers(item) for item in value] if isinstance(value, list) else value
 
 
 def _described(layer: nn.Module) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -57,8 +58,14 @@ class explained:  # noqa: N801  # a context, like those of contextlib
         self.model = model
 
     def __enter__(self) -> None:
-        if Path(self.model).is_dir():
-            check_folder(Path(self.model))
+        folder = Path(self.model)
+        if folder.is_dir():
+            check_folder(folder)
+        if (folder / "adapter_config.json").is_file():
+            raise UserError(
+                f"backbone.model: '{self.model}' is an adapter of peft; merge it into its model first: "
+                "`PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(folder)`"
+            )
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, UserError) or not isinstance(error, Exception):
@@ -107,6 +114,67 @@ def _kernels(config: Any) -> Iterator[str]:
             yield from (name for name in given if isinstance(name, str) and "/" in name)
 
 
+def ask_to_dequantise(config: Any, name: str) -> None:
+    """Make transformers dequantise the weights of a model while it reads them, if they are quantised.
+
+    Quantised weights can be neither trained nor saved without a layer.
+
+    Args:
+        config: the model's config; it is changed.
+        name: folder or hub id, for messages.
+
+    Raises:
+        UserError: they are, and transformers cannot do that.
+        ImportError: it needs a further package for it.
+    """
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoQuantizationConfig
+
+    if (given := getattr(config, "quantization_config", None)) is None:
+        return
+    method = given.get("quant_method")
+    kind = AUTO_QUANTIZATION_CONFIG_MAPPING.get(method)
+    if kind is None or "dequantize" not in inspect.signature(kind).parameters:
+        raise UserError(
+            f"backbone.model: the weights in '{name}' are quantised ({method or 'by a method that is not named'}) and "
+            "cannot be dequantised while they are read; give the model that they were made from, or load them with "
+            "transformers, call its `dequantize()`, and give the folder that `save_pretrained` writes"
+        )
+    config.quantization_config = {**given, "dequantize": True}
+    AutoQuantizationConfig.from_dict(config.quantization_config)
+
+
+def encoding_of(config: Any, dtype: str) -> str:
+    """Say how the weights of a model are quantised, and to which dtype they are dequantised; empty if they are not.
+
+    Args:
+        config: the model's config.
+        dtype: the dtype asked for; `auto` is the config's.
+    """
+    if (given := getattr(config, "quantization_config", None)) is None:
+        return ""
+    return f"{given['quant_method']}, dequantised to {str(config.dtype if dtype == 'auto' else dtype).split('.')[-1]}"
+
+
+def check_keys(model: Any, loading: Mapping[str, Any], name: str, strict: bool) -> None:
+    """Check that weights fit their config: none is missing, has another shape, or is a part of a module without such.
+
+    Args:
+        model: the model that was loaded.
+        loading: what `from_pretrained` tells of the keys, by kind.
+        name: folder or hub id, for messages.
+        strict: refuse whatever else is left over too, such as further heads.
+
+    Raises:
+        UserError: they do not; names the first keys, of other shapes with both.
+    """
+    leaves = {path for path, module in model.named_modules() if next(module.children(), None) is None}
+    further = [k for k in loading["unexpected_keys"] if strict or k.rpartition(".")[0] in leaves]
+    keys = [[k] if isinstance(k, str) else k for k in (*loading["missing_keys"], *loading["mismatched_keys"], *further)]
+    if keys:
+        named = ", ".join(sorted(" ".join(map(str, key)) for key in keys)[:4])
+        raise UserError(f"backbone.model: the weights in {name} do not fit its config: {named}")
+
+
 def check_causal(model: Any) -> None:
     """Check that no token sees later ones: BERT and similar models load as causal models too.
 
@@ -123,10 +191,13 @@ def check_causal(model: Any) -> None:
         )
 
 
+_OF_A_FILE = ("_name_or_path", "transformers_version", "quantization_config")
+
+
 def as_json(config: Any) -> dict[str, Any]:
-    """Return a transformers config as JSON, without what depends on location or version."""
+    """Return a transformers config as JSON, without what depends on location, version or the weights' encoding."""
     found: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
-    return {key: value for key, value in found.items() if key not in ("_name_or_path", "transformers_version")}
+    return {key: value for key, value in found.items() if key not in _OF_A_FILE}
 
 
 def vocabulary_size(config: Mapping[str, Any]) -> int:

@@ -196,10 +196,10 @@ class TextTokens(DataSource):
             for field in filter(None, (self.text_field, self.prompt_field)):
                 if not isinstance(row, dict) or not isinstance(row.get(field), str):
                     found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-                    raise UserError(
-                        f"{where}: row {number} has no text '{field}' (found: {found}); set data.text_field or "
-                        "data.prompt_field"
-                    )
+                    advice = "set data.text_field or data.prompt_field"
+                    if isinstance(row, dict) and isinstance(row.get("messages"), list):
+                        advice = "a chat is no text yet: write what the tokenizer's apply_chat_template makes of it"
+                    raise UserError(f"{where}: row {number} has no text '{field}' (found: {found}); {advice}")
                 check_text(row[field], f"{where}: row {number}: '{field}'")
             if row[self.text_field].strip():
                 yield row[self.prompt_field] if self.prompt_field else "", row[self.text_field]

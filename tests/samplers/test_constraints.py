@@ -43,7 +43,12 @@ def obeys(kept: tuple[int, ...], budget: dict[str, Any], rules: Rules) -> bool:
         and all(len({i in kept for i in group}) == 1 for group in rules.together)
         and all(rules.max_run is None or length <= rules.max_run for part in runs for length in part)
         and not (rules.contiguous and any(len(part) > 1 for part in runs))
+        and all(kind(i, rules) == kind(position, rules) for position, i in enumerate(kept))
     )
+
+
+def kind(position: int, rules: Rules) -> str:
+    return rules.period[position % len(rules.period)] if rules.period else ""
 
 
 def cost(kept: tuple[int, ...], rules: Rules) -> int:
@@ -89,6 +94,7 @@ def cases(draw: st.DrawFn, ruled: bool = True) -> Case:
         said["together"] = draw(st.sampled_from([[], [[0, 3]], [[1, 4], [2, 5]]]))
         said["max_run"] = draw(st.sampled_from([None, None, 1, 2]))
         said["contiguous"] = draw(st.booleans())
+        said["period"] = None if way == "costs" else draw(st.sampled_from([None, [*"ab"], [*"aab"], [*"abac"]]))
     masks = allowed(budget, Rules(**said, protect=sorted(protect)))
     assume(masks and masks != [()])
     rules = Rules(**said) if ruled else None
@@ -244,3 +250,14 @@ def test_rules_that_do_not_fit(rules: Rules, message: str) -> None:
 def test_budgets_that_do_not_fit(keep: Any, pattern: Any, protect: list[int], message: str) -> None:
     with pytest.raises(UserError, match=message):
         compile_constraints(BLOCKS, "Greedy", keep=keep, pattern=pattern, protect=protect)
+
+
+def test_a_period_goes_with_a_number_and_leaves_what_repeats_it() -> None:
+    blocks = [f"layers.{i}" for i in range(8)]
+    made = compile_constraints(blocks, "Greedy", keep=4, constraints=Rules(period=[*"ssf"]))
+    found = made.distinct(1000, torch.Generator().manual_seed(0))
+    assert found == [kept for kept in itertools.combinations(range(8), 4) if ["ssf"[i % 3] for i in kept] == [*"ssfs"]]
+    with pytest.raises(UserError, match=r"constraints.period: goes with a number of blocks or a pattern"):
+        compile_constraints(blocks, "Greedy", constraints=Rules(period=[*"ssf"], costs=[1] * 8, budget=4))
+    with pytest.raises(UserError, match=r"in the way: .*period \['s', 'f', .*35 masks would do"):
+        compile_constraints(blocks, "Greedy", keep=4, constraints=Rules(period=[*"sfffffff"], remove=[0]))

@@ -250,7 +250,7 @@ BROKEN: dict[str, tuple[Backbone, LossAdapter, str]] = {
     "prepare": (Small(), DrawsGlobally(), r"DrawsGlobally\.prepare draws from a global generator"),
     "same_inputs": (Small(), DrawsWhilePredicting(), "gives teacher and student different inputs"),
     "predict_deterministic": (AlwaysDrops(), Match(), "something else the second time"),
-    "save_and_load": (ForgetsItsConfig(), Match(), "what is loaded predicts otherwise"),
+    "save_and_load": (ForgetsItsConfig(), Match(), "has the same weights and predicts otherwise"),
     "meta_device": (NeedsValues(), Match(), "meta tensors"),
     "taps": (GoesOnInPlace(), Match(), "changes the output of .* in place"),
     "copies": (Small(), NotADataclass(), "NotADataclass is no frozen dataclass"),

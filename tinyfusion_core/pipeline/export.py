@@ -5,15 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from ..errors import UserError, nearest
 from ..parsing.records import read_as, read_text
 from ..protocols.backbone import list_lengths
-from ..pruning.interop_formats import TEXTS
-from ..pruning.prune import decision_of, load_pretrained, origin
+from ..protocols.task import Task
+from ..pruning.interop_formats import TEXTS, describe_clients
+from ..pruning.prune import decision_of, load_pretrained, origin, read_record
+from ..pruning.read_back import weights_in, write_checked
 from ..runtime.files import write_json, write_text
 from ..runtime.locking import FolderKind, check_free, check_replaceable
 from ..runtime.run_folder import RunFolder
-from .recipe import load_recipe
+from .recipe import Recipe, load_recipe
 
 FOLDERS = ("transformers", "diffusers")
 """Libraries whose folder format a backbone may support."""
@@ -39,7 +44,7 @@ def export_run(folder: RunFolder, to: str, out: Path | None = None) -> str:
         out: folder or file to write; by default `export/FORMAT` in the run folder for a folder, none for a text.
 
     Returns:
-        The text, or the path that was written.
+        The text, or the path that was written; and in a further line what is known of other tools.
 
     Raises:
         UserError: there is no student, no such format, the network cannot be exported to it, or `out` holds something
@@ -49,27 +54,52 @@ def export_run(folder: RunFolder, to: str, out: Path | None = None) -> str:
         raise UserError(f"--to: no format '{to}'{nearest(to, FORMATS)}")
     recipe = load_recipe(folder / "recipe.yaml")
     names = list(recipe.each_round())
-    rounds = [folder.round(name) for name in names]
-    if not rounds or not (rounds[-1] / "student").is_dir():
+    last = folder.round(names[-1]) / "student" if names else None
+    if last is None or not last.is_dir():
         raise UserError(f"{folder.path}: no student yet; let the run finish first")
     decisions = [decision_of(folder, name) for name in names]
-    if to in FOLDERS:
-        if out is not None:
-            check_free(out, EXPORT)
-        target, student = out or folder / "export" / to, load_pretrained(rounds[-1] / "student")
-        recipe.backbone.export(student, to, target)
-        write_json(target / MARK, {"format_version": 1, "library": to})
-        return str(target)
     blocks, kept = decisions[0].blocks, list(range(len(decisions[0].blocks)))
     for decision in decisions:
         kept = [kept[i] for i in decision.kept]
+    with torch.device("meta"):
+        student = recipe.backbone.construct(read_record(last)["network"])
+    clients = recipe.backbone.clients(recipe.on_meta, student, kept)
+    if to in FOLDERS:
+        target = _write(recipe, load_pretrained(last), to, out, folder)
+        return "\n".join([str(target), *([f"other tools: {describe_clients(clients)}"] if clients else [])])
+    if reason := clients.get(to):
+        raise UserError(f"--to {to}: would not be the student: {reason}. Export it to transformers, or keep others")
     if len(list_lengths(blocks)) > 1 and to != "indices":
         raise UserError(f"--to {to}: takes one list of layers, this network has {', '.join(list_lengths(blocks))}")
-    model = str(recipe.backbone.source().get("checkpoint") or origin(folder / "teacher")["checkpoint"])
-    text = TEXTS[to](kept, len(blocks), model)
+    text = TEXTS[to](kept, len(blocks), _checkpoint(recipe, folder))
     if out is None:
         return text.rstrip("\n")
     # These formats have no room for a mark: a file is ours if it says the same.
     check_replaceable(out, "--out", lambda file: read_text(file) == text)
     write_text(out, text)
     return str(out)
+
+
+def _checkpoint(recipe: Recipe, folder: RunFolder) -> str:
+    name = str(recipe.backbone.source().get("checkpoint") or origin(folder / "teacher")["checkpoint"])
+    return str(Path(name).absolute()) if Path(name).is_dir() else name  # a relative path may look like one on the hub
+
+
+def _write(recipe: Recipe, student: nn.Module, to: str, out: Path | None, folder: RunFolder) -> Path:
+    """Write a student as a folder of a library; what the backbone can load is read back and compared."""
+    if out is not None:
+        check_free(out, EXPORT)
+    target, backbone = out or folder / "export" / to, recipe.backbone
+    if to == backbone.library:
+
+        def write(made: Path) -> list[str]:
+            backbone.export(student, to, made)
+            return sorted(path.name for path in made.iterdir())
+
+        # A folder with our mark holds no weights but those of an earlier export.
+        ours = weights_in(target) if (target / MARK).exists() else []
+        write_checked(student, Task.without_data(backbone, recipe.loss, student), target, write, ours)
+    else:  # a network of another kind, which is not loaded here
+        backbone.export(student, to, target)
+    write_json(target / MARK, {"format_version": 1, "library": to})
+    return target

@@ -155,11 +155,17 @@ def search_needs(backbone: Backbone, loss: LossAdapter, model: nn.Module, search
                 gates.set(mask, torch.zeros_like(mask))  # dropped rows keep nothing, so they need not be run
             return loss.losses(network, _fake(inputs, rows))
 
-    dims = _batch_dims(backbone, loss, model, blocks)
+    note = ""
+    try:
+        dims = _batch_dims(backbone, loss, model, blocks)
+    except NotImplementedError as e:  # an operation without a meta kernel
+        note = _first_line(e)
     planned = copy.deepcopy(model)
     with search.update.applied(planned.train(), blocks), mode:
         network = _faked(planned)
         needs = _spread(setup, network, blocks)
+        if note:
+            return replace(needs, rows=setup.rows, note=note)
         try:
             sparse, dense = (
                 saved_by(functools.partial(gated, m), network, blocks, setup.precision) for m in (mask, everywhere)

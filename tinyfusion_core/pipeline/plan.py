@@ -14,8 +14,9 @@ from ..errors import MissingFileError, UserError
 from ..evaluation.metrics import count_flops
 from ..protocols.backbone import list_lengths, owner
 from ..protocols.columns import checked, columns_of
-from ..protocols.task import Task, check_fit
+from ..protocols.task import Task, check_loss_fits
 from ..pruning.decision import Decision
+from ..pruning.interop_formats import describe_clients
 from ..pruning.removal import remove_blocks
 from ..runtime.stages import EVALUATE, SEARCH, Stage
 from ..runtime.trackers import check_trackers
@@ -102,7 +103,7 @@ def _network(plan: Plan, recipe: Recipe) -> None:
         raise UserError(f"{owner(recipe.backbone)}: the network has {len(blocks)} block(s); of 2 or more some can go")
     counts = ", ".join(f"{depth} blocks in '{name}'" for name, depth in list_lengths(blocks).items())
     plan.rows.append(("network", f"{type(recipe.backbone).__name__}, {counts}"))
-    check_fit(recipe.backbone, recipe.loss, model)
+    check_loss_fits(recipe.backbone, recipe.loss, model)
     plan.rows.append(("before pruning", _size(recipe, model)))
 
 
@@ -156,6 +157,9 @@ def _search(plan: Plan, recipe: Recipe, stage: Stage, model: nn.Module) -> tuple
     remove_blocks(recipe.backbone, pruned, [blocks[i] for i in decision.removed])
     given = _given(decision) if len(list_lengths(blocks)) > 1 else ""  # lists whose blocks are not alike
     plan.rows.append((f"{prefix}after pruning", _size(recipe, pruned) + given))
+    if clients := recipe.backbone.clients(model, pruned, decision.kept):
+        stay = f"if blocks {', '.join(map(str, decision.kept))} stay: "
+        plan.rows.append((f"{prefix}other tools", stay + describe_clients(clients)))
     _choosing(plan, recipe, stage, selector, pruned)
     return decision, pruned
 
@@ -228,8 +232,9 @@ def _comparison(stage: Comparison, plan: Plan, recipe: Recipe) -> None:
         )
     model = recipe.on_meta
     blocks = recipe.backbone.block_paths(model)
-    task = Task.without_data(recipe.backbone, recipe.loss, model)
-    costs = measure(stage.cost_budgets(recipe.search), task, recipe.trainer)
+    costs = measure(
+        stage.cost_budgets(recipe.search), Task.without_data(recipe.backbone, recipe.loss, model), recipe.trainer
+    )
     found = stage.candidates_for(recipe.search, blocks, costs)
     plan.rows.append((stage.view, f"{len(found.selectors)} candidates that keep {found.said}, {stage.seeds} seeds"))
 
@@ -250,7 +255,8 @@ def _checkpoint(plan: Plan, recipe: Recipe) -> None:
     if recipe.train is None:
         licence = source.get("licence", "unknown")
         hint = "; set backbone.licence for the model card" if licence == "unknown" else ""
-        plan.rows.append(("checkpoint", f"{source['checkpoint']} (licence: {licence}{hint})"))
+        weights = f"; weights: {source['weights']}" if "weights" in source else ""
+        plan.rows.append(("checkpoint", f"{source['checkpoint']} (licence: {licence}{hint}{weights})"))
 
 
 def _data(plan: Plan, recipe: Recipe) -> None:

@@ -189,7 +189,7 @@ class _Run:
         model = how(self.task, model, None, recipe.trainer, self.folder, stage=stage.name)
         made = {"checkpoint": "trained by this run", "seed": recipe.trainer.seed, "steps": how.steps}
         source = {**recipe.backbone.source(), **made}
-        on_main_process(lambda: save_network(model, recipe.backbone, source, self.folder / "teacher"))
+        on_main_process(lambda: save_network(model, self.task, self.folder / "teacher", source=source))
         return model
 
     def _stored_teacher(self, stage: Stage) -> nn.Module:

@@ -143,6 +143,19 @@ class Backbone(Settings, ABC):
         """
         return {}
 
+    def clients(self, model: nn.Module, student: nn.Module, kept: Sequence[int]) -> Mapping[str, str]:
+        """Return the tools that take a decision or a student, and why what they make of it would be wrong.
+
+        A reason by tool, empty where the result is right. `export` refuses a tool of the name of its form that has a
+        reason. By default nothing is known of any.
+
+        Args:
+            model: the whole network, on any device, `meta` too.
+            student: it without the other blocks.
+            kept: indices of the kept blocks.
+        """
+        return {}
+
     @classmethod
     @abstractmethod
     def tiny(cls) -> "Backbone":
@@ -160,11 +173,11 @@ class Backbone(Settings, ABC):
             raise UserError(f"{owner(self)}: blocks: {e}") from None
 
     def source(self) -> dict[str, Any]:
-        """Return the source of the pretrained weights, for the record: `checkpoint`, `sha256`, `licence`."""
+        """Return the source of the weights for the record: `checkpoint`, `sha256`, `licence`; `weights`, if decoded."""
         return {}
 
     def save(self, model: nn.Module, folder: Path) -> list[str]:
-        """Write a network to a folder and return the file names, which `load` reads and the core verifies.
+        """Write a network to an empty folder and return the file names, which `load` reads and the core verifies.
 
         By default `model.safetensors`. A family that other software reads should write that software's files; if
         `config.json` is one of them, the core's record of the folder is `tinyfusion.json`.
@@ -186,18 +199,22 @@ class Backbone(Settings, ABC):
 
     @classmethod
     def load(cls, folder: Path, config: Mapping[str, Any]) -> nn.Module:
-        """Load a network that `save` wrote.
+        """Load a network that `save` wrote, as anybody would who has the files: saving compares the two bit by bit.
+
+        By default in the dtypes in which it was saved.
 
         Args:
             folder: where the files are.
             config: what `config` returned for it.
 
         Raises:
-            UserError: the weights do not fit such a network.
+            UserError: the weights do not fit such a network, none missing and none left over.
         """
         tensors = read_weights(folder / WEIGHTS)
         model = cls.construct(config)
         load_strict(model, tensors, folder / WEIGHTS)
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            tensor.data = tensor.data.to(tensors[name].dtype)
         return model
 
 

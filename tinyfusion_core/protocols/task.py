@@ -94,23 +94,17 @@ class Task(Settings):
             return probed_batch_dims(model, self.blocks, run)
 
 
-def check_fit(backbone: Backbone, loss: LossAdapter, model: nn.Module) -> None:
-    """Check that a loss takes what a network says.
-
-    Args:
-        backbone: the network's family.
-        loss: the objective.
-        model: the network, on the meta device; put in eval mode.
+def check_loss_fits(backbone: Backbone, loss: LossAdapter, model: nn.Module) -> None:
+    """Check that a loss and the blocks' streams fit a network on the meta device.
 
     Raises:
-        UserError: they do not fit together.
+        UserError: they do not.
     """
     inputs = loss.prepare(backbone.example(2), Rng(0, "plan"))
-    blocks = backbone.block_paths(model)
     try:
         with torch.no_grad():
             on_meta = {name: t.to("meta") for name, t in inputs.items()}
-            with watched_streams(model, blocks, backbone.streams) as seen:
+            with watched_streams(model, backbone.block_paths(model), backbone.streams) as seen:
                 prediction = loss.predict(model.eval(), on_meta)
             for passage in seen:
                 if passage.before[0] != passage.after[0]:

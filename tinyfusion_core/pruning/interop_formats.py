@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,16 @@ def indices(kept: Sequence[int], num_blocks: int, model: str) -> str:
 
 
 TEXTS: dict[str, Writer] = {"mergekit": mergekit, "llama.cpp": llama_cpp, "peft": peft, "indices": indices}
+
+
+def describe_clients(clients: Mapping[str, str]) -> str:
+    """Say which tools make the right network of a decision or student, and why the others do not.
+
+    Args:
+        clients: what `Backbone.clients` returned.
+    """
+    right = ", ".join(name for name, reason in clients.items() if not reason) or "none"
+    return "; ".join([right, *(f"not {name}: {reason}" for name, reason in clients.items() if reason)])
 
 
 def read_kept(path: Path, num_blocks: int) -> list[int]:

@@ -20,6 +20,8 @@ from ..runtime.files import digest, sha256, write_json, write_text
 from ..runtime.run_folder import RunFolder
 from ..runtime.stages import RECOVER, SEARCH, Stage
 from .decision import Decision
+from .interop_formats import describe_clients
+from .read_back import write_checked
 from .removal import check_removal, without
 
 FORMAT_VERSION = 1
@@ -62,27 +64,48 @@ def save_pretrained(student: nn.Module, task: Task, decision: Decision, folder: 
 
     Returns:
         The folder.
+
+    Raises:
+        UserError: what was written is not the student when it is read, or the folder holds weights that are not ours.
     """
     check_arguments(student=(student, nn.Module), task=(task, Task), decision=(decision, Decision))
     folder = Path(folder)
-    source = task.source
-    decision.save(folder / DECISION)
-    save_network(student, task.backbone, source, folder)
-    write_text(folder / "README.md", _model_card(student, task.backbone, decision, source))
+    save_network(student, task, folder, decision)
+    write_text(folder / "README.md", _model_card(student, task, decision))
     return folder
 
 
-def save_network(model: nn.Module, backbone: Backbone, source: Mapping[str, Any], folder: Path) -> None:
-    """Write the network, and the record from which it is rebuilt and verified."""
-    files = backbone.save(model, folder)
+def save_network(
+    model: nn.Module,
+    task: Task,
+    folder: Path,
+    decision: Decision | None = None,
+    source: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a network of a task's family, and the record from which it is rebuilt and verified.
+
+    Args:
+        model: the network.
+        task: its family, objective and source.
+        folder: where to.
+        decision: which blocks it has kept of another, written beside it.
+        source: where the network comes from; by default the task's source.
+
+    Raises:
+        UserError: what was written is not the network when it is read, or the folder holds another that is not ours.
+    """
+    backbone = task.backbone
+    files = write_checked(model, task, folder, lambda made: backbone.save(model, made), _recorded(folder))
+    if decision is not None:
+        decision.save(folder / DECISION)
+        files = [*files, DECISION]
     record = folder / (RECORDS[0] if "config.json" in files else RECORDS[1])
-    files += [DECISION] if (folder / DECISION).exists() else []
     content = {
         "format_version": FORMAT_VERSION,
         "backbone": type(backbone).__name__,
         "network": backbone.config(model),
         "sha256": {name: sha256(folder / name) for name in files},
-        "source": dict(source),
+        "source": dict(task.source if source is None else source),
         "plugin": record_of(type(backbone)),
     }
     write_json(record, content)
@@ -100,6 +123,14 @@ def read_record(folder: Path) -> Record:
         raise UserError(f"{path}: incomplete; expected the files' sha256")
     check_inside(record["sha256"], path)
     return record
+
+
+def _recorded(folder: Path) -> list[str]:
+    """Files of a network that was saved there before; none if it is not one of ours."""
+    try:
+        return list(read_record(folder)["sha256"])
+    except UserError:
+        return []
 
 
 def _record(folder: Path) -> Path:
@@ -175,13 +206,17 @@ def push_to_hub(folder: Path | str, repo_id: str, private: bool = True) -> str:
     return str(api.upload_folder(repo_id=repo_id, folder_path=str(folder)).commit_url)
 
 
-def _model_card(student: nn.Module, backbone: Backbone, decision: Decision, source: Mapping[str, Any]) -> str:
+def _model_card(student: nn.Module, task: Task, decision: Decision) -> str:
+    backbone, source = task.backbone, task.source
     # Of what a source says of itself nothing is taken as markup: neither as YAML nor as lines of the page.
     licence = " ".join(str(source.get("licence", "unknown")).split())
     checkpoint = " ".join(str(source.get("checkpoint", "a network trained in the same run")).replace("`", "'").split())
     front = {"license": licence, "library_name": backbone.library, "tags": ["pruned", "depth-pruning", "tinyfusion"]}
     matter = yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=math.inf, default_flow_style=None)
     parameters = sum(p.numel() for p in student.parameters())
+    weights = f"- weights of the source checkpoint: {source['weights']}\n" if "weights" in source else ""
+    clients = backbone.clients(task.teacher, student, decision.kept)
+    runs = f"- other tools: {describe_clients(clients)}\n" if clients else ""
     return f"""---
 {matter}---
 
@@ -194,7 +229,7 @@ The licence is that of the source checkpoint: **{licence}**.
 - kept blocks: {", ".join(str(i) for i in decision.kept)}
 - removed blocks: {", ".join(str(i) for i in decision.removed)}
 - sha256 of the source checkpoint: {source.get("sha256", "none")}
-
+{weights}{runs}
 ```python
 {backbone.loading}
 ```

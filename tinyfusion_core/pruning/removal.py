@@ -91,14 +91,14 @@ def check_removal(task: Task, kept: Sequence[int]) -> None:
             return  # the backbone's examples are not what this network is run on, so nothing can be tried
         with Gates(model, task.blocks, task.batch_dim(model), task.backbone.streams, task.backbone.unneeded) as gates:
             gates.mask = mask
-            skipped = _tensors(task.loss.predict(model, inputs))
+            skipped = tensors_in(task.loss.predict(model, inputs))
         student = without(task, removed, shared=chain(model.parameters(), model.buffers()))
         try:
             with evaluating(student):
-                found = _tensors(task.loss.predict(student, inputs))
+                found = tensors_in(task.loss.predict(student, inputs))
         except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as e:
             raise UserError(f"{what} fails ({type(e).__name__}: {e}); {advice}") from e
-    if not _equal(skipped, found):
+    if not same_but_for_rounding(skipped, found):
         raise UserError(f"{what} predicts otherwise than when they are skipped; {advice}")
     known.add(tuple(kept))
 
@@ -112,12 +112,13 @@ def _check_norms(model: nn.Module) -> None:
             )
 
 
-def _tensors(prediction: Prediction) -> list[Tensor]:
+def tensors_in(prediction: Prediction) -> list[Tensor]:
+    """Return the tensors in a prediction, of any shape, in a fixed order."""
     return [leaf for leaf in tree_leaves(prediction) if isinstance(leaf, Tensor)]
 
 
-def _equal(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
-    """Whether tensors are the same but for rounding."""
+def same_but_for_rounding(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
+    """Whether tensors, of any shape, are the same but for rounding."""
     return len(ours) == len(theirs) and all(map(_close, ours, theirs))
 
 

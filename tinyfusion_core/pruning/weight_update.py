@@ -88,7 +88,14 @@ class LoRA(WeightUpdate):
             try:
                 with warnings.catch_warnings():  # that a Conv1D has its weight transposed, which peft sees by itself
                     warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")
-                    LoraModel(model, config, "recoverability")
+                    try:
+                        LoraModel(model, config, "recoverability")
+                    except ValueError as e:
+                        reason = " ".join(str(e).split())
+                        raise UserError(
+                            f"search.update: peft cannot adapt these layers ({reason}); set search.update.targets, a "
+                            "regular expression of layers that it can, or update: Full or Frozen"
+                        ) from None
                 yield [p for p in model.parameters() if p.requires_grad]
             finally:  # not by peft, which an exception while it wraps the layers leaves half done
                 for module, before in children:

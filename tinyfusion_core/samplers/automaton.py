@@ -10,56 +10,16 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import UserError
+from .demands import Demands, Segment
 
 MAX_STATES = 2_000_000
-
-
-class Segment(NamedTuple):
-    """Consecutive blocks, of which `kept` out of `size` are kept."""
-
-    size: int
-    kept: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Demands:
-    """What every mask must obey, block by block.
-
-    Attributes:
-        lists: lengths of the block lists; a run of dropped blocks ends where its list ends.
-        segments: how many blocks of each part of the network are kept; they cover it. Empty with `costs`.
-        costs: cost of each block.
-        budget: with `costs`: the largest total cost of the kept blocks.
-        protect: blocks that must be kept.
-        remove: blocks that must be removed.
-        together: sets of blocks that are kept or removed as one.
-        max_run: the longest run of dropped blocks in a list.
-        contiguous: whether the dropped blocks of a list are one run.
-    """
-
-    lists: tuple[int, ...]
-    segments: tuple[Segment, ...] = ()
-    costs: tuple[int, ...] | None = None
-    budget: int = 0
-    protect: frozenset[int] = frozenset()
-    remove: frozenset[int] = frozenset()
-    together: tuple[frozenset[int], ...] = ()
-    max_run: int | None = None
-    contiguous: bool = False
-
-    def slack(self) -> int:
-        """Return the cost by which a mask must stay within the largest: less than the cheapest free block."""
-        assert self.costs is not None
-        alone = (frozenset([i]) for i in range(len(self.costs)) if all(i not in group for group in self.together))
-        fixed = self.protect | self.remove
-        free = [sum(self.costs[i] for i in unit) for unit in (*self.together, *alone) if fixed.isdisjoint(unit)]
-        return min((cost for cost in free if cost), default=1)
 
 
 class _State(NamedTuple):
@@ -76,6 +36,7 @@ class _Place(NamedTuple):
     last: bool  # of its list, where runs of dropped blocks end
     segment: Segment | None
     closes: bool  # the last of its segment
+    kept: int  # in the segments before
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,10 +144,13 @@ _Moves = list[list[tuple[_State | None, _State | None]]]
 
 def _places(demands: Demands) -> Iterator[_Place]:
     ends = [i == depth - 1 for depth in demands.lists for i in range(depth)]
-    parts: list[tuple[Segment | None, bool]] = [
-        (segment, i == segment.size - 1) for segment in demands.segments for i in range(segment.size)
+    before = accumulate((segment.kept for segment in demands.segments), initial=0)
+    parts: list[tuple[Segment | None, bool, int]] = [
+        (segment, i == segment.size - 1, kept)
+        for segment, kept in zip(demands.segments, before, strict=False)  # the last is the number of all
+        for i in range(segment.size)
     ]
-    for block, (last, part) in enumerate(zip(ends, parts or [(None, False)] * len(ends), strict=True)):
+    for block, (last, part) in enumerate(zip(ends, parts or [(None, False, 0)] * len(ends), strict=True)):
         yield _Place(block, last, *part)
 
 
@@ -244,6 +208,9 @@ def _move(demands: Demands, state: _State, place: _Place, kept: bool) -> _State 
     A part of the state that no demand needs is always 0, because it would only multiply the states.
     """
     if place.block in (demands.remove if kept else demands.protect):
+        return None
+    kinds = demands.period
+    if kept and kinds and kinds[place.block % len(kinds)] != kinds[(place.kept + state.used) % len(kinds)]:
         return None
     used = _used(demands, state.used, place, kept)
     run = _run(demands, state.run, kept)

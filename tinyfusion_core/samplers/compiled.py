@@ -11,9 +11,10 @@ import torch
 
 from ..errors import UserError, require
 from ..protocols.backbone import block_lists
-from .automaton import Automaton, Segment
+from .automaton import Automaton
 from .conditional_poisson import Subsets
 from .constraints import Budget, Rules, Spending, build_from, check_keep, combined, demands_of
+from .demands import Segment
 from .patterns import Pattern, split_groups
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from ..errors import UserError, nearest, require
 from ..parsing.settings import MOST, Settings
-from .automaton import Automaton, Demands, Segment, automaton_of
+from .automaton import Automaton, automaton_of
+from .demands import Demands, Segment
 
 Budget = int | Mapping[str, int]
 """How many blocks are kept: in total, or of every block list."""
@@ -55,6 +56,8 @@ class Rules(Settings):
         together: sets of blocks that are kept or removed as one.
         max_run: the longest run of neighbouring blocks of one list that may be removed.
         contiguous: whether the removed blocks of a list must be one run.
+        period: kinds of blocks, such as `[s, s, s, f]`, that the network repeats from the first block on; so must those
+            that are kept, for tools that know a block by its position. Not with costs.
     """
 
     keep: int | Mapping[str, int] | None = None
@@ -65,6 +68,7 @@ class Rules(Settings):
     together: Sequence[Sequence[int]] = ()
     max_run: int | None = None
     contiguous: bool = False
+    period: Sequence[str] | None = field(default=None, metadata={"neutral": None})
 
     def given(self) -> dict[str, object]:
         """Return the rules that are set, by name."""
@@ -194,6 +198,8 @@ def build_from(rules: Rules, demands: Callable[[Rules], Demands], key: str) -> A
     Raises:
         UserError: as `build`.
     """
+    if rules.period and rules.costs is not None:
+        raise UserError(f"{key}.period: goes with a number of blocks or a pattern, not with a budget of costs")
     found = automaton_of(demands(rules), key)
     if found is not None:
         return found
@@ -229,4 +235,5 @@ def demands_of(rules: Rules, depths: tuple[int, ...], segments: tuple[Segment, .
         together=tuple(map(frozenset, rules.together)),
         max_run=rules.max_run,
         contiguous=rules.contiguous,
+        period=tuple(rules.period or ()),
     )

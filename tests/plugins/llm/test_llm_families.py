@@ -188,6 +188,9 @@ def test_bad_folders(tmp_path: Path) -> None:
     (path / "model.safetensors").rename(path / "pytorch_model.bin")
     with pytest.raises(tiny.UserError, match="cannot be read"):
         CausalLM(model=str(path)).build()
+    (path / "adapter_config.json").write_text("{}")
+    with pytest.raises(tiny.UserError, match="is an adapter of peft; merge it into its model first"):
+        CausalLM(model=str(path)).config()
 
 
 def test_gguf_without_its_package_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

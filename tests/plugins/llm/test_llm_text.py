@@ -163,6 +163,7 @@ def test_bad_text(model: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "datasets", None)  # installed here or not
     base = {"tokenizer": str(model), "cache": str(tmp_path / "cache")}
     (tmp_path / "bad.jsonl").write_text('{"text": "w4"}\n{"txt": "w5"}\n')
+    (tmp_path / "chat.jsonl").write_text('{"messages": [{"role": "user", "content": "w4"}]}\n')
     (tmp_path / "worse.jsonl").write_text('{"text": \n')
     (tmp_path / "empty").mkdir()
     for options, message in [
@@ -171,6 +172,7 @@ def test_bad_text(model: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.
         ({"files": [str(tmp_path / "none")]}, "no .*none; give .txt"),
         ({"files": [str(tmp_path / "empty")]}, "holds no .txt"),
         ({"files": [str(tmp_path / "bad.jsonl")]}, "row 2 has no text 'text' .found: txt."),
+        ({"files": [str(tmp_path / "chat.jsonl")]}, "row 1 has no text 'text'.*apply_chat_template"),
         ({"files": [str(tmp_path / "worse.jsonl")]}, "line 1 is no JSON"),
         ({"dataset": "x"}, "needs the package 'datasets'"),
         ({}, "one of the two"),
@@ -232,7 +234,8 @@ def test_a_run_from_text_to_a_folder_for_everybody(
 
     monkeypatch.setattr("tinyfusion_core.pipeline.run.check_teacher", lambda *_: None)  # a random model knows nothing
     recipe, run = tmp_path / "small.yaml", tmp_path / "run"
-    recipe.write_text(RECIPE.format(model=model, texts=texts, cache=tmp_path / "cache"))
+    monkeypatch.chdir(model.parent)
+    recipe.write_text(RECIPE.format(model=model.name, texts=texts, cache=tmp_path / "cache"))
     assert main(["validate", str(recipe)]) == 0
     assert "GFLOP a sample" in capsys.readouterr().out
     assert main(["run", str(recipe), "--run-dir", str(run)]) == 0
@@ -247,6 +250,8 @@ def test_a_run_from_text_to_a_folder_for_everybody(
     capsys.readouterr()
     assert main(["export", str(run), "--to", "indices"]) == 0
     assert json.loads(capsys.readouterr().out) == kept
+    assert main(["export", str(run), "--to", "mergekit"]) == 0
+    assert f"model: {model.absolute()}" in capsys.readouterr().out
     assert main(["export", str(run), "--to", "diffusers"]) == 2
     assert main(["export", str(run), "--to", "onnx"]) == 2
     assert main(["export", str(tmp_path / "model"), "--to", "indices"]) == 2

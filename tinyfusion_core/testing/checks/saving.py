@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from ...protocols.task import Task
 from ...pruning.decision import Decision
 from ...pruning.prune import load_pretrained, save_network
 from ...training.distillation import captured, derive_taps
@@ -18,7 +19,7 @@ def check_save_and_load(subject: Subject) -> None:
     """A pruned network that is saved and loaded predicts the same, bit for bit."""
     student, inputs = subject.pruned(subject.every_other()), subject.inputs()
     with tempfile.TemporaryDirectory() as folder:
-        save_network(student, subject.backbone, subject.backbone.source(), Path(folder))
+        save_network(student, Task.without_data(subject.backbone, subject.loss, student), Path(folder))
         again = load_pretrained(folder, type(subject.backbone))
     with torch.no_grad():
         pairs = zip(*(tensors_of(subject.loss.predict(m, inputs)) for m in (student, again)), strict=True)
