@@ -41,6 +41,12 @@ def test_the_keys_of_stages_stay_the_same(name: str) -> None:
     assert stage_keys(tiny.load_recipe(ROOT / "recipes" / f"{name}.yaml", SAID.get(name, ()))) == KEYS[name]
 
 
+def test_rules_that_came_later_change_no_key() -> None:
+    ruled = "--search={class_path: Greedy, init_args: {keep: 4, constraints: {max_run: 2}}}"
+    found = stage_keys(tiny.load_recipe(ROOT / "recipes" / "quickstart.yaml", [ruled]))
+    assert found["search"] == "68cbf3158636a9b57483a7cf29418e020ddf4150b5a6199f9203188d4b5af597"  # before `period`
+
+
 @pytest.mark.parametrize("name", KEYS)
 def test_a_recipe_and_its_run_folder_have_the_same_stages(name: str, tmp_path: Path) -> None:
     recipe = tiny.load_recipe(ROOT / "recipes" / f"{name}.yaml")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 import torch
 
@@ -19,6 +19,7 @@ from ..runtime.files import NEUTRAL, digest, write_json
 from ..runtime.locking import check_free
 from ..runtime.run_folder import RUN, RUN_RECORD, RunFolder
 from ..runtime.stages import EVALUATE, Stage, stages_of
+from ..samplers.constraints import Rules
 from ..training.trainer import NUMERICALLY_NEUTRAL
 from .recipe import Recipe, flatten
 
@@ -157,10 +158,21 @@ def _as_first_told(settings: Any) -> Any:
     if "class_path" in told:
         path = told["class_path"]
         cls = resolve_name(path)
-        later = {f.name: f.metadata[NEUTRAL] for f in fields(cls) if NEUTRAL in f.metadata} if is_dataclass(cls) else {}
-        arguments = told.get("init_args") or {}
-        told["init_args"] = {key: v for key, v in arguments.items() if key not in later or v != later[key]}
+        told["init_args"] = _without_later(told.get("init_args") or {}, cls)
         told["class_path"] = PATHS.get(f"{path.partition('.')[0]}:{path.rpartition('.')[2]}", path)
+    return told
+
+
+def _without_later(arguments: Mapping[str, Any], cls: type[Any]) -> dict[str, Any]:
+    """Arguments of a class without later options at neutral values, those of its plain parts too."""
+    if not is_dataclass(cls):
+        return dict(arguments)
+    later = {f.name: f.metadata[NEUTRAL] for f in fields(cls) if NEUTRAL in f.metadata}
+    told = {key: value for key, value in arguments.items() if key not in later or value != later[key]}
+    for key, hint in get_type_hints(cls).items():
+        part = next((kind for kind in (hint, *get_args(hint)) if kind is Rules), None)
+        if part is not None and isinstance(told.get(key), Mapping):
+            told[key] = _without_later(told[key], part)
     return told
 
 
