@@ -117,3 +117,36 @@ def test_a_run_of_two_rounds_names_the_blocks_of_its_first_teacher(recipe: Path,
     capsys.readouterr()
     assert main(["export", str(tmp_path / "run"), "--to", "indices", "--out", str(tmp_path / "kept.json")]) == 0
     assert json.loads((tmp_path / "kept.json").read_text()) == [2, 7]
+
+
+def test_an_export_that_ends_early_leaves_no_riddle(recipe: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    content = yaml.safe_load(recipe.read_text())
+    keep = {"class_path": "Keep", "init_args": {"blocks": [0, 2, 3, 7]}}
+    recipe.write_text(yaml.safe_dump({**content, "search": keep, "recover": None, "evaluate": []}))
+    assert run(recipe, tmp_path / "run") == 0
+    out, empty = tmp_path / "out", tmp_path / "empty"
+    empty.mkdir()
+    command = ["export", str(tmp_path / "run"), "--to", "diffusers", "--out"]
+    for place in (out, empty):
+        assert main([*command, str(place)]) == 2  # a DiT with MLPs of another width
+    assert "mlp_ratio 2.0" in capsys.readouterr().err
+    assert not out.exists()
+    assert list(empty.iterdir()) == []
+
+    def killed(self: DiT, model: torch.nn.Module, library: str, folder: Path) -> None:
+        (folder / "config.json").write_text("{}")
+        assert (folder / "tinyfusion_export.json").exists()  # whoever ends here leaves a folder that is known as ours
+        if (folder / "again").exists():
+            (folder / "again").rename(folder / "done")
+            return
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(DiT, "export", killed)
+    assert main([*command, str(out)]) == 130
+    assert not out.exists()
+    out.mkdir()
+    for name in ("config.json", "again"):
+        (out / name).write_text("{}")
+    (out / "tinyfusion_export.json").write_text('{"format_version": 1, "library": "diffusers"}')
+    assert main([*command, str(out)]) == 0
+    assert (out / "done").exists()

@@ -90,16 +90,25 @@ def _write(recipe: Recipe, student: nn.Module, to: str, out: Path | None, folder
     if out is not None:
         check_free(out, EXPORT)
     target, backbone = out or folder / "export" / to, recipe.backbone
-    if to == backbone.library:
+    # A folder with our mark holds no weights but those of an earlier export.
+    ours = weights_in(target) if (target / MARK).exists() else []
+    there, before = target.exists(), set(target.glob("*"))
+    write_json(target / MARK, {"format_version": 1, "library": to})  # first: what a kill leaves is known to be ours
+    try:
+        if to == backbone.library:
 
-        def write(made: Path) -> list[str]:
-            backbone.export(student, to, made)
-            return sorted(path.name for path in made.iterdir())
+            def write(made: Path) -> list[str]:
+                backbone.export(student, to, made)
+                return sorted(path.name for path in made.iterdir())
 
-        # A folder with our mark holds no weights but those of an earlier export.
-        ours = weights_in(target) if (target / MARK).exists() else []
-        write_checked(student, Task.without_data(backbone, recipe.loss, student), target, write, ours)
-    else:  # a network of another kind, which is not loaded here
-        backbone.export(student, to, target)
-    write_json(target / MARK, {"format_version": 1, "library": to})
+            write_checked(student, Task.without_data(backbone, recipe.loss, student), target, write, ours)
+        else:  # a network of another kind, which is not loaded here
+            backbone.export(student, to, target)
+    except BaseException:
+        if not before:
+            for path in target.iterdir():
+                path.unlink()
+            if not there:
+                target.rmdir()
+        raise
     return target
