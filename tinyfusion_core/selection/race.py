@@ -31,8 +31,8 @@ class Race(Constrained):
     Successive halving (Jamieson and Talwalkar, arXiv:1502.07943) of real recoveries: in every round each entrant is
     recovered from the teacher's blocks, along a cosine, by more steps than in the round before, and judged on samples
     that no entrant is trained on. All entrants of a round see the same samples, noise and schedule, so that their
-    differences can be told from noise sample by sample. After the first round the neighbours of the leader, which
-    exchange one kept block for another, may enter.
+    differences can be told from noise sample by sample. In the first round the neighbours of the leader, which exchange
+    one kept block for another, may enter; a third goes on from every round.
 
     Args:
         steps: updates of all recoveries together; a default search takes half as many beside them.
@@ -45,7 +45,7 @@ class Race(Constrained):
             1e-3 where there is none.
         batch_size: samples per update; default the trainer's.
         samples: training samples set apart to judge on, at most half of all.
-        sure: standard errors of a paired difference from which on it is no noise.
+        sure: standard errors of a paired difference by which another must be better to replace the leader.
     """
 
     steps: int = 10_000

@@ -78,16 +78,16 @@ class Heats:
                     f"search.steps is {how.steps}: too few for {len(entrants)} masks to recover; give at least "
                     f"{len(entrants)}, and ten times as many to tell them apart"
                 )
+            if steps <= before:  # with few entrants what is left is one round
+                steps = recoveries.left // len(entrants)
             if steps <= before:  # a shorter recovery has nothing to say about those that were close in a longer one
                 break
             before, losses = steps, self._recovered(number, entrants, steps)
             leader = leading(losses, None if first else leader, how.sure)
             if both > 1:
                 leader = self._try_neighbours(losses, leader, (number, steps), both * share - recoveries.spent)
-            if how.neighbours and len(surviving(losses, leader, how.sure)) == 1:  # what is left is for more of them
-                leader = self._try_neighbours(losses, leader, (number, steps), recoveries.left)
             self._record(losses, leader, steps)
-            entrants = surviving(losses, leader, how.sure)
+            entrants = surviving(losses, leader)
             if len(entrants) == 1:
                 break
         return leader
