@@ -223,7 +223,7 @@ def test_a_recipe_with_a_budget_runs_plans_and_goes_on(recipe: Path, tmp_path: P
 
 def test_candidates_with_a_budget_are_compared(recipe: Path, tmp_path: Path, capsys) -> None:
     candidates = {
-        "learned": {"budget": "0.5x", "steps": 2},
+        "learned": {"class_path": "Search", "init_args": {"budget": "0.5x", "steps": 2}},
         "taylor": {"class_path": "Taylor", "init_args": {"budget": "0.5x"}},
     }
     content = {

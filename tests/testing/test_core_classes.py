@@ -33,6 +33,7 @@ DISTILLATIONS = [tiny.OutputKD, tiny.MaskedKD, tiny.MaskedKD(sigma=1.0, mask="se
 SEARCHES = [
     *(SEARCH, tiny.Search(pattern=[2, 4], steps=3), tiny.Search(keep=5, steps=3, start=tiny.Uniform(keep=5))),
     tiny.Finals(search=SEARCH, masks=2, steps=1, samples=8),
+    tiny.Shallowest(loss=1e9, steps=48, samples=8),
     tiny.Race(keep=2, steps=8, samples=8, rounds=1, proposers=[tiny.FirstN(keep=2), tiny.LastN(keep=2)]),
 ]
 
@@ -60,6 +61,7 @@ def test_every_class_of_the_core_is_checked() -> None:
             SEARCH,
             tiny.Finals,
             tiny.Race,
+            tiny.Shallowest,
             Nested,
         ]
     }

@@ -89,6 +89,8 @@ class Selector(Settings, ABC):
     def preview(self, blocks: Sequence[str]) -> Decision:
         """Return a possible decision, for planning: budget and groups are right, the kept blocks may differ.
 
+        Where `keeps` is None it keeps as many blocks as a decision may at most.
+
         Raises:
             UserError: the budget does not fit these blocks.
         """

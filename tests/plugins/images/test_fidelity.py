@@ -190,7 +190,7 @@ def test_inception_weights_are_read_without_running_them(tmp_path: Path, monkeyp
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(tiny.UserError, match=r"other.pth: not the weights of inception-v3-compat"):
         FeatureNetwork(INCEPTION, tmp_path / "other.pth", torch.device("cpu"))
-    torch.save({"a": Path("code")}, tmp_path / "code.pth")
+    torch.save({"a": print}, tmp_path / "code.pth")
     with pytest.raises(tiny.UserError, match=r"code.pth: refused"):
         FeatureNetwork(INCEPTION, tmp_path / "code.pth", torch.device("cpu"))
     with pytest.raises(tiny.UserError, match="torch-fidelity knows no 'inceptoin'"):

@@ -94,7 +94,7 @@ def test_tokens_beyond_the_vocabulary_are_found_when_the_plan_is_made(model: Pat
         "backbone": {"class_path": "CausalLM", "init_args": {"model": str(small), "context": 4}},
         "loss": "NextToken",
         "data": {"class_path": "TextTokens", "init_args": settings},
-        "search": {"keep": 2, "steps": 2},
+        "search": {"class_path": "Search", "init_args": {"keep": 2, "steps": 2}},
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     assert main(["validate", str(tmp_path / "recipe.yaml")]) == 2

@@ -39,7 +39,7 @@ def recipe(tmp_path: Path, family: str, update: str = "LoRA", **more: Any) -> st
         "loss": "NextToken",
         "data": {"class_path": "TextTokens", "init_args": data},
         "trainer": {"precision": "fp32", "batch_size": 2, "seed": 0},
-        "search": {"keep": 4, "steps": 2, "update": update},
+        "search": {"class_path": "Search", "init_args": {"keep": 4, "steps": 2, "update": update}},
         "recover": {"steps": 2},
         "evaluate": [],
     }

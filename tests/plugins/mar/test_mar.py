@@ -135,16 +135,16 @@ def test_the_official_container_is_read_and_no_other(tmp_path: Path) -> None:
     built = MAR(checkpoint=str(path), **sizes).build().state_dict()
     assert all(torch.equal(built[name], state[name]) for name in state)
 
-    torch.save({"model": state, "epoch": 400, "args": arguments}, path)
-    with pytest.raises(UserError, match=r"checkpoint-last\.pth: holds no state dict .*looked for model_ema or tensors"):
+    torch.save({"ema": state, "epoch": 400, "args": arguments}, path)
+    with pytest.raises(UserError, match=r"-last\.pth: holds no state dict .*looked for model_ema, model or tensors"):
         MAR(checkpoint=str(path), **sizes).build()
 
     torch.save({"model_ema": DiT.tiny().build().state_dict()}, path)
-    with pytest.raises(UserError, match="another architecture than MAR as configured: missing fake_latent"):
+    with pytest.raises(UserError, match=r"names is one of MAR: they begin with blocks, final_layer"):
         MAR(checkpoint=str(path), **sizes).build()
 
     torch.save(state, path)
-    with pytest.raises(UserError, match=r"another architecture than DiT as configured"):
+    with pytest.raises(UserError, match=r"names is one of DiT: they begin with class_emb"):
         DiT(checkpoint=str(path), **DiT.tiny().config()).build()
 
 
