@@ -20,11 +20,9 @@ from ..samplers.constraints import Rules
 from ..training.recover import Recover
 from ..training.trainer import Trainer
 from .base import FOLLOWS, Selector, prepared
-from .criteria.calibration import Calibration
-from .criteria.sensitivity import Greedy, LeaveOneOut, Taylor
-from .criteria.similarity import BlockInfluence
 from .judging.heats import Heats
-from .race import Race
+from .judging.recoveries import ShortRecoveries
+from .race import CRITERIA, Race
 
 DRAWS = 1000
 """Bootstrap draws of the samples that judge."""
@@ -85,7 +83,7 @@ class Shallowest(Selector):
     def _race(self, keep: int, steps: int) -> Race:
         """The race at one depth."""
         of: dict[str, Any] = {"keep": keep, "protect": self.protect, "constraints": self.constraints}
-        criteria = [criterion(**of) for criterion in (Greedy, LeaveOneOut, Taylor, BlockInfluence)]
+        criteria = [criterion(**of) for criterion in CRITERIA]
         of |= {"lr": self.lr, "batch_size": self.batch_size, "samples": self.samples}
         return Race(**of, steps=steps, rounds=2, proposers=criteria)
 
@@ -129,13 +127,19 @@ class Shallowest(Selector):
         prepared(self, task, trainer, run)
         depths = self.depths(task.blocks)
         share = self.steps // len(depths).bit_length()  # as many as a bisection visits at most
+        if share < 12:
+            raise UserError(f"search.steps is {self.steps}: too few to try depths with; give at least 12 for each")
+        recoveries = ShortRecoveries(task, trainer, run, self._race(1, 4).recovery, self.samples, 0)
+        teacher = recoveries.judge(task.teacher)
+        if str(self.loss).endswith("x") and teacher.mean() <= 0:
+            raise UserError(f"search.loss is {self.loss}, and the teacher's is {teacher.mean():.3g}; give a number")
+        resampled = _bootstrap(len(teacher), trainer.seed)
         tried: dict[int, dict[str, Any]] = {}
-        low, high, evaluations = 0, len(depths), 0  # the answer is in depths[low:high], or there is none
+        low, high = 0, len(depths)  # the answer is in depths[low:high], or there is none
         while low < high:
             middle = (low + high) // 2
-            found = self._try(depths[middle], share, task, trainer, run)
-            tried[depths[middle]] = found
-            evaluations += found.pop("evaluations")
+            lengths, kept = self._lengths(depths[middle], share, recoveries)
+            found = tried[depths[middle]] = self._predicted(kept, lengths, teacher, resampled)
             low, high = (low, middle) if found["probability"] >= self.sure else (middle + 1, high)
         if low == len(depths):
             best = min(tried.values(), key=lambda found: float(found["predicted"]))
@@ -144,30 +148,30 @@ class Shallowest(Selector):
                 f"{len(best['kept'])} of {len(task.blocks)} blocks is the best, predicted at {best['predicted']:.4g} "
                 f"where the teacher has {best['teacher']:.4g}; allow a higher loss, or recover for more steps"
             )
+        evaluations = recoveries.evaluations + len(teacher)
         where = {**provenance(trainer.seed, task.source), "evaluations": evaluations}
         where["quality"] = [tried[depth] for depth in sorted(tried)]
         kept = tuple(tried[depths[low]]["kept"])
         return Decision(blocks=tuple(task.blocks), kept=kept, method=type(self).__name__, provenance=where)
 
-    def _try(self, depth: int, steps: int, task: Task, trainer: Trainer, run: RunFolder | None) -> dict[str, Any]:
-        """Find the mask of a depth, and predict what it recovers to."""
-        if steps < 12:
-            raise UserError(f"search.steps is {self.steps}: too few to try depths with; give at least 12 for each")
+    def _lengths(self, depth: int, steps: int, recoveries: ShortRecoveries) -> tuple[dict[int, Tensor], Sequence[int]]:
+        """Find the mask of a depth: its (samples,) losses by the steps of its recoveries, and its blocks."""
+        until = recoveries.spent + steps
         race = self._race(depth, max(4, 2 * steps // 3))
-        heats = Heats(race, task, trainer, run)
-        kept, recoveries = heats.decision().kept, heats.recoveries
-        recoveries.steps = steps
+        recoveries.steps = recoveries.spent + race.steps
+        kept = Heats(race, recoveries).decision().kept
+        recoveries.steps = until
         recoveries.losses(kept, "race, last", recoveries.left)
-        whole = replace(task, train=recoveries.judged)
-        calibration = Calibration(whole, recoveries.quiet, len(recoveries.judged), 64, "race")
-        teacher = calibration.sample_losses(torch.ones(1, len(task.blocks)))[0]
-        if str(self.loss).endswith("x") and teacher.mean() <= 0:
-            raise UserError(f"search.loss is {self.loss}, and the teacher's is {teacher.mean():.3g}; give a number")
-        lengths = recoveries.known[kept]
+        return recoveries.known[kept], kept
+
+    def _predicted(
+        self, kept: Sequence[int], lengths: Mapping[int, Tensor], teacher: Tensor, resampled: Tensor
+    ) -> dict[str, Any]:
+        """What a mask is predicted to recover to, for the record."""
         until = self.recover_steps or self.steps
-        weights = torch.full((1, len(teacher)), 1 / len(teacher), dtype=torch.float64)
-        (at,), (predicted,) = predicted_losses(lengths, teacher, until, weights)
-        teachers, draws = predicted_losses(lengths, teacher, until, self._bootstrap(len(teacher), trainer.seed))
+        evenly = torch.full((1, len(teacher)), 1 / len(teacher), dtype=torch.float64)
+        (at,), (predicted,) = predicted_losses(lengths, teacher, until, evenly)
+        teachers, draws = predicted_losses(lengths, teacher, until, resampled)
         within = torch.tensor([self.limit(float(loss)) for loss in teachers], dtype=torch.float64)
         return {
             "kept": list(kept),
@@ -178,13 +182,14 @@ class Shallowest(Selector):
             "interval": [float(at + (draws - teachers).quantile(share)) for share in (0.05, 0.95)],
             "probability": float((draws <= within).double().mean()),
             "steps": until,
-            "evaluations": recoveries.evaluations + len(teacher),
         }
 
-    def _bootstrap(self, num: int, seed: int) -> Tensor:
-        """(draws, samples) weights of samples drawn with replacement."""
-        drawn = torch.randint(num, (DRAWS, num), generator=generator(seed, "quality", "bootstrap"))
-        return torch.nn.functional.one_hot(drawn, num).sum(1).double() / num
+
+def _bootstrap(num: int, seed: int) -> Tensor:
+    """(draws, samples) weights of samples drawn with replacement."""
+    drawn = torch.randint(num, (DRAWS, num), generator=generator(seed, "quality", "bootstrap"))
+    counts = torch.zeros(DRAWS, num, dtype=torch.float64)
+    return counts.scatter_add_(1, drawn, torch.ones_like(counts)) / num
 
 
 def predicted_losses(

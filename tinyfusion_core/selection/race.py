@@ -21,7 +21,11 @@ from .costs import NetworkCosts
 from .criteria.sensitivity import Greedy, LeaveOneOut, Taylor
 from .criteria.similarity import BlockInfluence
 from .judging.heats import Heats
+from .judging.recoveries import ShortRecoveries
 from .search import Search
+
+CRITERIA = (Greedy, LeaveOneOut, Taylor, BlockInfluence)
+"""Criteria that propose where nothing is said."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +87,7 @@ class Race(Constrained):
         same: dict[str, Any] = {"keep": self.keep, "budget": self.budget, "protect": self.protect}
         same |= {"pattern": self.pattern, "constraints": self.constraints}
         search = Search(**same, steps=max(1, self.steps // 2), batch_size=self.batch_size)
-        return (search, *(criterion(**same) for criterion in (Greedy, LeaveOneOut, Taylor, BlockInfluence)))
+        return (search, *(criterion(**same) for criterion in CRITERIA))
 
     @override
     def inputs(self) -> dict[str, str]:
@@ -124,5 +128,5 @@ class Race(Constrained):
     @override
     def __call__(self, task: Task, trainer: Trainer, run: RunFolder | None = None) -> Decision:
         how, costs = prepared(self, task, trainer, run)
-        decision = Heats(how, task, trainer, run).decision()
+        decision = Heats(how, ShortRecoveries(task, trainer, run, how.recovery, how.samples, how.steps)).decision()
         return replace(decision, provenance={**decision.provenance, **costs})

@@ -10,13 +10,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ...errors import UserError
-from ...protocols.task import Task
 from ...pruning.decision import Decision, provenance
 from ...runtime.progress import track
-from ...runtime.run_folder import RunFolder
 from ...runtime.stages import SEARCH
 from ...samplers.compiled import Constraints
-from ...training.trainer import Trainer
 from .paired import Mask, difference, leading, mean_of, surviving
 from .recoveries import ShortRecoveries
 
@@ -33,36 +30,28 @@ class Heats:
 
     Attributes:
         how: its settings, bound to the costs of the network.
-        task: the network and its objective.
-        trainer: how to train.
-        run: where losses are kept while it runs.
-        recoveries: recovers masks and judges them.
+        recoveries: recovers masks and judges them, with the steps that are left for this race.
         constraints: what masks obey.
         of: who proposed each mask.
         rounds: for each round, every entrant with its loss, for the record.
     """
 
     how: Race
-    task: Task
-    trainer: Trainer
-    run: RunFolder | None
-    recoveries: ShortRecoveries = field(init=False)
+    recoveries: ShortRecoveries
     constraints: Constraints = field(init=False)
     of: dict[Mask, list[str]] = field(default_factory=dict)
     rounds: list[list[dict[str, Any]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        how = self.how
-        self.constraints = how.compiled(self.task.blocks)
-        self.recoveries = ShortRecoveries(self.task, self.trainer, self.run, how.recovery, how.samples, how.steps)
+        self.constraints = self.how.compiled(self.recoveries.task.blocks)
 
     def decision(self) -> Decision:
         """Run the race; returns what won, without what the costs were."""
-        marginals = self._propose()
+        marginals, task = self._propose(), self.recoveries.task
         leader = self._race(list(self.of))
-        where = provenance(self.trainer.seed, self.task.source)
+        where = provenance(self.recoveries.trainer.seed, task.source)
         where |= {"evaluations": self.recoveries.evaluations, "race": self.rounds}
-        return replace(self.how._decision(self.task.blocks, self.constraints, leader, where), marginals=marginals)
+        return replace(self.how._decision(task.blocks, self.constraints, leader, where), marginals=marginals)
 
     def _race(self, entrants: list[Mask]) -> Mask:
         """Recover entrants, round by round. Returns the winner."""
@@ -85,7 +74,7 @@ class Heats:
             before, losses = steps, self._recovered(number, entrants, steps)
             leader = leading(losses, None if first else leader, how.sure)
             if both > 1:
-                leader = self._try_neighbours(losses, leader, (number, steps), both * share - recoveries.spent)
+                leader = self._try_neighbours(losses, leader, (number, steps), both * share - steps * len(entrants))
             self._record(losses, leader, steps)
             entrants = surviving(losses, leader)
             if len(entrants) == 1:
@@ -108,16 +97,18 @@ class Heats:
 
     def _propose(self) -> tuple[float, ...]:
         """Let everybody propose; returns the marginals of the first who has learned some."""
-        logged = False
+        recoveries, logged = self.recoveries, False
+        run = recoveries.run
         marginals: tuple[float, ...] = ()
         # Those that train come last: a choice outside of the budget ends the race before they cost anything.
         for i, proposer in sorted(enumerate(self.how.proposed_by()), key=lambda pair: len(pair[1].trainings())):
             # One search is shown as that of the run.
             own, name = proposer.learned() is not None and not logged, type(proposer).__name__
-            part = self.run if own or self.run is None else self.run.part(SEARCH, f"proposer {i}")
+            part = run if own or run is None else run.part(SEARCH, f"proposer {i}")
             steps = next((training.steps for training in proposer.trainings()), None)
-            self.recoveries.tell(f"{name} proposes", steps, "" if own else f"proposer {i}")
-            found = proposer.propose(self.task, self.trainer if own else self.recoveries.quiet, part, self.how.masks)
+            recoveries.tell(f"{name} proposes", steps, "" if own else f"proposer {i}")
+            trainer = recoveries.trainer if own else recoveries.quiet
+            found = proposer.propose(recoveries.task, trainer, part, self.how.masks)
             logged |= own
             for mask in found.masks:
                 if not self.constraints.accepts(mask):
@@ -127,7 +118,7 @@ class Heats:
                     )
                 self.of.setdefault(tuple(mask), []).append(name)
             marginals = marginals or found.decision.marginals
-            self.recoveries.evaluations += int(found.decision.provenance.get("evaluations", 0))
+            recoveries.evaluations += int(found.decision.provenance.get("evaluations", 0))
         return marginals
 
     def _try_neighbours(self, losses: dict[Mask, Tensor], leader: Mask, heat: tuple[int, int], share: int) -> Mask:
@@ -153,7 +144,7 @@ class Heats:
 
     def _recovered(self, number: int, entrants: Sequence[Mask], steps: int, note: str = "") -> dict[Mask, Tensor]:
         """Recover entrants; returns the losses of each, (samples,), infinite if they are not finite."""
-        losses, show = {}, self.trainer.accelerator.is_main_process
+        losses, show = {}, self.recoveries.trainer.accelerator.is_main_process
         with track(f"race, round {number}{note}", len(entrants), show=show) as progress:
             for mask in entrants:
                 losses[mask] = self.recoveries.losses(mask, f"race {number}", steps)

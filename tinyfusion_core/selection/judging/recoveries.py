@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...dataloading.set_apart import set_apart
 from ...errors import Diverged, UserError
@@ -99,14 +99,18 @@ class ShortRecoveries:
         self.known.setdefault(mask, {})[steps] = losses
         return losses
 
+    def judge(self, model: nn.Module) -> Tensor:
+        """Return the losses of a network on the samples that judge, (samples,) in float64; infinite if not finite."""
+        judged = replace(self.task, model=model, train=self.judged)
+        calibration = Calibration(judged, self.quiet, len(self.judged), 64, "race")
+        return calibration.sample_losses(torch.ones(1, len(judged.blocks)))[0]
+
     def _recovered(self, mask: Mask, recovery: Recover, stage: str, part: RunFolder | None) -> Tensor:
         student = prune(self.task, Decision(blocks=tuple(self.task.blocks), kept=mask, method="Race"))
-        judged = replace(self.task, model=student, train=self.judged)
-        calibration = Calibration(judged, self.quiet, len(self.judged), 64, "race")
         self.task.teacher.cpu()  # meanwhile: with the optimizer's state, a device may hold the student alone
         try:
             recovery(self.trained, student, None, self.quiet, part, stage=stage)
-            return calibration.sample_losses(torch.ones(1, len(mask)))[0]
+            return self.judge(student)
         except Diverged:
             return torch.full((len(self.judged),), math.inf, dtype=torch.float64)
         finally:
