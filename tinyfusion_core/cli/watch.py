@@ -164,14 +164,13 @@ class View:
             for what, kind in (("decision", "decision"), ("calibration", "calibration"), ("recovery", "healing"))
         }
         yield Text(", ".join(f"{count} {kind} cells" for kind, count in counts.items()) + " done")
-        if (cells / NOW).exists():
-            yield from self._parts(cells, ())
+        yield from self._parts(cells, ())
 
     def _parts(self, folder: Path, own: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
         """Work of several parts, whose `now.json` is in a folder; what it logs elsewhere are the run's own entries."""
         try:
             now = read_as(folder / NOW, Now, "delete it; what is running goes on without it")
-        except MissingFileError:  # it has just finished
+        except MissingFileError:  # it has not begun, or has just finished
             return
         yield _bar(now["done"], now["total"], "")
         yield Text(now["what"])

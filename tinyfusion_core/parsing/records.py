@@ -152,7 +152,9 @@ def check_inside(names: Iterable[str], path: Path) -> None:
             raise UserError(f"{path}: names {name!r:.60}; expected a file in its folder. Do not use it")
 
 
-class _Index(TypedDict):
+class ShardIndex(TypedDict):
+    """What is in the index of weights that lie in several files: the file of each."""
+
     weight_map: dict[str, str]
 
 
@@ -166,7 +168,7 @@ def check_folder(folder: Path) -> None:
         if path.suffix in (".json", ".safetensors", ".bin") and not path.is_dir():
             check_regular(path)
         if path.name.endswith(".index.json"):
-            found = read_as(path, _Index, "copy the whole folder again")
+            found = read_as(path, ShardIndex, "copy the whole folder again")
             check_inside(found["weight_map"].values(), path)
 
 

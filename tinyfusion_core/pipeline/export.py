@@ -92,7 +92,7 @@ def _write(recipe: Recipe, student: nn.Module, to: str, out: Path | None, folder
     target, backbone = out or folder / "export" / to, recipe.backbone
     # A folder with our mark holds no weights but those of an earlier export.
     ours = weights_in(target) if (target / MARK).exists() else []
-    there, before = target.exists(), set(target.glob("*"))
+    there, empty = target.exists(), not any(target.glob("*"))
     write_json(target / MARK, {"format_version": 1, "library": to})  # first: what a kill leaves is known to be ours
     try:
         if to == backbone.library:
@@ -105,7 +105,7 @@ def _write(recipe: Recipe, student: nn.Module, to: str, out: Path | None, folder
         else:  # a network of another kind, which is not loaded here
             backbone.export(student, to, target)
     except BaseException:
-        if not before:
+        if empty:
             for path in target.iterdir():
                 path.unlink()
             if not there:

@@ -232,9 +232,8 @@ def _comparison(stage: Comparison, plan: Plan, recipe: Recipe) -> None:
         )
     model = recipe.on_meta
     blocks = recipe.backbone.block_paths(model)
-    costs = measure(
-        stage.cost_budgets(recipe.search), Task.without_data(recipe.backbone, recipe.loss, model), recipe.trainer
-    )
+    task = Task.without_data(recipe.backbone, recipe.loss, model)
+    costs = measure(stage.cost_budgets(recipe.search), task, recipe.trainer)
     found = stage.candidates_for(recipe.search, blocks, costs)
     plan.rows.append((stage.view, f"{len(found.selectors)} candidates that keep {found.said}, {stage.seeds} seeds"))
 

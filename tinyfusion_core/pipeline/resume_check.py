@@ -19,7 +19,6 @@ from ..runtime.files import NEUTRAL, digest, write_json
 from ..runtime.locking import check_free
 from ..runtime.run_folder import RUN, RUN_RECORD, RunFolder
 from ..runtime.stages import EVALUATE, Stage, stages_of
-from ..samplers.constraints import Rules
 from ..training.trainer import NUMERICALLY_NEUTRAL
 from .recipe import Recipe, flatten
 
@@ -170,8 +169,8 @@ def _without_later(arguments: Mapping[str, Any], cls: type[Any]) -> dict[str, An
     later = {f.name: f.metadata[NEUTRAL] for f in fields(cls) if NEUTRAL in f.metadata}
     told = {key: value for key, value in arguments.items() if key not in later or value != later[key]}
     for key, hint in get_type_hints(cls).items():
-        part = next((kind for kind in (hint, *get_args(hint)) if kind is Rules), None)
-        if part is not None and isinstance(told.get(key), Mapping):
+        part = next((kind for kind in (hint, *get_args(hint)) if is_dataclass(kind)), None)
+        if isinstance(part, type) and isinstance(told.get(key), Mapping) and "class_path" not in told[key]:
             told[key] = _without_later(told[key], part)
     return told
 

@@ -48,7 +48,7 @@ def results(folder: RunFolder) -> tuple[list[str], list[tuple[str, list[str], st
     if not path.exists():
         done = ", ".join(folder.finished()) or "none"
         raise UserError(f"{folder.path}: no metrics.json: not a finished run (finished stages: {done})")
-    measurements = read_as(path, _Metrics, "restore it, or run with --restart-from evaluate")["measurements"]
+    measurements = _measurements(folder)
     names = list(measurements[0]["values"]) if measurements else []
     rows = []
     for m in measurements:
@@ -58,6 +58,10 @@ def results(folder: RunFolder) -> tuple[list[str], list[tuple[str, list[str], st
         ratio = f"{last / first:.2f}x" if len(values) > 1 and first and last is not None else ""
         rows.append((f"{m['name']} {_arrow(m['better'])}".strip(), cells, ratio, m["note"]))
     return names, rows
+
+
+def _measurements(folder: RunFolder) -> list[_Measured]:
+    return read_as(folder / "metrics.json", _Metrics, "restore it, or run with --restart-from evaluate")["measurements"]
 
 
 def results_table(folder: RunFolder) -> Table:
@@ -147,7 +151,7 @@ def _draw_decisions(folder: RunFolder, decisions: Mapping[str, Decision]) -> lis
 
 def _recovered_loss(folder: RunFolder) -> float | None:
     """The recovered network's held-out loss as a multiple of the teacher's; None if it was not measured."""
-    for measured in read_as(folder / "metrics.json", _Metrics, "")["measurements"]:
+    for measured in _measurements(folder):
         values = list(measured["values"].values())
         if measured["name"] == "held-out loss" and len(values) > 1 and values[0] and values[-1] is not None:
             return values[-1] / values[0]

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO, TypedDict
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..errors import MissingFileError, UserError
-from ..parsing.records import check_regular, read_as
+from ..parsing.records import ShardIndex, check_regular, read_as
 from ..parsing.state_dicts import chosen_entry
 from .locking import PARTIAL, check_held
 
@@ -155,7 +155,7 @@ def weight_files(path: Path) -> list[Path]:
     check_regular(path)
     if path.suffix != ".json":
         return [path]
-    index = read_as(path, _Index, "copy or download it again")
+    index = read_as(path, ShardIndex, "copy or download it again")
     names = sorted(set(index["weight_map"].values()))
     if wrong := next((name for name in names if Path(name).name != name or name in ("", "..")), None):
         raise UserError(f"{path}: names the file {wrong!r}, which is not beside it")
@@ -164,10 +164,6 @@ def weight_files(path: Path) -> list[Path]:
             f"{path.parent / missing[0]}: no such file, but {path.name} needs it; copy the whole folder"
         )
     return [path.parent / name for name in names]
-
-
-class _Index(TypedDict):
-    weight_map: dict[str, str]
 
 
 def _content(path: Path) -> Any:
