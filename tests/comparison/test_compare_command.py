@@ -168,6 +168,7 @@ def tinyfusion_register_metrics():
 """
 
 
+@pytest.mark.slow
 def test_a_comparison_takes_the_metric_of_a_plugin_file(comparing: Path, tmp_path: Path, worked: Counter[str]) -> None:
     (tmp_path / "weight.py").write_text(PLUGIN)
     settings = yaml.safe_load(comparing.read_text())

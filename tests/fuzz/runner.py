@@ -25,8 +25,8 @@ import torch
 
 from tinyfusion_core.cli import main
 
-CPU_SECONDS, WAITING_SECONDS, MEMORY = 20, 5.0, 6 << 30
-"""Limits of a case: of processor time, of waiting for nothing, and of what it may allocate in bytes."""
+CPU_SECONDS, WAITING_SECONDS, MEMORY = 20, 5.0, 12 << 30
+"""Limits of a case: of processor time, of waiting for nothing, and of the address space that it may take in bytes."""
 CANARY = "tinyfusion_canary"
 """A word in texts of a case that would do something if anything executed them."""
 TRACEBACK = 70

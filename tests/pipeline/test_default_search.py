@@ -78,6 +78,7 @@ def test_the_plan_says_what_choosing_costs(recipe: Path) -> None:
     assert dict(plan.rows)["keeps"].startswith("as few of 8 blocks as it finds to be enough; planned for 7")
 
 
+@pytest.mark.slow
 def test_a_run_prunes_to_a_quality_and_draws_it(recipe: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     how = "--search={loss: 9x, steps: 72, samples: 8, batch_size: 4}"

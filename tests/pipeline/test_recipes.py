@@ -10,6 +10,7 @@ import torch
 import yaml
 
 import tinyfusion_core as tiny
+from marks import slow_but
 from places import ROOT
 from tinyfusion_core.cli import main, parse
 from tinyfusion_core.pipeline.plan import make_plan
@@ -17,9 +18,11 @@ from tinyfusion_core.pipeline.recipe import flatten
 from tinyfusion_core.selection.search import Search
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+DEEP = ("dit_d14_d7", "dit_xl_diffusers", "flux_dev", "qwen3_8b", "sd35_large", "wan_1_3b")
+"""Networks that take many seconds to plan."""
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", slow_but(RECIPES, *(p for p in RECIPES if p.stem not in DEEP)), ids=lambda p: p.stem)
 def test_plans_on_the_meta_device_without_weights_or_data(path: Path) -> None:
     assert make_plan(tiny.load_recipe(path), comparisons=True).problems == []
 
@@ -129,6 +132,7 @@ def test_a_sampler_spelled_out_is_the_short_form() -> None:
         tiny.load_recipe(path, ["--search.pattern=null", "--search.sampler", sampler])
 
 
+@pytest.mark.slow
 def test_the_latents_that_headers_say_how_to_make_are_those_of_the_recipe() -> None:
     found = []
     for path in RECIPES:

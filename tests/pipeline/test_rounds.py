@@ -86,6 +86,7 @@ def test_each_student_is_the_next_rounds_teacher_and_source(rounds: Path, made: 
     assert before == [p.stat().st_mtime_ns for p in sorted(folder.glob("*/student/*"))]
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_in_its_round(rounds: Path, tmp_path: Path) -> None:
     places = ["d4.recover", "d2.search", "d2.recover"]
     flags = [*(f"--rounds.{place}.steps=16" for place in places), "--trainer.checkpoint_every=3"]
@@ -102,6 +103,7 @@ def test_a_killed_run_goes_on_in_its_round(rounds: Path, tmp_path: Path) -> None
     assert_same(killed, tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_changed_round_spoils_itself_and_the_later_ones(rounds: Path, made: Path, tmp_path: Path, capsys) -> None:
     folder = shutil.copytree(made, tmp_path / "run")
     first = students(folder)[0]
@@ -176,6 +178,7 @@ def test_the_small_progressive_recipe(tmp_path: Path) -> None:
     assert loss["d2"] < 0.5 * loss["d2 pruned"]
 
 
+@pytest.mark.slow
 def test_rounds_in_another_order_are_another_run(rounds: Path, tmp_path: Path, capsys) -> None:
     content = yaml.safe_load(rounds.read_text())
     content["rounds"] = {"a": ROUNDS["d4"], "b": {**ROUNDS["d4"], "recover": None}}

@@ -91,6 +91,7 @@ def test_a_run_leaves_everything_that_it_made(recipe: Path, tmp_path: Path, caps
     assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_the_same_recipe_gives_the_same_run(recipe: Path, tmp_path: Path) -> None:
     assert run(recipe, tmp_path / "a") == run(recipe, tmp_path / "b", "--trainer.checkpoint_every=1000") == 0
     assert_same_outcome_but_recipe(tmp_path / "a", tmp_path / "b")
@@ -157,11 +158,11 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("flag", "named", "stage"),
     [
         ("--recover.steps=8", "recover.steps: 4 -> 8", "recover"),
-        ("--trainer.seed=9", "trainer.seed: 3 -> 9", "search"),
-        ("--loss.label_drop=0.2", "loss.label_drop: 0.1 -> 0.2", "search"),
+        pytest.param("--trainer.seed=9", "trainer.seed: 3 -> 9", "search", marks=pytest.mark.slow),
+        pytest.param("--loss.label_drop=0.2", "loss.label_drop: 0.1 -> 0.2", "search", marks=pytest.mark.slow),
         ("--recover=null", "recover.steps: 4 -> None", "recover"),
-        ("--evaluate=[Latency]", "evaluate", "evaluate"),
-        ("--loss.cfg_scale=2", "loss.cfg_scale: 1.0 -> 2.0", "evaluate"),
+        pytest.param("--evaluate=[Latency]", "evaluate", "evaluate", marks=pytest.mark.slow),
+        pytest.param("--loss.cfg_scale=2", "loss.cfg_scale: 1.0 -> 2.0", "evaluate", marks=pytest.mark.slow),
         ("--search=null --recover=null", "search: Search -> None", "evaluate"),
     ],
 )

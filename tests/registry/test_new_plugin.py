@@ -19,6 +19,7 @@ def test_the_page_shows_the_example_as_it_is() -> None:
     assert len(EXAMPLE.splitlines()) <= 60
 
 
+@pytest.mark.slow
 def test_a_new_plugin_installs_and_passes_its_own_tests(
     tmp_path: Path, site: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -221,6 +221,7 @@ def test_a_recipe_with_a_budget_runs_plans_and_goes_on(recipe: Path, tmp_path: P
     assert json.loads((stopped / FILE).read_text()) == measured, "a search from its beginning measures"
 
 
+@pytest.mark.slow
 def test_candidates_with_a_budget_are_compared(recipe: Path, tmp_path: Path, capsys) -> None:
     candidates = {
         "learned": {"class_path": "Search", "init_args": {"budget": "0.5x", "steps": 2}},

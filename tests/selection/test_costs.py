@@ -57,6 +57,7 @@ def test_blocks_without_an_operation_that_counts_have_costs_too() -> None:
     assert min(network_costs("latency_ns", wrapped, TRAINER, batch_size=4).blocks) > 0
 
 
+@pytest.mark.slow
 def test_rules_and_samplers_in_a_recipe(recipe, capsys) -> None:
     rules = "{costs: [2, 2, 2, 2, 2, 2, 2, 4], budget: 8, protect: [0], max_run: 3}"
     sampler = f"{{class_path: ScoreFunction, init_args: {{rules: {rules}, masks: 2}}}}"

@@ -68,6 +68,7 @@ def test_a_start_is_where_the_gates_begin_and_no_more(tmp_path) -> None:
     assert list(decision.kept) == WORKING
 
 
+@pytest.mark.slow
 def test_a_prior_that_has_faded_decides_nothing() -> None:
     """Strong enough to be the mode for as long as it lasts."""
     how = {"keep": 4, "steps": 1, "update": tiny.Frozen(), "start": tiny.LastN(keep=4)}
@@ -75,6 +76,7 @@ def test_a_prior_that_has_faded_decides_nothing() -> None:
     assert list(tiny.Search(**{**how, "steps": 200}, prior=(3.0, 0.0))(task(), TRAINER).kept) == WORKING
 
 
+@pytest.mark.slow
 def test_a_prior_that_fades_makes_no_search_confident(tmp_path) -> None:
     run = tiny.RunFolder(tmp_path)
     how = tiny.Search(

@@ -68,6 +68,7 @@ def test_every_check_says_what_it_looks_at() -> None:
         assert (check.__doc__ or "").strip().endswith("."), check
 
 
+@pytest.mark.slow
 def test_the_command_line_gives_a_verdict(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check-plugin", "sit"]) == 0
     out = capsys.readouterr().out

@@ -29,6 +29,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_it_passes_its_own_tests(installed: Path) -> None:
     own_tests(installed / "source", installed / "site")
 

@@ -78,6 +78,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_two_processes_see_the_numbers_of_one(tmp_path: Path, alone: dict[str, Any]) -> None:
     # Replicated in passes of two samples; sharded, each process its own half in one pass. Then stopped, and resumed
     # in one process; and what one process has begun they finish. Then one process drifts away.

@@ -136,7 +136,7 @@ import sys; sys.path.insert(0, sys.argv[1])
 import torch, tinyfusion_core as tiny
 from toys import Match, Planted, planted_data
 task = tiny.Task(backbone=Planted(), loss=Match(), train=planted_data(), held_out=planted_data(16))
-search = tiny.Search(pattern=(4, 8), steps=120, lr_gates=1e-2)
+search = tiny.Search(pattern=(4, 8), steps=60, lr_gates=2e-2)
 decision = search(task, tiny.Trainer(batch_size=16, precision="bf16"))
 assert list(decision.kept) == [1, 3, 4, 7], decision
 assert {p.dtype for p in task.teacher.parameters()} == {torch.float32}

@@ -135,6 +135,7 @@ def test_draws_depend_on_the_seed_and_the_image_alone(tiny_vae: Path, images: Pa
     assert not torch.allclose(latents(seed=1).sort(0).values, first.sort(0).values, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_two_processes_and_a_kill_make_what_one_makes(tiny_vae: Path, images: Path, tmp_path: Path) -> None:
     words = [str(images), "--vae", str(tiny_vae), "--name", "tiny", "--size", str(SIZE), "--flip"]
     words += ["--shard-size", "1", "--batch-size", "1"]

@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from llm_toys import folder, tokenizer
+from marks import slow_but
 from tinyfusion_core.cli import main
 from tinyfusion_core.evaluation.metrics import count_flops
 from tinyfusion_llm import CausalLM, NextToken
@@ -47,7 +48,7 @@ def recipe(tmp_path: Path, family: str, update: str = "LoRA", **more: Any) -> st
     return str(tmp_path / "recipe.yaml")
 
 
-@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("family", slow_but(MIXTURES, "qwen3_moe", "gpt_oss"))
 def test_mixtures_of_experts_are_planned(family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["validate", recipe(tmp_path, family, **MIXTURES[family])]) == 0
     said = capsys.readouterr().out
@@ -70,7 +71,11 @@ def test_operations_do_not_depend_on_the_dtype(family: str, tmp_path: Path) -> N
     ("family", "more"),
     [
         ("mamba2", {**SPACE, "num_heads": 4, "head_dim": 16}),
-        ("falcon_h1", {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4, "head_dim": 8}),
+        pytest.param(
+            "falcon_h1",
+            {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4, "head_dim": 8},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_infinity_survives_a_config(
