@@ -8,17 +8,17 @@ demo: .venv/.ready
 	$(BIN)/tinyfusion run recipes/quickstart.yaml
 
 test: .venv/.ready lint
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist worksteal
 
 test-all: .venv/.ready lint
-	$(BIN)/pytest -n 2 -m "slow or not slow"
+	$(BIN)/pytest -n 2 --dist worksteal -m "slow or not slow"
 
 # What rounding can change, with the instructions and the threads of other processors.
 CPUS := TINYFUSION_TEST_THREADS=1 TINYFUSION_TEST_THREADS=2 TINYFUSION_TEST_THREADS=4 \
 	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=AVX2
 
 test-cpus: .venv/.ready
-	for cpu in $(CPUS); do echo "$$cpu" && env "$$cpu" $(BIN)/pytest -n 2 -m "numerics and not slow" || exit 1; done
+	for cpu in $(CPUS); do echo "$$cpu" && env "$$cpu" $(BIN)/pytest -n 2 --dist worksteal -m "numerics and not slow" || exit 1; done
 
 lint: .venv/.ready
 	$(BIN)/ruff check .
