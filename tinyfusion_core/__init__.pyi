@@ -37,7 +37,9 @@ from .pruning.prune import push_to_hub as push_to_hub
 from .pruning.prune import save_pretrained as save_pretrained
 from .pruning.weight_update import Frozen as Frozen
 from .pruning.weight_update import Full as Full
+from .pruning.weight_update import LastBlocks as LastBlocks
 from .pruning.weight_update import LoRA as LoRA
+from .pruning.weight_update import Matching as Matching
 from .pruning.weight_update import WeightUpdate as WeightUpdate
 from .registry.hooks import API_VERSION as API_VERSION
 from .registry.hooks import hookimpl as hookimpl

@@ -70,10 +70,10 @@ def tinyfusion_register_samplers() -> list[type[BlockSampler]]:
 
 @hookimpl
 def tinyfusion_register_weight_updates() -> list[type[WeightUpdate]]:
-    """Weight updates during a search: none, low-rank, full."""
-    from .pruning.weight_update import Frozen, Full, LoRA
+    """Which weights move in a search or a recovery."""
+    from .pruning.weight_update import Frozen, Full, LastBlocks, LoRA, Matching
 
-    return [Frozen, LoRA, Full]
+    return [Frozen, LoRA, LastBlocks, Matching, Full]
 
 
 @hookimpl

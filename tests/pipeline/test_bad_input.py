@@ -70,7 +70,7 @@ def wrong(recipe: Path, capsys, *flags: str, command: str = "run") -> str:
         (["--search.ema", "2"], "search.ema is 2.0; expected a decay"),
         (["--search.tau", "[4, 0]"], "search.tau is (4.0, 0.0); expected temperatures above 0"),
         (["--search.lr_gates", "-1"], "search.lr_gates is -1.0"),
-        (["--search.update.rank", "0"], "search.update.rank is 0; expected at least 1"),
+        (["--search.update.rank", "0"], "update.rank is 0; expected at least 1"),
         (["--search.update.targets", "(("], "'((' is no regular expression"),
         (["--evaluate", "[{class_path: Latency, init_args: {rounds: 0}}]"], "Latency.rounds is 0"),
         (["--loss.learn_sigma", "true"], "loss.learn_sigma is true, but the network has 1 output channels"),

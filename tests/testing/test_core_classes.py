@@ -28,7 +28,7 @@ SAMPLERS = [
     tiny.ExactK(LISTS, Rules(keep={"first": 3, "second": 1}, max_run=2)),
     tiny.ScoreFunction(LISTS, Rules(costs=(1, 2, 3, 4, 4, 3, 2, 1), budget=10, together=((0, 7),))),
 ]
-UPDATES = [tiny.Frozen, tiny.LoRA, tiny.Full]
+UPDATES = [tiny.Frozen, tiny.LoRA, tiny.Full, tiny.LastBlocks(blocks=2), tiny.Matching(".*weight")]
 DISTILLATIONS = [tiny.OutputKD, tiny.MaskedKD, tiny.MaskedKD(sigma=1.0, mask="separate", taps=[(0, 1)])]
 SEARCHES = [
     *(SEARCH, tiny.Search(pattern=[2, 4], steps=3), tiny.Search(keep=5, steps=3, start=tiny.Uniform(keep=5))),

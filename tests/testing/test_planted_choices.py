@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -283,6 +283,23 @@ class BeginsElsewhere(tiny.WeightUpdate):
             yield weights
 
 
+class ForgetsInTheEnd(tiny.LoRA):
+    def merged(self, model: nn.Module, blocks: Sequence[str]) -> AbstractContextManager[list[nn.Parameter]]:
+        return self.applied(model, blocks)
+
+
+class StandsStillAfterwards(tiny.WeightUpdate):
+    def applied(self, model: nn.Module, blocks: Sequence[str]) -> AbstractContextManager[list[nn.Parameter]]:
+        return tiny.Full().applied(model, blocks)
+
+    @contextmanager
+    def merged(self, model: nn.Module, blocks: Sequence[str]) -> Iterator[list[nn.Parameter]]:
+        weights = [*model.get_submodule(blocks[0]).parameters()]
+        yield weights
+        for p in weights:
+            p.requires_grad_(False)
+
+
 class BeyondTheEnd(tiny.OutputKD):
     def taps_for(self, decision: tiny.Decision) -> list[tuple[int, int]]:
         return [(len(decision.blocks) - 1, len(decision.blocks) - 1)]
@@ -331,6 +348,8 @@ BROKEN: list[tuple[str, type, str]] = [
     ("undone", ForgetsBuffers, r"changes the network, after training: \['first\.0\.centre\.mean'"),
     ("undone", ForgetsAfterAnException, r"changes the network, after an exception"),
     ("undone", LeavesModules, r"after training: hooks of first\.0"),
+    ("stays", ForgetsInTheEnd, "ForgetsInTheEnd does not keep what it has learned"),
+    ("stays", StandsStillAfterwards, r"changed, after merging: requires_grad of first\.0"),
     ("updated_weights", YieldsAPart, "yields other weights than those that require a gradient"),
     ("updated_weights", BeginsElsewhere, "before it has learned anything"),
     ("matched_blocks", BeyondTheEnd, "matches 7 of 4 blocks with 7 of 8"),

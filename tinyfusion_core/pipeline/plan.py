@@ -191,6 +191,8 @@ def _train(
     _memory(plan, recipe, f"{prefix}{stage.name}", how, needs)
     if how.kd is not None and decision is None:
         plan.problems.append("train.kd: a fresh network has no teacher to learn from; distillation goes with recover")
+    if how.update is not None and decision is None:
+        plan.problems.append("train.update: a fresh network has to learn every weight; leave it out")
 
 
 def _prefix(stage: Stage) -> str:
@@ -240,6 +242,7 @@ def _comparison(stage: Comparison, plan: Plan, recipe: Recipe) -> None:
 
 def _training(recipe: Recipe, stage: Recover) -> str:
     kd = "" if stage.kd is None else f", {type(stage.kd).__name__}"
+    kd += "" if stage.update is None else f", moves {type(stage.update).__name__}"
     return f"{_budget(recipe, stage)}, {stage.schedule} schedule from {stage.lr:g}{kd}"
 
 

@@ -19,11 +19,14 @@ from ..runtime.files import NEUTRAL, digest, write_json
 from ..runtime.locking import check_free
 from ..runtime.run_folder import RUN, RUN_RECORD, RunFolder
 from ..runtime.stages import EVALUATE, Stage, stages_of
-from ..training.trainer import NUMERICALLY_NEUTRAL
+from ..training.recover import Recover
+from ..training.trainer import NUMERICALLY_NEUTRAL, Trainer
 from .recipe import Recipe, flatten
 
 OTHER_COMMANDS = ("compare", "audit")
 """Sections that a run ignores."""
+PLAIN: Mapping[str, type[Any]] = {"trainer": Trainer, "train": Recover, "recover": Recover}
+"""Sections of one class."""
 
 
 class Resume(NamedTuple):
@@ -129,7 +132,10 @@ def stage_keys(recipe: Recipe) -> dict[str, str]:
 
 def run_fingerprint(recipe: Recipe) -> dict[str, Any]:
     """Return every setting and input file that can change a result, by key. The content of data sets is not hashed."""
-    flat = flatten(_as_first_told(recipe.settings))
+    told = _as_first_told(recipe.settings)
+    for part in (told, *(told.get("rounds") or {}).values()):
+        part.update({name: _without_later(part[name], cls) for name, cls in PLAIN.items() if part.get(name)})
+    flat = flatten(told)
     settings = {
         key: value
         for key, value in flat.items()

@@ -1,4 +1,4 @@
-"""Weight updates trained jointly with the gates, so that the search sees what fine-tuning could recover."""
+"""Which weights move: in a search, to see what fine-tuning could recover, and in a recovery, for good."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..protocols.undisturbed import undisturbed
 
 
 class WeightUpdate(Settings, ABC):
-    """How the weights may change during a search. The original weights are always restored."""
+    """Which weights may change, and how: in a search, after which they are restored, or in a recovery."""
 
     @abstractmethod
     def applied(self, model: nn.Module, blocks: Sequence[str]) -> AbstractContextManager[list[nn.Parameter]]:
@@ -31,6 +31,16 @@ class WeightUpdate(Settings, ABC):
             model: the network.
             blocks: paths of its blocks.
         """
+
+    def merged(self, model: nn.Module, blocks: Sequence[str]) -> AbstractContextManager[list[nn.Parameter]]:
+        """As `applied`, but what was learned stays in the weights, and buffers keep their last values.
+
+        Where the context ends with an exception, the values of the weights are undefined.
+
+        Raises:
+            UserError: it is an update that can only be undone.
+        """
+        raise UserError(f"recover.update: {type(self).__name__} is for a search, and leaves nothing in the weights")
 
 
 @dataclass(frozen=True)
@@ -61,15 +71,34 @@ class LoRA(WeightUpdate):
     targets: str | None = None
 
     def __post_init__(self) -> None:
-        require(self.rank >= 1, "search.update.rank", self.rank, "at least 1")
-        try:
-            re.compile(self.targets or "")
-        except re.error as e:
-            raise UserError(f"search.update.targets: '{self.targets}' is no regular expression ({e})") from None
+        require(self.rank >= 1, "update.rank", self.rank, "at least 1")
+        _check_pattern(self.targets or "")
 
     @contextmanager
     @override
     def applied(self, model: nn.Module, blocks: Sequence[str]) -> Iterator[list[nn.Parameter]]:
+        with undisturbed(model), self._adapted(model, blocks) as weights:
+            yield weights
+
+    @contextmanager
+    @override
+    def merged(self, model: nn.Module, blocks: Sequence[str]) -> Iterator[list[nn.Parameter]]:
+        from peft.tuners.lora import LoraLayer
+
+        flags = [(p, p.requires_grad) for p in model.parameters()]
+        try:
+            with self._adapted(model, blocks) as weights:
+                yield weights
+                for module in model.modules():
+                    if isinstance(module, LoraLayer):
+                        module.merge()
+        finally:
+            for p, flag in flags:
+                p.requires_grad_(flag)
+
+    @contextmanager
+    def _adapted(self, model: nn.Module, blocks: Sequence[str]) -> Iterator[list[nn.Parameter]]:
+        """Replace layers by peft's, and put them back in the end."""
         from peft import LoraConfig, LoraModel
         from transformers.pytorch_utils import Conv1D  # a linear layer, of GPT-2
 
@@ -81,44 +110,132 @@ class LoRA(WeightUpdate):
             targets, advice = self.targets, f"'{self.targets}' matches no layer; paths are like {next(iter(layers))}"
         chosen = [module for name, module in layers.items() if re.fullmatch(targets, name)]
         if not chosen:
-            raise UserError(f"search.update{'.targets' * bool(self.targets)}: {advice} ({type(model).__name__})")
+            raise UserError(f"update{'.targets' * bool(self.targets)}: {advice} ({type(model).__name__})")
         children = [(module, dict(module._modules)) for module in model.modules()]
-        with undisturbed(model):
-            config = LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=targets)  # type: ignore[arg-type]
-            try:
-                with warnings.catch_warnings():  # that a Conv1D has its weight transposed, which peft sees by itself
-                    warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")
-                    try:
-                        LoraModel(model, config, "recoverability")
-                    except ValueError as e:
-                        reason = " ".join(str(e).split())
-                        raise UserError(
-                            f"search.update: peft cannot adapt these layers ({reason}); set search.update.targets, a "
-                            "regular expression of layers that it can, or update: Full or Frozen"
-                        ) from None
-                yield [p for p in model.parameters() if p.requires_grad]
-            finally:  # not by peft, which an exception while it wraps the layers leaves half done
-                for module, before in children:
-                    module._modules.update(before)
-                model.__dict__.pop("peft_config", None)
+        config = LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=targets)  # type: ignore[arg-type]
+        try:
+            with warnings.catch_warnings():  # that a Conv1D has its weight transposed, which peft sees by itself
+                warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")
+                try:
+                    LoraModel(model, config, "recoverability")
+                except ValueError as e:
+                    reason = " ".join(str(e).split())
+                    raise UserError(
+                        f"update: peft cannot adapt these layers ({reason}); set update.targets, a regular expression "
+                        "of layers that it can, or another update, such as Full"
+                    ) from None
+            yield [p for p in model.parameters() if p.requires_grad]
+        finally:  # not by peft, which an exception while it wraps the layers leaves half done
+            for module, before in children:
+                module._modules.update(before)
+            model.__dict__.pop("peft_config", None)
 
 
-@dataclass(frozen=True)
-class Full(WeightUpdate):
-    """Every weight of the model is trained; a copy on the CPU restores it."""
+class _Direct(WeightUpdate):
+    """Some of the weights themselves are trained; copies on the CPU restore them."""
+
+    @abstractmethod
+    def _chosen(self, model: nn.Module, blocks: Sequence[str]) -> list[nn.Parameter]:
+        """Return the weights to train, among those that require a gradient."""
 
     @contextmanager
     @override
     def applied(self, model: nn.Module, blocks: Sequence[str]) -> Iterator[list[nn.Parameter]]:
-        # A network that is only planned with, on the meta device, has no values to restore.
-        original = [(p, p.detach().to("meta" if p.is_meta else "cpu", copy=True)) for p in model.parameters()]
-        with undisturbed(model):
+        with undisturbed(model), self.merged(model, blocks) as weights:
+            # A network that is only planned with, on the meta device, has no values to restore.
+            original = [(p, p.detach().to("meta" if p.is_meta else "cpu", copy=True)) for p in weights]
             try:
-                yield [p for p in model.parameters() if p.requires_grad]
+                yield weights
             finally:
                 with torch.no_grad():
                     for p, values in original:
                         p.copy_(values)
+
+    @contextmanager
+    @override
+    def merged(self, model: nn.Module, blocks: Sequence[str]) -> Iterator[list[nn.Parameter]]:
+        weights = self._chosen(model, blocks)
+        chosen = {id(p) for p in weights}
+        still = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
+        try:
+            for p in still:
+                p.requires_grad_(False)
+            yield weights
+        finally:
+            for p in still:
+                p.requires_grad_(True)
+
+
+@dataclass(frozen=True)
+class Full(_Direct):
+    """Every weight of the model is trained."""
+
+    @override
+    def _chosen(self, model: nn.Module, blocks: Sequence[str]) -> list[nn.Parameter]:
+        return [p for p in model.parameters() if p.requires_grad]
+
+
+@dataclass(frozen=True)
+class LastBlocks(_Direct):
+    """The last blocks are trained, and the head; the rest stands still.
+
+    Args:
+        blocks: how many of the last blocks.
+        head: whether what the network registers after its blocks is trained too: norms, output layers. A head that
+            shares its weight with the embedding moves both.
+    """
+
+    blocks: int = 3
+    head: bool = True
+
+    def __post_init__(self) -> None:
+        require(self.blocks >= (0 if self.head else 1), "update.blocks", self.blocks, "at least 1, or 0 with the head")
+
+    @override
+    def _chosen(self, model: nn.Module, blocks: Sequence[str]) -> list[nn.Parameter]:
+        paths = tuple(f"{path}." for path in list(blocks)[max(0, len(blocks) - self.blocks) :])
+        named = list(model.named_parameters(remove_duplicate=False))
+        inside = [i for i, (name, _) in enumerate(named) if name.startswith(tuple(f"{path}." for path in blocks))]
+        first = max(inside, default=-1) + 1 if self.head else len(named)
+        chosen = [p for i, (name, p) in enumerate(named) if i >= first or (paths and name.startswith(paths))]
+        return _required(chosen, "update: this network registers nothing after its blocks; train some of them too")
+
+
+@dataclass(frozen=True)
+class Matching(_Direct):
+    """The weights are trained whose paths match a pattern; the rest stands still.
+
+    Args:
+        targets: regular expression that a parameter's full path must match, such as `.*(norm|bias).*`.
+    """
+
+    targets: str
+
+    def __post_init__(self) -> None:
+        _check_pattern(self.targets)
+
+    @override
+    def _chosen(self, model: nn.Module, blocks: Sequence[str]) -> list[nn.Parameter]:
+        named = dict(model.named_parameters(remove_duplicate=False))
+        chosen = [p for name, p in named.items() if re.fullmatch(self.targets, name)]
+        return _required(
+            chosen, f"update.targets: '{self.targets}' matches no parameter; paths are like {next(iter(named), '')}"
+        )
+
+
+def _required(weights: Sequence[nn.Parameter], otherwise: str) -> list[nn.Parameter]:
+    """Those that require a gradient, each once; there must be one."""
+    chosen = list({id(p): p for p in weights if p.requires_grad}.values())
+    if not chosen:
+        raise UserError(otherwise)
+    return chosen
+
+
+def _check_pattern(pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as e:
+        raise UserError(f"update.targets: '{pattern}' is no regular expression ({e})") from None
 
 
 def _adaptable(name: str, module: nn.Module, blocks: Sequence[str], transposed: type[nn.Module]) -> bool:

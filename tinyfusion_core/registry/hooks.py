@@ -95,7 +95,7 @@ KINDS = {
     "weight_update": Kind(
         "tinyfusion_register_weight_updates",
         "tinyfusion_core.pruning.weight_update:WeightUpdate",
-        "`search.update`",
+        "`search.update`, `recover.update`",
     ),
     "distillation": Kind(
         "tinyfusion_register_distillations",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -14,8 +17,10 @@ from ..protocols.backbone import Batch
 from ..protocols.task import Task
 from ..protocols.undisturbed import evaluating
 from ..pruning.decision import Decision
+from ..pruning.weight_update import Full, WeightUpdate
+from ..runtime.files import NEUTRAL
 from ..runtime.run_folder import RunFolder
-from ..runtime.seeding import Rng
+from ..runtime.seeding import Rng, seed_of
 from .distillation import Distilled, OutputKD
 from .loop import Fit
 from .objective import Ema, Objective, Optimization, cosine, ema_decay
@@ -37,6 +42,8 @@ class Recover(Settings):
         clip: largest norm of the gradient.
         ema: decay of the average of the weights, which is the result; default 1 - 10 / steps, which is the paper's
             0.9999 at 100,000 steps. 0 returns the last weights.
+        update: what moves: `LoRA`, `LastBlocks` or `Matching`, and is merged into the weights in the end; null is
+            every weight.
     """
 
     kd: OutputKD | None = None
@@ -48,6 +55,7 @@ class Recover(Settings):
     weight_decay: float = 0.0
     clip: float = 1.0
     ema: float | None = None
+    update: WeightUpdate | None = field(default=None, metadata={NEUTRAL: None})
 
     def __post_init__(self) -> None:
         stage = "(of recover or train)"
@@ -100,19 +108,34 @@ class Recover(Settings):
                     f"the decision keeps {len(decision.kept)} blocks, the student has {depth}: give its own"
                 )
         trainer = trainer.with_batch_size(self.batch_size)
+        if decision is None and self.update is not None:
+            raise UserError("train.update: a fresh network has to learn every weight; leave it out")
         trainer.to_device(student).train()
+        moving = (self.update or Full()).merged(student, task.backbone.block_paths(student))
+        with ExitStack() as stack:
+            with torch.random.fork_rng():
+                torch.manual_seed(seed_of(trainer.seed, stage, "update"))  # LoRA draws its initial values
+                weights = stack.enter_context(moving)
+            self._fit(task, student, decision, trainer, run, stage, weights)
+        return student.eval()
+
+    def _fit(
+        self,
+        task: Task,
+        student: nn.Module,
+        decision: Decision | None,
+        trainer: Trainer,
+        run: RunFolder | None,
+        stage: str,
+        weights: Sequence[nn.Parameter],
+    ) -> None:
+        """Train these weights of the student; they become their average, if there is one."""
         objective = self._objective(task, student, decision, trainer)
         decay = ema_decay(stage, self.steps, self.ema)
         ema = Ema(student, decay) if decay else None
         averaged = ema.average.module if ema else None  # copied before the blocks' forward is taken over
         optimization = Optimization(
-            groups=[
-                {
-                    "params": [p for p in student.parameters() if p.requires_grad],
-                    "lr": self.lr,
-                    "weight_decay": self.weight_decay,
-                }
-            ],
+            groups=[{"params": weights, "lr": self.lr, "weight_decay": self.weight_decay}],
             steps=self.steps,
             schedule=cosine(self.lr_final / self.lr) if self.schedule == "cosine" else lambda progress: 1.0,
             clip=self.clip,
@@ -124,7 +147,6 @@ class Recover(Settings):
             Fit(trainer, stage, objective, task.train, task.loss.prepare, optimization, run).run()
         if averaged is not None:
             student.load_state_dict(averaged.state_dict())
-        return student.eval()
 
     def _objective(self, task: Task, student: nn.Module, decision: Decision | None, trainer: Trainer) -> Objective:
         if self.kd is None:

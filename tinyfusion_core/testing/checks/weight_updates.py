@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...errors import UserError
 from ...pruning.weight_update import WeightUpdate
-from ..assertions import expect, expect_same
+from ..assertions import expect, expect_close, expect_same
 from ..small_network import changes, modes_of, small_task, values_of
 from ..subject import made
 
@@ -72,7 +73,25 @@ def check_updated_weights(subject: UpdateSubject) -> None:
         expect(all(p.grad is not None for p in weights), f"{subject.name} yields weights without a gradient")
 
 
-UPDATE_CHECKS = (check_undone, check_updated_weights)
+def check_stays(subject: UpdateSubject) -> None:
+    """What is trained in `merged` stays: the network gives what it gave, and has its own modules; or it refuses."""
+    task = small_task()
+    modes = modes_of(task.teacher)
+    try:
+        with subject.update.merged(task.teacher, task.blocks) as weights:
+            with torch.no_grad():
+                for p in weights:
+                    p.add_(0.25)
+            trained = _loss(task.teacher).detach()
+    except UserError:
+        return
+    found = _loss(task.teacher).detach()
+    expect_close(found, trained, 1e-5, f"{subject.name} does not keep what it has learned", float(trained))
+    changed = changes(modes, modes_of(task.teacher))
+    expect(not changed, f"{subject.name} leaves the network changed, after merging: {', '.join(changed[:3])}")
+
+
+UPDATE_CHECKS = (check_undone, check_updated_weights, check_stays)
 
 
 def _loss(model: nn.Module) -> torch.Tensor:

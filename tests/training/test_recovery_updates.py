@@ -1,0 +1,197 @@
+"""What moves in a recovery: low-rank updates, the last blocks, weights by their paths."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import mse_loss
+
+import tinyfusion_core as tiny
+from small_run import run
+from tinyfusion_core.cli import main
+from tinyfusion_core.protocols.backbone import Batch
+from tinyfusion_core.pruning.weight_update import WeightUpdate
+from toys import Residual
+
+pytestmark = pytest.mark.numerics
+TRAINER = tiny.Trainer(batch_size=32, seed=0)
+UPDATES = {
+    "LoRA": tiny.LoRA(rank=2),
+    "last block and head": tiny.LastBlocks(blocks=1),
+    "head": tiny.LastBlocks(blocks=0),
+    "biases": tiny.Matching(".*bias"),
+    "all": tiny.Full(),
+}
+MOVES = {
+    "LoRA": {"layers.0.linear.weight", "layers.1.linear.weight"},
+    "last block and head": {"layers.1.linear.weight", "layers.1.linear.bias", "head.weight", "head.bias"},
+    "head": {"head.weight", "head.bias"},
+    "biases": {"layers.0.linear.bias", "layers.1.linear.bias", "head.bias", "norm.bias", "stem.bias"},
+}
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 0.5 * self.linear(x)
+
+
+class Network(nn.Module):
+    def __init__(self, depth: int = 4) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Linear(8, 8), nn.LayerNorm(8)
+        self.layers = nn.ModuleList(Block() for _ in range(depth))
+        self.head = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.stem(x))
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+def task_of(model: nn.Module) -> tiny.Task:
+    """The network has to become what it was when this was called."""
+    x = torch.randn(512, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        y = model(x)
+
+    def loss(model: nn.Module, batch: Batch) -> torch.Tensor:
+        return mse_loss(model(batch["x"]), batch["y"], reduction="none").mean(1)
+
+    return tiny.wrap(model, blocks="layers.*", loss_fn=loss, data={"x": x, "y": y})
+
+
+def pruned() -> tuple[tiny.Task, nn.Module, tiny.Decision]:
+    torch.manual_seed(0)
+    task = task_of(Network().eval())
+    decision = tiny.Keep([0, 3])(task, TRAINER)
+    return task, tiny.prune(task, decision), decision
+
+
+def loss_of(task: tiny.Task, model: nn.Module) -> float:
+    with torch.no_grad():
+        return task.loss.losses(model.eval(), task.train.__getitems__(list(range(256)))).mean().item()
+
+
+@pytest.mark.parametrize("name", UPDATES)
+def test_it_recovers_and_moves_nothing_else(name: str) -> None:
+    task, student, decision = pruned()
+    before, at_first = {k: v.clone() for k, v in student.state_dict().items()}, loss_of(task, student)
+    kinds = [type(module) for module in student.modules()]
+    recovered = tiny.Recover(steps=150, lr=1e-2, lr_final=1e-3, update=UPDATES[name])(task, student, decision, TRAINER)
+    assert loss_of(task, recovered) < 0.95 * at_first
+    after = recovered.state_dict()
+    assert after.keys() == before.keys()
+    assert kinds == [type(module) for module in recovered.modules()]
+    assert all(p.requires_grad for p in recovered.parameters())
+    moved = {key for key, _ in recovered.named_parameters() if not torch.equal(after[key], before[key])}
+    if name in MOVES:
+        assert moved == MOVES[name]
+
+
+def test_every_weight_is_what_was_trained_before_there_was_a_choice() -> None:
+    found = []
+    for update in (None, tiny.Full()):
+        task, student, decision = pruned()
+        found.append(tiny.Recover(steps=5, update=update)(task, student, decision, TRAINER).state_dict())
+    assert all(torch.equal(v, found[1][k]) for k, v in found[0].items())
+
+
+def test_an_update_of_rank_two_repairs_damage_of_rank_two() -> None:
+    torch.manual_seed(0)
+    model = Network().eval()
+    task = task_of(model)
+    damaged, decision = tiny.prune(task, keep := tiny.Keep([0, 1, 2, 3])(task, TRAINER)), keep
+    with torch.no_grad():
+        damaged.layers[2].linear.weight += torch.randn(8, 2) @ torch.randn(2, 8)
+    at_first = loss_of(task, damaged)
+    how: dict[str, Any] = {"steps": 600, "lr": 3e-2, "lr_final": 0.0, "ema": 0.0}
+    only = r"layers\.2\.linear"
+    for rank, left in ((2, 1e-4), (1, None)):
+        student = tiny.prune(task, decision)
+        student.load_state_dict(damaged.state_dict())
+        recovered = tiny.Recover(**how, update=tiny.LoRA(rank=rank, targets=only))(task, student, decision, TRAINER)
+        change = recovered.layers[2].linear.weight - damaged.layers[2].linear.weight
+        assert torch.linalg.matrix_rank(change.double(), rtol=1e-4).item() == rank
+        assert left is None or loss_of(task, recovered) < left * at_first
+
+
+@pytest.mark.parametrize("name", ["LoRA", "last block and head"])
+def test_it_goes_on_bit_for_bit(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tinyfusion_core.runtime.run_folder import RunFolder
+
+    class Stop(Exception):
+        pass
+
+    log = RunFolder.log
+
+    def stop_late(self: RunFolder, stage: str, step: int, values: dict[str, Any]) -> None:
+        log(self, stage, step, values)
+        if step == 8:
+            raise Stop
+
+    trainer, found = tiny.Trainer(batch_size=32, seed=0, checkpoint_every=3, log_every=2), []
+    for folder, stops in (("whole", False), ("stopped", True)):
+        task, student, decision = pruned()
+        recover, place = tiny.Recover(steps=12, update=UPDATES[name]), RunFolder(tmp_path / folder)
+        (tmp_path / folder).mkdir()
+        if stops:
+            with monkeypatch.context() as patch:
+                patch.setattr(RunFolder, "log", stop_late)
+                with pytest.raises(Stop):
+                    recover(task, student, decision, trainer, place)
+            task, student, decision = pruned()
+        found.append(recover(task, student, decision, trainer, place).state_dict())
+    assert all(torch.equal(v, found[1][k]) for k, v in found[0].items())
+
+
+@pytest.mark.parametrize(
+    ("update", "message"),
+    [
+        (tiny.Frozen(), "recover.update: Frozen is for a search, and leaves nothing in the weights"),
+        (tiny.Matching("block.*"), r"update.targets: 'block\.\*' matches no parameter; paths are like stem.weight"),
+        (tiny.LoRA(targets="x"), "update.targets: 'x' matches no layer"),
+    ],
+)
+def test_what_moves_nothing_is_refused(update: WeightUpdate, message: str) -> None:
+    task, student, decision = pruned()
+    before = {k: v.clone() for k, v in student.state_dict().items()}
+    with pytest.raises(tiny.UserError, match=message):
+        tiny.Recover(steps=2, update=update)(task, student, decision, TRAINER)
+    assert all(torch.equal(v, before[k]) for k, v in student.state_dict().items())
+
+
+def test_a_network_without_a_head_has_only_blocks_to_train() -> None:
+    model = nn.Module()
+    model.layers = nn.ModuleList(Residual(8, 1.0) for _ in range(2))
+    with (
+        pytest.raises(tiny.UserError, match="registers nothing after its blocks"),
+        tiny.LastBlocks(blocks=0).merged(model, ["layers.0", "layers.1"]),
+    ):
+        pass
+    with pytest.raises(tiny.UserError, match=r"update.blocks is 0; expected at least 1"):
+        tiny.LastBlocks(blocks=0, head=False)
+
+
+def test_a_recipe_says_what_moves_plans_it_and_goes_on(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--search={class_path: FirstN, init_args: {keep: 4}}", "--recover.update={class_path: LastBlocks}"]
+    assert main(["validate", str(recipe), *flags]) == 0
+    said = capsys.readouterr().out
+    assert "moves LastBlocks" in said
+    memory = [line for line in said.splitlines() if "recover: memory" in line]
+    assert main(["validate", str(recipe), flags[0]]) == 0
+    assert memory != [line for line in capsys.readouterr().out.splitlines() if "recover: memory" in line]
+    assert run(recipe, tmp_path / "run", *flags, "--evaluate=[]") == 0
+    assert run(recipe, tmp_path / "run", *flags, "--evaluate=[]", "--recover.update.blocks=2") == 2
+    assert "recover.update.blocks: 3 -> 2" in capsys.readouterr().err
+    assert run(recipe, tmp_path / "other", "--train={steps: 2, update: LoRA}", "--recover=null", "--search=null") == 2
