@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
@@ -37,11 +38,17 @@ def _thawed_at_the_end() -> Iterator[None]:
     gc.unfreeze()
 
 
-@pytest.fixture(autouse=True, scope="module")
+FROZEN = {"modules": 0}
+"""How many modules were imported when what is alive was last left out of collections."""
+
+
+@pytest.fixture(autouse=True)
 def _quick_collections() -> None:
     """Every training ends with a garbage collection, which looks at all that was ever imported: half a second."""
-    gc.collect()
-    gc.freeze()
+    if (imported := len(sys.modules)) > FROZEN["modules"] + 20:
+        FROZEN["modules"] = imported
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture

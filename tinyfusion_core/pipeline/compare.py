@@ -23,7 +23,7 @@ from ..runtime.progress import plain_console
 from ..runtime.run_folder import COMPARISON_RESULTS
 from .plan import make_comparison_plan
 from .recipe import Recipe
-from .run import make_task
+from .run import keep_what_is_loaded, make_task
 
 
 def compare_recipe(recipe: Recipe, view: str, run_dir: Path | str, command: str = "") -> tuple[ComparisonResults, Path]:
@@ -49,6 +49,7 @@ def compare_recipe(recipe: Recipe, view: str, run_dir: Path | str, command: str 
     assert recipe.recover is not None  # else the plan has a problem
     task = make_task(recipe)
     check_teacher(task, recipe.trainer)
+    keep_what_is_loaded()
     results = stage(task, recipe.recover, recipe.trainer, run_dir, recipe.search, recipe.evaluate)
 
     def keep() -> Path:
