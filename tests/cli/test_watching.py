@@ -120,11 +120,11 @@ def test_a_race_shows_who_proposes_and_who_recovers(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("".join(line(step) for step in range(10, 60, 10)))
     parts = tmp_path / "checkpoints" / "search"
     parts.mkdir(parents=True)
-    now = {"cell": "", "what": "Search proposes", "done": 0, "total": 300, "steps": 150}
+    now = {"part": "", "what": "Search proposes", "done": 0, "total": 300, "steps": 150}
     (parts / "now.json").write_text(json.dumps(now))
     out = frame(tmp_path)
     assert "0 of 300" in out and "Search proposes" in out and "50 of 150" in out
-    now = {"cell": "race 1 of ab", "what": "race 1: recovers 0 3", "done": 40, "total": 300, "steps": 12}
+    now = {"part": "race 1 of ab", "what": "race 1: recovers 0 3", "done": 40, "total": 300, "steps": 12}
     (parts / "now.json").write_text(json.dumps(now))
     assert "40 of 300" in (out := frame(tmp_path)) and "50 of 150" not in out
     (parts / "race 1 of ab").mkdir()
@@ -136,11 +136,11 @@ def test_a_comparison_shows_its_cells(tmp_path: Path) -> None:
     cells = tmp_path / "cells"
     (cells / "healing-ab").mkdir(parents=True)
     (cells / "decision-cd.json").write_text("{}")
-    now = {"cell": "healing-ab", "what": "Uniform, seed 3: recovering", "done": 4, "total": 30}
+    now = {"part": "healing-ab", "what": "Uniform, seed 3: recovering", "done": 4, "total": 30}
     (cells / "now.json").write_text(json.dumps(now))
     (cells / "healing-ab" / "metrics.jsonl").write_text(line(10, "recover") + line(20, "recover"))
     out = frame(tmp_path)
-    assert "1 decision cells, 0 calibration cells, 0 recovery cells done" in out
+    assert "1 decisions, 0 calibrations, 0 recoveries done" in out
     assert "4 of 30" in out and "Uniform, seed 3: recovering" in out and "step 20" in out
 
 

@@ -288,16 +288,11 @@ class ForgetsInTheEnd(tiny.LoRA):
         return self.applied(model, blocks)
 
 
-class StandsStillAfterwards(tiny.WeightUpdate):
-    def applied(self, model: nn.Module, blocks: Sequence[str]) -> AbstractContextManager[list[nn.Parameter]]:
-        return tiny.Full().applied(model, blocks)
-
+class StandsStillAfterwards(tiny.LoRA):
     @contextmanager
     def merged(self, model: nn.Module, blocks: Sequence[str]) -> Iterator[list[nn.Parameter]]:
-        weights = [*model.get_submodule(blocks[0]).parameters()]
-        yield weights
-        for p in weights:
-            p.requires_grad_(False)
+        yield [*model.get_submodule(blocks[0]).parameters()]
+        model.get_submodule(blocks[0]).requires_grad_(False)
 
 
 class BeyondTheEnd(tiny.OutputKD):

@@ -21,7 +21,7 @@ from ..pipeline.compare import print_tables
 from ..pruning.prune import DECISION, decision_of
 from ..reporting.report import duration, results_table
 from ..runtime.progress import plain_console
-from ..runtime.run_folder import CELLS, COMPARISON_RESULTS, NOW, RUN_RECORD, Now, RunFolder
+from ..runtime.run_folder import COMPARISON_RESULTS, NOW, RESULT_CACHE, RUN_RECORD, Now, RunFolder
 from ..runtime.stages import EVALUATE, SEARCH, Stage, log_line
 
 LEVELS = "▁▂▃▄▅▆▇█"
@@ -158,13 +158,13 @@ class View:
                 yield Text.assemble((f"{stage.title} decided: ", "bold"), _choice(chosen))
 
     def _comparison(self) -> Iterator[RenderableType]:
-        cells = self.folder / CELLS
+        cache = self.folder / RESULT_CACHE
         counts = {
-            what: len(list(cells.glob(f"{kind}-*.json")))
-            for what, kind in (("decision", "decision"), ("calibration", "calibration"), ("recovery", "healing"))
+            what: len(list(cache.glob(f"{kind}-*.json")))
+            for what, kind in (("decisions", "decision"), ("calibrations", "calibration"), ("recoveries", "healing"))
         }
-        yield Text(", ".join(f"{count} {kind} cells" for kind, count in counts.items()) + " done")
-        yield from self._parts(cells, ())
+        yield Text(", ".join(f"{count} {what}" for what, count in counts.items()) + " done")
+        yield from self._parts(cache, ())
 
     def _parts(self, folder: Path, own: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
         """Work of several parts, whose `now.json` is in a folder; what it logs elsewhere are the run's own entries."""
@@ -174,8 +174,8 @@ class View:
             return
         yield _bar(now["done"], now["total"], "")
         yield Text(now["what"])
-        if now["cell"]:
-            own = next(reversed(self._tail(folder / now["cell"]).entries.values()), ())
+        if now["part"]:
+            own = next(reversed(self._tail(folder / now["part"]).entries.values()), ())
         yield from self._training(own, now.get("steps"))
 
     def _training(self, entries: Sequence[Mapping[str, Any]], steps: int | None) -> Iterator[RenderableType]:

@@ -31,11 +31,11 @@ from ..registry.registry import record_of
 from ..runtime.distributed import on_main_process
 from ..runtime.files import NEUTRAL, digest, write_json
 from ..runtime.progress import Tracker
-from ..runtime.run_folder import CELLS, NOW, RunFolder
+from ..runtime.run_folder import NOW, RESULT_CACHE, RunFolder
 from ..selection.base import Decisive, Selector
 from ..training.recover import Recover
 from ..training.trainer import NUMERICALLY_NEUTRAL, Trainer
-from .cells import read_cell
+from .cached_results import read_cached
 from .legacy_keys import Name, then
 from .results import Entry
 
@@ -106,7 +106,7 @@ class ResultCache:
             return {"kept": list(decision.kept), "scores": scores, "seconds": seconds, "evaluations": cost}
 
         key = {**self.training, **_stage(selector, selector.decisive(trainer)), **selector.inputs()}
-        made = self._cell("decision", key, f"{name}, seed {seed}: choosing", work)
+        made = self._cached("decision", key, f"{name}, seed {seed}: choosing", work)
         self.progress.advance()
         kept, scores = tuple(made.pop("kept")), made.pop("scores")
         return Entry(name, seed, kept, scores=None if scores is None else tuple(scores), **made)
@@ -118,7 +118,7 @@ class ResultCache:
             return {"loss": self._loss(prune(self.task, self._decision(kept)))}
 
         key = {**self.measuring, "kept": list(kept)}
-        loss: float | None = self._cell("calibration", key, "loss right after pruning", work)["loss"]
+        loss: float | None = self._cached("calibration", key, "loss right after pruning", work)["loss"]
         return loss
 
     def recover(self, entry: Entry, full: bool = False) -> Entry:
@@ -149,13 +149,13 @@ class ResultCache:
             "kept": list(entry.kept),
         }
         what = f"{entry.method or 'random subset'}, seed {entry.seed}: recovering"
-        figures = self._cell("healing", key, what, work, needs=list(figures_of.values()))
+        figures = self._cached("healing", key, what, work, needs=list(figures_of.values()))
         self.progress.advance()
         metrics = {column: figures[new if new in figures else old] for column, (new, old) in figures_of.items()}
         known = {column: value for column, value in metrics.items() if value is not None}
         return replace(entry, calibration=calibration, recovered=figures["loss"], metrics=known)
 
-    def _cell(
+    def _cached(
         self,
         kind: str,
         key: Mapping[str, Any],
@@ -174,7 +174,7 @@ class ResultCache:
             work: computes it.
             needs: pairs of names; if neither of a pair is in the file, it is computed again.
         """
-        folder, depth = self.folder / CELLS, len(self.task.blocks)
+        folder, depth = self.folder / RESULT_CACHE, len(self.task.blocks)
 
         def named() -> str:
             new, old = (f"{kind}-{digest(k)[:24]}" for k in (key, then(key)))
@@ -183,12 +183,12 @@ class ResultCache:
 
         name = on_main_process(named)  # the others may describe it otherwise
         path, scratch = folder / f"{name}.json", RunFolder(folder / name)
-        before = on_main_process(lambda: read_cell(kind, path, depth) if path.exists() else {})
+        before = on_main_process(lambda: read_cached(kind, path, depth) if path.exists() else {})
         made: dict[str, Any] = {}
         if not before or any(before.keys().isdisjoint(names) for names in needs):
             self.progress.tell(what)
             if self.accelerator.is_main_process:  # for those who watch
-                now = {"cell": name, "what": what, "done": self.progress.done, "total": self.progress.total}
+                now = {"part": name, "what": what, "done": self.progress.done, "total": self.progress.total}
                 write_json(folder / NOW, now)
             made = work(scratch)
 
@@ -196,7 +196,7 @@ class ResultCache:
             if made:
                 write_json(path, {**before, **made, "of": dict(key)})
             shutil.rmtree(scratch.path, ignore_errors=True)
-            return {name: value for name, value in read_cell(kind, path, depth).items() if name != "of"}
+            return {name: value for name, value in read_cached(kind, path, depth).items() if name != "of"}
 
         return on_main_process(keep)
 

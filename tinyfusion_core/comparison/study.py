@@ -22,7 +22,7 @@ from ..runtime.distributed import on_main_process
 from ..runtime.files import write_json
 from ..runtime.locking import check_free, owned
 from ..runtime.progress import track
-from ..runtime.run_folder import CELLS, COMPARISON, COMPARISON_RESULTS, NOW, RUN_RECORD, RunFolder, is_comparison
+from ..runtime.run_folder import COMPARISON, COMPARISON_RESULTS, NOW, RESULT_CACHE, RUN_RECORD, RunFolder, is_comparison
 from ..runtime.seeding import generator
 from ..samplers.compiled import compile_constraints
 from ..selection.base import Selector
@@ -134,8 +134,8 @@ class Comparison(Settings):
             def take() -> None:
                 stack.enter_context(owned(folder.path, COMPARISON))
                 if not is_comparison(folder.path):  # from here on it is
-                    begun = {"cell": "", "what": "beginning", "done": 0, "total": work}
-                    write_json(folder / CELLS / NOW, begun)
+                    begun = {"part": "", "what": "beginning", "done": 0, "total": work}
+                    write_json(folder / RESULT_CACHE / NOW, begun)
 
             on_main_process(take)
             on_main_process(lambda: save_costs(costs, task, trainer, folder.path))

@@ -25,7 +25,7 @@ FAULTS = {"skipped": "steps skipped (loss or gradient not finite)", "bad_samples
 """Counters in `metrics.jsonl` that should be zero, and their descriptions."""
 COMPARISON_RESULTS = "findings.json"
 """Results file of a comparison; a run folder never has one."""
-CELLS, NOW = "cells", "now.json"
+RESULT_CACHE, NOW = "cells", "now.json"
 """Folder of a comparison's results, and the file, there or among a stage's parts, that says what is being computed."""
 RUN_RECORD = "run.json"
 """Record of a run: its settings, command, versions and hardware. It is written first, and tells a run folder."""
@@ -44,14 +44,14 @@ class Now(TypedDict):
     """What a comparison or a stage of several parts is computing, as `now.json` has it.
 
     Attributes:
-        cell: the folder beside the file that it is logged in; empty: the run's own log.
+        part: the folder beside the file that it is logged in; empty: the run's own log.
         what: what it is.
         done: how much of all is done.
         total: how much there is.
         steps: steps of what is logged meanwhile.
     """
 
-    cell: str
+    part: str
     what: str
     done: int
     total: int
@@ -97,7 +97,7 @@ class RunFolder:
 
     def holds_comparison(self) -> bool:
         """Return whether this folder belongs to a comparison rather than a run."""
-        return any((self / name).exists() for name in (COMPARISON_RESULTS, CELLS))
+        return any((self / name).exists() for name in (COMPARISON_RESULTS, RESULT_CACHE))
 
     # Metrics
 
@@ -228,8 +228,8 @@ def is_comparison(path: Path) -> bool:
     """Return whether a folder holds results of a comparison, or one that has begun."""
     marks = {
         COMPARISON_RESULTS: {"format_version", "view"},
-        f"{CELLS}/{NOW}": {"cell", "what"},
-        f"{CELLS}/*-*.json": {"of"},
+        f"{RESULT_CACHE}/{NOW}": {"what", "done", "total"},
+        f"{RESULT_CACHE}/*-*.json": {"of"},
     }
     return any(_has_keys(file, keys) for name, keys in marks.items() for file in path.glob(name))
 
@@ -255,7 +255,7 @@ def _comparison_writes(folder: Path, path: Path) -> bool:
     written = {
         "recipe.yaml",
         COMPARISON_RESULTS,
-        CELLS,
+        RESULT_CACHE,
         "costs.json",
         "table.csv",
         "trials.csv",

@@ -98,7 +98,7 @@ class Nested(Criterion):
 
     @override
     def decide(self, constraints: Constraints, task: Task, trainer: Trainer) -> CriterionResult:
-        return CriterionResult(self.guess(constraints), findings={"taken_from": self.decision})
+        return CriterionResult(self.guess(constraints), provenance={"taken_from": self.decision})
 
 
 def nested_scores(decision: Decision) -> list[float]:

@@ -114,9 +114,9 @@ class Finals(Selector):
         # They wait in main memory: a device may not hold them all.
         students = {kept: prune(task, replace(decision, kept=kept)).cpu() for kept in proposed}
         evaluations += int(decision.provenance["evaluations"])
-        findings: list[list[dict[str, Any]]] = []
+        judged: list[list[dict[str, Any]]] = []
         while len(students) > 1:
-            number, losses = len(findings) + 1, dict[tuple[int, ...], float]()
+            number, losses = len(judged) + 1, dict[tuple[int, ...], float]()
             show = quiet.accelerator.is_main_process
             with track(f"finals, round {number}", len(students), show=show) as progress:
                 for kept, student in students.items():
@@ -129,7 +129,7 @@ class Finals(Selector):
                 raise UserError(
                     f"search.lr is {self.lr}: after {self.steps} steps no finalist has a finite loss; lower it"
                 )
-            findings.append(
+            judged.append(
                 [
                     {"kept": list(kept), "loss": loss if math.isfinite(loss) else None, "of": proposed[kept]}
                     for kept, loss in losses.items()
@@ -142,7 +142,7 @@ class Finals(Selector):
             kept=winner,
             # They are the probability of the mode.
             confidences=decision.confidences if winner == decision.kept else (),
-            provenance={**decision.provenance, "evaluations": evaluations, "finals": findings},
+            provenance={**decision.provenance, "evaluations": evaluations, "finals": judged},
         )
 
     def _recover(

@@ -27,12 +27,12 @@ class CriterionResult:
     Attributes:
         kept: indices of the kept blocks.
         evaluations: sample forward passes it took.
-        findings: scores or losses it was decided by, for the record.
+        provenance: scores or losses it was decided by, for the record.
     """
 
     kept: Sequence[int]
     evaluations: int = 0
-    findings: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Criterion(Constrained):
@@ -43,7 +43,7 @@ class Criterion(Constrained):
         how, costs = prepared(self, task, trainer, run)
         constraints = how.compiled(task.blocks)
         result = how.decide(constraints, task, trainer)
-        found = tree_map(_recorded, {"evaluations": result.evaluations, **result.findings})
+        found = tree_map(_recorded, {"evaluations": result.evaluations, **result.provenance})
         where = {**provenance(trainer.seed, task.source), **found, **costs}
         return how._decision(task.blocks, constraints, result.kept, where)
 

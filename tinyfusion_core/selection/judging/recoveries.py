@@ -116,16 +116,16 @@ class ShortRecoveries:
         finally:
             self.trainer.to_device(self.task.teacher)
 
-    def tell(self, what: str, steps: int | None, cell: str = "") -> None:
+    def tell(self, what: str, steps: int | None, part: str = "") -> None:
         """Tell those who watch the run's folder.
 
         Args:
             what: what is being done.
             steps: the number of steps of what is logged meanwhile; None if it has none.
-            cell: the part of the stage that it is logged in; empty: the run's own log.
+            part: the part of the stage that it is logged in; empty: the run's own log.
         """
         if self.run is not None:
-            now: Now = {"cell": cell, "what": what, "done": self.spent, "total": self.steps, "steps": steps}
+            now: Now = {"part": part, "what": what, "done": self.spent, "total": self.steps, "steps": steps}
             on_main_process(partial(write_json, self.run.part(SEARCH, NOW).path, now))
 
 

@@ -1,4 +1,4 @@
-"""The files of a comparison's results, as they are read."""
+"""Reads the files of the result cache of a comparison."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NEEDED = {"decision": ("kept", "scores", "seconds", "evaluations"), "calibration
 """What a result of each kind has for certain."""
 
 
-class Cell(TypedDict):
+class CachedResult(TypedDict):
     """A result, of whichever kind, and what decides it."""
 
     of: dict[str, Any]
@@ -24,7 +24,7 @@ class Cell(TypedDict):
     loss: NotRequired[float | None]
 
 
-def read_cell(kind: str, path: Path, num_blocks: int) -> dict[str, Any]:
+def read_cached(kind: str, path: Path, num_blocks: int) -> dict[str, Any]:
     """Read the file of a result.
 
     Args:
@@ -35,10 +35,10 @@ def read_cell(kind: str, path: Path, num_blocks: int) -> dict[str, Any]:
     Raises:
         UserError: it is damaged.
     """
-    content: dict[str, Any] = dict(read_as(path, Cell, AGAIN))
+    content: dict[str, Any] = dict(read_as(path, CachedResult, AGAIN))
     if missing := [name for name in NEEDED[kind] if name not in content]:
         raise UserError(f"{path}: {missing[0]!r} is missing; {AGAIN}")
-    for name in content.keys() - Cell.__annotations__.keys():  # metrics, by the hash of how they were measured
+    for name in content.keys() - CachedResult.__annotations__.keys():  # metrics, by the hash of how they were measured
         shaped(content[name], float | None, f"{path}: {name!r}", AGAIN)  # type: ignore[arg-type]  # a type all the same
     kept, scores, blocks = content.get("kept"), content.get("scores"), range(num_blocks)
     if kind == "decision" and not (kept and kept == sorted(set(kept)) and set(kept) <= set(blocks)):
