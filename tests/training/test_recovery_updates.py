@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from toys import Residual
 
 pytestmark = pytest.mark.numerics
 TRAINER = tiny.Trainer(batch_size=32, seed=0)
+SIZES = {"input_size": 8, "patch_size": 2, "in_channels": 1, "hidden_size": 16, "depth": 4, "num_heads": 2}
+SMALL = {"class_path": "DiT", "init_args": {**SIZES, "num_classes": 10, "learn_sigma": False}}
 UPDATES = {
     "LoRA": tiny.LoRA(rank=2),
     "last block and head": tiny.LastBlocks(blocks=1),
@@ -156,9 +160,12 @@ def test_it_goes_on_bit_for_bit(name: str, tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("update", "message"),
     [
-        (tiny.Frozen(), "recover.update: Frozen is for a search, and leaves nothing in the weights"),
-        (tiny.Matching("block.*"), r"update.targets: 'block\.\*' matches no parameter; paths are like stem.weight"),
-        (tiny.LoRA(targets="x"), "update.targets: 'x' matches no layer"),
+        (
+            tiny.Matching("block.*"),
+            r"update.targets: 'block\.\*' matches the whole path of no trained weight",
+        ),
+        (tiny.LoRA(targets="x"), "update.targets: 'x' matches the whole path of no layer; paths are like stem"),
+        (tiny.LastBlocks(blocks=3), "update.blocks is 3; the network has 2 blocks"),
     ],
 )
 def test_what_moves_nothing_is_refused(update: WeightUpdate, message: str) -> None:
@@ -167,6 +174,59 @@ def test_what_moves_nothing_is_refused(update: WeightUpdate, message: str) -> No
     with pytest.raises(tiny.UserError, match=message):
         tiny.Recover(steps=2, update=update)(task, student, decision, TRAINER)
     assert all(torch.equal(v, before[k]) for k, v in student.state_dict().items())
+
+
+def test_what_leaves_nothing_in_the_weights_is_no_recovery() -> None:
+    with pytest.raises(tiny.UserError, match=r"update .*: Frozen leaves nothing in the weights; see LoRA"):
+        tiny.Recover(steps=2, update=tiny.Frozen())
+
+
+class Attending(nn.Module):
+    """Its attention uses weights of layers that it does not call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, norm_first=True) for _ in range(3)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_attention_of_torch_is_left_alone_and_told() -> None:
+    model = Attending()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    paths = [f"layers.{i}" for i in range(3)]
+    for how in (tiny.LoRA.applied, tiny.LoRA.merged):
+        stack = ExitStack()
+        with pytest.warns(UserWarning, match=r"nn.MultiheadAttention alone, layers.0.self_attn for one"):
+            weights = stack.enter_context(how(tiny.LoRA(rank=2), model, paths))
+        with stack:
+            model(torch.randn(2, 3, 8)).sum().backward()
+            assert all(p.grad is not None for p in weights)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        for targets in (".*self_attn.*", r".*self_attn", r".*out_proj"):
+            message = (
+                r"update.targets: layers.0.self_attn.* is \(in\) an nn.MultiheadAttention, which LoRA cannot adapt"
+            )
+            with pytest.raises(tiny.UserError, match=message), how(tiny.LoRA(targets=targets), model, paths):
+                pass
+    assert model.state_dict().keys() == before.keys()
+
+
+@pytest.mark.parametrize(("update", "moves"), [(tiny.LoRA(rank=2), False), (None, True), (tiny.Matching(".*"), True)])
+def test_statistics_of_norms_that_stand_still_stand_still(update: WeightUpdate | None, moves: bool) -> None:
+    torch.manual_seed(0)
+    model = Network().eval()
+    model.norm = nn.BatchNorm1d(8).eval()
+    task = task_of(model)
+    decision = tiny.Keep([0, 3])(task, TRAINER)
+    student = tiny.prune(task, decision)
+    recovered = tiny.Recover(steps=3, update=update)(task, student, decision, TRAINER)
+    assert (not torch.equal(recovered.norm.running_mean, model.norm.running_mean)) == moves
 
 
 def test_a_network_without_a_head_has_only_blocks_to_train() -> None:
@@ -194,4 +254,11 @@ def test_a_recipe_says_what_moves_plans_it_and_goes_on(
     assert run(recipe, tmp_path / "run", *flags, "--evaluate=[]") == 0
     assert run(recipe, tmp_path / "run", *flags, "--evaluate=[]", "--recover.update.blocks=2") == 2
     assert "recover.update.blocks: 3 -> 2" in capsys.readouterr().err
-    assert run(recipe, tmp_path / "other", "--train={steps: 2, update: LoRA}", "--recover=null", "--search=null") == 2
+    wrong = "--recover.update={class_path: Matching, init_args: {targets: nosuch}}"
+    capsys.readouterr()
+    assert run(recipe, tmp_path / "wrong", wrong) == 2
+    assert "recover.update.targets: 'nosuch' matches the whole path of no trained weight" in capsys.readouterr().err
+    assert not (tmp_path / "wrong").exists()  # before anything is paid for
+    fresh = ["--train={steps: 2, update: LoRA}", "--recover=null", "--search=null", f"--backbone={json.dumps(SMALL)}"]
+    assert run(recipe, tmp_path / "other", *fresh) == 2
+    assert "train.update: a fresh network has to learn every weight" in capsys.readouterr().err

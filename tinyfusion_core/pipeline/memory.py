@@ -24,7 +24,6 @@ from ..protocols.loss import LossAdapter
 from ..protocols.task import Task
 from ..pruning.decision import Decision
 from ..pruning.gating import Gates
-from ..pruning.weight_update import Full
 from ..runtime.seeding import Rng
 from ..selection.search import Search
 from ..training.distillation import Distilled
@@ -199,8 +198,7 @@ def training_needs(
     inputs = _inputs(backbone, loss, 1)
     blocks = backbone.block_paths(student)
     planned = copy.deepcopy(student).train()
-    moving = (recover.update or Full()).merged(planned, blocks)
-    with moving, FakeTensorMode(allow_non_fake_inputs=True):
+    with recover.moving(planned, blocks, "recover"), FakeTensorMode(allow_non_fake_inputs=True):
         network = _faked(planned)
         needs = _spread(setup, network, blocks)
         if recover.ema != 0:

@@ -187,12 +187,12 @@ def _train(
     if how.kd is not None and decision is not None and (taps := how.kd.taps_for(decision)):
         table = ", ".join(f"{student} ↔ {teacher}" for student, teacher in taps)
         plan.rows.append((f"{prefix}taps", f"student ↔ teacher: {table}{_given(decision)}"))
+    if decision is None:
+        how.check_fresh()
+    with how.moving(model, recipe.backbone.block_paths(model), stage.key):
+        pass
     needs = partial(training_needs, recipe.backbone, recipe.loss, model, how, teacher=teacher, decision=decision)
     _memory(plan, recipe, f"{prefix}{stage.name}", how, needs)
-    if how.kd is not None and decision is None:
-        plan.problems.append("train.kd: a fresh network has no teacher to learn from; distillation goes with recover")
-    if how.update is not None and decision is None:
-        plan.problems.append("train.update: a fresh network has to learn every weight; leave it out")
 
 
 def _prefix(stage: Stage) -> str:

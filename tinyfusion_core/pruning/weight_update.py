@@ -40,7 +40,7 @@ class WeightUpdate(Settings, ABC):
         Raises:
             UserError: it is an update that can only be undone.
         """
-        raise UserError(f"recover.update: {type(self).__name__} is for a search, and leaves nothing in the weights")
+        raise UserError(f"update: {type(self).__name__} is for a search, and leaves nothing in the weights")
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,8 @@ class LoRA(WeightUpdate):
         rank: rank of each update.
         alpha: numerator of the update's scale.
         targets: regular expression that a module's full path must match; default: every linear layer and every
-            convolution that is not grouped inside the blocks.
+            convolution that is not grouped inside the blocks. `nn.MultiheadAttention` is left alone: it uses the
+            weights of its layers without calling them.
     """
 
     rank: int = 8
@@ -72,6 +73,7 @@ class LoRA(WeightUpdate):
 
     def __post_init__(self) -> None:
         require(self.rank >= 1, "update.rank", self.rank, "at least 1")
+        require(self.alpha > 0, "update.alpha", self.alpha, "a number above 0")
         _check_pattern(self.targets or "")
 
     @contextmanager
@@ -100,17 +102,8 @@ class LoRA(WeightUpdate):
     def _adapted(self, model: nn.Module, blocks: Sequence[str]) -> Iterator[list[nn.Parameter]]:
         """Replace layers by peft's, and put them back in the end."""
         from peft import LoraConfig, LoraModel
-        from transformers.pytorch_utils import Conv1D  # a linear layer, of GPT-2
 
-        layers = {name: module for name, module in model.named_modules() if not list(module.children())}
-        if self.targets is None:
-            targets = "|".join(re.escape(name) for name in layers if _adaptable(name, layers[name], blocks, Conv1D))
-            advice = "LoRA finds no linear layer and no ungrouped convolution inside the blocks; use update: Full"
-        else:
-            targets, advice = self.targets, f"'{self.targets}' matches no layer; paths are like {next(iter(layers))}"
-        chosen = [module for name, module in layers.items() if re.fullmatch(targets, name)]
-        if not chosen:
-            raise UserError(f"update{'.targets' * bool(self.targets)}: {advice} ({type(model).__name__})")
+        targets = self._targets(model, blocks)
         children = [(module, dict(module._modules)) for module in model.modules()]
         config = LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=targets)  # type: ignore[arg-type]
         try:
@@ -129,6 +122,28 @@ class LoRA(WeightUpdate):
             for module, before in children:
                 module._modules.update(before)
             model.__dict__.pop("peft_config", None)
+
+    def _targets(self, model: nn.Module, blocks: Sequence[str]) -> str:
+        """Return a regular expression of the layers to adapt."""
+        from transformers.pytorch_utils import Conv1D  # a linear layer, of GPT-2
+
+        layers = {name: module for name, module in model.named_modules() if not list(module.children())}
+        parts = _uncalled(model)
+        if self.targets is None:
+            names = [name for name in layers if name not in parts and _adaptable(name, layers[name], blocks, Conv1D)]
+            targets, key = "|".join(map(re.escape, names)), "update"
+            advice = "LoRA finds no linear layer and no ungrouped convolution inside the blocks; use update: Full"
+            if parts:
+                told = f"LoRA leaves nn.MultiheadAttention alone, {parts[0]} for one: its weights stand still"
+                warnings.warn(told, stacklevel=2)
+        else:
+            targets, key = self.targets, "update.targets"
+            advice = f"'{targets}' matches the whole path of no layer; paths are like {next(iter(layers))}"
+        if part := next((part for part in parts if re.fullmatch(targets, part)), None):
+            raise UserError(f"{key}: {part} is (in) an nn.MultiheadAttention, which LoRA cannot adapt")
+        if not any(re.fullmatch(targets, name) for name in layers):
+            raise UserError(f"{key}: {advice} ({type(model).__name__})")
+        return targets
 
 
 class _Direct(WeightUpdate):
@@ -193,7 +208,9 @@ class LastBlocks(_Direct):
 
     @override
     def _chosen(self, model: nn.Module, blocks: Sequence[str]) -> list[nn.Parameter]:
-        paths = tuple(f"{path}." for path in list(blocks)[max(0, len(blocks) - self.blocks) :])
+        if self.blocks > len(blocks):
+            raise UserError(f"update.blocks is {self.blocks}; the network has {len(blocks)} blocks")
+        paths = tuple(f"{path}." for path in blocks[len(blocks) - self.blocks :])
         named = list(model.named_parameters(remove_duplicate=False))
         inside = [i for i, (name, _) in enumerate(named) if name.startswith(tuple(f"{path}." for path in blocks))]
         first = max(inside, default=-1) + 1 if self.head else len(named)
@@ -216,11 +233,10 @@ class Matching(_Direct):
 
     @override
     def _chosen(self, model: nn.Module, blocks: Sequence[str]) -> list[nn.Parameter]:
-        named = dict(model.named_parameters(remove_duplicate=False))
+        named = {name: p for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
         chosen = [p for name, p in named.items() if re.fullmatch(self.targets, name)]
-        return _required(
-            chosen, f"update.targets: '{self.targets}' matches no parameter; paths are like {next(iter(named), '')}"
-        )
+        advice = f"'{self.targets}' matches the whole path of no trained weight; paths are like {next(iter(named), '')}"
+        return _required(chosen, f"update.targets: {advice}")
 
 
 def _required(weights: Sequence[nn.Parameter], otherwise: str) -> list[nn.Parameter]:
@@ -236,6 +252,12 @@ def _check_pattern(pattern: str) -> None:
         re.compile(pattern)
     except re.error as e:
         raise UserError(f"update.targets: '{pattern}' is no regular expression ({e})") from None
+
+
+def _uncalled(model: nn.Module) -> list[str]:
+    """Paths of torch's attention, which uses the weights of its output layer without calling it, and of that layer."""
+    attention = [name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
+    return [*attention, *(f"{name}.out_proj" for name in attention)]
 
 
 def _adaptable(name: str, module: nn.Module, blocks: Sequence[str], transposed: type[nn.Module]) -> bool:

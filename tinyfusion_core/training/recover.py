@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
 
 from ..errors import UserError, require
@@ -64,6 +65,8 @@ class Recover(Settings):
         require(self.lr > 0, f"lr {stage}", self.lr, "a rate above 0")
         require(self.ema is None or 0 <= self.ema < 1, f"ema {stage}", self.ema, "a decay from 0 to below 1")
         require(self.clip > 0, f"clip {stage}", self.clip, "a norm above 0")
+        if self.update is not None and type(self.update).merged is WeightUpdate.merged:
+            raise UserError(f"update {stage}: {type(self.update).__name__} leaves nothing in the weights; see LoRA")
         require(self.weight_decay >= 0, f"weight_decay {stage}", self.weight_decay, "0 or more")
         falls = self.schedule != "cosine" or 0 <= self.lr_final <= self.lr
         require(falls, f"lr_final {stage}", self.lr_final, f"a rate from 0 to lr, which is {self.lr}")
@@ -71,6 +74,36 @@ class Recover(Settings):
     def with_steps(self, steps: int) -> Recover:
         """Return this recovery with another number of steps; its average, if any, gets the default decay for them."""
         return replace(self, steps=steps, ema=None if self.ema else self.ema)
+
+    def check_fresh(self) -> None:
+        """Check that a fresh network can be trained this way.
+
+        Raises:
+            UserError: these settings are for a pruned network.
+        """
+        if self.kd is not None:
+            raise UserError("train.kd: a fresh network has no teacher to learn from; distillation goes with recover")
+        if self.update is not None:
+            raise UserError("train.update: a fresh network has to learn every weight; leave it out")
+
+    @contextmanager
+    def moving(self, student: nn.Module, blocks: Sequence[str], stage: str) -> Iterator[list[nn.Parameter]]:
+        """Make what moves the only weights that are trained, and yield them; what they have learned stays.
+
+        Args:
+            student: the network.
+            blocks: paths of its blocks.
+            stage: name of the stage, for messages.
+
+        Raises:
+            UserError: nothing would move.
+        """
+        with ExitStack() as stack:
+            try:
+                weights = stack.enter_context((self.update or Full()).merged(student, blocks))
+            except UserError as e:
+                raise UserError(f"{stage}.{e}") from None
+            yield weights
 
     def __call__(
         self,
@@ -108,14 +141,15 @@ class Recover(Settings):
                     f"the decision keeps {len(decision.kept)} blocks, the student has {depth}: give its own"
                 )
         trainer = trainer.with_batch_size(self.batch_size)
-        if decision is None and self.update is not None:
-            raise UserError("train.update: a fresh network has to learn every weight; leave it out")
+        if decision is None:
+            self.check_fresh()
         trainer.to_device(student).train()
-        moving = (self.update or Full()).merged(student, task.backbone.block_paths(student))
         with ExitStack() as stack:
             with torch.random.fork_rng():
                 torch.manual_seed(seed_of(trainer.seed, stage, "update"))  # LoRA draws its initial values
-                weights = stack.enter_context(moving)
+                weights = stack.enter_context(self.moving(student, task.backbone.block_paths(student), stage))
+            if self.update is not None:
+                _still(student, weights)
             self._fit(task, student, decision, trainer, run, stage, weights)
         return student.eval()
 
@@ -151,10 +185,17 @@ class Recover(Settings):
     def _objective(self, task: Task, student: nn.Module, decision: Decision | None, trainer: Trainer) -> Objective:
         if self.kd is None:
             return _PlainLoss(student, task)
-        if decision is None:
-            raise UserError("kd: a fresh network has no teacher to learn from; distillation goes with recover")
+        assert decision is not None  # else it has been refused
         trainer.to_device(task.teacher)
         return Distilled(student, task, decision, self.kd)
+
+
+def _still(student: nn.Module, weights: Sequence[nn.Parameter]) -> None:
+    """Keep the statistics of batch norms none of whose weights move."""
+    moving = {id(p) for p in weights}
+    for module in student.modules():
+        if isinstance(module, _BatchNorm) and not any(id(p) in moving for p in module.parameters()):
+            module.eval()
 
 
 class _PlainLoss(Objective):
