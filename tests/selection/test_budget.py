@@ -198,6 +198,7 @@ def test_what_was_measured_is_kept_and_measured_again_for_another_network(task: 
     assert asdict(measure([budget], task, TRAINER, tmp_path)[budget.name]) != kept["costs"][budget.name]
 
 
+@pytest.mark.slow
 def test_a_recipe_with_a_budget_runs_plans_and_goes_on(recipe: Path, tmp_path: Path, capsys) -> None:
     flags = ["--search.pattern=null", "--search.lr_gates=null", "--search.budget={flops: 0.8x}"]
     assert main(["validate", str(recipe), *flags]) == 0

@@ -131,7 +131,7 @@ def test_lora_targets_are_configurable() -> None:
         assert hasattr(model.head, "lora_A")
         assert not hasattr(model.blocks[0]["b"], "lora_A")
     with (
-        pytest.raises(UserError, match="targets: 'nothing' matches no layer"),
+        pytest.raises(UserError, match="targets: 'nothing' matches the whole path of no layer"),
         tiny.LoRA(targets="nothing").applied(model, []),
     ):
         pass

@@ -146,7 +146,8 @@ class Recover(Settings):
         trainer.to_device(student).train()
         with ExitStack() as stack:
             with torch.random.fork_rng():
-                torch.manual_seed(seed_of(trainer.seed, stage, "update"))  # LoRA draws its initial values
+                if self.update is not None:  # LoRA draws its initial values
+                    torch.manual_seed(seed_of(trainer.seed, stage, "update"))
                 weights = stack.enter_context(self.moving(student, task.backbone.block_paths(student), stage))
             if self.update is not None:
                 _still(student, weights)
