@@ -24,6 +24,7 @@ from ..protocols.loss import LossAdapter
 from ..protocols.task import Task
 from ..pruning.decision import Decision
 from ..pruning.gating import Gates
+from ..pruning.weight_update import of_stage
 from ..runtime.seeding import Rng
 from ..selection.search import Search
 from ..training.distillation import Distilled
@@ -161,7 +162,7 @@ def search_needs(backbone: Backbone, loss: LossAdapter, model: nn.Module, search
     except NotImplementedError as e:  # an operation without a meta kernel
         note = _first_line(e)
     planned = copy.deepcopy(model)
-    with search.update.applied(planned.train(), blocks), mode:
+    with of_stage(search.update.applied(planned.train(), blocks), "search"), mode:
         network = _faked(planned)
         needs = _spread(setup, network, blocks)
         if note:

@@ -6,7 +6,7 @@ import re
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +41,17 @@ class WeightUpdate(Settings, ABC):
             UserError: it is an update that can only be undone.
         """
         raise UserError(f"update: {type(self).__name__} is for a search, and leaves nothing in the weights")
+
+
+@contextmanager
+def of_stage(update: AbstractContextManager[list[nn.Parameter]], stage: str) -> Iterator[list[nn.Parameter]]:
+    """Enter what `applied` or `merged` returns; an error in this names the key, which begins with the stage."""
+    with ExitStack() as stack:
+        try:
+            weights = stack.enter_context(update)
+        except UserError as e:
+            raise UserError(f"{stage}.{e}") from None
+        yield weights
 
 
 @dataclass(frozen=True)

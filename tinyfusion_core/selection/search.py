@@ -15,7 +15,7 @@ from ..protocols.task import Task
 from ..protocols.undisturbed import undisturbed
 from ..pruning.decision import Decision, provenance
 from ..pruning.gating import Gates
-from ..pruning.weight_update import LoRA, WeightUpdate
+from ..pruning.weight_update import LoRA, WeightUpdate, of_stage
 from ..runtime.run_folder import RunFolder
 from ..runtime.seeding import seed_of
 from ..samplers.base import BlockSampler
@@ -258,7 +258,7 @@ class Search(Selector):
         with torch.random.fork_rng(), undisturbed(model):
             torch.manual_seed(seed_of(trainer.seed, "search", "update"))  # LoRA draws its initial values
             with (
-                self.update.applied(model, task.blocks) as weights,
+                of_stage(self.update.applied(model, task.blocks), "search") as weights,
                 trainer.transformed(blocks),
                 Gates(model, task.blocks, batch_dim, task.backbone.streams, task.backbone.unneeded) as gates,
             ):

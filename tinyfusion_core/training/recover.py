@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -18,7 +18,7 @@ from ..protocols.backbone import Batch
 from ..protocols.task import Task
 from ..protocols.undisturbed import evaluating
 from ..pruning.decision import Decision
-from ..pruning.weight_update import Full, WeightUpdate
+from ..pruning.weight_update import Full, WeightUpdate, of_stage
 from ..runtime.files import NEUTRAL
 from ..runtime.run_folder import RunFolder
 from ..runtime.seeding import Rng, seed_of
@@ -86,8 +86,9 @@ class Recover(Settings):
         if self.update is not None:
             raise UserError("train.update: a fresh network has to learn every weight; leave it out")
 
-    @contextmanager
-    def moving(self, student: nn.Module, blocks: Sequence[str], stage: str) -> Iterator[list[nn.Parameter]]:
+    def moving(
+        self, student: nn.Module, blocks: Sequence[str], stage: str
+    ) -> AbstractContextManager[list[nn.Parameter]]:
         """Make what moves the only weights that are trained, and yield them; what they have learned stays.
 
         Args:
@@ -98,12 +99,7 @@ class Recover(Settings):
         Raises:
             UserError: nothing would move.
         """
-        with ExitStack() as stack:
-            try:
-                weights = stack.enter_context((self.update or Full()).merged(student, blocks))
-            except UserError as e:
-                raise UserError(f"{stage}.{e}") from None
-            yield weights
+        return of_stage((self.update or Full()).merged(student, blocks), stage)
 
     def __call__(
         self,

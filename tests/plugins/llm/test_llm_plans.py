@@ -90,4 +90,4 @@ def test_infinity_survives_a_config(
     assert model.config.time_step_limit[1] == math.inf
     capsys.readouterr()
     assert main(["validate", path, "--search.update", "LoRA"]) == 2
-    assert "update: peft cannot adapt these layers" in capsys.readouterr().err
+    assert "search.update: peft cannot adapt these layers" in capsys.readouterr().err
