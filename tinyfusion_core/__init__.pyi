@@ -78,6 +78,8 @@ from .training.distillation import MaskedKD as MaskedKD
 from .training.distillation import OutputKD as OutputKD
 from .training.distillation import derive_taps as derive_taps
 from .training.recover import Recover as Recover
+from .training.teacher_cache.settings import TeacherCache as TeacherCache
+from .training.teacher_cache.writing import write_cache as write_cache
 from .training.trainer import Trainer as Trainer
 
 Fidelity: typing.Any  # these live elsewhere now, or have other names, and stay here for one release

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from tinyfusion_core.errors import UserError, require
-from tinyfusion_core.pipeline.memory import gigabytes
+from tinyfusion_core.pipeline.planning.memory import gigabytes
 from tinyfusion_core.protocols.backbone import Backbone
 from tinyfusion_core.protocols.data import Lookup
 from tinyfusion_core.runtime.files import digest, sha256

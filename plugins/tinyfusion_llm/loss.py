@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
-from tinyfusion_core.errors import require
+from tinyfusion_core.errors import UserError, require
 from tinyfusion_core.protocols.backbone import Batch
 from tinyfusion_core.protocols.loss import LossAdapter, has_values
 from tinyfusion_core.runtime.seeding import Rng
@@ -34,6 +34,18 @@ class Hidden(NamedTuple):
 
     states: Tensor
     head: Callable[[Tensor], Tensor]
+
+
+class MostProbable(NamedTuple):
+    """The most probable next tokens of a language model.
+
+    Attributes:
+        log_p: (batch, tokens - 1, k) their log-probabilities at the temperature of the distance, in nats.
+        tokens: (batch, tokens - 1, k) their ids.
+    """
+
+    log_p: Tensor
+    tokens: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,43 +115,74 @@ class NextToken(LossAdapter):
 
     @override
     def loss(self, prediction: Hidden, inputs: Batch) -> Tensor:
-        def piece(states: Tensor, targets: Tensor) -> Tensor:
+        def piece(targets: Tensor, states: Tensor) -> Tensor:
             logits = prediction.head(states).float()
             return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORED)
 
-        return self._mean(piece, inputs["targets"], prediction.states)
+        return self._mean(piece, inputs["targets"], prediction.states[:, :-1])
 
     @override
-    def distance(self, student: Hidden, teacher: Hidden, inputs: Batch) -> Tensor:
-        def piece(ours: Tensor, theirs: Tensor, targets: Tensor) -> Tensor:
+    def distance(self, student: Hidden, teacher: Hidden | MostProbable, inputs: Batch) -> Tensor:
+        def piece(targets: Tensor, ours: Tensor, *theirs: Tensor) -> Tensor:
+            found, chosen = self._log_p(student, ours), None
             with torch.no_grad():
-                target = (teacher.head(theirs).float() / self.temperature).log_softmax(-1)
-            found = (student.head(ours).float() / self.temperature).log_softmax(-1)
-            if self.top_k is not None and self.top_k < target.shape[-1]:
-                target, chosen = target.topk(self.top_k)
-                target, found = _with_rest(target), _with_rest(found.gather(-1, chosen))
+                if isinstance(teacher, MostProbable):
+                    target, chosen = theirs
+                else:
+                    target = self._log_p(teacher, *theirs)
+                    if self.top_k is not None and self.top_k < target.shape[-1]:
+                        target, chosen = target.topk(self.top_k)
+            if chosen is not None:
+                target, found = _with_rest(target), _with_rest(found.gather(-1, chosen.long()))
             kl = (target.exp() * (target - found)).sum(-1)
             return self.temperature**2 * kl.masked_fill(targets == IGNORED, 0)
 
-        return self._mean(piece, inputs["targets"], student.states, teacher.states)
+        told = teacher if isinstance(teacher, MostProbable) else (teacher.states[:, :-1],)
+        return self._mean(piece, inputs["targets"], student.states[:, :-1], *told)
 
-    def _mean(self, piece: Callable[..., Tensor], targets: Tensor, *states: Tensor) -> Tensor:
+    @override
+    def keep(self, teacher: Hidden, inputs: Batch) -> dict[str, Tensor]:
+        """Return the log-probabilities and ids of the `top_k` most probable tokens, both (batch, tokens - 1, k).
+
+        Raises:
+            UserError: `top_k` is null: the probabilities of a whole vocabulary would fill any disk.
+        """
+        if self.top_k is None:
+            raise UserError(
+                "loss.top_k: null compares the whole vocabulary, of which a cache keeps a part; set 64, say"
+            )
+        width, found = max(1, self.chunk // len(teacher.states)), []
+        for states in torch.split(teacher.states[:, :-1], width, dim=1):
+            log_p = self._log_p(teacher, states)
+            found.append(log_p.topk(min(self.top_k, log_p.shape[-1])))
+        log_p, tokens = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
+        return {"log_p": log_p, "tokens": tokens.int()}
+
+    @override
+    def kept(self, columns: Batch, like: Hidden) -> MostProbable:
+        return MostProbable(columns["log_p"], columns["tokens"])
+
+    def _log_p(self, hidden: Hidden, states: Tensor) -> Tensor:
+        """(B, t, vocabulary) log-probabilities of the next tokens at the temperature, of states (B, t, D)."""
+        return (hidden.head(states).float() / self.temperature).log_softmax(-1)
+
+    def _mean(self, piece: Callable[..., Tensor], targets: Tensor, *columns: Tensor) -> Tensor:
         """Average a quantity over the counted tokens; it is computed in chunks, and recomputed for the gradient.
 
         Args:
-            piece: (B, t, D) states, one or several, and (B, t) targets -> a number per token, 0 if not counted.
+            piece: (B, t) targets and (B, t, ...) columns, one or several -> a number per token, 0 if not counted.
             targets: (B, T - 1).
-            states: (B, T, D) each.
+            columns: (B, T - 1, ...) each.
 
         Returns:
             (B,); 0 for a sample without counted tokens.
         """
         num_rows = len(targets)
         width = max(1, self.chunk // num_rows)
-        total = states[0].new_zeros(num_rows, dtype=torch.float32)
+        total = columns[0].new_zeros(num_rows, dtype=torch.float32)
         for first in range(0, targets.shape[1], width):
             some = slice(first, first + width)
-            inner = [*(x[:, :-1][:, some] for x in states), targets[:, some]]
+            inner = [targets[:, some], *(x[:, some] for x in columns)]
             if torch.is_grad_enabled() and width < targets.shape[1]:  # one piece is held anyway
                 # Nothing in a head is random, and no state needs saving for it.
                 values = checkpoint(piece, *inner, use_reentrant=False, preserve_rng_state=False)

@@ -9,7 +9,7 @@ import yaml
 
 import tinyfusion_core as tiny
 from small_run import run
-from tinyfusion_core.pipeline.plan import make_plan
+from tinyfusion_core.pipeline.planning.plan import make_plan
 from tinyfusion_core.pipeline.recipe import flatten
 from tinyfusion_core.reporting.report import write_report
 

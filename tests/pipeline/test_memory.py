@@ -9,8 +9,8 @@ import torch
 
 import tinyfusion_core as tiny
 from tinyfusion_core.cli import main
-from tinyfusion_core.pipeline.activations import saved_by
-from tinyfusion_core.pipeline.memory import Setup, parse_bytes, search_needs, training_needs
+from tinyfusion_core.pipeline.planning.activations import saved_by
+from tinyfusion_core.pipeline.planning.memory import Setup, parse_bytes, search_needs, training_needs
 from tinyfusion_core.protocols.backbone import list_lengths
 from tinyfusion_core.protocols.block_call import named_batch_dims
 from tinyfusion_dit import DiT, GaussianDiffusion

@@ -13,7 +13,7 @@ import tinyfusion_core as tiny
 from marks import slow_but
 from places import ROOT
 from tinyfusion_core.cli import main, parse
-from tinyfusion_core.pipeline.plan import make_plan
+from tinyfusion_core.pipeline.planning.plan import make_plan
 from tinyfusion_core.pipeline.recipe import flatten
 from tinyfusion_core.selection.search import Search
 

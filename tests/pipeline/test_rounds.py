@@ -20,7 +20,7 @@ from kills import die_at
 from places import ROOT
 from small_run import RECIPE, run
 from tinyfusion_core.cli import main
-from tinyfusion_core.pipeline.plan import make_plan
+from tinyfusion_core.pipeline.planning.plan import make_plan
 from tinyfusion_core.pipeline.run import make_task
 from tinyfusion_core.pruning.prune import WEIGHTS
 

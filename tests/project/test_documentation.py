@@ -14,7 +14,7 @@ from torch import nn
 import tinyfusion_core as tiny
 from places import ROOT
 from tinyfusion_core.cli import parse
-from tinyfusion_core.pipeline.plan import make_plan
+from tinyfusion_core.pipeline.planning.plan import make_plan
 from tinyfusion_core.registry.registry import registry
 from toys import Residual
 

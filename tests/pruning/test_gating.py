@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from tinyfusion_core.errors import UserError
 from tinyfusion_core.protocols.backbone import Stream, expand
 from tinyfusion_core.protocols.block_call import named_batch_dims, probed_batch_dims
+from tinyfusion_core.pruning.block_outputs import captured
 from tinyfusion_core.pruning.gating import Gates
 from tinyfusion_core.testing.dense_formula import dense_formula
-from tinyfusion_core.training.distillation import captured
 from toys import Block, DoubleNet, Net
 
 pytestmark = pytest.mark.numerics

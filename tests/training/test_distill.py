@@ -14,11 +14,12 @@ from torch import Tensor, nn
 import golden_data
 import tinyfusion_core as tiny
 from golden_data import assert_close_rel, weights
+from tinyfusion_core.pruning.block_outputs import captured
 from tinyfusion_core.pruning.removal import remove_blocks
 from tinyfusion_core.runtime.seeding import Rng
 from tinyfusion_core.samplers.grouped import GroupedSampler
 from tinyfusion_core.samplers.patterns import split_groups
-from tinyfusion_core.training.distillation import Distilled, captured, feature_loss
+from tinyfusion_core.training.distillation import Distilled, feature_loss
 from tinyfusion_dit import DiT, GaussianDiffusion
 from tinyfusion_dit.model import DiT as Network
 from tinyfusion_dit.process import Process, linear_betas

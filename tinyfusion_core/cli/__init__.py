@@ -16,11 +16,12 @@ from ..protocols.command import Command
 from .compare import Audit, Budgets, Compare, Costs
 from .plugins import CheckPlugin, Keys, NewPlugin, Plugins
 from .results import Export, Show, Watch
-from .run import Run, Validate
+from .run import CacheTeacher, Run, Validate
 
 COMMANDS: tuple[type[Command], ...] = (
     Run,
     Validate,
+    CacheTeacher,
     Compare,
     Audit,
     Costs,

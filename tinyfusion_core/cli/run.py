@@ -1,4 +1,4 @@
-"""`tinyfusion run` and `validate`: run a recipe, or plan it."""
+"""`tinyfusion run`, `validate` and `cache-teacher`: run a recipe, plan it, or make what it learns from."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ class Validate(Command):
         from rich.table import Table
 
         from ..errors import UserError, require
-        from ..pipeline.memory import parse_bytes
-        from ..pipeline.plan import Hardware, make_plan
+        from ..pipeline.planning.memory import parse_bytes
+        from ..pipeline.planning.plan import Hardware, make_plan
         from ..pipeline.recipe import load_recipe
         from ..runtime.progress import plain_console
 
@@ -82,4 +82,29 @@ class Validate(Command):
         if plan.problems:
             raise UserError("\n".join(f"{options.recipe}: {p}" for p in plan.problems))
         console.print("the plan works out" + (", once these are there" if plan.missing else ""))
+        return 0
+
+
+class CacheTeacher(Command):
+    """Write the predictions that a recovery learns from."""
+
+    name = "cache-teacher"
+    help = "write a teacher's predictions to files, so that the recipe's recovery runs no teacher"
+    takes_overrides = True
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        """A recipe whose recovery names the cache, with keys that can be overridden."""
+        parser.add_argument("recipe", type=a_path)
+
+    def __call__(self, options: Namespace) -> int:
+        """Write what is missing; the main process prints how much there is."""
+        from ..pipeline.recipe import load_recipe
+        from ..pipeline.run import cache_teacher
+        from ..runtime.distributed import rank_and_world_size
+
+        recipe = load_recipe(options.recipe, options.overrides)
+        _ = recipe.trainer.accelerator  # from here on the processes know of each other
+        said = cache_teacher(recipe)
+        if rank_and_world_size()[0] == 0:
+            print(said)
         return 0

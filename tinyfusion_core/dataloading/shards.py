@@ -146,7 +146,7 @@ def read_shard(url: str, shard: Shard) -> dict[str, Tensor]:
     if hashlib.sha256(content).hexdigest() != shard.sha256:
         raise UserError(
             f"{url}/{shard.name}: cut short, damaged or replaced (its sha256 is not the one in {METADATA}). Copy it "
-            "again, or run the `tinyfusion encode` that made it, which makes damaged shards anew"
+            "again, or run the command that made it, which makes damaged shards anew"
         )
     try:
         tensors: dict[str, Tensor] = load(content)

@@ -21,7 +21,7 @@ from ..runtime.distributed import on_main_process
 from ..runtime.files import write_text
 from ..runtime.progress import plain_console
 from ..runtime.run_folder import COMPARISON_RESULTS
-from .plan import make_comparison_plan
+from .planning.plan import make_comparison_plan
 from .recipe import Recipe
 from .run import keep_what_is_loaded, make_task
 

@@ -32,7 +32,11 @@ from ..runtime.stages import EVALUATE, RECOVER, SEARCH, TRAIN, Stage
 from ..selection.base import Selector
 from ..selection.search import Search
 from ..training.recover import Recover
-from .plan import make_plan
+from ..training.teacher_cache.samples import open_cache, size_of
+from ..training.teacher_cache.settings import TeacherCache
+from ..training.teacher_cache.writing import write_cache
+from .planning.cached_teacher import check_known_before
+from .planning.plan import make_plan
 from .recipe import Recipe
 from .resume_check import check_resume, stage_keys, take_run_folder
 
@@ -77,6 +81,31 @@ def run_recipe(
     return folder / "report.html"
 
 
+def cache_teacher(recipe: Recipe) -> str:
+    """Write the teacher's predictions that the recipe's recovery learns from, or what is missing of them.
+
+    Returns:
+        The folder, and how much is in it, in words.
+
+    Raises:
+        UserError: no recovery names a cache, or the cache cannot be written.
+        Interrupted: a signal arrived; the same call goes on.
+    """
+    caches = [(stage, cache) for stage in recipe.stages() if (cache := cache_of(stage)) is not None]
+    if not caches:
+        raise UserError("recover.kd.cache: no recovery of the recipe names one; set recover.kd.cache.folder")
+    ((stage, cache), *_) = caches
+    check_known_before(recipe, stage)
+    made = write_cache(cache, make_task(recipe), recipe.trainer)
+    return f"{cache.folder}: {size_of(made, Path(cache.folder))}"
+
+
+def cache_of(stage: Stage) -> TeacherCache | None:
+    """Return the cache that a stage learns from; None if it has none."""
+    how = stage.settings
+    return how.kd.cache if isinstance(how, Recover) and how.kd is not None else None
+
+
 def keep_what_is_loaded() -> None:
     """Leave what is imported and loaded by now out of later garbage collections.
 
@@ -99,6 +128,9 @@ def _prepared(recipe: Recipe, folder: RunFolder, command: str, restart_from: str
     task = make_task(recipe)
     if recipe.train is None:
         _ = task.teacher  # a wrong checkpoint
+    for stage in recipe.stages():
+        if (cache := cache_of(stage)) is not None:
+            open_cache(cache, task)
     return task
 
 

@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map, tree_structure, tree_unflatten
 
 from ..errors import UserError
 from ..parsing.settings import Settings
@@ -83,6 +83,30 @@ class LossAdapter(Settings, ABC):
             UserError: this objective has no distance.
         """
         raise UserError(f"{owner(self)}: distance: not written, and distillation needs it; set recover.kd to null")
+
+    def keep(self, teacher: Prediction, inputs: Batch) -> dict[str, Tensor]:
+        """Return what a cache keeps of a teacher's prediction for `distance`: tensors by name, each (batch, ...).
+
+        By default all of it. An objective whose predictions are large keeps less, and `kept` returns what its
+        `distance` takes in place of a teacher's prediction.
+
+        Args:
+            teacher: prediction of the teacher.
+            inputs: what `prepare` returned.
+
+        Raises:
+            UserError: it cannot be kept.
+        """
+        return {str(i): leaf for i, leaf in enumerate(tree_leaves(teacher))}
+
+    def kept(self, columns: Batch, like: Prediction) -> Prediction:
+        """Return the teacher's prediction, as `distance` takes it, from what was kept of it.
+
+        Args:
+            columns: what `keep` returned, each (batch, ...), in float32 if it had a floating point.
+            like: prediction of the student on the same inputs.
+        """
+        return tree_unflatten([columns[str(i)] for i in range(len(columns))], tree_structure(like))
 
     def losses(self, model: nn.Module, inputs: Batch) -> Tensor:
         """Run a network and return the training loss of every sample, (batch,).

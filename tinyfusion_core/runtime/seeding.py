@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import UserError
+
 
 def seed_of(*key: object) -> int:
     """Hash a key of strings and numbers to a 56-bit seed."""
@@ -48,6 +50,7 @@ class Rng:
         strata: if positive, scalar draws are stratified over that many rows: one row in each of `strata` equal
             intervals, shuffled anew for every purpose. Evaluations use it: the same expectation with far less variance.
             0 draws independently.
+        rows: global index of every row, where they do not follow one another; then nothing can be drawn for the batch.
     """
 
     seed: int
@@ -55,12 +58,18 @@ class Rng:
     step: int = 0
     first: int = 0
     strata: int = 0
+    rows: tuple[int, ...] | None = None
 
     def batch(self, purpose: str) -> torch.Generator:
         """Return one generator for the whole batch, the same on every process.
 
         With `strata`, each batch of an evaluation has its own.
+
+        Raises:
+            UserError: the rows come from different batches.
         """
+        if self.rows is not None:
+            raise UserError(f"the objective draws '{purpose}' once for a batch; a cache keeps what is drawn by row")
         part = (self.first,) if self.strata else ()
         return generator(self.seed, self.stage, self.step, purpose, *part)
 
@@ -112,6 +121,7 @@ class Rng:
         out = torch.empty(shape, dtype=dtype)
         stream = torch.Generator()
         for i, row in enumerate(out.view(shape[0], -1)):
-            stream.manual_seed(seed_of(self.seed, self.stage, self.step, purpose, self.first + i))
+            number = self.first + i if self.rows is None else self.rows[i]
+            stream.manual_seed(seed_of(self.seed, self.stage, self.step, purpose, number))
             fill(row, generator=stream)
         return out

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -14,12 +13,15 @@ from typing_extensions import override
 
 from ..errors import UserError, require
 from ..parsing.settings import Settings
-from ..protocols.backbone import Batch, Streams, block_lists, streams_of
+from ..protocols.backbone import Batch, block_lists
 from ..protocols.loss import LossAdapter, Prediction
 from ..protocols.task import Task
+from ..pruning.block_outputs import captured
 from ..pruning.decision import Decision
+from ..runtime.files import NEUTRAL
 from ..runtime.seeding import Rng
 from .objective import Objective
+from .teacher_cache.settings import PREFIX, TeacherCache
 
 Tap = tuple[int, int]
 """A student block and the teacher block whose output it should match, as positions among all blocks."""
@@ -54,10 +56,12 @@ class OutputKD(Settings):
     Args:
         alpha_kd: weight of the distance to the teacher's prediction, as the objective defines it.
         alpha_gt: weight of the training loss.
+        cache: the teacher's predictions, written beforehand by `tinyfusion cache-teacher`; null runs the teacher.
     """
 
     alpha_kd: float = 0.9
     alpha_gt: float = 0.1
+    cache: TeacherCache | None = field(default=None, metadata={NEUTRAL: None})
 
     def __post_init__(self) -> None:
         for name in ("alpha_kd", "alpha_gt"):
@@ -67,6 +71,33 @@ class OutputKD(Settings):
     def taps_for(self, decision: Decision) -> list[Tap]:
         """Return the pairs of blocks whose outputs are compared: none."""
         return []
+
+    def compared(self, decision: Decision, final: bool) -> set[int]:
+        """Return the teacher's blocks whose outputs are compared: none.
+
+        Args:
+            decision: how the student is made.
+            final: whether it is the decision; if not, other blocks may be kept.
+        """
+        return set()
+
+    def check_cache(self, decision: Decision, final: bool = True) -> None:
+        """Check that a cache, if there is one, keeps the outputs of the teacher's blocks that are compared.
+
+        Args:
+            decision: how the student is made.
+            final: whether it is the decision; if not, other blocks may be kept.
+
+        Raises:
+            UserError: it lacks one.
+        """
+        lacking = self.compared(decision, final).difference(self.cache.blocks if self.cache else ())
+        if self.cache is not None and lacking:
+            blocks = ", ".join(map(str, sorted(lacking)))
+            raise UserError(
+                f"recover.kd.cache.blocks: lacks {blocks}, blocks of the teacher that the student may be compared "
+                "with; add them and write the cache anew, say which in recover.kd.taps, or distil with OutputKD"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +110,7 @@ class MaskedKD(OutputKD):
     Args:
         alpha_kd: weight of the distance to the teacher's prediction, as the objective defines it.
         alpha_gt: weight of the training loss.
+        cache: the teacher's predictions, written beforehand; its `blocks` must hold those that the taps name.
         beta: weight of the feature loss at the first and at the last step, linear in between.
         sigma: standard deviations beyond which an activation is extreme; null leaves none out. The paper's 2 does as
             well as 4 on its large models and worse on our small ones, which have no massive activations.
@@ -117,6 +149,12 @@ class MaskedKD(OutputKD):
                 )
         return [(s, t) for s, t in self.taps]
 
+    @override
+    def compared(self, decision: Decision, final: bool) -> set[int]:
+        if not final and self.taps is None and not decision.choices:
+            return set(range(len(decision.blocks)))
+        return {block for _, block in self.taps_for(decision)}
+
 
 class Distilled(Objective):
     """alpha_kd * distance to the teacher + alpha_gt * training loss + beta * feature loss.
@@ -135,13 +173,14 @@ class Distilled(Objective):
         super().__init__()
         self.model, self.kd = student, kd
         self.taps = kd.taps_for(decision)
+        kd.check_cache(decision)
         ours = task.backbone.block_paths(student)
         self.paths = [ours[s] for s, _ in self.taps], [task.blocks[t] for _, t in self.taps]
         self.blocks = [student.get_submodule(path) for path in ours]
         # The teacher is not trained: in a tuple it is not registered, so that nobody averages or saves it.
         self.unregistered = task.loss, task.teacher, task.backbone.streams
         blocks = [task.teacher.get_submodule(path) for path in task.blocks]
-        self.predicting = [(_Prediction(task.teacher, task.loss), blocks)]
+        self.predicting = [] if kd.cache else [(_Prediction(task.teacher, task.loss), blocks)]
         self.beta = 0.0
 
     @override
@@ -150,13 +189,15 @@ class Distilled(Objective):
 
     @override
     def forward(self, inputs: Batch, rng: Rng) -> tuple[Tensor, Tensor]:
-        loss, teacher, streams = self.unregistered
-        with torch.no_grad(), captured(teacher, self.paths[1], streams) as theirs:
-            ((predict, _),) = self.predicting
-            target = predict(inputs)
+        loss, _, streams = self.unregistered
+        stored = {name.removeprefix(PREFIX): t for name, t in inputs.items() if name.startswith(PREFIX)}
+        inputs = {name: t for name, t in inputs.items() if not name.startswith(PREFIX)}
+        told = None if self.kd.cache else self._run_teacher(inputs)
         with captured(self.model, self.paths[0], streams) as ours:
             prediction = loss.predict(self.model, inputs)
-        _check_shapes(prediction, target, "the student predicts", "the teacher")
+        if told is not None:
+            _check_shapes(prediction, told[0], "the student predicts", "the teacher")
+        target, theirs = told or self._as_stored(stored, prediction)
         terms = {"kd": loss.distance(prediction, target, inputs), "gt": loss.loss(prediction, inputs)}
         total = self.kd.alpha_kd * terms["kd"] + self.kd.alpha_gt * terms["gt"]
         if isinstance(self.kd, MaskedKD):
@@ -169,6 +210,18 @@ class Distilled(Objective):
         self.terms = {name: term.detach() for name, term in terms.items()}
         return total.mean(), total.detach()
 
+    def _run_teacher(self, inputs: Batch) -> tuple[Prediction, list[list[Tensor]]]:
+        """The teacher's prediction, and the outputs of its tapped blocks."""
+        _, teacher, streams = self.unregistered
+        ((predict, _),) = self.predicting
+        with torch.no_grad(), captured(teacher, self.paths[1], streams) as outputs:
+            return predict(inputs), outputs
+
+    def _as_stored(self, stored: Batch, like: Prediction) -> tuple[Prediction, list[list[Tensor]]]:
+        """The same from what a cache keeps; the prediction as the objective's `distance` takes it."""
+        outputs = [list(_named(stored, f"block.{block}.").values()) for _, block in self.taps]
+        return self.unregistered[0].kept(_named(stored, "prediction."), like), outputs
+
     @override
     def before_step(self, progress: float) -> None:
         if isinstance(self.kd, MaskedKD):
@@ -178,6 +231,11 @@ class Distilled(Objective):
     @override
     def metrics(self) -> dict[str, Any]:
         return {"beta": self.beta} if isinstance(self.kd, MaskedKD) else {}
+
+
+def _named(columns: Batch, prefix: str) -> dict[str, Tensor]:
+    """The columns whose names begin so, without that beginning, in the order of what is left."""
+    return {name.removeprefix(prefix): columns[name] for name in sorted(columns) if name.startswith(prefix)}
 
 
 class _Prediction(nn.Module):
@@ -220,34 +278,6 @@ def feature_loss(student: Tensor, teacher: Tensor, sigma: float | None, mask: st
 def _usual(x: Tensor, sigma: float) -> Tensor:
     x = x.detach()
     return (x - x.mean(1, keepdim=True)).abs() < sigma * x.std(1, keepdim=True)
-
-
-@contextmanager
-def captured(model: nn.Module, paths: Sequence[str], streams: Streams) -> Iterator[list[list[Tensor]]]:
-    """Record the outputs of these blocks while the context is open: for every path, each stream's tensor, (batch, ...).
-
-    Raises:
-        UserError: the model changes a block's output in place, so that the recorded tensor is no longer that output.
-    """
-    values: list[list[Tensor]] = [[] for _ in paths]
-    versions: dict[str, list[int]] = {}
-
-    def keep(slot: int, output: Any) -> None:
-        values[slot][:] = [stream.of(output) for stream in streams_of(streams, paths[slot])]
-        versions[paths[slot]] = [t._version for t in values[slot]]
-
-    handles = [
-        model.get_submodule(path).register_forward_hook(lambda _m, _args, output, slot=slot: keep(slot, output))
-        for slot, path in enumerate(paths)
-    ]
-    try:
-        yield values
-    finally:
-        for handle in handles:
-            handle.remove()
-    for path, tensors in zip(paths, values, strict=True):
-        if tensors and versions[path] != [t._version for t in tensors]:
-            raise UserError(f"the network changes the output of '{path}' in place; distil with OutputKD, or other taps")
 
 
 def _check_shapes(student: Any, teacher: Any, ours: str, theirs: str) -> None:

@@ -25,6 +25,7 @@ from ..runtime.seeding import Rng, seed_of
 from .distillation import Distilled, OutputKD
 from .loop import Fit
 from .objective import Ema, Objective, Optimization, cosine, ema_decay
+from .teacher_cache.samples import open_cache
 from .trainer import Trainer
 
 
@@ -162,6 +163,10 @@ class Recover(Settings):
     ) -> None:
         """Train these weights of the student; they become their average, if there is one."""
         objective = self._objective(task, student, decision, trainer)
+        data, prepare = task.train, task.loss.prepare
+        if self.kd is not None and self.kd.cache is not None:
+            data = cached = open_cache(self.kd.cache, task)
+            prepare = cached.prepare
         decay = ema_decay(stage, self.steps, self.ema)
         ema = Ema(student, decay) if decay else None
         averaged = ema.average.module if ema else None  # copied before the blocks' forward is taken over
@@ -175,7 +180,7 @@ class Recover(Settings):
         frozen = objective.frozen_modules()
         frozen_blocks = [block for _, blocks in frozen for block in blocks]
         with evaluating(*(n for n, _ in frozen)), trainer.transformed([*objective.blocks, *frozen_blocks]):
-            Fit(trainer, stage, objective, task.train, task.loss.prepare, optimization, run).run()
+            Fit(trainer, stage, objective, data, prepare, optimization, run).run()
         if averaged is not None:
             student.load_state_dict(averaged.state_dict())
 
@@ -183,7 +188,10 @@ class Recover(Settings):
         if self.kd is None:
             return _PlainLoss(student, task)
         assert decision is not None  # else it has been refused
-        trainer.to_device(task.teacher)
+        if self.kd.cache is None:
+            trainer.to_device(task.teacher)
+        else:
+            task.teacher.cpu()  # the device is the student's
         return Distilled(student, task, decision, self.kd)
 
 

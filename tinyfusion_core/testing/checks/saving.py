@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 
 from ...protocols.task import Task
+from ...pruning.block_outputs import captured
 from ...pruning.decision import Decision
 from ...pruning.prune import load_pretrained, save_network
-from ...training.distillation import captured, derive_taps
+from ...training.distillation import derive_taps
 from ..assertions import expect, tensors_of
 from ..subject import Subject
 

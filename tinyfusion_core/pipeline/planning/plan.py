@@ -9,24 +9,25 @@ from functools import partial
 
 from torch import nn
 
-from ..comparison.study import Comparison
-from ..errors import MissingFileError, UserError
-from ..evaluation.metrics import count_flops
-from ..protocols.backbone import list_lengths, owner
-from ..protocols.columns import checked, columns_of
-from ..protocols.task import Task, check_loss_fits
-from ..pruning.decision import Decision
-from ..pruning.interop_formats import describe_clients
-from ..pruning.removal import remove_blocks
-from ..runtime.stages import EVALUATE, SEARCH, Stage
-from ..runtime.trackers import check_trackers
-from ..samplers.constraints import Spending
-from ..selection.base import Selector
-from ..selection.budget import measure
-from ..selection.search import Search
-from ..training.recover import Recover
+from ...comparison.study import Comparison
+from ...errors import MissingFileError, UserError
+from ...protocols.backbone import list_lengths, owner
+from ...protocols.columns import checked, columns_of
+from ...protocols.task import Task, check_loss_fits
+from ...pruning.decision import Decision
+from ...pruning.interop_formats import describe_clients
+from ...pruning.removal import remove_blocks
+from ...runtime.stages import EVALUATE, SEARCH, Stage
+from ...runtime.trackers import check_trackers
+from ...samplers.constraints import Spending
+from ...selection.base import Selector
+from ...selection.budget import measure
+from ...selection.search import Search
+from ...training.recover import Recover
+from ..recipe import Recipe
+from .cached_teacher import cache_text
 from .memory import Needs, Setup, gigabytes, search_needs, training_needs
-from .recipe import Recipe
+from .wording import budget_text, num_rows, size_text, training_text
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def _network(plan: Plan, recipe: Recipe) -> None:
     counts = ", ".join(f"{depth} blocks in '{name}'" for name, depth in list_lengths(blocks).items())
     plan.rows.append(("network", f"{type(recipe.backbone).__name__}, {counts}"))
     check_loss_fits(recipe.backbone, recipe.loss, model)
-    plan.rows.append(("before pruning", _size(recipe, model)))
+    plan.rows.append(("before pruning", size_text(recipe, model)))
 
 
 def _stages(plan: Plan, recipe: Recipe) -> None:
@@ -118,7 +119,7 @@ def _stages(plan: Plan, recipe: Recipe) -> None:
             elif stage.name != EVALUATE and stage.settings is not None:
                 _train(plan, recipe, stage, model, teacher, decision)
         except UserError as e:
-            raise UserError(f"rounds.{stage.round}: {e}" if stage.round else str(e)) from e
+            raise type(e)(f"rounds.{stage.round}: {e}" if stage.round else str(e)) from e
     if recipe.recover is not None and recipe.search is None:
         plan.problems.append(
             "recover: there is no search before it, so nothing is pruned; add one, or set recover: null"
@@ -149,14 +150,14 @@ def _search(plan: Plan, recipe: Recipe, stage: Stage, model: nn.Module) -> tuple
         else:
             plan.rows.append((f"{prefix}masks", f"any within the budget, {masks}"))
         copies = f" under {sampler.masks_per_sample} masks each" if sampler.masks_per_sample > 1 else ""
-        how = f"{_budget(recipe, search)}{copies}, weight update {type(search.update).__name__}"
+        how = f"{budget_text(recipe, search)}{copies}, weight update {type(search.update).__name__}"
         plan.rows.append((f"{prefix}search", how))
         needs = partial(search_needs, recipe.backbone, recipe.loss, model, search)
         _memory(plan, recipe, f"{prefix}search", search, needs)
     pruned = copy.deepcopy(model)
     remove_blocks(recipe.backbone, pruned, [blocks[i] for i in decision.removed])
     given = _given(decision) if len(list_lengths(blocks)) > 1 else ""  # lists whose blocks are not alike
-    plan.rows.append((f"{prefix}after pruning", _size(recipe, pruned) + given))
+    plan.rows.append((f"{prefix}after pruning", size_text(recipe, pruned) + given))
     if clients := recipe.backbone.clients(model, pruned, decision.kept):
         stay = f"if blocks {', '.join(map(str, decision.kept))} stay: "
         plan.rows.append((f"{prefix}other tools", stay + describe_clients(clients)))
@@ -169,12 +170,12 @@ def _choosing(plan: Plan, recipe: Recipe, stage: Stage, selector: Selector, prun
     prefix, blocks, trainings = _prefix(stage), recipe.backbone.block_paths(recipe.on_meta), selector.trainings()
     for short in (part for part in trainings if isinstance(part, Recover)):
         what, needed = f"{prefix}short recoveries", partial(training_needs, recipe.backbone, recipe.loss, pruned, short)
-        plan.rows.append((what, _training(recipe, short)))
+        plan.rows.append((what, training_text(recipe, short)))
         _memory(plan, recipe, what, short, needed)
     if len(trainings) > 1:
-        rows = sum(_rows(recipe, blocks, part) for part in trainings)
+        rows = sum(num_rows(recipe, blocks, part) for part in trainings)
         recovery = recipe.each_round()[stage.round].recover
-        beside = f"; the recovery {_rows(recipe, blocks, recovery):,}" if recovery else ""
+        beside = f"; the recovery {num_rows(recipe, blocks, recovery):,}" if recovery else ""
         plan.rows.append((f"{prefix}choosing", f"{rows:,} rows through the pruned network{beside}"))
 
 
@@ -183,12 +184,14 @@ def _train(
 ) -> None:
     """Plan the training of a pruned network, or, without a teacher, of a fresh one."""
     prefix, how = _prefix(stage), stage.settings
-    plan.rows.append((f"{prefix}{stage.name}", _training(recipe, how)))
+    plan.rows.append((f"{prefix}{stage.name}", training_text(recipe, how)))
     if how.kd is not None and decision is not None and (taps := how.kd.taps_for(decision)):
         table = ", ".join(f"{student} ↔ {teacher}" for student, teacher in taps)
         plan.rows.append((f"{prefix}taps", f"student ↔ teacher: {table}{_given(decision)}"))
     if decision is None:
         how.check_fresh()
+    elif how.kd is not None and how.kd.cache is not None:
+        plan.rows.append((f"{prefix}teacher cache", cache_text(recipe, stage, how.kd, decision)))
     with how.moving(model, recipe.backbone.block_paths(model), stage.key):
         pass
     needs = partial(training_needs, recipe.backbone, recipe.loss, model, how, teacher=teacher, decision=decision)
@@ -240,12 +243,6 @@ def _comparison(stage: Comparison, plan: Plan, recipe: Recipe) -> None:
     plan.rows.append((stage.view, f"{len(found.selectors)} candidates that keep {found.said}, {stage.seeds} seeds"))
 
 
-def _training(recipe: Recipe, stage: Recover) -> str:
-    kd = "" if stage.kd is None else f", {type(stage.kd).__name__}"
-    kd += "" if stage.update is None else f", moves {type(stage.update).__name__}"
-    return f"{_budget(recipe, stage)}, {stage.schedule} schedule from {stage.lr:g}{kd}"
-
-
 def _checkpoint(plan: Plan, recipe: Recipe) -> None:
     source = recipe.backbone.source()
     if (recipe.train is None) == ("checkpoint" not in source):
@@ -280,21 +277,3 @@ def _metrics(plan: Plan, recipe: Recipe) -> None:
 
 def _trackers(plan: Plan, recipe: Recipe) -> None:
     check_trackers(recipe.trainer.trackers)
-
-
-def _size(recipe: Recipe, model: nn.Module) -> str:
-    parameters = sum(p.numel() for p in model.parameters())
-    flops = count_flops(recipe.backbone, recipe.loss, recipe.backbone.config(model))
-    cost = f"{flops / 1e9:,.3f} GFLOP a sample" if isinstance(flops, int) else f"FLOPs {flops}"
-    return f"{parameters:,} parameters, {cost}"
-
-
-def _budget(recipe: Recipe, stage: Search | Recover) -> str:
-    size = stage.batch_size or recipe.trainer.batch_size
-    return f"{stage.steps:,} steps of {size}, {stage.steps * size:,} samples"
-
-
-def _rows(recipe: Recipe, blocks: Sequence[str], stage: Search | Recover) -> int:
-    """How many samples a training runs through the network, each as often as it gets masks."""
-    masks = stage.make_sampler(list_lengths(blocks)).masks_per_sample if isinstance(stage, Search) else 1
-    return stage.steps * (stage.batch_size or recipe.trainer.batch_size) * masks

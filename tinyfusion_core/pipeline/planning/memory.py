@@ -17,19 +17,21 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
-from ..errors import UserError
-from ..protocols.backbone import Backbone, Batch, list_lengths
-from ..protocols.block_call import BatchDim, named_batch_dims, probed_batch_dims
-from ..protocols.loss import LossAdapter
-from ..protocols.task import Task
-from ..pruning.decision import Decision
-from ..pruning.gating import Gates
-from ..pruning.weight_update import of_stage
-from ..runtime.seeding import Rng
-from ..selection.search import Search
-from ..training.distillation import Distilled
-from ..training.recover import Recover
-from ..training.trainer import Trainer
+from ...errors import UserError
+from ...protocols.backbone import Backbone, Batch, list_lengths
+from ...protocols.block_call import BatchDim, named_batch_dims, probed_batch_dims
+from ...protocols.loss import LossAdapter
+from ...protocols.task import Task
+from ...pruning.decision import Decision
+from ...pruning.gating import Gates
+from ...pruning.weight_update import of_stage
+from ...runtime.seeding import Rng
+from ...selection.search import Search
+from ...training.distillation import Distilled
+from ...training.recover import Recover
+from ...training.teacher_cache.settings import PREFIX
+from ...training.teacher_cache.writing import kept_of
+from ...training.trainer import Trainer
 from .activations import Saved, saved_by
 
 
@@ -206,11 +208,17 @@ def training_needs(
             needs = replace(needs, ema=needs.parameters)
         forward: Callable[[], Any] = lambda: loss.losses(network, _fake(inputs, setup.rows)).mean()  # noqa: E731
         if recover.kd is not None and teacher is not None and decision is not None:
-            task = Task.without_data(backbone, loss, _faked(teacher))
-            theirs = _spread(setup, task.teacher.requires_grad_(False), task.blocks)
-            needs = replace(needs, teacher=theirs.parameters, communication=needs.communication + theirs.communication)
+            task, stored = Task.without_data(backbone, loss, _faked(teacher)), {}
+            if (cache := recover.kd.cache) is not None:
+                with torch.no_grad():
+                    kept = kept_of(task, task.teacher, _fake(inputs, setup.rows), cache.blocks)
+                stored = {PREFIX + name: t for name, t in kept.items()}
+            else:
+                theirs = _spread(setup, task.teacher.requires_grad_(False), task.blocks)
+                communication = needs.communication + theirs.communication
+                needs = replace(needs, teacher=theirs.parameters, communication=communication)
             distilled = Distilled(network, task, decision, recover.kd)
-            forward = lambda: distilled(_fake(inputs, setup.rows), Rng(0, "plan"))[0]  # noqa: E731
+            forward = lambda: distilled({**_fake(inputs, setup.rows), **stored}, Rng(0, "plan"))[0]  # noqa: E731
         try:
             activations = saved_by(forward, network, blocks, setup.precision)
         except (RuntimeError, NotImplementedError) as e:

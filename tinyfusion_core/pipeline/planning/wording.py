@@ -1,0 +1,40 @@
+"""What a plan says of networks and trainings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from ...evaluation.metrics import count_flops
+from ...protocols.backbone import list_lengths
+from ...selection.search import Search
+from ...training.recover import Recover
+from ..recipe import Recipe
+
+
+def training_text(recipe: Recipe, stage: Recover) -> str:
+    """Return steps, samples, schedule, distillation and what moves."""
+    kd = "" if stage.kd is None else f", {type(stage.kd).__name__}"
+    kd += "" if stage.update is None else f", moves {type(stage.update).__name__}"
+    return f"{budget_text(recipe, stage)}, {stage.schedule} schedule from {stage.lr:g}{kd}"
+
+
+def size_text(recipe: Recipe, model: nn.Module) -> str:
+    """Return parameters and FLOPs of a network on the meta device."""
+    parameters = sum(p.numel() for p in model.parameters())
+    flops = count_flops(recipe.backbone, recipe.loss, recipe.backbone.config(model))
+    cost = f"{flops / 1e9:,.3f} GFLOP a sample" if isinstance(flops, int) else f"FLOPs {flops}"
+    return f"{parameters:,} parameters, {cost}"
+
+
+def budget_text(recipe: Recipe, stage: Search | Recover) -> str:
+    """Return steps and samples of a training."""
+    size = stage.batch_size or recipe.trainer.batch_size
+    return f"{stage.steps:,} steps of {size}, {stage.steps * size:,} samples"
+
+
+def num_rows(recipe: Recipe, blocks: Sequence[str], stage: Search | Recover) -> int:
+    """Return how many samples a training runs through the network, each as often as it gets masks."""
+    masks = stage.make_sampler(list_lengths(blocks)).masks_per_sample if isinstance(stage, Search) else 1
+    return stage.steps * (stage.batch_size or recipe.trainer.batch_size) * masks

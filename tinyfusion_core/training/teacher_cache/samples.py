@@ -1,0 +1,184 @@
+"""Reads a cache: training samples together with what the teacher makes of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypedDict
+
+from safetensors.torch import save
+from torch import Tensor
+
+from ...dataloading.shards import METADATA, Shard, ShardedSamples
+from ...errors import MissingFileError, UserError
+from ...parsing.records import check_inside, read_as
+from ...protocols.backbone import Batch
+from ...protocols.loss import LossAdapter
+from ...protocols.task import Task
+from ...runtime.distributed import fingerprint
+from ...runtime.seeding import Rng
+from .settings import KIND, PREFIX, FixedDraws, TeacherCache
+
+FORMAT_VERSION = 1
+MIX = 8
+"""How many shards a batch is drawn from."""
+LOOKED_AT = 64
+"""How many samples tell one data set from another."""
+_WRITE = "`tinyfusion cache-teacher RECIPE` writes it"
+_AGAIN = "write the cache anew with `tinyfusion cache-teacher RECIPE`"
+_OTHER = {
+    "teacher": "of another teacher",
+    "data": "on other data, or tokens of another tokenizer",
+    "objective": "for another objective",
+    "draws": "with other draws",
+    "seed": "with other draws",
+    "samples": "on other samples",
+    "blocks": "without the outputs of these blocks",
+    "dtype": "in another dtype",
+}
+"""What differs, by the part of the metadata that does."""
+
+
+class Metadata(TypedDict):
+    """What is in the `metadata.json` of a cache."""
+
+    format_version: int
+    kind: str
+    made_of: dict[str, Any]
+    rows_per_shard: int
+    shards: list[Shard]
+
+
+def made_of(cache: TeacherCache, task: Task) -> dict[str, Any]:
+    """Return everything that the content of a cache depends on. Of the data, a few samples stand for all."""
+    draws = FixedDraws(cache, task)
+    step = max(1, len(draws.samples) // LOOKED_AT)
+    some = task.train.__getitems__(draws.samples[::step][:LOOKED_AT])
+    content = hashlib.sha256(save({name: t.contiguous() for name, t in sorted(some.items())})).hexdigest()
+    return {
+        **settings_made_of(cache, task.loss),
+        "teacher": {"weights": fingerprint(task.teacher.state_dict().values()).tolist(), "blocks": len(task.blocks)},
+        "samples": [len(draws.samples), len(task.train)],
+        "data": content[:24],
+    }
+
+
+def settings_made_of(cache: TeacherCache, loss: LossAdapter) -> dict[str, Any]:
+    """Return the part of it that settings say."""
+    of = {"draws": cache.draws, "seed": cache.seed, "blocks": list(cache.blocks), "dtype": cache.dtype}
+    return {"objective": _settings(loss), **of}
+
+
+def _settings(loss: LossAdapter) -> dict[str, str]:
+    """The class and options of an objective that can change a training."""
+    names: set[str] = {f.name for f in fields(loss)} if is_dataclass(loss) else set()
+    options = {name: repr(getattr(loss, name)) for name in sorted(names - loss.sampling_options())}
+    return {"class": type(loss).__name__, **options}
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """Read the metadata of a cache.
+
+    Raises:
+        MissingFileError: there is none.
+        UserError: it is damaged, or of something else.
+    """
+    try:
+        found = read_as(folder / METADATA, Metadata, _AGAIN)
+    except MissingFileError:
+        raise MissingFileError(f"recover.kd.cache.folder: there is no cache in {folder}; {_WRITE}") from None
+    if found["kind"] != KIND or found["format_version"] != FORMAT_VERSION:
+        raise UserError(f"{folder / METADATA}: {found['kind']}, version {found['format_version']}; {_AGAIN}")
+    check_inside([shard.name for shard in found["shards"]], folder / METADATA)
+    return found
+
+
+def size_of(found: Metadata, folder: Path) -> str:
+    """Return how many predictions there are, and how large, in words."""
+    rows = sum(shard.count for shard in found["shards"])
+    size = sum((folder / shard.name).stat().st_size for shard in found["shards"] if (folder / shard.name).exists())
+    return f"{rows:,} predictions of {size / max(1, rows):,.0f} bytes, {size / 1e6:,.3g} MB in all"
+
+
+def check_made_of(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:
+    """Check that a cache holds what a recovery wants.
+
+    Args:
+        found: what it was made of, as its metadata says.
+        wanted: what it should be made of; parts that are not known yet are left out.
+        folder: where it is.
+
+    Raises:
+        UserError: it does not; names what differs.
+    """
+    for part, value in wanted.items():
+        if found.get(part) != value:
+            raise UserError(
+                f"recover.kd.cache: {folder} holds predictions {_OTHER[part]} ({_difference(found.get(part), value)}); "
+                f"{_AGAIN}, in another folder, or delete this one first"
+            )
+
+
+def _difference(before: Any, now: Any) -> str:
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+        return "; ".join(f"{name}: {before.get(name)!r}, now {now.get(name)!r}" for name in names)[:300]
+    return f"{before!r}, now {now!r}"[:300]
+
+
+def open_cache(cache: TeacherCache, task: Task) -> CachedSamples:
+    """Open a cache for a recovery.
+
+    Raises:
+        MissingFileError: it has not been written.
+        UserError: it is not finished, or of another teacher, other data or another objective.
+    """
+    folder = Path(cache.folder)
+    found = read_metadata(folder)
+    check_made_of(found["made_of"], made_of(cache, task), folder)
+    draws = FixedDraws(cache, task)
+    if sum(shard.count for shard in found["shards"]) != len(draws):
+        raise MissingFileError(f"recover.kd.cache.folder: the cache in {folder} is not finished; {_WRITE}")
+    return CachedSamples(draws, ShardedSamples(str(folder), found["shards"], 0, len(draws), MIX))
+
+
+@dataclass(frozen=True)
+class CachedSamples:
+    """Training samples with the teacher's predictions on them, in shards.
+
+    Args:
+        draws: the samples and their draws.
+        stored: what the teacher made of them.
+    """
+
+    draws: FixedDraws
+    stored: ShardedSamples
+
+    mix = MIX
+
+    def __len__(self) -> int:
+        return len(self.draws)
+
+    @cached_property
+    def sizes(self) -> Sequence[int]:
+        """Number of rows in each shard."""
+        return self.stored.sizes
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+        """Return the samples of these rows by name, each (rows, ...), with what the teacher made of them."""
+        found = {PREFIX + name: value for name, value in self.stored.__getitems__(indices).items()}
+        return {**self.draws.read(indices), **found}
+
+    def prepare(self, batch: Batch, rng: Rng) -> dict[str, Tensor]:
+        """Return the inputs that the teacher had, and what it made of them: tensors by name, each (batch, ...).
+
+        Args:
+            batch: as `__getitems__` returns it, on any device.
+            rng: not drawn from: the draws are those of the cache.
+        """
+        theirs = {name: value for name, value in batch.items() if name.startswith(PREFIX)}
+        own = {name: value for name, value in batch.items() if name not in theirs}
+        return {**self.draws.prepare(own), **theirs}
