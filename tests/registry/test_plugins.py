@@ -90,7 +90,7 @@ def test_every_hook_is_documented_and_has_a_user() -> None:
         assert f"| `{kind.hook}` | `{public}` | {kind.where} |" in page
         assert f"def {kind.hook}(" in code
         assert getattr(tiny, base, kind.base_class()) is kind.base_class()
-    assert "18 checks" in page
+    assert "19 checks" in page
     for check in CHECKS:
         assert f"| `{name_of(check)}` | {' '.join((check.__doc__ or '').split())} |" in page
 

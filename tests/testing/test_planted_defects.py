@@ -226,6 +226,11 @@ class Means(Match):
         return super().loss(prediction, inputs).mean()
 
 
+class KeepsTooLittle(Match):
+    def keep(self, teacher: Tensor, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {"0": teacher.round()}
+
+
 class DrawsGlobally(Match):
     def prepare(self, batch: Mapping[str, Tensor], rng: Any) -> dict[str, Tensor]:
         return {name: x + 0.1 * torch.randn_like(x) for name, x in super().prepare(batch, rng).items()}
@@ -247,6 +252,7 @@ BROKEN: dict[str, tuple[Backbone, LossAdapter, str]] = {
     "every_block_learns": (Planted(scales=(1, 0, 1, 1)), Match(), r"block 'blocks\.1'"),
     "sparse_is_dense": (MixesSamples(), Match(), "dense formula"),
     "loss_per_sample": (Small(), Means(), r"Means\.loss returns the shape \(\) for 5 samples"),
+    "kept_prediction": (Small(), KeepsTooLittle(), r"KeepsTooLittle\.distance differs between a prediction and"),
     "prepare": (Small(), DrawsGlobally(), r"DrawsGlobally\.prepare draws from a global generator"),
     "same_inputs": (Small(), DrawsWhilePredicting(), "gives teacher and student different inputs"),
     "predict_deterministic": (AlwaysDrops(), Match(), "something else the second time"),
@@ -287,4 +293,4 @@ def test_the_command_line_names_what_does_not_hold(
     out, err = capsys.readouterr()
     assert "FAIL  blocks" in out
     assert "Backwards.blocks gives" in out
-    assert "of 18 checks failed" in err
+    assert "of 19 checks failed" in err

@@ -23,7 +23,13 @@ from .gating import (
     check_sparse_is_dense,
     check_state_dict_untouched,
 )
-from .objective import check_loss_per_sample, check_predict_deterministic, check_prepare, check_same_inputs
+from .objective import (
+    check_kept_prediction,
+    check_loss_per_sample,
+    check_predict_deterministic,
+    check_prepare,
+    check_same_inputs,
+)
 from .samplers import SAMPLER_CHECKS, SamplerSubject
 from .saving import check_save_and_load, check_taps
 from .selectors import SELECTOR_CHECKS, SelectorSubject
@@ -51,6 +57,7 @@ CHECKS: tuple[Callable[[Subject], None], ...] = (
     check_every_block_learns,
     check_sparse_is_dense,
     check_loss_per_sample,
+    check_kept_prediction,
     check_prepare,
     check_same_inputs,
     check_predict_deterministic,

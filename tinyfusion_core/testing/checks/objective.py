@@ -49,6 +49,23 @@ def check_loss_per_sample(subject: Subject) -> None:
         )
 
 
+def check_kept_prediction(subject: Subject) -> None:
+    """`distance` takes what `kept` makes of what `keep` keeps, row by row, as it takes the prediction itself."""
+    teacher, student, inputs = subject.network(), subject.pruned(subject.every_other()), subject.inputs()
+    loss, name = subject.loss, type(subject.loss).__name__
+    with torch.no_grad():
+        theirs, ours = loss.predict(teacher, inputs), loss.predict(student, inputs)
+        try:
+            expected, columns = loss.distance(ours, theirs, inputs), loss.keep(theirs, inputs)
+        except UserError:  # an objective that cannot distil, or whose predictions cannot be kept, says so
+            return
+        for key, t in columns.items():
+            expect(len(t) == NUM_ROWS, f"{name}.keep: '{key}' has {len(t)} rows for a batch of {NUM_ROWS}")
+        found = loss.distance(ours, loss.kept(columns, ours), inputs)
+    message = f"{name}.distance differs between a prediction and what `keep` and `kept` make of it"
+    expect_close(found, expected, 1e-4, message, size=max(largest(expected), largest(loss.loss(ours, inputs))))
+
+
 def check_prepare(subject: Subject) -> None:
     """`prepare` depends only on its arguments, row by row; it does not change global generators or the batch."""
     batch, name = subject.batch(), f"{type(subject.loss).__name__}.prepare"

@@ -93,6 +93,9 @@ class FixedDraws:
         Args:
             batch: what `read` returned, on any device.
 
+        Returns:
+            Prepared tensors by name, each (rows, ...).
+
         Raises:
             UserError: the objective draws for a whole batch at once.
         """
