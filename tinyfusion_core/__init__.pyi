@@ -81,6 +81,7 @@ from .training.recover import Recover as Recover
 from .training.teacher_cache.settings import TeacherCache as TeacherCache
 from .training.teacher_cache.writing import write_cache as write_cache
 from .training.trainer import Trainer as Trainer
+from .training.validation import Validation as Validation
 
 Fidelity: typing.Any  # these live elsewhere now, or have other names, and stay here for one release
 Findings: typing.Any

@@ -7,9 +7,9 @@ from mutations.mutation import Mutation
 DISTILLATION = "training/distillation.py"
 DISTILLED = "training/test_distill.py::"
 TRAINED = "training/test_trainer.py::"
-UPDATE = "training/update.py"
+UPDATE = "training/steps/update.py"
 UPDATED = "training/test_update.py::"
-GUARD = "training/step_guard.py"
+GUARD = "training/steps/step_guard.py"
 FAULTS = "training/test_faults.py::"
 ORDER = "dataloading/order.py"
 SEEDING = "runtime/seeding.py"
@@ -258,8 +258,8 @@ ORDER_AND_STREAMS = [
     Mutation(
         "rows are numbered from the start of their batch",
         SEEDING,
-        "purpose, self.first + i)",
-        "purpose, i)",
+        "number = self.first + i if",
+        "number = i if",
         ("samplers/test_sampling.py::test_rows_have_their_own_streams",),
     ),
     Mutation(

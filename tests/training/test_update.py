@@ -11,7 +11,7 @@ from tinyfusion_core.protocols.backbone import Batch
 from tinyfusion_core.pruning.removal import remove_blocks
 from tinyfusion_core.runtime.seeding import Rng
 from tinyfusion_core.training.objective import Objective, Optimization
-from tinyfusion_core.training.update import Rows, Update
+from tinyfusion_core.training.steps.update import Rows, Update
 from toys import Match, Planted, planted_data
 
 

@@ -45,7 +45,7 @@ class ShardedPart(Part):
         self.sizes, self.mix = sizes, samples.mix
 
 
-def set_apart(samples: Samples, num: int, seed: int, purpose: str) -> tuple[Samples, Samples]:
+def set_apart(samples: Samples, num: int, seed: int, purpose: str) -> tuple[Part, Part]:
     """Split a data set at random.
 
     Args:
@@ -58,12 +58,16 @@ def set_apart(samples: Samples, num: int, seed: int, purpose: str) -> tuple[Samp
         The samples that were not set apart, in shards if they were, and those that were.
     """
     num = min(num, len(samples) // 2)
-    drawn = torch.randperm(len(samples), generator=generator(seed, purpose, "set apart"))[:num]
+    drawn = torch.randperm(len(samples), generator=generator(seed, purpose, "set apart"))[:num].tolist()
+    return without(samples, drawn), Part(samples, sorted(drawn))
+
+
+def without(samples: Samples, gone: Sequence[int]) -> Part:
+    """Return a data set without some of its samples, in shards if it was."""
     left = torch.ones(len(samples), dtype=torch.bool)
-    left[drawn] = False
-    others, apart = left.nonzero().flatten().tolist(), Part(samples, sorted(drawn.tolist()))
+    left[torch.tensor(gone, dtype=torch.long)] = False
+    others = left.nonzero().flatten().tolist()
     if not isinstance(samples, Sharded):
-        return Part(samples, others), apart
+        return Part(samples, others)
     ends = [0, *accumulate(samples.sizes)]
-    sizes = [int(left[first:end].sum()) for first, end in pairwise(ends)]
-    return ShardedPart(samples, others, sizes), apart
+    return ShardedPart(samples, others, [int(left[first:end].sum()) for first, end in pairwise(ends)])

@@ -124,6 +124,8 @@ def _prepared(recipe: Recipe, folder: RunFolder, command: str, restart_from: str
     for stage in recipe.stages():
         for training in _trainings(stage):
             recipe.trainer.with_batch_size(training.batch_size).split(recipe.trainer.accelerator.num_processes)
+            if isinstance(training, Recover):
+                training.check_trainer(recipe.trainer)
     check_resume(recipe, folder, command, restart_from)
     task = make_task(recipe)
     if recipe.train is None:

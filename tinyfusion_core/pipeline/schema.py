@@ -31,6 +31,7 @@ from ..selection.search import Search
 from ..training.recover import Recover
 from ..training.teacher_cache.settings import TeacherCache
 from ..training.trainer import Trainer
+from ..training.validation import Validation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,7 @@ BASES = {name: kind.base_class() for name, kind in KINDS.items() if name != "com
 """The kinds of the registry whose classes a recipe can name, and their base classes."""
 POLYMORPHIC: tuple[type[Any], ...] = (*BASES.values(), Search)
 """Types of values that are given as the name of a class."""
-PLAIN = (Trainer, Recover, Round, Rules, TeacherCache, Compare, Audit)
+PLAIN = (Trainer, Recover, Round, Rules, TeacherCache, Validation, Compare, Audit)
 """Classes of sections that do not name their class."""
 WRONG = object()
 """What stands for a value that is left out, because it cannot be one."""

@@ -6,12 +6,14 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
 from ..parsing.records import read_json, shaped
 from ..parsing.settings import Settings
+from ..protocols.backbone import block_lists
 from ..runtime.files import write_json
 from .interop_formats import read_kept
 
@@ -76,6 +78,14 @@ class Decision(Settings):
     def removed(self) -> tuple[int, ...]:
         """Indices of the blocks that are not kept, ascending."""
         return tuple(i for i in range(len(self.blocks)) if i not in self.kept)
+
+    @property
+    def beside_gaps(self) -> tuple[int, ...]:
+        """Positions, among the kept blocks, of those beside a removed one in their list."""
+        pairs = [pair for members in block_lists(self.blocks).values() for pair in pairwise(members)]
+        removed = set(self.removed)
+        near = {a for pair in pairs for a, b in (pair, pair[::-1]) if b in removed}
+        return tuple(position for position, index in enumerate(self.kept) if index in near)
 
     @property
     def confidence(self) -> float | None:

@@ -23,12 +23,13 @@ from ..runtime.signals import stop_requests
 from ..runtime.trackers import tracked
 from .objective import Objective, Optimization
 from .state import Meter, TrainingState
-from .step_guard import StepGuard, StepReport
+from .steps.step_guard import StepGuard, StepReport
+from .steps.update import Rows, Update
 from .trainer import Trainer
-from .update import Rows, Update
 
 if TYPE_CHECKING:
     from .fsdp import ShardedNetworks
+    from .validation import Validator
 
 Track = Callable[[Mapping[str, Any], int], None]
 """Sends the values of a step to the trackers."""
@@ -45,6 +46,7 @@ class Fit:
         prepare: turns a batch into inputs, drawing all of its randomness.
         optimization: parameter groups, schedule, clipping and average.
         folder: where to log and to keep checkpoints; without it nothing is written.
+        validator: judges the network meanwhile.
 
     Raises:
         UserError: the batch cannot be split over the processes.
@@ -59,12 +61,14 @@ class Fit:
         prepare: Callable[[Batch, Rng], dict[str, Tensor]],
         optimization: Optimization,
         folder: RunFolder | None,
+        validator: Validator | None = None,
     ) -> None:
+        self.validator = validator
         self.trainer, self.stage, self.objective, self.data = trainer, stage, objective, data
         self.prepare, self.optimization, self.folder = prepare, optimization, folder
         accelerator = trainer.accelerator
         guard = StepGuard(stage, accelerator, trainer.max_skipped, trainer.max_bad_samples)
-        self._state = TrainingState(objective, optimization.ema, accelerator.scaler, Meter(), guard)
+        self._state = TrainingState(objective, optimization.ema, accelerator.scaler, Meter(), guard, validator)
         self._rows = Rows.of(trainer)
         self._saved = time.monotonic()
 
@@ -91,8 +95,10 @@ class Fit:
                 report = self._step(update, step, loaded, stop)
                 progress.advance(note=f"loss {report.loss:.4f}")
                 done, finished = step + 1, self.objective.finished()
+                if self.validator is not None:
+                    finished |= self.validator.after(done, last=finished or done == steps)
                 last = finished or done == steps
-                if last or done % trainer.log_every == 0:
+                if last or done % trainer.log_every == 0 or (self.validator and self.validator.metrics()):
                     self._log(update, done, log_to)
                 if last or report.signum or report.checkpoint_due or done % trainer.checkpoint_every == 0:
                     self._save(update, done, finished)
@@ -170,6 +176,7 @@ class Fit:
                 "seconds": round(meter.seconds(), 2),
                 **{name: round(value, 6) for name, value in meter.terms.items()},
                 **self.objective.metrics(),
+                **(self.validator.metrics() if self.validator else {}),
             }
             try:
                 self.folder.log(self.stage, step, values)

@@ -108,6 +108,23 @@ def cosine(final: float) -> Callable[[float], float]:
     return lambda progress: final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def warmed(schedule: Callable[[float], float], steps: int, warmup: float) -> Callable[[float], float]:
+    """Return a schedule that rises linearly for a fraction of the steps and then runs through another one.
+
+    Args:
+        schedule: what follows; a function of the progress from 0 to 1.
+        steps: updates of the stage.
+        warmup: the fraction.
+    """
+    num = round(warmup * steps)
+
+    def factor(progress: float) -> float:
+        step = round(progress * (steps - 1))
+        return (step + 1) / (num + 1) if step < num else schedule((step - num) / max(1, steps - 1 - num))
+
+    return factor if num else schedule
+
+
 def ema_decay(stage: str, steps: int, given: float | None = None) -> float:
     """Return the decay of a stage's average: by default over about a tenth of its steps, 0.999 for 10,000.
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
 
+from ..dataloading.set_apart import Part, set_apart, without
 from ..errors import UserError, require
 from ..parsing.settings import Settings, check_arguments
 from ..protocols.backbone import Batch
+from ..protocols.data import Samples
 from ..protocols.task import Task
 from ..protocols.undisturbed import evaluating
 from ..pruning.decision import Decision
@@ -24,9 +26,10 @@ from ..runtime.run_folder import RunFolder
 from ..runtime.seeding import Rng, seed_of
 from .distillation import Distilled, OutputKD
 from .loop import Fit
-from .objective import Ema, Objective, Optimization, cosine, ema_decay
+from .objective import Ema, Objective, Optimization, cosine, ema_decay, warmed
 from .teacher_cache.samples import open_cache
 from .trainer import Trainer
+from .validation import Validation, Validator, mean_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +47,10 @@ class Recover(Settings):
         clip: largest norm of the gradient.
         ema: decay of the average of the weights, which is the result; default 1 - 10 / steps, which is the paper's
             0.9999 at 100,000 steps. 0 returns the last weights.
+        warmup: fraction of the steps in which the learning rate rises to `lr`.
+        gap_lr: factor on the learning rate of the kept blocks beside a removed one.
+        validation: judges the network meanwhile on samples that are set apart; the best is the result. With `ema` it is
+            the average that is judged.
         update: what moves: `LoRA`, `LastBlocks` or `Matching`, and is merged into the weights in the end; null is
             every weight.
     """
@@ -57,6 +64,9 @@ class Recover(Settings):
     weight_decay: float = 0.0
     clip: float = 1.0
     ema: float | None = None
+    warmup: float = field(default=0.0, metadata={NEUTRAL: 0.0})
+    gap_lr: float = field(default=1.0, metadata={NEUTRAL: 1.0})
+    validation: Validation | None = field(default=None, metadata={NEUTRAL: None})
     update: WeightUpdate | None = field(default=None, metadata={NEUTRAL: None})
 
     def __post_init__(self) -> None:
@@ -65,6 +75,8 @@ class Recover(Settings):
         require(self.batch_size is None or self.batch_size >= 1, f"batch_size {stage}", self.batch_size, "at least 1")
         require(self.lr > 0, f"lr {stage}", self.lr, "a rate above 0")
         require(self.ema is None or 0 <= self.ema < 1, f"ema {stage}", self.ema, "a decay from 0 to below 1")
+        require(0 <= self.warmup < 1, f"warmup {stage}", self.warmup, "a fraction from 0 to below 1")
+        require(self.gap_lr > 0, f"gap_lr {stage}", self.gap_lr, "a factor above 0")
         require(self.clip > 0, f"clip {stage}", self.clip, "a norm above 0")
         if self.update is not None and type(self.update).merged is WeightUpdate.merged:
             raise UserError(f"update {stage}: {type(self.update).__name__} leaves nothing in the weights; see LoRA")
@@ -86,6 +98,19 @@ class Recover(Settings):
             raise UserError("train.kd: a fresh network has no teacher to learn from; distillation goes with recover")
         if self.update is not None:
             raise UserError("train.update: a fresh network has to learn every weight; leave it out")
+        if self.gap_lr != 1:
+            raise UserError("train.gap_lr: a fresh network has no gaps; leave it out")
+        if self.validation is not None and self.validation.relative:
+            raise UserError("train.validation.until: a fresh network has no teacher; give a loss")
+
+    def check_trainer(self, trainer: Trainer) -> None:
+        """Check that these settings go with a trainer.
+
+        Raises:
+            UserError: sharded networks are to be judged.
+        """
+        if self.validation is not None and trainer.shards():
+            raise UserError("recover.validation: does not go with trainer.sharding: fsdp; take ddp, or leave it out")
 
     def moving(
         self, student: nn.Module, blocks: Sequence[str], stage: str
@@ -163,26 +188,67 @@ class Recover(Settings):
     ) -> None:
         """Train these weights of the student; they become their average, if there is one."""
         objective = self._objective(task, student, decision, trainer)
-        data, prepare = task.train, task.loss.prepare
-        if self.kd is not None and self.kd.cache is not None:
-            data = cached = open_cache(self.kd.cache, task)
-            prepare = cached.prepare
+        data, prepare, apart = self._samples(task, trainer)
         decay = ema_decay(stage, self.steps, self.ema)
         ema = Ema(student, decay) if decay else None
         averaged = ema.average.module if ema else None  # copied before the blocks' forward is taken over
+        schedule = cosine(self.lr_final / self.lr) if self.schedule == "cosine" else lambda progress: 1.0
         optimization = Optimization(
-            groups=[{"params": weights, "lr": self.lr, "weight_decay": self.weight_decay}],
+            groups=self._groups(weights, [objective.blocks[i] for i in decision.beside_gaps] if decision else ()),
             steps=self.steps,
-            schedule=cosine(self.lr_final / self.lr) if self.schedule == "cosine" else lambda progress: 1.0,
+            schedule=warmed(schedule, self.steps, self.warmup),
             clip=self.clip,
             ema=ema,
         )
         frozen = objective.frozen_modules()
         frozen_blocks = [block for _, blocks in frozen for block in blocks]
         with evaluating(*(n for n, _ in frozen)), trainer.transformed([*objective.blocks, *frozen_blocks]):
-            Fit(trainer, stage, objective, data, prepare, optimization, run).run()
-        if averaged is not None:
+            validator = self._validator(task, averaged or student, apart, trainer)
+            Fit(trainer, stage, objective, data, prepare, optimization, run, validator).run()
+        if validator is not None:
+            validator.load_best(student)
+        elif averaged is not None:
             student.load_state_dict(averaged.state_dict())
+
+    def _samples(
+        self, task: Task, trainer: Trainer
+    ) -> tuple[Samples, Callable[[Batch, Rng], dict[str, Tensor]], Samples | None]:
+        """The samples to train on, what prepares them, and those that are set apart for the validation."""
+        data: Samples = task.train
+        prepare, apart, cache = task.loss.prepare, None, self.kd.cache if self.kd else None
+        if self.validation is not None:
+            data, apart = set_apart(task.train, self.validation.samples, trainer.seed, "validation")
+            require(len(apart) > 0, "recover.validation.samples", 0, "at least two training samples, to judge on one")
+        if cache is not None:
+            data = cached = open_cache(cache, task)
+            prepare = cached.prepare
+            if isinstance(apart, Part):
+                data = without(cached, cached.draws.rows_of(apart.indices))
+                require(len(data) > 0, "recover.kd.cache.samples", cache.samples, "more, to train on some")
+        return data, prepare, apart
+
+    def _validator(self, task: Task, model: nn.Module, apart: Samples | None, trainer: Trainer) -> Validator | None:
+        """What judges the training, on the samples that were set apart; None if nothing does."""
+        if self.validation is None or apart is None:
+            return None
+        self.check_trainer(trainer)
+        teacher = 1.0
+        if self.validation.relative:
+            before = next(task.teacher.parameters()).device
+            teacher = mean_loss(task, trainer.to_device(task.teacher), apart, trainer)
+            task.teacher.to(before)
+        return Validator(self.validation, model, task, apart, trainer, self.validation.limit(teacher))
+
+    def _groups(self, weights: Sequence[nn.Parameter], blocks: Sequence[nn.Module]) -> list[dict[str, Any]]:
+        """The weights as groups of one learning rate, those of the blocks beside gaps apart if theirs is another."""
+        near = {id(p) for block in blocks for p in block.parameters()} if self.gap_lr != 1 else set()
+        parts = [p for p in weights if id(p) not in near], [p for p in weights if id(p) in near]
+        rates = self.lr, self.lr * self.gap_lr
+        return [
+            {"params": part, "lr": rate, "weight_decay": self.weight_decay}
+            for part, rate in zip(parts, rates, strict=True)
+            if part
+        ]
 
     def _objective(self, task: Task, student: nn.Module, decision: Decision | None, trainer: Trainer) -> Objective:
         if self.kd is None:

@@ -11,10 +11,11 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from .objective import Ema, Objective
-from .step_guard import StepGuard, StepReport
+from .steps.step_guard import StepGuard, StepReport
 
 if TYPE_CHECKING:
     from .fsdp import ShardedNetworks
+    from .validation import Validator
 
 
 class Meter:
@@ -70,6 +71,7 @@ class TrainingState:
         scaler: the loss scaler of fp16.
         meter: the loss since the last logged step.
         guard: counts of skipped steps and bad samples.
+        validator: the best weights so far, if they are looked for.
     """
 
     objective: Objective
@@ -77,6 +79,7 @@ class TrainingState:
     scaler: GradScaler | None
     meter: Meter
     guard: StepGuard
+    validator: Validator | None = None
 
     def state_dict(
         self, step: int, finished: bool, optimizer: Optimizer, networks: ShardedNetworks | None
@@ -105,6 +108,7 @@ class TrainingState:
             "scaler": self.scaler.state_dict() if self.scaler else None,
             "counters": self.meter.state_dict(),
             "mishaps": self.guard.state_dict(),
+            "validation": self.validator.state_dict() if self.validator else None,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -116,3 +120,5 @@ class TrainingState:
             self.scaler.load_state_dict(state["scaler"])
         self.meter.load_state_dict(state["counters"])
         self.guard.load_state_dict(state["mishaps"])
+        if self.validator is not None and state.get("validation"):
+            self.validator.load_state_dict(state["validation"])

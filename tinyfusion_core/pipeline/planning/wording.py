@@ -17,7 +17,8 @@ def training_text(recipe: Recipe, stage: Recover) -> str:
     """Return steps, samples, schedule, distillation and what moves."""
     kd = "" if stage.kd is None else f", {type(stage.kd).__name__}"
     kd += "" if stage.update is None else f", moves {type(stage.update).__name__}"
-    return f"{budget_text(recipe, stage)}, {stage.schedule} schedule from {stage.lr:g}{kd}"
+    judged = "" if stage.validation is None else f", judged every {stage.validation.every:,} steps"
+    return f"{budget_text(recipe, stage)}, {stage.schedule} schedule from {stage.lr:g}{kd}{judged}"
 
 
 def size_text(recipe: Recipe, model: nn.Module) -> str:

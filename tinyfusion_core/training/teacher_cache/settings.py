@@ -3,7 +3,7 @@
 # No `from __future__ import annotations` here: the types of a recipe's fields are resolved in other modules.
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -81,6 +81,11 @@ class FixedDraws:
             return list(range(num))
         chosen = torch.randperm(num, generator=generator(self.cache.seed, "teacher cache", "samples"))
         return chosen[: self.cache.samples].sort().values.tolist()
+
+    def rows_of(self, samples: Collection[int]) -> list[int]:
+        """Return the rows of some training samples, given by their indices."""
+        num, some = len(self.samples), set(samples)
+        return [row for row in range(len(self)) if self.samples[row % num] in some]
 
     def read(self, rows: Sequence[int]) -> dict[str, Tensor]:
         """Return the samples of these rows by name, each (rows, ...), and the rows themselves."""

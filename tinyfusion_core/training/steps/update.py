@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..protocols.backbone import Batch
-from ..runtime.seeding import Rng, seed_forward, seed_of
-from .objective import Objective, Optimization
-from .trainer import Trainer
+from ...protocols.backbone import Batch
+from ...runtime.seeding import Rng, seed_forward, seed_of
+from ..objective import Objective, Optimization
+from ..trainer import Trainer
 
 if TYPE_CHECKING:
-    from .fsdp import ShardedNetworks
+    from ..fsdp import ShardedNetworks
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..errors import Diverged, UserError
-from ..runtime.distributed import check_rows_agree, fingerprint, on_every_rank
+from ...errors import Diverged, UserError
+from ...runtime.distributed import check_rows_agree, fingerprint, on_every_rank
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

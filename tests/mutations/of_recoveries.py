@@ -1,0 +1,89 @@
+"""Mistakes in caches of a teacher's predictions, in the judgements of a training and in its schedule."""
+
+from __future__ import annotations
+
+from mutations.mutation import Mutation
+
+CACHED = "training/test_teacher_cache.py::"
+SCHEDULED = "training/test_recovery_schedules.py::"
+SETTINGS = "training/teacher_cache/settings.py"
+SAMPLES = "training/teacher_cache/samples.py"
+VALIDATION = "training/validation.py"
+
+LEARNING_FROM_FILES = [
+    Mutation(
+        "every draw of a sample is the first",
+        SETTINGS,
+        "rows=tuple(batch[ROW].tolist())",
+        "rows=tuple(row % len(self.samples) for row in batch[ROW].tolist())",
+        (CACHED + "test_two_draws_of_a_sample_differ_and_a_row_is_always_the_same",),
+    ),
+    Mutation(
+        "the student sees draws of its own",
+        SAMPLES,
+        "return {**self.draws.prepare(own), **theirs}",
+        "return {**self.draws.task.loss.prepare(own, rng), **theirs}",
+        (CACHED + "test_two_draws_of_a_sample_differ_and_a_row_is_always_the_same",),
+    ),
+    Mutation(
+        "the weights of the teacher do not matter",
+        SAMPLES,
+        "fingerprint(task.teacher.state_dict().values()).tolist()",
+        "[0.0]",
+        (CACHED + "test_predictions_of_something_else_are_refused",),
+    ),
+    Mutation(
+        "a shard that was cut short counts as done",
+        "training/teacher_cache/writing.py",
+        "return bool(read_shard(str(self.folder), self._record(rows)))",
+        "return bool(self._record(rows))",
+        (CACHED + "test_what_was_interrupted_goes_on_and_what_is_damaged_is_made_anew",),
+    ),
+]
+
+JUDGING_WHAT_IS_TRAINED = [
+    Mutation(
+        "the last judgement is the best",
+        VALIDATION,
+        "if self.latest < self.best:",
+        "if True:",
+        (SCHEDULED + "test_the_best_is_kept_and_what_judges_is_not_trained_on",),
+    ),
+    Mutation(
+        "the best weights go on moving",
+        VALIDATION,
+        "t.detach().cpu().clone()",
+        "t.detach()",
+        (SCHEDULED + "test_the_best_is_kept_and_what_judges_is_not_trained_on",),
+    ),
+    Mutation(
+        "patience counts all judgements",
+        VALIDATION,
+        "self.best, self.best_step, self.judged = self.latest, step, 0",
+        "self.best, self.best_step = self.latest, step",
+        (SCHEDULED + "test_patience_ends_it",),
+    ),
+    Mutation(
+        "with a cache what judges is trained on",
+        SETTINGS,
+        "if self.samples[row % num] in some]",
+        "if self.samples[row % num] in some and row < num]",
+        (SCHEDULED + "test_with_a_cache_no_draw_of_what_judges_is_trained_on",),
+    ),
+    Mutation(
+        "the fall begins where it would without a warm-up",
+        "training/objective.py",
+        "schedule((step - num) / max(1, steps - 1 - num))",
+        "schedule(progress)",
+        (SCHEDULED + "test_the_rate_rises_and_then_falls",),
+    ),
+    Mutation(
+        "the end of a list is beside the next list",
+        "pruning/decision.py",
+        "pairs = [pair for members in block_lists(self.blocks).values() for pair in pairwise(members)]",
+        "pairs = list(pairwise(range(len(self.blocks))))",
+        (SCHEDULED + "test_blocks_beside_gaps_are_those_next_to_removed_ones_in_their_list",),
+    ),
+]
+
+MUTATIONS = [*LEARNING_FROM_FILES, *JUDGING_WHAT_IS_TRAINED]

@@ -1,0 +1,163 @@
+"""Validation: a network is judged while it is trained, the best is kept, and the training stops when it may."""
+
+# No `from __future__ import annotations` here: the types of a recipe's fields are resolved in other modules.
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError, require
+from ..parsing.settings import Settings
+from ..protocols.data import Samples
+from ..protocols.task import Task
+from ..protocols.undisturbed import evaluating
+from ..runtime.distributed import batches, map_sharded
+from ..runtime.seeding import Rng
+from .trainer import Trainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation(Settings):
+    """Judge a network on training samples that are set apart, and keep the best.
+
+    Args:
+        every: steps from one judgement to the next; the last step is judged too.
+        samples: training samples to set apart, at most half of all.
+        patience: judgements in a row without a new best after which the training stops; null goes on to the end.
+        until: the training stops when the loss is no higher than this: `1.03x` of the teacher's on the same samples,
+            or a number.
+    """
+
+    every: int = 500
+    samples: int = 256
+    patience: int | None = None
+    until: str | float | None = None
+
+    def __post_init__(self) -> None:
+        of = "validation (of recover)"
+        require(self.every >= 1, f"every, {of}", self.every, "at least 1 step")
+        require(self.samples >= 1, f"samples, {of}", self.samples, "at least 1")
+        require(self.patience is None or self.patience >= 1, f"patience, {of}", self.patience, "at least 1, or null")
+        self.limit(1.0)
+
+    @property
+    def relative(self) -> bool:
+        """Whether `until` is a multiple of the teacher's loss."""
+        return str(self.until).endswith("x")
+
+    def limit(self, teacher: float) -> float | None:
+        """Return the loss at which to stop, for the teacher's loss; None if there is none.
+
+        Raises:
+            UserError: it is no loss.
+        """
+        if self.until is None:
+            return None
+        try:
+            value = float(str(self.until).removesuffix("x")) * (teacher if self.relative else 1.0)
+        except ValueError:
+            value = math.nan
+        expected = "a multiple of the teacher's, as 1.03x, or a loss"
+        require(0 < value < math.inf, "until, validation (of recover)", self.until, expected)
+        return value
+
+
+@dataclass
+class Validator:
+    """Judges one training.
+
+    Attributes:
+        how: when, and when to stop.
+        model: what is judged: the network in training, or the average of its weights.
+        task: the objective.
+        samples: the samples that judge.
+        trainer: device, precision and seed.
+        limit: the loss at which to stop; None: none.
+        best: lowest loss so far.
+        best_step: the step it was found at; 0 before there is one.
+        weights: the state dict of then, on the CPU.
+        judged: judgements since then.
+        latest: what the last judgement found; None if it was not at the last step.
+    """
+
+    how: Validation
+    model: nn.Module
+    task: Task
+    samples: Samples
+    trainer: Trainer
+    limit: float | None = None
+    best: float = math.inf
+    best_step: int = 0
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    judged: int = 0
+    latest: float | None = None
+
+    def after(self, step: int, last: bool) -> bool:
+        """Judge, if it is time to. Returns whether to stop, the same on every process. A collective call.
+
+        Args:
+            step: steps done.
+            last: whether it was the last one.
+        """
+        self.latest = None
+        if step % self.how.every and not last:
+            return False
+        self.latest = mean_loss(self.task, self.model, self.samples, self.trainer)
+        self.judged += 1
+        if self.latest < self.best:
+            self.best, self.best_step, self.judged = self.latest, step, 0
+            self.weights = {name: t.detach().cpu().clone() for name, t in self.model.state_dict().items()}
+        enough = self.limit is not None and self.best <= self.limit
+        return enough or (self.how.patience is not None and self.judged >= self.how.patience)
+
+    def metrics(self) -> dict[str, float]:
+        """Return what to log after a step."""
+        return {} if self.latest is None else {"validation": self.latest}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return its state, as checkpoints hold it."""
+        return {"best": self.best, "step": self.best_step, "weights": self.weights, "judged": self.judged}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Resume from a checkpoint."""
+        self.best, self.best_step = state["best"], state["step"]
+        self.weights, self.judged = state["weights"], state["judged"]
+
+    def load_best(self, network: nn.Module) -> None:
+        """Give a network the best weights.
+
+        Raises:
+            UserError: no judgement has found a finite loss.
+        """
+        if not self.weights:
+            raise UserError("recover.validation: no judged loss was finite; lower recover.lr")
+        network.load_state_dict(self.weights)
+
+
+def mean_loss(task: Task, model: nn.Module, samples: Samples, trainer: Trainer) -> float:
+    """Return the mean loss of a network on some samples, on random draws that are the same every time.
+
+    Processes share the samples: all must call it, and get the same result.
+
+    Args:
+        task: the objective.
+        model: the network, on the trainer's device; it is left as it was.
+        samples: the samples.
+        trainer: device, precision, seed and rows at once.
+    """
+    accelerator, num = trainer.accelerator, len(samples)
+
+    def losses(rows: range) -> Tensor:
+        batch = {name: t.to(accelerator.device) for name, t in samples.__getitems__(list(rows)).items()}
+        inputs = task.loss.prepare(batch, Rng(trainer.seed, "validation", first=rows.start, strata=num))
+        with accelerator.autocast():
+            return task.loss.losses(model, inputs).float().cpu()
+
+    with evaluating(model), torch.no_grad():
+        parts = batches(num, trainer.micro_batch_size or trainer.batch_size)
+        found = float(torch.cat(map_sharded(parts, losses)).double().mean())
+    return found if math.isfinite(found) else math.inf
