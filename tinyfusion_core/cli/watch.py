@@ -209,6 +209,10 @@ def _facts(entries: Sequence[Mapping[str, Any]], pace: float) -> RenderableType:
     losses = [e["loss"] for e in entries if e.get("loss") is not None]
     if losses:
         table.add_row("loss", Text.assemble(f"{losses[-1]:.4g}  ", (sparkline(losses), "cyan")))
+    judged = [(e["validation"], e["step"]) for e in entries if e.get("validation") is not None]
+    if judged:
+        best, step = min(judged)
+        table.add_row("validation", f"{judged[-1][0]:.4g}, the best {best:.4g} at step {step:,}")
     if pace:
         table.add_row("speed", f"{pace:.3g} steps/s")
     if last.get("skipped"):

@@ -114,9 +114,11 @@ class Validator:
         enough = self.limit is not None and self.best <= self.limit
         return enough or (self.how.patience is not None and self.judged >= self.how.patience)
 
-    def metrics(self) -> dict[str, float]:
-        """Return what to log after a step."""
-        return {} if self.latest is None else {"validation": self.latest}
+    def metrics(self) -> dict[str, float | None]:
+        """Return what to log after a step: the loss, if it was judged, and None in its place if it is not finite."""
+        if self.latest is None:
+            return {}
+        return {"validation": self.latest if math.isfinite(self.latest) else None}
 
     def state_dict(self) -> dict[str, Any]:
         """Return its state, as checkpoints hold it."""
