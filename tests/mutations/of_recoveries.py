@@ -28,8 +28,8 @@ LEARNING_FROM_FILES = [
     Mutation(
         "the weights of the teacher do not matter",
         SAMPLES,
-        "fingerprint(task.teacher.state_dict().values()).tolist()",
-        "[0.0]",
+        '"weights": _hash(task.teacher.state_dict())',
+        '"weights": ""',
         (CACHED + "test_predictions_of_something_else_are_refused",),
     ),
     Mutation(

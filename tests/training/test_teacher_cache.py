@@ -66,10 +66,11 @@ def test_losses_and_gradients_are_those_of_the_teacher_in_memory(name: str, kind
     kept = tuple(range(0, len(task.blocks), 2))
     decision = decision_of(task, kept)
     blocks = sorted({block for _, block in tiny.MaskedKD().taps_for(decision)}) if kind is tiny.MaskedKD else []
-    cache = tiny.TeacherCache(folder=str(tmp_path), draws=2, samples=20, blocks=blocks, dtype="float32")
+    draws = 1 if name == "language" else 2  # nothing is drawn there
+    cache = tiny.TeacherCache(folder=str(tmp_path), draws=draws, samples=20, blocks=blocks, dtype="float32")
     tiny.write_cache(cache, task, TRAINER)
     samples, found = open_cache(cache, task), []
-    inputs = samples.prepare(samples.__getitems__([3, 39, 20, 0]), Rng(7, "of no matter"))
+    inputs = samples.prepare(samples.__getitems__([3, 20 * draws - 1, 10 * draws, 0]), Rng(7, "of no matter"))
     for kd in (kind(cache=cache), kind()):
         student = tiny.prune(task, decision)
         objective = Distilled(student, task, decision, kd)
@@ -198,8 +199,29 @@ class Other(Planted):
         return model
 
 
+class Swapped(Planted):
+    """The same weights in another order."""
+
+    def build(self) -> torch.nn.Module:
+        model = super().build()
+        with torch.no_grad():
+            weight = next(p for p in model.parameters() if p.ndim == 2)
+            weight.copy_(weight.flip(0))
+        return model
+
+
+class Configured(Planted):
+    """The same weights, and a config that uses them otherwise."""
+
+    def config(self, model: torch.nn.Module | None = None) -> dict[str, Any]:
+        return {**super().config(model), "heads": 2}
+
+
+Configured.__name__ = "Planted"
 OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
-    "teacher": ({"backbone": Other()}, {}, "of another teacher"),
+    "teacher": ({"model": Other().build()}, {}, "of another teacher .weights"),
+    "order": ({"model": Swapped().build()}, {}, "of another teacher .weights"),
+    "config": ({"backbone": Configured()}, {}, "of another teacher .config"),
     "data": ({"train": Tensors({"x": planted_data().columns["x"].flip(0)})}, {}, "on other data"),
     "length": ({"train": planted_data(65)}, {}, "on other samples"),
     "objective": ({"loss": Match(noise=0.2)}, {}, "for another objective .noise: '0.1', now '0.2'."),
@@ -240,6 +262,61 @@ def test_what_cannot_be_kept_is_said_before_anything_is_written(tmp_path: Path) 
             tiny.TeacherCache(**{"folder": "x", **options})
 
 
+def test_one_cache_is_of_one_precision_and_may_keep_more_than_is_compared(tmp_path: Path) -> None:
+    cache = tiny.TeacherCache(folder=str(tmp_path), blocks=[5, 2, 5])
+    tiny.write_cache(cache, planted(), TRAINER)
+    text = (tmp_path / "metadata.json").read_text()
+    (tmp_path / "metadata.json").write_text(text.replace('"precision": "no"', '"precision": "bf16"'))
+    with pytest.raises(UserError, match="in another trainer.precision .'bf16', now 'no'."):  # some rows would be
+        tiny.write_cache(cache, planted(), TRAINER)
+    assert len(open_cache(replace(cache, blocks=[5]), planted())) == 64
+    with pytest.raises(UserError, match=r"without the outputs of these blocks .\[2, 5\], now \[3\]"):
+        open_cache(replace(cache, blocks=[3]), planted())
+
+
+def test_what_is_missing_or_damaged_in_the_folder_is_said_with_the_way_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tiny.TeacherCache(folder=str(tmp_path / "kept"))
+    with small_shards(monkeypatch):
+        tiny.write_cache(cache, planted(), TRAINER)
+    metadata = tmp_path / "kept" / "metadata.json"
+    whole = metadata.read_text()
+    for damage, said in (
+        (lambda c: c["shards"].reverse(), "the shards are not in their order; delete the folder"),
+        (lambda c: c["shards"].pop(), "is not finished; `tinyfusion cache-teacher RECIPE` writes it"),
+        (lambda c: c.pop("made_of"), "'made_of' is missing; expected a mapping; delete the folder"),
+        (lambda c: c.update(format_version=2), "version 2; delete the folder"),
+    ):
+        content = json.loads(whole)
+        damage(content)
+        metadata.write_text(json.dumps(content))
+        with pytest.raises(UserError, match=said):
+            open_cache(cache, planted())
+    metadata.write_text("{")
+    with pytest.raises(UserError, match="not readable as JSON .*; delete the folder"):
+        open_cache(cache, planted())
+    metadata.write_text(whole)
+    (tmp_path / "kept" / "00003-of-00007.safetensors").unlink()
+    with pytest.raises(MissingFileError, match="00003-of-00007.safetensors: no such file; `tinyfusion cache-teacher"):
+        open_cache(cache, planted())
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file is no folder"):
+        open_cache(tiny.TeacherCache(folder=str(tmp_path / "file")), planted())
+
+
+def test_what_takes_more_than_the_disk_has_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writing.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    with pytest.raises(UserError, match="recover.kd.cache: takes 1.02e-06 GB, 16 bytes for each of 64 rows"):
+        tiny.write_cache(tiny.TeacherCache(folder=str(tmp_path)), planted(), TRAINER)
+    assert {path.name for path in tmp_path.iterdir()} <= {".lock"}
+
+
+def test_draws_of_an_objective_that_draws_nothing_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="recover.kd.cache.draws is 2; expected 1: the objective draws nothing"):
+        tiny.write_cache(tiny.TeacherCache(folder=str(tmp_path), draws=2), language(), TRAINER)
+
+
 def test_taps_need_the_outputs_of_their_blocks(tmp_path: Path) -> None:
     cache = tiny.TeacherCache(folder=str(tmp_path), blocks=[2])
     task, decision = planted(), decision_of(planted(), (1, 3, 4))
@@ -261,8 +338,8 @@ def test_a_recipe_plans_it_writes_it_and_learns_from_it(
     path = tmp_path / "small.yaml"
     path.write_text(yaml.safe_dump(content))
     assert main(["validate", str(path)]) == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert "needed to run: recover.kd.cache.folder: there is no cache in kept" in said
+    said = capsys.readouterr().out
+    assert f"needed to run: recover.kd.cache.folder: there is no cache in {tmp_path}/kept" in said
     assert run(path, tmp_path / "run") == 2
     assert not (tmp_path / "run").exists()
     capsys.readouterr()
@@ -275,14 +352,37 @@ def test_a_recipe_plans_it_writes_it_and_learns_from_it(
     assert run(path, tmp_path / "run") == 0
     assert len(read_metadata(Path("kept"))["shards"]) == 1
     metadata = json.loads(Path("kept/metadata.json").read_text())
-    metadata["made_of"]["teacher"]["weights"][0] += 1
+    metadata["made_of"]["teacher"]["weights"] = "0"
     Path("kept/metadata.json").write_text(json.dumps(metadata))
     capsys.readouterr()
     assert run(path, tmp_path / "other") == 2
     assert "kept holds predictions of another teacher" in capsys.readouterr().err
+
+
+def test_what_will_not_do_is_said_when_the_plan_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    kd = {"class_path": "OutputKD", "init_args": {"cache": {"folder": "kept"}}}
+    search = {"class_path": "Keep", "init_args": {"blocks": [0, 1, 6, 7]}}
+    path = tmp_path / "small.yaml"
+
+    def refused(*command: str, **changes: Any) -> str:
+        path.write_text(yaml.safe_dump({**RECIPE, "search": search, "recover": {"steps": 4, "kd": kd}, **changes}))
+        assert main([*command, str(path)]) == 2
+        return " ".join(capsys.readouterr().err.split())
+
     rounds = {"one": {"search": search, "recover": {"steps": 4}}, "two": {"search": {"keep": 2}, "recover": {"kd": kd}}}
-    path.write_text(yaml.safe_dump({**RECIPE, "search": None, "recover": None, "rounds": rounds}))
-    assert main(["validate", str(path)]) == 2
-    assert "this teacher comes from the round before" in " ".join(capsys.readouterr().err.split())
-    assert main(["cache-teacher", str(path), "--rounds.two.recover.kd", "null"]) == 2
-    assert "no recovery of the recipe names one; set recover.kd.cache.folder" in capsys.readouterr().err
+    for command in ("validate", "cache-teacher", "run"):
+        said = refused(command, search=None, recover=None, rounds=rounds)
+        assert "this teacher comes from the round before" in said
+    plain = {"steps": 4}
+    assert "no recovery of the recipe names one; set recover.kd.cache.folder" in refused("cache-teacher", recover=plain)
+    masked = {"steps": 4, "kd": {**kd, "class_path": "MaskedKD"}}
+    for command in ("validate", "cache-teacher", "run", "compare"):
+        assert "recover.kd.cache.blocks: lacks 0, 1, 2, 3, 4, 5, 6, 7" in refused(
+            command, recover=masked, compare={"candidates": {"a": {"class_path": "Greedy", "init_args": {"keep": 4}}}}
+        )
+    lacking = {"class_path": "OutputKD", "init_args": {"cache": {"draws": 3}}}
+    assert refused("validate", recover={"steps": 4, "kd": lacking}).endswith("recover.kd.cache.folder: missing")
+    assert not (tmp_path / "kept").exists()

@@ -89,7 +89,7 @@ class CacheTeacher(Command):
     """Write the predictions that a recovery learns from."""
 
     name = "cache-teacher"
-    help = "write a teacher's predictions to files, so that the recipe's recovery runs no teacher"
+    help = "write a teacher's predictions to recover.kd.cache.folder, so that the recovery runs no teacher"
     takes_overrides = True
 
     def add_arguments(self, parser: ArgumentParser) -> None:

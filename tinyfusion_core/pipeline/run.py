@@ -35,7 +35,6 @@ from ..training.recover import Recover
 from ..training.teacher_cache.samples import open_cache, size_of
 from ..training.teacher_cache.settings import TeacherCache
 from ..training.teacher_cache.writing import write_cache
-from .planning.cached_teacher import check_known_before
 from .planning.plan import make_plan
 from .recipe import Recipe
 from .resume_check import check_resume, stage_keys, take_run_folder
@@ -91,12 +90,14 @@ def cache_teacher(recipe: Recipe) -> str:
         UserError: no recovery names a cache, or the cache cannot be written.
         Interrupted: a signal arrived; the same call goes on.
     """
-    caches = [(stage, cache) for stage in recipe.stages() if (cache := cache_of(stage)) is not None]
+    caches = [cache for stage in recipe.stages() if (cache := cache_of(stage)) is not None]
     if not caches:
         raise UserError("recover.kd.cache: no recovery of the recipe names one; set recover.kd.cache.folder")
-    ((stage, cache), *_) = caches
-    check_known_before(recipe, stage)
-    made = write_cache(cache, make_task(recipe), recipe.trainer)
+    if problems := make_plan(recipe).problems:
+        raise UserError("\n".join(problems))
+    (cache,), task = caches, make_task(recipe)  # of several, all but the first would have been a problem
+    check_teacher(task, recipe.trainer)
+    made = write_cache(cache, task, recipe.trainer)
     return f"{cache.folder}: {size_of(made, Path(cache.folder))}"
 
 

@@ -109,6 +109,10 @@ def describe_keys() -> str:
         lines.append(f"{section}:" + f" without class_path {said}" * (base is Selector))
         for name, cls in (known(base) if base in POLYMORPHIC else {base.__name__: base}).items():
             lines += _describe_class(name, cls)
+    for cls in PLAIN:
+        if cls not in bases.values():
+            lines.append(f"values of the type {cls.__name__}:")
+            lines += _describe_class(cls.__name__, cls)
     for base in BASES.values():
         if base not in bases.values():
             lines.append(f"values of the type {base.__name__}:")
@@ -199,7 +203,11 @@ def _checked_object(key: str, value: Any, kind: type[Any], problems: list[str], 
         problems.append(str(e))
         return WRONG
     path = {} if kind in PLAIN else {"class_path": f"{cls.__module__}.{cls.__qualname__}"}
+    lacking = [name for name in _needed(cls) if name not in arguments]
+    problems += [f"{key}.{name}: missing" for name in lacking]
     arguments = _checked_arguments(key, arguments, cls, problems)
+    if lacking:
+        return WRONG
     return {**path, "init_args": arguments} if path else arguments
 
 
@@ -239,9 +247,6 @@ def _class(key: str, path: str, kind: type[Any]) -> type[Any]:
 
 def _checked_arguments(key: str, arguments: Mapping[Any, Any], cls: type[Any], problems: list[str]) -> dict[str, Any]:
     known = {name: p for name, p in inspect.signature(cls).parameters.items() if not name.startswith("_")}
-    for name, parameter in known.items():
-        if parameter.default is parameter.empty and name not in arguments and cls in PLAIN:
-            problems.append(f"{key}.{name}: missing")
     hints = typing.get_type_hints(cls.__init__)
     out = {}
     for name, value in arguments.items():
@@ -253,6 +258,13 @@ def _checked_arguments(key: str, arguments: Mapping[Any, Any], cls: type[Any], p
         elif (found := _checked(f"{key}.{name}", value, hint, problems, known[name].default)) is not WRONG:
             out[name] = found
     return out
+
+
+def _needed(cls: type[Any]) -> list[str]:
+    """The arguments of a class that have no default; the block lists of a sampler come from the network."""
+    given = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    parameters = inspect.signature(cls).parameters.values()
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in given and p.name != "lists"]
 
 
 def _unknown(name: str, cls: type[Any], keys: Collection[str]) -> str:

@@ -164,18 +164,23 @@ def _curves(axes: Axes, entries: Entries) -> None:
     plain = [e["gt"] for e in told]
     if plain:
         axes.plot([e["step"] for e in told], plain, color="#9aa5b1", linewidth=1, label="without the teacher's terms")
-    judged = [(e["step"], e["validation"]) for e in entries if e.get("validation") is not None]
-    if judged:
-        best = min(judged, key=lambda pair: pair[1])
-        axes.plot(
-            *zip(*judged, strict=True), ".-", color="#c0392b", linewidth=1, markersize=4, label="on samples set apart"
-        )
-        axes.plot(*best, "*", color="#c0392b", markersize=11, label=f"the best, kept: step {best[0]:,}")
+    judged = _judgements(axes, entries)
     if plain or judged:
         axes.legend(frameon=False, fontsize=8)
-    low, high = np.percentile([*losses, *plain, *(loss for _, loss in judged)], [0, 95])
+    low, high = np.percentile([*losses, *plain, *judged], [0, 95])
     margin = 0.15 * (high - low) + 1e-9
     axes.set_ylim(low - margin, high + margin)
+
+
+def _judgements(axes: Axes, entries: Entries) -> list[float]:
+    """The losses on samples that were set apart, of which the lowest was kept; nothing if there are none."""
+    judged = [(e["step"], e["validation"]) for e in entries if e.get("validation") is not None]
+    if judged:
+        step, lowest = min(judged, key=lambda pair: pair[1])
+        red = "#c0392b"
+        axes.plot(*zip(*judged, strict=True), ".-", color=red, linewidth=1, markersize=4, label="on samples set apart")
+        axes.plot(step, lowest, "*", color=red, markersize=11, label=f"the best, kept: step {step:,}")
+    return [loss for _, loss in judged]
 
 
 def save_figure(figure: Figure, path: Path) -> None:

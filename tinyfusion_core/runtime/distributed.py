@@ -224,7 +224,7 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> Tensor:
-    """Compute a cheap checksum that changes when any bit of the tensors does.
+    """Compute a cheap checksum that changes when a bit of the tensors does; not when values change places in one.
 
     Args:
         tensors: of any shape, dtype and device.

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
+
+import torch
 
 from ...errors import UserError
 from ...pruning.decision import Decision
+from ...runtime.seeding import Rng
 from ...runtime.stages import Stage
 from ...training.distillation import OutputKD
-from ...training.teacher_cache.samples import check_made_of, read_metadata, settings_made_of, size_of
+from ...training.teacher_cache.samples import (
+    check_of_recovery,
+    check_whole,
+    read_metadata,
+    settings_made_of,
+    size_of,
+)
 from ..recipe import Recipe
 
 
@@ -23,15 +33,29 @@ def cache_text(recipe: Recipe, stage: Stage, kd: OutputKD, decision: Decision) -
 
     Raises:
         MissingFileError: the cache has not been written.
-        UserError: it is for something else, or the teacher of this recovery is not there before the run.
+        UserError: it is for something else, cannot be made, or its teacher is not there before the run.
     """
-    assert kd.cache is not None
     check_known_before(recipe, stage)
     kd.check_cache(decision, final=False)
+    check_keepable(recipe)
+    assert kd.cache is not None
     folder = Path(kd.cache.folder)
     found = read_metadata(folder)
-    check_made_of(found["made_of"], settings_made_of(kd.cache, recipe.loss), folder)
+    check_of_recovery(found["made_of"], settings_made_of(kd.cache, recipe.loss), folder)
+    check_whole(found, folder)
     return f"{folder}, {size_of(found, folder)}; the teacher is not run"
+
+
+def check_keepable(recipe: Recipe) -> None:
+    """Check that the objective draws row by row, and that its predictions can be kept.
+
+    Raises:
+        UserError: they cannot.
+    """
+    inputs = recipe.loss.prepare(recipe.backbone.example(1), Rng(0, "plan", rows=(0,)))
+    on_meta = {name: t.to("meta") for name, t in inputs.items()}
+    with suppress(NotImplementedError, RuntimeError), torch.no_grad():  # without a meta kernel the run itself will tell
+        recipe.loss.keep(recipe.loss.predict(recipe.on_meta.eval(), on_meta), on_meta)
 
 
 def check_known_before(recipe: Recipe, stage: Stage) -> None:

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 from torch import nn
 
@@ -24,6 +25,7 @@ from ...selection.base import Selector
 from ...selection.budget import measure
 from ...selection.search import Search
 from ...training.recover import Recover
+from ...training.teacher_cache.samples import read_metadata
 from ..recipe import Recipe
 from .cached_teacher import cache_text
 from .memory import Needs, Setup, gigabytes, search_needs, training_needs
@@ -240,6 +242,10 @@ def _comparison(stage: Comparison, plan: Plan, recipe: Recipe) -> None:
     task = Task.without_data(recipe.backbone, recipe.loss, model)
     costs = measure(stage.cost_budgets(recipe.search), task, recipe.trainer)
     found = stage.candidates_for(recipe.search, blocks, costs)
+    if (kd := recipe.recover.kd) is not None and kd.cache is not None:
+        for selector in found.selectors.values():
+            kd.check_cache(selector.bound(costs).preview(blocks), final=False)
+        read_metadata(Path(kd.cache.folder))
     plan.rows.append((stage.view, f"{len(found.selectors)} candidates that keep {found.said}, {stage.seeds} seeds"))
 
 

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypedDict
 
-from safetensors.torch import save
+import torch
 from torch import Tensor
 
 from ...dataloading.shards import METADATA, Shard, ShardedSamples
@@ -18,7 +18,7 @@ from ...parsing.records import check_inside, read_as
 from ...protocols.backbone import Batch
 from ...protocols.loss import LossAdapter
 from ...protocols.task import Task
-from ...runtime.distributed import fingerprint
+from ...runtime.files import digest
 from ...runtime.seeding import Rng
 from .settings import KIND, PREFIX, FixedDraws, TeacherCache
 
@@ -28,7 +28,6 @@ MIX = 8
 LOOKED_AT = 64
 """How many samples tell one data set from another."""
 _WRITE = "`tinyfusion cache-teacher RECIPE` writes it"
-_AGAIN = "write the cache anew with `tinyfusion cache-teacher RECIPE`"
 _OTHER = {
     "teacher": "of another teacher",
     "data": "on other data, or tokens of another tokenizer",
@@ -38,6 +37,7 @@ _OTHER = {
     "samples": "on other samples",
     "blocks": "without the outputs of these blocks",
     "dtype": "in another dtype",
+    "precision": "in another trainer.precision",
 }
 """What differs, by the part of the metadata that does."""
 
@@ -57,18 +57,27 @@ def made_of(cache: TeacherCache, task: Task) -> dict[str, Any]:
     draws = FixedDraws(cache, task)
     step = max(1, len(draws.samples) // LOOKED_AT)
     some = task.train.__getitems__(draws.samples[::step][:LOOKED_AT])
-    content = hashlib.sha256(save({name: t.contiguous() for name, t in sorted(some.items())})).hexdigest()
+    network = {"class": type(task.backbone).__name__, "config": digest(task.backbone.config(task.teacher))[:24]}
     return {
         **settings_made_of(cache, task.loss),
-        "teacher": {"weights": fingerprint(task.teacher.state_dict().values()).tolist(), "blocks": len(task.blocks)},
+        "teacher": {**network, "weights": _hash(task.teacher.state_dict())},
         "samples": [len(draws.samples), len(task.train)],
-        "data": content[:24],
+        "data": _hash(some),
     }
+
+
+def _hash(tensors: Mapping[str, Tensor]) -> str:
+    """A hash of named tensors of any shape, dtype and device: of all their bits."""
+    found = hashlib.sha256()
+    for name, t in sorted(tensors.items()):
+        found.update(f"{name} {t.dtype} {list(t.shape)}".encode())
+        found.update(t.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:24]
 
 
 def settings_made_of(cache: TeacherCache, loss: LossAdapter) -> dict[str, Any]:
     """Return the part of it that settings say."""
-    of = {"draws": cache.draws, "seed": cache.seed, "blocks": list(cache.blocks), "dtype": cache.dtype}
+    of = {"draws": cache.draws, "seed": cache.seed, "blocks": sorted({*cache.blocks}), "dtype": cache.dtype}
     return {"objective": _settings(loss), **of}
 
 
@@ -86,14 +95,43 @@ def read_metadata(folder: Path) -> Metadata:
         MissingFileError: there is none.
         UserError: it is damaged, or of something else.
     """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"recover.kd.cache.folder: {folder} is no folder; choose another name")
     try:
-        found = read_as(folder / METADATA, Metadata, _AGAIN)
+        found = read_as(folder / METADATA, Metadata, _anew(folder))
     except MissingFileError:
-        raise MissingFileError(f"recover.kd.cache.folder: there is no cache in {folder}; {_WRITE}") from None
+        raise MissingFileError(f"recover.kd.cache.folder: there is no cache in {folder.absolute()}; {_WRITE}") from None
+    except UserError as e:
+        raise UserError(f"{str(e).removesuffix(f'; {_anew(folder)}')}; {_anew(folder)}") from None
     if found["kind"] != KIND or found["format_version"] != FORMAT_VERSION:
-        raise UserError(f"{folder / METADATA}: {found['kind']}, version {found['format_version']}; {_AGAIN}")
+        what = f"{found['kind']!r:.60}, version {found['format_version']}"
+        raise UserError(f"{folder / METADATA}: is of {what}; {_anew(folder)}")
     check_inside([shard.name for shard in found["shards"]], folder / METADATA)
     return found
+
+
+def check_whole(found: Metadata, folder: Path) -> int:
+    """Check that a cache is finished and its files are there. Returns the number of its rows.
+
+    Raises:
+        MissingFileError: it is not finished, or a file is missing.
+        UserError: its files are not in their order.
+    """
+    samples, draws = found["made_of"].get("samples"), found["made_of"].get("draws")
+    rows = samples[0] * draws if isinstance(samples, list) and isinstance(draws, int) else -1
+    names = [shard.name for shard in found["shards"]]
+    if sum(shard.count for shard in found["shards"]) != rows:
+        raise MissingFileError(f"recover.kd.cache.folder: the cache in {folder.absolute()} is not finished; {_WRITE}")
+    if names != sorted(set(names)):
+        raise UserError(f"{folder / METADATA}: the shards are not in their order; {_anew(folder)}")
+    for name in names:
+        if not (folder / name).is_file():
+            raise MissingFileError(f"{folder / name}: no such file; `tinyfusion cache-teacher RECIPE` makes it anew")
+    return rows
+
+
+def _anew(folder: Path) -> str:
+    return f"delete the folder {folder}, and `tinyfusion cache-teacher RECIPE` writes it anew"
 
 
 def size_of(found: Metadata, folder: Path) -> str:
@@ -104,11 +142,11 @@ def size_of(found: Metadata, folder: Path) -> str:
 
 
 def check_made_of(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:
-    """Check that a cache holds what a recovery wants.
+    """Check that a cache holds what is wanted.
 
     Args:
         found: what it was made of, as its metadata says.
-        wanted: what it should be made of; parts that are not known yet are left out.
+        wanted: what it should be made of; parts that are not known or do not matter are left out.
         folder: where it is.
 
     Raises:
@@ -118,8 +156,16 @@ def check_made_of(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: P
         if found.get(part) != value:
             raise UserError(
                 f"recover.kd.cache: {folder} holds predictions {_OTHER[part]} ({_difference(found.get(part), value)}); "
-                f"{_AGAIN}, in another folder, or delete this one first"
+                f"name another folder, or {_anew(folder)}"
             )
+
+
+def check_of_recovery(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:
+    """Check that a recovery can learn from a cache; it may keep the outputs of more blocks. See `check_made_of`."""
+    blocks = found.get("blocks")
+    if isinstance(blocks, list) and set(wanted["blocks"]) <= set(blocks):
+        wanted = {name: value for name, value in wanted.items() if name != "blocks"}
+    check_made_of(found, wanted, folder)
 
 
 def _difference(before: Any, now: Any) -> str:
@@ -138,11 +184,9 @@ def open_cache(cache: TeacherCache, task: Task) -> CachedSamples:
     """
     folder = Path(cache.folder)
     found = read_metadata(folder)
-    check_made_of(found["made_of"], made_of(cache, task), folder)
-    draws = FixedDraws(cache, task)
-    if sum(shard.count for shard in found["shards"]) != len(draws):
-        raise MissingFileError(f"recover.kd.cache.folder: the cache in {folder} is not finished; {_WRITE}")
-    return CachedSamples(draws, ShardedSamples(str(folder), found["shards"], 0, len(draws), MIX))
+    check_of_recovery(found["made_of"], made_of(cache, task), folder)
+    rows = check_whole(found, folder)
+    return CachedSamples(FixedDraws(cache, task), ShardedSamples(str(folder), found["shards"], 0, rows, MIX))
 
 
 @dataclass(frozen=True)

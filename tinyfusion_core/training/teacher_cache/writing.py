@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -51,6 +52,7 @@ def write_cache(cache: TeacherCache, task: Task, trainer: Trainer) -> Metadata:
     bad = [i for i in cache.blocks if not 0 <= i < depth]
     require(not bad, "recover.kd.cache.blocks", list(cache.blocks), f"blocks of the teacher, 0 to {depth - 1}")
     writing = _Writing(cache, task, trainer)
+    writing.check_draws()
     with ExitStack() as stack:
         on_main_process(lambda: writing.take(stack))
         complete_sharded(writing.parts, writing.is_done, writing.write, "teacher")
@@ -82,10 +84,27 @@ class _Writing:
     task: Task
     trainer: Trainer
 
+    def check_draws(self) -> None:
+        """Check that further draws of a sample differ; UserError if nothing is drawn."""
+        if self.cache.draws == 1:
+            return
+        num = len(self.draws.samples)
+        rows = range(min(16, num))
+        first, other = (self.draws.prepare(self.draws.read([n + row for row in rows])) for n in (0, num))
+        drawn = any(not torch.equal(first[name], other[name]) for name in first)
+        require(drawn, "recover.kd.cache.draws", self.cache.draws, "1: the objective draws nothing at random")
+
     def take(self, stack: ExitStack) -> None:
         """Reserve the folder until the stack closes; UserError if it holds something else."""
         check_free(self.folder, CACHE)
         stack.enter_context(owned(self.folder, CACHE))
+        size, free = len(self.draws) * self.bytes_per_row, shutil.disk_usage(self.folder).free
+        if size > free + sum(file.stat().st_size for file in self.folder.glob("*.safetensors")):
+            raise UserError(
+                f"recover.kd.cache: takes {size / 1e9:,.3g} GB, {self.bytes_per_row:,} bytes for each of "
+                f"{len(self.draws):,} rows, and {self.folder.absolute()} has {free / 1e9:,.3g} GB; keep fewer samples "
+                "or draws, or choose another disk"
+            )
         if (self.folder / METADATA).exists():
             check_made_of(read_metadata(self.folder)["made_of"], self.made_of, self.folder)
         else:
@@ -129,7 +148,8 @@ class _Writing:
 
     @cached_property
     def made_of(self) -> dict[str, Any]:
-        return made_of(self.cache, self.task)
+        precision = {"precision": self.trainer.accelerator.mixed_precision}  # of one cache, the same for all rows
+        return {**made_of(self.cache, self.task), **precision}
 
     @cached_property
     def parts(self) -> list[range]:
@@ -139,8 +159,12 @@ class _Writing:
     @cached_property
     def rows_per_shard(self) -> int:
         """As many as fit into a shard, by what is kept of one."""
-        size = sum(t.nbytes for t in self._predictions([0]).values())
-        return max(1, min(LARGEST_SHARD, SHARD_BYTES // max(1, size)))
+        return max(1, min(LARGEST_SHARD, SHARD_BYTES // max(1, self.bytes_per_row)))
+
+    @cached_property
+    def bytes_per_row(self) -> int:
+        """What is kept of one row."""
+        return sum(t.nbytes for t in self._predictions([0]).values())
 
     @cached_property
     def _rows_at_once(self) -> int:
@@ -155,7 +179,7 @@ class _Writing:
         accelerator = self.trainer.accelerator
         batch = {name: t.to(accelerator.device) for name, t in self.draws.read(rows).items()}
         with evaluating(self._teacher), torch.no_grad(), accelerator.autocast():
-            kept = kept_of(self.task, self._teacher, self.draws.prepare(batch), self.cache.blocks)
+            kept = kept_of(self.task, self._teacher, self.draws.prepare(batch), sorted({*self.cache.blocks}))
         dtype = getattr(torch, self.cache.dtype)
         return {name: (t.to(dtype) if t.is_floating_point() else t).cpu() for name, t in kept.items()}
 
