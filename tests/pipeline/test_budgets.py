@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 import tinyfusion_core as tiny
 from small_run import run
@@ -63,6 +64,26 @@ def test_the_command_prunes_a_runs_teacher_to_several_budgets(
     assert small["parameters"] < rows[1]["parameters"] < full["parameters"]
     assert main(["budgets", str(folder), "--keep", "9"]) == 2
     assert "9" in capsys.readouterr().err
+
+
+def test_a_teacher_that_the_run_has_trained_is_pruned_too(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"input_size": 8, "patch_size": 2, "in_channels": 1, "hidden_size": 16, "depth": 4, "num_heads": 2}
+    network = {"class_path": "DiT", "init_args": {**sizes, "num_classes": 10, "learn_sigma": False}}
+    search = {"class_path": "Search", "init_args": {"keep": 2, "steps": 4}}
+    changed = {"backbone": network, "train": {"steps": 4}, "search": search, "recover": None}
+    recipe.write_text(yaml.safe_dump({**yaml.safe_load(recipe.read_text()), **changed}))
+    folder = tmp_path / "run"
+    assert run(recipe, folder) == 0
+    capsys.readouterr()
+    assert main(["budgets", str(folder), "--keep", "4", "1"]) == 0
+    full, small = json.loads((folder / "budgets.json").read_text())["rows"]
+    measured = {m["name"]: m["values"] for m in json.loads((folder / "metrics.json").read_text())["measurements"]}
+    assert full["pruned"] == pytest.approx(measured["held-out loss"]["teacher"], rel=1e-6)
+    assert len(small["kept"]) == 1
+    assert main(["compare", str(recipe), "--recover", "{steps: 2}"]) == 2
+    assert "--train null --backbone.checkpoint RUN_DIR/teacher" in capsys.readouterr().err
 
 
 def test_the_decision_comes_first_and_what_is_tied_is_not_ranked(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 from torch import nn
 
@@ -12,7 +13,7 @@ from ..evaluation.evaluate import evaluate
 from ..evaluation.metrics import HeldOutLoss
 from ..protocols.task import Task
 from ..pruning.decision import Decision
-from ..pruning.prune import decision_of, prune
+from ..pruning.prune import decision_of, load_pretrained, origin, prune
 from ..runtime.distributed import on_main_process
 from ..runtime.files import write_json
 from ..runtime.run_folder import RunFolder
@@ -57,12 +58,13 @@ def budgets_of(folder: RunFolder, keep: Sequence[int] = (), recover_steps: int =
         UserError: the run has several rounds, has no learned search, or cannot keep so many blocks.
     """
     recipe = load_recipe(folder / "recipe.yaml")
-    if recipe.rounds or recipe.train is not None:
-        raise UserError(f"{folder.path}: takes a run of one search that begins with a checkpoint")
+    if recipe.rounds:
+        raise UserError(f"{folder.path}: takes a run of one search, and this has rounds")
     if recover_steps and recipe.recover is None:
         raise UserError(f"{folder / 'recipe.yaml'}: has no recover section that says how")
     found = decision_of(folder)
-    task, trainer, rows = make_task(recipe), recipe.trainer, []
+    trainer, rows = recipe.trainer, []
+    task = make_task(recipe) if recipe.train is None else _trained(recipe, folder / "teacher")
     held_out = next((m for m in recipe.evaluate if isinstance(m, HeldOutLoss)), HeldOutLoss())
     for num in keep or _told_apart(found):
         decision = Nested(keep=num, decision=str(folder / "decision.json"))(task, trainer)
@@ -74,6 +76,11 @@ def budgets_of(folder: RunFolder, keep: Sequence[int] = (), recover_steps: int =
         rows.append(row)
         _save(folder, rows, recover_steps)
     return rows
+
+
+def _trained(recipe: Recipe, teacher: Path) -> Task:
+    """The task with the teacher that the run has trained."""
+    return replace(make_task(recipe, load_pretrained(teacher)), origin=origin(teacher))
 
 
 def _save(folder: RunFolder, rows: Sequence[Row], recover_steps: int) -> None:

@@ -234,8 +234,8 @@ def _comparison(stage: Comparison, plan: Plan, recipe: Recipe) -> None:
         raise UserError(f"{stage.view}: needs recover, to train what was pruned")
     if recipe.train is not None:
         raise UserError(
-            f"{stage.view}: needs a trained network; run the recipe's train stage first, give the checkpoint to the "
-            "backbone and set train: null"
+            f"{stage.view}: needs a trained network; `tinyfusion run` with this recipe trains one. Then go on from it: "
+            "--train null --backbone.checkpoint RUN_DIR/teacher"
         )
     model = recipe.on_meta
     blocks = recipe.backbone.block_paths(model)
