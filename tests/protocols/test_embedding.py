@@ -55,6 +55,10 @@ def test_what_it_cannot_do_is_said(tmp_path) -> None:
     model, data = model_and_data()
     with pytest.raises(tiny.UserError, match=r"blocks: block path 'layers\.\*'"):
         tiny.wrap(model, blocks="layers.*", loss_fn=squared, data=data)
+    with pytest.raises(tiny.UserError, match=r"'blocks' is a list of modules, .* did you mean 'blocks\.\*'\?"):
+        tiny.wrap(model, blocks="blocks", loss_fn=squared, data=data)
+    with pytest.raises(tiny.UserError, match=r"'blocks\.1' is one block; of 2 or more some can go"):
+        tiny.wrap(model, blocks="blocks.1", loss_fn=squared, data=data)
     task = tiny.wrap(model, blocks="blocks.*", loss_fn=squared, data=data)
     decision = tiny.Keep([0, 3])(task, TRAINER)
     student = tiny.prune(task, decision)

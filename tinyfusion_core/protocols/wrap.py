@@ -58,7 +58,14 @@ def wrap(
         model=model,
         origin={"licence": "unknown"},
     )
-    _ = task.blocks, task.backbone.example(1)  # a wrong path or sample shows here
+    _ = task.backbone.example(1)  # a wrong sample shows here, and a wrong path below
+    for path in task.blocks:
+        if isinstance(model.get_submodule(path), nn.ModuleList | nn.ModuleDict):
+            raise UserError(
+                f"wrap: blocks: '{path}' is a list of modules, which nobody calls; did you mean '{path}.*'?"
+            )
+    if len(task.blocks) < 2:
+        raise UserError(f"wrap: blocks: '{task.blocks[0]}' is one block; of 2 or more some can go")
     return task
 
 
