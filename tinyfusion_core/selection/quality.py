@@ -19,6 +19,7 @@ from ..runtime.seeding import generator
 from ..samplers.constraints import Rules
 from ..training.recover import Recover
 from ..training.trainer import Trainer
+from ..training.validation import parse_loss
 from .base import FOLLOWS, Selector, prepared
 from .judging.heats import Heats
 from .judging.recoveries import ShortRecoveries
@@ -72,13 +73,7 @@ class Shallowest(Selector):
         Raises:
             UserError: it is no loss.
         """
-        text = str(self.loss)
-        try:
-            value = float(text.removesuffix("x")) * (teacher if text.endswith("x") else 1.0)
-        except ValueError:
-            value = math.nan
-        require(0 < value < math.inf, "search.loss", self.loss, "a multiple of the teacher's, as 1.05x, or a loss")
-        return value
+        return parse_loss(self.loss, teacher, "search.loss")
 
     def _race(self, keep: int, steps: int) -> Race:
         """The race at one depth."""

@@ -55,15 +55,7 @@ class Validation(Settings):
         Raises:
             UserError: it is no loss.
         """
-        if self.until is None:
-            return None
-        try:
-            value = float(str(self.until).removesuffix("x")) * (teacher if self.relative else 1.0)
-        except ValueError:
-            value = math.nan
-        expected = "a multiple of the teacher's, as 1.03x, or a loss"
-        require(0 < value < math.inf, "until, validation (of recover)", self.until, expected)
-        return value
+        return None if self.until is None else parse_loss(self.until, teacher, "until, validation (of recover)")
 
 
 @dataclass
@@ -138,6 +130,26 @@ class Validator:
         if not self.weights:
             raise UserError("recover.validation: no judged loss was finite; lower recover.lr")
         network.load_state_dict(self.weights)
+
+
+def parse_loss(given: str | float, teacher: float, key: str) -> float:
+    """Return the loss that a setting means.
+
+    Args:
+        given: a loss, or a multiple of the teacher's, as `1.05x`.
+        teacher: the teacher's loss.
+        key: the setting, for the message.
+
+    Raises:
+        UserError: it is neither.
+    """
+    text = str(given)
+    try:
+        value = float(text.removesuffix("x")) * (teacher if text.endswith("x") else 1.0)
+    except ValueError:
+        value = math.nan
+    require(0 < value < math.inf, key, given, "a multiple of the teacher's, as 1.05x, or a loss")
+    return value
 
 
 def mean_loss(task: Task, model: nn.Module, samples: Samples, trainer: Trainer) -> float:
