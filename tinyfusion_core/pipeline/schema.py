@@ -126,9 +126,12 @@ def _describe_class(name: str, cls: type[Any]) -> list[str]:
     texts = [docstring_parser.parse(part.__doc__ or "") for part in cls.__mro__[-2::-1]]
     meaning = {p.arg_name: " ".join((p.description or "").split()) for text in texts for p in text.params}
     lines = [f"  {name}: {texts[-1].short_description or ''}"]
+    made = (
+        {f.name: f.default_factory() for f in fields(cls) if callable(f.default_factory)} if is_dataclass(cls) else {}
+    )
     for key, parameter in inspect.signature(cls).parameters.items():
         if not key.startswith("_") and key != "lists":
-            default = "" if parameter.default is parameter.empty else f" = {parameter.default!r}"
+            default = "" if parameter.default is parameter.empty else f" = {made.get(key, parameter.default)!r}"
             lines.append(f"    {key}{default}: {meaning.get(key, '')}")
     return lines
 
