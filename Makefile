@@ -10,8 +10,9 @@ demo: .venv/.ready
 test: .venv/.ready lint
 	$(BIN)/pytest -n 2 --dist worksteal
 
+# With the branches that tests of this process take: of what runs in other processes alone (FSDP), none.
 test-all: .venv/.ready lint
-	$(BIN)/pytest -n 2 --dist worksteal -m "slow or not slow"
+	$(BIN)/pytest -n 2 --dist worksteal -m "slow or not slow" --cov --cov-report=term:skip-covered --cov-fail-under=96
 
 # What rounding can change, with the instructions and the threads of other processors.
 CPUS := TINYFUSION_TEST_THREADS=1 TINYFUSION_TEST_THREADS=2 TINYFUSION_TEST_THREADS=4 \
