@@ -108,7 +108,9 @@ def test_a_recipe_that_cannot_be_compared_is_told_why(comparing: Path, tmp_path:
     assert "compare: give candidates, or a search" in error("--search=null", "--compare.candidates=null")
     rounds = "--rounds={a: {search: {pattern: [4, 8], steps: 2}}}"
     assert "takes one search and one recovery" in error("--search=null", "--recover=null", rounds)
-    assert "set train: null" in error("--train={steps: 2}", "--backbone.checkpoint=null", "--backbone.variant=null")
+    assert "--train null --backbone.checkpoint RUN_DIR/teacher" in error(
+        "--train={steps: 2}", "--backbone.checkpoint=null", "--backbone.variant=null"
+    )
     assert "compare.seeds is 0" in error("--compare.seeds=0")
     assert "compare.candidates.learned.stepz: unknown key" in error("--compare.candidates.learned.stepz=3")
     assert "did you mean 'Greedy'" in error("--compare.candidates.learned={class_path: Gready}")

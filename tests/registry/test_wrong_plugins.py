@@ -158,7 +158,7 @@ def test_the_gates_refuse_a_block_that_changes_its_stream() -> None:
 
 
 def test_a_loss_of_the_wrong_shape_is_refused_in_training_too() -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
-    task = tiny.wrap(model, blocks="0", loss_fn=lambda m, b: m(b["x"]), data={"x": torch.zeros(8, 4)})
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    task = tiny.wrap(model, blocks=["0", "1"], loss_fn=lambda m, b: m(b["x"]), data={"x": torch.zeros(8, 4)})
     with pytest.raises(tiny.UserError, match=r"loss: returns the shape \[8, 4\] for 8 samples"):
         task.loss.losses(model, {"x": torch.zeros(8, 4)})

@@ -108,7 +108,13 @@ def test_only_what_a_run_writes_is_cleaned_up(tmp_path: Path, recipe: Path, fini
     for name in (*ours, *theirs):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("half")
+    saved_aside, of_theirs = (folder / parent / ".saving.ab12.partial" for parent in ("student", "downloads"))
+    for place in (saved_aside, of_theirs):
+        place.mkdir()
+        (place / "model.safetensors").write_text("half")
     with owned(folder, RUN):
+        assert not saved_aside.exists()
+        assert (of_theirs / "model.safetensors").exists()
         assert not [name for name in ours if (folder / name).exists()]
         assert all((folder / name).exists() for name in theirs)
 

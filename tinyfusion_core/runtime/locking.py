@@ -6,6 +6,7 @@ import fcntl
 import glob
 import os
 import platform
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -88,15 +89,19 @@ def remove_partial(path: Path) -> None:
 
 
 def remove_partials(folder: Path, writes: Callable[[Path], bool]) -> None:
-    """Remove temporary files that killed processes have left in a folder and below.
+    """Remove temporary files, and folders that a network was saved aside in, that killed processes have left.
 
     Args:
-        folder: where to look.
+        folder: where to look, at any depth.
         writes: says of a path in the folder, relative to it, whether we write such a file; others' are left alone.
     """
     for file in list(folder.rglob(f".*{PARTIAL}")):
         name = file.name[1 : -len(PARTIAL)].rpartition(".")[0]
-        if name and writes((file.parent / name).relative_to(folder)):
+        if not name or not writes((file.parent / name).relative_to(folder)):
+            continue
+        if file.is_dir() and not file.is_symlink():
+            shutil.rmtree(file, ignore_errors=True)
+        else:
             file.unlink(missing_ok=True)
 
 
