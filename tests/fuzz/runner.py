@@ -25,7 +25,7 @@ import torch
 
 from tinyfusion_core.cli import main
 
-CPU_SECONDS, WAITING_SECONDS, MEMORY = 20, 5.0, 12 << 30
+CPU_SECONDS, WAITING_SECONDS, MEMORY = 20, 5.0, 6 << 30
 """Limits of a case: of processor time, of waiting for nothing, and of the address space that it may take in bytes."""
 CANARY = "tinyfusion_canary"
 """A word in texts of a case that would do something if anything executed them."""
@@ -169,6 +169,9 @@ def _confine(case: Case, said: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (64 << 20, 64 << 20))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    # After a fork torch makes its pool of threads anew, and aborts ("Invalid thread pool!") if two threads, this one and
+    # one of autograd's, are the first to ask for it at the same time.
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     random.seed(0)
 
