@@ -169,8 +169,8 @@ def _confine(case: Case, said: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (64 << 20, 64 << 20))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    # After a fork torch makes its pool of threads anew, and aborts ("Invalid thread pool!") if two threads, this one and
-    # one of autograd's, are the first to ask for it at the same time.
+    # After a fork torch makes its pool of threads anew, and aborts ("Invalid thread pool!") if two threads, this one
+    # and one of autograd's, are the first to ask for it at the same time.
     torch.set_num_threads(1)
     torch.manual_seed(0)
     random.seed(0)
