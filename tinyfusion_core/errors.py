@@ -51,6 +51,12 @@ def require(holds: bool, key: str, value: object, expected: str) -> None:
         raise UserError(f"{key} is {value!r}; expected {expected}")
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error that holds anything, of at most 200 characters; else its type's name."""
+    lines = (" ".join(line.split()) for line in str(error).splitlines())
+    return next((line[:200] for line in lines if line), type(error).__name__)
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return a hint for a message about an unknown name: `; did you mean 'x'? (known: ...)`."""
     known = sorted(known)

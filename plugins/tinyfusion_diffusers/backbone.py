@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from typing_extensions import override
 
-from tinyfusion_core.errors import MissingFileError, UserError, require
+from tinyfusion_core.errors import MissingFileError, UserError, first_line, require
 from tinyfusion_core.parsing.records import check_folder, read_json
 from tinyfusion_core.protocols.backbone import Backbone, Stream
 from tinyfusion_core.protocols.checkpoint_backbone import randomise
@@ -155,6 +155,11 @@ class DiffusersTransformer(Backbone):
         """Return a backbone whose network has random non-zero weights."""
         return cls(_random=json.dumps(config), **options)
 
+    @property
+    @override
+    def origin(self) -> str | None:
+        return self.model
+
     @override
     def source(self) -> dict[str, Any]:
         if self.model is None:
@@ -207,7 +212,7 @@ class DiffusersTransformer(Backbone):
                     output_loading_info=True,
                 )
         except Exception as e:  # a damaged file makes the readers fail in any way they can
-            raise UserError(f"{folder}: the transformer's weights cannot be read ({_first(e)})") from None
+            raise UserError(f"{folder}: the transformer's weights cannot be read ({first_line(e)})") from None
         wrong = [str(key) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in loading[kind]]
         if wrong:
             raise UserError(f"{folder}: the weights do not fit the config: {', '.join(sorted(wrong)[:4])}")
@@ -234,7 +239,7 @@ class DiffusersTransformer(Backbone):
         except (OSError, ValueError) as e:
             raise MissingFileError(
                 f"backbone.model: '{self.model}' is no folder, and the Hugging Face hub does not give it "
-                f"({_first(e)}). Give a folder, or an id that you have access to (`hf auth login`)"
+                f"({first_line(e)}). Give a folder, or an id that you have access to (`hf auth login`)"
             ) from None
         return self._folder(Path(root))
 
@@ -290,10 +295,5 @@ def _saved_dtype(folder: Path) -> torch.dtype:
                     entry = file.get_slice(name)
                     counts[names.get(entry.get_dtype(), torch.float32)] += math.prod(entry.get_shape())
         except (OSError, SafetensorError) as e:
-            raise UserError(f"{path}: damaged or cut short ({_first(e)}). Copy or download it again") from None
+            raise UserError(f"{path}: damaged or cut short ({first_line(e)}). Copy or download it again") from None
     return counts.most_common(1)[0][0]
-
-
-def _first(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from tinyfusion_core.errors import UserError, require
+from tinyfusion_core.errors import UserError, first_line, require
 from tinyfusion_core.pipeline.planning.memory import gigabytes
 from tinyfusion_core.protocols.backbone import Backbone
 from tinyfusion_core.protocols.data import Lookup
@@ -30,7 +30,6 @@ from tinyfusion_llm.pretrained import (
     check_kind,
     encoding_of,
     explained,
-    first_line,
     load_tokenizer,
     vocabulary_size,
 )
@@ -164,6 +163,11 @@ class CausalLM(Backbone):
             "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
         }  # fmt: skip
         return cls(network=network, context=16, _random_seed=0)
+
+    @property
+    @override
+    def origin(self) -> str | None:
+        return self.model
 
     @override
     def source(self) -> dict[str, Any]:

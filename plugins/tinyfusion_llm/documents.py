@@ -8,9 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tinyfusion_core.errors import MissingFileError, UserError
+from tinyfusion_core.errors import MissingFileError, UserError, first_line
 from tinyfusion_llm.optional import need
-from tinyfusion_llm.pretrained import first_line
 
 KINDS = (".txt", ".md", ".jsonl", ".parquet")
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import inspect
 import json
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tinyfusion_core.errors import MissingFileError, UserError
+from tinyfusion_core.errors import MissingFileError, UserError, first_line
 from tinyfusion_core.parsing.records import check_folder
 from tinyfusion_llm.optional import need
 
@@ -204,9 +203,3 @@ def vocabulary_size(config: Mapping[str, Any]) -> int:
     """Return the number of tokens; 100 if a config does not say."""
     sizes = [config, config.get("text_config") or {}]
     return int(next((part["vocab_size"] for part in sizes if "vocab_size" in part), 100))
-
-
-def first_line(error: Exception) -> str:
-    """Return the first non-empty line of an error."""
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return re.sub(r"\s+", " ", line)[:200]

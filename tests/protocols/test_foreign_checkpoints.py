@@ -18,10 +18,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+import llm_toys
 import tinyfusion_core as tiny
+from places import TESTS
 from tinyfusion_core.parsing.state_dicts import unwrapped
+from tinyfusion_core.protocols.backbone import build_on_meta
 from tinyfusion_core.runtime.files import read_weights
 from tinyfusion_dit import DiT
+from tinyfusion_llm import CausalLM
 from tinyfusion_mar import MAR
 from tinyfusion_sit import SiT
 
@@ -173,6 +177,29 @@ ARGUMENTS = {
     "defaultdict": collections.defaultdict(list, {"a": [1]}),
     "counter": collections.Counter("aab"),
 }
+
+
+@pytest.mark.parametrize(
+    ("size", "wrong"),
+    [
+        ({"input_size": 1}, "input_size 1 is not divisible by patch_size 2"),
+        ({"hidden_size": 16.0}, "its sizes make no network"),
+        ({"depth": 10**5}, "depth is 100,000"),
+    ],
+)
+def test_sizes_that_a_file_says_are_refused_by_its_name(size: dict[str, Any], wrong: str, tmp_path: Path) -> None:
+    content = json.loads((TESTS / "before_rooms" / "teacher" / "config.json").read_text())
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**content, "network": {**content["network"], **size}}))
+    with pytest.raises(tiny.UserError, match=f"{path}: {wrong}"):
+        build_on_meta(DiT(checkpoint=str(tmp_path)))
+
+
+def test_a_folder_of_transformers_is_named_too(tmp_path: Path) -> None:
+    path = llm_toys.folder(tmp_path, "llama") / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_hidden_layers": 10**5}))
+    with pytest.raises(tiny.UserError, match=f"{tmp_path}: num_hidden_layers is 100,000"):
+        build_on_meta(CausalLM(model=str(tmp_path)))
 
 
 @pytest.mark.parametrize("kind", ARGUMENTS)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from typing_extensions import override
 
-from ..errors import UserError, require
+from ..errors import UserError, first_line, require
 from ..parsing.settings import Settings
 from ..protocols.backbone import Backbone
 from ..protocols.data import DataSource
@@ -159,7 +159,7 @@ def _count_flops(
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             loss.predict(model, {name: t.to("meta") for name, t in inputs.items()})
     except (NotImplementedError, RuntimeError) as e:
-        return f"cannot be counted on the meta device: {str(e).splitlines()[0]}"
+        return f"cannot be counted on the meta device: {first_line(e)}"
     return int(counter.get_total_flops())
 
 

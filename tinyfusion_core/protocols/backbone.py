@@ -93,6 +93,11 @@ class Backbone(Settings, ABC):
             UserError: the checkpoint is missing, damaged or of another architecture.
         """
 
+    @property
+    def origin(self) -> str | None:
+        """The file, folder or id that the sizes of the network come from, for messages; None: the recipe."""
+        return None
+
     @abstractmethod
     def config(self, model: nn.Module | None = None) -> dict[str, Any]:
         """Return JSON-able keywords from which `construct` rebuilds `model` as it is, pruned or not.
@@ -231,15 +236,18 @@ def build_on_meta(backbone: Backbone) -> nn.Module:
     config = backbone.config()
     for key, value in _numbers(config, ""):
         if re.search(r"depth|layers|blocks", key) and value > MAX_DEPTH:
-            raise UserError(f"{owner(backbone)}: {key} is {value:,}; expected at most {MAX_DEPTH:,}")
+            raise UserError(f"{backbone.origin or owner(backbone)}: {key} is {value:,}; expected at most {MAX_DEPTH:,}")
     try:
         with torch.device("meta"):
             return backbone.construct(config)
-    except UserError:
-        raise
+    except UserError as e:
+        if backbone.origin is None or backbone.origin in str(e):
+            raise
+        raise UserError(f"{backbone.origin}: {e}") from e
     except Exception as e:  # of any library's constructor
         reason = f"{type(e).__name__}: {' '.join(str(e).split())}"
-        raise UserError(f"{owner(backbone)}: its sizes make no network ({reason}); correct them") from e
+        whose = backbone.origin or owner(backbone)
+        raise UserError(f"{whose}: its sizes make no network ({reason}); correct them") from e
 
 
 def _numbers(config: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, int]]:

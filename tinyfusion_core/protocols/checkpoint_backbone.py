@@ -150,6 +150,12 @@ class CheckpointBackbone(Backbone):
             raise UserError(f"{cls.__name__} has no network setting '{word}'{nearest(word, defaults)}")
         return cls.network()(**config)
 
+    @property
+    @override
+    def origin(self) -> str | None:
+        folder = self._folder()
+        return None if folder is None else str(folder / "config.json")
+
     @override
     def source(self) -> dict[str, Any]:
         if self.checkpoint is None:

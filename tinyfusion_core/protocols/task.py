@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..parsing.settings import Settings
 from ..runtime.seeding import Rng
 from .backbone import Backbone, list_lengths, owner
@@ -117,5 +117,5 @@ def check_loss_fits(backbone: Backbone, loss: LossAdapter, model: nn.Module) -> 
         return  # an operation without a meta kernel: the run itself will tell
     except RuntimeError as e:
         raise UserError(
-            f"loss: {type(loss).__name__} does not fit the network ({str(e).splitlines()[0]}); compare their options"
+            f"loss: {type(loss).__name__} does not fit the network ({first_line(e)}); compare their options"
         ) from None

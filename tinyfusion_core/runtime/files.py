@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..errors import MissingFileError, UserError
+from ..errors import MissingFileError, UserError, first_line
 from ..parsing.records import ShardIndex, check_regular, read_as
 from ..parsing.state_dicts import chosen_entry
 from .locking import PARTIAL, check_held
@@ -262,8 +262,7 @@ def _reason(error: BaseException) -> str:
     behind = error.__cause__ or error.__context__
     if isinstance(behind, OSError) and not isinstance(error, OSError):
         return _reason(behind)
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+    return first_line(error)
 
 
 def _refused(error: pickle.UnpicklingError) -> str:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
-from ...errors import UserError
+from ...errors import UserError, first_line
 from ...protocols.backbone import Backbone, Batch, list_lengths
 from ...protocols.block_call import BatchDim, named_batch_dims, probed_batch_dims
 from ...protocols.loss import LossAdapter
@@ -162,7 +162,7 @@ def search_needs(backbone: Backbone, loss: LossAdapter, model: nn.Module, search
     try:
         dims = _batch_dims(backbone, loss, model, blocks)
     except NotImplementedError as e:  # an operation without a meta kernel
-        note = _first_line(e)
+        note = f"{type(e).__name__}: {first_line(e)}"
     planned = copy.deepcopy(model)
     with of_stage(search.update.applied(planned.train(), blocks), "search"), mode:
         network = _faked(planned)
@@ -174,7 +174,7 @@ def search_needs(backbone: Backbone, loss: LossAdapter, model: nn.Module, search
                 saved_by(functools.partial(gated, m), network, blocks, setup.precision) for m in (mask, everywhere)
             )
         except (RuntimeError, NotImplementedError) as e:
-            return replace(needs, rows=setup.rows, note=_first_line(e))
+            return replace(needs, rows=setup.rows, note=f"{type(e).__name__}: {first_line(e)}")
     return replace(needs, activations=sparse, dense=dense, rows=setup.rows)
 
 
@@ -222,7 +222,7 @@ def training_needs(
         try:
             activations = saved_by(forward, network, blocks, setup.precision)
         except (RuntimeError, NotImplementedError) as e:
-            return replace(needs, rows=setup.rows, note=_first_line(e))
+            return replace(needs, rows=setup.rows, note=f"{type(e).__name__}: {first_line(e)}")
     return replace(needs, activations=activations, rows=setup.rows)
 
 
@@ -293,7 +293,3 @@ def _chosen(saved: Saved, checkpointing: bool) -> int:
 
 def _bytes(tensors: Any) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
