@@ -30,7 +30,7 @@ from tinyfusion_core.registry.registry import registry
 from tinyfusion_core.runtime.distributed import shutdown
 from tinyfusion_core.samplers.base import Draw
 from tinyfusion_core.samplers.grouped import GroupedSampler
-from tinyfusion_core.samplers.subset import ExactK, GumbelTopK
+from tinyfusion_core.samplers.subset import ExactK, GumbelTopK, ScoreFunction
 from tinyfusion_core.testing import pair_name, pairs_of
 from tinyfusion_core.testing.subject import Subject
 from toys import Match, Planted, planted_data
@@ -57,6 +57,9 @@ SEARCHES = {
     "grouped, full": tiny.Search(pattern=(1, 2), steps=4, lr_gates=1e-2, lr=1e-2, update=tiny.Full(), clip=1e3),
     "grouped, lora": tiny.Search(pattern=(2, 4), steps=4, lr_gates=1e-2, lr=1e-2, update=tiny.LoRA(rank=2), clip=0.1),
     "score, frozen": tiny.Search(keep=4, steps=4, update=tiny.Frozen(), clip=1e3),
+    "score, control": tiny.Search(
+        sampler=partial(ScoreFunction, rules=tiny.Rules(keep=4), control=True), steps=4, update=tiny.Frozen(), clip=1e3
+    ),
     "exact, costs": tiny.Search(
         sampler=partial(ExactK, rules=tiny.Rules(costs=[2, 1, 2, 1, 2, 1, 2, 1], budget=6, protect=[1])),
         steps=4,
@@ -155,7 +158,9 @@ def numbers(folder: Path, trainer: tiny.Trainer, only: Collection[str] = ()) -> 
         finals = tiny.Finals(search=SEARCHES["grouped, lora"], masks=2, others=others, steps=2, samples=8)
         found["finals"] = {"kept": finals(task(), trainer).kept}
         race = tiny.Race(pattern=(2, 4), proposers=others, steps=24, samples=8)
-        found["race"] = {"kept": race(task(), trainer).kept}
+        decision = race(task(), trainer)
+        entries = [entry for entered in decision.provenance["race"] for entry in entered]
+        found["race"] = {"kept": decision.kept, "losses": [entry["loss"] for entry in entries]}
     return found
 
 

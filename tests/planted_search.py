@@ -23,6 +23,7 @@ SAMPLERS = {
     "exact": partial(ExactK, rules=Rules(keep=4)),
     "score": partial(ScoreFunction, rules=Rules(keep=4), masks=2),
     "score, four masks and entropy": partial(ScoreFunction, rules=Rules(keep=4), masks=4, entropy=(0.3, 0.0)),
+    "score, control": partial(ScoreFunction, rules=Rules(keep=4), control=True),
     "top-k": partial(GumbelTopK, keep=4),
     "reinmax": partial(GroupedSampler, pattern=(4, 8), scaling=(1.0, 1.0), estimator="reinmax"),
     "straight-through": partial(GroupedSampler, pattern=(4, 8)),

@@ -19,6 +19,7 @@ ENUMERATED = "samplers/test_subsets.py::test_everything_equals_enumeration"
 AUTOMATON = "samplers/automaton.py"
 COMPILED = "samplers/compiled.py"
 ESTIMATORS = "samplers/test_estimators.py::"
+CONTROL = "samplers/test_control_variate.py::"
 RULED = "samplers/test_constraints.py::"
 
 GATES_AND_REMOVAL = [
@@ -217,9 +218,23 @@ SAMPLERS = [
     Mutation(
         "masks of different samples are compared",
         SUBSET,
-        "losses = loss.detach().float().view(-1, self.masks_per_sample)",
-        "losses = loss.detach().float().view(self.masks_per_sample, -1).T",
+        "losses = losses.view(-1, self.masks_per_sample)",
+        "losses = losses.view(self.masks_per_sample, -1).T",
         (ESTIMATORS + "test_a_mask_is_weighted_by_how_much_worse_it_is_than_the_others_of_its_sample",),
+    ),
+    Mutation(
+        "what the control variate takes out is not put back",
+        SUBSET,
+        " + self.control.mean(subsets).to(losses)",
+        "",
+        (CONTROL + "test_the_mean_of_the_gradient_stays_by_enumeration",),
+    ),
+    Mutation(
+        "the control variate takes the level of a sample for the masks' doing",
+        "samplers/control_variate.py",
+        "(features - features.mean(1, keepdim=True))",
+        "features",
+        (CONTROL + "test_what_it_explains_is_no_noise",),
     ),
     Mutation(
         "the relaxed top-k forgets what it has taken, at the temperature",

@@ -186,7 +186,7 @@ def test_a_third_goes_on_however_far_behind() -> None:
 def test_who_recovers_late_wins_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """Behind by more than ten standard errors after the first round, as 0 4 9 is on Fashion-MNIST at 12 → 3."""
 
-    def falling(self, mask: tuple[int, ...], recovery: tiny.Recover, stage: str, part: object) -> Tensor:
+    def falling(self, mask: tuple[int, ...], recovery: tiny.Recover, *others: object) -> Tensor:
         start, power = (4.5, 1.0) if list(mask) == WORKING else (1.0, 0.5)
         return start * recovery.steps**-power + losses(0, 1e-3, 0) + losses(0, 1e-3, sum(mask))
 

@@ -27,6 +27,7 @@ SAMPLERS = [
     tiny.GroupedSampler(LISTS, {"first": [1, 2], "second": [3, 4]}, estimator="reinmax"),
     tiny.ExactK(LISTS, Rules(keep={"first": 3, "second": 1}, max_run=2)),
     tiny.ScoreFunction(LISTS, Rules(costs=(1, 2, 3, 4, 4, 3, 2, 1), budget=10, together=((0, 7),))),
+    tiny.ScoreFunction(LISTS, Rules(keep=4), control=True),
 ]
 UPDATES = [tiny.Frozen, tiny.LoRA, tiny.Full, tiny.LastBlocks(blocks=2), tiny.Matching(".*weight")]
 DISTILLATIONS = [tiny.OutputKD, tiny.MaskedKD, tiny.MaskedKD(sigma=1.0, mask="separate", taps=[(0, 1)])]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -31,11 +32,11 @@ _GONE = re.compile(
 """What gloo, NCCL and the store of torch say when the process at the other end has gone."""
 
 _alone = False
-"""Whether this process is running something that the others wait for."""
+"""Whether this process is running something in which the others have no part."""
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """Return this process's rank and the number of processes; (0, 1) inside `on_main_process`."""
+    """Return this process's rank and the number of processes; (0, 1) for one that works `alone`."""
     if _alone or not dist.is_available() or not dist.is_initialized():
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
@@ -57,6 +58,43 @@ def naming_the_dead() -> Iterator[None]:
             "another process of this run has died: killed, out of memory, or by an error that it shows itself. Run the "
             "same command again: a run goes on from its last checkpoint"
         ) from e
+
+
+def is_alone() -> bool:
+    """Return whether this process works `alone`, though it may be one of several."""
+    return _alone
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Work by oneself: inside, this process is the only one, to collective calls of ours and to accelerate's."""
+    states, one = list[dict[str, Any]](), dict[str, Any]()
+    if dist.is_available() and dist.is_initialized() and "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState, DistributedType, PartialState
+
+        # The attributes of every instance, where something has made one.
+        states = [state for state in (PartialState._shared_state, AcceleratorState._shared_state) if state]
+        one = {"num_processes": 1, "process_index": 0, "distributed_type": DistributedType.NO}
+    together = [{name: state[name] for name in one} for state in states]
+    try:
+        for state in states:
+            state.update(one)
+        with _while_others_wait():
+            yield
+    finally:
+        for state, was in zip(states, together, strict=True):
+            state.update(was)
+
+
+@contextmanager
+def _while_others_wait() -> Iterator[None]:
+    """Collective calls of ours concern this process alone."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
 
 
 @naming_the_dead()
@@ -103,14 +141,10 @@ def on_main_process(work: Callable[[], T]) -> T:
     """
 
     def mine() -> T | None:
-        global _alone
         if rank_and_world_size()[0] != 0:
             return None
-        before, _alone = _alone, True
-        try:
+        with _while_others_wait():
             return work()
-        finally:
-            _alone = before
 
     return gather_results(mine)[0]  # type: ignore[return-value]  # the main process's is a T
 
@@ -194,6 +228,27 @@ def map_sharded(items: Sequence[T], work: Callable[[T], R]) -> list[R]:
     """
     found = gather_results(lambda: [work(item) for item in local_share(items)])
     return [found[i % len(found)][i // len(found)] for i in range(len(items))]
+
+
+def map_alone(items: Sequence[T], work: Callable[[T], R]) -> list[R]:
+    """Apply a function to every item, each process to its share as if it were the only process. A collective call.
+
+    Args:
+        items: the same on every process.
+        work: may make collective calls, which concern its process alone. Results are pickled.
+
+    Returns:
+        The results for all items, in order, on every process.
+
+    Raises:
+        Exception: what `work` raised, as in `on_every_rank`.
+    """
+
+    def mine(item: T) -> R:
+        with alone():
+            return work(item)
+
+    return map_sharded(items, mine)
 
 
 def complete_sharded(

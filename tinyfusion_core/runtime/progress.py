@@ -77,11 +77,11 @@ def track(name: str, total: int, done: int = 0, show: bool = True) -> Iterator[T
         name: label.
         total: units of work.
         done: units that an earlier, interrupted run has done.
-        show: False on all processes but one.
+        show: False on all processes but one; nested work is not shown there either.
     """
     with ExitStack() as stack:
         if not show or _shown or not console.is_terminal:
-            tracker = Tracker(name, total, done, None, show, _shown[0] if show and _shown else None)
+            tracker = Tracker(name, total, done, None, show, _shown[0] if _shown else None)
         else:
             columns = (
                 TextColumn("{task.description:<24}", markup=False),
@@ -94,7 +94,7 @@ def track(name: str, total: int, done: int = 0, show: bool = True) -> Iterator[T
             )
             bar = stack.enter_context(Progress(*columns, console=console))
             tracker = Tracker(name, total, done, bar, show, None)
-        if show and not _shown:
+        if not _shown:
             _shown.append(tracker)
             stack.callback(_shown.clear)
         yield tracker

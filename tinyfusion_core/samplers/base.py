@@ -41,6 +41,8 @@ class BlockSampler(nn.Module, ABC):
     #: How many blocks every mask keeps, of all or by block list, or what they may cost; None when groups say it, or
     #: nothing does.
     budget: Budget | Spending | None = None
+    #: Whether `observe` is to be called.
+    observes: bool = False
 
     def __init__(self, lists: Mapping[str, int]) -> None:
         super().__init__()
@@ -96,6 +98,14 @@ class BlockSampler(nn.Module, ABC):
             loss: (batch,) losses under them.
         """
         return loss.mean()
+
+    def observe(self, masks: Tensor, losses: Tensor) -> None:
+        """Learn from a whole step, after its update; the same rows on every process.
+
+        Args:
+            masks: (batch, num_blocks) zeros and ones.
+            losses: (batch,) losses under them.
+        """
 
     @abstractmethod
     def marginals(self) -> Tensor:

@@ -14,6 +14,7 @@ from ..runtime.seeding import Rng
 from .base import BlockSampler, Draw, linear
 from .conditional_poisson import Subsets
 from .constraints import Rules, build
+from .control_variate import ControlVariate
 
 
 class SubsetSampler(BlockSampler):
@@ -110,16 +111,24 @@ class ScoreFunction(SubsetSampler):
         masks: masks per sample; a step costs that many times the batch.
         entropy: weight of the entropy, in units of the mean difference between the losses of a sample's masks, at the
             first and at the last step, linear in between: how long the search stays open.
+        control: whether a model of the loss, fitted as the search goes, takes out what it can explain: less noise.
     """
 
     def __init__(
-        self, lists: Mapping[str, int], rules: Rules, masks: int = 4, entropy: tuple[float, float] = (0.3, 0.0)
+        self,
+        lists: Mapping[str, int],
+        rules: Rules,
+        masks: int = 4,
+        entropy: tuple[float, float] = (0.3, 0.0),
+        control: bool = False,
     ) -> None:
         super().__init__(lists, rules)
         require(2 <= masks <= 1000, "search.sampler.masks", masks, "2 to 1,000")
         require(min(entropy) >= 0, "search.sampler.entropy", entropy, "weights of 0 or more")
         self.masks_per_sample = masks
         self.entropy_schedule, self.entropy_weight = entropy, entropy[0]
+        self.control = ControlVariate(self.num_blocks) if control else None
+        self.observes = control
 
     @override
     def anneal(self, progress: float) -> dict[str, float]:
@@ -135,15 +144,29 @@ class ScoreFunction(SubsetSampler):
 
     @override
     def surrogate(self, draw: Draw, loss: Tensor) -> Tensor:
-        losses = loss.detach().float().view(-1, self.masks_per_sample)
-        others = (losses.sum(1, keepdim=True) - losses) / (self.masks_per_sample - 1)
-        advantage = losses - others
-        total = (advantage.flatten() * draw.log_prob).mean()
+        subsets, losses = self._subsets(), loss.detach().float()
+        advantage = self._advantage(losses)
+        if self.control is None:
+            total = (advantage * draw.log_prob).mean()
+        else:
+            unexplained = self._advantage(losses - self.control(draw.mask).to(losses))
+            total = (unexplained * draw.log_prob).mean() + self.control.mean(subsets).to(losses)
         if self.entropy_weight:
-            entropy = self._subsets().entropy().to(total)
-            total = total - self.entropy_weight * advantage.abs().mean() * entropy
+            total = total - self.entropy_weight * advantage.abs().mean() * subsets.entropy().to(total)
         # The weights see the plain mean; both parts reach disjoint parameters.
         return loss.mean() + total
+
+    @override
+    def observe(self, masks: Tensor, losses: Tensor) -> None:
+        if self.control is not None:
+            copies = self.masks_per_sample
+            self.control.observe(masks.view(-1, copies, self.num_blocks), losses.view(-1, copies))
+
+    def _advantage(self, losses: Tensor) -> Tensor:
+        """How much more each mask loses than the others of its sample do on average: (batch,)."""
+        losses = losses.view(-1, self.masks_per_sample)
+        others = (losses.sum(1, keepdim=True) - losses) / (self.masks_per_sample - 1)
+        return (losses - others).flatten()
 
 
 class GumbelTopK(BlockSampler):

@@ -6,6 +6,7 @@ import warnings
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -13,6 +14,7 @@ from ..errors import UserError
 from ..protocols.backbone import Batch
 from ..protocols.loss import LossAdapter
 from ..pruning.gating import Gates
+from ..runtime.distributed import all_gather_object
 from ..runtime.seeding import Rng
 from ..samplers.base import BlockSampler
 from ..training.objective import Objective
@@ -88,6 +90,7 @@ class GatedLoss(Objective):
         # The average is not trained: in a tuple it is not registered, so that DDP does not wait for its gradients.
         self.unregistered = (loss, averaged, gates)
         self.num_steps = 0
+        self.seen: list[tuple[Tensor, Tensor]] = []  # masks and losses of this step's passes
         self.temperatures: dict[str, float] = {}
 
     @override
@@ -102,6 +105,8 @@ class GatedLoss(Objective):
         mask = draw.mask if self.learning else draw.mask.detach()
         gates.set(mask, value_weights(mask, self.dropped_values, rng))
         losses = loss.losses(self.model, inputs)
+        if self.sampler.observes:
+            self.seen.append((draw.mask.detach().cpu(), losses.detach().cpu()))
         if self.learning:
             return self.sampler.surrogate(draw, losses), losses.detach()
         # A zero gradient, never none: distributed processes wait for it.
@@ -116,6 +121,14 @@ class GatedLoss(Objective):
         averaged = self.unregistered[1]
         averaged.anneal(learned)
         averaged.prior = averaged.prior_schedule[1]  # a start that fades has no say in the decision
+
+    @override
+    def after_step(self, finite: bool) -> None:
+        if self.sampler.observes:
+            passes = [one for some in all_gather_object(self.seen) for one in some]
+            self.seen = []
+            if finite:
+                self.sampler.observe(*map(torch.cat, zip(*passes, strict=True)))
 
     @override
     def finished(self) -> bool:

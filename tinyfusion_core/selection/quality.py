@@ -156,7 +156,7 @@ class Shallowest(Selector):
         recoveries.steps = recoveries.spent + race.steps
         kept = Heats(race, recoveries).decision().kept
         recoveries.steps = until
-        recoveries.losses(kept, "race, last", recoveries.left)
+        recoveries.losses([kept], "race, last", recoveries.left)
         return recoveries.known[kept], kept
 
     def _predicted(

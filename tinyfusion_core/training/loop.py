@@ -162,6 +162,7 @@ class Fit:
         )
         guard.check(step, report, loaded.problems, last=step + 1 == self.optimization.steps)
         update.apply(report.finite)
+        self.objective.after_step(report.finite)
         self._state.meter.add(report, list(self.objective.terms))
         return report
 

@@ -49,6 +49,9 @@ class Objective(nn.Module, ABC):
     def before_step(self, progress: float) -> None:
         """Set schedules to a point of the stage: 0 at the first step, 1 at the last."""
 
+    def after_step(self, finite: bool) -> None:
+        """Learn from a step besides its gradient; not from one whose loss or gradient was not finite."""
+
     def finished(self) -> bool:
         """Return whether to stop early; asked after every step, with the same answer on every process."""
         return False

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..errors import UserError, require
 from ..parsing.settings import Settings
+from ..runtime.distributed import is_alone
 from .block_transforms import block_transforms
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ class Trainer(Settings):
         except ValueError as e:  # accelerate keeps one precision for each process
             raise UserError(f"trainer.precision: {precision} cannot be had in this process: {e}") from e
         started = int(os.environ.get("WORLD_SIZE", 1))
-        if started != accelerator.num_processes:
+        if started != accelerator.num_processes and not is_alone():
             raise UserError(
                 f"started as one of {started} processes (WORLD_SIZE), but accelerate sees {accelerator.num_processes}: "
                 f"it cannot train with several on {accelerator.device.type}; start one"

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ...errors import UserError
 from ...pruning.decision import Decision, provenance
-from ...runtime.progress import track
 from ...runtime.stages import SEARCH
 from ...samplers.compiled import Constraints
 from .paired import Mask, difference, leading, mean_of, surviving
@@ -144,11 +143,7 @@ class Heats:
 
     def _recovered(self, number: int, entrants: Sequence[Mask], steps: int, note: str = "") -> dict[Mask, Tensor]:
         """Recover entrants; returns the losses of each, (samples,), infinite if they are not finite."""
-        losses, show = {}, self.recoveries.trainer.accelerator.is_main_process
-        with track(f"race, round {number}{note}", len(entrants), show=show) as progress:
-            for mask in entrants:
-                losses[mask] = self.recoveries.losses(mask, f"race {number}", steps)
-                progress.advance()
+        losses = self.recoveries.losses(entrants, f"race {number}", steps, note)
         if number == 1 and not note and not any(math.isfinite(mean_of(values)) for values in losses.values()):
             rate = self.how.recovery(steps).lr
             raise UserError(f"search.lr is {rate}: after {steps} steps no entrant has a finite loss; lower it")

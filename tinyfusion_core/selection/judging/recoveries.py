@@ -16,8 +16,9 @@ from ...protocols.data import Samples
 from ...protocols.task import Task
 from ...pruning.decision import Decision
 from ...pruning.prune import prune
-from ...runtime.distributed import on_main_process
+from ...runtime.distributed import local_share, map_alone, on_main_process, rank_and_world_size
 from ...runtime.files import digest, read_weights, save_tensors, write_json
+from ...runtime.progress import track
 from ...runtime.run_folder import NOW, Now, RunFolder
 from ...runtime.stages import SEARCH
 from ...training.recover import Recover
@@ -40,6 +41,7 @@ class ShortRecoveries:
         recovery: the recovery by its number of steps.
         samples: how many training samples to set apart to judge on.
         steps: updates that there are for all recoveries.
+        main: whether this process shows what is being done.
         quiet: the trainer for one of them, which would be a run of its own to a tracker.
         trained: the task with the samples to train on.
         judged: the samples to judge on.
@@ -54,6 +56,7 @@ class ShortRecoveries:
     recovery: Callable[[int], Recover]
     samples: int
     steps: int
+    main: bool = field(init=False)
     quiet: Trainer = field(init=False)
     trained: Task = field(init=False)
     judged: Samples = field(init=False)
@@ -62,6 +65,7 @@ class ShortRecoveries:
     spent: int = 0
 
     def __post_init__(self) -> None:
+        self.main = rank_and_world_size()[0] == 0
         self.quiet = replace(self.trainer, trackers=())
         rest, self.judged = set_apart(self.task.train, self.samples, self.trainer.seed, "race")
         self.trained = replace(self.task, train=rest)
@@ -74,30 +78,41 @@ class ShortRecoveries:
         """Updates that are left."""
         return self.steps - self.spent
 
-    def losses(self, mask: Mask, stage: str, steps: int) -> Tensor:
-        """Recover a mask and judge it. Only its losses are kept: weights of all would fill a disk.
+    def losses(self, masks: Sequence[Mask], stage: str, steps: int, note: str = "") -> dict[Mask, Tensor]:
+        """Recover masks and judge them. Only their losses are kept: weights of all would fill a disk.
+
+        As many masks as processes, or more, are shared out, each to a process; fewer are recovered by all together.
 
         Args:
-            mask: indices of the kept blocks.
+            masks: indices of the kept blocks of each.
             stage: name of the random streams, the same for all that are compared.
-            steps: updates.
+            steps: updates of each.
+            note: what the progress says besides.
 
         Returns:
-            (samples,) losses in float64, infinite if they are not finite.
+            (samples,) losses of each in float64, infinite if they are not finite.
         """
-        recovery, name = self.recovery(steps), f"{stage} of {folder_name(mask)}"
-        self.spent += steps
-        self.evaluations += steps * (recovery.batch_size or self.quiet.batch_size) + len(self.judged)
-        part = self.run and self.run.part(SEARCH, name)
-        if part is not None and (part / JUDGED).exists():
-            losses = read_weights(part / JUDGED)["losses"]
-        else:
-            self.tell(f"{stage}: recovers {' '.join(map(str, mask))}", steps, name)
-            losses = self._recovered(mask, recovery, stage, part)
-            if part is not None:
-                on_main_process(partial(_keep, part, stage, losses))
-        self.known.setdefault(mask, {})[steps] = losses
-        return losses
+        recovery, processes = self.recovery(steps), rank_and_world_size()[1]
+        rows = recovery.batch_size or self.quiet.batch_size
+        shared_out = 1 < processes <= len(masks) and not self.quiet.shards()
+        trainer = self.quiet
+        if shared_out:  # a process takes the passes that its share of a batch has the size of
+            micro = trainer.with_batch_size(rows).split(processes)[1]
+            trainer = replace(trainer, micro_batch_size=micro)
+
+        def work(mask: Mask) -> Tensor:
+            losses = self._known(mask, stage, recovery, trainer, self.spent + steps * masks.index(mask))
+            progress.advance()
+            return losses
+
+        mine = len(local_share(masks)) if shared_out else len(masks)
+        with track(f"{stage}{note}", mine, show=self.main) as progress:
+            found = map_alone(masks, work) if shared_out else [work(mask) for mask in masks]
+        self.spent += steps * len(masks)
+        self.evaluations += (steps * rows + len(self.judged)) * len(masks)
+        for mask, losses in zip(masks, found, strict=True):
+            self.known.setdefault(mask, {})[steps] = losses
+        return dict(zip(masks, found, strict=True))
 
     def judge(self, model: nn.Module) -> Tensor:
         """Return the losses of a network on the samples that judge, (samples,) in float64; infinite if not finite."""
@@ -105,28 +120,43 @@ class ShortRecoveries:
         calibration = Calibration(judged, self.quiet, len(self.judged), 64, "race")
         return calibration.sample_losses(torch.ones(1, len(judged.blocks)))[0]
 
-    def _recovered(self, mask: Mask, recovery: Recover, stage: str, part: RunFolder | None) -> Tensor:
+    def _known(self, mask: Mask, stage: str, recovery: Recover, trainer: Trainer, done: int) -> Tensor:
+        """The losses of a mask: those of an earlier run of this stage, or recovered and judged now."""
+        name = f"{stage} of {folder_name(mask)}"
+        part = self.run and self.run.part(SEARCH, name)
+        if part is not None and (part / JUDGED).exists():
+            return read_weights(part / JUDGED)["losses"]
+        self.tell(f"{stage}: recovers {' '.join(map(str, mask))}", recovery.steps, name, done)
+        losses = self._recovered(mask, recovery, stage, part, trainer)
+        if part is not None:
+            on_main_process(partial(_keep, part, stage, losses))
+        return losses
+
+    def _recovered(self, mask: Mask, recovery: Recover, stage: str, part: RunFolder | None, trainer: Trainer) -> Tensor:
         student = prune(self.task, Decision(blocks=tuple(self.task.blocks), kept=mask, method="Race"))
         self.task.teacher.cpu()  # meanwhile: with the optimizer's state, a device may hold the student alone
         try:
-            recovery(self.trained, student, None, self.quiet, part, stage=stage)
+            recovery(self.trained, student, None, trainer, part, stage=stage)
             return self.judge(student)
         except Diverged:
             return torch.full((len(self.judged),), math.inf, dtype=torch.float64)
         finally:
             self.trainer.to_device(self.task.teacher)
 
-    def tell(self, what: str, steps: int | None, part: str = "") -> None:
+    def tell(self, what: str, steps: int | None, part: str = "", done: int | None = None) -> None:
         """Tell those who watch the run's folder.
 
         Args:
             what: what is being done.
             steps: the number of steps of what is logged meanwhile; None if it has none.
             part: the part of the stage that it is logged in; empty: the run's own log.
+            done: updates of all recoveries so far, where it is not what was spent.
         """
         if self.run is not None:
-            now: Now = {"part": part, "what": what, "done": self.spent, "total": self.steps, "steps": steps}
-            on_main_process(partial(write_json, self.run.part(SEARCH, NOW).path, now))
+            done = self.spent if done is None else done
+            now: Now = {"part": part, "what": what, "done": done, "total": self.steps, "steps": steps}
+            path = self.run.part(SEARCH, NOW).path
+            on_main_process(lambda: write_json(path, now) if self.main else None)
 
 
 def folder_name(mask: Sequence[int]) -> str:
