@@ -17,7 +17,7 @@ import torch
 import tinyfusion_core as tiny
 import toys
 from comparisons import FIRST_AND_LAST, LOSS, RECOVER, TRAINER, task
-from tinyfusion_core.comparison.cache import _described
+from tinyfusion_core.comparison.keys import described
 from tinyfusion_core.comparison.legacy_keys import FIELDS, PATHS, Name, then
 from tinyfusion_core.comparison.results import ComparisonResults
 from tinyfusion_core.comparison.study import Compare
@@ -127,8 +127,8 @@ def test_what_cannot_be_described_is_never_taken_from_a_cell(tmp_path: Path, wor
         return nameless(lists)
 
     for value in (nameless, Local, Local(), decided, wrapped, {"a": [print]}):
-        assert _described(value) != _described(value)
-    assert _described((1, {"a": float("inf")}, Path("x"), torch.float32)) == [
+        assert described(value) != described(value)
+    assert described((1, {"a": float("inf")}, Path("x"), torch.float32)) == [
         1,
         {"a": "inf"},
         repr(Path("x")),
@@ -146,7 +146,7 @@ def test_a_function_is_known_by_its_source(tmp_path: Path) -> None:
         spec.loader.exec_module(module)
         return module
 
-    first, again, other = (_described(load(text).sampler) for text in ("one", "one", "two"))
+    first, again, other = (described(load(text).sampler) for text in ("one", "one", "two"))
     assert first == again != other
     assert first[0] == other[0] == "samplers:sampler"
     assert then(first) == ["samplers.sampler", first[1]]
@@ -162,24 +162,24 @@ class Grown:
 
 def test_a_key_does_not_depend_on_where_a_class_is_and_old_keys_do(monkeypatch: pytest.MonkeyPatch) -> None:
     search = tiny.Search(sampler=functools.partial(tiny.ScoreFunction, rules=tiny.Rules(keep=4)))
-    key = _described(search)
+    key = described(search)
     old = then(key)
     assert digest(old) != digest(key)
     for cls in (tiny.Search, tiny.ScoreFunction, tiny.Rules, tiny.LoRA):
         monkeypatch.setattr(cls, "__module__", "tinyfusion_core.somewhere.else")
-    assert _described(search) == key
-    assert then(_described(search)) == old
+    assert described(search) == key
+    assert then(described(search)) == old
     assert "somewhere" not in json.dumps([key, old])
     monkeypatch.setattr(Grown, "__module__", "plugin.now")  # not in the tables: what is not of this package
-    assert then(_described(Grown(more=1))) == {"class": "plugin.now.Grown", "size": 3}
+    assert then(described(Grown(more=1))) == {"class": "plugin.now.Grown", "size": 3}
     monkeypatch.setitem(PATHS, "plugin:Grown", "plugin.then.Small")
     monkeypatch.setitem(FIELDS, "plugin:Grown", {"size": "width"})
-    assert then(_described([Grown(more=1)])) == [{"class": "plugin.then.Small", "width": 3}]
+    assert then(described([Grown(more=1)])) == [{"class": "plugin.then.Small", "width": 3}]
 
 
 def test_a_field_that_is_added_costs_no_results_and_a_default_that_changes_does() -> None:
-    assert _described(Grown(more=1)) == {"class": Name.of(Grown), "size": 3}
-    assert _described(Grown()) == {"class": Name.of(Grown), "size": 3, "more": 2}
+    assert described(Grown(more=1)) == {"class": Name.of(Grown), "size": 3}
+    assert described(Grown()) == {"class": Name.of(Grown), "size": 3, "more": 2}
 
 
 def test_what_is_computed_now_is_found_when_classes_have_moved(

@@ -15,7 +15,7 @@ from places import ROOT
 from plugin_files import DOCS, EXAMPLE, PLUGIN, bringing, install, listed
 from small_run import run
 from tinyfusion_core.cli import main
-from tinyfusion_core.comparison.cache import _described
+from tinyfusion_core.comparison.keys import described
 from tinyfusion_core.registry import registry as plugins
 from tinyfusion_core.registry.hooks import KINDS
 from tinyfusion_core.testing import name_of
@@ -202,7 +202,7 @@ def test_a_file_is_run_once_and_takes_the_place_of_its_elder(tmp_path: Path) -> 
     assert second is not first
     assert second().config() == {"size": 64, "depth": 6}
     assert plugins.record_of(first) == {}
-    assert _described(second) == ["plugin_file_mine:MyBackbone", plugins.record_of(second)["sha256"]]  # for compare
+    assert described(second) == ["plugin_file_mine:MyBackbone", plugins.record_of(second)["sha256"]]  # for compare
     (listed,) = (p for p in plugins.registry().plugins if p.name == "mine.py")
     assert (listed.distribution, listed.module) == ("file", str(path))
     path.write_text("raise RuntimeError('half-written')")

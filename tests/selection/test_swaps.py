@@ -13,7 +13,7 @@ from torch import Tensor
 
 import tinyfusion_core as tiny
 from criteria_tasks import TRAINER, Given, Plain, Product, given, scalars
-from tinyfusion_core.comparison.cache import _described
+from tinyfusion_core.comparison.keys import described
 from tinyfusion_core.errors import UserError
 from tinyfusion_core.samplers.constraints import Rules
 from tinyfusion_core.selection.criteria.calibration import Calibration
@@ -114,4 +114,4 @@ def test_a_number_below_zero_is_refused() -> None:
 
 
 def test_the_default_is_what_was_done_before_for_finished_comparisons() -> None:
-    assert _described(Greedy(keep=4)).keys() ^ _described(Greedy(keep=4, swaps=1)).keys() == {"swaps"}
+    assert described(Greedy(keep=4)).keys() ^ described(Greedy(keep=4, swaps=1)).keys() == {"swaps"}

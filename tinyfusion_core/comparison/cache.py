@@ -2,42 +2,48 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import hashlib
-import inspect
 import math
 import shutil
 import time
-import uuid
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
-from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import Diverged, UserError
 from ..evaluation.evaluate import measure
 from ..evaluation.metrics import HeldOutLoss, Metric
-from ..protocols.data import FeatureSpace, Samples
+from ..parsing.records import read_as, shaped
 from ..protocols.task import Task
 from ..pruning.decision import Decision
 from ..pruning.prune import prune
-from ..registry.registry import record_of
-from ..runtime.distributed import on_main_process
-from ..runtime.files import NEUTRAL, digest, write_json
+from ..runtime.distributed import map_alone, on_main_process, rank_and_world_size
+from ..runtime.files import digest, write_json
 from ..runtime.progress import Tracker
 from ..runtime.run_folder import NOW, RESULT_CACHE, RunFolder
 from ..selection.base import Decisive, Selector
 from ..training.recover import Recover
-from ..training.trainer import NUMERICALLY_NEUTRAL, Trainer
-from .cached_results import read_cached
-from .legacy_keys import Name, then
+from ..training.trainer import Trainer
+from .keys import data_key, described, features_key, stage_key, weights_key
+from .legacy_keys import then
 from .results import Entry
+
+AGAIN = "delete it to compute that again"
+NEEDED = {"decision": ("kept", "scores", "seconds", "evaluations"), "calibration": ("loss",), "healing": ("loss",)}
+"""What a result of each kind has for certain."""
+
+
+class CachedResult(TypedDict):
+    """A result, of whichever kind, and what decides it."""
+
+    of: dict[str, Any]
+    kept: NotRequired[list[int]]
+    scores: NotRequired[list[float | None] | None]
+    seconds: NotRequired[float]
+    evaluations: NotRequired[int]
+    loss: NotRequired[float | None]
 
 
 class ResultCache:
@@ -66,22 +72,22 @@ class ResultCache:
         self.task, self.recovery, self.folder, self.progress = task, recovery, folder, progress
         self.trainer = replace(trainer, trackers=())  # hundreds of short trainings, whose logs go when they are done
         self.held_out, self.metrics = held_out, metrics
-        self.accelerator = trainer.accelerator
-        loss = _described(task.loss)
+        self.accelerator, self.main = trainer.accelerator, trainer.accelerator.is_main_process
+        loss = described(task.loss)
         sampling = {name: loss.pop(name) for name in task.loss.sampling_options() if name in loss}
         config = task.backbone.config(task.teacher)
-        network = [_described(task.backbone), _described(config), _weights(task.teacher)]
-        self.training = {"network": network, "loss": loss, "data": _identity(task.train, 256)}
+        network = [described(task.backbone), described(config), weights_key(task.teacher)]
+        self.training = {"network": network, "loss": loss, "data": data_key(task.train, 256)}
         self.measuring = {
             "network": network,
             "loss": loss,
-            "data": _identity(task.held_out, len(task.held_out)),
-            "metric": _described(self.held_out, "batch_size"),
+            "data": data_key(task.held_out, len(task.held_out)),
+            "metric": described(self.held_out, "batch_size"),
             "precision": self.accelerator.mixed_precision,
         }
         # What a change of the sampling or of the features changes is the metrics alone.
-        features = _features(task.feature_space) if metrics and task.feature_space is not None else None
-        keys = {column: [_described(metric, "batch_size"), sampling, features] for column, metric in metrics.items()}
+        features = features_key(task.feature_space) if metrics and task.feature_space is not None else None
+        keys = {column: [described(metric, "batch_size"), sampling, features] for column, metric in metrics.items()}
         self.figures = {column: (digest(key), digest(then(key))) for column, key in keys.items()}
         """Names of the metrics' values in a file: now, and in files of earlier versions."""
 
@@ -105,7 +111,7 @@ class ResultCache:
             scores = None if scores is None else [_finite(s) for s in scores]
             return {"kept": list(decision.kept), "scores": scores, "seconds": seconds, "evaluations": cost}
 
-        key = {**self.training, **_stage(selector, selector.decisive(trainer)), **selector.inputs()}
+        key = {**self.training, **stage_key(selector, selector.decisive(trainer)), **selector.inputs()}
         made = self._cached("decision", key, f"{name}, seed {seed}: choosing", work)
         self.progress.advance()
         kept, scores = tuple(made.pop("kept")), made.pop("scores")
@@ -121,10 +127,36 @@ class ResultCache:
         loss: float | None = self._cached("calibration", key, "loss right after pruning", work)["loss"]
         return loss
 
-    def recover(self, entry: Entry, full: bool = False) -> Entry:
-        """Prune and recover an entry; with `full`, measure all metrics too. The loss is None if it diverges."""
+    def recover(self, entries: Sequence[Entry], full: bool = False) -> tuple[Entry, ...]:
+        """Prune and recover entries; with `full`, measure all metrics too. The loss is None if one diverges.
+
+        Without further metrics, each is recovered by one of several processes: a latency would be that beside others.
+        """
+        distinct = {(entry.kept, entry.seed): entry for entry in entries}
+        trainer = self.trainer.with_batch_size(self.recovery.batch_size)
+        alone = None if full and self.figures else trainer.each_alone(len(distinct))
+        done, share = self.progress.done, 1
+
+        def work(entry: Entry) -> Entry:
+            found = self._recovered(entry, alone or trainer, full)
+            self.progress.advance(min(share, done + len(entries) - self.progress.done))
+            return found
+
+        if alone is None:
+            return tuple(work(entry) for entry in entries)
+        share = rank_and_world_size()[1]  # meanwhile the others have done as much
+        map_alone(list(dict.fromkeys(kept for kept, _ in distinct)), self.calibrate)
+        found = dict(zip(distinct, map_alone(list(distinct.values()), work), strict=True))
+        self.progress.advance(done + len(entries) - self.progress.done)
+        told = ((entry, found[entry.kept, entry.seed]) for entry in entries)
+        return tuple(
+            replace(entry, calibration=one.calibration, recovered=one.recovered, metrics=one.metrics)
+            for entry, one in told
+        )
+
+    def _recovered(self, entry: Entry, trainer: Trainer, full: bool) -> Entry:
         calibration = self.calibrate(entry.kept)
-        trainer = replace(self.trainer, seed=entry.seed)
+        trainer = replace(trainer, seed=entry.seed)
         figures_of = self.figures if full else {}
 
         def work(folder: RunFolder) -> dict[str, Any]:
@@ -135,22 +167,20 @@ class ResultCache:
                 return {"loss": None, **{name: None for name, _ in figures_of.values()}}
             figures = {"loss": self._loss(student)}
             for column, (name, _) in figures_of.items():
-                found = measure(
-                    self.metrics[column], self.task, {"recovered": student}, trainer, folder / "evaluation" / name
-                )
+                where, plain = folder / "evaluation" / name, replace(self.trainer, seed=entry.seed)
+                found = measure(self.metrics[column], self.task, {"recovered": student}, plain, where)
                 figures[name] = found[0].values["recovered"] if found else None
             return figures
 
         key = {
             **{f"training {k}": v for k, v in self.training.items()},
             **self.measuring,
-            **_stage(self.recovery, Decisive(trainer.with_batch_size(self.recovery.batch_size), but=("batch_size",))),
+            **stage_key(self.recovery, Decisive(trainer, but=("batch_size",))),
             "patience": trainer.max_skipped,  # decides what has diverged
             "kept": list(entry.kept),
         }
         what = f"{entry.method or 'random subset'}, seed {entry.seed}: recovering"
         figures = self._cached("healing", key, what, work, needs=list(figures_of.values()))
-        self.progress.advance()
         metrics = {column: figures[new if new in figures else old] for column, (new, old) in figures_of.items()}
         known = {column: value for column, value in metrics.items() if value is not None}
         return replace(entry, calibration=calibration, recovered=figures["loss"], metrics=known)
@@ -187,7 +217,7 @@ class ResultCache:
         made: dict[str, Any] = {}
         if not before or any(before.keys().isdisjoint(names) for names in needs):
             self.progress.tell(what)
-            if self.accelerator.is_main_process:  # for those who watch
+            if self.main:  # for those who watch
                 now = {"part": name, "what": what, "done": self.progress.done, "total": self.progress.total}
                 write_json(folder / NOW, now)
             made = work(scratch)
@@ -209,82 +239,29 @@ class ResultCache:
         return _finite(self.held_out(self.task, {"model": model}, self.trainer)[0].values["model"])
 
 
-def _described(value: Any, *but: str) -> Any:
-    """Settings as JSON, without the given names. A value that cannot be described is never the same twice."""
-    if isinstance(value, FeatureSpace):
-        return _features(value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _settings(value, but)
-    if isinstance(value, functools.partial):
-        return [_described(v) for v in (value.func, value.args, value.keywords)]
-    if (name := _definition(value)) is not None:
-        return name
-    if isinstance(value, Mapping):
-        return {str(k): _described(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_described(v) for v in value]
-    if isinstance(value, (float, Path, Enum, torch.dtype, torch.device)):
-        return repr(value)  # JSON has no infinity
-    return value if value is None or isinstance(value, (bool, int, str)) else uuid.uuid4().hex
-
-
-def _settings(value: Any, but: Sequence[str]) -> dict[str, Any]:
-    """The class and the fields of a dataclass, without the given names.
-
-    Every field is included, also at its default: otherwise a default could change and the key would not. A field that
-    is added later says in its metadata which value is `NEUTRAL`, and is left out while it has that value, so that
-    earlier results stay valid. That value is fixed for good; the default may change.
-    """
-    own = {f: getattr(value, f.name) for f in dataclasses.fields(value) if f.name not in but}
-    told = {f.name: _described(v) for f, v in own.items() if NEUTRAL not in f.metadata or v != f.metadata[NEUTRAL]}
-    return {"class": _described(type(value)), **told}
-
-
-def _definition(value: Any) -> Name | list[Any] | None:
-    """A class or function by its name, with what distinguishes it from others of that name; None if nothing does."""
-    if isinstance(value, type) and "<locals>" not in value.__qualname__:
-        plugin = record_of(value)
-        return [Name.of(value), plugin["sha256"]] if "file" in plugin else Name.of(value)
-    if inspect.isfunction(value) and value.__qualname__.isidentifier() and value.__closure__ is None:
-        with suppress(OSError):
-            return [Name.of(value), digest(inspect.getsource(value))]
-    return None
-
-
-def _stage(stage: Selector | Recover, decisive: Decisive) -> dict[str, Any]:
-    """A stage and its trainer, without what changes no result; of two batch sizes the one that is used."""
-    how = _described(decisive.trainer, *NUMERICALLY_NEUTRAL, *decisive.but_of_trainer)
-    how["precision"] = decisive.trainer.accelerator.mixed_precision
-    return {"stage": _described(stage, *decisive.but), "trainer": how}
-
-
-def _features(space: FeatureSpace) -> Any:
-    """What distinguishes a feature space from others, as far as is visible from outside."""
-    weights = _weights(space) if isinstance(space, nn.Module) else None
-    own = {k: v for k, v in vars(space).items() if k != "training" and isinstance(v, (int, float, str))}
-    return [_described(type(space)), space.name, weights, _described(own)]
-
-
-def _weights(model: nn.Module) -> str:
-    return _hash(sorted(model.state_dict().items()))
-
-
-def _identity(data: Samples, most: int) -> list[Any]:
-    """What distinguishes a data set from others: its length, and some evenly spaced samples or all of them."""
-    size = len(data)
-    num = min(size, most)
-    some = [i * (size - 1) // max(1, num - 1) for i in range(num)]
-    parts = [some[first : first + 256] for first in range(0, num, 256)]
-    return [size, digest([_hash(sorted(data.__getitems__(part).items())) for part in parts])]
-
-
-def _hash(tensors: Sequence[tuple[str, Tensor]]) -> str:
-    found = hashlib.sha256()
-    for name, t in tensors:
-        found.update(f"{name} {list(t.shape)} {t.dtype}".encode())
-        found.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return found.hexdigest()
-
-
 def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
+
+
+def read_cached(kind: str, path: Path, num_blocks: int) -> dict[str, Any]:
+    """Read the file of a result.
+
+    Args:
+        kind: a key of `NEEDED`.
+        path: the file.
+        num_blocks: how many blocks the network has.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    content: dict[str, Any] = dict(read_as(path, CachedResult, AGAIN))
+    if missing := [name for name in NEEDED[kind] if name not in content]:
+        raise UserError(f"{path}: {missing[0]!r} is missing; {AGAIN}")
+    for name in content.keys() - CachedResult.__annotations__.keys():  # metrics, by the hash of how they were measured
+        shaped(content[name], float | None, f"{path}: {name!r}", AGAIN)  # type: ignore[arg-type]  # a type all the same
+    kept, scores, blocks = content.get("kept"), content.get("scores"), range(num_blocks)
+    if kind == "decision" and not (kept and kept == sorted(set(kept)) and set(kept) <= set(blocks)):
+        raise UserError(f"{path}: 'kept' is {kept!r:.60}; expected some of 0 to {num_blocks - 1}, ascending; {AGAIN}")
+    if scores is not None and len(scores) != num_blocks:
+        raise UserError(f"{path}: 'scores' has {len(scores)}; expected one for each of {num_blocks} blocks; {AGAIN}")
+    return content

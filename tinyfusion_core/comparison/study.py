@@ -158,8 +158,8 @@ class Comparison(Settings):
                 seeds=seeds,
                 teacher=teacher,
                 learned=tuple(name for name, s in selectors.items() if s.learned() is not None),
-                entries=tuple(cache.recover(entry, full=True) for entry in decided),
-                masks=tuple(cache.recover(Entry("", seed, kept)) for seed in seeds[:num_seeds] for kept in subsets),
+                entries=cache.recover(decided, full=True),
+                masks=cache.recover([Entry("", seed, kept) for seed in seeds[:num_seeds] for kept in subsets]),
                 left_out=candidates.left_out,
                 note=f"draws for each of {len(task.held_out)} held-out samples: {held_out.draws}",
             )

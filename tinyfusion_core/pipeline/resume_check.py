@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, NamedTuple, get_args, get_type_hints
@@ -15,7 +15,7 @@ from ..comparison.legacy_keys import PATHS
 from ..errors import UserError, nearest
 from ..evaluation.evaluate import known_exhibits
 from ..pruning.decision import versions
-from ..runtime.files import NEUTRAL, digest, write_json
+from ..runtime.files import digest, later_options, write_json
 from ..runtime.locking import check_free
 from ..runtime.run_folder import RUN, RUN_RECORD, RunFolder
 from ..runtime.stages import EVALUATE, Stage, stages_of
@@ -170,11 +170,9 @@ def _as_first_told(settings: Any) -> Any:
 
 def _without_later(arguments: Mapping[str, Any], cls: type[Any]) -> dict[str, Any]:
     """Arguments of a class without later options at neutral values, those of its plain parts too."""
-    if not is_dataclass(cls):
-        return dict(arguments)
-    later = {f.name: f.metadata[NEUTRAL] for f in fields(cls) if NEUTRAL in f.metadata}
+    later = later_options(cls)
     told = {key: value for key, value in arguments.items() if key not in later or value != later[key]}
-    for key, hint in get_type_hints(cls).items():
+    for key, hint in get_type_hints(cls).items() if is_dataclass(cls) else ():
         part = next((kind for kind in (hint, *get_args(hint)) if is_dataclass(kind)), None)
         if isinstance(part, type) and isinstance(told.get(key), Mapping) and "class_path" not in told[key]:
             told[key] = _without_later(told[key], part)

@@ -14,6 +14,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -280,5 +281,13 @@ def digest(value: Any) -> str:
 NEUTRAL = "neutral"
 """Metadata key of a field that was added later: the value that means the behaviour before the field existed.
 
-While the field has that value, the keys of cached results leave it out, so that earlier results stay valid.
+While the field has that value, the keys of cached results leave it out, so that earlier results stay valid. A class
+that is no dataclass has a mapping of that name, from such arguments of its constructor to these values.
 """
+
+
+def later_options(cls: type[Any]) -> dict[str, Any]:
+    """Return the options of a class that were added later, and the value of each that means what was before."""
+    told: dict[str, Any] = getattr(cls, NEUTRAL, {})
+    found = fields(cls) if is_dataclass(cls) else ()
+    return {**told, **{f.name: f.metadata[NEUTRAL] for f in found if NEUTRAL in f.metadata}}

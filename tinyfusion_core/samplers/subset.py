@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -113,6 +114,8 @@ class ScoreFunction(SubsetSampler):
             first and at the last step, linear in between: how long the search stays open.
         control: whether a model of the loss, fitted as the search goes, takes out what it can explain: less noise.
     """
+
+    neutral: ClassVar[Mapping[str, Any]] = {"control": False}
 
     def __init__(
         self,

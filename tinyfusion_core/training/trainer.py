@@ -15,7 +15,7 @@ from torch import nn
 
 from ..errors import UserError, require
 from ..parsing.settings import Settings
-from ..runtime.distributed import is_alone
+from ..runtime.distributed import is_alone, rank_and_world_size
 from .block_transforms import block_transforms
 
 if TYPE_CHECKING:
@@ -158,6 +158,22 @@ class Trainer(Settings):
                 f"{processes * micro}"
             )
         return rows, micro
+
+    def each_alone(self, num: int) -> Trainer | None:
+        """Return the trainer with which each process does pieces of work alone; None if they do each piece together.
+
+        Its passes have the size of a process's share of the batch, and so does what they need of memory.
+
+        Args:
+            num: how many pieces there are; if they are fewer than processes, some would wait.
+
+        Raises:
+            UserError: the batch cannot be split evenly.
+        """
+        processes = rank_and_world_size()[1]
+        if not 1 < processes <= num or self.shards():
+            return None
+        return replace(self, micro_batch_size=self.split(processes)[1])
 
     def with_batch_size(self, batch_size: int | None) -> Trainer:
         """Return this trainer with another batch size, or itself for None."""

@@ -81,7 +81,7 @@ class ShortRecoveries:
     def losses(self, masks: Sequence[Mask], stage: str, steps: int, note: str = "") -> dict[Mask, Tensor]:
         """Recover masks and judge them. Only their losses are kept: weights of all would fill a disk.
 
-        As many masks as processes, or more, are shared out, each to a process; fewer are recovered by all together.
+        As many masks as processes, or more, are recovered each by one process; fewer by all of them together.
 
         Args:
             masks: indices of the kept blocks of each.
@@ -92,24 +92,19 @@ class ShortRecoveries:
         Returns:
             (samples,) losses of each in float64, infinite if they are not finite.
         """
-        recovery, processes = self.recovery(steps), rank_and_world_size()[1]
-        rows = recovery.batch_size or self.quiet.batch_size
-        shared_out = 1 < processes <= len(masks) and not self.quiet.shards()
-        trainer = self.quiet
-        if shared_out:  # a process takes the passes that its share of a batch has the size of
-            micro = trainer.with_batch_size(rows).split(processes)[1]
-            trainer = replace(trainer, micro_batch_size=micro)
+        recovery = self.recovery(steps)
+        together = self.quiet.with_batch_size(recovery.batch_size)
+        alone = together.each_alone(len(masks))
 
         def work(mask: Mask) -> Tensor:
-            losses = self._known(mask, stage, recovery, trainer, self.spent + steps * masks.index(mask))
+            losses = self._known(mask, stage, recovery, alone or together, self.spent + steps * masks.index(mask))
             progress.advance()
             return losses
 
-        mine = len(local_share(masks)) if shared_out else len(masks)
-        with track(f"{stage}{note}", mine, show=self.main) as progress:
-            found = map_alone(masks, work) if shared_out else [work(mask) for mask in masks]
+        with track(f"{stage}{note}", len(local_share(masks) if alone else masks), show=self.main) as progress:
+            found = map_alone(masks, work) if alone else [work(mask) for mask in masks]
         self.spent += steps * len(masks)
-        self.evaluations += (steps * rows + len(self.judged)) * len(masks)
+        self.evaluations += (steps * together.batch_size + len(self.judged)) * len(masks)
         for mask, losses in zip(masks, found, strict=True):
             self.known.setdefault(mask, {})[steps] = losses
         return dict(zip(masks, found, strict=True))
