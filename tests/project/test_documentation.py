@@ -21,7 +21,7 @@ from toys import Residual
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
     ROOT / "benchmarks" / "RESULTS.md",
 ]
 SHORT = {"steps=300": "steps=4", "steps=400": "steps=3", "steps=120, samples=64": "steps=12, samples=8"}
@@ -135,7 +135,8 @@ def test_every_recipe_is_listed() -> None:
 def test_the_readme_is_short_and_leads_to_every_page() -> None:
     readme = text("README.md")
     assert len(readme.split()) <= 900
-    assert {f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md")} <= set(re.findall(r"\]\((docs/[\w-]+\.md)", readme))
+    pages = {f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md")} | {"docs/reference/README.md"}
+    assert pages <= set(re.findall(r"\]\((docs/[\w/-]+\.md)", readme))
 
 
 def anchors(page: Path) -> set[str]:
@@ -144,7 +145,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
         if link.startswith(("http://", "https://")):

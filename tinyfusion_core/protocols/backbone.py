@@ -19,6 +19,7 @@ from ..runtime.files import load_strict, read_weights, save_tensors
 from .data import Lookup
 
 Batch = Mapping[str, Tensor]
+"""Columns of the data by name, each (batch, ...)."""
 WEIGHTS = "model.safetensors"
 
 
