@@ -50,24 +50,39 @@ class Stack(nn.Module):
 
 
 class TwoStreams(nn.Module):
-    """Blocks that take and return two tensors."""
-
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
-
-        def forward(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return a + self.a(b), b + self.b(a)
+    """A block that takes and returns two tensors."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(self.Block() for _ in range(8))
+        self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
 
-    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return a + self.a(b), b + self.b(a)
+
+
+class Attending(nn.Module):
+    """A block that returns its weights too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights, self.values = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        weights = self.weights(x).softmax(-1)
+        return x + weights * self.values(x), weights
+
+
+class Blocks(nn.Module):
+    """Eight blocks of a kind, whose first output is the network's; each gets what the one before it has returned."""
+
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(kind() for _ in range(8))
+
+    def forward(self, *streams: torch.Tensor) -> torch.Tensor:
         for block in self.blocks:
-            a, b = block(a, b)
-        return a + b
+            streams = block(*streams)[: len(streams)]
+        return streams[0]
 
 
 def test_a_network_of_the_readers_is_pruned_in_six_lines() -> None:
@@ -91,16 +106,27 @@ def test_the_quickstart_runs_in_python_and_is_read_back(tmp_path: Path, monkeypa
 
 def test_the_page_on_ones_own_network_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    whole, streams, choices = examples("docs/own-network.md")
+    whole, data_and_loss, streams, dropped, choices, loop, again = examples("docs/own-network.md")
     names: dict = {}
     exec(whole, names)
     assert len(names["student"].layers) == 4
     assert len(torch.load("student.pt", weights_only=True)) == len(names["student"].state_dict())
+    exec(data_and_loss, names)
+    assert len(names["task"].held_out) == 64
     exec(choices, names)
     assert names["decision"].kept == (0, 1, 2, 6)
-    exec(streams, names | {"two_streams": TwoStreams()}, names)
-    decision = tiny.Search(keep=4, steps=2)(names["task"], names["trainer"])
-    assert len(tiny.prune(names["task"], decision).blocks) == 4
+    exec(loop, names)
+    recovered = names["student"].state_dict()
+    assert not torch.equal(recovered["layers.0.inner.1.weight"], names["model"].layers[0].inner[1].weight)
+    exec(again, names)
+    assert all(torch.equal(v, recovered[k]) for k, v in names["student"].state_dict().items())
+    for example, network in (
+        (streams, {"two_streams": Blocks(TwoStreams)}),
+        (dropped, {"attending": Blocks(Attending)}),
+    ):
+        exec(example, own := {**names, **network})
+        decision = tiny.Search(keep=4, steps=2)(own["task"], own["trainer"])
+        assert len(tiny.prune(own["task"], decision).blocks) == 4
 
 
 def test_every_argument_of_wrap_is_explained() -> None:
