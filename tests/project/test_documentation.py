@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import tinyfusion_core as tiny
+from pages import examples, text
 from places import ROOT
 from tinyfusion_core.cli import parse
 from tinyfusion_core.pipeline.planning.plan import make_plan
@@ -24,20 +25,6 @@ PAGES = [
     *sorted((ROOT / "docs").rglob("*.md")),
     ROOT / "benchmarks" / "RESULTS.md",
 ]
-SHORT = {"steps=300": "steps=4", "steps=400": "steps=3", "steps=120, samples=64": "steps=12, samples=8"}
-"""What examples do at length is done for a moment."""
-
-
-def text(name: str) -> str:
-    return (ROOT / name).read_text()
-
-
-def examples(name: str) -> list[str]:
-    """The Python examples of a page."""
-    found = re.findall(r"```python\n(.*?)```", text(name), re.DOTALL)
-    for long, short in SHORT.items():
-        found = [example.replace(long, short) for example in found]
-    return found
 
 
 class Stack(nn.Module):
