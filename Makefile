@@ -27,7 +27,7 @@ lint: .venv/.ready
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# The documentation as a site: open site/index.html. A broken link or an unknown name ends it.
+# The documentation as a site: open site/index.html (to search it: python -m http.server -d site). A broken link ends it.
 docs: .venv/.ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
