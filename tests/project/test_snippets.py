@@ -13,6 +13,7 @@ import yaml
 import tinyfusion_core as tiny
 from places import ROOT
 from tinyfusion_core.cli import parse
+from tinyfusion_core.pipeline.export import FORMATS
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "RESULTS.md"]
 OF_A_PLUGIN = "backbone: MyBackbone"
@@ -46,6 +47,11 @@ def test_recipes_are_read(settings: dict) -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_are_understood(command: str) -> None:
     parse(shlex.split(command))
+
+
+def test_every_format_of_exports_is_explained() -> None:
+    rows = re.findall(r"^\| (`.*?`) \|", (ROOT / "docs" / "other-tools.md").read_text().split("\n## ")[1], re.MULTILINE)
+    assert set(re.findall(r"`([\w.]+)`", " ".join(rows[1:]))) == set(FORMATS)
 
 
 def test_there_are_some() -> None:
