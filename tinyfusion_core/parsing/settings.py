@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import inspect
 import os
 import typing
 from collections.abc import Iterator, Mapping
@@ -43,6 +45,9 @@ class Settings:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        # A dataclass of a plugin that inherits the fields would look for their types in its own module.
+        with contextlib.suppress(Exception):  # of a class that is defined in a function, or names itself, say
+            cls.__annotations__ = inspect.get_annotations(cls, eval_str=True)
         if (own := cls.__dict__.get("__post_init__")) is not None:
 
             @functools.wraps(own)

@@ -1,7 +1,6 @@
 """The interface of a model family."""
 
-# No `from __future__ import annotations` here: jsonargparse evaluates the annotations of a base class in the
-# plugin's module, where the strings it would make of the ClassVars mean nothing.
+from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
@@ -19,6 +18,7 @@ from ..runtime.files import load_strict, read_weights, save_tensors
 from .data import Lookup
 
 Batch = Mapping[str, Tensor]
+"""Columns of the data by name, each (batch, ...)."""
 WEIGHTS = "model.safetensors"
 
 
@@ -163,7 +163,7 @@ class Backbone(Settings, ABC):
 
     @classmethod
     @abstractmethod
-    def tiny(cls) -> "Backbone":
+    def tiny(cls) -> Backbone:
         """Return an instance that runs in milliseconds, with random non-zero weights, for the conformance checks."""
 
     def block_paths(self, model: nn.Module) -> list[str]:

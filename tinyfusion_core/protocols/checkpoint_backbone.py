@@ -1,6 +1,6 @@
 """Backbones built from constructor keywords, with weights in a file or folder."""
 
-# No `from __future__ import annotations` here, for the reason given in backbone.py.
+from __future__ import annotations
 
 import inspect
 from abc import abstractmethod

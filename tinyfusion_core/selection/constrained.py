@@ -1,7 +1,6 @@
 """Selectors that choose among the masks that their settings allow."""
 
-# No `from __future__ import annotations` here: the fields of a base class are resolved in the modules of the
-# classes that inherit them, where strings would mean nothing.
+from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace

@@ -1,6 +1,6 @@
 """Selectors that take their choice from elsewhere: indices, or the decision of an earlier search."""
 
-# No `from __future__ import annotations` here, for the reason given in constrained.py.
+from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace

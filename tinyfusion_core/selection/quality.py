@@ -1,6 +1,6 @@
 """Prune to a quality: the fewest blocks that are predicted to recover within a loss."""
 
-# No `from __future__ import annotations` here, for the reason given in constrained.py.
+from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence

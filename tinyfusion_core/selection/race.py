@@ -1,6 +1,6 @@
 """A race: what several selectors propose is recovered for some steps, and what recovers best is kept."""
 
-# No `from __future__ import annotations` here, for the reason given in constrained.py.
+from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace

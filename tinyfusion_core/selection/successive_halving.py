@@ -1,6 +1,6 @@
 """Successive halving: the best masks of a search are recovered for a few steps each."""
 
-# No `from __future__ import annotations` here, for the reason given in constrained.py.
+from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence

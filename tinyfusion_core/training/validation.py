@@ -1,6 +1,6 @@
 """Validation: a network is judged while it is trained, the best is kept, and the training stops when it may."""
 
-# No `from __future__ import annotations` here: the types of a recipe's fields are resolved in other modules.
+from __future__ import annotations
 
 import math
 from collections.abc import Mapping

@@ -1,7 +1,6 @@
 """Calibration: run a network on training samples, with the same inputs for every criterion of a run."""
 
-# No `from __future__ import annotations` here: the fields of a base class are resolved in the modules of the
-# classes that inherit them, where strings would mean nothing.
+from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -77,7 +76,7 @@ class Calibrated(Criterion):
     def decisive(self, trainer: Trainer) -> Decisive:
         return Decisive(trainer, but=("batch_size",), but_of_trainer=("batch_size",))  # it does not train
 
-    def calibration(self, task: Task, trainer: Trainer) -> "Calibration":
+    def calibration(self, task: Task, trainer: Trainer) -> Calibration:
         """Return the calibration of a task's network with these settings."""
         return Calibration(task, trainer, self.samples, self.batch_size, name=type(self).__name__)
 

@@ -1,6 +1,6 @@
 """What a cache of a teacher's predictions holds, and how its draws are fixed."""
 
-# No `from __future__ import annotations` here: the types of a recipe's fields are resolved in other modules.
+from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
