@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..protocols.data import FeatureSpace, Samples
 from ..registry.registry import record_of
-from ..runtime.files import digest, later_options
+from ..runtime.files import digest, without_later
 from ..selection.base import Decisive, Selector
 from ..training.recover import Recover
 from ..training.trainer import NUMERICALLY_NEUTRAL
@@ -32,10 +32,7 @@ def described(value: Any, *but: str) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return _settings(value, but)
     if isinstance(value, functools.partial):
-        made = next((part for part in (value.func, *value.args) if isinstance(part, type)), None)
-        later = later_options(made) if made else {}
-        words = {name: v for name, v in value.keywords.items() if name not in later or v != later[name]}
-        return [described(v) for v in (value.func, value.args, words)]
+        return _made(value)
     if (name := _definition(value)) is not None:
         return name
     if isinstance(value, Mapping):
@@ -47,6 +44,12 @@ def described(value: Any, *but: str) -> Any:
     return value if value is None or isinstance(value, (bool, int, str)) else uuid.uuid4().hex
 
 
+def _made(factory: functools.partial[Any]) -> list[Any]:
+    """What makes a sampler, say: a class, its arguments, and perhaps who calls it."""
+    cls = next((part for part in (factory.func, *factory.args) if isinstance(part, type)), type(None))
+    return [described(part) for part in (factory.func, factory.args, without_later(cls, factory.keywords))]
+
+
 def _settings(value: Any, but: Sequence[str]) -> dict[str, Any]:
     """The class and the fields of a dataclass, without the given names.
 
@@ -54,9 +57,8 @@ def _settings(value: Any, but: Sequence[str]) -> dict[str, Any]:
     is added later says in its metadata which value is `NEUTRAL`, and is left out while it has that value, so that
     earlier results stay valid. That value is fixed for good; the default may change.
     """
-    later = later_options(type(value))
     own = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.name not in but}
-    told = {name: described(v) for name, v in own.items() if name not in later or v != later[name]}
+    told = {name: described(v) for name, v in without_later(type(value), own).items()}
     return {"class": described(type(value)), **told}
 
 

@@ -19,7 +19,7 @@ from ..errors import MissingFileError, UserError
 from ..evaluation.metrics import Metric
 from ..parsing.records import read_text
 from ..parsing.yaml12 import dump_yaml, load_yaml
-from ..protocols.backbone import Backbone, build_on_meta
+from ..protocols.backbone import Backbone
 from ..protocols.columns import check_sample_size
 from ..protocols.data import DataSource
 from ..protocols.loss import LossAdapter
@@ -30,6 +30,7 @@ from ..runtime.stages import Stage, stages_of
 from ..selection.base import Selector
 from ..training.recover import Recover
 from ..training.trainer import Trainer
+from .planning.on_meta import build_on_meta
 from .schema import KEYS, SECTIONS, Round, checked, follow_recovery, schema, yaml12_numbers
 
 _REFUSALS = (UserError, ArgumentError, ValueError, TypeError)

@@ -15,7 +15,7 @@ from ..comparison.legacy_keys import PATHS
 from ..errors import UserError, nearest
 from ..evaluation.evaluate import known_exhibits
 from ..pruning.decision import versions
-from ..runtime.files import digest, later_options, write_json
+from ..runtime.files import digest, without_later, write_json
 from ..runtime.locking import check_free
 from ..runtime.run_folder import RUN, RUN_RECORD, RunFolder
 from ..runtime.stages import EVALUATE, Stage, stages_of
@@ -170,8 +170,7 @@ def _as_first_told(settings: Any) -> Any:
 
 def _without_later(arguments: Mapping[str, Any], cls: type[Any]) -> dict[str, Any]:
     """Arguments of a class without later options at neutral values, those of its plain parts too."""
-    later = later_options(cls)
-    told = {key: value for key, value in arguments.items() if key not in later or value != later[key]}
+    told = without_later(cls, arguments)
     for key, hint in get_type_hints(cls).items() if is_dataclass(cls) else ():
         part = next((kind for kind in (hint, *get_args(hint)) if is_dataclass(kind)), None)
         if isinstance(part, type) and isinstance(told.get(key), Mapping) and "class_path" not in told[key]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
@@ -221,41 +219,6 @@ class Backbone(Settings, ABC):
         for name, tensor in model.state_dict(keep_vars=True).items():
             tensor.data = tensor.data.to(tensors[name].dtype)
         return model
-
-
-MAX_DEPTH = 1000
-"""Blocks that a network can have; the deepest that were published have as many layers."""
-
-
-def build_on_meta(backbone: Backbone) -> nn.Module:
-    """Build the network of a backbone on the meta device, where it takes no memory.
-
-    Raises:
-        UserError: the sizes in its config make no network.
-    """
-    config = backbone.config()
-    for key, value in _numbers(config, ""):
-        if re.search(r"depth|layers|blocks", key) and value > MAX_DEPTH:
-            raise UserError(f"{backbone.origin or owner(backbone)}: {key} is {value:,}; expected at most {MAX_DEPTH:,}")
-    try:
-        with torch.device("meta"):
-            return backbone.construct(config)
-    except UserError as e:
-        if backbone.origin is None or backbone.origin in str(e):
-            raise
-        raise UserError(f"{backbone.origin}: {e}") from e
-    except Exception as e:  # of any library's constructor
-        reason = f"{type(e).__name__}: {' '.join(str(e).split())}"
-        whose = backbone.origin or owner(backbone)
-        raise UserError(f"{whose}: its sizes make no network ({reason}); correct them") from e
-
-
-def _numbers(config: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, int]]:
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _numbers(value, f"{prefix}{key}.")
-        elif isinstance(value, int) and not isinstance(value, bool):
-            yield f"{prefix}{key}", value
 
 
 def owner(thing: object) -> str:

@@ -5,21 +5,16 @@ from __future__ import annotations
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from ..errors import FailedElsewhere, Interrupted, UserError
 from .progress import track
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -273,54 +268,3 @@ def complete_sharded(
                 progress.advance(len(rows))
 
     on_every_rank(do)
-
-
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def fingerprint(tensors: Iterable[Tensor]) -> Tensor:
-    """Compute a cheap checksum that changes when a bit of the tensors does; not when values change places in one.
-
-    Args:
-        tensors: of any shape, dtype and device.
-
-    Returns:
-        (3,) whole numbers below 65536, float32 on the CPU.
-    """
-    total = 0
-    for position, t in enumerate(tensors, 1):
-        bits = t.detach().contiguous().view(_BITS[t.element_size()])
-        total += position * int(bits.sum(dtype=torch.int64))
-    return torch.tensor([float(total >> shift & 0xFFFF) for shift in (0, 16, 32)])
-
-
-def check_ranks_agree(accelerator: Accelerator, tensors: Iterable[Tensor], what: str) -> None:
-    """Check that all processes hold the same tensors. A collective call.
-
-    Args:
-        accelerator: gathers the checksums.
-        tensors: of any shape.
-        what: what they are, for the message.
-
-    Raises:
-        UserError: they differ; raised on all processes.
-    """
-    check_rows_agree(accelerator.gather(fingerprint(tensors)[None].to(accelerator.device)), what)
-
-
-def check_rows_agree(rows: Tensor, what: str) -> None:
-    """Check that the checksums of all processes are the same.
-
-    Args:
-        rows: (processes, 3) checksums, see `fingerprint`.
-        what: what was summed, for the message.
-
-    Raises:
-        UserError: they differ.
-    """
-    odd = (rows != rows[0]).any(1).nonzero().flatten().tolist()
-    if odd:
-        raise UserError(
-            f"{what} of process {', '.join(map(str, odd))} of {len(rows)} are not those of process 0. Give all "
-            "processes the same files, versions and kind of device, then run again to go on from the last checkpoint"
-        )

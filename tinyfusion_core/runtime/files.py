@@ -286,8 +286,8 @@ that is no dataclass has a mapping of that name, from such arguments of its cons
 """
 
 
-def later_options(cls: type[Any]) -> dict[str, Any]:
-    """Return the options of a class that were added later, and the value of each that means what was before."""
-    told: dict[str, Any] = getattr(cls, NEUTRAL, {})
+def without_later(cls: type[Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options of a class without those that were added later and mean what was before."""
     found = fields(cls) if is_dataclass(cls) else ()
-    return {**told, **{f.name: f.metadata[NEUTRAL] for f in found if NEUTRAL in f.metadata}}
+    later = {**getattr(cls, NEUTRAL, {}), **{f.name: f.metadata[NEUTRAL] for f in found if NEUTRAL in f.metadata}}
+    return {name: value for name, value in options.items() if name not in later or value != later[name]}

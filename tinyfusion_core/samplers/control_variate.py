@@ -69,12 +69,16 @@ class ControlVariate(nn.Module):
 
     @override
     def get_extra_state(self) -> Tensor:
-        """Return the regression, as checkpoints hold it: (size + 1, size)."""
+        """Return the regression as checkpoints hold it, (size + 1, size): sums of features, and of their losses."""
         return torch.cat([self.gram, self.moment[None]])
 
     @override
     def set_extra_state(self, state: Tensor) -> None:
-        """Resume from a checkpoint."""
+        """Resume from a checkpoint.
+
+        Args:
+            state: (size + 1, size) what `get_extra_state` returned.
+        """
         self.gram, self.moment = state[:-1].clone(), state[-1].clone()
         self._solve()
 

@@ -15,7 +15,7 @@ from ..dataloading.order import order_of
 from ..errors import Interrupted, UserError
 from ..protocols.backbone import Batch
 from ..protocols.data import Samples
-from ..runtime.distributed import check_ranks_agree, naming_the_dead, on_every_rank, on_main_process
+from ..runtime.distributed import naming_the_dead, on_every_rank, on_main_process
 from ..runtime.progress import track
 from ..runtime.run_folder import RunFolder
 from ..runtime.seeding import Rng
@@ -23,6 +23,7 @@ from ..runtime.signals import stop_requests
 from ..runtime.trackers import tracked
 from .objective import Objective, Optimization
 from .state import Meter, TrainingState
+from .steps.agreement import check_ranks_agree
 from .steps.step_guard import StepGuard, StepReport
 from .steps.update import Rows, Update
 from .trainer import Trainer

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ...errors import Diverged, UserError
-from ...runtime.distributed import check_rows_agree, fingerprint, on_every_rank
+from ...runtime.distributed import on_every_rank
+from .agreement import check_rows_agree, fingerprint
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -1,0 +1,46 @@
+"""The network of a backbone without its memory."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...errors import UserError
+from ...protocols.backbone import Backbone, owner
+
+MAX_DEPTH = 1000
+"""Blocks that a network can have; the deepest that were published have as many layers."""
+
+
+def build_on_meta(backbone: Backbone) -> nn.Module:
+    """Build the network of a backbone on the meta device, where it takes no memory.
+
+    Raises:
+        UserError: the sizes in its config make no network.
+    """
+    config, whose = backbone.config(), backbone.origin or owner(backbone)
+    for key, value in _numbers(config, ""):
+        if re.search(r"depth|layers|blocks", key) and value > MAX_DEPTH:
+            raise UserError(f"{whose}: {key} is {value:,}; expected at most {MAX_DEPTH:,}")
+    try:
+        with torch.device("meta"):
+            return backbone.construct(config)
+    except UserError as e:
+        if backbone.origin is None or backbone.origin in str(e):
+            raise
+        raise UserError(f"{backbone.origin}: {e}") from e
+    except Exception as e:  # of any library's constructor
+        reason = f"{type(e).__name__}: {' '.join(str(e).split())}"
+        raise UserError(f"{whose}: its sizes make no network ({reason}); correct them") from e
+
+
+def _numbers(config: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, int]]:
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{prefix}{key}.")
+        elif isinstance(value, int) and not isinstance(value, bool):
+            yield f"{prefix}{key}", value
