@@ -18,11 +18,10 @@ from torch import Tensor
 
 import tinyfusion_core as tiny
 from tinyfusion_core.protocols.task import Task
-from tinyfusion_core.samplers import control_variate
 
 TEACHERS = {"quickstart": 4, "sit_small": 4, "mar_small": 6}
 """Recipe of each, and how many blocks are kept."""
-MODELS = {"none": {}, "linear": {"control": True}, "quadratic": {"control": True}}
+MODELS = {"none": {}, "control variate": {"control": True}}
 POPULATION, SAMPLES, MASKS, ESTIMATES = 128, 16, 4, 200
 
 
@@ -48,7 +47,6 @@ def losses_of(task: Task, masks: Tensor) -> Tensor:
 
 
 def sampler_of(task: Task, keep: int, model: str, **options: object) -> tiny.ScoreFunction:
-    control_variate.PAIRS = 40 if model == "quadratic" else 0
     rules = tiny.Rules(keep=keep)
     return tiny.ScoreFunction(task.lists, rules, masks=MASKS, **MODELS[model], **options)  # type: ignore[arg-type]
 

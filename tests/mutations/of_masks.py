@@ -232,8 +232,8 @@ SAMPLERS = [
     Mutation(
         "the control variate takes the level of a sample for the masks' doing",
         "samplers/control_variate.py",
-        "(features - features.mean(1, keepdim=True))",
-        "features",
+        "(masks - masks.mean(1, keepdim=True))",
+        "masks",
         (CONTROL + "test_what_it_explains_is_no_noise",),
     ),
     Mutation(

@@ -12,7 +12,6 @@ from torch import Tensor
 import tinyfusion_core as tiny
 from planted_search import TRAINER, search, task
 from tinyfusion_core.errors import Interrupted
-from tinyfusion_core.samplers import control_variate
 from tinyfusion_core.samplers.base import Draw
 from tinyfusion_core.samplers.constraints import Rules
 from tinyfusion_core.samplers.control_variate import ControlVariate
@@ -40,7 +39,7 @@ def every(sampler: ScoreFunction) -> Tensor:
 
 
 def a_loss(masks: Tensor) -> Tensor:
-    """Neither linear nor quadratic in the masks."""
+    """Not linear in the masks."""
     pair, three = masks[:, [0, 5]].prod(1), masks[:, [1, 4, 6]].prod(1)
     return masks @ torch.linspace(-1, 1, 8) + 3 * pair - 2 * three
 
@@ -77,12 +76,9 @@ def test_the_mean_of_the_gradient_stays_by_enumeration(rules: Rules) -> None:
 
 
 def test_what_it_explains_is_no_noise() -> None:
-    """A quadratic loss is learned from a few steps, whatever level each sample has; then one step is exact."""
+    """What each block does is learned from a few steps, whatever level each sample has; then one step is exact."""
     sampler, control = made(Rules(keep=4))
-    masks = every(sampler)
-
-    def quadratic(of: Tensor) -> Tensor:
-        return of @ torch.linspace(-1, 1, 8) + 2 * of[:, 0] * of[:, 5] - of[:, 2] * of[:, 3]
+    masks, does = every(sampler), torch.linspace(-1, 1, 8)
 
     plain, better = [], []
     twin = ScoreFunction(LISTS, Rules(keep=4), masks=2, entropy=(0.0, 0.0))
@@ -90,13 +86,13 @@ def test_what_it_explains_is_no_noise() -> None:
     for step in range(60):
         draw = sampler.sample(32, tiny.Rng(0, "test", step))
         levels = torch.randn(16, generator=torch.Generator().manual_seed(step)).repeat_interleave(2) * 5
-        loss = quadratic(draw.mask) + levels
+        loss = draw.mask @ does + levels
         better.append(torch.autograd.grad(sampler.surrogate(draw, loss), sampler.logits)[0])
         draw = twin.sample(32, tiny.Rng(0, "test", step))
         plain.append(torch.autograd.grad(twin.surrogate(draw, loss), twin.logits)[0])
         sampler.observe(draw.mask, loss)
-    predicted, real = control(masks), quadratic(masks).double()
-    assert torch.allclose(predicted - predicted.mean(), real - real.mean(), atol=0.1)
+    predicted, real = control(masks), (masks @ does).double()
+    assert torch.allclose(predicted - predicted.mean(), real - real.mean(), atol=0.02)
     noise, left = (torch.stack(some[20:]).std(0).norm() for some in (plain, better))
     assert left < 0.1 * noise
 
@@ -109,16 +105,6 @@ def test_the_past_is_forgotten() -> None:
             control.observe(masks, sign * torch.tensor([[1.0, 0.0]]).expand(8, -1))
         first, second = control(masks[0])
         assert float(first - second) == pytest.approx(sign, abs=0.1)
-
-
-def test_with_many_blocks_it_is_linear(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(control_variate, "PAIRS", 7)
-    sampler, control = made(Rules(keep=4))
-    assert len(control.weights) == 8
-    draw = sampler.sample(64, tiny.Rng(0, "test"))
-    sampler.observe(draw.mask, draw.mask @ torch.linspace(-1, 1, 8))
-    (slope,) = torch.autograd.grad(control.mean(sampler._subsets()), sampler.logits)
-    assert slope[7] > slope[0]
 
 
 def test_a_stopped_search_goes_on_with_what_it_knew(tmp_path: Path) -> None:

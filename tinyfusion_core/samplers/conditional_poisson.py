@@ -60,31 +60,6 @@ class Subsets:
         """Return the entropy in nats, a scalar: log-partition minus marginals . theta."""
         return self.log_partition() - self.marginals() @ self.theta
 
-    def expectation(self, linear: Tensor, pairs: Tensor) -> Tensor:
-        """Return the mean of `linear . mask + mask . pairs . mask` over the distribution, a scalar.
-
-        From the last block to the first: what the rest of a mask adds, given the state before it, is known from the
-        mean of the rest and from what the rest adds to itself.
-
-        Args:
-            linear: (num_blocks,)
-            pairs: (num_blocks, num_blocks); a pair i < j is read from row i.
-        """
-        num = self.automaton.num_blocks
-        total = self.theta.new_zeros(self.automaton.num_ends)
-        mean = self.theta.new_zeros(self.automaton.num_ends, num)
-        for i in reversed(range(num)):
-            drop, keep = self._ways(i, self._sums[i + 1])
-            free = drop.isfinite() & keep.isfinite()
-            kept = torch.where(free, torch.where(free, keep - drop, 0).sigmoid(), keep.isfinite().to(keep))
-            # A forbidden way has no share in what follows.
-            total, mean = (torch.cat([after, after.new_zeros(1, *after.shape[1:])]) for after in (total, mean))
-            after, there = mean[self.automaton.keep[i]], nn.functional.one_hot(torch.tensor(i), num)
-            gain = total[self.automaton.keep[i]] + linear[i] + after[:, i + 1 :] @ pairs[i, i + 1 :]
-            total = kept * gain + (1 - kept) * total[self.automaton.drop[i]]
-            mean = kept[:, None] * (after + there) + (1 - kept[:, None]) * mean[self.automaton.drop[i]]
-        return total[0]
-
     def divergence(self, other: Subsets) -> Tensor:
         """Return KL(self || other) in nats, a scalar; both over the same automaton."""
         mean = self.marginals() @ (self.theta - other.theta)
