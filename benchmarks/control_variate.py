@@ -13,7 +13,7 @@ from __future__ import annotations
 from statistics import mean, median
 
 import torch
-from race import trainer_of
+from race import task_of, trainer_of
 from torch import Tensor
 
 import tinyfusion_core as tiny
@@ -23,13 +23,6 @@ TEACHERS = {"quickstart": 4, "sit_small": 4, "mar_small": 6}
 """Recipe of each, and how many blocks are kept."""
 MODELS = {"none": {}, "control variate": {"control": True}}
 POPULATION, SAMPLES, MASKS, ESTIMATES = 128, 16, 4, 200
-
-
-def task_of(recipe: str) -> Task:
-    """The teacher, objective and data of a recipe."""
-    made = tiny.load_recipe(f"recipes/{recipe}.yaml")
-    data = made.data
-    return tiny.Task(backbone=made.backbone, loss=made.loss, train=data.train(), held_out=data.held_out(), data=data)
 
 
 def losses_of(task: Task, masks: Tensor) -> Tensor:
@@ -86,7 +79,7 @@ def searches(task: Task, keep: int, order: list[tuple[int, ...]], steps: int, ba
 def main() -> None:
     torch.set_num_threads(1)
     for recipe, keep in TEACHERS.items():
-        task = task_of(recipe)
+        task = task_of(f"recipes/{recipe}.yaml")
         num = len(task.blocks)
         kept = list(sampler_of(task, keep, "none").automaton.masks())
         masks = torch.tensor([[float(i in mask) for i in range(num)] for mask in kept])

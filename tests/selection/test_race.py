@@ -18,7 +18,7 @@ from tinyfusion_core.dataloading.order import order_of
 from tinyfusion_core.dataloading.set_apart import set_apart
 from tinyfusion_core.errors import Interrupted
 from tinyfusion_core.protocols.data import Tensors
-from tinyfusion_core.selection.judging import recoveries
+from tinyfusion_core.selection.judging import pace, recoveries
 from tinyfusion_core.selection.judging.paired import leading, surviving
 from toys import Match, planted_data
 
@@ -54,6 +54,29 @@ def test_neighbours_of_the_leader_are_tried_and_followed() -> None:
     assert list(decision.kept) == WORKING
     (entry,) = [entry for entry in decision.provenance["race"][0] if entry["kept"] == WORKING]
     assert entry["of"] == ["neighbour"]
+
+
+def test_as_many_steps_as_fit_into_the_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fake clock: a training takes 5 s and half a second for each update."""
+    now = [0.0]
+    train = tiny.Recover.__call__
+
+    def slowly(self: tiny.Recover, *args: object, **kwargs: object) -> object:
+        now[0] += 5 + 0.5 * self.steps
+        return train(self, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(pace.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(tiny.Recover, "__call__", slowly)
+    run = tiny.RunFolder(tmp_path / "run")
+    timed = racing(WRONG, NEAR, minutes=1, steps=700)(task(), TRAINER, run)
+    counted = racing(WRONG, NEAR, steps=120)(task(), TRAINER)
+    assert timed.provenance["race"] == counted.provenance["race"]
+    (run.part("search", "pace.json").path).write_text('{"seconds": 0.6}')  # of an earlier run, on a slower machine
+    assert racing(WRONG, NEAR, minutes=1, steps=700)._in_time(task(), TRAINER, run).steps == 100
+    assert racing(WRONG, NEAR, minutes=1, steps=60)._in_time(task(), TRAINER, run).steps == 60
+    with pytest.raises(tiny.UserError, match=r"steps is 4, in the time of search.minutes 0.04: too few for 5 masks"):
+        some = [tiny.Keep([0, 1, 2, i]) for i in range(3, 8)]
+        racing(*some, minutes=0.04, neighbours=False)(task(), TRAINER, tiny.RunFolder(tmp_path / "other"))
 
 
 def test_with_the_weights_of_other_entrants_it_finds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,8 @@ from typing_extensions import override
 from ..errors import UserError, require
 from ..protocols.task import Task
 from ..pruning.decision import Decision
+from ..pruning.prune import prune
+from ..runtime.files import NEUTRAL
 from ..runtime.run_folder import RunFolder
 from ..training.recover import Recover
 from ..training.trainer import Trainer
@@ -21,6 +23,7 @@ from .costs import NetworkCosts
 from .criteria.sensitivity import Greedy, LeaveOneOut, Taylor
 from .criteria.similarity import BlockInfluence
 from .judging.heats import Heats
+from .judging.pace import kept_pace, seconds_per_step
 from .judging.recoveries import ShortRecoveries
 from .search import Search
 
@@ -50,6 +53,8 @@ class Race(Constrained):
         batch_size: samples per update; default the trainer's.
         samples: training samples set apart to judge on, at most half of all.
         sure: standard errors of a paired difference by which another must be better to replace the leader.
+        minutes: about how long the recoveries and the default search may take: a few steps are timed, and as many of
+            `steps` are taken as fit. Criteria and proposers that are named come on top. Default: all of `steps`.
     """
 
     steps: int = 10_000
@@ -61,6 +66,7 @@ class Race(Constrained):
     batch_size: int | None = None
     samples: int = 512
     sure: float = 2.0
+    minutes: float | None = field(default=None, metadata={NEUTRAL: None})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,6 +75,7 @@ class Race(Constrained):
         require(self.lr is None or self.lr > 0, "search.lr", self.lr, "a rate above 0")
         require(self.sure >= 0, "search.sure", self.sure, "0 or more standard errors")
         require(self.batch_size is None or self.batch_size >= 1, "search.batch_size", self.batch_size, "at least 1")
+        require(self.minutes is None or self.minutes > 0, "search.minutes", self.minutes, "above 0")
         some = self.proposers is None or len(self.proposers) > 0
         require(some, "search.proposers", self.proposers, "at least one selector")
         for i, proposer in enumerate(self.proposers or ()):
@@ -128,5 +135,24 @@ class Race(Constrained):
     @override
     def __call__(self, task: Task, trainer: Trainer, run: RunFolder | None = None) -> Decision:
         how, costs = prepared(self, task, trainer, run)
+        how = how._in_time(task, trainer, run)
         decision = Heats(how, ShortRecoveries(task, trainer, run, how.recovery, how.samples, how.steps)).decision()
         return replace(decision, provenance={**decision.provenance, **costs})
+
+    def _in_time(self, task: Task, trainer: Trainer, run: RunFolder | None) -> Self:
+        """The race with as many steps as fit into its time."""
+        if self.minutes is None:
+            return self
+        quiet, choice = replace(trainer, trackers=()), self.preview(task.blocks)
+
+        def measure() -> float:
+            def recover(steps: int) -> None:
+                self.recovery(steps)(task, prune(task, choice), None, quiet, stage="pace")
+
+            seconds = seconds_per_step(recover)
+            if self.proposers is None and (search := self.learned()) is not None:  # it takes half as many steps
+                seconds += seconds_per_step(lambda steps: replace(search, steps=steps).learn(task, quiet)) / 2
+            return seconds
+
+        steps = int(60 * self.minutes / kept_pace(run, measure))
+        return replace(self, steps=max(self.rounds + self.neighbours, min(steps, self.steps)))

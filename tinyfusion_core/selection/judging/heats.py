@@ -62,8 +62,9 @@ class Heats:
             share = recoveries.left // (how.rounds - number + both)
             steps = self._length(entrants, share, both)
             if not steps and first:
+                within = "" if how.minutes is None else f", in the time of search.minutes {how.minutes:g}"
                 raise UserError(
-                    f"search.steps is {how.steps}: too few for {len(entrants)} masks to recover; give at least "
+                    f"search.steps is {how.steps}{within}: too few for {len(entrants)} masks to recover; give at least "
                     f"{len(entrants)}, and ten times as many to tell them apart"
                 )
             if steps <= before:  # with few entrants what is left is one round
