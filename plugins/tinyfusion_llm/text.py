@@ -6,11 +6,11 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -18,8 +18,9 @@ from typing_extensions import override
 
 from tinyfusion_core.errors import UserError, require
 from tinyfusion_core.protocols.data import DataSource
-from tinyfusion_core.runtime.files import digest, sha256
+from tinyfusion_core.runtime.files import NEUTRAL, digest, sha256
 from tinyfusion_core.runtime.seeding import generator
+from tinyfusion_llm.chat import Message, check_messages, check_template, encode_chat
 from tinyfusion_llm.documents import check_text, find_files, json_lines, lines, parquet_rows
 from tinyfusion_llm.optional import need
 from tinyfusion_llm.pretrained import load_tokenizer
@@ -29,12 +30,22 @@ READING = 2
 """Version of how files become documents; caches of another are made anew."""
 
 
+class Document(NamedTuple):
+    """A text, what precedes it uncounted, or a conversation and where it stands."""
+
+    text: str = ""
+    prompt: str = ""
+    messages: Sequence[Message] = ()
+    where: str = ""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TextTokens(DataSource):
     """Documents as samples of T = `context` tokens: `tokens` (T,), and `labels` (T,) with -100 where no loss counts.
 
     A document is a text file, a line of a JSONL file (both in UTF-8), or a row of a Parquet file or of a data set of
-    the library `datasets`. Each ends with the tokenizer's end-of-text token. Documents are held out whole.
+    the library `datasets`. Each ends with the tokenizer's end-of-text token, a chat as its template ends it. Documents
+    are held out whole.
 
     Args:
         tokenizer: folder or hub id of a model that has one.
@@ -44,6 +55,8 @@ class TextTokens(DataSource):
         split: split of the data set.
         text_field: key or column of the text.
         prompt_field: key or column of a prompt, which precedes the text and is not counted in any loss.
+        chat_field: instead of a text: key or column of a conversation, a list of turns with `role` and `content`. It is
+            written by the tokenizer's chat template, and the losses count what the role `assistant` says.
         context: tokens per sample.
         pack: cut samples from all documents in a seeded order, one after the other: nothing is padded, and a sample may
             contain the end of the previous document. false gives every document samples of its own, padded at the end.
@@ -62,6 +75,7 @@ class TextTokens(DataSource):
     split: str = "train"
     text_field: str = "text"
     prompt_field: str | None = None
+    chat_field: str | None = field(default=None, metadata={NEUTRAL: None})
     context: int = 512
     pack: bool = True
     held_out_fraction: float = 0.1
@@ -73,6 +87,8 @@ class TextTokens(DataSource):
     def __post_init__(self) -> None:
         if (self.files is None) == (self.dataset is None):
             raise UserError("data: give files or dataset, one of the two")
+        if self.chat_field is not None and self.prompt_field is not None:
+            raise UserError("data.prompt_field: a chat has turns instead of a prompt; give it or chat_field, not both")
         require(self.context >= 2, "data.context", self.context, "at least 2 tokens")
         fraction, most = self.held_out_fraction, self.max_held_out
         require(0 < fraction < 1, "data.held_out_fraction", fraction, "a number between 0 and 1")
@@ -131,7 +147,10 @@ class TextTokens(DataSource):
             of: Any = [self.dataset, self.split]
         else:
             of = {str(path): sha256(path) for path in found}
-        key = digest([of, self.text_field, self.prompt_field, _identity(tokenizer), READING])[:32]
+        fields: list[Any] = [self.text_field, self.prompt_field]
+        if self.chat_field is not None:
+            fields = [self.chat_field, check_template(tokenizer, self.tokenizer)]
+        key = digest([of, *fields, _identity(tokenizer), READING])[:32]
         base = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "tinyfusion", "tokens")
         folder = Path(self.cache or base).expanduser() / key
         if not folder.is_dir():
@@ -139,28 +158,26 @@ class TextTokens(DataSource):
         bounds = np.fromfile(folder / "bounds", dtype=np.int64)
         if len(bounds) < 2:
             raise UserError(f"data: {self._named} holds no text")
-        counted = None if self.prompt_field is None else np.memmap(folder / "counted", dtype=np.uint8, mode="r")
+        all_count = self.prompt_field is None and self.chat_field is None
+        counted = None if all_count else np.memmap(folder / "counted", dtype=np.uint8, mode="r")
         tokens = np.memmap(folder / "tokens", dtype=np.uint32, mode="r")
         largest = int(np.fromfile(folder / "largest", dtype=np.int64)[0])
         name = f"{self.dataset or ', '.join(files or [])} with the data.tokenizer {self.tokenizer}"
         return Corpus(tokens, counted, bounds, _filler(tokenizer), largest, name)
 
-    def _tokenise(self, tokenizer: Any, documents: Iterator[tuple[str, str]], folder: Path) -> None:
+    def _tokenise(self, tokenizer: Any, documents: Iterator[Document], folder: Path) -> None:
         """Write tokens, which of them count, and where documents begin; the folder appears when it is complete."""
-        end, bounds, largest = tokenizer.eos_token_id, [0], 0
+        bounds, largest = [0], 0
         folder.parent.mkdir(parents=True, exist_ok=True)
         made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".making"))
         try:
             with (made / "tokens").open("wb") as tokens, (made / "counted").open("wb") as counted:
                 while some := list(islice(documents, 64)):
-                    prompts = _encode(tokenizer, [prompt for prompt, _ in some], special=True)
-                    texts = _encode(tokenizer, [text for _, text in some], special=self.prompt_field is None)
-                    for prompt, text in zip(prompts if self.prompt_field else [[]] * len(some), texts, strict=True):
-                        text = [*text, *([end] if end is not None and text[-1:] != [end] else [])]
-                        _write(tokens, [*prompt, *text], np.uint32)
-                        _write(counted, [0] * len(prompt) + [1] * len(text), np.uint8)
-                        largest = max(largest, *prompt, *text)
-                        bounds.append(bounds[-1] + len(prompt) + len(text))
+                    for ids, ones in self._encoded(tokenizer, some):
+                        _write(tokens, ids, np.uint32)
+                        _write(counted, ones, np.uint8)
+                        largest = max(largest, *ids)
+                        bounds.append(bounds[-1] + len(ids))
             with (made / "bounds").open("wb") as file:
                 _write(file, bounds, np.int64)
             with (made / "largest").open("wb") as file:
@@ -176,8 +193,20 @@ class TextTokens(DataSource):
         finally:
             shutil.rmtree(made, ignore_errors=True)
 
-    def _documents(self, files: Sequence[Path] | None) -> Iterator[tuple[str, str]]:
-        """Prompt and text of every non-empty document."""
+    def _encoded(self, tokenizer: Any, some: Sequence[Document]) -> Iterator[tuple[list[int], list[int]]]:
+        """Tokens of documents, and ones for those that count."""
+        if self.chat_field is not None:
+            yield from (encode_chat(tokenizer, document.messages, document.where) for document in some)
+            return
+        end = tokenizer.eos_token_id
+        prompts = _encode(tokenizer, [document.prompt for document in some], special=True)
+        texts = _encode(tokenizer, [document.text for document in some], special=self.prompt_field is None)
+        for prompt, text in zip(prompts if self.prompt_field else [[]] * len(some), texts, strict=True):
+            text = [*text, *([end] if end is not None and text[-1:] != [end] else [])]
+            yield [*prompt, *text], [0] * len(prompt) + [1] * len(text)
+
+    def _documents(self, files: Sequence[Path] | None) -> Iterator[Document]:
+        """Every non-empty document."""
         if files is None:
             datasets = need("datasets", "datasets", "data.dataset")
             name, _, configuration = (self.dataset or "").partition(":")
@@ -188,21 +217,29 @@ class TextTokens(DataSource):
                 yield from self._fields(parquet_rows(path), str(path))
             elif path.suffix == ".jsonl":
                 yield from self._fields(json_lines(path), str(path))
+            elif self.chat_field is not None:
+                raise UserError(f"{path}: text is no conversation; with data.chat_field give .jsonl or .parquet files")
             elif text := "".join(lines(path)).strip():
-                yield "", text
+                yield Document(text)
 
-    def _fields(self, rows: Any, where: str) -> Iterator[tuple[str, str]]:
+    def _fields(self, rows: Any, where: str) -> Iterator[Document]:
         for number, row in enumerate(rows, 1):
-            for field in filter(None, (self.text_field, self.prompt_field)):
-                if not isinstance(row, dict) or not isinstance(row.get(field), str):
+            if self.chat_field is not None:
+                place = f"{where}: row {number}"
+                turns = row.get(self.chat_field) if isinstance(row, dict) else None
+                messages = check_messages(turns, f"{place}: '{self.chat_field}'")
+                yield Document(messages=messages, where=place)
+                continue
+            for name in filter(None, (self.text_field, self.prompt_field)):
+                if not isinstance(row, dict) or not isinstance(row.get(name), str):
                     found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
                     advice = "set data.text_field or data.prompt_field"
                     if isinstance(row, dict) and isinstance(row.get("messages"), list):
-                        advice = "a chat is no text yet: write what the tokenizer's apply_chat_template makes of it"
-                    raise UserError(f"{where}: row {number} has no text '{field}' (found: {found}); {advice}")
-                check_text(row[field], f"{where}: row {number}: '{field}'")
+                        advice = "set data.chat_field: messages"
+                    raise UserError(f"{where}: row {number} has no text '{name}' (found: {found}); {advice}")
+                check_text(row[name], f"{where}: row {number}: '{name}'")
             if row[self.text_field].strip():
-                yield row[self.prompt_field] if self.prompt_field else "", row[self.text_field]
+                yield Document(row[self.text_field], row[self.prompt_field] if self.prompt_field else "")
 
 
 def _encode(tokenizer: Any, texts: Sequence[str], special: bool) -> list[list[int]]:
