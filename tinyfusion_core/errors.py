@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 from collections.abc import Iterable
+from typing import Any
 
 
 class UserError(Exception):
@@ -55,6 +57,23 @@ def first_line(error: BaseException) -> str:
     """Return the first line of an error that holds anything, of at most 200 characters; else its type's name."""
     lines = (" ".join(line.split()) for line in str(error).splitlines())
     return next((line[:200] for line in lines if line), type(error).__name__)
+
+
+def need(module: str, package: str, key: str) -> Any:
+    """Import a module of an optional package.
+
+    Args:
+        module: its name.
+        package: what to install.
+        key: what needs it, to begin the message with.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as e:
+        raise UserError(f"{key} needs the package '{package}' ({e}): pip install '{package}'") from None
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

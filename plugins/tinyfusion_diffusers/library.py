@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
-from tinyfusion_core.errors import UserError
+from tinyfusion_core.errors import need
 
 
 def diffusers() -> Any:
@@ -14,9 +13,4 @@ def diffusers() -> Any:
     Raises:
         UserError: it is not installed.
     """
-    try:
-        return importlib.import_module("diffusers")
-    except ImportError as e:
-        raise UserError(
-            f"backbone: DiffusersTransformer needs diffusers ({e}); pip install 'diffusers>=0.36'"
-        ) from None
+    return need("diffusers", "diffusers>=0.36", "backbone: DiffusersTransformer")

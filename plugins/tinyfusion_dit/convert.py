@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinyfusion_core.errors import UserError
+from tinyfusion_core.errors import UserError, need
 from tinyfusion_dit.model import position_table
 
 _KEYS = (
@@ -39,10 +38,7 @@ def to_diffusers(model: nn.Module, settings: Mapping[str, Any]) -> Any:
     Raises:
         UserError: diffusers is not installed, or has no such network.
     """
-    try:
-        kind = importlib.import_module("diffusers").DiTTransformer2DModel
-    except ImportError:
-        raise UserError("--to diffusers needs the package 'diffusers': pip install diffusers") from None
+    kind = need("diffusers", "diffusers", "--to diffusers").DiTTransformer2DModel
     width, heads = settings["hidden_size"], settings["num_heads"]
     if settings["mlp_ratio"] != 4 or settings["class_dropout_prob"] <= 0:
         raise UserError(

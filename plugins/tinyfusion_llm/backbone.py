@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from tinyfusion_core.errors import UserError, first_line, require
+from tinyfusion_core.errors import UserError, first_line, need, require
 from tinyfusion_core.pipeline.planning.memory import gigabytes
 from tinyfusion_core.protocols.backbone import Backbone
 from tinyfusion_core.protocols.data import Lookup
@@ -21,7 +21,6 @@ from tinyfusion_core.runtime.seeding import generator
 from tinyfusion_llm.converters import clients
 from tinyfusion_llm.layers import config_of, construct, find_layers, shorten, try_out
 from tinyfusion_llm.loss import IGNORED
-from tinyfusion_llm.optional import need
 from tinyfusion_llm.pretrained import (
     as_json,
     ask_to_dequantise,

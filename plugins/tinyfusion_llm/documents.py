@@ -8,8 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tinyfusion_core.errors import MissingFileError, UserError, first_line
-from tinyfusion_llm.optional import need
+from tinyfusion_core.errors import MissingFileError, UserError, first_line, need
 
 KINDS = (".txt", ".md", ".jsonl", ".parquet")
 

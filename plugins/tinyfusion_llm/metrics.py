@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from tinyfusion_core.errors import UserError, require
+from tinyfusion_core.errors import UserError, need, require
 from tinyfusion_core.evaluation.metrics import Measurement, Metric, Models
 from tinyfusion_core.protocols.columns import unchecked
 from tinyfusion_core.protocols.data import DataSource
@@ -23,7 +23,6 @@ from tinyfusion_core.runtime.seeding import Rng
 from tinyfusion_core.training.trainer import Trainer
 from tinyfusion_llm.backbone import CausalLM
 from tinyfusion_llm.loss import IGNORED, NextToken
-from tinyfusion_llm.optional import need
 from tinyfusion_llm.rows import Rows
 from tinyfusion_llm.text import TextTokens
 

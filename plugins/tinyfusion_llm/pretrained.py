@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
-from tinyfusion_core.errors import MissingFileError, UserError, first_line
+from tinyfusion_core.errors import MissingFileError, UserError, first_line, need
 from tinyfusion_core.parsing.records import check_folder
-from tinyfusion_llm.optional import need
 
 
 def load_tokenizer(name: str, revision: str | None, gguf_file: str | None, required: bool = True) -> Any:

@@ -16,13 +16,12 @@ import numpy as np
 import torch
 from typing_extensions import override
 
-from tinyfusion_core.errors import UserError, require
+from tinyfusion_core.errors import UserError, need, require
 from tinyfusion_core.protocols.data import DataSource
 from tinyfusion_core.runtime.files import NEUTRAL, digest, sha256
 from tinyfusion_core.runtime.seeding import generator
 from tinyfusion_llm.chat import Message, check_messages, check_template, encode_chat
 from tinyfusion_llm.documents import check_text, find_files, json_lines, lines, parquet_rows
-from tinyfusion_llm.optional import need
 from tinyfusion_llm.pretrained import load_tokenizer
 from tinyfusion_llm.rows import Corpus, Rows
 
