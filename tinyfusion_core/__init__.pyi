@@ -3,6 +3,7 @@ import typing
 from .comparison.results import ComparisonResults as ComparisonResults
 from .comparison.study import Audit as Audit
 from .comparison.study import Compare as Compare
+from .dataloading.mixture import Mixture as Mixture
 from .errors import UserError as UserError
 from .evaluation.evaluate import check_teacher as check_teacher
 from .evaluation.evaluate import evaluate as evaluate

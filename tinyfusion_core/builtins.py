@@ -12,6 +12,7 @@ from .registry.hooks import hookimpl
 if TYPE_CHECKING:
     from .evaluation.metrics import Metric
     from .protocols.command import Command
+    from .protocols.data import DataSource
     from .pruning.weight_update import WeightUpdate
     from .samplers.base import BlockSampler
     from .selection.base import Selector
@@ -57,6 +58,14 @@ def tinyfusion_register_selectors() -> list[type[Selector]]:
         similarity.InputOutputMSE,
         similarity.SpanSimilarity,
     ]
+
+
+@hookimpl
+def tinyfusion_register_data() -> list[type[DataSource]]:
+    """Data sets made of others."""
+    from .dataloading.mixture import Mixture
+
+    return [Mixture]
 
 
 @hookimpl

@@ -51,6 +51,7 @@ ALWAYS = [
     "MaskedKD",
     "Matching",
     "Measurement",
+    "Mixture",
     "Metric",
     "Nested",
     "OutputKD",
