@@ -15,6 +15,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from tinyfusion_core.errors import MissingFileError, UserError, require
+from tinyfusion_core.parsing.records import check_regular
 from tinyfusion_core.protocols.data import DataSource
 from tinyfusion_core.runtime.files import map_array
 from tinyfusion_core.runtime.seeding import generator
@@ -162,6 +163,7 @@ class _Column:
 def _columns(path: Path) -> list[_Column]:
     if path.suffix == ".npy":
         return [_Column(path.stem, path, _mapped(path).shape)]
+    check_regular(path)
     try:
         with safe_open(path, framework="pt") as file:
             return [_Column(name, path, tuple(file.get_slice(name).get_shape())) for name in file.keys()]  # noqa: SIM118

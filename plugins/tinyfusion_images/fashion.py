@@ -19,6 +19,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from tinyfusion_core.errors import MissingFileError, UserError, require
+from tinyfusion_core.parsing.records import check_regular
 from tinyfusion_core.protocols.data import DataSource, FeatureSpace, Tensors
 
 NUM_TEST = 10_000
@@ -91,6 +92,7 @@ def read_idx(path: Path) -> Tensor:
     Raises:
         UserError: damaged, or not such a file.
     """
+    check_regular(path)
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         magic, dims = raw[:3], raw[3]

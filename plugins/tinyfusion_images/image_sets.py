@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from tinyfusion_core.errors import MissingFileError, UserError
+from tinyfusion_core.parsing.records import check_regular
 from tinyfusion_core.runtime.files import write_atomic
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
@@ -100,6 +101,7 @@ def open_picture(path: Path) -> Image.Image:
     Raises:
         UserError: it cannot be read; names the file.
     """
+    check_regular(path)
     try:
         with Image.open(path) as image:
             return image.convert("RGB")

@@ -84,7 +84,17 @@ def make(rng: random.Random, base: Path, folder: Path) -> Case:
     else:
         what = harm_file(rng, path)
     argv = ["run", f"{name}.yaml", "--run-dir", str(folder / "file there" / "run")]
-    told = [path.name, f"{name}.yaml", f"{name}/", "'parts'", "parts:", "backbone.", "file there", "the teacher's loss"]
+    told = [
+        path.name,
+        f"{name}.yaml",
+        f"{name}/",
+        "'parts'",
+        "parts:",
+        "backbone.",
+        "data.tokenizer",
+        "file there",
+        "the teacher's loss",
+    ]
     return Case(argv, folder, told, f"{name}: {what}", owned=(folder / "own", folder / "file there" / "run"))
 
 

@@ -115,11 +115,23 @@ def test_one_wrong_sample_can_be_replaced_like_one_that_cannot_be_read(tmp_path:
         ({"other": torch.zeros(4)}, None),
         ({"y": torch.arange(4) + 7}, r"data: 'y' is 10 in held-out sample 3; the network has 10 classes, 0 to 9"),
         ({"y": torch.arange(4) - 1}, r"data: 'y' is -1 in held-out sample 0; "),
-        ({"y": torch.arange(4.0)}, r"data: 'y' is torch.float32 in held-out sample 0, the network takes torch.int64"),
-        ({"y": torch.arange(4)[:, None]}, r"data: 'y' of a sample is \[1\], the network takes \[\]"),
-        ({"x": torch.zeros(4, 1, 8, 8).double()}, r"data: 'x' is torch.float64 in .*, the network takes torch.float32"),
+        (
+            {"y": torch.arange(4.0)},
+            r"data: 'y' is torch.float32 in held-out sample 0, the network of .*digits/config.json takes torch.int64",
+        ),
+        (
+            {"y": torch.arange(4)[:, None]},
+            r"data: 'y' of a sample is \[1\], the network of .*digits/config.json takes \[\]",
+        ),
+        (
+            {"x": torch.zeros(4, 1, 8, 8).double()},
+            r"data: 'x' is torch.float64 in .*, the network of .*digits/config.json takes torch.float32",
+        ),
         ({"x": torch.zeros(4, 1, 8, 8).byte()}, r"data: 'x' is torch.uint8 in"),
-        ({"x": torch.zeros(4, 1, 8, 4)}, r"data: 'x' of a sample is \[1, 8, 4\], the network takes \[1, 8, 8\]"),
+        (
+            {"x": torch.zeros(4, 1, 8, 4)},
+            r"data: 'x' of a sample is \[1, 8, 4\], the network of .*digits/config.json takes \[1, 8, 8\]",
+        ),
     ],
 )
 def test_columns(change: dict[str, torch.Tensor], message: str | None) -> None:

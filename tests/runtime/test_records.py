@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
@@ -14,10 +15,16 @@ import pytest
 
 from places import TESTS
 from tinyfusion_core.cli import main
+from tinyfusion_core.dataloading.shards import read_bytes
 from tinyfusion_core.errors import UserError
 from tinyfusion_core.parsing.records import check_folder, parse_json, read_as, read_text
 from tinyfusion_core.parsing.yaml12 import load_yaml
+from tinyfusion_core.registry.registry import load_plugin
 from tinyfusion_core.runtime.run_folder import RunFolder
+from tinyfusion_diffusers.data import _columns
+from tinyfusion_dit import Latents
+from tinyfusion_images.fashion import read_idx
+from tinyfusion_images.image_sets import open_picture
 
 BEFORE = TESTS / "before_rooms"
 
@@ -135,3 +142,20 @@ def test_names_that_no_file_can_have(capsys) -> None:
         main(["show", "n" * 300])
     assert stopped.value.code == 2
     assert "is too long for the name of a file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("metadata.json", lambda path: Latents(folder=str(path.parent)).train()),
+        ("metadata.json", lambda path: read_bytes(path.parent.as_uri(), path.name)),
+        ("train-images-idx3-ubyte", read_idx),
+        ("picture.png", open_picture),
+        ("mine.py", load_plugin),
+        ("x.safetensors", _columns),
+    ],
+)
+def test_no_reader_waits_for_a_pipe(name: str, read: Callable[[Path], object], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match="is a FIFO|is no file"):
+        read(tmp_path / name)

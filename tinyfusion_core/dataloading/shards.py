@@ -17,7 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ..errors import MissingFileError, UserError
-from ..parsing.records import check_inside, parse_json, shaped
+from ..parsing.records import check_inside, check_regular, parse_json, shaped
 from ..runtime.files import write_atomic
 
 FORMAT_VERSION = 1
@@ -212,12 +212,17 @@ def read_bytes(url: str, name: str) -> bytes:
         UserError: it cannot be read, or no installed package supports the protocol of the URL.
     """
     from fsspec.core import url_to_fs
+    from fsspec.implementations.local import LocalFileSystem
 
     path = f"{url.rstrip('/')}/{name}"
     try:
         # Looked up anew: connections do not survive the fork of a data loader's workers, and fsspec keeps them.
         files, inside = url_to_fs(path)
+        if isinstance(files, LocalFileSystem):
+            check_regular(Path(inside))
         content: bytes = files.cat_file(inside)
+    except UserError:
+        raise
     except FileNotFoundError:
         raise MissingFileError(f"{path}: no such file") from None
     except Exception as e:  # every protocol fails in a way of its own

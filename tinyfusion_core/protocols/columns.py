@@ -27,11 +27,13 @@ class Columns:
         shapes: shape of one sample in each, without the batch.
         dtypes: their dtypes.
         lookups: tables in which the values of some are looked up.
+        whose: what messages call the network.
     """
 
     shapes: Mapping[str, Sequence[int]]
     dtypes: Mapping[str, torch.dtype]
     lookups: Mapping[str, Lookup]
+    whose: str = "the network"
 
     def check(self, batch: Mapping[str, Tensor], where: Callable[[str, int], str]) -> None:
         """Check the samples of a batch. No device is waited for: values on one are not looked at.
@@ -47,10 +49,10 @@ class Columns:
             found = batch.get(name)
             if found is None or list(found.shape[1:]) != list(shape):
                 has = "missing" if found is None else list(found.shape[1:])
-                raise UserError(f"data: '{name}' of a sample is {has}, the network takes {list(shape)}")
+                raise UserError(f"data: '{name}' of a sample is {has}, {self.whose} takes {list(shape)}")
             if not _goes_for(found.dtype, self.dtypes[name]):
                 wanted = self.dtypes[name]
-                raise UserError(f"data: '{name}' is {found.dtype} in {where(name, 0)}, the network takes {wanted}")
+                raise UserError(f"data: '{name}' is {found.dtype} in {where(name, 0)}, {self.whose} takes {wanted}")
             if name in self.lookups and found.device.type == "cpu":
                 wrong = ~self.lookups[name].holds(found)
                 if wrong.any():
@@ -112,7 +114,8 @@ def columns_of(backbone: Backbone, model: nn.Module, conditions: str) -> Columns
     if num_labels is not None and conditions in example and example[conditions].dtype in _INDICES:
         lookups.setdefault(conditions, Lookup(num_labels))
     shapes = {name: tuple(t.shape[1:]) for name, t in example.items()}
-    return Columns(shapes, {name: t.dtype for name, t in example.items()}, lookups)
+    whose = f"the network of {backbone.origin}" if backbone.origin else "the network"
+    return Columns(shapes, {name: t.dtype for name, t in example.items()}, lookups, whose)
 
 
 def check_sample_size(backbone: Backbone) -> None:

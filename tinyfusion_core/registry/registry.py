@@ -103,6 +103,8 @@ def load_plugin(path: Path | str) -> PluginFile:
     path = Path(path)
     if path.suffix != ".py":  # so that no file of a run folder, where it is copied to, has its name
         raise UserError(f"plugins: {path}: expected a Python file, with a name that ends in .py")
+    if path.exists() and not path.is_file():
+        raise UserError(f"plugins: {path}: is no file that can be read to its end")
     try:
         file = PluginFile(path, path.read_bytes())
     except OSError as e:
