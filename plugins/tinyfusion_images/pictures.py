@@ -10,7 +10,6 @@ from typing import Any, Protocol, TypeGuard, runtime_checkable
 import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -22,7 +21,7 @@ from tinyfusion_core.protocols.task import Task
 from tinyfusion_core.reporting.page import Figures, Picture
 from tinyfusion_core.reporting.report import results
 from tinyfusion_core.runtime.distributed import on_main_process
-from tinyfusion_core.runtime.files import save_tensors, write_atomic
+from tinyfusion_core.runtime.files import read_weights, save_tensors, write_atomic
 from tinyfusion_core.runtime.run_folder import RunFolder
 from tinyfusion_core.training.trainer import Trainer
 
@@ -134,7 +133,7 @@ class Pictures(Metric):
     def show(self, folder: RunFolder) -> list[Figures]:
         if not (folder / SAMPLES).exists():
             return []
-        images, grids = load_file(folder / SAMPLES), []
+        images, grids = read_weights(folder / SAMPLES), []
         labels = images.pop("labels")
         for name in [n for n in results(folder)[0] if n in images]:
             path = folder / "figures" / f"samples_{name.replace(' ', '_')}.png"

@@ -7,6 +7,7 @@ import collections
 import json
 import os
 import pathlib
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -193,6 +194,15 @@ def test_sizes_that_a_file_says_are_refused_by_its_name(size: dict[str, Any], wr
     path.write_text(json.dumps({**content, "network": {**content["network"], **size}}))
     with pytest.raises(tiny.UserError, match=f"{path}: {wrong}"):
         build_on_meta(DiT(checkpoint=str(tmp_path)))
+
+
+def test_a_saved_network_of_no_size_is_refused_by_its_folder(tmp_path: Path) -> None:
+    shutil.copytree(TESTS / "before_rooms" / "teacher", tmp_path / "saved")
+    path = tmp_path / "saved" / "config.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "network": {**content["network"], "depth": "n" * 9}}))
+    with pytest.raises(tiny.UserError, match=f"{tmp_path / 'saved'}: its sizes make no network"):
+        tiny.load_pretrained(tmp_path / "saved")
 
 
 def test_a_folder_of_transformers_is_named_too(tmp_path: Path) -> None:

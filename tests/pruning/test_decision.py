@@ -24,3 +24,11 @@ def test_what_is_not_kept_is_removed() -> None:
 def test_what_cannot_be_kept_is_refused(kept: tuple[int, ...]) -> None:
     with pytest.raises(UserError, match="indices must ascend, be distinct and lie in 0 to 4|keeps no block at all"):
         Decision(blocks=BLOCKS, kept=kept, method="by hand")
+
+
+def test_the_block_that_differs_is_named() -> None:
+    decision = Decision(blocks=("blocks.0", "con:1", "blocks.2"), kept=(0,), method="any")
+    with pytest.raises(UserError, match=r"decision.blocks: .* differs is 'con:1' there and 'blocks.1' here"):
+        decision.check_fits([f"blocks.{i}" for i in range(3)], "DiT")
+    with pytest.raises(UserError, match="the decision is about 3 blocks"):
+        decision.check_fits(["blocks.0"], "DiT")

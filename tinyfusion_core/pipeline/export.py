@@ -10,7 +10,7 @@ from torch import nn
 
 from ..errors import UserError, nearest
 from ..parsing.records import read_as, read_text
-from ..protocols.backbone import list_lengths
+from ..protocols.backbone import constructed, list_lengths
 from ..protocols.task import Task
 from ..pruning.interop_formats import TEXTS, describe_clients
 from ..pruning.prune import decision_of, load_pretrained, origin, read_record
@@ -62,7 +62,7 @@ def export_run(folder: RunFolder, to: str, out: Path | None = None) -> str:
     for decision in decisions:
         kept = [kept[i] for i in decision.kept]
     with torch.device("meta"):
-        student = recipe.backbone.construct(read_record(last)["network"])
+        student = constructed(recipe.backbone, read_record(last)["network"], str(last))
     clients = recipe.backbone.clients(recipe.on_meta, student, kept)
     if to in FOLDERS:
         target = _write(recipe, load_pretrained(last), to, out, folder)

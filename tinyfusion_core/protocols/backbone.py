@@ -214,11 +214,31 @@ class Backbone(Settings, ABC):
             UserError: the weights do not fit such a network, none missing and none left over.
         """
         tensors = read_weights(folder / WEIGHTS)
-        model = cls.construct(config)
+        model = constructed(cls, config, str(folder))
         load_strict(model, tensors, folder / WEIGHTS)
         for name, tensor in model.state_dict(keep_vars=True).items():
             tensor.data = tensor.data.to(tensors[name].dtype)
         return model
+
+
+def constructed(backbone: Backbone | type[Backbone], config: Mapping[str, Any], whose: str) -> nn.Module:
+    """Build the untrained network of a config that may come from anywhere.
+
+    Args:
+        backbone: the model family.
+        config: what it builds the network from.
+        whose: where the sizes come from, to begin a message with.
+
+    Raises:
+        UserError: the sizes make no network.
+    """
+    try:
+        return backbone.construct(config)
+    except UserError as e:
+        raise e if whose in str(e) else UserError(f"{whose}: {e}") from e
+    except Exception as e:  # of any library's constructor
+        reason = f"{type(e).__name__}: {' '.join(str(e).split())}"
+        raise UserError(f"{whose}: its sizes make no network ({reason}); correct them") from e
 
 
 def owner(thing: object) -> str:

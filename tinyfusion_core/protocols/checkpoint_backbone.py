@@ -19,7 +19,7 @@ from ..parsing.records import read_json
 from ..parsing.state_dicts import unwrapped, without_ignored
 from ..runtime.files import NEUTRAL, digest, load_strict, read_weights, sha256, weight_files
 from ..runtime.seeding import generator
-from .backbone import Backbone
+from .backbone import Backbone, constructed, owner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,7 @@ class CheckpointBackbone(Backbone):
         path = self._weights() if self._random_seed is None else None
         config = self.config()
         with torch.device("meta"):  # the initial values would only cost time
-            model = self.construct(config)
+            model = constructed(self, config, self.origin or owner(self))
         if next(model.buffers(), None) is None:
             model = model.to_empty(device="cpu").eval()
         else:  # buffers need theirs

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ...errors import UserError
-from ...protocols.backbone import Backbone, owner
+from ...protocols.backbone import Backbone, constructed, owner
 
 MAX_DEPTH = 1000
 """Blocks that a network can have; the deepest that were published have as many layers."""
@@ -26,16 +26,8 @@ def build_on_meta(backbone: Backbone) -> nn.Module:
     for key, value in _numbers(config, ""):
         if re.search(r"depth|layers|blocks", key) and value > MAX_DEPTH:
             raise UserError(f"{whose}: {key} is {value:,}; expected at most {MAX_DEPTH:,}")
-    try:
-        with torch.device("meta"):
-            return backbone.construct(config)
-    except UserError as e:
-        if backbone.origin is None or backbone.origin in str(e):
-            raise
-        raise UserError(f"{backbone.origin}: {e}") from e
-    except Exception as e:  # of any library's constructor
-        reason = f"{type(e).__name__}: {' '.join(str(e).split())}"
-        raise UserError(f"{whose}: its sizes make no network ({reason}); correct them") from e
+    with torch.device("meta"):
+        return constructed(backbone, config, whose)
 
 
 def _numbers(config: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, int]]:
