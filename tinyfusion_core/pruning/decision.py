@@ -103,8 +103,8 @@ class Decision(Settings):
         differ = next(((a, b) for a, b in zip(self.blocks, blocks, strict=False) if a != b), None)
         first = f"; the first that differs is '{differ[0]}' there and '{differ[1]}' here" if differ else ""
         raise UserError(
-            f"decision.blocks: the decision is about {len(self.blocks)} blocks ({self.blocks[0]} to {self.blocks[-1]}), "
-            f"{owner} has {len(blocks)} ({', '.join(blocks[:1])} to {', '.join(blocks[-1:])}){first}: "
+            f"decision.blocks: the decision is about {len(self.blocks)} blocks ({self.blocks[0]} to {self.blocks[-1]}),"
+            f" {owner} has {len(blocks)} ({', '.join(blocks[:1])} to {', '.join(blocks[-1:])}){first}: "
             "apply it to a checkpoint of the architecture it was made for"
         )
 
