@@ -16,6 +16,7 @@ import tinyfusion_core as tiny
 from browser import Browser
 from tinyfusion_core.reporting.measured import results
 from tinyfusion_core.reporting.report import write_report
+from tinyfusion_core.reporting.strip import strip_of
 from tinyfusion_core.runtime.run_folder import RunFolder
 from tinyfusion_images.pictures import Pictures
 
@@ -95,8 +96,27 @@ def test_the_table_has_ratios_and_says_what_cannot_be_had(folder: RunFolder) -> 
     assert rows[2] == ("latency ↓", ["12.5 ms", "6.25 ms"], "0.50x", "how")
 
 
+def test_confidences_are_below_what_was_chosen_together_and_lists_have_rows(folder: RunFolder) -> None:
+    groups = strip_of(tiny.Decision.load(folder / "decision.json"))[0].groups
+    assert [[b.index for b in blocks] for blocks, _ in groups] == [[i, i + 1] for i in range(0, 28, 2)]
+    assert groups[0][1] == "0.50" and groups[13][1] == "0.82"
+    assert groups[0][0][1].told == "blocks.1: removed, probability to be kept 0.00"
+    blocks = ("a.0", "a.1", "b.0", "b.1")
+    across = tiny.Decision(blocks=blocks, kept=(0, 3), method="x", choices=((0, 1, 2, 3),), confidences=(0.7,))
+    rows = strip_of(across)
+    assert [row.name for row in rows] == ["a", "b"]
+    assert [[([b.kept for b in blocks], told) for blocks, told in row.groups] for row in rows] == [
+        [([True, False], "")], [([False, True], "")],
+    ]  # fmt: skip
+
+
 @pytest.mark.slow
 def test_in_a_real_browser(folder: RunFolder, browser: Browser) -> None:
+    measured = json.loads((folder / "metrics.json").read_text())
+    for row in measured["measurements"]:  # as of a whole run
+        teacher, recovered = row["values"].values()
+        row["values"] = {"teacher": teacher, "pruned": recovered, "recovered": recovered}
+    (folder / "metrics.json").write_text(json.dumps(measured))
     page = write_report(folder, Pictures().show(folder)).as_uri()
     papers = set()
     for width in (1280, 768, 400):
@@ -108,9 +128,26 @@ def test_in_a_real_browser(folder: RunFolder, browser: Browser) -> None:
             assert browser("return document.documentElement.scrollWidth - innerWidth") <= 0, "wider than the window"
             table = "document.querySelector('.results')"
             assert browser(f"return {table}.scrollWidth - {table}.parentNode.clientWidth") <= 0, "a column is cut"
-            papers.add(browser("return getComputedStyle(document.body).backgroundColor"))
+            papers.add((scheme, paper(browser), ink(browser)))
             assert browser.complaints() == []
-    assert len(papers) == 2, "dark mode looks like the other"
+    assert len(papers) == 2
+    (_, light, dark_ink), (_, dark, light_ink) = sorted(papers, reverse=True)
+    assert min(light) > 200 > max(dark_ink) and max(dark) < 60 < 200 < min(light_ink)
+    browser.open(page, 768, "dark", media="print")
+    assert (paper(browser), ink(browser)) == ((255, 255, 255), dark_ink), "printed on white, whatever is preferred"
+
+
+def paper(browser: Browser) -> tuple[int, ...]:
+    return color(browser("return getComputedStyle(document.body).backgroundColor"))
+
+
+def ink(browser: Browser) -> tuple[int, ...]:
+    """The colour of the texts of a figure."""
+    return color(browser("return getComputedStyle(document.querySelector('svg text')).fill"))
+
+
+def color(text: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", text)))[:3]
 
 
 def test_a_race_is_drawn(folder: RunFolder) -> None:

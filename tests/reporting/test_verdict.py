@@ -87,7 +87,7 @@ def test_a_race_says_who_was_close_and_whose_choices_were_tried() -> None:
 
     close, content = said(first, first[:2])
     assert close == (
-        "Undecided: after 10 steps of recovery 1 other entrant is within 2 standard errors, "
+        "Undecided: after 10 steps of recovery, 1 other entrant is within 2 standard errors, "
         "the nearest 0.001 ± 0.001 behind; a longer race may tell them apart."
     )
     assert content == (
@@ -195,7 +195,7 @@ def test_rounds_are_named_and_the_last_network_counts() -> None:
 def test_block_lists_are_named_and_nothing_is_nothing() -> None:
     blocks = (*(f"encoder.{i}" for i in range(4)), *(f"decoder.{i}" for i in range(4)))
     chosen = tiny.Decision(blocks=blocks, kept=(0, 4, 5, 7), method="Search")
-    assert verdict({"": chosen}, [])["What went"] == "4 of 8 blocks: 1 to 3 in encoder, 6 in decoder."
+    assert verdict({"": chosen}, [])["What went"] == "4 of 8 blocks: encoder 1 to 3; decoder 6."
     assert verdict({"": decision(0, 1, of=2)}, [])["What went"] == "Nothing: all 2 blocks stay."
     assert verdict({}, MEASURED) == {}
     assert spans([0, 2, 4, 5, 6, 7, 9, 10]) == "0, 2, 4 to 7, 9 and 10"

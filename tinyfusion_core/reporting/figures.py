@@ -194,11 +194,8 @@ def _curves(axes: Axes, entries: Entries) -> None:
     axes.set_ylim(low - margin, high + margin)
     above = [value for value in drawn if value > high + margin]
     if above:
-        points = "1 point" if len(above) == 1 else f"{len(above)} points"
-        axes.text(
-            0.99, 0.97, f"↑ {points} above, up to {max(above):.3g}", transform=axes.transAxes, ha="right", va="top",
-            fontsize=8.5,
-        )  # fmt: skip
+        points = "1 point is" if len(above) == 1 else f"{len(above)} points are"
+        axes.set_xlabel(f"step ({points} above, up to {max(above):.3g})")
 
 
 def _judgements(axes: Axes, entries: Entries) -> list[float]:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 TEMPLATES = Environment(
     loader=PackageLoader("tinyfusion_core.reporting"),
@@ -34,9 +33,9 @@ class Picture:
     shown: str = ""
 
     @property
-    def svg(self) -> Markup | None:
+    def svg(self) -> str | None:
         """The elements of an SVG file, whose texts are escaped; None for a PNG file."""
-        return Markup(self.path.read_text(encoding="utf-8")) if self.path.suffix == ".svg" else None
+        return self.path.read_text(encoding="utf-8") if self.path.suffix == ".svg" else None
 
     @property
     def data(self) -> str:

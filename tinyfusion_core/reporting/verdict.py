@@ -90,7 +90,7 @@ def _lead(decision: Decision, entrants: Sequence[Mapping[str, Any]]) -> str:
         return f"Decided, as far as {steps} tell: the next entrant's loss is {gap}."
     tied = "1 other entrant is" if len(close) == 1 else f"{len(close)} other entrants are"
     return (
-        f"Undecided: after {steps} {tied} within {ERRORS:g} standard errors, the nearest {gap}; "
+        f"Undecided: after {steps}, {tied} within {ERRORS:g} standard errors, the nearest {gap}; "
         "a longer race may tell them apart."
     )
 
@@ -100,12 +100,12 @@ def _what_went(decisions: Mapping[str, Decision]) -> str:
     for name, decision in decisions.items():
         lists = block_lists(decision.blocks)
         gone = [
-            f"{spans([i for i in members if i in decision.removed])}{f' in {path}' if len(lists) > 1 else ''}"
+            f"{f'{path} ' if len(lists) > 1 else ''}{spans([i for i in members if i in decision.removed])}"
             for path, members in lists.items()
             if not set(members).isdisjoint(decision.removed)
         ]
         count, total = len(decision.removed), len(decision.blocks)
-        text = f"{count} of {total} blocks: {', '.join(gone)}." if count else f"Nothing: all {total} blocks stay."
+        text = f"{count} of {total} blocks: {'; '.join(gone)}." if count else f"Nothing: all {total} blocks stay."
         sentences.append(f"{name}: {text}" if name else text)
     return " ".join(sentences)
 
