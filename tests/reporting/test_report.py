@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -14,6 +15,8 @@ from safetensors.torch import save_file
 
 import tinyfusion_core as tiny
 from browser import Browser
+from places import TESTS
+from tinyfusion_core.pipeline.compare import write_comparison
 from tinyfusion_core.reporting.measured import results
 from tinyfusion_core.reporting.report import write_report
 from tinyfusion_core.reporting.strip import strip_of
@@ -135,6 +138,19 @@ def test_in_a_real_browser(folder: RunFolder, browser: Browser) -> None:
     assert min(light) > 200 > max(dark_ink) and max(dark) < 60 < 200 < min(light_ink)
     browser.open(page, 768, "dark", media="print")
     assert (paper(browser), ink(browser)) == ((255, 255, 255), dark_ink), "printed on white, whatever is preferred"
+
+
+@pytest.mark.slow
+def test_a_comparison_in_a_real_browser(browser: Browser, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(TESTS / "before_rooms" / "compare", tmp_path / "compare"))
+    page = write_comparison(folder).as_uri()
+    for width in (1280, 768, 400):
+        browser.open(page, width, "dark")
+        wide = "return [document.documentElement, ...document.querySelectorAll('.scroll')]"
+        assert browser(f"{wide}.map(e => e.scrollWidth - e.clientWidth)") == [0, 0], "something is cut"
+        named = browser("return getComputedStyle(document.querySelector('.plain td'), '::before').content")
+        assert named == ('"kept blocks"' if width == 400 else "none")
+        assert browser.complaints() == []
 
 
 def paper(browser: Browser) -> tuple[int, ...]:

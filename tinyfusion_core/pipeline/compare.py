@@ -123,8 +123,7 @@ def _where_choices_fall(
     if not choices:
         return []
     draw_choices([recovered for _, recovered in points], choices, results.learned, path)
-    caption = "One mark for each seed, searches in blue"
-    caption += "; below, their mean and standard deviation." if len(results.seeds) > 1 else "."
+    caption = "One mark for each seed, searches in blue; below several marks their mean and standard deviation."
     if points:
         caption += " The dotted line is the best of the random subsets."
     return [Figures("Where the choices fall", caption, [Picture(path)])]
