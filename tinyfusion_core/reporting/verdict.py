@@ -118,8 +118,8 @@ def _gains(measured: Sequence[Measured]) -> str:
         ratio = last_to_first(known[name]) if name in known else None
         if ratio is not None:
             parts.append(f"{ratio:.0%} of the {name}")
-    unknown = "" if speed else " Speed was not measured; add Latency to evaluate."
-    return f"{_listed(parts)}.{unknown}" if parts else unknown.strip()
+    unknown = "" if speed else "Speed was not measured; add Latency to evaluate."
+    return " ".join(filter(None, [f"{_listed(parts)}." if parts else "", unknown]))
 
 
 def _speed(measured: Sequence[Measured]) -> str:
