@@ -101,6 +101,7 @@ def draw_race(number: int, entries: Entries, path: Path) -> None:
         axes.set_yticks(range(len(shown)), [n if len(n) < 34 else f"{n[:32]}…" for n in names], parse_math=False)
         axes.tick_params(axis="y", labelsize=8)
         axes.invert_yaxis()
+        axes.xaxis.set_major_locator(MaxNLocator(5))
         left = f", best {len(shown)} of {len(entries)}" if len(shown) < len(entries) else ""
         axes.set(title=f"round {number}: {entries[0]['steps']} steps{left}", xlabel="loss behind the leader")
         save_figure(figure, path)
