@@ -13,7 +13,7 @@ from matplotlib.patches import FancyBboxPatch
 from safetensors.numpy import load_file
 
 from tinyfusion_core.pruning.decision import Decision
-from tinyfusion_core.reporting.figures import INK, KEPT, STYLE, save_figure
+from tinyfusion_core.reporting.drawing import INK, KEPT, STYLE, save_figure
 
 GONE = "#c9d2db"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import numpy as np
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -18,8 +19,8 @@ from tinyfusion_core.evaluation.generation import generate, training_conditions
 from tinyfusion_core.evaluation.metrics import Measurement, Metric, Models
 from tinyfusion_core.protocols.data import DataSource
 from tinyfusion_core.protocols.task import Task
+from tinyfusion_core.reporting.measured import results
 from tinyfusion_core.reporting.page import Figures, Picture
-from tinyfusion_core.reporting.report import results
 from tinyfusion_core.runtime.distributed import on_main_process
 from tinyfusion_core.runtime.files import read_weights, save_tensors, write_atomic
 from tinyfusion_core.runtime.run_folder import RunFolder
@@ -28,7 +29,9 @@ from tinyfusion_core.training.trainer import Trainer
 SAMPLES = "samples.safetensors"
 """File in the run folder with the images that the report shows."""
 NUM_SHOWN = 40
-"""Images of each network."""
+"""Images of each network, in the file."""
+NUM_IN_REPORT = 12
+"""Images of each network in the report, of labels as different as there are."""
 _MARK = {"Software": "tinyfusion"}
 """Text in the header of a grid, which tells it from pictures of the user's."""
 
@@ -135,28 +138,62 @@ class Pictures(Metric):
             return []
         images, grids = read_weights(folder / SAMPLES), []
         labels = images.pop("labels")
+        chosen = _spread_over(labels, NUM_IN_REPORT)
+        below = [str(label) for label in labels[chosen].tolist()] if labels.ndim == 1 else None
         for name in [n for n in results(folder)[0] if n in images]:
             path = folder / "figures" / f"samples_{name.replace(' ', '_')}.png"
-            draw_grid(by_label(images[name], labels), path, columns=8)
+            draw_grid(images[name][chosen], path, columns=4, below=below)
             grids.append(Picture(path, name))
-        return [Figures("Samples", "The same noise and label at the same place in every grid.", grids)]
+        caption = "The same noise and label at the same place in every grid."
+        if below:
+            caption += " The labels are below the images."
+        return [Figures("Samples", caption, grids, command="tinyfusion sample {run} --num 64")]
 
 
-def draw_grid(images: Tensor, path: Path, columns: int) -> None:
+def _spread_over(labels: Tensor, num: int) -> Tensor:
+    """Return the indices of at most `num` samples, of every label in turn; the first ones if labels are no numbers."""
+    if labels.ndim != 1:
+        return torch.arange(min(num, len(labels)))
+    order = labels.argsort(stable=True)
+    turn = torch.cat([torch.arange(count) for count in Counter(labels[order].tolist()).values()])
+    first = order[turn.argsort(stable=True)][:num]  # the first of every label, then the second
+    return first[labels[first].argsort(stable=True)]
+
+
+def draw_grid(images: Tensor, path: Path, columns: int, below: Sequence[str] | None = None) -> None:
     """Write images as one grid; small images are enlarged.
 
     Args:
         images: (n, channels, height, width) uint8 on the CPU; 1 or at least 3 channels.
         path: the PNG file.
         columns: images per row.
+        below: a text under each image.
     """
-    picture = Image.fromarray(_grid(images, columns))
-    factor = max(1, 960 // max(picture.size))
-    picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+    grid = Image.fromarray(_grid(images, columns))
+    factor = max(1, 960 // max(grid.size))
+    picture = grid.resize((grid.width * factor, grid.height * factor), Image.Resampling.NEAREST)
+    if below is not None:
+        height, width = (factor * (side + 1) for side in images.shape[2:])
+        picture = _with_texts(picture, below, columns, (width, height))
     mark = PngImagePlugin.PngInfo()
     for key, value in _MARK.items():
         mark.add_text(key, value)
     write_atomic(path, lambda file: picture.save(file, format="png", pnginfo=mark))
+
+
+def _with_texts(grid: Image.Image, texts: Sequence[str], columns: int, cell: tuple[int, int]) -> Image.Image:
+    """A grid whose rows are moved apart, with a text under each image; a cell is (width, height) with its gap."""
+    (width, height), rows = cell, -(-len(texts) // columns)
+    size = max(12, width // 6)
+    room = size * 5 // 4
+    picture = Image.new(grid.mode, (grid.width, rows * (height + room)))
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(size)
+    for row in range(rows):
+        top = row * (height + room)
+        picture.paste(grid.crop((0, row * height, grid.width, (row + 1) * height)), (0, top))
+        for column, text in enumerate(texts[row * columns : (row + 1) * columns]):
+            pen.text((column * width + width // 2, top + height), text, "white", font, anchor="mt")
+    return picture
 
 
 def is_grid(path: Path) -> bool:

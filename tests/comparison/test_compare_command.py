@@ -55,8 +55,8 @@ def test_one_command_makes_table_page_and_figures(
     assert f"report: {folder / 'report.html'}" in out
     names = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.parent.name != "cells"}
     assert names == {
-        ".lock", "findings.json", "recipe.yaml", "report.html", "table.csv", "trials.csv", "figures/kept.png",
-        "figures/scatter.png",
+        ".lock", "findings.json", "recipe.yaml", "report.html", "table.csv", "trials.csv", "figures/kept.svg",
+        "figures/scatter.svg", "figures/choices.svg",
     }  # fmt: skip
     found = ComparisonResults.load(folder / "findings.json")
     assert all("Fréchet distance" in e.metrics for e in found.entries)
@@ -70,8 +70,9 @@ def test_one_command_makes_table_page_and_figures(
     with (folder / "trials.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 2 * 2 + 2
     page = re.sub(r">\s+<", "><", (folder / "report.html").read_text())
-    assert not re.search(r"(src|href)=['\"](?!data:)", page)
-    assert page.count("data:image/png;base64,") == 2
+    assert not re.search(r"(src|href)=['\"](?!data:|#)", page)
+    assert page.count("<svg") == 3
+    assert "small-compare: 8 → 4 blocks: 2 ways to choose beside 2 random subsets" in page
     assert "&lt;first&gt;" in page and "<first>" not in page
     assert shlex.join(["tinyfusion", "compare", str(comparing)]) in page
     # Nothing is left to do; the sampling decides the distance alone, and an audit shares the decisions.

@@ -52,7 +52,7 @@ def test_an_audit_ranks_the_working_blocks_first(tmp_path: Path) -> None:
     page = write_comparison(tmp_path).read_text()
     assert "rank of 24" in page
     assert "share of 24 random subsets of 70" in page
-    assert {p.name for p in (tmp_path / "figures").iterdir()} == {"distribution.png", "scatter.png", "kept.png"}
+    assert {p.name for p in (tmp_path / "figures").iterdir()} == {"choices.svg", "scatter.svg", "kept.svg"}
 
 
 def test_no_more_subsets_than_there_are(tmp_path: Path) -> None:

@@ -85,6 +85,6 @@ def test_a_run_prunes_to_a_quality_and_draws_it(recipe: Path, tmp_path: Path) ->
     assert run(recipe, folder, how, "--recover={steps: 4, ema: 0}") == 0
     decision = tiny.Decision.load(folder / "decision.json")
     assert len(decision.kept) == 1
-    assert (folder / "figures" / "quality.png").exists()
+    assert (folder / "figures" / "quality.svg").exists()
     page = write_report(tiny.RunFolder(folder)).read_text()
     assert "Depth against quality" in page and "The fewest blocks within the loss: 1" in page

@@ -57,7 +57,8 @@ def test_a_run_leaves_everything_that_it_made(recipe: Path, tmp_path: Path, caps
     assert names == {
         ".lock", "recipe.yaml", "run.json", "stages.json", "metrics.jsonl", "metrics.json", "decision.json",
         "student/model.safetensors", "student/config.json", "student/decision.json", "student/README.md",
-        "samples.safetensors", "report.html", "figures/blocks.png", "figures/dynamics.png", "figures/losses.png",
+        "samples.safetensors", "report.html", "figures/dynamics.svg", "figures/marginals.svg",
+        "figures/loss_search.svg", "figures/loss_recover.svg",
         "figures/samples_teacher.png", "figures/samples_pruned.png", "figures/samples_recovered.png",
     }  # fmt: skip
     decision = tiny.Decision.load(folder / "decision.json")

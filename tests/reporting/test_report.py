@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -13,7 +14,12 @@ import yaml
 from safetensors.torch import save_file
 
 import tinyfusion_core as tiny
-from tinyfusion_core.reporting.report import results, write_report
+from browser import Browser
+from places import TESTS
+from tinyfusion_core.pipeline.compare import write_comparison
+from tinyfusion_core.reporting.measured import results
+from tinyfusion_core.reporting.report import write_report
+from tinyfusion_core.reporting.strip import strip_of
 from tinyfusion_core.runtime.run_folder import RunFolder
 from tinyfusion_images.pictures import Pictures
 
@@ -68,17 +74,21 @@ def folder(tmp_path: Path) -> RunFolder:
 
 def test_the_page_is_self_contained_and_says_what_was_found(folder: RunFolder) -> None:
     page = write_report(folder, Pictures().show(folder)).read_text()
-    assert not re.search(r"(src|href)=['\"](?!data:)", page)
-    assert page.count("data:image/png;base64,") == 5
+    assert not re.search(r"(src|href)=['\"](?!data:|#)", page)
+    assert page.count("<svg") == 4
+    assert page.count("<img") == 2
     assert "28 → 14 blocks" in page
     assert "deep&lt;run&gt;" in page
     assert "why &lt;not&gt;" in page
     assert "<script>" not in page
-    assert "latency 0.50x" in page
-    assert "confidence 0.50" in page
+    assert "2.00 times as fast (latency 12.5 ms → 6.25 ms)." in page
+    assert (
+        "0.50 in the least sure of 14 choices, that among blocks 0 and 1: undecided; try more steps or a race." in page
+    )
+    assert page.count('class="choice sure"') == 14
     assert "1 h 1 min in all" in page
-    for name in ("blocks", "dynamics", "losses", "samples_teacher", "samples_recovered"):
-        assert (folder / "figures" / f"{name}.png").stat().st_size > 1000
+    for name in ("dynamics.svg", "marginals.svg", "loss_search.svg", "loss_recover.svg", "samples_teacher.png"):
+        assert (folder / "figures" / name).stat().st_size > 1000
 
 
 def test_the_table_has_ratios_and_says_what_cannot_be_had(folder: RunFolder) -> None:
@@ -89,36 +99,71 @@ def test_the_table_has_ratios_and_says_what_cannot_be_had(folder: RunFolder) -> 
     assert rows[2] == ("latency ↓", ["12.5 ms", "6.25 ms"], "0.50x", "how")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("width", [1280, 390])
-def test_in_a_real_browser(folder: RunFolder, width: int, tmp_path: Path) -> None:
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
+def test_confidences_are_below_what_was_chosen_together_and_lists_have_rows(folder: RunFolder) -> None:
+    groups = strip_of(tiny.Decision.load(folder / "decision.json"))[0].groups
+    assert [[b.index for b in blocks] for blocks, _ in groups] == [[i, i + 1] for i in range(0, 28, 2)]
+    assert groups[0][1] == "0.50" and groups[13][1] == "0.82"
+    assert groups[0][0][1].told == "blocks.1: removed, probability to be kept 0.00"
+    blocks = ("a.0", "a.1", "b.0", "b.1")
+    across = tiny.Decision(blocks=blocks, kept=(0, 3), method="x", choices=((0, 1, 2, 3),), confidences=(0.7,))
+    rows = strip_of(across)
+    assert [row.name for row in rows] == ["a", "b"]
+    assert [[([b.kept for b in blocks], told) for blocks, told in row.groups] for row in rows] == [
+        [([True, False], "")], [([False, True], "")],
+    ]  # fmt: skip
 
-    browser, driver_path = shutil.which("chromium"), shutil.which("chromedriver")
-    assert browser, "install Chromium and its driver (Debian: apt-get install chromium chromium-driver)"
-    assert driver_path, "install Chromium's driver (Debian: apt-get install chromium-driver)"
-    options = webdriver.ChromeOptions()
-    options.binary_location = browser
-    for flag in (
-        "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-        "--disable-component-update", "--disable-sync", "--disable-quic", f"--user-data-dir={tmp_path / 'profile'}",
-    ):  # fmt: skip
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(driver_path))
-    try:
-        driver.set_window_size(width, 1200)
-        driver.get(write_report(folder, Pictures().show(folder)).as_uri())
-        sizes = driver.execute_script("return [...document.images].map(i => [i.naturalWidth, i.clientWidth])")
-        overflow = driver.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
-        errors = [entry for entry in driver.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
-    finally:
-        driver.quit()
-    assert len(sizes) == 5
-    assert all(natural > 0 and shown > 0 for natural, shown in sizes), "an image is missing"
-    assert errors == []
-    assert overflow <= 0, "the page is wider than the window"
+
+@pytest.mark.slow
+def test_in_a_real_browser(folder: RunFolder, browser: Browser) -> None:
+    measured = json.loads((folder / "metrics.json").read_text())
+    for row in measured["measurements"]:  # as of a whole run
+        teacher, recovered = row["values"].values()
+        row["values"] = {"teacher": teacher, "pruned": recovered, "recovered": recovered}
+    (folder / "metrics.json").write_text(json.dumps(measured))
+    page = write_report(folder, Pictures().show(folder)).as_uri()
+    papers = set()
+    for width in (1280, 768, 400):
+        for scheme in ("light", "dark"):
+            browser.open(page, width, scheme)
+            assert browser("return [...document.images].every(i => i.naturalWidth > 0 && i.clientWidth > 0)")
+            sizes = browser("return [...document.querySelectorAll('svg')].map(s => [s.clientWidth, s.clientHeight])")
+            assert len(sizes) == 4 and all(across > 300 and up > 100 for across, up in sizes), "a figure is small"
+            assert browser("return document.documentElement.scrollWidth - innerWidth") <= 0, "wider than the window"
+            table = "document.querySelector('.results')"
+            assert browser(f"return {table}.scrollWidth - {table}.parentNode.clientWidth") <= 0, "a column is cut"
+            papers.add((scheme, paper(browser), ink(browser)))
+            assert browser.complaints() == []
+    assert len(papers) == 2
+    (_, light, dark_ink), (_, dark, light_ink) = sorted(papers, reverse=True)
+    assert min(light) > 200 > max(dark_ink) and max(dark) < 60 < 200 < min(light_ink)
+    browser.open(page, 768, "dark", media="print")
+    assert (paper(browser), ink(browser)) == ((255, 255, 255), dark_ink), "printed on white, whatever is preferred"
+
+
+@pytest.mark.slow
+def test_a_comparison_in_a_real_browser(browser: Browser, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(TESTS / "before_rooms" / "compare", tmp_path / "compare"))
+    page = write_comparison(folder).as_uri()
+    for width in (1280, 768, 400):
+        browser.open(page, width, "dark")
+        wide = "return [document.documentElement, ...document.querySelectorAll('.scroll')]"
+        assert browser(f"{wide}.map(e => e.scrollWidth - e.clientWidth)") == [0, 0], "something is cut"
+        named = browser("return getComputedStyle(document.querySelector('.plain td'), '::before').content")
+        assert named == ('"kept blocks"' if width == 400 else "none")
+        assert browser.complaints() == []
+
+
+def paper(browser: Browser) -> tuple[int, ...]:
+    return color(browser("return getComputedStyle(document.body).backgroundColor"))
+
+
+def ink(browser: Browser) -> tuple[int, ...]:
+    """The colour of the texts of a figure."""
+    return color(browser("return getComputedStyle(document.querySelector('svg text')).fill"))
+
+
+def color(text: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", text)))[:3]
 
 
 def test_a_race_is_drawn(folder: RunFolder) -> None:
@@ -140,4 +185,8 @@ def test_a_race_is_drawn(folder: RunFolder) -> None:
     (folder / "decision.json").write_text(json.dumps(decision))
     page = write_report(folder).read_text()
     assert "The race" in page
-    assert (folder / "figures" / "race.png").read_bytes().startswith(b"\x89PNG")
+    drawn = ElementTree.parse(folder / "figures" / "race_1.svg").getroot()
+    told = [title.text for title in drawn.iter("{http://www.w3.org/2000/svg}title")]
+    assert told == ["keeps 0 1: 0 ± 0 behind", "keeps 0 2: 0.1 ± 0.02 behind"]
+    assert "round 1: 8 steps, best 2 of 3" in "".join(drawn.itertext())
+    assert (folder / "figures" / "race_2.svg").exists()

@@ -14,12 +14,13 @@ from ..evaluation.metrics import HeldOutLoss
 from ..protocols.task import Task
 from ..pruning.decision import Decision
 from ..pruning.prune import decision_of, load_pretrained, origin, prune
+from ..reporting.report import BUDGETS, write_report
 from ..runtime.distributed import on_main_process
 from ..runtime.files import write_json
 from ..runtime.run_folder import RunFolder
 from ..selection.given import Nested, nested_scores
 from .recipe import Recipe, load_recipe
-from .run import make_task
+from .run import make_task, sections_of_metrics
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ class Row:
 def budgets_of(folder: RunFolder, keep: Sequence[int] = (), recover_steps: int = 0) -> list[Row]:
     """Prune a run's teacher to several budgets, by the marginals of its search; see `Nested`.
 
-    Rows are written to `budgets.json` of the run folder as they become known. Recovery trains a student for every
-    budget, without checkpoints.
+    Rows are written to `budgets.json` of the run folder as they become known, and in the end drawn in the report of a
+    finished run. Recovery trains a student for every budget, without checkpoints.
 
     Args:
         folder: a run whose search has finished.
@@ -75,6 +76,8 @@ def budgets_of(folder: RunFolder, keep: Sequence[int] = (), recover_steps: int =
             row = replace(row, recovered=_recovered(task, student, decision, recipe, recover_steps, held_out))
         rows.append(row)
         _save(folder, rows, recover_steps)
+    if (folder / "metrics.json").exists():
+        on_main_process(lambda: write_report(folder, sections_of_metrics(recipe, folder)))
     return rows
 
 
@@ -85,7 +88,7 @@ def _trained(recipe: Recipe, teacher: Path) -> Task:
 
 def _save(folder: RunFolder, rows: Sequence[Row], recover_steps: int) -> None:
     record = {"format_version": 1, "recover_steps": recover_steps, "rows": [asdict(row) for row in rows]}
-    on_main_process(lambda: write_json(folder / "budgets.json", record))
+    on_main_process(lambda: write_json(folder / BUDGETS, record))
 
 
 def _recovered(

@@ -8,11 +8,12 @@ from typing import Literal
 
 import rich.table
 
-from ..comparison.figures import draw_distribution, draw_kept, draw_scatter
+from ..comparison.figures import draw_choices, draw_kept, draw_scatter
 from ..comparison.results import ComparisonResults
 from ..comparison.statistics import Summary, guides, reference, summaries
 from ..comparison.study import Audit, Compare, Comparison
 from ..comparison.tables import table_csv, tables, trials_csv
+from ..comparison.verdict import comparison_title, comparison_verdict
 from ..errors import UserError
 from ..evaluation.evaluate import check_teacher
 from ..parsing.records import read_text
@@ -72,11 +73,12 @@ def write_comparison(run_dir: Path | str, command: str = "") -> Path:
     recipe = folder / "recipe.yaml"
     page = render_page(
         "comparison.html.j2",
-        title=folder.resolve().name,
+        title=f"{folder.resolve().name}: {comparison_title(results)}",
         figures=_draw(results, folder / "figures"),
         command=command,
         recipe=read_text(recipe) if recipe.exists() else "",
         brand=f"tinyfusion {results.view}",
+        verdict=comparison_verdict(results),
         tables=tables(results),
         learned=results.learned,
     )
@@ -104,29 +106,40 @@ def print_tables(results: ComparisonResults) -> None:
 
 def _draw(results: ComparisonResults, figures: Path) -> list[Figures]:
     """Draw the figures for which there are results."""
-    candidates, points, drawn = [s for s in summaries(results) if s.kept], _points(results), []
-    if results.view == "audit" and points:
-        drawn.append(_where_choices_fall(results, candidates, points, figures / "distribution.png"))
-    losses = {s.name: (s.calibration.mean, s.recovered.mean) for s in candidates}
-    marks = {name: (x, y) for name, (x, y) in losses.items() if x is not None and y is not None}
-    if points or marks:
-        draw_scatter(points, marks, results.learned, figures / "scatter.png")
-        title, caption = "Is the loss right after pruning a guide?", _scatter_caption(results)
-        drawn.append(Figures(title, caption, [Picture(figures / "scatter.png")]))
-    return [*drawn, _which_blocks_stay(candidates, len(results.blocks), figures / "kept.png")]
+    candidates, points = [s for s in summaries(results) if s.kept], _points(results)
+    return [
+        *_where_choices_fall(results, candidates, points, figures / "choices.svg"),
+        *_whether_a_guide(results, candidates, points, figures / "scatter.svg"),
+        _which_blocks_stay(candidates, len(results.blocks), figures / "kept.svg"),
+    ]
 
 
 def _where_choices_fall(
     results: ComparisonResults, candidates: Sequence[Summary], points: Sequence[tuple[float, float]], path: Path
-) -> Figures:
-    choices = {
-        s.name: [e.recovered for e in results.entries if e.method == s.name and e.recovered is not None]
-        for s in candidates
-        if s.recovered.mean is not None
-    }
-    draw_distribution([recovered for _, recovered in points], choices, results.learned, path)
-    caption = "Below: one mark for each seed, searches in blue. The dotted line is the best of the random subsets."
-    return Figures("Where the choices fall", caption, [Picture(path)])
+) -> list[Figures]:
+    losses = {s.name: [e.recovered for e in results.entries if e.method == s.name] for s in candidates}
+    finite = {name: [loss for loss in some if loss is not None] for name, some in losses.items()}
+    choices = {name: some for name, some in finite.items() if some}
+    if not choices:
+        return []
+    draw_choices([recovered for _, recovered in points], choices, results.learned, path)
+    caption = "One mark for each seed, searches in blue; below several marks their mean and standard deviation."
+    if points:
+        caption += " The dotted line is the best of the random subsets."
+    return [Figures("Where the choices fall", caption, [Picture(path)])]
+
+
+def _whether_a_guide(
+    results: ComparisonResults, candidates: Sequence[Summary], points: Sequence[tuple[float, float]], path: Path
+) -> list[Figures]:
+    losses = {s.name: (s.calibration, s.recovered) for s in candidates}
+    marks = {name: both for name, both in losses.items() if all(value.mean is not None for value in both)}
+    if not marks and not points:
+        return []
+    draw_scatter(points, marks, results.learned, path)
+    numbers = "; ".join(f"{number} {name}" for number, name in enumerate(marks, start=1))
+    caption = f"{_scatter_caption(results)} {numbers}"
+    return [Figures("Is the loss right after pruning a guide?", caption, [Picture(path)])]
 
 
 def _which_blocks_stay(candidates: Sequence[Summary], num_blocks: int, path: Path) -> Figures:
@@ -134,7 +147,7 @@ def _which_blocks_stay(candidates: Sequence[Summary], num_blocks: int, path: Pat
         s.name: [sum(i in kept for kept in s.kept) / len(s.kept) for i in range(num_blocks)] for s in candidates
     }
     draw_kept(fractions, path)
-    caption = "Dark: kept with every seed; pale: with none. Best recovered on top."
+    caption = "Full: kept with every seed; faint: with none. Best recovered on top."
     return Figures("Which blocks stay", caption, [Picture(path)])
 
 
@@ -149,6 +162,8 @@ def _points(results: ComparisonResults) -> list[tuple[float, float]]:
 
 def _scatter_caption(results: ComparisonResults) -> str:
     caption = "Candidates are means over the seeds, searches in blue."
+    if len(results.seeds) > 1:
+        caption = "Candidates are means over the seeds, with standard deviations, searches in blue."
     rho = guides(results)["calibration loss"] if results.masks else None
     if rho is not None and rho.mean is not None:
         num = len(reference(results, results.seeds[0]))

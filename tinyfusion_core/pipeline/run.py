@@ -76,7 +76,7 @@ def run_recipe(
         run = _Run(recipe, task, folder)
         for stage in recipe.stages():
             run.do(stage)
-        on_main_process(lambda: write_report(folder, _exhibits(recipe, folder)))
+        on_main_process(lambda: write_report(folder, sections_of_metrics(recipe, folder)))
     return folder / "report.html"
 
 
@@ -145,8 +145,8 @@ def _trainings(stage: Stage) -> Sequence[Search | Recover]:
     return [stage.settings] if isinstance(stage.settings, Recover) else []
 
 
-def _exhibits(recipe: Recipe, folder: RunFolder) -> list[Figures]:
-    """The sections of the report that the metrics draw."""
+def sections_of_metrics(recipe: Recipe, folder: RunFolder) -> list[Figures]:
+    """Return the sections of the report that the metrics draw."""
     return [section for metric in with_standing(recipe.evaluate) for section in metric.show(folder)]
 
 

@@ -7,107 +7,103 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
-from ..pruning.decision import Decision
-from ..runtime.files import write_atomic
+from ..protocols.backbone import block_lists
+from .drawing import GREY, INK, KEPT, RED, SHADES, STYLE, WIDTH, hover, legend_above, save_figure
 
-KEPT, INK = "#1b6ca8", "#23303d"
-STYLE: Any = {
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#9aa5b1",
-    "axes.labelcolor": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "axes.titlecolor": INK,
-    "axes.titlesize": 10.5,
-    "figure.dpi": 150,
-}
 Entries = Sequence[Mapping[str, Any]]
+FEW = 10
+"""Logged steps of a loss from which on a running mean is drawn."""
 
 
-def draw_strip(decision: Decision, path: Path) -> None:
-    """Draw the teacher's blocks in a row, kept and removed, with the confidence of each group's choice."""
-    count = len(decision.blocks)
-    choices = decision.choices or ([tuple(range(count))] if decision.confidences else [])  # all are one choice
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(max(6.0, 0.42 * count), 1.3))
-        for i in range(count):
-            kept = i in decision.kept
-            face, edge, line = (KEPT, KEPT, "-") if kept else ("white", "#9aa5b1", "--")
-            axes.add_patch(Rectangle((i + 0.06, 0), 0.88, 1, facecolor=face, edgecolor=edge, linestyle=line))
-            axes.text(
-                i + 0.5, 0.5, str(i), ha="center", va="center", color="white" if kept else "#7b8794", weight="bold"
-            )
-        for blocks in choices:
-            left, right = blocks[0] + 0.06, blocks[-1] + 0.94
-            axes.plot([left, left, right, right], [1.12, 1.22, 1.22, 1.12], color=INK, linewidth=1)
-        for blocks, confidence in zip(choices, decision.confidences, strict=False):  # a criterion has none
-            middle = (blocks[0] + blocks[-1] + 1) / 2
-            axes.text(middle, 1.32, f"{confidence:.2f}", ha="center", va="bottom", color=INK, size=9)
-        axes.set(xlim=(0, count), ylim=(-0.1, 1.75 if choices else 1.1), aspect="auto")
-        axes.axis("off")
-        save_figure(figure, path)
+def decided(entries: Entries, num_blocks: int) -> Entries:
+    """Return those logged lines of a search that have a decision about so many blocks."""
+    return [e for e in entries if len(e.get("marginals", ())) == num_blocks and {"confidence", "decision"} <= e.keys()]
 
 
-def draw_dynamics(entries: Entries, num_blocks: int, path: Path) -> None:
-    """Plot the decision over the search: kept blocks, and every block's probability of being kept."""
-    entries = [
-        e for e in entries if len(e.get("marginals", ())) == num_blocks and {"confidence", "decision"} <= e.keys()
-    ]
+def draw_dynamics(entries: Entries, blocks: Sequence[str], decided: Path, marginals: Path) -> None:
+    """Plot the decision over the search: kept blocks, and every block's probability of being kept.
+
+    Args:
+        entries: the logged lines of the search that `decided` returns.
+        blocks: paths of the blocks.
+        decided: the file of the kept blocks.
+        marginals: the file of the probabilities.
+    """
     steps = [e["step"] for e in entries]
     with plt.rc_context(STYLE):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(10, 0.9 + 0.17 * max(14, num_blocks)), layout="constrained")
-        opacity = np.clip([e["confidence"] for e in entries], 0.08, 1)
+        size = (WIDTH, 1.1 + 0.17 * max(14, len(blocks)))
+        figure, axes = plt.subplots(figsize=size, layout="constrained")
+        opacity = np.clip([e["confidence"] for e in entries], 0.2, 1)
         counts = [len(e["decision"]) for e in entries]  # under a budget of cost, not always the same
         kept = [block for e in entries for block in e["decision"]]
         x, alpha = np.repeat(steps, counts), np.repeat(opacity, counts)
-        left.scatter(x, kept, s=26, marker="s", color=KEPT, alpha=alpha, linewidths=0)
-        left.set(title="kept blocks (opacity: confidence)", xlabel="search step", ylabel="block")
-        left.set(ylim=(-0.6, num_blocks - 0.4), yticks=range(0, num_blocks, 1 if num_blocks <= 16 else 2))
-        marginals = np.array([e["marginals"] for e in entries]).T
-        image = right.pcolormesh(
-            steps, np.arange(num_blocks), marginals, cmap="Blues", vmin=0, vmax=1, shading="nearest"
+        axes.scatter(x, kept, s=30, marker="s", color=KEPT, alpha=alpha, linewidths=0, rasterized=True)  # type: ignore[arg-type]
+        axes.set(title="kept blocks", xlabel="search step")
+        _blocks_upwards(axes, blocks)
+        save_figure(figure, decided)
+        figure, axes = plt.subplots(figsize=size, layout="constrained")
+        values = np.array([e["marginals"] for e in entries]).T
+        image = axes.pcolormesh(
+            steps, range(len(blocks)), values, cmap=SHADES, vmin=0, vmax=1, shading="nearest", rasterized=True
         )
-        right.set(title="probability that a block is kept", xlabel="search step", ylabel="block")
-        right.set(yticks=range(0, num_blocks, 1 if num_blocks <= 16 else 2))
-        figure.colorbar(image, ax=right)
-        save_figure(figure, path)
+        axes.set(title="probability that a block is kept", xlabel="search step")
+        _blocks_upwards(axes, blocks)
+        figure.colorbar(image, ax=axes, ticks=[0, 0.5, 1], pad=0.02).outline.set_visible(False)
+        save_figure(figure, marginals)
 
 
-def draw_race(rounds: Sequence[Entries], path: Path) -> None:
-    """Plot how far the entrants of each round of a race are behind its leader, and how sure that is.
+def _blocks_upwards(axes: Axes, blocks: Sequence[str]) -> None:
+    """Blocks upwards, steps to the right; several block lists are told apart by lines, with their names beside them."""
+    every = 1 if len(blocks) <= 16 else 2 if len(blocks) <= 40 else 5
+    axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+    axes.set(ylabel="block", ylim=(-0.6, len(blocks) - 0.4), yticks=range(0, len(blocks), every))
+    lists = block_lists(blocks)
+    for name, members in lists.items() if len(lists) > 1 else ():
+        if members[0]:
+            axes.axhline(members[0] - 0.5, color=INK, linewidth=0.8, linestyle=":")
+        axes.annotate(
+            name,
+            (1, (members[0] + members[-1]) / 2),
+            xycoords=("axes fraction", "data"),
+            xytext=(3, 0),
+            textcoords="offset points",
+            rotation=-90,
+            va="center",
+            fontsize=8,
+            parse_math=False,
+        )
+
+
+def draw_race(number: int, entries: Entries, path: Path) -> None:
+    """Plot how far the entrants of a round of a race are behind its leader, and how sure that is.
 
     Args:
-        rounds: the entrants of every round as `provenance.race` has them, best first; the first 12 are shown.
+        number: of the round, from 1.
+        entries: its entrants as `provenance.race` has them, best first; the first 12 are shown.
         path: the file to write.
     """
-    shown = [[e for e in entries if e["behind"] is not None][:12] for entries in rounds]
+    finite = [e for e in entries if e["behind"] is not None]
+    shown = finite[:12]
     with plt.rc_context(STYLE):
-        height = 1.1 + 0.24 * max(map(len, shown))
-        figure, panels = plt.subplots(
-            1, len(shown), figsize=(4.6 * len(shown), height), layout="constrained", squeeze=False
-        )
-        for number, (axes, entries) in enumerate(zip(panels[0], shown, strict=True), start=1):
-            places = range(len(entries))
-            behind, errors = ([e[key] for e in entries] for key in ("behind", "standard_error"))
-            axes.errorbar(behind, places, xerr=errors, fmt="o", color=KEPT, ecolor="#9aa5b1", markersize=4)
-            axes.set(yticks=places, yticklabels=[", ".join(dict.fromkeys(e["of"])) for e in entries])
-            axes.tick_params(axis="y", labelsize=8)
-            axes.invert_yaxis()
-            axes.set(title=f"round {number}: {entries[0]['steps']} steps", xlabel="loss behind the leader")
+        figure, axes = plt.subplots(figsize=(WIDTH, 1.2 + 0.24 * len(shown)), layout="constrained")
+        for place, entry in enumerate(shown):
+            behind, error = entry["behind"], entry["standard_error"]
+            axes.errorbar(behind, place, xerr=error, color=GREY, linewidth=1.5)
+            (dot,) = axes.plot(behind, place, "o", color=KEPT, markersize=5)
+            kept = " ".join(map(str, entry["kept"]))
+            hover(dot, f"keeps {kept}: {behind:.4g} ± {error:.2g} behind")
+        names = [", ".join(dict.fromkeys(e["of"])) for e in shown]
+        axes.set_yticks(range(len(shown)), [n if len(n) < 34 else f"{n[:32]}…" for n in names], parse_math=False)
+        axes.tick_params(axis="y", labelsize=8)
+        axes.invert_yaxis()
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        left = f", best {len(shown)} of {len(entries)}" if len(shown) < len(entries) else ""
+        axes.set(title=f"round {number}: {entries[0]['steps']} steps{left}", xlabel="loss behind the leader")
         save_figure(figure, path)
 
 
@@ -120,56 +116,87 @@ def draw_quality(depths: Entries, recovered: tuple[int, float] | None, path: Pat
             was not measured.
         path: the file to write.
     """
-    kept, teacher, grey = [len(e["kept"]) for e in depths], depths[0]["teacher"], "#9aa5b1"
+    kept, teacher = [len(e["kept"]) for e in depths], depths[0]["teacher"]
     short = [(len(e["kept"]), loss) for e in depths for loss in e["measured"].values() if loss < math.inf]
     predicted = np.array([e["predicted"] for e in depths])
     around = np.abs(np.array([e["interval"] for e in depths]).T - predicted)
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(5.5, 3.2), layout="constrained")
-        axes.plot(*np.array(short).T, ".", color=grey, label="measured after short recoveries")
+        figure, axes = plt.subplots(figsize=(WIDTH, 3.8), layout="constrained")
+        axes.plot(*np.array(short).T, ".", color=GREY, label="measured after short recoveries")
         axes.errorbar(kept, predicted, yerr=around, fmt="o-", color=KEPT, label="predicted, with a 90 % interval")
-        axes.axhline(depths[0]["limit"], color=grey, linestyle="--", linewidth=1, label="allowed")
-        axes.axhline(teacher, color=grey, linestyle=":", linewidth=1, label="teacher")
+        axes.axhline(depths[0]["limit"], color=GREY, linestyle="--", linewidth=1, label="allowed")
+        axes.axhline(teacher, color=GREY, linestyle=":", linewidth=1, label="teacher")
         if recovered:
             label = "recovered, as held-out samples say"
-            axes.plot(recovered[0], recovered[1] * teacher, "*", color="#c0392b", markersize=11, label=label)
+            axes.plot(recovered[0], recovered[1] * teacher, "*", color=RED, markersize=11, label=label)
         axes.set(xlabel="blocks kept", ylabel="loss", xticks=kept)
-        axes.legend(frameon=False, fontsize=8)
+        legend_above(axes)
         save_figure(figure, path)
 
 
-def draw_losses(stages: Mapping[str, Entries], path: Path) -> None:
-    """Plot one loss curve for each stage that trained."""
+def draw_budgets(rows: Entries, teacher: float | None, path: Path) -> None:
+    """Plot the held-out losses of several depths.
+
+    Args:
+        rows: what was measured at each depth, as `budgets.json` has it.
+        teacher: the teacher's held-out loss.
+        path: the file to write.
+    """
+    looks = {"pruned": (GREY, "right after pruning"), "recovered": (KEPT, "recovered")}
     with plt.rc_context(STYLE):
-        figure, panels = plt.subplots(
-            1, len(stages), figsize=(5 * len(stages), 2.9), layout="constrained", squeeze=False
-        )
-        for axes, (stage, entries) in zip(panels[0], stages.items(), strict=True):
-            _curves(axes, [e for e in entries if e.get("loss") is not None])
-            axes.set(title=f"training loss: {stage}", xlabel="step")
+        figure, axes = plt.subplots(figsize=(WIDTH, 3.8), layout="constrained")
+        for key, (color, label) in looks.items():
+            points = sorted((len(row["kept"]), row[key]) for row in rows if row[key] is not None)
+            for position, (kept, loss) in enumerate(points):
+                (dot,) = axes.plot(kept, loss, "o", color=color, markersize=6, label="" if position else label)
+                hover(dot, f"{kept} blocks, {label}: {loss:.4g}")
+            axes.plot(*np.array(points).reshape(-1, 2).T, color=color, linewidth=1.2, zorder=1)
+        if teacher is not None:
+            axes.axhline(teacher, color=GREY, linestyle=":", linewidth=1, label="teacher")
+        axes.set(xlabel="blocks kept", ylabel="held-out loss", xticks=sorted({len(row["kept"]) for row in rows}))
+        legend_above(axes, columns=3)
+        save_figure(figure, path)
+
+
+def draw_loss(stage: str, entries: Entries, path: Path) -> None:
+    """Plot the loss of a stage that trained: what was logged, and a running mean if that is much.
+
+    For distillation also the training loss alone, and what judged it on the way.
+    """
+    entries = [e for e in entries if e.get("loss") is not None]
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(WIDTH, 3.2), layout="constrained")
+        axes.set(title=f"training loss: {stage}", xlabel="step")
+        axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+        if entries:
+            _curves(axes, entries)
+            legend_above(axes)
         save_figure(figure, path)
 
 
 def _curves(axes: Axes, entries: Entries) -> None:
-    """The logged means, with a running mean if there are many; for distillation also the training loss alone."""
-    if not entries:
-        return
     steps, losses = [e["step"] for e in entries], [e["loss"] for e in entries]
-    axes.plot(steps, losses, color=KEPT, alpha=0.35, linewidth=1)
-    width = max(1, len(losses) // 20)
-    if width > 1:
+    many = len(losses) >= FEW
+    alpha, thick = (0.4, 1.0) if many else (1.0, 1.8)
+    label = "loss, mean between logged steps"
+    axes.plot(steps, losses, color=KEPT, alpha=alpha, linewidth=thick, label=label)
+    if many:
+        width = max(3, len(losses) // 20)
         smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
-        axes.plot(steps[width - 1 :], smooth, color=KEPT, linewidth=1.8)
+        axes.plot(steps[width - 1 :], smooth, color=KEPT, linewidth=1.8, label=f"running mean of {width}")
     told = [e for e in entries if e.get("gt") is not None]
     plain = [e["gt"] for e in told]
     if plain:
-        axes.plot([e["step"] for e in told], plain, color="#9aa5b1", linewidth=1, label="without the teacher's terms")
+        axes.plot([e["step"] for e in told], plain, color=GREY, linewidth=1, label="without the teacher's terms")
     judged = _judgements(axes, entries)
-    if plain or judged:
-        axes.legend(frameon=False, fontsize=8)
-    low, high = np.percentile([*losses, *plain, *judged], [0, 95])
+    drawn = [*losses, *plain, *judged]
+    low, high = np.percentile(drawn, [0, 95])
     margin = 0.15 * (high - low) + 1e-9
     axes.set_ylim(low - margin, high + margin)
+    above = [value for value in drawn if value > high + margin]
+    if above:
+        points = "1 point is" if len(above) == 1 else f"{len(above)} points are"
+        axes.set_xlabel(f"step ({points} above, up to {max(above):.3g})")
 
 
 def _judgements(axes: Axes, entries: Entries) -> list[float]:
@@ -177,15 +204,6 @@ def _judgements(axes: Axes, entries: Entries) -> list[float]:
     judged = [(e["step"], e["validation"]) for e in entries if e.get("validation") is not None]
     if judged:
         step, lowest = min(judged, key=lambda pair: pair[1])
-        red = "#c0392b"
-        axes.plot(*zip(*judged, strict=True), ".-", color=red, linewidth=1, markersize=4, label="on samples set apart")
-        axes.plot(step, lowest, "*", color=red, markersize=11, label=f"the best, kept: step {step:,}")
+        axes.plot(*zip(*judged, strict=True), ".-", color=RED, linewidth=1, markersize=4, label="on samples set apart")
+        axes.plot(step, lowest, "*", color=RED, markersize=11, label=f"the best, kept: step {step:,}")
     return [loss for _, loss in judged]
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, atomically, and close it."""
-    # A layout that fits everything in needs no second look at what is drawn.
-    box = None if figure.get_layout_engine() else "tight"
-    write_atomic(path, lambda file: figure.savefig(file, format="png", bbox_inches=box, facecolor="white"))
-    plt.close(figure)

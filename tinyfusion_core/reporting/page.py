@@ -22,7 +22,7 @@ TEMPLATES = Environment(
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG file.
+    """A PNG file, or an SVG file of our own figures.
 
     Attributes:
         path: the file.
@@ -33,6 +33,11 @@ class Picture:
     shown: str = ""
 
     @property
+    def svg(self) -> str | None:
+        """The elements of an SVG file, whose texts are escaped; None for a PNG file."""
+        return self.path.read_text(encoding="utf-8") if self.path.suffix == ".svg" else None
+
+    @property
     def data(self) -> str:
         """The file's content in base64."""
         return base64.b64encode(self.path.read_bytes()).decode()
@@ -40,11 +45,19 @@ class Picture:
 
 @dataclass(frozen=True)
 class Figures:
-    """A section of a page: pictures beside each other, and a caption."""
+    """A section of a page: pictures beside each other, and a caption.
+
+    Attributes:
+        title: its title.
+        caption: how to read the pictures.
+        pictures: the pictures.
+        command: what makes more of them, with `{run}` for the run folder; empty: nothing does.
+    """
 
     title: str
     caption: str
     pictures: Sequence[Picture]
+    command: str = ""
 
 
 def render_page(

@@ -4,64 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import yaml
 from rich.table import Table
 
-from ..errors import UserError
 from ..parsing.records import read_as, read_text
 from ..pruning.decision import Decision
 from ..pruning.prune import DECISION, decision_of
 from ..runtime.files import write_text
 from ..runtime.run_folder import RunFolder, RunRecord
 from ..runtime.stages import SEARCH
-from .figures import draw_dynamics, draw_losses, draw_quality, draw_race, draw_strip
+from .figures import decided, draw_budgets, draw_dynamics, draw_loss, draw_quality, draw_race
+from .measured import LOSS, last_to_first, measurements, results
+from .next_steps import next_steps
 from .page import Figures, Picture, render_page
+from .strip import strip_of
+from .verdict import verdict
+
+BUDGETS = "budgets.json"
+"""File in a run folder with what `tinyfusion budgets` found."""
 
 
-class _Measured(TypedDict):
-    name: str
-    values: dict[str, float | None]
-    unit: str
-    better: str
-    note: str
-
-
-class _Metrics(TypedDict):
-    measurements: list[_Measured]
-
-
-PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
-
-
-def results(folder: RunFolder) -> tuple[list[str], list[tuple[str, list[str], str, str]]]:
-    """Return the results table of a run.
-
-    Returns:
-        The names of the models, and rows of (measurement, a value for each model, last relative to first, note).
-
-    Raises:
-        UserError: the run has not reached its evaluation.
-    """
-    path = folder / "metrics.json"
-    if not path.exists():
-        done = ", ".join(folder.finished()) or "none"
-        raise UserError(f"{folder.path}: no metrics.json: not a finished run (finished stages: {done})")
-    measurements = _measurements(folder)
-    names = list(measurements[0]["values"]) if measurements else []
-    rows = []
-    for m in measurements:
-        values = [m["values"].get(name) for name in names]
-        cells = [_figure(v, m["unit"]) for v in values]
-        first, last = values[0], values[-1]
-        ratio = f"{last / first:.2f}x" if len(values) > 1 and first and last is not None else ""
-        rows.append((f"{m['name']} {_arrow(m['better'])}".strip(), cells, ratio, m["note"]))
-    return names, rows
-
-
-def _measurements(folder: RunFolder) -> list[_Measured]:
-    return read_as(folder / "metrics.json", _Metrics, "restore it, or run with --restart-from evaluate")["measurements"]
+class _Budgets(TypedDict):
+    recover_steps: int
+    rows: list[dict[str, Any]]
 
 
 def results_table(folder: RunFolder) -> Table:
@@ -96,14 +63,20 @@ def write_report(folder: RunFolder, exhibits: Sequence[Figures] = ()) -> Path:
     """
     decisions, record = _decisions(folder), folder.record()
     names, rows = results(folder)
+    strips = {name: strip_of(decision) for name, decision in decisions.items()}
     page = render_page(
         "report.html.j2",
         title=_headline(folder),
-        figures=[*_draw_decisions(folder, decisions), *exhibits, *_draw_training(folder)],
+        figures=[*_draw_decisions(folder, decisions), *_draw_budgets(folder), *exhibits, *_draw_training(folder)],
         command=record.get("command", ""),
         recipe=read_text(folder / "recipe.yaml"),
         brand="tinyfusion",
         facts=_facts(folder, decisions),
+        verdict=verdict(decisions, measurements(folder)),
+        strips=strips,
+        numbered=any(confidence for rows in strips.values() for row in rows for _, confidence in row.groups),
+        methods=list(dict.fromkeys(decision.method for decision in decisions.values())),
+        next=next_steps(folder, decisions, exhibits),
         names=names,
         rows=rows,
         notes=list(dict.fromkeys(note for *_, note in rows if note)),
@@ -116,23 +89,17 @@ def write_report(folder: RunFolder, exhibits: Sequence[Figures] = ()) -> Path:
 def _draw_decisions(folder: RunFolder, decisions: Mapping[str, Decision]) -> list[Figures]:
     figures, drawn = folder / "figures", list[Figures]()
     for name, decision in decisions.items():
-        made, prefix = folder.round(name), f"{name}_" if name else ""
-        of = f": {name}" if name else ""
-        strip, dynamics = figures / f"{prefix}blocks.png", figures / f"{prefix}dynamics.png"
-        draw_strip(decision, strip)
-        removed = ", ".join(map(str, decision.removed)) or "none"
-        sure = "; the numbers above are the confidence" if decision.confidences else ""
-        caption = f"Removed: {removed}. Decided by {decision.method}{sure}."
-        drawn.append(Figures(f"What was kept{of}", caption, [Picture(strip)]))
+        prefix, of = (f"{name}_", f": {name}") if name else ("", "")
         if rounds := decision.provenance.get("race"):
-            race = figures / f"{prefix}race.png"
-            draw_race(rounds, race)
+            paths = [figures / f"{prefix}race_{number}.svg" for number in range(1, len(rounds) + 1)]
+            for number, (entrants, path) in enumerate(zip(rounds, paths, strict=True), start=1):
+                draw_race(number, entrants, path)
             caption = (
                 "Who proposed each entrant, and how far its recovered loss is behind, with the standard error of that."
             )
-            drawn.append(Figures(f"The race{of}", caption, [Picture(race)]))
+            drawn.append(Figures(f"The race{of}", caption, list(map(Picture, paths))))
         if depths := decision.provenance.get("quality"):
-            quality = figures / f"{prefix}quality.png"
+            quality = figures / f"{prefix}quality.svg"
             loss = None if name else _recovered_loss(folder)  # the table compares with the first round's teacher
             draw_quality(depths, None if loss is None else (len(decision.kept), loss), quality)
             chosen = next(e for e in depths if e["kept"] == list(decision.kept))
@@ -141,34 +108,48 @@ def _draw_decisions(folder: RunFolder, decisions: Mapping[str, Decision]) -> lis
                 f"{chosen['probability']:.2f}, as far as the samples that judged can tell."
             )
             drawn.append(Figures(f"Depth against quality{of}", caption, [Picture(quality)]))
-        search = made.metrics(SEARCH)
+        search = decided(folder.round(name).metrics(SEARCH), len(decision.blocks))
         if search:
-            draw_dynamics(search, len(decision.blocks), dynamics)
-            caption = "The decision of the averaged gate logits at every logged step, after figure 6 of the paper."
-            drawn.append(Figures(f"How the decision came about{of}", caption, [Picture(dynamics)]))
+            paths = [figures / f"{prefix}{what}.svg" for what in ("dynamics", "marginals")]
+            draw_dynamics(search, decision.blocks, *paths)
+            caption = (
+                "The decision of the averaged gate logits at every logged step, after figure 6 of the paper; the "
+                "fuller the colour, the higher its confidence. Beside it, how probable it was that each block is kept."
+            )
+            drawn.append(Figures(f"How the decision came about{of}", caption, list(map(Picture, paths))))
     return drawn
 
 
 def _recovered_loss(folder: RunFolder) -> float | None:
     """The recovered network's held-out loss as a multiple of the teacher's; None if it was not measured."""
-    for measured in _measurements(folder):
-        values = list(measured["values"].values())
-        if measured["name"] == "held-out loss" and len(values) > 1 and values[0] and values[-1] is not None:
-            return values[-1] / values[0]
-    return None
+    return next((last_to_first(m) for m in measurements(folder) if m["name"] == LOSS), None)
+
+
+def _draw_budgets(folder: RunFolder) -> list[Figures]:
+    """What `tinyfusion budgets` has found in this run, if it was asked."""
+    if not (folder / BUDGETS).exists():
+        return []
+    found = read_as(folder / BUDGETS, _Budgets, "delete it, or run `tinyfusion budgets` again")
+    teacher = next((m["values"].get("teacher") for m in measurements(folder) if m["name"] == LOSS), None)
+    path = folder / "figures" / "budgets.svg"
+    draw_budgets(found["rows"], teacher, path)
+    steps = found["recover_steps"]
+    caption = f"Other depths from the same search{f', each recovered by {steps:,} steps' if steps else ''}."
+    return [Figures("Depth against quality", caption, [Picture(path)])]
 
 
 def _draw_training(folder: RunFolder) -> list[Figures]:
-    curves = {stage.title: folder.round(stage.round).metrics(stage.name) for stage in folder.stages()}
-    curves = {title: entries for title, entries in curves.items() if entries}
+    curves = {stage: folder.round(stage.round).metrics(stage.name) for stage in folder.stages()}
+    curves = {stage: entries for stage, entries in curves.items() if entries}
     if not curves:
         return []
-    path = folder / "figures" / "losses.png"
-    draw_losses(curves, path)
-    caption = "Means between logged steps, and a running mean. A search's loss is that of sampled subnetworks."
+    paths = [folder / "figures" / f"loss_{stage.key}.svg" for stage in curves]
+    for (stage, entries), path in zip(curves.items(), paths, strict=True):
+        draw_loss(stage.title, entries, path)
+    caption = "A search's loss is that of sampled subnetworks."
     if any("kd" in entry for entries in curves.values() for entry in entries[-1:]):
         caption += " A distillation's is the weighted sum of its terms."
-    return [Figures("Training", caption, [Picture(path)])]
+    return [Figures("Training", caption, list(map(Picture, paths)))]
 
 
 def _headline(folder: RunFolder) -> str:
@@ -186,13 +167,6 @@ def _facts(folder: RunFolder, decisions: Mapping[str, Decision]) -> list[str]:
     total = sum(s["seconds"] for s in stages.values())
     times = ", ".join(f"{name} {duration(s['seconds'])}" for name, s in stages.items())
     facts = []
-    for label, _, ratio, _ in results(folder)[1]:
-        name = label.removesuffix(" ↓")
-        if ratio and name in ("parameters", "latency", "held-out loss"):
-            facts.append(f"{name} {ratio}")
-    confidences = [d.confidence for d in decisions.values() if d.confidence is not None]
-    if confidences:
-        facts.append(f"confidence {', '.join(f'{c:.2f}' for c in confidences)}")
     if stages:
         facts.append(f"{duration(total)} in all ({times})")
     return facts + _faults(folder)
@@ -220,21 +194,6 @@ def _decisions(folder: RunFolder) -> dict[str, Decision]:
     searches = [stage for stage in folder.stages() if stage.name == SEARCH]
     rounds = [stage.round for stage in searches if (folder.round(stage.round) / DECISION).exists()]
     return {name: decision_of(folder, name) for name in rounds}
-
-
-def _figure(value: float | None, unit: str) -> str:
-    if value is None:
-        return "n/a"
-    if float(value).is_integer() and abs(value) < 1e4 and not unit:
-        return str(int(value))
-    for size, prefix in PREFIXES:
-        if abs(value) >= size:
-            return f"{value / size:.3g} {prefix}{unit}".strip()
-    return f"{value:.4g} {unit}".strip()
-
-
-def _arrow(better: str) -> str:
-    return {"lower": "↓", "higher": "↑"}.get(better, "")
 
 
 def duration(seconds: float) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import tinyfusion_core as tiny
@@ -101,3 +103,27 @@ def test_generation_is_given_the_column_that_the_data_name() -> None:
         tiny.Frechet(num_samples=10, features=Digits().feature_space())(task, {}, TRAINER)
     with pytest.raises(tiny.UserError, match="the data have no `text`"):
         generate(replace(task, train=Digits().train()), task.teacher, TRAINER, 10, 4)
+
+
+def test_the_report_shows_a_few_images_of_many_labels_with_their_labels(tmp_path: Path) -> None:
+    folder = tiny.RunFolder(tmp_path)
+    rows = [{"name": "x", "values": {"teacher": 1.0}, "unit": "", "better": "", "note": ""}]
+    (tmp_path / "metrics.json").write_text(json.dumps({"measurements": rows}))
+    labels = torch.tensor([3] * 20 + [0, 1] * 9 + [2, 7])
+    images = torch.arange(40, dtype=torch.uint8)[:, None, None, None].expand(40, 1, 8, 8).contiguous()
+    save_file({"teacher": images, "labels": labels}, tmp_path / "samples.safetensors")
+    (section,) = Pictures().show(folder)
+    assert section.caption.endswith("The labels are below the images.")
+    assert section.command.format(run="RUN") == "tinyfusion sample RUN --num 64"
+    with Image.open(tmp_path / "figures" / "samples_teacher.png") as picture:
+        width, height = picture.width / 4, picture.height / 3
+        chosen = [picture.getpixel((int((i % 4 + 0.5) * width), int((i // 4 + 0.3) * height))) for i in range(12)]
+        below = picture.crop((0, int(0.85 * height), picture.width, int(height)))
+        assert below.getextrema() == (0, 255), "labels are written"
+    assert labels[chosen].tolist() == [0, 0, 0, 0, 1, 1, 1, 2, 3, 3, 3, 7]
+    texts = torch.arange(80.0).view(40, 2)
+    save_file({"teacher": images, "labels": texts}, tmp_path / "samples.safetensors")
+    (section,) = Pictures().show(folder)
+    assert "labels are below" not in section.caption
+    with Image.open(tmp_path / "figures" / "samples_teacher.png") as picture:
+        assert picture.getpixel((picture.width - 1, picture.height - 1)) == 11, "the first twelve"
