@@ -35,7 +35,7 @@ def make(rng: random.Random, base: Path, folder: Path) -> Case:
     content, path = _small(load_yaml(source.read_text())), folder / source.name
     (folder / "file").touch()
     argv = ["run", str(path), "--run-dir", str(folder / "file" / "run")]
-    way, told = rng.random(), [path.name, "file/run"]
+    way, told = rng.random(), [path.name, "file/run", "--section.key"]
     if way < 0.15:
         made, what = damaged(rng, source.read_bytes())
         path.write_bytes(made)

@@ -224,8 +224,8 @@ def _overrides(flags: Sequence[str]) -> list[tuple[str, Any]]:
     while rest:
         flag = rest.pop(0)
         key, equals, text = flag.partition("=")
-        if not key.startswith("--"):
-            raise UserError(f"'{flag}': expected --section.key value, as in --search.steps 600")
+        if not key.removeprefix("--") or not key.startswith("--"):
+            raise UserError(f"'{flag:.60}': expected --section.key value, as in --search.steps 600")
         if not equals:
             if not rest:
                 raise UserError(f"{key}: a value is missing")

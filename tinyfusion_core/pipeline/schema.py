@@ -164,13 +164,15 @@ def follow_recovery(sections: Mapping[str, Any]) -> None:
         *sections.get("rounds", {}).values(),
     ):
         if recovery := part.get("recover"):
-            _follow(part, recovery)
+            for selects in ("search", "compare", "audit"):
+                _follow(part.get(selects), recovery)
 
 
 def _follow(value: Any, recovery: Mapping[str, Any]) -> None:
     for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
         _follow(item, recovery)
-    if isinstance(value, dict) and "class_path" in value and is_dataclass(cls := resolve_name(value["class_path"])):
+    path = value.get("class_path") if isinstance(value, dict) else None
+    if isinstance(path, str) and is_dataclass(cls := resolve_name(path)):
         for field in fields(cls):
             if (option := field.metadata.get(FOLLOWS)) is not None:
                 value["init_args"].setdefault(field.name, recovery.get(option, getattr(Recover, option)))
