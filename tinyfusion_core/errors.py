@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+MOST_NAMES = 100
+"""How many known names are listed in a message."""
+
 
 class UserError(Exception):
     """A mistake the user can correct. The message names the key or file, what was expected and how to fix it."""
@@ -58,8 +61,12 @@ def first_line(error: BaseException) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Return a hint for a message about an unknown name: `; did you mean 'x'? (known: ...)`."""
+    """Return a hint for a message about an unknown name: `; did you mean 'x'? (known: ...)`.
+
+    Case does not matter. More names than `MOST_NAMES` are not listed.
+    """
     known = sorted(known)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    hint = f"; did you mean '{close[0]}'?" if close else ""
-    return f"{hint} (known: {', '.join(known)})" if known else hint
+    spelled = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(word.lower(), spelled, n=1, cutoff=0.5)
+    hint = f"; did you mean '{spelled[close[0]]}'?" if close else ""
+    return f"{hint} (known: {', '.join(known)})" if 0 < len(known) <= MOST_NAMES else hint

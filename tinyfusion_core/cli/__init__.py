@@ -10,7 +10,9 @@ import shlex
 import sys
 import traceback
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 from ..protocols.command import Command
 from .compare import Audit, Budgets, Compare, Costs
@@ -39,6 +41,11 @@ COMMANDS: tuple[type[Command], ...] = (
 USER_ERROR, INTERRUPTED = 2, 130
 _NO_ROOM = re.compile("out of memory|can't allocate memory|size calculation overflowed|multiplication overflow")
 """What torch says, in errors of no type of their own, of a tensor that fits into no memory."""
+EVERYWHERE = {
+    "--debug": "show the traceback of an error",
+    "--quiet": "show no progress: only results, warnings and errors",
+}
+"""Flags of every command, which may stand before it or after it."""
 OVERRIDES = "Any key of the recipe can be set: --search.steps 600 (values are YAML). `tinyfusion keys` lists them."
 
 
@@ -55,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command, options = parse(arguments)  # which is all for `--help`
         from ..runtime.signals import interruptible
 
-        with interruptible():
+        with interruptible(), _without_progress() if options.quiet else nullcontext():
             return _obeyed(command, options)
     except FailedElsewhere:  # that process says why
         return USER_ERROR
@@ -105,6 +112,17 @@ def _obeyed(command: Command, options: argparse.Namespace) -> int:
         ) from e
 
 
+@contextmanager
+def _without_progress() -> Iterator[None]:
+    from ..runtime.progress import console
+
+    console.quiet = True
+    try:
+        yield
+    finally:
+        console.quiet = False
+
+
 def parse(arguments: Sequence[str]) -> tuple[Command, argparse.Namespace]:
     """Return the command that was typed, and its options; `options.command` is its name.
 
@@ -115,6 +133,10 @@ def parse(arguments: Sequence[str]) -> tuple[Command, argparse.Namespace]:
     typed = next((word for word in arguments if not word.startswith("-")), None)
     commands = {cls.name: cls() for cls in _known(typed)}
     parser = _parser(commands.values())
+    if typed is not None and typed not in commands:
+        from ..errors import nearest
+
+        parser.error(f"no command '{typed}'{nearest(typed, commands)}")
     options, rest = parser.parse_known_args(arguments)
     command = commands[options.command]
     if command.takes_overrides:
@@ -143,17 +165,32 @@ def _parser(commands: Iterable[Command]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tinyfusion", description="Learned depth pruning: which blocks can a transformer lose?", allow_abbrev=False
     )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version, and torch's and Python's")
+    for flag, meaning in EVERYWHERE.items():
+        parser.add_argument(flag, action="store_true", help=meaning)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in commands:
         epilog = OVERRIDES if command.takes_overrides else None
         added = subparsers.add_parser(
             command.name, help=command.help, description=command.help, epilog=epilog, allow_abbrev=False
         )
-        # Given before or after the command; the default must not overwrite what came before it.
-        added.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        for flag in EVERYWHERE:  # the default must not overwrite what came before the command
+            added.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
         command.add_arguments(added)
     return parser
+
+
+class _Version(argparse.Action):
+    """Prints versions and ends. It imports what tells them only then, since that takes as long as all of the help."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        import platform
+        from importlib.metadata import version
+
+        from ..registry.registry import own_version
+
+        print(f"tinyfusion {own_version()}, torch {version('torch')}, Python {platform.python_version()}")
+        parser.exit()
 
 
 def _to_go_on(arguments: Sequence[str]) -> list[str]:

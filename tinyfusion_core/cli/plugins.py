@@ -12,17 +12,19 @@ class Keys(Command):
     """List the keys of recipes."""
 
     name = "keys"
-    help = "list every key that a recipe can have"
+    help = "list the keys that a recipe can have"
 
     def add_arguments(self, parser: ArgumentParser) -> None:
-        """It has none."""
-        pass
+        """What is wanted."""
+        parser.add_argument(
+            "word", nargs="?", default="", help="a section, a class or a part of a key: search, Race, batch_size"
+        )
 
     def __call__(self, options: Namespace) -> int:
-        """Print every key with its default and meaning."""
-        from ..pipeline.schema import describe_keys
+        """Print keys with their types, defaults and meanings."""
+        from ..pipeline.key_list import describe_keys
 
-        print(describe_keys(), end="")
+        print(describe_keys(options.word), end="")
         return 0
 
 

@@ -31,7 +31,7 @@ from ..selection.base import Selector
 from ..training.recover import Recover
 from ..training.trainer import Trainer
 from .planning.on_meta import build_on_meta
-from .schema import KEYS, SECTIONS, Round, checked, follow_recovery, schema, yaml12_numbers
+from .schema import KEYS, SECTIONS, Round, checked, follow_recovery, misfits, schema, yaml12_numbers
 
 _REFUSALS = (UserError, ArgumentError, ValueError, TypeError)
 RESERVED = ("teacher", "student", "figures", "checkpoints", "evaluation")
@@ -152,7 +152,8 @@ def _refusals(parser: ArgumentParser, section: dict[str, Any]) -> Iterator[str]:
             parser.instantiate(parser.parse_object(section))
         except _REFUSALS as e:
             key, message = _root_message(e)
-            yield message
+            name, *path = key.split(".")
+            yield from list(misfits(name, section.get(name), SECTIONS.get(name), path)) or [message]
             wrong = _remove(section, key.split("."))
 
 
@@ -264,7 +265,4 @@ def _root_message(error: BaseException) -> tuple[str, str]:
     *_, message = re.split(r'Parser key "[^"]+":', str(error))
     key = ".".join(re.findall(r'Parser key "([^"]+)":', str(error)))
     line = next(line.strip() for line in [*message.splitlines(), "not valid"] if line.strip())
-    union = re.search(r"Subtypes: (.*)(?s:.*?)Given value: (.*)", message)
-    line = f"Expected one of {union[1]}. Got value: {union[2]}" if union else line
-    line = line.replace("a <class 'tuple'>", "a list")
     return key, f"{key}: {line}" if key else line

@@ -161,9 +161,13 @@ def _installed() -> Registry:
 def _core() -> Registry:
     """The core's own classes."""
     classes = brought(import_module(BUILTINS))
-    try:
-        number = version("tinyfusion")
-    except PackageNotFoundError:  # a checkout that was never installed
-        number = "unknown"
-    plugin = Plugin(CORE, BUILTINS, "tinyfusion", number, names(classes))
+    plugin = Plugin(CORE, BUILTINS, "tinyfusion", own_version(), names(classes))
     return Registry((), {kind: {} for kind in KINDS}).joined(plugin, classes)
+
+
+def own_version() -> str:
+    """Return the version of tinyfusion."""
+    try:
+        return version("tinyfusion")
+    except PackageNotFoundError:  # a checkout that was never installed
+        return "unknown"
