@@ -11,7 +11,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 from ..protocols.command import Command
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command, options = parse(arguments)  # which is all for `--help`
         from ..runtime.signals import interruptible
 
-        with interruptible(), _without_progress() if options.quiet else nullcontext():
+        with interruptible(), _progress(shown=not options.quiet):
             return _obeyed(command, options)
     except FailedElsewhere:  # that process says why
         return USER_ERROR
@@ -113,10 +113,10 @@ def _obeyed(command: Command, options: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _without_progress() -> Iterator[None]:
+def _progress(shown: bool) -> Iterator[None]:
     from ..runtime.progress import console
 
-    console.quiet = True
+    console.quiet = not shown
     try:
         yield
     finally:

@@ -154,19 +154,17 @@ def spelled(hint: Any, yaml: bool = False) -> str:
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin is None:
         return str(getattr(hint, "__name__", hint))
-    if origin is typing.Literal:
-        return " or ".join(map(repr, parts))
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(dict.fromkeys(spelled(part, yaml) for part in parts))
+    if origin in (typing.Literal, typing.Union, types.UnionType):
+        say = repr if origin is typing.Literal else functools.partial(spelled, yaml=yaml)
+        return " or ".join(dict.fromkeys(map(say, parts)))
     if origin is Callable:
         return f"{'' if yaml else 'a function that returns '}{spelled(parts[-1], yaml)}"
     if issubclass(origin, Mapping):
         return f"a mapping of names to {_many(parts[-1], yaml)}"
-    if origin is tuple and parts[-1] is not ...:
-        if len(set(parts)) > 1:
-            return " and ".join(spelled(part, yaml) for part in parts)
-        return f"{'a pair of' if len(parts) == 2 else len(parts)} {_many(parts[0], yaml)}"
-    return f"a list of {_many(parts[0], yaml)}"
+    fixed = origin is tuple and parts[-1] is not ...
+    if fixed and len(set(parts)) > 1:
+        return " and ".join(map(functools.partial(spelled, yaml=yaml), parts))
+    return f"a {'pair' if fixed and len(parts) == 2 else 'list'} of {_many(parts[0], yaml)}"
 
 
 def _many(hint: Any, yaml: bool) -> str:
