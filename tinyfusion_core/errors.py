@@ -60,13 +60,26 @@ def first_line(error: BaseException) -> str:
     return next((line[:200] for line in lines if line), type(error).__name__)
 
 
+def reason_behind(error: BaseException) -> str:
+    """Return the first line of an error, or of the operating system error behind it."""
+    behind = error.__cause__ or error.__context__
+    if isinstance(behind, OSError) and not isinstance(error, OSError):
+        return reason_behind(behind)
+    return first_line(error)
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return a hint for a message about an unknown name: `; did you mean 'x'? (known: ...)`.
 
     Case does not matter. More names than `MOST_NAMES` are not listed.
     """
     known = sorted(known)
+    hint = "" if (close := closest(word, known)) is None else f"; did you mean '{close}'?"
+    return f"{hint} (known: {', '.join(known)})" if 0 < len(known) <= MOST_NAMES else hint
+
+
+def closest(word: str, known: Iterable[str]) -> str | None:
+    """Return the known name that is most like a word, whatever their case; None if none is like it."""
     spelled = {name.lower(): name for name in known}
     close = difflib.get_close_matches(word.lower(), spelled, n=1, cutoff=0.5)
-    hint = f"; did you mean '{spelled[close[0]]}'?" if close else ""
-    return f"{hint} (known: {', '.join(known)})" if 0 < len(known) <= MOST_NAMES else hint
+    return spelled[close[0]] if close else None

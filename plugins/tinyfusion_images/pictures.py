@@ -20,7 +20,7 @@ from tinyfusion_core.evaluation.metrics import Measurement, Metric, Models
 from tinyfusion_core.protocols.data import DataSource
 from tinyfusion_core.protocols.task import Task
 from tinyfusion_core.reporting.page import Figures, Picture
-from tinyfusion_core.reporting.report import results
+from tinyfusion_core.reporting.results import results
 from tinyfusion_core.runtime.distributed import on_main_process
 from tinyfusion_core.runtime.files import save_tensors, write_atomic
 from tinyfusion_core.runtime.run_folder import RunFolder

@@ -46,7 +46,20 @@ EVERYWHERE = {
     "--quiet": "show no progress: only results, warnings and errors",
 }
 """Flags of every command, which may stand before it or after it."""
-OVERRIDES = "Any key of the recipe can be set: --search.steps 600 (values are YAML). `tinyfusion keys` lists them."
+OVERRIDES = """\
+Any key of the recipe can be set, as YAML:
+  tinyfusion {name} recipes/quickstart.yaml --search.steps 600
+
+Often set; `tinyfusion keys` lists all, with their defaults:
+  --search.keep 4              how many blocks stay
+  --search.steps 600           updates of the search
+  --recover.steps 4000         updates of the recovery
+  --recover.lr 1e-4            learning rate of the recovery
+  --trainer.batch_size 64      samples per update
+  --trainer.micro_batch_size 8 samples per pass of a device
+  --trainer.precision bf16     or fp32, fp16, auto
+  --trainer.seed 1             what all that is random hangs on
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -170,14 +183,25 @@ def _parser(commands: Iterable[Command]) -> argparse.ArgumentParser:
         parser.add_argument(flag, action="store_true", help=meaning)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in commands:
-        epilog = OVERRIDES if command.takes_overrides else None
         added = subparsers.add_parser(
-            command.name, help=command.help, description=command.help, epilog=epilog, allow_abbrev=False
+            command.name,
+            help=command.help,
+            description=command.help,
+            epilog=OVERRIDES.format(name=command.name) if command.takes_overrides else None,
+            formatter_class=_Help,
+            allow_abbrev=False,
         )
         for flag in EVERYWHERE:  # the default must not overwrite what came before the command
             added.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
         command.add_arguments(added)
     return parser
+
+
+class _Help(argparse.HelpFormatter):
+    """Wraps texts, but leaves one of several lines as it is."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if "\n" in text else super()._fill_text(text, width, indent)
 
 
 class _Version(argparse.Action):

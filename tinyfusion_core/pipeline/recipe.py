@@ -17,7 +17,7 @@ from torch import nn
 from ..comparison.study import Audit, Compare
 from ..errors import MissingFileError, UserError
 from ..evaluation.metrics import Metric
-from ..parsing.records import read_text
+from ..parsing.records import beside, read_text
 from ..parsing.yaml12 import dump_yaml, load_yaml
 from ..protocols.backbone import Backbone
 from ..protocols.columns import check_sample_size
@@ -172,7 +172,9 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         raw = load_yaml(read_text(path))
     except MissingFileError:
-        raise MissingFileError(f"{path}: no such recipe (it comes first: tinyfusion run RECIPE --key value)") from None
+        raise MissingFileError(
+            f"{path}: no such recipe (it comes first: tinyfusion run RECIPE --key value){beside(path)}"
+        ) from None
     except yaml.YAMLError as e:
         raise UserError(f"{path}: not readable as YAML: {e}") from None
     if not isinstance(raw, dict):

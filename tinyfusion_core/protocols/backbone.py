@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..parsing.settings import Settings
-from ..runtime.files import load_strict, read_weights, save_tensors
+from ..parsing.weights import load_strict, read_weights
+from ..runtime.files import save_tensors
 from .data import Lookup
 
 Batch = Mapping[str, Tensor]

@@ -4,84 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypedDict
 
 import yaml
-from rich.table import Table
 
-from ..errors import UserError
-from ..parsing.records import read_as, read_text
+from ..parsing.records import read_text
 from ..pruning.decision import Decision
-from ..pruning.prune import DECISION, decision_of
 from ..runtime.files import write_text
 from ..runtime.run_folder import RunFolder, RunRecord
 from ..runtime.stages import SEARCH
 from .figures import draw_dynamics, draw_losses, draw_quality, draw_race, draw_strip
 from .page import Figures, Picture, render_page
-
-
-class _Measured(TypedDict):
-    name: str
-    values: dict[str, float | None]
-    unit: str
-    better: str
-    note: str
-
-
-class _Metrics(TypedDict):
-    measurements: list[_Measured]
-
-
-PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
-
-
-def results(folder: RunFolder) -> tuple[list[str], list[tuple[str, list[str], str, str]]]:
-    """Return the results table of a run.
-
-    Returns:
-        The names of the models, and rows of (measurement, a value for each model, last relative to first, note).
-
-    Raises:
-        UserError: the run has not reached its evaluation.
-    """
-    path = folder / "metrics.json"
-    if not path.exists():
-        done = ", ".join(folder.finished()) or "none"
-        raise UserError(f"{folder.path}: no metrics.json: not a finished run (finished stages: {done})")
-    measurements = _measurements(folder)
-    names = list(measurements[0]["values"]) if measurements else []
-    rows = []
-    for m in measurements:
-        values = [m["values"].get(name) for name in names]
-        cells = [_figure(v, m["unit"]) for v in values]
-        first, last = values[0], values[-1]
-        ratio = f"{last / first:.2f}x" if len(values) > 1 and first and last is not None else ""
-        rows.append((f"{m['name']} {_arrow(m['better'])}".strip(), cells, ratio, m["note"]))
-    return names, rows
-
-
-def _measurements(folder: RunFolder) -> list[_Measured]:
-    return read_as(folder / "metrics.json", _Metrics, "restore it, or run with --restart-from evaluate")["measurements"]
-
-
-def results_table(folder: RunFolder) -> Table:
-    """Return the results table for a terminal; the ratio is the last model's value over the first's.
-
-    Raises:
-        UserError: the run has not reached its evaluation.
-    """
-    names, rows = results(folder)
-    table = Table(title=_headline(folder), title_justify="left", title_style="bold")
-    table.add_column("")
-    for name in names:
-        table.add_column(name, justify="right")
-    if len(names) > 1:
-        table.add_column("ratio", justify="right")
-    for label, cells, ratio, _ in rows:
-        table.add_row(label, *cells, *([ratio] if len(names) > 1 else []))
-    if faults := _faults(folder):
-        table.caption, table.caption_justify = "; ".join(faults), "left"
-    return table
+from .results import decisions_of, duration, faults_of, headline, measurements_of, results
 
 
 def write_report(folder: RunFolder, exhibits: Sequence[Figures] = ()) -> Path:
@@ -94,11 +27,11 @@ def write_report(folder: RunFolder, exhibits: Sequence[Figures] = ()) -> Path:
     Returns:
         The path of the page.
     """
-    decisions, record = _decisions(folder), folder.record()
+    decisions, record = decisions_of(folder), folder.record()
     names, rows = results(folder)
     page = render_page(
         "report.html.j2",
-        title=_headline(folder),
+        title=headline(folder),
         figures=[*_draw_decisions(folder, decisions), *exhibits, *_draw_training(folder)],
         command=record.get("command", ""),
         recipe=read_text(folder / "recipe.yaml"),
@@ -151,7 +84,7 @@ def _draw_decisions(folder: RunFolder, decisions: Mapping[str, Decision]) -> lis
 
 def _recovered_loss(folder: RunFolder) -> float | None:
     """The recovered network's held-out loss as a multiple of the teacher's; None if it was not measured."""
-    for measured in _measurements(folder):
+    for measured in measurements_of(folder):
         values = list(measured["values"].values())
         if measured["name"] == "held-out loss" and len(values) > 1 and values[0] and values[-1] is not None:
             return values[-1] / values[0]
@@ -171,13 +104,6 @@ def _draw_training(folder: RunFolder) -> list[Figures]:
     return [Figures("Training", caption, [Picture(path)])]
 
 
-def _headline(folder: RunFolder) -> str:
-    decisions = list(_decisions(folder).values())
-    depths = [len(d.blocks) for d in decisions[:1]] + [len(d.kept) for d in decisions]
-    name = folder.path.resolve().name
-    return f"{name}: {' → '.join(map(str, depths))} blocks" if depths else name
-
-
 def _facts(folder: RunFolder, decisions: Mapping[str, Decision]) -> list[str]:
     """The summary of a run under its title."""
     stages = dict(folder.finished())
@@ -195,16 +121,7 @@ def _facts(folder: RunFolder, decisions: Mapping[str, Decision]) -> list[str]:
         facts.append(f"confidence {', '.join(f'{c:.2f}' for c in confidences)}")
     if stages:
         facts.append(f"{duration(total)} in all ({times})")
-    return facts + _faults(folder)
-
-
-def _faults(folder: RunFolder) -> list[str]:
-    """The steps that the stages have skipped and the samples that they have replaced, in words."""
-    return [
-        f"{stage.title}: {count} {what}"
-        for stage in folder.stages()
-        for what, count in folder.round(stage.round).faults(stage.name).items()
-    ]
+    return facts + faults_of(folder)
 
 
 def _provenance(record: RunRecord, decisions: Mapping[str, Decision]) -> str:
@@ -213,32 +130,3 @@ def _provenance(record: RunRecord, decisions: Mapping[str, Decision]) -> str:
     for name, decision in decisions.items():
         parts[f"decision {name}".strip()] = {"kept": list(decision.kept), **decision.provenance}
     return yaml.safe_dump(parts, sort_keys=False, allow_unicode=True, default_flow_style=None)
-
-
-def _decisions(folder: RunFolder) -> dict[str, Decision]:
-    """The decisions of the rounds by name; without rounds, the name is empty."""
-    searches = [stage for stage in folder.stages() if stage.name == SEARCH]
-    rounds = [stage.round for stage in searches if (folder.round(stage.round) / DECISION).exists()]
-    return {name: decision_of(folder, name) for name in rounds}
-
-
-def _figure(value: float | None, unit: str) -> str:
-    if value is None:
-        return "n/a"
-    if float(value).is_integer() and abs(value) < 1e4 and not unit:
-        return str(int(value))
-    for size, prefix in PREFIXES:
-        if abs(value) >= size:
-            return f"{value / size:.3g} {prefix}{unit}".strip()
-    return f"{value:.4g} {unit}".strip()
-
-
-def _arrow(better: str) -> str:
-    return {"lower": "↓", "higher": "↑"}.get(better, "")
-
-
-def duration(seconds: float) -> str:
-    """Format seconds for people: `2 min 5 s`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
