@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.cells import cell_len
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 
 from ..comparison.results import ComparisonResults
@@ -72,6 +73,7 @@ def _print_upright(console: Console, table: Table, names: list[str], rows: list[
         console.print(first or names[0], style="bold")
         for name, cell in zip(names[1:], rest, strict=True):
             if cell:
-                console.print(f"  {name}: {' '.join(cell.split())}" if name else f"  {' '.join(cell.split())}")
+                text = " ".join(cell.split())
+                console.print(Padding(f"{name}: {text}" if name else text, (0, 0, 0, 2)))
     if table.caption:
         console.print(table.caption)
