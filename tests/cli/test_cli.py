@@ -203,6 +203,7 @@ def test_a_name_that_is_nearly_right_is_told(words: list[str], message: str, cap
 @pytest.mark.parametrize("words", [["--quiet", "show", "run"], ["show", "run", "--quiet"], ["show", "run"]])
 def test_quiet_shows_no_progress(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     def work(self: Any, options: Any) -> int:
+        assert vars(options).keys() == {"debug", "command", "run_dir", "json"}
         with track("work", 1) as progress:
             progress.advance()
         warnings.warn("something is odd", stacklevel=1)

@@ -157,6 +157,15 @@ def test_a_path_that_is_nearly_right_is_told(
     assert f"; did you mean '{there}'?" in capsys.readouterr().err
 
 
+def test_a_file_that_is_nearly_right_is_told(tmp_path: Path, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("my_backbone.py", "weights.safetensors"):
+        (tmp_path / name).touch()
+    assert main(["check-plugin", str(tmp_path / "my_bakbone.py")]) == 2
+    assert f"; did you mean '{tmp_path / 'my_backbone.py'}'?" in capsys.readouterr().err
+    main(["validate", str(recipe), "--backbone.checkpoint", str(tmp_path / "weigths.safetensors")])
+    assert f"does not exist; did you mean '{tmp_path / 'weights.safetensors'}'? Put" in capsys.readouterr().out
+
+
 def test_what_only_reads_files_imports_no_torch(finished: Path) -> None:
     commands = [["show", str(finished)], ["show", str(finished), "--json"]]
     commands += [["watch", str(folder), "--once"] for folder in (finished, COMPARED)]

@@ -75,7 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         command, options = parse(arguments)  # which is all for `--help`
         from ..runtime.signals import interruptible
 
-        with interruptible(), _progress(shown=not options.quiet):
+        quiet = vars(options).pop("quiet")  # commands may hand all of their options on
+        with interruptible(), _progress(shown=not quiet):
             return _obeyed(command, options)
     except FailedElsewhere:  # that process says why
         return USER_ERROR
@@ -178,7 +179,8 @@ def _parser(commands: Iterable[Command]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tinyfusion", description="Learned depth pruning: which blocks can a transformer lose?", allow_abbrev=False
     )
-    parser.add_argument("--version", action=_Version, nargs=0, help="print the version, and torch's and Python's")
+    versions = "print the version, and torch's and Python's"
+    parser.add_argument("--version", action=_Version, nargs=0, default=argparse.SUPPRESS, help=versions)
     for flag, meaning in EVERYWHERE.items():
         parser.add_argument(flag, action="store_true", help=meaning)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -222,7 +222,7 @@ class CheckpointBackbone(Backbone):
             return _of_others(Path(name))[0]
         if name is not None and Path(name).is_file():
             return Path(name)
-        problem = "not set. Name" if name is None else f"'{name}' does not exist{beside(Path(name))}. Put there"
+        problem = "not set. Name" if name is None else f"'{name}' does not exist{beside(Path(name)) or '.'} Put there"
         official = f"{self.official()}, or any other" if self.official() else "a"
         names = ", ".join(sorted(p.parent.name for p in self.shipped.glob("*/config.json"))) if self.shipped else ""
         raise MissingFileError(

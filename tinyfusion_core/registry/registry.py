@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MissingFileError, UserError, nearest
+from ..parsing.records import beside
 from .answers import Classes, brought, reason_of
 from .hooks import BLOCKED, KINDS
 from .sources import CORE, Plugin, PluginFile, installed, load, names
@@ -106,7 +107,9 @@ def load_plugin(path: Path | str) -> PluginFile:
     try:
         file = PluginFile(path, path.read_bytes())
     except OSError as e:
-        raise MissingFileError(f"plugins: {path}: {e.strerror}; paths are relative to the recipe") from None
+        raise MissingFileError(
+            f"plugins: {path}: {e.strerror}; paths are relative to the recipe{beside(path)}"
+        ) from None
     if file.name in _files and _files[file.name][0].sha256 == file.sha256:
         return file
     before = sys.modules.get(file.module)
