@@ -58,7 +58,7 @@ Often set; `tinyfusion keys` lists all, with their defaults:
   --trainer.batch_size 64      samples per update
   --trainer.micro_batch_size 8 samples per pass of a device
   --trainer.precision bf16     or fp32, fp16, auto
-  --trainer.seed 1             what all that is random hangs on
+  --trainer.seed 1             seed of all that is random
 """
 
 
