@@ -13,8 +13,8 @@ import yaml
 from safetensors.torch import save_file
 
 import tinyfusion_core as tiny
+from tinyfusion_core.reporting.measured import results
 from tinyfusion_core.reporting.report import write_report
-from tinyfusion_core.reporting.results import results
 from tinyfusion_core.runtime.run_folder import RunFolder
 from tinyfusion_images.pictures import Pictures
 

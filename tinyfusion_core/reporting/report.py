@@ -13,8 +13,9 @@ from ..runtime.files import write_text
 from ..runtime.run_folder import RunFolder, RunRecord
 from ..runtime.stages import SEARCH
 from .figures import draw_dynamics, draw_losses, draw_quality, draw_race, draw_strip
+from .measured import LOSS, last_to_first, measurements, results
 from .page import Figures, Picture, render_page
-from .results import decisions_of, duration, faults_of, headline, measurements_of, results
+from .results import decisions_of, duration, faults_of, headline
 
 
 def write_report(folder: RunFolder, exhibits: Sequence[Figures] = ()) -> Path:
@@ -84,11 +85,7 @@ def _draw_decisions(folder: RunFolder, decisions: Mapping[str, Decision]) -> lis
 
 def _recovered_loss(folder: RunFolder) -> float | None:
     """The recovered network's held-out loss as a multiple of the teacher's; None if it was not measured."""
-    for measured in measurements_of(folder):
-        values = list(measured["values"].values())
-        if measured["name"] == "held-out loss" and len(values) > 1 and values[0] and values[-1] is not None:
-            return values[-1] / values[0]
-    return None
+    return next((last_to_first(m) for m in measurements(folder) if m["name"] == LOSS), None)
 
 
 def _draw_training(folder: RunFolder) -> list[Figures]:
