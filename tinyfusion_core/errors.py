@@ -7,6 +7,9 @@ import importlib
 from collections.abc import Iterable
 from typing import Any
 
+MOST_NAMES = 100
+"""How many known names are listed in a message."""
+
 
 class UserError(Exception):
     """A mistake the user can correct. The message names the key or file, what was expected and how to fix it."""
@@ -76,9 +79,26 @@ def need(module: str, package: str, key: str) -> Any:
         raise UserError(f"{key} needs the package '{package}' ({e}): pip install '{package}'") from None
 
 
+def reason_behind(error: BaseException) -> str:
+    """Return the first line of an error, or of the operating system error behind it."""
+    behind = error.__cause__ or error.__context__
+    if isinstance(behind, OSError) and not isinstance(error, OSError):
+        return reason_behind(behind)
+    return first_line(error)
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Return a hint for a message about an unknown name: `; did you mean 'x'? (known: ...)`."""
+    """Return a hint for a message about an unknown name: `; did you mean 'x'? (known: ...)`.
+
+    Case does not matter. More names than `MOST_NAMES` are not listed.
+    """
     known = sorted(known)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    hint = f"; did you mean '{close[0]}'?" if close else ""
-    return f"{hint} (known: {', '.join(known)})" if known else hint
+    hint = "" if (close := closest(word, known)) is None else f"; did you mean '{close}'?"
+    return f"{hint} (known: {', '.join(known)})" if 0 < len(known) <= MOST_NAMES else hint
+
+
+def closest(word: str, known: Iterable[str]) -> str | None:
+    """Return the known name that is most like a word, whatever their case; None if none is like it."""
+    spelled = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(word.lower(), spelled, n=1, cutoff=0.5)
+    return spelled[close[0]] if close else None

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from tinyfusion_core.parsing.weights import load_strict, read_weights
 from tinyfusion_core.protocols.data import FeatureSpace
-from tinyfusion_core.runtime.files import load_strict, read_weights
 
 
 class SmallCNN(nn.Module, FeatureSpace):

@@ -16,10 +16,11 @@ from typing_extensions import override
 from tinyfusion_core.errors import MissingFileError, UserError, require
 from tinyfusion_core.evaluation.generation import sample_rows
 from tinyfusion_core.evaluation.metrics import Measurement, Metric, Models
+from tinyfusion_core.parsing.weights import read_weights
 from tinyfusion_core.protocols.data import DataSource
 from tinyfusion_core.protocols.task import Task
 from tinyfusion_core.runtime.distributed import batches, complete_sharded, on_main_process
-from tinyfusion_core.runtime.files import read_weights, save_tensors
+from tinyfusion_core.runtime.files import save_tensors
 from tinyfusion_core.training.trainer import Trainer
 from tinyfusion_images.image_sets import ImageSet, open_images, rgb
 from tinyfusion_images.inception import INCEPTION, INCEPTION_FILE, FeatureNetwork, fetch_inception, inception_weights

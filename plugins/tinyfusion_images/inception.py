@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from tinyfusion_core.errors import UserError, nearest
+from tinyfusion_core.parsing.weights import read_weights
 from tinyfusion_core.runtime.distributed import on_main_process
-from tinyfusion_core.runtime.files import read_weights
 
 INCEPTION = "inception-v3-compat"
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"

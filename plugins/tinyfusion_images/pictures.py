@@ -17,12 +17,13 @@ from typing_extensions import override
 from tinyfusion_core.errors import UserError
 from tinyfusion_core.evaluation.generation import generate, training_conditions
 from tinyfusion_core.evaluation.metrics import Measurement, Metric, Models
+from tinyfusion_core.parsing.weights import read_weights
 from tinyfusion_core.protocols.data import DataSource
 from tinyfusion_core.protocols.task import Task
 from tinyfusion_core.reporting.measured import results
 from tinyfusion_core.reporting.page import Figures, Picture
 from tinyfusion_core.runtime.distributed import on_main_process
-from tinyfusion_core.runtime.files import read_weights, save_tensors, write_atomic
+from tinyfusion_core.runtime.files import save_tensors, write_atomic
 from tinyfusion_core.runtime.run_folder import RunFolder
 from tinyfusion_core.training.trainer import Trainer
 

@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from tinyfusion_core.errors import UserError, require
 from tinyfusion_core.evaluation.generation import generate, sample_rows
 from tinyfusion_core.parsing.records import read_json, shaped
+from tinyfusion_core.parsing.weights import read_weights
 from tinyfusion_core.pipeline.recipe import load_recipe
 from tinyfusion_core.pipeline.run import make_task
 from tinyfusion_core.protocols.task import Task
-from tinyfusion_core.pruning.prune import decision_of, load_pretrained, origin
+from tinyfusion_core.pruning.prune import load_pretrained, origin
+from tinyfusion_core.pruning.record import decision_of
 from tinyfusion_core.runtime.distributed import batches, complete_sharded, on_main_process
-from tinyfusion_core.runtime.files import read_weights, save_tensors, write_json
+from tinyfusion_core.runtime.files import save_tensors, write_json
 from tinyfusion_core.runtime.locking import FolderKind, check_replaceable, owned, remove_partial
 from tinyfusion_core.runtime.run_folder import RunFolder
 from tinyfusion_core.training.trainer import Trainer

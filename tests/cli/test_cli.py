@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 from plugin_files import PLUGIN, install
 from tinyfusion_core.cli import main
 from tinyfusion_core.registry.hooks import KINDS
+from tinyfusion_core.runtime.progress import track
 
 
 def test_help_needs_no_heavy_import() -> None:
@@ -64,14 +67,39 @@ def test_plugins_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert "GaussianDiffusion" in capsys.readouterr().out
 
 
-def test_every_key_is_listed_with_its_meaning() -> None:
+def test_every_key_is_listed_with_its_type_and_meaning() -> None:
     # In a process of its own, where no test has made classes of its own.
     done = subprocess.run([sys.executable, "-m", "tinyfusion_core", "keys"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "    tau = (4.0, 0.1): Gumbel temperature at the first and at the last step" in done.stdout
+    assert "    tau (a pair of numbers) = [4.0, 0.1]: Gumbel temperature at the first" in done.stdout
+    assert "recover: as train\n" in done.stdout
+    assert re.search(r"^  MAR:.*\n(    .*\n)*    checkpoint .* = null: as in DiT$", done.stdout, re.MULTILINE)
     for line in done.stdout.splitlines():
         if line.startswith("    "):
-            assert not line.rstrip().endswith(":"), f"no meaning: {line}"
+            assert re.match(r"    \w+ \(.+?\)( = .+?)?: \S", line), f"no type or no meaning: {line}"
+            assert not re.search("<class|typing|[Cc]allable", line), line
+
+
+@pytest.mark.parametrize(
+    ("word", "there", "missing"),
+    [
+        ("trainer", ["trainer:", "batch_size (a whole number) = 128"], ["search:", "lr_final"]),
+        ("race", ["  Race:", "    sure (a number) = 2.0"], ["  Shallowest:", "trainer:"]),
+        ("BATCH_", ["    micro_batch_size", "  Race:", "recover: as train"], ["    steps", "  Uniform:"]),
+        ("search.st", ["search:", "    steps"], ["train:", "batch_size"]),
+        ("recover.kd.alpha_kd", ["  OutputKD:", "= 0.9: as in OutputKD"], ["    sigma"]),
+    ],
+)
+def test_keys_are_found(word: str, there: list[str], missing: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["keys", word]) == 0
+    out = capsys.readouterr().out
+    assert [text for text in there if text not in out] == []
+    assert [text for text in missing if text in out] == []
+
+
+def test_a_key_that_is_not_there_has_a_near_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["keys", "batch_sise"]) == 2
+    assert capsys.readouterr().err == "error: keys: nothing is named 'batch_sise'; did you mean 'batch_size'?\n"
 
 
 def plugins_with(folder: Path) -> subprocess.CompletedProcess[str]:
@@ -92,9 +120,9 @@ def test_a_third_party_plugin_is_found_and_a_broken_one_costs_a_warning(tmp_path
     assert found["goodplugin"]["brings"] == [["data", "Flowers"]]
     assert "a_module_that_does_not_exist" in found["badplugin"]["error"]
     assert "tinyfusion_register_datta" in found["aplugin"]["error"]
-    warnings = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
-    assert len(warnings) == 2
-    assert "plugin 'badplugin' (badplugin 1.0) left out" in warnings[1]
+    warned = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
+    assert len(warned) == 2
+    assert "plugin 'badplugin' (badplugin 1.0) left out" in warned[1]
     assert found["dit"]["error"] is found["images"]["error"] is None  # the mistakes of others are not theirs
 
 
@@ -145,3 +173,46 @@ def test_whoever_reads_what_is_printed_may_stop_reading() -> None:
         process.stdout.close()
         error = process.stderr.read()
     assert error == ""
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    numbers = [importlib.metadata.version("tinyfusion"), importlib.metadata.version("torch")]
+    assert capsys.readouterr().out.startswith("tinyfusion {}, torch {}, Python 3.".format(*numbers))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["valdate", "r.yaml"], "error: no command 'valdate'; did you mean 'validate'?"),
+        (["Show", "run"], "error: no command 'Show'; did you mean 'show'?"),
+        (["check-plugin", "Dit"], "error: no plugin 'Dit' is installed; did you mean 'dit'?"),
+    ],
+)
+def test_a_name_that_is_nearly_right_is_told(words: list[str], message: str, capsys: Any) -> None:
+    try:
+        code: Any = main(words)
+    except SystemExit as e:
+        code = e.code
+    assert code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--quiet", "show", "run"], ["show", "run", "--quiet"], ["show", "run"]])
+def test_quiet_shows_no_progress(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def work(self: Any, options: Any) -> int:
+        assert vars(options).keys() == {"debug", "command", "run_dir", "json"}
+        with track("work", 1) as progress:
+            progress.advance()
+        warnings.warn("something is odd", stacklevel=1)
+        print("result")
+        return 0
+
+    monkeypatch.setattr("tinyfusion_core.cli.results.Show.__call__", work)
+    with pytest.warns(UserWarning, match="something is odd"):
+        assert main(words) == 0
+    out, err = capsys.readouterr()
+    assert out == "result\n"
+    assert ("work: 1/1" in err) == ("--quiet" not in words)

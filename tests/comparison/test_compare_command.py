@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 import shlex
 from collections import Counter
@@ -77,7 +78,12 @@ def test_one_command_makes_table_page_and_figures(
     assert shlex.join(["tinyfusion", "compare", str(comparing)]) in page
     # Nothing is left to do; the sampling decides the distance alone, and an audit shares the decisions.
     worked.clear()
-    assert main(["compare", str(comparing)]) == 0
+    capsys.readouterr()
+    assert main(["compare", str(comparing), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert {c["candidate"]: c["kept"] for c in said["candidates"]} == {name: c["kept"] for name, c in table.items()}
+    assert Path(said["report"]).samefile(folder / "report.html")
+    assert -1 <= said["scores"]["calibration loss"]["mean"] <= 1
     assert worked == {}
     recipe = tiny.load_recipe(comparing)
     again = recipe.compare(make_task(recipe), recipe.recover, recipe.trainer, folder, evaluate=recipe.evaluate)

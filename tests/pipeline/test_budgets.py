@@ -77,8 +77,10 @@ def test_a_teacher_that_the_run_has_trained_is_pruned_too(
     folder = tmp_path / "run"
     assert run(recipe, folder) == 0
     capsys.readouterr()
-    assert main(["budgets", str(folder), "--keep", "4", "1"]) == 0
-    full, small = json.loads((folder / "budgets.json").read_text())["rows"]
+    assert main(["budgets", str(folder), "--keep", "4", "1", "--json"]) == 0
+    written = json.loads((folder / "budgets.json").read_text())
+    full, small = written["rows"]
+    assert json.loads(capsys.readouterr().out) == {"recover_steps": 0, "rows": [full, small]}
     measured = {m["name"]: m["values"] for m in json.loads((folder / "metrics.json").read_text())["measurements"]}
     assert full["pruned"] == pytest.approx(measured["held-out loss"]["teacher"], rel=1e-6)
     assert len(small["kept"]) == 1

@@ -11,7 +11,7 @@ import pytest
 import tinyfusion_core as tiny
 from small_run import run
 from tinyfusion_core.cli import main
-from tinyfusion_core.pruning.prune import decision_of
+from tinyfusion_core.pruning.record import decision_of
 
 COMMANDS = {
     "show": ["show"],

@@ -53,7 +53,7 @@ def test_criteria_and_repairs_work_alike() -> None:
 
 def test_what_it_cannot_do_is_said(tmp_path) -> None:
     model, data = model_and_data()
-    with pytest.raises(tiny.UserError, match=r"blocks: block path 'layers\.\*'"):
+    with pytest.raises(tiny.UserError, match=r"^wrap: blocks: block path 'layers\.\*'"):
         tiny.wrap(model, blocks="layers.*", loss_fn=squared, data=data)
     with pytest.raises(tiny.UserError, match=r"'blocks' is a list of modules, .* did you mean 'blocks\.\*'\?"):
         tiny.wrap(model, blocks="blocks", loss_fn=squared, data=data)
@@ -64,5 +64,8 @@ def test_what_it_cannot_do_is_said(tmp_path) -> None:
     student = tiny.prune(task, decision)
     with pytest.raises(tiny.UserError, match="write a backbone"):
         tiny.save_pretrained(student, task, decision, tmp_path / "student")
-    with pytest.raises(tiny.UserError, match="distance: not written"):
+    with pytest.raises(tiny.UserError, match=r"^wrap: loss_fn returns losses, .* Leave kd out"):
         tiny.Recover(steps=1, kd=tiny.OutputKD())(task, student, decision, TRAINER)
+    scalar = tiny.wrap(model, blocks="blocks.*", loss_fn=lambda m, batch: squared(m, batch).mean(), data=data)
+    with pytest.raises(tiny.UserError, match=r"^wrap: loss_fn: .* return one number for each"):
+        tiny.Search(keep=2, steps=2)(scalar, TRAINER)

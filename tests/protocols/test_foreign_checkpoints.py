@@ -23,8 +23,8 @@ import llm_toys
 import tinyfusion_core as tiny
 from places import TESTS
 from tinyfusion_core.parsing.state_dicts import unwrapped
+from tinyfusion_core.parsing.weights import read_weights
 from tinyfusion_core.pipeline.planning.on_meta import build_on_meta
-from tinyfusion_core.runtime.files import read_weights
 from tinyfusion_dit import DiT
 from tinyfusion_llm import CausalLM
 from tinyfusion_mar import MAR

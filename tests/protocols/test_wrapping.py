@@ -130,7 +130,7 @@ def talkative(form: Any, take: Any, loss_fn: Any = square, **options: Any) -> ti
 
 def test_outputs_that_nobody_needs_are_left_out() -> None:
     form, take = (lambda x, attention, loss: (x, attention, loss)), (lambda out: out[0])
-    with pytest.raises(tiny.UserError, match=r"returns a tensor at 1 that is no declared stream; .* Backbone.unneeded"):
+    with pytest.raises(tiny.UserError, match=r"returns a tensor at 1 that is no declared stream; .* 'unneeded'"):
         tiny.Search(keep=2, steps=2)(talkative(form, take), TRAINER)
     task = talkative(form, take, unneeded=(1, 2))
     plain = talkative(lambda x, attention, loss: x, lambda out: out)

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 import tinyfusion_core as tiny
+from tinyfusion_core.parsing.weights import read_weights
 from tinyfusion_core.pruning.read_back import check_read_back
-from tinyfusion_core.runtime.files import read_weights, save_tensors
+from tinyfusion_core.runtime.files import save_tensors
 from toys import Match, Planted, planted_data
 
 KEPT = (0, 2)

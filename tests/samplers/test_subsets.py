@@ -256,7 +256,10 @@ def test_rules_that_make_no_sense_or_no_mask(rules: Rules, message: str) -> None
 
 
 def test_rules_of_another_type_are_refused_when_they_are_made() -> None:
-    with pytest.raises(UserError, match=r"keep \(of Rules\) is '3'; expected int or Mapping\[str, int\] or None"):
+    with pytest.raises(
+        UserError,
+        match=r"keep \(of Rules\) is '3'; expected a whole number or a mapping of names",
+    ):
         Rules(keep="3")  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=r"budget \(of Rules\) is {'first': 3}; expected int or None"):
+    with pytest.raises(UserError, match=r"budget \(of Rules\) is {'first': 3}; expected a whole number or None"):
         Rules(costs=[1] * 8, budget={"first": 3})  # type: ignore[arg-type]

@@ -21,7 +21,8 @@ from tinyfusion_core.cli import main
 from tinyfusion_core.comparison.results import ComparisonResults
 from tinyfusion_core.comparison.study import Compare
 from tinyfusion_core.errors import UserError
-from tinyfusion_core.samplers.constraints import Rules, Spending
+from tinyfusion_core.samplers.constraints import Rules
+from tinyfusion_core.samplers.demands import Spending
 from tinyfusion_core.selection.base import Selector, prepared
 from tinyfusion_core.selection.budget import FILE, CostBudget, measure, parse_budget
 from tinyfusion_core.selection.costs import NetworkCosts, network_costs

@@ -12,7 +12,8 @@ import tinyfusion_core as tiny
 from planted_search import TRAINER, task
 from tinyfusion_core.cli import main
 from tinyfusion_core.comparison.study import Compare
-from tinyfusion_core.samplers.constraints import Rules, Spending
+from tinyfusion_core.samplers.constraints import Rules
+from tinyfusion_core.samplers.demands import Spending
 from tinyfusion_core.samplers.subset import GumbelTopK, ScoreFunction
 from tinyfusion_core.selection.costs import NetworkCosts, network_costs
 

@@ -15,7 +15,8 @@ import tinyfusion_core as tiny
 from criteria_tasks import TRAINER, given, planted, scores
 from small_run import RECIPE
 from tinyfusion_core.errors import UserError
-from tinyfusion_core.samplers.constraints import Rules, Spending
+from tinyfusion_core.samplers.constraints import Rules
+from tinyfusion_core.samplers.demands import Spending
 from tinyfusion_core.selection.criteria.base import Criterion
 from tinyfusion_core.selection.criteria.calibration import Calibrated, Calibration
 from tinyfusion_core.selection.criteria.positions import BKSDM, FirstN, LastN, Uniform

@@ -10,7 +10,9 @@ import shlex
 import sys
 import traceback
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from ..protocols.command import Command
 from .compare import Audit, Budgets, Compare, Costs
@@ -39,7 +41,25 @@ COMMANDS: tuple[type[Command], ...] = (
 USER_ERROR, INTERRUPTED = 2, 130
 _NO_ROOM = re.compile("out of memory|can't allocate memory|size calculation overflowed|multiplication overflow")
 """What torch says, in errors of no type of their own, of a tensor that fits into no memory."""
-OVERRIDES = "Any key of the recipe can be set: --search.steps 600 (values are YAML). `tinyfusion keys` lists them."
+EVERYWHERE = {
+    "--debug": "show the traceback of an error",
+    "--quiet": "show no progress: only results, warnings and errors",
+}
+"""Flags of every command, which may stand before it or after it."""
+OVERRIDES = """\
+Any key of the recipe can be set, as YAML:
+  tinyfusion {name} recipes/quickstart.yaml --search.steps 600
+
+Often set; `tinyfusion keys` lists all, with their defaults:
+  --search.keep 4              how many blocks stay
+  --search.steps 600           updates of the search
+  --recover.steps 4000         updates of the recovery
+  --recover.lr 1e-4            learning rate of the recovery
+  --trainer.batch_size 64      samples per update
+  --trainer.micro_batch_size 8 samples per pass of a device
+  --trainer.precision bf16     or fp32, fp16, auto
+  --trainer.seed 1             seed of all that is random
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,7 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         command, options = parse(arguments)  # which is all for `--help`
         from ..runtime.signals import interruptible
 
-        with interruptible():
+        quiet = vars(options).pop("quiet")  # commands may hand all of their options on
+        with interruptible(), _progress(shown=not quiet):
             return _obeyed(command, options)
     except FailedElsewhere:  # that process says why
         return USER_ERROR
@@ -105,6 +126,17 @@ def _obeyed(command: Command, options: argparse.Namespace) -> int:
         ) from e
 
 
+@contextmanager
+def _progress(shown: bool) -> Iterator[None]:
+    from ..runtime.progress import console
+
+    console.quiet = not shown
+    try:
+        yield
+    finally:
+        console.quiet = False
+
+
 def parse(arguments: Sequence[str]) -> tuple[Command, argparse.Namespace]:
     """Return the command that was typed, and its options; `options.command` is its name.
 
@@ -115,6 +147,10 @@ def parse(arguments: Sequence[str]) -> tuple[Command, argparse.Namespace]:
     typed = next((word for word in arguments if not word.startswith("-")), None)
     commands = {cls.name: cls() for cls in _known(typed)}
     parser = _parser(commands.values())
+    if typed is not None and typed not in commands:
+        from ..errors import nearest
+
+        parser.error(f"no command '{typed}'{nearest(typed, commands)}")
     options, rest = parser.parse_known_args(arguments)
     command = commands[options.command]
     if command.takes_overrides:
@@ -143,17 +179,44 @@ def _parser(commands: Iterable[Command]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tinyfusion", description="Learned depth pruning: which blocks can a transformer lose?", allow_abbrev=False
     )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    versions = "print the version, and torch's and Python's"
+    parser.add_argument("--version", action=_Version, nargs=0, default=argparse.SUPPRESS, help=versions)
+    for flag, meaning in EVERYWHERE.items():
+        parser.add_argument(flag, action="store_true", help=meaning)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in commands:
-        epilog = OVERRIDES if command.takes_overrides else None
         added = subparsers.add_parser(
-            command.name, help=command.help, description=command.help, epilog=epilog, allow_abbrev=False
+            command.name,
+            help=command.help,
+            description=command.help,
+            epilog=OVERRIDES.format(name=command.name) if command.takes_overrides else None,
+            formatter_class=_Help,
+            allow_abbrev=False,
         )
-        # Given before or after the command; the default must not overwrite what came before it.
-        added.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        for flag in EVERYWHERE:  # the default must not overwrite what came before the command
+            added.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
         command.add_arguments(added)
     return parser
+
+
+class _Help(argparse.HelpFormatter):
+    """Wraps texts, but leaves one of several lines as it is."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if "\n" in text else super()._fill_text(text, width, indent)
+
+
+class _Version(argparse.Action):
+    """Prints versions and ends. It imports what tells them only then, since that takes as long as all of the help."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        import platform
+        from importlib.metadata import version
+
+        from ..registry.registry import own_version
+
+        print(f"tinyfusion {own_version()}, torch {version('torch')}, Python {platform.python_version()}")
+        parser.exit()
 
 
 def _to_go_on(arguments: Sequence[str]) -> list[str]:

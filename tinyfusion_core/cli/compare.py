@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import shlex
 from argparse import ArgumentParser, Namespace
+from dataclasses import asdict
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from ..protocols.command import Command, a_count, a_path
+from ..protocols.command import FOR_PROGRAMS, Command, a_count, a_path
 
 
 class Compare(Command):
@@ -21,17 +22,26 @@ class Compare(Command):
         """A recipe, whose keys can be overridden, and the folder of the results."""
         parser.add_argument("recipe", type=a_path)
         parser.add_argument("--run-dir", type=a_path, help=f"default: runs/NAME_OF_THE_RECIPE-{self.name}")
+        parser.add_argument("--json", action="store_true", help=FOR_PROGRAMS)
 
     def __call__(self, options: Namespace) -> int:
         """Compute what is missing, print the tables and the path of the report."""
-        from ..pipeline.compare import compare_recipe, print_tables
+        from ..comparison.statistics import guides
+        from ..comparison.tables import unrounded
+        from ..pipeline.compare import compare_recipe
         from ..pipeline.recipe import load_recipe
+        from .printing import print_json, print_tables
 
         run_dir = options.run_dir or Path("runs") / f"{options.recipe.stem}-{self.name}"
         command = shlex.join(["tinyfusion", self.name, str(options.recipe), *options.overrides])
         recipe = load_recipe(options.recipe, options.overrides)
         results, report = compare_recipe(recipe, self.name, run_dir, command)
-        if recipe.trainer.accelerator.is_main_process:
+        if not recipe.trainer.accelerator.is_main_process:
+            return 0
+        if options.json:
+            scores = {name: asdict(rho) for name, rho in guides(results).items()} if results.masks else {}
+            print_json({"report": str(report), "candidates": unrounded(results), "scores": scores})
+        else:
             print_tables(results)
             print(f"report: {report}")
         return 0
@@ -55,6 +65,7 @@ class Costs(Command):
         """A recipe, whose keys can be overridden."""
         parser.add_argument("recipe", type=a_path)
         parser.add_argument("--batch-size", type=a_count, default=1, help="samples of a timed pass; default 1")
+        parser.add_argument("--json", action="store_true", help=FOR_PROGRAMS)
 
     def __call__(self, options: Namespace) -> int:
         """Print parameters, FLOPs and milliseconds of every block, and rules to copy into a recipe."""
@@ -62,8 +73,8 @@ class Costs(Command):
 
         from ..pipeline.recipe import load_recipe
         from ..protocols.task import Task
-        from ..runtime.progress import plain_console
         from ..selection.budget import measure, parse_budget
+        from .printing import print_json, print_table
 
         recipe = load_recipe(options.recipe, options.overrides)
         backbone = recipe.backbone
@@ -74,14 +85,19 @@ class Costs(Command):
             {"parameters": "0.5x"}, {"flops": "0.5x"}, {"latency_ms": "0.5x", **batch_size}
         )]  # fmt: skip
         costs = measure(halves, task, recipe.trainer)
-        table = Table("block", "parameters", "FLOPs", "ms")
         columns = [(*costs[half.name].blocks, costs[half.name].outside) for half in halves]
-        for path, parameters, flops, ns in zip([*task.blocks, "outside of the blocks"], *columns, strict=True):
+        rows = list(zip([*task.blocks, "outside of the blocks"], *columns, strict=True))
+        if options.json:
+            names = ("block", "parameters", "flops", "latency_ms")
+            parts = [dict(zip(names, (path, *counts, ns / 1e6), strict=True)) for path, *counts, ns in rows]
+            print_json({"batch_size": options.batch_size, "blocks": parts[:-1], "outside": parts[-1]})
+            return 0
+        table = Table("block", "parameters", "FLOPs", "ms")
+        for path, parameters, flops, ns in rows:
             table.add_row(path, f"{parameters:,}", f"{flops:,}", f"{ns / 1e6:.3f}")
-        console = plain_console()
-        console.print(table)
+        print_table(table)
         for half in halves:
-            console.print(f"search: {{budget: {half}}}  # {half.describe(costs[half.name])}", soft_wrap=True)
+            print(f"search: {{budget: {half}}}  # {half.describe(costs[half.name])}")
         return 0
 
 
@@ -100,6 +116,7 @@ class Budgets(Command):
         parser.add_argument(
             "--recover-steps", type=a_count, default=0, metavar="N", help="recover each student (default: 0)"
         )
+        parser.add_argument("--json", action="store_true", help=FOR_PROGRAMS)
 
     def __call__(self, options: Namespace) -> int:
         """Print one row for each budget; they are also in `budgets.json`."""
@@ -107,16 +124,19 @@ class Budgets(Command):
 
         from ..pipeline.budgets import budgets_of
         from ..runtime.distributed import rank_and_world_size
-        from ..runtime.progress import plain_console
         from ..runtime.run_folder import existing_run
+        from .printing import print_json, print_table
 
         rows = budgets_of(existing_run(options.run_dir), options.keep, options.recover_steps)
         if rank_and_world_size()[0] != 0:
+            return 0
+        if options.json:
+            print_json({"recover_steps": options.recover_steps, "rows": [asdict(row) for row in rows]})
             return 0
         table = Table("blocks", "kept", "parameters", "FLOPs", "held-out loss", "recovered")
         for row in rows:
             figures = ((row.parameters, ",.0f"), (row.flops, ",.0f"), (row.pruned, ".4g"), (row.recovered, ".4g"))
             shown = ["" if value is None else format(value, how) for value, how in figures]
             table.add_row(str(len(row.kept)), " ".join(map(str, row.kept)), *shown)
-        plain_console().print(table)
+        print_table(table)
         return 0

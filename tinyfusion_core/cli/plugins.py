@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
+from dataclasses import asdict
 from pathlib import Path
 
-from ..protocols.command import Command, a_path
+from ..protocols.command import FOR_PROGRAMS, Command, a_path
 
 
 class Keys(Command):
     """List the keys of recipes."""
 
     name = "keys"
-    help = "list every key that a recipe can have"
+    help = "list the keys that a recipe can have"
 
     def add_arguments(self, parser: ArgumentParser) -> None:
-        """It has none."""
-        pass
+        """What is wanted."""
+        parser.add_argument(
+            "word", nargs="?", default="", help="a section, a class or a part of a key: search, Race, batch_size"
+        )
 
     def __call__(self, options: Namespace) -> int:
-        """Print every key with its default and meaning."""
-        from ..pipeline.schema import describe_keys
+        """Print keys with their types, defaults and meanings."""
+        from ..pipeline.key_list import describe_keys
 
-        print(describe_keys(), end="")
+        print(describe_keys(options.word), end="")
         return 0
 
 
@@ -34,35 +37,29 @@ class Plugins(Command):
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         """The output format."""
-        parser.add_argument("--json", action="store_true", help="for programs")
+        parser.add_argument("--json", action="store_true", help=FOR_PROGRAMS)
 
     def __call__(self, options: Namespace) -> int:
         """Print every plugin with its classes, and why one was skipped."""
-        import dataclasses
-        import json
-
         from rich.table import Table
 
         from ..registry.registry import registry
-        from ..runtime.progress import plain_console
+        from .printing import print_json, print_table
 
         plugins = registry().plugins
         if options.json:
-            print(json.dumps([dataclasses.asdict(p) for p in plugins], indent=2))
+            print_json([asdict(p) for p in plugins])
             return 0
-        table = Table("plugin", "kind", "brings", "module", "distribution")
-        table.columns[2].no_wrap = True  # names to copy
+        table = Table("plugin", "kind", "brings", "from")
         for p in plugins:
-            about = (p.module, f"{p.distribution} {p.version}")
             table.add_section()
-            for i, kind in enumerate(dict.fromkeys(kind for kind, _ in p.brings) or ["left out"]):
-                brings = "\n".join(name for k, name in p.brings if k == kind)
-                table.add_row("" if i else p.name, kind, brings, *(("", "") if i else about))
-        console = plain_console()
-        console.print(table)
+            for kind in dict.fromkeys(kind for kind, _ in p.brings) or ["left out"]:
+                brings = ", ".join(name for k, name in p.brings if k == kind)
+                table.add_row(p.name, kind, brings, f"{p.module} ({p.distribution} {p.version})")
+        print_table(table)
         for p in plugins:
             if p.error:
-                console.print(f"{p.name}: {p.error}", soft_wrap=True)
+                print(f"{p.name}: {p.error}")
         return 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 
-from ..protocols.command import Command, a_path
+from ..protocols.command import FOR_PROGRAMS, Command, a_path
 
 
 class Watch(Command):
@@ -36,16 +36,21 @@ class Show(Command):
     help = "print the table of a finished run"
 
     def add_arguments(self, parser: ArgumentParser) -> None:
-        """A run folder."""
+        """A run folder, and the output format."""
         parser.add_argument("run_dir", type=a_path)
+        parser.add_argument("--json", action="store_true", help=FOR_PROGRAMS)
 
     def __call__(self, options: Namespace) -> int:
         """Print the results table of a finished run."""
-        from ..reporting.report import results_table
-        from ..runtime.progress import plain_console
+        from ..reporting.results import results_record, results_table
         from ..runtime.run_folder import existing_run
+        from .printing import print_json, print_table
 
-        plain_console().print(results_table(existing_run(options.run_dir)))
+        folder = existing_run(options.run_dir)
+        if options.json:
+            print_json(results_record(folder))
+        else:
+            print_table(results_table(folder))
         return 0
 
 

@@ -30,9 +30,9 @@ class Run(Command):
         """Run or resume; the main process prints the results table and the path of the report."""
         from ..pipeline.recipe import load_recipe
         from ..pipeline.run import run_recipe
-        from ..reporting.report import results_table
-        from ..runtime.progress import plain_console
+        from ..reporting.results import results_table
         from ..runtime.run_folder import RunFolder
+        from .printing import print_table
 
         run_dir = options.run_dir or Path("runs") / options.recipe.stem
         command = shlex.join(["tinyfusion", self.name, str(options.recipe), *options.overrides])
@@ -40,9 +40,8 @@ class Run(Command):
         report = run_recipe(recipe, run_dir, command, options.restart_from)
         if not recipe.trainer.accelerator.is_main_process:
             return 0
-        console = plain_console()
-        console.print(results_table(RunFolder(run_dir)))
-        console.print(f"report: {report}", soft_wrap=True)
+        print_table(results_table(RunFolder(run_dir)))
+        print(f"report: {report}")
         return 0
 
 
@@ -67,7 +66,7 @@ class Validate(Command):
         from ..pipeline.planning.memory import parse_bytes
         from ..pipeline.planning.plan import Hardware, make_plan
         from ..pipeline.recipe import load_recipe
-        from ..runtime.progress import plain_console
+        from .printing import print_table
 
         require(options.devices >= 1, "--devices", options.devices, "at least 1")
         hardware = Hardware(options.devices, None if options.memory is None else parse_bytes(options.memory))
@@ -75,13 +74,12 @@ class Validate(Command):
         table = Table(title=f"{options.recipe}", title_justify="left", show_header=False)
         for what, value in plan.rows:
             table.add_row(what, value)
-        console = plain_console()
-        console.print(table)
+        print_table(table)
         for missing in plan.missing:
-            console.print(f"needed to run: {missing}", soft_wrap=True)
+            print(f"needed to run: {missing}")
         if plan.problems:
             raise UserError("\n".join(f"{options.recipe}: {p}" for p in plan.problems))
-        console.print("the plan works out" + (", once these are there" if plan.missing else ""))
+        print("the plan works out" + (", once these are there" if plan.missing else ""))
         return 0
 
 

@@ -16,13 +16,13 @@ from rich.text import Text
 
 from ..comparison.results import ComparisonResults
 from ..errors import MissingFileError, UserError
-from ..parsing.records import check_regular, read_as
-from ..pipeline.compare import print_tables
-from ..pruning.prune import DECISION, decision_of
-from ..reporting.report import duration, results_table
+from ..parsing.records import beside, check_regular, read_as
+from ..pruning.record import DECISION, decision_of
+from ..reporting.results import duration, results_table
 from ..runtime.progress import plain_console
 from ..runtime.run_folder import COMPARISON_RESULTS, NOW, RESULT_CACHE, RUN_RECORD, Now, RunFolder
 from ..runtime.stages import EVALUATE, SEARCH, Stage, log_line
+from .printing import print_table, print_tables
 
 LEVELS = "▁▂▃▄▅▆▇█"
 TAIL_BYTES = 256 * 1024
@@ -99,7 +99,7 @@ class View:
         self.folder = RunFolder(path)
         self.compares = self.folder.holds_comparison()
         if not self.compares and not (path / "recipe.yaml").is_file():
-            raise UserError(f"{path}: not a run folder (no recipe.yaml in it); has the run begun?")
+            raise UserError(f"{path}: not a run folder (no recipe.yaml in it; has the run begun?){beside(path)}")
         self.tails: dict[Path, Tail] = {}
         self.changed: float | None = None
 
@@ -265,4 +265,4 @@ def watch(path: Path, once: bool = False, every: float = 2.0) -> None:
     if view.compares:
         print_tables(ComparisonResults.load(path / COMPARISON_RESULTS))
     else:
-        console.print(results_table(view.folder))
+        print_table(results_table(view.folder))

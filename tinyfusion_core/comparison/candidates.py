@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import UserError
-from ..samplers.constraints import Budget, Rules, Spending, budget_text
+from ..samplers.constraints import Rules
+from ..samplers.demands import Budget, Spending, budget_text
 from ..selection.base import Selector, count_by_list
 from ..selection.costs import NetworkCosts
 from ..selection.criteria.base import Criterion

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, Literal, NotRequired, Self, TypedDict
 
 from ..errors import UserError
-from ..evaluation.frechet import DISTANCE
+from ..evaluation import DISTANCE
 from ..parsing.records import read_as
 from ..runtime.files import write_json
-from ..samplers.constraints import Budget, budget_text
+from ..samplers.demands import Budget, budget_text
 
 FORMAT_VERSION = 1
 AGAIN = "delete it and give the command again, which computes nothing twice"

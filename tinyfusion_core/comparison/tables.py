@@ -37,6 +37,11 @@ def tables(results: ComparisonResults) -> list[TextTable]:
 
 def table_csv(results: ComparisonResults) -> str:
     """Return the candidates' summaries with all values, unrounded."""
+    return _csv(unrounded(results))
+
+
+def unrounded(results: ComparisonResults) -> list[dict[str, object]]:
+    """Return a mapping for every candidate: its name, what it kept, and all values by name, None if one is missing."""
     lines = []
     for summary in summaries(results):
         line: dict[str, object] = {"candidate": summary.name, "kept": _kept(summary, results).replace("\n", "; ")}
@@ -45,7 +50,7 @@ def table_csv(results: ComparisonResults) -> str:
             if isinstance(value, MeanStd):
                 line |= {name: value.mean, f"{name}_sd": value.sd}
         lines.append(line)
-    return _csv(lines)
+    return lines
 
 
 def trials_csv(results: ComparisonResults) -> str:

@@ -15,10 +15,9 @@ from ..runtime.distributed import batches, local_share, map_sharded
 from ..runtime.files import NEUTRAL
 from ..runtime.progress import track
 from ..training.trainer import Trainer
+from . import DISTANCE
 from .generation import sample_rows, training_conditions
 from .metrics import Measurement, Metric, Models
-
-DISTANCE = "Fréchet distance"
 
 
 @dataclass(frozen=True)

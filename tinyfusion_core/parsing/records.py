@@ -22,7 +22,7 @@ from typing import (
     is_typeddict,
 )
 
-from ..errors import MissingFileError, UserError
+from ..errors import MissingFileError, UserError, closest
 
 T = TypeVar("T")
 DEEPEST = 100
@@ -48,12 +48,21 @@ def check_regular(path: Path) -> None:
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
-        raise MissingFileError(f"{path}: no such file") from None
+        raise MissingFileError(f"{path}: no such file{beside(path)}") from None
     except (OSError, ValueError) as e:  # a ValueError if its name holds a zero byte
         raise UserError(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e})") from None
     if not stat.S_ISREG(mode):
         what = "a folder" if stat.S_ISDIR(mode) else "a FIFO" if stat.S_ISFIFO(mode) else "a device or socket"
         raise UserError(f"{path}: is {what}; expected a file")
+
+
+def beside(path: Path) -> str:
+    """Return a hint for a message about a path that is not there: what lies beside it and has a name like it."""
+    try:
+        near = None if path.exists() else closest(path.name, [other.name for other in path.parent.iterdir()])
+    except (OSError, ValueError):  # a ValueError if its name holds a zero byte
+        return ""
+    return "" if near is None else f"; did you mean '{path.with_name(near)}'?"
 
 
 def read_text(path: Path) -> str:

@@ -6,9 +6,12 @@ import contextlib
 import functools
 import inspect
 import os
+import re
+import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, require
@@ -30,6 +33,17 @@ _MOST = {
 }
 """The same by the name of a field, which means the same thing in every class."""
 _NOTHING = object()
+_WORDS = {
+    None: "",
+    type(None): "",
+    Any: "anything",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    Path: "a path",
+}
+_PLURALS = {_WORDS[kind]: f"{_WORDS[kind][2:]}s" for kind in (int, float, str, Path)}
 
 
 class Settings:
@@ -95,6 +109,11 @@ def check_arguments(**given: tuple[Any, Any]) -> None:
             raise UserError(f"{name} is {text}; expected {spelled(hint)}")
 
 
+def stands_for(value: Any, hint: Any) -> bool:
+    """Return whether a value, or one that it may stand for, is what an annotation says: a list may be a tuple."""
+    return any(fits(spelling, hint) for spelling in _spellings(value))
+
+
 def fits(value: Any, hint: Any) -> bool:
     """Return whether a value is what an annotation says. Truth values are no numbers."""
     from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
@@ -123,20 +142,35 @@ def leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
-def spelled(hint: Any) -> str:
-    """Return an annotation as text, without the modules of its classes."""
-    if hint is None or hint is type(None):
-        return "None"
-    if hint is Any or hint is ...:
-        return "anything" if hint is Any else "..."
-    if (origin := typing.get_origin(hint)) is None:
+def spelled(hint: Any, yaml: bool = False) -> str:
+    """Return an annotation in words: `a whole number or None`. Classes have their names.
+
+    Args:
+        hint: the annotation.
+        yaml: whether it is for YAML, where None is null, and what a function returns stands for the function.
+    """
+    if hint in _WORDS:
+        return _WORDS[hint] or ("null" if yaml else "None")
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin is None:
         return str(getattr(hint, "__name__", hint))
-    inner = [spelled(part) if not isinstance(part, list | str) else repr(part) for part in typing.get_args(hint)]
-    if origin is typing.Literal:
-        return " or ".join(map(repr, typing.get_args(hint)))
-    if "Union" in str(getattr(origin, "__name__", origin)):
-        return " or ".join(inner)
-    return f"{getattr(origin, '__name__', origin)}[{', '.join(inner)}]"
+    if origin in (typing.Literal, typing.Union, types.UnionType):
+        say = repr if origin is typing.Literal else functools.partial(spelled, yaml=yaml)
+        return " or ".join(dict.fromkeys(map(say, parts)))
+    if origin is Callable:
+        return f"{'' if yaml else 'a function that returns '}{spelled(parts[-1], yaml)}"
+    if issubclass(origin, Mapping):
+        return f"a mapping of names to {_many(parts[-1], yaml)}"
+    fixed = origin is tuple and parts[-1] is not ...
+    if fixed and len(set(parts)) > 1:
+        return " and ".join(map(functools.partial(spelled, yaml=yaml), parts))
+    return f"a {'pair' if fixed and len(parts) == 2 else 'list'} of {_many(parts[0], yaml)}"
+
+
+def _many(hint: Any, yaml: bool) -> str:
+    """The plural of `spelled`, where it has one."""
+    words = re.sub(r"\ba (pair|list|mapping) of", r"\1s of", spelled(hint, yaml))
+    return " or ".join(_PLURALS.get(word, word) for word in words.split(" or "))
 
 
 @functools.cache

@@ -13,7 +13,8 @@ from ..evaluation.evaluate import evaluate
 from ..evaluation.metrics import HeldOutLoss
 from ..protocols.task import Task
 from ..pruning.decision import Decision
-from ..pruning.prune import decision_of, load_pretrained, origin, prune
+from ..pruning.prune import load_pretrained, origin, prune
+from ..pruning.record import decision_of
 from ..reporting.report import BUDGETS, write_report
 from ..runtime.distributed import on_main_process
 from ..runtime.files import write_json

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
-
-import rich.table
 
 from ..comparison.figures import draw_choices, draw_kept, draw_scatter
 from ..comparison.results import ComparisonResults
@@ -20,7 +17,6 @@ from ..parsing.records import read_text
 from ..reporting.page import Figures, Picture, render_page
 from ..runtime.distributed import on_main_process
 from ..runtime.files import write_text
-from ..runtime.progress import plain_console
 from ..runtime.run_folder import COMPARISON_RESULTS
 from .planning.plan import make_comparison_plan
 from .recipe import Recipe
@@ -84,24 +80,6 @@ def write_comparison(run_dir: Path | str, command: str = "") -> Path:
     )
     write_text(folder / "report.html", page)
     return folder / "report.html"
-
-
-def print_tables(results: ComparisonResults) -> None:
-    """Print the tables at a minimum width: a narrow terminal wraps lines rather than cutting off numbers."""
-    console = plain_console(width=max(plain_console().width, MIN_WIDTH))
-    for table in tables(results):
-        shown = rich.table.Table(
-            title=table.title, title_justify="left", title_style="bold", box=None, padding=(0, 1, 0, 0)
-        )
-        body = [[cell.replace("± ", "±") for cell in row] for row in table.rows]
-        for i, name in enumerate(table.columns):
-            words = [word for text in (name, *(row[i] for row in body)) for word in text.split()]
-            justify: Literal["left", "right"] = "left" if i == 0 or name == "kept blocks" else "right"
-            shown.add_column(name, justify=justify, overflow="fold", min_width=max(map(len, words), default=0))
-        for row in body:
-            shown.add_row(*row)
-        console.print(shown)
-        console.print()
 
 
 def _draw(results: ComparisonResults, figures: Path) -> list[Figures]:
@@ -170,6 +148,3 @@ def _scatter_caption(results: ComparisonResults) -> str:
         caption = f"Spearman's rho over the {num} random subsets: {rho.text('.2f')}. {caption}"
     lost = sum(e.calibration is None or e.recovered is None for e in (*results.entries, *results.masks))
     return caption + (f" Not shown: {lost} with a loss that is not finite." if lost else "")
-
-
-MIN_WIDTH = 110

@@ -13,8 +13,9 @@ from ..parsing.records import read_as, read_text
 from ..protocols.backbone import constructed, list_lengths
 from ..protocols.task import Task
 from ..pruning.interop_formats import TEXTS, describe_clients
-from ..pruning.prune import decision_of, load_pretrained, origin, read_record
+from ..pruning.prune import load_pretrained, origin
 from ..pruning.read_back import weights_in, write_checked
+from ..pruning.record import decision_of, read_record
 from ..runtime.files import write_json, write_text
 from ..runtime.locking import FolderKind, check_free, check_replaceable
 from ..runtime.run_folder import RunFolder

@@ -17,7 +17,7 @@ from torch import nn
 from ..comparison.study import Audit, Compare
 from ..errors import MissingFileError, UserError
 from ..evaluation.metrics import Metric
-from ..parsing.records import read_text
+from ..parsing.records import beside, read_text
 from ..parsing.yaml12 import dump_yaml, load_yaml
 from ..protocols.backbone import Backbone
 from ..protocols.columns import check_sample_size
@@ -31,7 +31,7 @@ from ..selection.base import Selector
 from ..training.recover import Recover
 from ..training.trainer import Trainer
 from .planning.on_meta import build_on_meta
-from .schema import KEYS, SECTIONS, Round, checked, follow_recovery, schema, yaml12_numbers
+from .schema import KEYS, SECTIONS, Round, checked, follow_recovery, misfits, schema, yaml12_numbers
 
 _REFUSALS = (UserError, ArgumentError, ValueError, TypeError)
 RESERVED = ("teacher", "student", "figures", "checkpoints", "evaluation")
@@ -152,7 +152,8 @@ def _refusals(parser: ArgumentParser, section: dict[str, Any]) -> Iterator[str]:
             parser.instantiate(parser.parse_object(section))
         except _REFUSALS as e:
             key, message = _root_message(e)
-            yield message
+            name, *path = key.split(".")
+            yield from list(misfits(name, section.get(name), SECTIONS.get(name), path)) or [message]
             wrong = _remove(section, key.split("."))
 
 
@@ -171,7 +172,9 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         raw = load_yaml(read_text(path))
     except MissingFileError:
-        raise MissingFileError(f"{path}: no such recipe (it comes first: tinyfusion run RECIPE --key value)") from None
+        raise MissingFileError(
+            f"{path}: no such recipe (it comes first: tinyfusion run RECIPE --key value){beside(path)}"
+        ) from None
     except yaml.YAMLError as e:
         raise UserError(f"{path}: not readable as YAML: {e}") from None
     if not isinstance(raw, dict):
@@ -264,7 +267,4 @@ def _root_message(error: BaseException) -> tuple[str, str]:
     *_, message = re.split(r'Parser key "[^"]+":', str(error))
     key = ".".join(re.findall(r'Parser key "([^"]+)":', str(error)))
     line = next(line.strip() for line in [*message.splitlines(), "not valid"] if line.strip())
-    union = re.search(r"Subtypes: (.*)(?s:.*?)Given value: (.*)", message)
-    line = f"Expected one of {union[1]}. Got value: {union[2]}" if union else line
-    line = line.replace("a <class 'tuple'>", "a list")
     return key, f"{key}: {line}" if key else line

@@ -20,7 +20,8 @@ from ..evaluation.metrics import Measurement
 from ..protocols.columns import checked, columns_of
 from ..protocols.task import Task
 from ..pruning.decision import Decision, versions
-from ..pruning.prune import decision_of, load_pretrained, origin, prune, save_network, save_pretrained
+from ..pruning.prune import load_pretrained, origin, prune, save_network, save_pretrained
+from ..pruning.record import decision_of
 from ..reporting.page import Figures
 from ..reporting.report import write_report
 from ..runtime.distributed import on_every_rank, on_main_process

@@ -11,14 +11,13 @@ from dataclasses import dataclass, fields, is_dataclass
 from pkgutil import resolve_name
 from typing import Any
 
-import docstring_parser
 from jsonargparse import ArgumentParser, _loaders_dumpers, set_parsing_settings
 
 from ..comparison.legacy_keys import PATHS
 from ..comparison.study import Audit, Compare
 from ..errors import UserError, nearest
 from ..evaluation.metrics import Metric
-from ..parsing.settings import Settings
+from ..parsing.settings import Settings, spelled, stands_for
 from ..parsing.yaml12 import Loader
 from ..protocols.backbone import Backbone
 from ..protocols.data import DataSource
@@ -99,43 +98,6 @@ def yaml12_numbers() -> Iterator[None]:
         _loaders_dumpers.yaml_default_loader = before
 
 
-def describe_keys() -> str:
-    """Return every key of a recipe with its default and meaning, from the signatures and docstrings of the classes."""
-    kinds = ", ".join(name.replace("_", " ") for name in BASES)
-    lines = [f"plugins: Python files beside the recipe that bring classes ({kinds}); their code is run"]
-    bases = {section: _without_none(_item(kind)) for section, kind in SECTIONS.items()}
-    said = ", ".join(f"{key} means {cls}" for key, cls in SAID_BY.items())
-    for section, base in bases.items():
-        lines.append(f"{section}:" + f" without class_path {said}" * (base is Selector))
-        for name, cls in (known(base) if base in POLYMORPHIC else {base.__name__: base}).items():
-            lines += _describe_class(name, cls)
-    for cls in PLAIN:
-        if cls not in bases.values():
-            lines.append(f"values of the type {cls.__name__}:")
-            lines += _describe_class(cls.__name__, cls)
-    for base in BASES.values():
-        if base not in bases.values():
-            lines.append(f"values of the type {base.__name__}:")
-            for name, cls in known(base).items():
-                lines += _describe_class(name, cls)
-    return "\n".join(lines) + "\n"
-
-
-def _describe_class(name: str, cls: type[Any]) -> list[str]:
-    # Inherited options are explained where they are declared.
-    texts = [docstring_parser.parse(part.__doc__ or "") for part in cls.__mro__[-2::-1]]
-    meaning = {p.arg_name: " ".join((p.description or "").split()) for text in texts for p in text.params}
-    lines = [f"  {name}: {texts[-1].short_description or ''}"]
-    made = (
-        {f.name: f.default_factory() for f in fields(cls) if callable(f.default_factory)} if is_dataclass(cls) else {}
-    )
-    for key, parameter in inspect.signature(cls).parameters.items():
-        if not key.startswith("_") and key != "lists":
-            default = "" if parameter.default is parameter.empty else f" = {made.get(key, parameter.default)!r}"
-            lines.append(f"    {key}{default}: {meaning.get(key, '')}")
-    return lines
-
-
 def checked(raw: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
     """Return the sections of a recipe with full class paths, as the parser of `schema` needs them.
 
@@ -185,12 +147,12 @@ def known(base: type[Any]) -> dict[str, type[Any]]:
 
 
 def _checked(key: str, value: Any, kind: Any, problems: list[str], default: Any = None) -> Any:
-    kind = _without_none(kind)
+    kind = without_none(kind)
     if typing.get_origin(kind) in (list, Sequence) and isinstance(value, list):
-        items = [_checked(f"{key}[{i}]", v, _item(kind), problems) for i, v in enumerate(value)]
+        items = [_checked(f"{key}[{i}]", v, item_of(kind), problems) for i, v in enumerate(value)]
         return [item for item in items if item is not WRONG]
     if typing.get_origin(kind) is dict and isinstance(value, dict):
-        entries = {k: _checked(f"{key}.{k}", v, _item(kind), problems) for k, v in value.items()}
+        entries = {k: _checked(f"{key}.{k}", v, item_of(kind), problems) for k, v in value.items()}
         return {k: entry for k, entry in entries.items() if entry is not WRONG}
     if value is None or not inspect.isclass(kind) or kind not in (*PLAIN, *POLYMORPHIC):
         return value
@@ -259,10 +221,36 @@ def _checked_arguments(key: str, arguments: Mapping[Any, Any], cls: type[Any], p
         if name not in known:
             problems.append(f"{key}.{name}: {_unknown(str(name), cls, known)}")
         elif value is None and hint is not Any and type(None) not in typing.get_args(hint):
-            problems.append(f"{key}.{name}: null is not allowed; expected {getattr(hint, '__name__', hint)}")
+            problems.append(f"{key}.{name}: null is not allowed; expected {spelled(hint, yaml=True)}")
         elif (found := _checked(f"{key}.{name}", value, hint, problems, known[name].default)) is not WRONG:
             out[name] = found
     return out
+
+
+def misfits(key: str, value: Any, kind: Any, path: Sequence[str]) -> Iterator[str]:
+    """Yield what is said of values that are not what their annotations say.
+
+    Args:
+        key: where the value stands in the recipe.
+        value: a section of `checked`, or a part of one.
+        kind: its annotation.
+        path: where the wrong values are in it; indices of lists are left out.
+    """
+    inner = without_none(kind)
+    if not path:
+        if not stands_for(value, kind):
+            yield f"{key} is {value!r:.200}; expected {spelled(kind, yaml=True)}"
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            yield from misfits(f"{key}[{i}]", item, item_of(inner), path)
+    elif isinstance(value, dict):
+        if typing.get_origin(inner) is dict:
+            arguments, hint = value, item_of(inner)
+        else:
+            cls = resolve_name(value["class_path"]) if "class_path" in value else inner
+            arguments, hint = value.get("init_args", value), typing.get_type_hints(cls.__init__).get(path[0], Any)
+        if path[0] in arguments:
+            yield from misfits(f"{key}.{path[0]}", arguments[path[0]], hint, path[1:])
 
 
 def _needed(cls: type[Any]) -> list[str]:
@@ -283,12 +271,12 @@ def _unknown(name: str, cls: type[Any], keys: Collection[str]) -> str:
     )
 
 
-def _item(kind: Any) -> Any:
+def item_of(kind: Any) -> Any:
     """The type of the items of a list or mapping; any other type itself."""
     return typing.get_args(kind)[-1] if typing.get_origin(kind) in (list, dict, Sequence) else kind
 
 
-def _without_none(kind: Any) -> Any:
+def without_none(kind: Any) -> Any:
     """The class in `X | None`, and in a factory `Callable[[...], X]`."""
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         kinds = [k for k in typing.get_args(kind) if k is not type(None)]

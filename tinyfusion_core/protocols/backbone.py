@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..parsing.settings import Settings
-from ..runtime.files import load_strict, read_weights, save_tensors
+from ..parsing.weights import load_strict, read_weights
+from ..runtime.files import save_tensors
 from .data import Lookup
 
 Batch = Mapping[str, Tensor]
@@ -61,7 +62,7 @@ def streams_of(streams: Streams, path: str) -> Sequence[Stream]:
         return streams
     name = path.rpartition(".")[0]
     if name not in streams:
-        raise UserError(f"no streams are declared for the block list '{name}'; name them in Backbone.streams")
+        raise UserError(f"no streams are declared for the block list '{name}'; name them in 'streams'")
     return streams[name]
 
 
@@ -242,8 +243,8 @@ def constructed(backbone: Backbone | type[Backbone], config: Mapping[str, Any], 
 
 
 def owner(thing: object) -> str:
-    """Name the class of a backbone or loss and its module, to begin a message with."""
-    return f"{type(thing).__name__} (of {type(thing).__module__})"
+    """Name a backbone or loss, to begin a message with: by its class and module, or as its `called` says."""
+    return getattr(thing, "called", f"{type(thing).__name__} (of {type(thing).__module__})")
 
 
 def expand(model: nn.Module, paths: Sequence[str]) -> list[str]:

@@ -64,7 +64,7 @@ class Call:
             return entry
         if isinstance(name, str) and name not in self.kwargs:
             if name not in self.names[: len(self.args)]:
-                raise UserError(f"block '{path}' was called without its stream argument '{name}'; see Backbone.streams")
+                raise UserError(f"block '{path}' was called without its stream argument '{name}'; see 'streams'")
             name = list(self.names).index(name)
         # A stream named by position may still be passed by name.
         if isinstance(name, int) and name >= len(self.args):
@@ -146,7 +146,7 @@ class Passage:
         )
         return (
             f"block '{self.path}' makes {after} of a stream of {before}, so it cannot be skipped; leave it out of "
-            "Backbone.blocks, or correct Backbone.streams"
+            "'blocks', or correct 'streams'"
         )
 
 
@@ -243,7 +243,7 @@ def probed_batch_dims(model: nn.Module, blocks: Sequence[str], run: Callable[[in
         if len(shape) != len(other) or len(changed) > 1 or any((shape[d], other[d]) != sizes for d in changed):
             raise UserError(
                 f"block '{key[0]}', argument '{key[1]}': {list(shape)} for a batch of 2 and {list(other)} for 3 "
-                "is not one entry per sample; name the batch arguments in Backbone.batched"
+                "is not one entry per sample; name the batch arguments in 'batched'"
             )
         dims[key] = changed[0] if changed else None
 
@@ -253,7 +253,7 @@ def probed_batch_dims(model: nn.Module, blocks: Sequence[str], run: Callable[[in
         except KeyError:
             raise UserError(
                 f"block '{path}' was called with an argument '{leaf}' that did not occur while probing; "
-                "name the batch arguments in Backbone.batched"
+                "name the batch arguments in 'batched'"
             ) from None
 
     return batch_dim

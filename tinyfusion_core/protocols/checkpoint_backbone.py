@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from ..errors import MissingFileError, UserError, nearest, require
-from ..parsing.records import read_json
+from ..parsing.records import beside, read_json
 from ..parsing.state_dicts import unwrapped, without_ignored
-from ..runtime.files import NEUTRAL, digest, load_strict, read_weights, sha256, weight_files
+from ..parsing.weights import load_strict, read_weights, weight_files
+from ..runtime.files import NEUTRAL, digest, sha256
 from ..runtime.seeding import generator
 from .backbone import Backbone, constructed, owner
 
@@ -221,7 +222,7 @@ class CheckpointBackbone(Backbone):
             return _of_others(Path(name))[0]
         if name is not None and Path(name).is_file():
             return Path(name)
-        problem = "not set. Name" if name is None else f"'{name}' does not exist. Put there"
+        problem = "not set. Name" if name is None else f"'{name}' does not exist{beside(Path(name)) or '.'} Put there"
         official = f"{self.official()}, or any other" if self.official() else "a"
         names = ", ".join(sorted(p.parent.name for p in self.shipped.glob("*/config.json"))) if self.shipped else ""
         raise MissingFileError(

@@ -10,6 +10,9 @@ from typing import ClassVar
 
 from ..parsing.settings import LARGEST
 
+FOR_PROGRAMS = "print JSON, for programs"
+"""Help of `--json`."""
+
 
 def a_path(text: str) -> Path:
     """Return the path that was typed; as `type=` of an argument. The empty one, which means this folder, is refused."""

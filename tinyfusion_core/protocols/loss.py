@@ -82,7 +82,7 @@ class LossAdapter(Settings, ABC):
         Raises:
             UserError: this objective has no distance.
         """
-        raise UserError(f"{owner(self)}: distance: not written, and distillation needs it; set recover.kd to null")
+        raise UserError(f"{owner(self)}: distance: not written, and distillation needs it; leave kd out")
 
     def keep(self, teacher: Prediction, inputs: Batch) -> dict[str, Tensor]:
         """Return what a cache keeps of a teacher's prediction for `distance`: tensors by name, each (batch, ...).

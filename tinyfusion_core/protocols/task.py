@@ -117,5 +117,5 @@ def check_loss_fits(backbone: Backbone, loss: LossAdapter, model: nn.Module) -> 
         return  # an operation without a meta kernel: the run itself will tell
     except RuntimeError as e:
         raise UserError(
-            f"loss: {type(loss).__name__} does not fit the network ({first_line(e)}); compare their options"
+            f"loss: {owner(loss)} does not fit the network ({first_line(e)}); compare their options"
         ) from None

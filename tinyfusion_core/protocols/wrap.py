@@ -75,6 +75,7 @@ _REMAINING = "_remaining_blocks"
 
 @dataclass(frozen=True, eq=False)
 class _Wrapped(Backbone):
+    called = "wrap"
     model: nn.Module
     given: Sequence[str]
     data: Samples
@@ -124,6 +125,7 @@ class _Wrapped(Backbone):
 
 @dataclass(frozen=True, eq=False)
 class _Function(LossAdapter):
+    called = "wrap: loss_fn"
     function: Callable[[nn.Module, Batch], Tensor]
 
     @override
@@ -134,6 +136,13 @@ class _Function(LossAdapter):
     def loss(self, prediction: Prediction, inputs: Batch) -> Tensor:
         losses: Tensor = prediction
         return losses
+
+    @override
+    def distance(self, student: Prediction, teacher: Prediction, inputs: Batch) -> Tensor:
+        raise UserError(
+            "wrap: loss_fn returns losses, and distillation compares predictions. Leave kd out, or write a loss: "
+            "docs/writing-a-plugin.md"
+        )
 
     @override
     def trivial(self, prediction: Prediction, inputs: Batch) -> None:

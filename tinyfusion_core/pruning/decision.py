@@ -13,7 +13,6 @@ from typing import Any
 from ..errors import UserError
 from ..parsing.records import read_json, shaped
 from ..parsing.settings import Settings
-from ..protocols.backbone import block_lists
 from ..runtime.files import write_json
 from .interop_formats import read_kept
 
@@ -82,6 +81,8 @@ class Decision(Settings):
     @property
     def beside_gaps(self) -> tuple[int, ...]:
         """Positions, among the kept blocks, of those beside a removed one in their list."""
+        from ..protocols.backbone import block_lists  # only here: a decision is read without torch
+
         pairs = [pair for members in block_lists(self.blocks).values() for pair in pairwise(members)]
         removed = set(self.removed)
         near = {a for pair in pairs for a, b in (pair, pair[::-1]) if b in removed}

@@ -204,17 +204,17 @@ class Gates:
         declared = [stream.item for stream in self._streams[j]]
         for i, x in zip(declared, inputs, strict=True):
             if not isinstance(items.get(i), Tensor):
-                raise UserError(f"block '{self.blocks[j]}' returns no tensor at {i!r}; see Backbone.streams")
+                raise UserError(f"block '{self.blocks[j]}' returns no tensor at {i!r}; see 'streams'")
             if items[i].shape[1:] != x.shape[1:]:
                 raise UserError(
                     f"block '{self.blocks[j]}' makes {list(items[i].shape[1:])} of a stream of {list(x.shape[1:])} a "
-                    "sample, so it cannot be skipped; leave it out of Backbone.blocks"
+                    "sample, so it cannot be skipped; leave it out of 'blocks'"
                 )
         for i, item in items.items():
             if partly and i not in declared and any(isinstance(leaf, Tensor) for leaf in tree_leaves(item)):
                 raise UserError(
                     f"block '{self.blocks[j]}' returns a tensor at {i!r} that is no declared stream; name it "
-                    "in Backbone.streams, or in Backbone.unneeded if the network does without it"
+                    "in 'streams', or in 'unneeded' if the network does without it"
                 )
 
     def _items(self, j: int, output: Any) -> dict[int | str, Any]:

@@ -5,40 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any
 
 import yaml
 from torch import nn
 
 from ..errors import MissingFileError, UserError
-from ..parsing.records import check_inside, read_as
 from ..parsing.settings import check_arguments
 from ..protocols.backbone import WEIGHTS, Backbone
 from ..protocols.task import Task
 from ..registry.registry import record_of, registry
 from ..runtime.files import digest, sha256, write_json, write_text
-from ..runtime.run_folder import RunFolder
-from ..runtime.stages import RECOVER, SEARCH, Stage
 from .decision import Decision
 from .interop_formats import describe_clients
 from .read_back import write_checked
+from .record import DECISION, RECORDS, read_record, record_path
 from .removal import check_removal, without
 
 FORMAT_VERSION = 1
-DECISION = "decision.json"
-RECORDS = ("tinyfusion.json", "config.json")
-"""Record file of a saved folder: the second, unless the model family writes a file of that name itself."""
-
-
-class Record(TypedDict):
-    """What is known of a saved network: its family and sizes, the SHA-256 of its files, and where it came from."""
-
-    format_version: Literal[1]
-    backbone: str
-    network: dict[str, Any]
-    sha256: dict[str, str]
-    source: dict[str, Any]
-    plugin: NotRequired[dict[str, str]]
 
 
 def prune(task: Task, decision: Decision) -> nn.Module:
@@ -111,20 +95,6 @@ def save_network(
     write_json(record, content)
 
 
-def read_record(folder: Path) -> Record:
-    """Read the record of `save_network`.
-
-    Raises:
-        UserError: it is missing, damaged or incomplete.
-    """
-    path = _record(folder)
-    record = read_as(path, Record, "restore the whole folder")
-    if not record["sha256"]:
-        raise UserError(f"{path}: incomplete; expected the files' sha256")
-    check_inside(record["sha256"], path)
-    return record
-
-
 def _recorded(folder: Path) -> list[str]:
     """Files of a network that was saved there before; none if it is not one of ours."""
     try:
@@ -133,36 +103,11 @@ def _recorded(folder: Path) -> list[str]:
         return []
 
 
-def _record(folder: Path) -> Path:
-    return next((folder / name for name in RECORDS if (folder / name).exists()), folder / RECORDS[-1])
-
-
 def origin(folder: Path) -> dict[str, Any]:
     """Return the source of a network saved there, with the hash of its own weights."""
     record = read_record(folder)
     hashes = record["sha256"]
     return {**record["source"], "sha256": hashes.get(WEIGHTS) or digest(hashes)}
-
-
-def decision_of(run: RunFolder, round: str = "") -> Decision:
-    """Read the decision of a run, or of one of its rounds: the only way to it, for whoever says what the student has.
-
-    Raises:
-        UserError: there is none, or the student that was made from it has other blocks, because a file was edited.
-    """
-    folder = run.round(round)
-    path, made = folder / DECISION, folder / "student" / DECISION
-    decision = Decision.load(path)
-    if not made.exists() or not _record(made.parent).exists():  # not made yet, or not whole
-        return decision
-    hashed = read_record(made.parent)["sha256"].get(DECISION)
-    whole = hashed in (None, sha256(made))
-    if not whole or Decision.load(made) != decision:
-        raise UserError(
-            f"{path if whole else made}: not the decision that student/ was made from; restore it, or "
-            f"run with --restart-from {Stage(SEARCH, round).key}, or {Stage(RECOVER, round).key} to use it"
-        )
-    return decision
 
 
 def load_pretrained(folder: Path | str, backbone: type[Backbone] | None = None) -> nn.Module:
@@ -182,7 +127,8 @@ def load_pretrained(folder: Path | str, backbone: type[Backbone] | None = None) 
             raise MissingFileError(f"{folder / name}: no such file")
         if sha256(folder / name) != expected:
             raise UserError(
-                f"{folder / name}: not the file that {_record(folder).name} was written for; restore the whole folder"
+                f"{folder / name}: not the file that {record_path(folder).name} was written for; restore the whole "
+                "folder"
             )
     family = backbone or registry().find("backbone", record["backbone"], record.get("plugin"))
     model: nn.Module = family.load(folder, record["network"])

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MissingFileError, UserError, nearest
+from ..parsing.records import beside
 from .answers import Classes, brought, reason_of
 from .hooks import BLOCKED, KINDS
 from .sources import CORE, Plugin, PluginFile, installed, load, names
@@ -108,7 +109,9 @@ def load_plugin(path: Path | str) -> PluginFile:
     try:
         file = PluginFile(path, path.read_bytes())
     except OSError as e:
-        raise MissingFileError(f"plugins: {path}: {e.strerror}; paths are relative to the recipe") from None
+        raise MissingFileError(
+            f"plugins: {path}: {e.strerror}; paths are relative to the recipe{beside(path)}"
+        ) from None
     if file.name in _files and _files[file.name][0].sha256 == file.sha256:
         return file
     before = sys.modules.get(file.module)
@@ -163,9 +166,13 @@ def _installed() -> Registry:
 def _core() -> Registry:
     """The core's own classes."""
     classes = brought(import_module(BUILTINS))
-    try:
-        number = version("tinyfusion")
-    except PackageNotFoundError:  # a checkout that was never installed
-        number = "unknown"
-    plugin = Plugin(CORE, BUILTINS, "tinyfusion", number, names(classes))
+    plugin = Plugin(CORE, BUILTINS, "tinyfusion", own_version(), names(classes))
     return Registry((), {kind: {} for kind in KINDS}).joined(plugin, classes)
+
+
+def own_version() -> str:
+    """Return the version of tinyfusion."""
+    try:
+        return version("tinyfusion")
+    except PackageNotFoundError:  # a checkout that was never installed
+        return "unknown"

@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import yaml
-from rich.table import Table
 
 from ..parsing.records import read_as, read_text
 from ..pruning.decision import Decision
-from ..pruning.prune import DECISION, decision_of
 from ..runtime.files import write_text
 from ..runtime.run_folder import RunFolder, RunRecord
 from ..runtime.stages import SEARCH
@@ -19,6 +17,7 @@ from .figures import decided, draw_budgets, draw_dynamics, draw_loss, draw_quali
 from .measured import LOSS, last_to_first, measurements, results
 from .next_steps import next_steps
 from .page import Figures, Picture, render_page
+from .results import decisions_of, duration, faults_of, headline
 from .strip import strip_of
 from .verdict import verdict
 
@@ -31,26 +30,6 @@ class _Budgets(TypedDict):
     rows: list[dict[str, Any]]
 
 
-def results_table(folder: RunFolder) -> Table:
-    """Return the results table for a terminal; the ratio is the last model's value over the first's.
-
-    Raises:
-        UserError: the run has not reached its evaluation.
-    """
-    names, rows = results(folder)
-    table = Table(title=_headline(folder), title_justify="left", title_style="bold")
-    table.add_column("")
-    for name in names:
-        table.add_column(name, justify="right")
-    if len(names) > 1:
-        table.add_column("ratio", justify="right")
-    for label, cells, ratio, _ in rows:
-        table.add_row(label, *cells, *([ratio] if len(names) > 1 else []))
-    if faults := _faults(folder):
-        table.caption, table.caption_justify = "; ".join(faults), "left"
-    return table
-
-
 def write_report(folder: RunFolder, exhibits: Sequence[Figures] = ()) -> Path:
     """Draw the figures and write `report.html`, a self-contained page.
 
@@ -61,12 +40,12 @@ def write_report(folder: RunFolder, exhibits: Sequence[Figures] = ()) -> Path:
     Returns:
         The path of the page.
     """
-    decisions, record = _decisions(folder), folder.record()
+    decisions, record = decisions_of(folder), folder.record()
     names, rows = results(folder)
     strips = {name: strip_of(decision) for name, decision in decisions.items()}
     page = render_page(
         "report.html.j2",
-        title=_headline(folder),
+        title=headline(folder),
         figures=[*_draw_decisions(folder, decisions), *_draw_budgets(folder), *exhibits, *_draw_training(folder)],
         command=record.get("command", ""),
         recipe=read_text(folder / "recipe.yaml"),
@@ -152,13 +131,6 @@ def _draw_training(folder: RunFolder) -> list[Figures]:
     return [Figures("Training", caption, list(map(Picture, paths)))]
 
 
-def _headline(folder: RunFolder) -> str:
-    decisions = list(_decisions(folder).values())
-    depths = [len(d.blocks) for d in decisions[:1]] + [len(d.kept) for d in decisions]
-    name = folder.path.resolve().name
-    return f"{name}: {' → '.join(map(str, depths))} blocks" if depths else name
-
-
 def _facts(folder: RunFolder, decisions: Mapping[str, Decision]) -> list[str]:
     """The summary of a run under its title."""
     stages = dict(folder.finished())
@@ -169,16 +141,7 @@ def _facts(folder: RunFolder, decisions: Mapping[str, Decision]) -> list[str]:
     facts = []
     if stages:
         facts.append(f"{duration(total)} in all ({times})")
-    return facts + _faults(folder)
-
-
-def _faults(folder: RunFolder) -> list[str]:
-    """The steps that the stages have skipped and the samples that they have replaced, in words."""
-    return [
-        f"{stage.title}: {count} {what}"
-        for stage in folder.stages()
-        for what, count in folder.round(stage.round).faults(stage.name).items()
-    ]
+    return facts + faults_of(folder)
 
 
 def _provenance(record: RunRecord, decisions: Mapping[str, Decision]) -> str:
@@ -187,17 +150,3 @@ def _provenance(record: RunRecord, decisions: Mapping[str, Decision]) -> str:
     for name, decision in decisions.items():
         parts[f"decision {name}".strip()] = {"kept": list(decision.kept), **decision.provenance}
     return yaml.safe_dump(parts, sort_keys=False, allow_unicode=True, default_flow_style=None)
-
-
-def _decisions(folder: RunFolder) -> dict[str, Decision]:
-    """The decisions of the rounds by name; without rounds, the name is empty."""
-    searches = [stage for stage in folder.stages() if stage.name == SEARCH]
-    rounds = [stage.round for stage in searches if (folder.round(stage.round) / DECISION).exists()]
-    return {name: decision_of(folder, name) for name in rounds}
-
-
-def duration(seconds: float) -> str:
-    """Format seconds for people: `2 min 5 s`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

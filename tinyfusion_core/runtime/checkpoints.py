@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
-import torch
-
 from ..errors import UserError
 from ..parsing.records import read_as
 from .files import sha256, write_atomic, write_json
@@ -50,6 +48,8 @@ class Checkpoints:
         Raises:
             UserError: the disk is full or not writable; the older checkpoints are intact.
         """
+        import torch  # only here and in `load`: how a run stands is read without it
+
         file = self.path / f"{step:08d}.pt"
         write_atomic(file, lambda target: torch.save(dict(state), target))
         # Later steps are there when the newest checkpoint was damaged: they have been made again.
@@ -89,6 +89,8 @@ class Checkpoints:
         Raises:
             UserError: this process cannot read the file.
         """
+        import torch
+
         try:
             state: dict[str, Any] = torch.load(self.path / name, map_location="cpu", weights_only=True)
         except OSError as e:

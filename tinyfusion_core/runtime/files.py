@@ -1,34 +1,26 @@
-"""Safe file access: reading untrusted files without running code, and atomic writes."""
+"""Safe file access: atomic writes, and hashes. Without tensors it needs no torch."""
 
 from __future__ import annotations
 
-import argparse
-import collections
 import hashlib
 import json
 import os
-import pathlib
-import pickle
-import re
 import tempfile
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-import numpy as np
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
-from ..errors import MissingFileError, UserError, first_line
-from ..parsing.records import ShardIndex, check_regular, read_as
-from ..parsing.state_dicts import chosen_entry
+from ..errors import UserError, reason_behind
+from ..parsing.records import check_regular
 from .locking import PARTIAL, check_held
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -61,7 +53,9 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
     except (OSError, RuntimeError, SafetensorError) as e:
         # torch and safetensors report a full disk as errors of their own.
         kept = "; the file that was there is intact" if path.exists() else ""
-        raise UserError(f"{path}: cannot be written ({_reason(e)}){kept}. Free space or choose another folder") from e
+        raise UserError(
+            f"{path}: cannot be written ({reason_behind(e)}){kept}. Free space or choose another folder"
+        ) from e
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -93,6 +87,8 @@ def map_array(path: Path) -> Any:
     Raises:
         UserError: the file is missing, truncated, or holds anything but numbers.
     """
+    import numpy as np
+
     check_regular(path)
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
@@ -111,6 +107,8 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     Raises:
         UserError: the file cannot be written.
     """
+    from safetensors.torch import save_file
+
     ready: dict[str, Tensor] = {}
     storages = set()
     for name, t in tensors.items():
@@ -122,117 +120,6 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
         save_file(ready, file.name, metadata=dict(metadata or {}))
 
     write_atomic(path, write)
-
-
-def read_weights(path: Path, containers: Sequence[str] = ("ema", "model"), key: str | None = None) -> dict[str, Tensor]:
-    """Read a state dict from safetensors, in one file or in several with an index, or from a torch file.
-
-    Torch files are read with `weights_only=True`; data that training scripts keep beside the weights are allowed.
-
-    Args:
-        path: the file, or the index.
-        containers: if the file holds a dict of state dicts, the entry to take: the first of these that exists.
-        key: the entry to take instead; see `chosen_entry`.
-
-    Returns:
-        Tensors by name, of any shape, on the CPU.
-
-    Raises:
-        UserError: the file is missing, damaged, contains code, or holds no state dict.
-    """
-    content: Any = {}
-    for file in weight_files(path):
-        part = _content(file)
-        content = {**content, **part} if isinstance(part, dict) else part
-    return chosen_entry(content, containers, key, str(path))
-
-
-def weight_files(path: Path) -> list[Path]:
-    """Return the files that hold the weights of a file, or of the index of several.
-
-    Raises:
-        UserError: it is missing, or an index that is damaged or names files elsewhere.
-    """
-    check_regular(path)
-    if path.suffix != ".json":
-        return [path]
-    index = read_as(path, ShardIndex, "copy or download it again")
-    names = sorted(set(index["weight_map"].values()))
-    if wrong := next((name for name in names if Path(name).name != name or name in ("", "..")), None):
-        raise UserError(f"{path}: names the file {wrong!r}, which is not beside it")
-    if missing := [name for name in names if not (path.parent / name).is_file()]:
-        raise MissingFileError(
-            f"{path.parent / missing[0]}: no such file, but {path.name} needs it; copy the whole folder"
-        )
-    return [path.parent / name for name in names]
-
-
-def _content(path: Path) -> Any:
-    """What a file holds that has weights in it."""
-    check_regular(path)
-    try:
-        if path.suffix == ".safetensors":
-            return dict(load_file(path))
-        with torch.serialization.safe_globals(_DATA), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on old pickle protocols; what cannot be read raises
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as e:
-        raise UserError(
-            f"{path}: refused, it is not a file of plain tensors; it may hold code, which would run while loading "
-            f"({_refused(e)}). Ask its author for safetensors"
-        ) from None
-    except Exception as e:  # a damaged file makes the readers fail in any way they can
-        raise UserError(f"{path}: damaged or cut short ({_reason(e)}). Copy or download it again") from None
-
-
-def _mapping(*factory: Any) -> dict[Any, Any]:
-    """What stands for a defaultdict, into which the reader puts nothing."""
-    return collections.OrderedDict()
-
-
-_SCALAR, _ARRAY = np.float32(0).__reduce__()[0], np.zeros(0).__reduce__()[0]
-_DATA: list[Any] = [
-    *(argparse.Namespace, list, dict, tuple, int, float, str, (_mapping, "collections.defaultdict")),
-    *(pathlib.PosixPath, pathlib.PurePosixPath, (pathlib.PureWindowsPath, "pathlib.WindowsPath")),
-    *(np.dtype, np.ndarray, *(getattr(np.dtypes, name) for name in np.dtypes.__all__)),
-    *(_SCALAR, (_SCALAR, "numpy.core.multiarray.scalar")),
-    *(_ARRAY, (_ARRAY, "numpy.core.multiarray._reconstruct")),
-]
-"""Classes of training arguments that scripts keep beside the weights: data, not code."""
-
-
-def load_strict(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
-    """Load a state dict whose keys and shapes must match exactly.
-
-    Args:
-        model: the network.
-        weights: tensors by name, each of the same shape as the model's.
-        path: where they come from, for the message.
-
-    Raises:
-        UserError: names the first keys and shapes that differ.
-    """
-    own = model.state_dict()
-    problems = [f"missing {k} {list(v.shape)}" for k, v in own.items() if k not in weights]
-    problems += [f"unexpected {k} {list(v.shape)}" for k, v in weights.items() if k not in own]
-    problems += [
-        f"{k} is {list(weights[k].shape)}, expected {list(v.shape)}"
-        for k, v in own.items()
-        if k in weights and weights[k].shape != v.shape
-    ]
-    if problems and own.keys().isdisjoint(weights):
-        theirs, ours = (sorted({name.partition(".")[0] for name in names})[:6] for names in (weights, own))
-        raise UserError(
-            f"{path}: none of its {len(weights)} names is one of {type(model).__name__}: they begin with "
-            f"{', '.join(theirs) or 'nothing'}, not with {', '.join(ours)}. Of several networks in a file a key chooses"
-        )
-    if problems:
-        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise UserError(
-            f"{path}: a checkpoint of another architecture than {type(model).__name__} as configured: "
-            f"{'; '.join(problems[:4])}{more}"
-        )
-    model.load_state_dict(dict(weights), strict=True)
 
 
 def sha256(path: Path) -> str:
@@ -256,21 +143,6 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of an error, or of the operating system error behind it."""
-    behind = error.__cause__ or error.__context__
-    if isinstance(behind, OSError) and not isinstance(error, OSError):
-        return _reason(behind)
-    return first_line(error)
-
-
-def _refused(error: pickle.UnpicklingError) -> str:
-    """What a torch file holds that is not read."""
-    told = str(error).partition("WeightsUnpickler error:")[2].strip() or str(error)
-    found = re.search(r"(?:GLOBAL|class) ([\w.]+)", told)
-    return found[1] if found else told.splitlines()[0][:200]
 
 
 def digest(value: Any) -> str:

@@ -13,7 +13,7 @@ from typing import Any, NotRequired, TypedDict
 import yaml
 
 from ..errors import UserError
-from ..parsing.records import check_regular, read_as, read_json, read_text
+from ..parsing.records import beside, check_regular, read_as, read_json, read_text
 from ..parsing.yaml12 import load_yaml
 from .checkpoints import Checkpoints
 from .files import write_json, write_text
@@ -293,5 +293,5 @@ def existing_run(path: Path | str) -> RunFolder:
         raise UserError(f"{path}: a comparison, not a run; its page is {Path(path) / 'report.html'}")
     for name, there in (("recipe.yaml", (Path(path) / "recipe.yaml").is_file()), (RUN_RECORD, is_run(Path(path)))):
         if not there:
-            raise UserError(f"{path}: not a run folder (no {name} of a run in it)")
+            raise UserError(f"{path}: not a run folder (no {name} of a run in it){beside(Path(path))}")
     return RunFolder(path)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.seeding import Rng
-from .constraints import Budget, Spending
+from .demands import Budget, Spending
 
 
 @dataclass(frozen=True)

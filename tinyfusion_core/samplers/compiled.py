@@ -13,8 +13,8 @@ from ..errors import UserError, require
 from ..protocols.backbone import block_lists
 from .automaton import Automaton
 from .conditional_poisson import Subsets
-from .constraints import Budget, Rules, Spending, build_from, check_keep, combined, demands_of
-from .demands import Segment
+from .constraints import Rules, build_from, check_keep, combined, demands_of
+from .demands import Budget, Segment, Spending
 from .patterns import Pattern, split_groups
 
 

@@ -3,43 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from ..errors import UserError, nearest, require
 from ..parsing.settings import MOST, Settings
 from .automaton import Automaton, automaton_of
-from .demands import Demands, Segment
-
-Budget = int | Mapping[str, int]
-"""How many blocks are kept: in total, or of every block list."""
-
-
-@dataclass(frozen=True)
-class Spending:
-    """A budget of costs.
-
-    Attributes:
-        costs: cost of every block, whole numbers.
-        budget: largest total cost of the kept blocks.
-    """
-
-    costs: tuple[int, ...]
-    budget: int
-
-    def cost_of(self, kept: Collection[int]) -> int:
-        """Return the total cost of these blocks."""
-        return sum(self.costs[i] for i in kept)
-
-
-def budget_text(budget: Budget | Spending) -> str:
-    """Format a budget for a sentence."""
-    if isinstance(budget, int):
-        return str(budget)
-    if isinstance(budget, Spending):
-        return f"what {budget.budget:,} of {sum(budget.costs):,} in costs pays for"
-    return " + ".join(f"{num} of '{name}'" for name, num in budget.items())
+from .demands import Budget, Demands, Segment, Spending
 
 
 @dataclass(frozen=True, kw_only=True)

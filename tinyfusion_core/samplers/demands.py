@@ -1,9 +1,39 @@
-"""What masks must obey, in the terms in which an automaton reads them."""
+"""What masks must obey, in the terms in which an automaton reads them. This module needs no torch."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
+
+Budget = int | Mapping[str, int]
+"""How many blocks are kept: in total, or of every block list."""
+
+
+@dataclass(frozen=True)
+class Spending:
+    """A budget of costs.
+
+    Attributes:
+        costs: cost of every block, whole numbers.
+        budget: largest total cost of the kept blocks.
+    """
+
+    costs: tuple[int, ...]
+    budget: int
+
+    def cost_of(self, kept: Collection[int]) -> int:
+        """Return the total cost of these blocks."""
+        return sum(self.costs[i] for i in kept)
+
+
+def budget_text(budget: Budget | Spending) -> str:
+    """Format a budget for a sentence."""
+    if isinstance(budget, int):
+        return str(budget)
+    if isinstance(budget, Spending):
+        return f"what {budget.budget:,} of {sum(budget.costs):,} in costs pays for"
+    return " + ".join(f"{num} of '{name}'" for name, num in budget.items())
 
 
 class Segment(NamedTuple):

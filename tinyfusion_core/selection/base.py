@@ -14,7 +14,7 @@ from ..pruning.decision import Decision
 from ..pruning.removal import check_removal
 from ..runtime.distributed import on_main_process
 from ..runtime.run_folder import RunFolder
-from ..samplers.constraints import Budget, Spending
+from ..samplers.demands import Budget, Spending
 from ..training.recover import Recover
 from ..training.trainer import Trainer
 from .budget import CostBudget, measure, save_costs

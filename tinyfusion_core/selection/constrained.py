@@ -10,7 +10,8 @@ from typing_extensions import override
 
 from ..pruning.decision import Decision
 from ..samplers.compiled import Constraints, compile_constraints
-from ..samplers.constraints import Budget, Rules, Spending, check_said, combined
+from ..samplers.constraints import Rules, check_said, combined
+from ..samplers.demands import Budget, Spending
 from ..samplers.patterns import Pattern, parse_pattern
 from .base import Selector
 from .budget import CostBudget, check_bound, parse_budget

@@ -19,7 +19,8 @@ from ..pruning.weight_update import LoRA, WeightUpdate, of_stage
 from ..runtime.run_folder import RunFolder
 from ..runtime.seeding import seed_of
 from ..samplers.base import BlockSampler
-from ..samplers.constraints import Budget, Rules, Spending, build, check_keep, check_said, combined
+from ..samplers.constraints import Rules, build, check_keep, check_said, combined
+from ..samplers.demands import Budget, Spending
 from ..samplers.grouped import GroupedSampler
 from ..samplers.patterns import Pattern, parse_pattern
 from ..samplers.subset import ScoreFunction

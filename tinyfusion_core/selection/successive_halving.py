@@ -17,7 +17,7 @@ from ..pruning.decision import Decision
 from ..pruning.prune import prune
 from ..runtime.progress import track
 from ..runtime.run_folder import RunFolder
-from ..samplers.constraints import Budget, Spending
+from ..samplers.demands import Budget, Spending
 from ..training.recover import Recover
 from ..training.trainer import Trainer
 from .base import Selector, prepared

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tinyfusion_core.errors import MissingFileError, UserError
 from tinyfusion_core.parsing.records import check_folder
-from tinyfusion_core.runtime.files import load_strict, read_weights
+from tinyfusion_core.parsing.weights import load_strict, read_weights
 
 WEIGHTS = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
 AT_ONCE = 8

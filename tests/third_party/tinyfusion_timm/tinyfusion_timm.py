@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tinyfusion_core as tiny
-from tinyfusion_core.runtime.files import load_strict, read_weights, sha256
+from tinyfusion_core.parsing.weights import load_strict, read_weights
+from tinyfusion_core.runtime.files import sha256
 
 tinyfusion_api = 1
 

@@ -20,7 +20,7 @@ from ...pruning.interop_formats import describe_clients
 from ...pruning.removal import remove_blocks
 from ...runtime.stages import EVALUATE, SEARCH, Stage
 from ...runtime.trackers import check_trackers
-from ...samplers.constraints import Spending
+from ...samplers.demands import Spending
 from ...selection.base import Selector
 from ...selection.budget import measure
 from ...selection.search import Search

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from ...dataloading.set_apart import set_apart
 from ...errors import Diverged, UserError
+from ...parsing.weights import read_weights
 from ...protocols.data import Samples
 from ...protocols.task import Task
 from ...pruning.decision import Decision
 from ...pruning.prune import prune
 from ...runtime.distributed import local_share, map_alone, on_main_process, rank_and_world_size
-from ...runtime.files import digest, read_weights, save_tensors, write_json
+from ...runtime.files import digest, save_tensors, write_json
 from ...runtime.progress import track
 from ...runtime.run_folder import NOW, Now, RunFolder
 from ...runtime.stages import SEARCH

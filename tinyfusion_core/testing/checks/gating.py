@@ -102,7 +102,7 @@ def check_every_block_learns(subject: Subject) -> None:
 def check_sparse_is_dense(subject: Subject) -> None:
     """Losses, weight and gate gradients are those of the dense formula `m * f(x) + (1 - m) * x`."""
     losses, gradients = zip(*precisely(subject, _sparse_and_dense), strict=True)
-    message = "gated losses are not those of the dense formula; see Backbone.streams"
+    message = "gated losses are not those of the dense formula; see 'streams'"
     sparse, dense = losses
     expect_close(sparse, dense, 1e-5, message, size=largest(dense))
     size = max(largest(expected) for expected in gradients[1])
