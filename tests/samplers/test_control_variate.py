@@ -11,6 +11,7 @@ from torch import Tensor
 
 import tinyfusion_core as tiny
 from planted_search import TRAINER, search, task
+from rule_cases import CASES, TWO_LISTS
 from tinyfusion_core.errors import Interrupted
 from tinyfusion_core.samplers.base import Draw
 from tinyfusion_core.samplers.constraints import Rules
@@ -20,16 +21,6 @@ from toys import Match
 
 pytestmark = pytest.mark.numerics
 
-LISTS = {"first": 5, "second": 3}
-RULES = [
-    Rules(keep=3),
-    Rules(keep={"first": 2, "second": 1}),
-    Rules(keep=4, protect=[0, 7], remove=[3]),
-    Rules(keep=4, together=[[0, 4], [1, 6]]),
-    Rules(keep=4, max_run=1),
-    Rules(keep=5, contiguous=True),
-    Rules(costs=[3, 1, 2, 2, 5, 1, 4, 2], budget=11, protect=[4], together=[[2, 3]], max_run=2),
-]
 CONTROLLED = partial(ScoreFunction, rules=Rules(keep=4), control=True)
 
 
@@ -46,14 +37,14 @@ def a_loss(masks: Tensor) -> Tensor:
 
 def made(rules: Rules) -> tuple[ScoreFunction, ControlVariate]:
     """A sampler between two choices, with two masks for each sample, and its model."""
-    sampler = ScoreFunction(LISTS, rules, masks=2, entropy=(0.0, 0.0), control=True)
+    sampler = ScoreFunction(TWO_LISTS, rules, masks=2, entropy=(0.0, 0.0), control=True)
     with torch.no_grad():
         sampler.logits.copy_(torch.tensor([0.5, -0.3, 0.2, 0.0, -1.0, 0.4, 0.1, -0.2]))
     assert sampler.control is not None
     return sampler, sampler.control
 
 
-@pytest.mark.parametrize("rules", RULES, ids=lambda r: ",".join(r.given()))
+@pytest.mark.parametrize("rules", CASES, ids=lambda r: ",".join(r.given()))
 def test_the_mean_of_the_gradient_stays_by_enumeration(rules: Rules) -> None:
     """Whatever the model believes: every pair of masks that a sample may have, weighted by its probability."""
     sampler, control = made(rules)
@@ -81,7 +72,7 @@ def test_what_it_explains_is_no_noise() -> None:
     masks, does = every(sampler), torch.linspace(-1, 1, 8)
 
     plain, better = [], []
-    twin = ScoreFunction(LISTS, Rules(keep=4), masks=2, entropy=(0.0, 0.0))
+    twin = ScoreFunction(TWO_LISTS, Rules(keep=4), masks=2, entropy=(0.0, 0.0))
     twin.load_state_dict(sampler.state_dict(), strict=False)
     for step in range(60):
         draw = sampler.sample(32, tiny.Rng(0, "test", step))

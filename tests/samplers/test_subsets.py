@@ -11,13 +11,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from rule_cases import CASES, TWO_LISTS
 from tinyfusion_core.errors import UserError
 from tinyfusion_core.samplers.conditional_poisson import Subsets
 from tinyfusion_core.samplers.constraints import Rules, build
 
 pytestmark = pytest.mark.numerics
-
-TWO_LISTS = {"first": 5, "second": 3}
 
 
 def obeys(mask: tuple[int, ...], rules: Rules, lists: dict[str, int]) -> bool:
@@ -52,18 +51,6 @@ def enumerate_masks(rules: Rules, lists: dict[str, int]) -> Tensor:
         least = max(used) - min([c for s in free if (c := sum(rules.costs[i] for i in s))], default=1)
         masks = [mask for mask, cost in zip(masks, used, strict=True) if cost > least]
     return torch.tensor(masks, dtype=torch.float64)
-
-
-CASES = [
-    Rules(keep=3),
-    Rules(keep={"first": 2, "second": 1}),
-    Rules(keep=4, protect=[0, 7], remove=[3]),
-    Rules(keep=4, together=[[0, 4], [1, 6]]),
-    Rules(keep=4, max_run=1),
-    Rules(keep=5, contiguous=True),
-    Rules(costs=[3, 1, 2, 2, 5, 1, 4, 2], budget=9),
-    Rules(costs=[3, 1, 2, 2, 5, 1, 4, 2], budget=11, protect=[4], together=[[2, 3]], max_run=2),
-]
 
 
 @pytest.mark.parametrize("rules", CASES, ids=lambda r: ",".join(r.given()))
