@@ -25,7 +25,6 @@ SMALL = {"hidden_size": 16, "num_heads": 2, "patch_size": 2, "input_size": 8, "i
 def prepare(base: Path) -> None:
     """Import what recipes need."""
     importlib.import_module("urllib3.util.connection")  # it opens a socket, to see which kinds there are
-    importlib.import_module("matplotlib.pyplot")  # it looks for fonts, with a program of the system
     for name in ("teacher_digits", "teacher_sit_digits", "teacher_mar_digits"):
         warm_up(base, ["validate", str(ROOT / "recipes" / f"{name}.yaml")])
 

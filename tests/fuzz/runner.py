@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot  # noqa: F401  # when it is imported it looks for fonts, with a program of the system
 import torch
 
 from tinyfusion_core.cli import main
