@@ -59,7 +59,7 @@ def run_on_copy(
     }
     # -P: else the folder that it starts in comes before the copy.
     command = [sys.executable, "-P", "-m", "pytest", "-q", "-x", "--tb=line", "-p", "mutation_watch"]
-    plugins = ["-p", "no:cacheprovider", "-p", "no:xdist"]
+    plugins = ["-p", "no:cacheprovider", "-p", "no:xdist", "-m", "slow or not slow"]
     nodes = [str(TESTS / test) for test in tests]
     return subprocess.run(
         [*command, *plugins, *nodes], cwd=ROOT, env=env, timeout=timeout, capture_output=True, text=True
