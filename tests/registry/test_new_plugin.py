@@ -27,7 +27,7 @@ def test_a_new_plugin_installs_and_passes_its_own_tests(
     folder = tmp_path / "my-backbone"
     assert (folder / "my_backbone.py").read_text() == EXAMPLE
     pip_install(folder, site)
-    assert "18 passed" in own_tests(folder, site)
+    assert "19 passed" in own_tests(folder, site)
     capsys.readouterr()
     plugin = listed(capsys)["my-backbone"]
     assert plugin["brings"] == [["backbone", "MyBackbone"], ["loss", "MyBackboneLoss"]]
