@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import tinyfusion_core as tiny
-from tinyfusion_core.protocols.backbone import Backbone, Stream
+from tinyfusion_core.protocols.backbone import Backbone
+from tinyfusion_core.protocols.blocks.streams import Stream
 from tinyfusion_core.protocols.data import Tensors
 from tinyfusion_core.protocols.loss import LossAdapter
 from toys import Match, Planted, planted_data

@@ -18,7 +18,8 @@ from typing_extensions import override
 
 from tinyfusion_core.errors import MissingFileError, UserError, first_line, require
 from tinyfusion_core.parsing.records import check_folder, read_json
-from tinyfusion_core.protocols.backbone import Backbone, Stream
+from tinyfusion_core.protocols.backbone import Backbone
+from tinyfusion_core.protocols.blocks.streams import Stream
 from tinyfusion_core.protocols.checkpoint_backbone import randomise
 from tinyfusion_core.protocols.data import Lookup
 from tinyfusion_core.runtime.files import digest, save_tensors, sha256, write_json

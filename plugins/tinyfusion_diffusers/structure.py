@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tinyfusion_core.errors import UserError, nearest
-from tinyfusion_core.protocols.backbone import Stream
+from tinyfusion_core.protocols.blocks.streams import Stream
 from tinyfusion_diffusers.library import diffusers
 
 DEPTHS: Mapping[str, Sequence[str]] = {

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from tinyfusion_core.protocols.blocks.branches import Branch
 from tinyfusion_core.protocols.checkpoint_backbone import CheckpointBackbone, settings
 
 _OFFICIAL = "https://dl.fbaipublicfiles.com/DiT/models/"
@@ -76,6 +77,10 @@ class DiT(CheckpointBackbone):
     @override
     def blocks(self, model: nn.Module) -> Sequence[str]:
         return ["blocks.*"]
+
+    @override
+    def branches(self, model: nn.Module) -> Mapping[str, Branch]:
+        return {"attention": Branch("attn"), "mlp": Branch("mlp")}
 
     @override
     def after_prune(self, model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:

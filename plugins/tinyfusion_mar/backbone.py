@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from tinyfusion_core.protocols.blocks.branches import Branch
 from tinyfusion_core.protocols.checkpoint_backbone import CheckpointBackbone, settings
 
 _SIZES = {"base": (768, 12, 12, 1024, 6), "large": (1024, 16, 16, 1280, 8), "huge": (1280, 20, 16, 1536, 12)}
@@ -91,6 +92,10 @@ class MAR(CheckpointBackbone):
     @override
     def blocks(self, model: nn.Module) -> Sequence[str]:
         return ["encoder_blocks.*", "decoder_blocks.*"]
+
+    @override
+    def branches(self, model: nn.Module) -> Mapping[str, Branch]:
+        return {"attention": Branch("attn"), "mlp": Branch("mlp")}
 
     @override
     def after_prune(self, model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from tinyfusion_core.errors import UserError
-from tinyfusion_core.protocols.backbone import Stream, expand
-from tinyfusion_core.protocols.block_call import named_batch_dims, probed_batch_dims
+from tinyfusion_core.protocols.blocks.call import named_batch_dims, probed_batch_dims
+from tinyfusion_core.protocols.blocks.paths import expand
+from tinyfusion_core.protocols.blocks.streams import Stream
 from tinyfusion_core.pruning.block_outputs import captured
 from tinyfusion_core.pruning.gating import Gates
 from tinyfusion_core.testing.dense_formula import dense_formula

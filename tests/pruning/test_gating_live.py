@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tinyfusion_core.protocols.backbone import Stream, expand
-from tinyfusion_core.protocols.block_call import probed_batch_dims
+from tinyfusion_core.protocols.blocks.call import probed_batch_dims
+from tinyfusion_core.protocols.blocks.paths import expand
+from tinyfusion_core.protocols.blocks.streams import Stream
 from tinyfusion_core.pruning.gating import Gates
 from tinyfusion_core.testing.dense_formula import dense_formula
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import tinyfusion_core as tiny
 from tinyfusion_core.parsing.weights import load_strict, read_weights
-from tinyfusion_core.protocols.backbone import block_lists
+from tinyfusion_core.protocols.blocks.paths import block_lists
 from tinyfusion_core.pruning.removal import remove_blocks
 from tinyfusion_core.runtime.files import save_tensors
 from toys import Match, Net, Planted, planted_data

@@ -72,6 +72,7 @@ class Costs(Command):
         from rich.table import Table
 
         from ..pipeline.recipe import load_recipe
+        from ..protocols.backbone import constructed, owner
         from ..protocols.task import Task
         from ..selection.budget import measure, parse_budget
         from .printing import print_json, print_table
@@ -79,7 +80,8 @@ class Costs(Command):
         recipe = load_recipe(options.recipe, options.overrides)
         backbone = recipe.backbone
         # Neither weights nor data change what a block costs.
-        task = Task.without_data(backbone, recipe.loss, backbone.construct(backbone.config()))
+        model = constructed(backbone, backbone.config(), owner(backbone))
+        task = Task.without_data(backbone, recipe.loss, model)
         batch_size = {} if options.batch_size == 1 else {"batch_size": options.batch_size}
         halves = [parse_budget(said, "costs") for said in (
             {"parameters": "0.5x"}, {"flops": "0.5x"}, {"latency_ms": "0.5x", **batch_size}

@@ -16,6 +16,7 @@ from ..errors import Diverged, UserError
 from ..evaluation.evaluate import measure
 from ..evaluation.metrics import HeldOutLoss, Metric
 from ..parsing.records import read_as, shaped
+from ..protocols.backbone import config_of
 from ..protocols.task import Task
 from ..pruning.decision import Decision
 from ..pruning.prune import prune
@@ -75,7 +76,7 @@ class ResultCache:
         self.accelerator, self.main = trainer.accelerator, trainer.accelerator.is_main_process
         loss = described(task.loss)
         sampling = {name: loss.pop(name) for name in task.loss.sampling_options() if name in loss}
-        config = task.backbone.config(task.teacher)
+        config = config_of(task.backbone, task.teacher)
         network = [described(task.backbone), described(config), weights_key(task.teacher)]
         self.training = {"network": network, "loss": loss, "data": data_key(task.train, 256)}
         self.measuring = {

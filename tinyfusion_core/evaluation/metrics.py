@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from ..errors import UserError, first_line, require
 from ..parsing.settings import Settings
-from ..protocols.backbone import Backbone
+from ..protocols.backbone import Backbone, config_of, constructed, owner
 from ..protocols.data import DataSource
 from ..protocols.loss import LossAdapter
 from ..protocols.task import Task
@@ -122,7 +122,7 @@ class Size(Metric):
             blocks[name] = len(task.backbone.block_paths(model))
             parameters[name] = sum(p.numel() for p in model.parameters())
             try:
-                count = count_flops(task.backbone, task.loss, task.backbone.config(model))
+                count = count_flops(task.backbone, task.loss, config_of(task.backbone, model))
             except UserError:  # a network of which no config is known
                 count = _count_here(task, model)
             flops[name] = count if isinstance(count, int) else None
@@ -155,7 +155,7 @@ def _count_flops(
 ) -> int | str:
     try:
         with torch.device("meta"):
-            model = backbone.construct(config).eval()
+            model = constructed(backbone, config, owner(backbone)).eval()
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             loss.predict(model, {name: t.to("meta") for name, t in inputs.items()})
     except (NotImplementedError, RuntimeError) as e:

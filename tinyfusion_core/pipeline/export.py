@@ -10,7 +10,9 @@ from torch import nn
 
 from ..errors import UserError, nearest
 from ..parsing.records import read_as, read_text
-from ..protocols.backbone import constructed, list_lengths
+from ..protocols.backbone import constructed
+from ..protocols.blocks.branches import removed_branches
+from ..protocols.blocks.paths import list_lengths
 from ..protocols.task import Task
 from ..pruning.interop_formats import TEXTS, describe_clients
 from ..pruning.prune import load_pretrained, origin
@@ -64,6 +66,11 @@ def export_run(folder: RunFolder, to: str, out: Path | None = None) -> str:
         kept = [kept[i] for i in decision.kept]
     with torch.device("meta"):
         student = constructed(recipe.backbone, read_record(last)["network"], str(last))
+    if recipe.backbone.units and (to not in FOLDERS or removed_branches(student)):
+        raise UserError(
+            f"--to {to}: the student lacks branches inside its blocks, which only tinyfusion_core.load_pretrained puts "
+            f"together; search whole blocks, without backbone.units, for {to}"
+        )
     clients = recipe.backbone.clients(recipe.on_meta, student, kept)
     if to in FOLDERS:
         target = _write(recipe, load_pretrained(last), to, out, folder)

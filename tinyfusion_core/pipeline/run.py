@@ -17,6 +17,7 @@ from torch import nn
 from ..errors import UserError
 from ..evaluation.evaluate import check_teacher, evaluate, with_standing
 from ..evaluation.metrics import Measurement
+from ..protocols.backbone import constructed, owner
 from ..protocols.columns import checked, columns_of
 from ..protocols.task import Task
 from ..pruning.decision import Decision, versions
@@ -233,7 +234,7 @@ class _Run:
         recipe, how = self.recipe, stage.settings
         with torch.random.fork_rng():
             torch.manual_seed(seed_of(recipe.trainer.seed, "train", "initial weights"))
-            model: nn.Module = recipe.backbone.construct(recipe.backbone.config())
+            model: nn.Module = constructed(recipe.backbone, recipe.backbone.config(), owner(recipe.backbone))
         model = how(self.task, model, None, recipe.trainer, self.folder, stage=stage.name)
         made = {"checkpoint": "trained by this run", "seed": recipe.trainer.seed, "steps": how.steps}
         source = {**recipe.backbone.source(), **made}

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..errors import UserError, nearest
 from ..parsing.settings import Settings
 from ..parsing.weights import load_strict, read_weights
-from ..runtime.files import save_tensors
+from ..runtime.files import NEUTRAL, save_tensors
+from .blocks.branches import REMOVED, Branch, Removed, remove_branches, removed_branches
+from .blocks.paths import expand, list_of
+from .blocks.streams import FIRST, Streams
 from .data import Lookup
 
 Batch = Mapping[str, Tensor]
@@ -21,56 +24,16 @@ Batch = Mapping[str, Tensor]
 WEIGHTS = "model.safetensors"
 
 
-@dataclass(frozen=True)
-class Stream:
-    """One residual stream of a block: the tensor that a skipped block returns unchanged.
-
-    Args:
-        argument: name or position of the block's argument that carries the stream; `state.x` is the entry `x` of an
-            argument `state` that is a mapping.
-        output: index or key in the block's output; None if the output is the stream itself, or its first item.
-    """
-
-    argument: str | int = 0
-    output: int | str | None = None
-
-    @property
-    def item(self) -> int | str:
-        """Index or key of the stream in a block's output."""
-        return 0 if self.output is None else self.output
-
-    def of(self, output: Any) -> Tensor:
-        """Return the stream, (batch, ...), from a block's output: a tensor, or a tuple or mapping that contains it."""
-        found: Tensor = output if isinstance(output, Tensor) else output[self.item]
-        return found
-
-
-Streams = Sequence[Stream] | Mapping[str, Sequence[Stream]]
-"""The residual streams of all blocks, or of every block list by its path."""
-
-FIRST: Streams = (Stream(),)
-"""One stream: the first argument of a block, and its output."""
-
-
-def streams_of(streams: Streams, path: str) -> Sequence[Stream]:
-    """Return the streams of the block at a path.
-
-    Raises:
-        UserError: none are declared for its block list.
-    """
-    if not isinstance(streams, Mapping):
-        return streams
-    name = path.rpartition(".")[0]
-    if name not in streams:
-        raise UserError(f"no streams are declared for the block list '{name}'; name them in 'streams'")
-    return streams[name]
-
-
+@dataclass(frozen=True, kw_only=True)
 class Backbone(Settings, ABC):
     """A model family: how to build the network, and which of its blocks can be removed.
 
     Subclasses are frozen dataclasses; their fields are the options of the recipe. Import heavy libraries inside the
     methods.
+
+    Args:
+        units: what can go, by name: residual branches inside the blocks, such as [attention, mlp], each by itself. By
+            default whole blocks.
     """
 
     #: Residual streams of a block, in no particular order; by block list where lists differ.
@@ -83,6 +46,8 @@ class Backbone(Settings, ABC):
     #: For the model card of a saved folder: the library that reads it, and how.
     library: ClassVar[str] = "tinyfusion"
     loading: ClassVar[str] = 'import tinyfusion_core as tiny\n\nmodel = tiny.load_pretrained("path/to/this/folder")'
+
+    units: Sequence[str] = field(default=(), metadata={NEUTRAL: []})
 
     @abstractmethod
     def build(self) -> nn.Module:
@@ -176,6 +141,47 @@ class Backbone(Settings, ABC):
         except UserError as e:
             raise UserError(f"{owner(self)}: blocks: {e}") from None
 
+    def branches(self, model: nn.Module) -> Mapping[str, Branch]:
+        """Return the residual branches inside of a block, by name, in execution order; `units` chooses among them.
+
+        Together they are all that a block does to its stream, so that one without any can be removed whole. A block may
+        lack some. By default there are none, and only whole blocks can go.
+        """
+        return {}
+
+    def branches_in(self, model: nn.Module, block: str) -> dict[str, Branch]:
+        """Return the branches that a block still has, by path, in execution order."""
+        inside = dict(model.get_submodule(block).named_modules())
+        left = [branch for branch in self.branches(model).values() if branch.path in inside]
+        return {f"{block}.{b.path}": b for b in left if not isinstance(inside[b.path], Removed)}
+
+    def unit_paths(self, model: nn.Module) -> list[str]:
+        """Return the paths of all that can go, in execution order: of the blocks, or of their branches.
+
+        Raises:
+            UserError: `units` names branches that the network does not have.
+        """
+        return list(self._units(model)) if self.units else self.block_paths(model)
+
+    def unit_streams(self, model: nn.Module) -> Streams:
+        """Return the streams of what can go, see `unit_paths`."""
+        return {list_of(path): b.streams for path, b in self._units(model).items()} if self.units else self.streams
+
+    def _units(self, model: nn.Module) -> dict[str, Branch]:
+        """The branches that `units` names, by path, in execution order."""
+        known = self.branches(model)
+        if not known:
+            raise UserError(f"{owner(self)}: units: no branches of its blocks are known; leave units out")
+        for name in self.units:
+            if name not in known:
+                raise UserError(f"{owner(self)}: units: no '{name}'{nearest(name, known)}")
+        chosen = [known[name] for name in self.units]
+        inside = [self.branches_in(model, block) for block in self.block_paths(model)]
+        found = {path: branch for some in inside for path, branch in some.items() if branch in chosen}
+        if not found:
+            raise UserError(f"{owner(self)}: units: no block has {' or '.join(self.units)}")
+        return found
+
     def source(self) -> dict[str, Any]:
         """Return the source of the weights for the record: `checkpoint`, `sha256`, `licence`; `weights`, if decoded."""
         return {}
@@ -222,6 +228,12 @@ class Backbone(Settings, ABC):
         return model
 
 
+def config_of(backbone: Backbone, model: nn.Module) -> dict[str, Any]:
+    """Return the JSON-able keywords from which `constructed` rebuilds a network as it is, without what it has lost."""
+    removed = {path: asdict(branch) for path, branch in removed_branches(model).items()}
+    return backbone.config(model) | ({REMOVED: removed} if removed else {})
+
+
 def constructed(backbone: Backbone | type[Backbone], config: Mapping[str, Any], whose: str) -> nn.Module:
     """Build the untrained network of a config that may come from anywhere.
 
@@ -234,7 +246,9 @@ def constructed(backbone: Backbone | type[Backbone], config: Mapping[str, Any], 
         UserError: the sizes make no network.
     """
     try:
-        return backbone.construct(config)
+        model = backbone.construct({key: value for key, value in config.items() if key != REMOVED})
+        remove_branches(model, {path: Branch(**told) for path, told in config.get(REMOVED, {}).items()})
+        return model
     except UserError as e:
         raise e if whose in str(e) else UserError(f"{whose}: {e}") from e
     except Exception as e:  # of any library's constructor
@@ -245,46 +259,3 @@ def constructed(backbone: Backbone | type[Backbone], config: Mapping[str, Any], 
 def owner(thing: object) -> str:
     """Name a backbone or loss, to begin a message with: by its class and module, or as its `called` says."""
     return getattr(thing, "called", f"{type(thing).__name__} (of {type(thing).__module__})")
-
-
-def expand(model: nn.Module, paths: Sequence[str]) -> list[str]:
-    """Replace every `"list.*"` by the paths of the list's children and check that each path leads to a module.
-
-    Raises:
-        UserError: a path does not exist, a block is named twice, or one lies inside another.
-    """
-    out: list[str] = []
-    for path in paths:
-        parent, star, rest = path.partition(".*")
-        if rest:
-            raise UserError(
-                f"block path '{path}': '*' stands for all children of a list, and nothing follows it; "
-                f"name '{parent}.*', or every block by itself"
-            )
-        try:
-            module = model.get_submodule(parent)
-        except AttributeError as e:
-            raise UserError(
-                f"block path '{path}': {type(model).__name__} has no module '{parent}' ({e}); name one that it has"
-            ) from None
-        out += [f"{parent}.{name}" for name, _ in module.named_children()] if star else [parent]
-    if len(set(out)) != len(out):
-        twice = sorted({p for p in out if out.count(p) > 1})
-        raise UserError(f"block path(s) named twice: {', '.join(twice)}; name every block once")
-    for path in out:
-        if inside := [other for other in out if other.startswith(f"{path}.")]:
-            raise UserError(f"block path '{inside[0]}' lies inside of '{path}'; name one of the two")
-    return out
-
-
-def block_lists(blocks: Sequence[str]) -> dict[str, list[int]]:
-    """Group expanded block paths by block list: list path -> positions in `blocks`."""
-    lists: dict[str, list[int]] = {}
-    for i, path in enumerate(blocks):
-        lists.setdefault(path.rpartition(".")[0], []).append(i)
-    return lists
-
-
-def list_lengths(blocks: Sequence[str]) -> dict[str, int]:
-    """Count expanded block paths by block list: list path -> number."""
-    return {name: len(members) for name, members in block_lists(blocks).items()}

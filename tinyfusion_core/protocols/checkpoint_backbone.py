@@ -81,7 +81,7 @@ class CheckpointBackbone(Backbone):
             model = model.to_empty(device="cpu").eval()
         else:  # buffers need theirs
             with torch.random.fork_rng():
-                model = self.construct(config).eval()
+                model = constructed(self, config, self.origin or owner(self)).eval()
         if path is None:
             randomise(model, generator(self._random_seed, type(self).__name__))
         else:
@@ -94,7 +94,7 @@ class CheckpointBackbone(Backbone):
         weights = without_ignored(weights, self.ignore, own, "backbone.ignore")
         if not own.keys().isdisjoint(weights) and (missing := [name for name in self.computed if name not in weights]):
             with torch.random.fork_rng():
-                made = self.construct(self.config()).state_dict()
+                made = constructed(self, self.config(), str(path)).state_dict()
             weights |= {name: made[name] for name in missing}
         more = [name for name in weights if name not in own]
         heads = sorted({f"{name.partition('.')[0]}.*" for name in more})

@@ -14,8 +14,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..errors import UserError, first_line
 from ..parsing.settings import Settings
 from ..runtime.seeding import Rng
-from .backbone import Backbone, list_lengths, owner
-from .block_call import BatchDim, named_batch_dims, probed_batch_dims, watched_streams
+from .backbone import Backbone, owner
+from .blocks.call import BatchDim, named_batch_dims, probed_batch_dims, watched_streams
+from .blocks.paths import list_lengths
+from .blocks.streams import Streams
 from .data import DataSource, FeatureSpace, Samples, Tensors, as_samples
 from .loss import LossAdapter
 from .undisturbed import evaluating
@@ -72,8 +74,13 @@ class Task(Settings):
 
     @cached_property
     def blocks(self) -> list[str]:
-        """Paths of all blocks, in execution order."""
-        return self.backbone.block_paths(self.teacher)
+        """Paths of all that can go, in execution order: of the blocks, or of branches inside them."""
+        return self.backbone.unit_paths(self.teacher)
+
+    @property
+    def streams(self) -> Streams:
+        """Streams of what can go, by block list where they differ."""
+        return self.backbone.unit_streams(self.teacher)
 
     @property
     def lists(self) -> dict[str, int]:
@@ -104,7 +111,7 @@ def check_loss_fits(backbone: Backbone, loss: LossAdapter, model: nn.Module) -> 
     try:
         with torch.no_grad():
             on_meta = {name: t.to("meta") for name, t in inputs.items()}
-            with watched_streams(model, backbone.block_paths(model), backbone.streams) as seen:
+            with watched_streams(model, backbone.unit_paths(model), backbone.unit_streams(model)) as seen:
                 prediction = loss.predict(model.eval(), on_meta)
             for passage in seen:
                 if passage.before[0] != passage.after[0]:

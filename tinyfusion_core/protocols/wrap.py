@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from ..errors import UserError
-from .backbone import FIRST, Backbone, Batch, Streams
+from .backbone import Backbone, Batch
+from .blocks.streams import FIRST, Streams
 from .data import Samples, as_samples
 from .loss import LossAdapter, Prediction
 from .task import Task

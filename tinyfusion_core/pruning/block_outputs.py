@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..protocols.backbone import Streams, streams_of
+from ..protocols.blocks.streams import Streams, streams_of
 
 
 @contextmanager

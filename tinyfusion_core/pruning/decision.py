@@ -81,7 +81,7 @@ class Decision(Settings):
     @property
     def beside_gaps(self) -> tuple[int, ...]:
         """Positions, among the kept blocks, of those beside a removed one in their list."""
-        from ..protocols.backbone import block_lists  # only here: a decision is read without torch
+        from ..protocols.blocks.paths import block_lists  # only here: a decision is read without torch
 
         pairs = [pair for members in block_lists(self.blocks).values() for pair in pairwise(members)]
         removed = set(self.removed)

@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from ..errors import UserError
-from ..protocols.backbone import FIRST, Streams, streams_of
-from ..protocols.block_call import BatchDim, Call, in_the_form_of, is_plain, items_of, positional_names
+from ..protocols.blocks.call import BatchDim, Call, in_the_form_of, is_plain, items_of, positional_names
+from ..protocols.blocks.streams import FIRST, Streams, streams_of
 
 Recall = Callable[[int, bool, Call, Callable[[], Any]], Any]
 """(block, whether it is kept, call, what computes its output) -> its output."""
@@ -189,8 +189,15 @@ class Gates:
         return in_the_form_of(output, items) if streams <= items.keys() else None
 
     def _inputs(self, j: int, call: Call, num_rows: int) -> list[Tensor]:
-        """The incoming streams. Raises ValueError unless they have this number of samples."""
-        inputs = [call.stream(stream, self.blocks[j]) for stream in self._streams[j]]
+        """What a skipped block gives: the incoming streams, or nothing to add to them.
+
+        Raises ValueError unless they have this number of samples.
+        """
+        inputs = [
+            torch.zeros_like(x) if stream.added else x
+            for stream in self._streams[j]
+            for x in [call.stream(stream, self.blocks[j])]
+        ]
         if inputs[0].shape[0] != num_rows:
             raise ValueError(f"block '{self.blocks[j]}' got {inputs[0].shape[0]} samples, the mask has {num_rows} rows")
         return inputs

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from ..protocols.block_call import Call, is_plain, version
+from ..protocols.blocks.call import Call, is_plain, version
 from .gating import Gates
 
 MOST_BYTES = 2**30

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..errors import MissingFileError, UserError
 from ..parsing.settings import check_arguments
-from ..protocols.backbone import WEIGHTS, Backbone
+from ..protocols.backbone import WEIGHTS, Backbone, config_of
 from ..protocols.task import Task
 from ..registry.registry import record_of, registry
 from ..runtime.files import digest, sha256, write_json, write_text
@@ -87,7 +87,7 @@ def save_network(
     content = {
         "format_version": FORMAT_VERSION,
         "backbone": type(backbone).__name__,
-        "network": backbone.config(model),
+        "network": config_of(backbone, model),
         "sha256": {name: sha256(folder / name) for name in files},
         "source": dict(task.source if source is None else source),
         "plugin": record_of(type(backbone)),

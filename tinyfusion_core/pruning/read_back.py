@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..protocols.backbone import owner
+from ..protocols.backbone import config_of, owner
 from ..protocols.task import Task
 from ..protocols.undisturbed import evaluating
 from ..runtime.locking import PARTIAL, check_held
@@ -94,7 +94,7 @@ def check_read_back(model: nn.Module, task: Task, folder: Path) -> None:
         UserError: they differ.
     """
     backbone = task.backbone
-    config = json.loads(json.dumps(backbone.config(model)))  # as the record gives it back
+    config = json.loads(json.dumps(config_of(backbone, model)))  # as the record gives it back
     try:
         with torch.random.fork_rng():
             again = type(backbone).load(folder, config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterable, Sequence
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -13,36 +13,86 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..errors import UserError
-from ..protocols.backbone import Backbone, block_lists
+from ..protocols.backbone import Backbone
+from ..protocols.blocks.branches import Branch, remove_branches
+from ..protocols.blocks.paths import block_lists, block_of
 from ..protocols.loss import Prediction
 from ..protocols.task import Task
 from ..protocols.undisturbed import evaluating
 from ..runtime.seeding import Rng
+from .decision import Decision
 from .gating import Gates
 
 
-def remove_blocks(backbone: Backbone, model: nn.Module, removed: Sequence[str]) -> None:
-    """Remove blocks from a network in place and let the backbone repair the rest.
+def remove_blocks(backbone: Backbone, model: nn.Module, removed: Collection[str]) -> None:
+    """Remove blocks, or branches inside them, from a network in place and let the backbone repair the rest.
+
+    A block that loses its last branch goes as a whole.
 
     Args:
         backbone: the model family.
         model: the network.
-        removed: paths of the blocks to remove, children of a `ModuleList` or `Sequential`.
+        removed: paths of the blocks to remove, children of a `ModuleList` or `Sequential`; or of branches.
 
     Raises:
         UserError: the parent of a block is something else.
     """
+    whole, branches = _sorted_out(backbone, model, removed)
+    remove_branches(model, branches)  # first: with the blocks go the paths
     kept: dict[str, list[int]] = {}
     for path in block_lists(backbone.block_paths(model)):
         container = model.get_submodule(path)
         if not isinstance(container, (nn.ModuleList, nn.Sequential)):
             raise UserError(f"'{path or 'the network itself'}' is a {type(container).__name__}; blocks live in lists")
-        going = [i for i, name in enumerate(dict(container.named_children())) if f"{path}.{name}" in removed]
+        going = [i for i, name in enumerate(dict(container.named_children())) if f"{path}.{name}" in whole]
         # Children that are no blocks stay where they are.
         kept[path] = [i for i in range(len(container)) if i not in going]
         for i in reversed(going):
             del container[i]
     backbone.after_prune(model, kept)
+
+
+def _sorted_out(backbone: Backbone, model: nn.Module, removed: Collection[str]) -> tuple[set[str], dict[str, Branch]]:
+    """The blocks that go as a whole, and the branches of others that go, by path."""
+    if not backbone.units:
+        return set(removed), {}
+    whole: set[str] = set()
+    branches: dict[str, Branch] = {}
+    for block in backbone.block_paths(model):
+        inside = backbone.branches_in(model, block)
+        going = {path: branch for path, branch in inside.items() if path in removed}
+        if going and going == inside:
+            whole.add(block)
+        else:
+            branches |= going
+    return whole, branches
+
+
+def in_blocks(backbone: Backbone, model: nn.Module, decision: Decision) -> tuple[Decision, Sequence[int]]:
+    """Return what a decision says of whole blocks, and the kept ones with a gap beside or inside them.
+
+    A decision about blocks is returned itself. One about branches becomes one whose `choices` end where the student has
+    to stand in for what is gone, see `derive_taps`.
+
+    Args:
+        backbone: the model family.
+        model: the network that the decision is about.
+        decision: the decision.
+
+    Returns:
+        The decision, and positions among the kept blocks.
+    """
+    if not backbone.units:
+        return decision, decision.beside_gaps
+    whole, branches = _sorted_out(backbone, model, {decision.blocks[i] for i in decision.removed})
+    blocks = backbone.block_paths(model)
+    kept = tuple(i for i, path in enumerate(blocks) if path not in whole)
+    thinned = [i for i in kept if any(block_of(path) == blocks[i] for path in branches)]
+    ends = sorted({*thinned, *(i for i in range(len(blocks)) if i not in kept and i + 1 in kept)} - {len(blocks) - 1})
+    bounds = [0, *(end + 1 for end in ends), len(blocks)]
+    choices = tuple(tuple(range(first, last)) for first, last in pairwise(bounds))
+    found = Decision(blocks=tuple(blocks), kept=kept, method=decision.method, choices=choices)
+    return found, sorted({*found.beside_gaps, *map(kept.index, thinned)})
 
 
 def without(task: Task, removed: Collection[int], shared: Iterable[Tensor] = ()) -> nn.Module:
@@ -89,7 +139,7 @@ def check_removal(task: Task, kept: Sequence[int]) -> None:
             task.loss.predict(model, inputs)
         except (RuntimeError, TypeError, ValueError, LookupError):
             return  # the backbone's examples are not what this network is run on, so nothing can be tried
-        with Gates(model, task.blocks, task.batch_dim(model), task.backbone.streams, task.backbone.unneeded) as gates:
+        with Gates(model, task.blocks, task.batch_dim(model), task.streams, task.backbone.unneeded) as gates:
             gates.mask = mask
             skipped = tensors_in(task.loss.predict(model, inputs))
         student = without(task, removed, shared=chain(model.parameters(), model.buffers()))

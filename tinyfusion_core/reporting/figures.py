@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from ..protocols.backbone import block_lists
+from ..protocols.blocks.paths import block_lists
 from .drawing import GREY, INK, KEPT, RED, SHADES, STYLE, WIDTH, hover, legend_above, save_figure
 
 Entries = Sequence[Mapping[str, Any]]

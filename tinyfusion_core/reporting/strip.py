@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..protocols.backbone import block_lists
+from ..protocols.blocks.paths import block_lists
 from ..pruning.decision import Decision
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..protocols.backbone import block_lists
+from ..protocols.blocks.paths import block_lists
 from ..pruning.decision import Decision
 from .measured import LOSS, Measured, figure, last_to_first
 

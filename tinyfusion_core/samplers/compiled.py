@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 
 from ..errors import UserError, require
-from ..protocols.backbone import block_lists
+from ..protocols.blocks.paths import block_lists
 from .automaton import Automaton
 from .conditional_poisson import Subsets
 from .constraints import Rules, build_from, check_keep, combined, demands_of

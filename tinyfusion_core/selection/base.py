@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from ..parsing.settings import Settings, check_arguments
-from ..protocols.backbone import block_lists
+from ..protocols.blocks.paths import block_lists
 from ..protocols.task import Task
 from ..pruning.decision import Decision
 from ..pruning.removal import check_removal

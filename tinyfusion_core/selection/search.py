@@ -10,7 +10,7 @@ import torch
 from typing_extensions import override
 
 from ..errors import UserError, require
-from ..protocols.backbone import list_lengths
+from ..protocols.blocks.paths import list_lengths
 from ..protocols.task import Task
 from ..protocols.undisturbed import undisturbed
 from ..pruning.decision import Decision, provenance
@@ -259,9 +259,9 @@ class Search(Selector):
         with torch.random.fork_rng(), undisturbed(model):
             torch.manual_seed(seed_of(trainer.seed, "search", "update"))  # LoRA draws its initial values
             with (
-                of_stage(self.update.applied(model, task.blocks), "search") as weights,
+                of_stage(self.update.applied(model, task.backbone.block_paths(model)), "search") as weights,
                 trainer.transformed(blocks),
-                Gates(model, task.blocks, batch_dim, task.backbone.streams, task.backbone.unneeded) as gates,
+                Gates(model, task.blocks, batch_dim, task.streams, task.backbone.unneeded) as gates,
             ):
                 warmup = self.warmup if weights else 0.0  # weights that do not move need none
                 search_mode(model, random=sampler.masks_per_sample == 1)

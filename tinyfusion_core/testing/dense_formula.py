@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..protocols.backbone import FIRST, Streams
-from ..protocols.block_call import entering, in_the_form_of, items_of
+from ..protocols.blocks.call import entering, in_the_form_of, items_of
+from ..protocols.blocks.streams import FIRST, Streams
 from .assertions import removing
 
 
@@ -32,7 +32,7 @@ def dense_formula(model: nn.Module, blocks: Sequence[str], mask: Tensor, streams
         for stream, before in entering(block, args, kwargs, streams, path):
             m = mask[:, j].view(-1, *[1] * (before.ndim - 1))
             i = stream.item
-            items[i] = items[i] * m + before * (1 - m)
+            items[i] = items[i] * m + (0 if stream.added else before * (1 - m))
         return in_the_form_of(output, items)
 
     with removing(

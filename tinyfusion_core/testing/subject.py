@@ -69,7 +69,7 @@ class Subject:
         """Return gates for all blocks of a network; probing uses a new network, which is not cast."""
         batch = self.batch()
         task = Task(backbone=self.backbone, loss=self.loss, train=Tensors(batch), held_out=Tensors(batch))
-        return Gates(model, task.blocks, task.batch_dim(task.teacher), self.backbone.streams, self.backbone.unneeded)
+        return Gates(model, task.blocks, task.batch_dim(task.teacher), task.streams, self.backbone.unneeded)
 
     def network(self) -> nn.Module:
         """Return the full network."""
@@ -79,13 +79,13 @@ class Subject:
     def pruned(self, removed: Sequence[int]) -> nn.Module:
         """Return the network without these blocks."""
         model = self.network()
-        blocks = self.backbone.block_paths(model)
+        blocks = self.backbone.unit_paths(model)
         remove_blocks(self.backbone, model, [blocks[i] for i in removed])
         return model.eval()
 
     def every_other(self) -> list[int]:
         """Return indices of blocks that can all be removed at once: every second one, starting with the second."""
-        return list(range(1, len(self.backbone.block_paths(self.backbone.build())), 2))
+        return list(range(1, len(self.backbone.unit_paths(self.backbone.build())), 2))
 
 
 def precisely(subject: Subject, run: Callable[[Subject], T]) -> T:

@@ -13,7 +13,8 @@ from typing_extensions import override
 
 from ..errors import UserError, require
 from ..parsing.settings import Settings
-from ..protocols.backbone import Batch, block_lists
+from ..protocols.backbone import Batch
+from ..protocols.blocks.paths import block_lists
 from ..protocols.loss import LossAdapter, Prediction
 from ..protocols.task import Task
 from ..pruning.block_outputs import captured
@@ -162,7 +163,7 @@ class Distilled(Objective):
     Args:
         student: the network to train.
         task: the objective, and the teacher.
-        decision: how the student was made from the teacher.
+        decision: how the student was made from the teacher, in whole blocks; see `in_blocks`.
         kd: the terms and their weights.
 
     Raises:
@@ -174,12 +175,12 @@ class Distilled(Objective):
         self.model, self.kd = student, kd
         self.taps = kd.taps_for(decision)
         kd.check_cache(decision)
-        ours = task.backbone.block_paths(student)
-        self.paths = [ours[s] for s, _ in self.taps], [task.blocks[t] for _, t in self.taps]
+        ours, theirs = task.backbone.block_paths(student), task.backbone.block_paths(task.teacher)
+        self.paths = [ours[s] for s, _ in self.taps], [theirs[t] for _, t in self.taps]
         self.blocks = [student.get_submodule(path) for path in ours]
         # The teacher is not trained: in a tuple it is not registered, so that nobody averages or saves it.
         self.unregistered = task.loss, task.teacher, task.backbone.streams
-        blocks = [task.teacher.get_submodule(path) for path in task.blocks]
+        blocks = [task.teacher.get_submodule(path) for path in theirs]
         self.predicting = [] if kd.cache else [(_Prediction(task.teacher, task.loss), blocks)]
         self.beta = 0.0
 

@@ -20,6 +20,7 @@ from ..protocols.data import Samples
 from ..protocols.task import Task
 from ..protocols.undisturbed import evaluating
 from ..pruning.decision import Decision
+from ..pruning.removal import in_blocks
 from ..pruning.weight_update import Full, WeightUpdate, of_stage
 from ..runtime.files import NEUTRAL
 from ..runtime.run_folder import RunFolder
@@ -157,7 +158,7 @@ class Recover(Settings):
         check_arguments(**of, trainer=(trainer, Trainer), run=(run, RunFolder | None))
         if decision is not None:
             decision.check_fits(task.blocks, "the task's network")
-            depth = len(task.backbone.block_paths(student))
+            depth = len(task.backbone.unit_paths(student))
             if depth != len(decision.kept):
                 raise UserError(
                     f"the decision keeps {len(decision.kept)} blocks, the student has {depth}: give its own"
@@ -187,6 +188,9 @@ class Recover(Settings):
         weights: Sequence[nn.Parameter],
     ) -> None:
         """Train these weights of the student; they become their average, if there is one."""
+        near: Sequence[int] = ()
+        if decision is not None:
+            decision, near = in_blocks(task.backbone, task.teacher, decision)
         objective = self._objective(task, student, decision, trainer)
         data, prepare, apart = self._samples(task, trainer)
         decay = ema_decay(stage, self.steps, self.ema)
@@ -194,7 +198,7 @@ class Recover(Settings):
         averaged = ema.average.module if ema else None  # copied before the blocks' forward is taken over
         schedule = cosine(self.lr_final / self.lr) if self.schedule == "cosine" else lambda progress: 1.0
         optimization = Optimization(
-            groups=self._groups(weights, [objective.blocks[i] for i in decision.beside_gaps] if decision else ()),
+            groups=self._groups(weights, [objective.blocks[i] for i in near]),
             steps=self.steps,
             schedule=warmed(schedule, self.steps, self.warmup),
             clip=self.clip,

@@ -16,7 +16,7 @@ import tinyfusion_core as tiny
 from diffusers_families import FAMILIES, HUNYUAN
 from diffusers_tasks import ROWS, make
 from places import ROOT
-from tinyfusion_core.protocols.backbone import Stream, streams_of
+from tinyfusion_core.protocols.blocks.streams import Stream, streams_of
 from tinyfusion_core.protocols.data import Tensors
 from tinyfusion_core.pruning.gating import Gates
 from tinyfusion_core.pruning.weight_update import WeightUpdate

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -36,7 +37,7 @@ def cache_text(recipe: Recipe, stage: Stage, kd: OutputKD, decision: Decision) -
         UserError: it is for something else, cannot be made, or its teacher is not there before the run.
     """
     check_known_before(recipe, stage)
-    kd.check_cache(decision, final=False)
+    check_kept(recipe, kd, decision)
     check_keepable(recipe)
     assert kd.cache is not None
     folder = Path(kd.cache.folder)
@@ -44,6 +45,21 @@ def cache_text(recipe: Recipe, stage: Stage, kd: OutputKD, decision: Decision) -
     check_of_recovery(found["made_of"], settings_made_of(kd.cache, recipe.loss), folder)
     check_whole(found, folder)
     return f"{folder}, {size_of(found, folder)}; the teacher is not run"
+
+
+def check_kept(recipe: Recipe, kd: OutputKD, decision: Decision) -> None:
+    """Check that a cache keeps all that a student may be compared with, before it is decided what the student is.
+
+    Args:
+        recipe: the recipe.
+        kd: its distillation, with a cache.
+        decision: how the student may be made, in whole blocks.
+
+    Raises:
+        UserError: it lacks a block.
+    """
+    # Of which branches go nothing is certain, as it is of groups.
+    kd.check_cache(replace(decision, choices=()) if recipe.backbone.units else decision, final=False)
 
 
 def check_keepable(recipe: Recipe) -> None:

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from ...errors import UserError, first_line
-from ...protocols.backbone import Backbone, Batch, list_lengths
-from ...protocols.block_call import BatchDim, named_batch_dims, probed_batch_dims
+from ...protocols.backbone import Backbone, Batch
+from ...protocols.blocks.call import BatchDim, named_batch_dims, probed_batch_dims
+from ...protocols.blocks.paths import list_lengths
 from ...protocols.loss import LossAdapter
 from ...protocols.task import Task
 from ...pruning.decision import Decision
@@ -143,7 +144,7 @@ def search_needs(backbone: Backbone, loss: LossAdapter, model: nn.Module, search
         search: the search.
         setup: how it is distributed.
     """
-    blocks = backbone.block_paths(model)
+    blocks, streams = backbone.unit_paths(model), backbone.unit_streams(model)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     sampler = search.make_sampler(list_lengths(blocks))
     rows = setup.rows * sampler.masks_per_sample
@@ -153,7 +154,7 @@ def search_needs(backbone: Backbone, loss: LossAdapter, model: nn.Module, search
     everywhere = torch.ones_like(mask).requires_grad_()
 
     def gated(mask: Tensor) -> Tensor:
-        with Gates(network, blocks, dims, backbone.streams, backbone.unneeded) as gates:
+        with Gates(network, blocks, dims, streams, backbone.unneeded) as gates:
             with unset_fake_temporarily():  # which rows are kept is a matter of values
                 gates.set(mask, torch.zeros_like(mask))  # dropped rows keep nothing, so they need not be run
             return loss.losses(network, _fake(inputs, rows))
@@ -164,7 +165,7 @@ def search_needs(backbone: Backbone, loss: LossAdapter, model: nn.Module, search
     except NotImplementedError as e:  # an operation without a meta kernel
         note = f"{type(e).__name__}: {first_line(e)}"
     planned = copy.deepcopy(model)
-    with of_stage(search.update.applied(planned.train(), blocks), "search"), mode:
+    with of_stage(search.update.applied(planned.train(), backbone.block_paths(model)), "search"), mode:
         network = _faked(planned)
         needs = _spread(setup, network, blocks)
         if note:
@@ -214,7 +215,7 @@ def training_needs(
                     kept = kept_of(task, task.teacher, _fake(inputs, setup.rows), cache.blocks)
                 stored = {PREFIX + name: t for name, t in kept.items()}
             else:
-                theirs = _spread(setup, task.teacher.requires_grad_(False), task.blocks)
+                theirs = _spread(setup, task.teacher.requires_grad_(False), backbone.block_paths(teacher))
                 communication = needs.communication + theirs.communication
                 needs = replace(needs, teacher=theirs.parameters, communication=communication)
             distilled = Distilled(network, task, decision, recover.kd)

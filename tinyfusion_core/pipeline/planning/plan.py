@@ -12,12 +12,13 @@ from torch import nn
 
 from ...comparison.study import Comparison
 from ...errors import MissingFileError, UserError
-from ...protocols.backbone import list_lengths, owner
+from ...protocols.backbone import owner
+from ...protocols.blocks.paths import list_lengths
 from ...protocols.columns import checked, columns_of
 from ...protocols.task import Task, check_loss_fits
 from ...pruning.decision import Decision
 from ...pruning.interop_formats import describe_clients
-from ...pruning.removal import remove_blocks
+from ...pruning.removal import in_blocks, remove_blocks
 from ...runtime.stages import EVALUATE, SEARCH, Stage
 from ...runtime.trackers import check_trackers
 from ...samplers.demands import Spending
@@ -27,7 +28,7 @@ from ...selection.search import Search
 from ...training.recover import Recover
 from ...training.teacher_cache.samples import read_metadata
 from ..recipe import Recipe
-from .cached_teacher import cache_text
+from .cached_teacher import cache_text, check_kept
 from .memory import Needs, Setup, gigabytes, search_needs, training_needs
 from .wording import budget_text, num_rows, size_text, training_text
 
@@ -101,10 +102,10 @@ def _collect(plan: Plan, part: Callable[[], None]) -> None:
 
 def _network(plan: Plan, recipe: Recipe) -> None:
     model = recipe.on_meta
-    blocks = recipe.backbone.block_paths(model)
+    blocks, what = recipe.backbone.unit_paths(model), "branches" if recipe.backbone.units else "blocks"
     if len(blocks) < 2:
-        raise UserError(f"{owner(recipe.backbone)}: the network has {len(blocks)} block(s); of 2 or more some can go")
-    counts = ", ".join(f"{depth} blocks in '{name}'" for name, depth in list_lengths(blocks).items())
+        raise UserError(f"{owner(recipe.backbone)}: the network has {len(blocks)} {what}; of 2 or more some can go")
+    counts = ", ".join(f"{depth} {what} in '{name}'" for name, depth in list_lengths(blocks).items())
     plan.rows.append(("network", f"{type(recipe.backbone).__name__}, {counts}"))
     check_loss_fits(recipe.backbone, recipe.loss, model)
     plan.rows.append(("before pruning", size_text(recipe, model)))
@@ -130,18 +131,19 @@ def _stages(plan: Plan, recipe: Recipe) -> None:
 
 def _search(plan: Plan, recipe: Recipe, stage: Stage, model: nn.Module) -> tuple[Decision, nn.Module]:
     """Plan a search. Returns a possible decision, and the network pruned by it."""
-    prefix, blocks = _prefix(stage), recipe.backbone.block_paths(model)
+    prefix, blocks = _prefix(stage), recipe.backbone.unit_paths(model)
+    what = "branches" if recipe.backbone.units else "blocks"
     budgets = stage.settings.cost_budgets()
     costs = measure(budgets, Task.without_data(recipe.backbone, recipe.loss, model), recipe.trainer)
     for said in dict.fromkeys(budget.describe(costs[budget.name]) for budget in budgets):
         plan.rows.append((f"{prefix}budget", said))
     selector: Selector = stage.settings.bound(costs)
     decision, keeps = selector.preview(blocks), selector.keeps(blocks)
-    how_many = f"{len(decision.kept)} of {len(blocks)} blocks"
+    how_many = f"{len(decision.kept)} of {len(blocks)} {what}"
     if isinstance(keeps, Spending):
-        how_many = f"as many of {len(blocks)} blocks as the budget pays for"
+        how_many = f"as many of {len(blocks)} {what} as the budget pays for"
     elif keeps is None:
-        how_many = f"as few of {len(blocks)} blocks as it finds to be enough; planned for {len(decision.kept)}"
+        how_many = f"as few of {len(blocks)} {what} as it finds to be enough; planned for {len(decision.kept)}"
     plan.rows.append((f"{prefix}keeps", how_many))
     if (search := selector.learned()) is not None:
         sampler = search.make_sampler(list_lengths(blocks))
@@ -164,12 +166,12 @@ def _search(plan: Plan, recipe: Recipe, stage: Stage, model: nn.Module) -> tuple
         stay = f"if blocks {', '.join(map(str, decision.kept))} stay: "
         plan.rows.append((f"{prefix}other tools", stay + describe_clients(clients)))
     _choosing(plan, recipe, stage, selector, pruned)
-    return decision, pruned
+    return in_blocks(recipe.backbone, model, decision)[0], pruned
 
 
 def _choosing(plan: Plan, recipe: Recipe, stage: Stage, selector: Selector, pruned: nn.Module) -> None:
     """Plan the short recoveries of a selector, and what all of its trainings come to."""
-    prefix, blocks, trainings = _prefix(stage), recipe.backbone.block_paths(recipe.on_meta), selector.trainings()
+    prefix, blocks, trainings = _prefix(stage), recipe.backbone.unit_paths(recipe.on_meta), selector.trainings()
     for short in (part for part in trainings if isinstance(part, Recover)):
         what, needed = f"{prefix}short recoveries", partial(training_needs, recipe.backbone, recipe.loss, pruned, short)
         plan.rows.append((what, training_text(recipe, short)))
@@ -238,13 +240,13 @@ def _comparison(stage: Comparison, plan: Plan, recipe: Recipe) -> None:
             "--train null --backbone.checkpoint RUN_DIR/teacher"
         )
     model = recipe.on_meta
-    blocks = recipe.backbone.block_paths(model)
+    blocks = recipe.backbone.unit_paths(model)
     task = Task.without_data(recipe.backbone, recipe.loss, model)
     costs = measure(stage.cost_budgets(recipe.search), task, recipe.trainer)
     found = stage.candidates_for(recipe.search, blocks, costs)
     if (kd := recipe.recover.kd) is not None and kd.cache is not None:
         for selector in found.selectors.values():
-            kd.check_cache(selector.bound(costs).preview(blocks), final=False)
+            check_kept(recipe, kd, in_blocks(recipe.backbone, model, selector.bound(costs).preview(blocks))[0])
         read_metadata(Path(kd.cache.folder))
     plan.rows.append((stage.view, f"{len(found.selectors)} candidates that keep {found.said}, {stage.seeds} seeds"))
 

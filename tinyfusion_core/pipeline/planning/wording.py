@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from torch import nn
 
 from ...evaluation.metrics import count_flops
-from ...protocols.backbone import list_lengths
+from ...protocols.backbone import config_of
+from ...protocols.blocks.paths import list_lengths
 from ...selection.search import Search
 from ...training.recover import Recover
 from ..recipe import Recipe
@@ -24,7 +25,7 @@ def training_text(recipe: Recipe, stage: Recover) -> str:
 def size_text(recipe: Recipe, model: nn.Module) -> str:
     """Return parameters and FLOPs of a network on the meta device."""
     parameters = sum(p.numel() for p in model.parameters())
-    flops = count_flops(recipe.backbone, recipe.loss, recipe.backbone.config(model))
+    flops = count_flops(recipe.backbone, recipe.loss, config_of(recipe.backbone, model))
     cost = f"{flops / 1e9:,.3f} GFLOP a sample" if isinstance(flops, int) else f"FLOPs {flops}"
     return f"{parameters:,} parameters, {cost}"
 

@@ -15,8 +15,8 @@ from typing_extensions import override
 
 from ...dataloading.order import order_of
 from ...errors import UserError, require
-from ...protocols.backbone import Stream, streams_of
-from ...protocols.block_call import BatchDim, Call, positional_names
+from ...protocols.blocks.call import BatchDim, Call, positional_names
+from ...protocols.blocks.streams import Stream, streams_of
 from ...protocols.task import Task
 from ...protocols.undisturbed import evaluating
 from ...pruning.gating import Gates
@@ -166,7 +166,7 @@ class Calibration:
         Raises:
             UserError: a value is not finite.
         """
-        model, paths, declared = self.task.teacher, self.task.blocks, self.task.backbone.streams
+        model, paths, declared = self.task.teacher, self.task.blocks, self.task.streams
         # No span reaches over two lists.
         streams = {span: streams_of(declared, paths[span[0]]) for span in spans}
         measures = {span: [measure() for _ in streams[span]] for span in spans}
@@ -222,7 +222,7 @@ class Calibration:
             self.task.teacher,
             self.task.blocks,
             self._batch_dim,
-            self.task.backbone.streams,
+            self.task.streams,
             self.task.backbone.unneeded,
         )
 

@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from ...protocols.backbone import block_lists
+from ...protocols.blocks.paths import block_lists
 from ..assertions import expect, expect_close, expect_same, largest, tensors_of
 from ..dense_formula import dense_formula
 from ..subject import NUM_ROWS, Subject, precisely, random_mask
@@ -29,7 +29,7 @@ def check_all_ones_is_plain(subject: Subject) -> None:
 def check_hard_gated_is_pruned(subject: Subject) -> None:
     """Masking blocks equals removing them with `after_prune`: each one alone, and every second one."""
     model, inputs = subject.backbone.build(), subject.inputs()
-    lists = block_lists(subject.backbone.block_paths(model)).values()
+    lists = block_lists(subject.backbone.unit_paths(model)).values()
     alone = [[i] for members in lists if len(members) > 1 for i in members]
     for removed in [*alone, subject.every_other()]:
         with subject.gates(model) as gates, torch.no_grad():
@@ -67,10 +67,10 @@ def check_nobody_keeps_a_block(subject: Subject) -> None:
     model, inputs = subject.backbone.build(), subject.inputs()
     subject.loss.losses(model, inputs).sum().backward()  # type: ignore[no-untyped-call]
     trained = {id(p) for p in model.parameters() if p.grad is not None}
-    for j, path in enumerate(subject.backbone.block_paths(model)):
+    for j, path in enumerate(subject.backbone.unit_paths(model)):
         own = _own_parameters(model, path)
         for learning in (True, False):
-            mask = random_mask(len(subject.backbone.block_paths(model)))
+            mask = random_mask(len(subject.backbone.unit_paths(model)))
             mask[:, j - 1], mask[:, j] = 1, 0
             model.zero_grad(set_to_none=True)
             with subject.gates(model) as gates:
@@ -93,7 +93,7 @@ def check_every_block_learns(subject: Subject) -> None:
         subject.loss.losses(model, inputs).sum().backward()  # type: ignore[no-untyped-call]
         of_gates = gates.mask.grad
     assert of_gates is not None
-    for j, path in enumerate(subject.backbone.block_paths(model)):
+    for j, path in enumerate(subject.backbone.unit_paths(model)):
         grads = [p.grad for p in model.get_submodule(path).parameters() if p.grad is not None]
         expect(any(bool(g.any()) for g in grads), f"the loss gives no weight of block '{path}' a gradient")
         expect(bool(of_gates[:, j].any()), f"the loss does not depend on whether block '{path}' is kept")
@@ -123,7 +123,7 @@ def _own_parameters(model: nn.Module, path: str) -> list[nn.Parameter]:
 def _sparse_and_dense(subject: Subject) -> list[tuple[Tensor, list[Tensor]]]:
     """(batch,) losses with the gradients of mask and weights, of gates and of the dense formula."""
     model, inputs = subject.network(), subject.inputs()
-    blocks = subject.backbone.block_paths(model)
+    blocks = subject.backbone.unit_paths(model)
     mask = random_mask(len(blocks)).to(torch.float64 if subject.wide else torch.float32).requires_grad_()
     wanted = [mask, *(p for p in model.parameters() if p.requires_grad)]
 
@@ -132,7 +132,7 @@ def _sparse_and_dense(subject: Subject) -> list[tuple[Tensor, list[Tensor]]]:
         found = torch.autograd.grad(losses.sum(), wanted, allow_unused=True)
         return losses.detach(), [torch.zeros_like(x) if g is None else g for g, x in zip(found, wanted, strict=True)]
 
-    with dense_formula(model, blocks, mask, subject.backbone.streams):
+    with dense_formula(model, blocks, mask, subject.backbone.unit_streams(model)):
         dense = run()
     with subject.gates(model) as gates:
         gates.mask = mask

@@ -11,6 +11,7 @@ from ...protocols.task import Task
 from ...pruning.block_outputs import captured
 from ...pruning.decision import Decision
 from ...pruning.prune import load_pretrained, save_network
+from ...pruning.removal import in_blocks
 from ...training.distillation import derive_taps
 from ..assertions import expect, tensors_of
 from ..subject import Subject
@@ -34,9 +35,11 @@ def check_save_and_load(subject: Subject) -> None:
 def check_taps(subject: Subject) -> None:
     """The outputs of matched blocks of teacher and student can be captured, and have the same shapes."""
     teacher, removed = subject.backbone.build(), subject.every_other()
-    blocks, student, inputs = subject.backbone.block_paths(teacher), subject.pruned(removed), subject.inputs()
-    kept = tuple(i for i in range(len(blocks)) if i not in removed)
-    taps = derive_taps(Decision(blocks=tuple(blocks), kept=kept, method="Keep"))
+    units, student, inputs = subject.backbone.unit_paths(teacher), subject.pruned(removed), subject.inputs()
+    kept = tuple(i for i in range(len(units)) if i not in removed)
+    decision = Decision(blocks=tuple(units), kept=kept, method="Keep")
+    taps = derive_taps(in_blocks(subject.backbone, teacher, decision)[0])
+    blocks = subject.backbone.block_paths(teacher)
     ours = subject.backbone.block_paths(student)
     with torch.no_grad(), captured(student, [ours[s] for s, _ in taps], subject.backbone.streams) as found:
         subject.loss.predict(student, inputs)

@@ -13,7 +13,8 @@ from dataclasses import fields, is_dataclass
 import torch
 from torch import nn
 
-from ...protocols.block_call import watched_streams
+from ...protocols.backbone import config_of, constructed
+from ...protocols.blocks.call import watched_streams
 from ..assertions import expect, expect_same, removing
 from ..subject import NUM_ROWS, Subject
 
@@ -42,11 +43,11 @@ def check_tiny(subject: Subject) -> None:
 
 
 def check_blocks(subject: Subject) -> None:
-    """Blocks exist, are children of lists, each named once, none inside another, in execution order."""
+    """Blocks exist, are children of lists, each named once, none inside another, in execution order; so do branches."""
     model = subject.backbone.build()
-    blocks, name = subject.backbone.block_paths(model), f"{type(subject.backbone).__name__}.blocks"
+    blocks, name = subject.backbone.unit_paths(model), f"{type(subject.backbone).__name__}.blocks"
     expect(len(blocks) >= 2, f"{name} names {len(blocks)} block(s) of the tiny network; it needs 2 or more")
-    for path in blocks:
+    for path in subject.backbone.block_paths(model):
         parent = model.get_submodule(path.rpartition(".")[0])
         expect(
             isinstance(parent, (nn.ModuleList, nn.Sequential)),
@@ -65,7 +66,7 @@ def check_streams(subject: Subject) -> None:
     """Every block returns its streams in the shape and dtype in which they entered."""
     model = subject.backbone.build()
 
-    with watched_streams(model, subject.backbone.block_paths(model), subject.backbone.streams) as seen:
+    with watched_streams(model, subject.backbone.unit_paths(model), subject.backbone.unit_streams(model)) as seen:
         _no_grad_losses(subject, model)
     for passage in seen:
         expect(passage.before == passage.after, str(passage))
@@ -76,7 +77,7 @@ def check_meta_device(subject: Subject) -> None:
     name = type(subject.backbone).__name__
     for model in (subject.backbone.build(), subject.pruned(subject.every_other())):
         with torch.device("meta"):
-            planned = subject.backbone.construct(subject.backbone.config(model))
+            planned = constructed(subject.backbone, config_of(subject.backbone, model), name)
         shapes = [{k: v.shape for k, v in m.state_dict().items()} for m in (model, planned)]
         differ = sorted(k for k in shapes[0].keys() | shapes[1].keys() if shapes[0].get(k) != shapes[1].get(k))
         expect(not differ, f"{name}.construct(config) makes another network: {differ[:3]}; see config and after_prune")
@@ -107,7 +108,9 @@ def check_copies(subject: Subject) -> None:
     """Backbone and loss are frozen dataclasses that can be copied and pickled; `config` survives JSON."""
     for thing in (subject.backbone, subject.loss):
         name = type(thing).__name__
-        frozen = is_dataclass(thing) and thing.__dataclass_params__.frozen
+        # Backbone is one itself, so what counts is the class that declares the options.
+        declares = next((c for c in type(thing).__mro__ if inspect.get_annotations(c)), type(thing))
+        frozen = "__dataclass_params__" in vars(declares) and is_dataclass(thing)
         expect(frozen, f"{name} is no frozen dataclass, whose fields would be its options")
         for how, again in (("deepcopy", copy.deepcopy(thing)), ("pickle", pickle.loads(pickle.dumps(thing)))):
             expect(again == thing, f"{name} is something else after {how}")

@@ -15,7 +15,7 @@ from torch import Tensor
 from ...dataloading.shards import METADATA, Shard, ShardedSamples
 from ...errors import MissingFileError, UserError
 from ...parsing.records import check_inside, read_as
-from ...protocols.backbone import Batch
+from ...protocols.backbone import Batch, config_of
 from ...protocols.loss import LossAdapter
 from ...protocols.task import Task
 from ...runtime.files import digest
@@ -57,7 +57,7 @@ def made_of(cache: TeacherCache, task: Task) -> dict[str, Any]:
     draws = FixedDraws(cache, task)
     step = max(1, len(draws.samples) // LOOKED_AT)
     some = task.train.__getitems__(draws.samples[::step][:LOOKED_AT])
-    network = {"class": type(task.backbone).__name__, "config": digest(task.backbone.config(task.teacher))[:24]}
+    network = {"class": type(task.backbone).__name__, "config": digest(config_of(task.backbone, task.teacher))[:24]}
     return {
         **settings_made_of(cache, task.loss),
         "teacher": {**network, "weights": _hash(task.teacher.state_dict())},

@@ -48,7 +48,7 @@ def write_cache(cache: TeacherCache, task: Task, trainer: Trainer) -> Metadata:
         UserError: the folder holds something else, the objective or the dtype cannot keep the predictions.
         Interrupted: a signal arrived; the same call goes on.
     """
-    depth = len(task.blocks)
+    depth = len(task.backbone.block_paths(task.teacher))
     bad = [i for i in cache.blocks if not 0 <= i < depth]
     require(not bad, "recover.kd.cache.blocks", list(cache.blocks), f"blocks of the teacher, 0 to {depth - 1}")
     writing = _Writing(cache, task, trainer)
@@ -68,7 +68,8 @@ def kept_of(task: Task, teacher: nn.Module, inputs: Batch, blocks: Sequence[int]
         inputs: prepared tensors by name, each (batch, ...).
         blocks: the blocks whose outputs are kept.
     """
-    with captured(teacher, [task.blocks[i] for i in blocks], task.backbone.streams) as outputs:
+    paths = task.backbone.block_paths(teacher)
+    with captured(teacher, [paths[i] for i in blocks], task.backbone.streams) as outputs:
         prediction = task.loss.predict(teacher, inputs)
     kept = {f"prediction.{name}": t for name, t in task.loss.keep(prediction, inputs).items()}
     for i, streams in zip(blocks, outputs, strict=True):

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten_with_path, tree_unflatten
 
-from ..errors import UserError
-from .backbone import Stream, Streams, streams_of
+from ...errors import UserError
+from .streams import Stream, Streams, streams_of
 
 BatchDim = Callable[[str, str], "int | None"]
 """(block path, argument) -> the argument's batch dimension, or None if all samples share it."""
