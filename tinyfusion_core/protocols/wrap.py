@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from typing_extensions import override
 
 from ..errors import UserError
 from .backbone import Backbone, Batch
+from .blocks.branches import Branch
 from .blocks.streams import FIRST, Streams
 from .data import Samples, as_samples
 from .loss import LossAdapter, Prediction
@@ -27,6 +29,7 @@ def wrap(
     streams: Streams = FIRST,
     unneeded: Sequence[int | str] = (),
     batched: Mapping[str, int] | None = None,
+    branches: Mapping[str, Branch] = MappingProxyType({}),
     after_prune: Callable[[nn.Module, Mapping[str, Sequence[int]]], object] = lambda model, kept: None,
 ) -> Task:
     """Make a task from a network, for `Search`, every criterion, `prune` and `Recover`.
@@ -44,6 +47,8 @@ def wrap(
         streams: what a skipped block hands on; by default its first argument, as its first output.
         unneeded: outputs of a block that are no stream and that nobody needs, see `Backbone.unneeded`.
         batched: arguments of blocks that carry the batch, see `Backbone.batched`; by default found by trial.
+        branches: residual branches inside of a block, by name and in execution order, that go each by itself; by
+            default whole blocks go.
         after_prune: repairs in the student what its module lists cannot express, see `Backbone.after_prune`.
 
     Raises:
@@ -52,7 +57,17 @@ def wrap(
     train = as_samples(data, "data")
     paths = (blocks,) if isinstance(blocks, str) else tuple(blocks)
     task = Task(
-        backbone=_Wrapped(model, paths, train, after_prune, streams, unneeded, batched),
+        backbone=_Wrapped(
+            model=model,
+            given=paths,
+            data=train,
+            repair=after_prune,
+            streams=streams,
+            unneeded=unneeded,
+            batched=batched,
+            inside=branches,
+            units=tuple(branches),
+        ),
         loss=_Function(loss_fn),
         train=train,
         held_out=train if held_out is None else as_samples(held_out, "held_out"),
@@ -74,7 +89,7 @@ _REMAINING = "_remaining_blocks"
 """Attribute of a student: the paths of its blocks, where they were named one by one."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class _Wrapped(Backbone):
     called = "wrap"
     model: nn.Module
@@ -84,6 +99,7 @@ class _Wrapped(Backbone):
     streams: Streams = FIRST  # type: ignore[misc]  # of this network, not of a family
     unneeded: Sequence[int | str] = ()  # type: ignore[misc]
     batched: Mapping[str, int] | None = None  # type: ignore[misc]
+    inside: Mapping[str, Branch]
 
     @override
     def build(self) -> nn.Module:
@@ -105,6 +121,10 @@ class _Wrapped(Backbone):
     def blocks(self, model: nn.Module) -> Sequence[str]:
         remaining: Sequence[str] = getattr(model, _REMAINING, self.given)
         return remaining
+
+    @override
+    def branches(self, model: nn.Module) -> Mapping[str, Branch]:
+        return self.inside
 
     @override
     def after_prune(self, model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
