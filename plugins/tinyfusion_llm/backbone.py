@@ -15,14 +15,16 @@ from typing_extensions import override
 from tinyfusion_core.errors import UserError, first_line, need, require
 from tinyfusion_core.pipeline.planning.memory import gigabytes
 from tinyfusion_core.protocols.backbone import Backbone
+from tinyfusion_core.protocols.blocks.branches import REMOVED, Branch, removed_branches
 from tinyfusion_core.protocols.data import Lookup
 from tinyfusion_core.runtime.files import digest, sha256
 from tinyfusion_core.runtime.seeding import generator
-from tinyfusion_llm.converters import clients
-from tinyfusion_llm.layers import config_of, construct, find_layers, shorten, try_out
+from tinyfusion_llm.converters import CLIENTS, clients
+from tinyfusion_llm.layers import config_of, construct, find_branches, find_layers, shorten, try_out
 from tinyfusion_llm.loss import IGNORED
 from tinyfusion_llm.pretrained import (
     as_json,
+    as_plain,
     ask_to_dequantise,
     check_causal,
     check_keys,
@@ -133,6 +135,10 @@ class CausalLM(Backbone):
         return [f"{find_layers(model)}.*"]
 
     @override
+    def branches(self, model: nn.Module) -> Mapping[str, Branch]:
+        return find_branches(model)
+
+    @override
     def after_prune(self, model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
         ((path, indices),) = kept.items()
         shorten(model, path, indices)
@@ -140,6 +146,8 @@ class CausalLM(Backbone):
 
     @override
     def clients(self, model: nn.Module, student: nn.Module, kept: Sequence[int]) -> Mapping[str, str]:
+        if self.units:
+            return dict.fromkeys(CLIENTS, "it knows whole layers only, not attention or mlp without the other")
         return clients(model, student, kept)
 
     @override
@@ -183,9 +191,16 @@ class CausalLM(Backbone):
 
     @override
     def save(self, model: nn.Module, folder: Path) -> list[str]:
-        """Write a transformers folder: config, weights named as in its checkpoints, generation config, tokenizer."""
+        """Write a transformers folder: config, weights named as in its checkpoints, generation config, tokenizer.
+
+        Of a model that lacks branches inside its layers transformers would draw them at random: its weights are written
+        as any network's, for `tinyfusion_core.load_pretrained` alone.
+        """
         folder.mkdir(parents=True, exist_ok=True)
-        model.save_pretrained(folder)  # type: ignore[operator]
+        if removed_branches(model):
+            super().save(model, folder)
+        else:
+            model.save_pretrained(folder)  # type: ignore[operator]
         tokenizer = self.tokenizer()
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -197,6 +212,9 @@ class CausalLM(Backbone):
     @classmethod
     @override
     def load(cls, folder: Path, config: Mapping[str, Any]) -> nn.Module:
+        if REMOVED in config:
+            with torch.random.fork_rng():
+                return _evaluating(super().load(folder, config))
         return _evaluating(cls(model=str(folder))._read(strict=True))
 
     def tokenizer(self) -> Any:
@@ -226,7 +244,7 @@ class CausalLM(Backbone):
         if not encoding and not self.gguf_file:
             return model
         # Of quantised weights transformers gives the config's dtype to those alone that it dequantises.
-        plain = _plain(model, model.config.dtype if encoding else model.dtype)
+        plain = as_plain(model, model.config.dtype if encoding else model.dtype)
         if encoding:
             files = sum(path.stat().st_size for path in Path(self.model).glob("*.safetensors"))
             warnings.warn(
@@ -273,25 +291,6 @@ class CausalLM(Backbone):
             ask_to_dequantise(config, self.model)
         check_kind(config, self.model)
         return config
-
-
-def _plain(model: Any, dtype: torch.dtype) -> Any:
-    """A model whose weights were encoded in its files as a plain model, so that it can be trained and saved."""
-    plain = construct(as_json(model.config))
-    state = model.state_dict()
-    whole = model._get_dtype_plan(dtype)  # some stay in float32
-    for key, tensor in state.items():
-        if tensor.is_floating_point():
-            state[key] = tensor.to(torch.float32 if any(part in key for part in whole) else dtype)
-    plain.load_state_dict(state, strict=True, assign=True)
-    plain.tie_weights()
-    for name, buffer in model.named_buffers():
-        if name not in state:  # made by the constructor
-            owner, _, leaf = name.rpartition(".")
-            plain.get_submodule(owner).register_buffer(leaf, buffer, persistent=False)
-    plain.config.dtype = dtype
-    plain.generation_config = model.generation_config
-    return plain
 
 
 def _evaluating(model: Any) -> nn.Module:

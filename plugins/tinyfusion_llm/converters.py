@@ -42,6 +42,9 @@ COUNTED = {"first_k_dense_replace", "num_dense_layers"}
 WRITTEN: Mapping[str, Sequence[str]] = {"lfm2": ["layer_types", "full_attn_idxs"]}
 """Lists that llama.cpp's converter writes to a GGUF file entry by entry, by type of model."""
 
+CLIENTS = ("mergekit", "peft", "llama.cpp", "gguf")
+"""Tools that take a decision or a student."""
+
 Settings = Mapping[str, Any]
 
 
@@ -58,12 +61,13 @@ def clients(model: nn.Module, student: nn.Module, kept: Sequence[int]) -> dict[s
     lists = _lists(before, after, len(model.get_submodule(find_layers(model))), kept)  # type: ignore[arg-type]
     counts = [key for key, value in after.items() if before.get(key) != value and key not in lists]
     gguf = _llama_cpp(str(before["model_type"]), lists) or _unexplained(student, before, lists)
-    return {
-        "mergekit": _mergekit(str(before["model_type"]), before, [*lists, *counts]),
-        "peft": _peft(model, before, lists, depth),
-        "llama.cpp": _pruned_file(str(before["model_type"]), lists, counts) or gguf,
-        "gguf": gguf,
-    }
+    reasons = (
+        _mergekit(str(before["model_type"]), before, [*lists, *counts]),
+        _peft(model, before, lists, depth),
+        _pruned_file(str(before["model_type"]), lists, counts) or gguf,
+        gguf,
+    )
+    return dict(zip(CLIENTS, reasons, strict=True))
 
 
 def _settings(model: nn.Module) -> Settings:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from tinyfusion_core.errors import UserError
+from tinyfusion_core.protocols.blocks.branches import Branch, Removed, remove_branches, removed_branches
 from tinyfusion_core.protocols.undisturbed import evaluating
 
 Settings = Mapping[str, Any]
@@ -66,6 +67,7 @@ def shorten(model: nn.Module, path: str, kept: Sequence[int]) -> None:
         for module in layer.modules():
             if hasattr(module, "layer_idx"):  # the slot in the key-value cache
                 module.layer_idx = position  # type: ignore[assignment]
+    _close_ranks(model, layers)
     edits = _edits(config.to_dict(), depth, kept)
     config.num_hidden_layers = len(kept)
     for key, value in edits.items():
@@ -78,6 +80,43 @@ def shorten(model: nn.Module, path: str, kept: Sequence[int]) -> None:
             f"backbone: the config of a '{config.model_type}' cannot express the layers {list(kept)} of {depth}: "
             f"{problem}{named}. Its kinds of layers follow from their positions; keep whole periods, or other layers"
         )
+
+
+def find_branches(model: nn.Module) -> dict[str, Branch]:
+    """Return the attention and the feed-forward network of a layer, by the names that transformers gives them."""
+    names = {name for layer in model.get_submodule(find_layers(model)).children() for name, _ in layer.named_children()}
+    found = {
+        "attention": next((Branch(name, outputs=2) for name in _ATTENTION if name in names), None),
+        "mlp": next((Branch(name) for name in _MLP if name in names), None),
+    }
+    return {name: branch for name, branch in found.items() if branch is not None}
+
+
+_ATTENTION = ("self_attn", "attn", "attention", "self_attention")
+_MLP = ("mlp", "feed_forward", "block_sparse_moe", "ffn")
+
+
+def _close_ranks(model: nn.Module, layers: nn.Module) -> None:
+    """Number the slots in the key-value cache by the layers that still have attention: its length is that of the first.
+
+    Raises:
+        UserError: slots are not alike, so that they cannot move.
+    """
+    attention = find_branches(model).get("attention")
+    lost = [path for path, branch in removed_branches(model).items() if branch == attention]
+    if attention is None or not lost:
+        return
+    config = text_config(model)
+    if len(kinds := set(getattr(config, "layer_types", None) or ())) > 1:
+        raise UserError(
+            f"backbone.units: the layers of a '{config.model_type}' are {' and '.join(sorted(kinds))}; "
+            "their cache counts on where each stands. Search [mlp] or whole layers"
+        )
+    having = [layer.get_submodule(attention.path) for layer in layers.children()]
+    for slot, module in enumerate(module for module in having if not isinstance(module, Removed)):
+        for inner in module.modules():
+            if hasattr(inner, "layer_idx"):
+                inner.layer_idx = slot  # type: ignore[assignment]
 
 
 def try_out(model: nn.Module, kept: Sequence[int]) -> None:
@@ -158,6 +197,7 @@ def verify(model: nn.Module, path: str) -> str:
         fresh = construct(model.config.to_dict())  # type: ignore[union-attr, operator]
     except (ValueError, IndexError, KeyError) as e:
         return f"transformers refuses it ({e})"
+    remove_branches(fresh, removed_branches(model))
     shapes, built = ({name: tuple(t.shape) for name, t in m.state_dict().items()} for m in (model, fresh))
     for key in [*shapes, *built]:
         if shapes.get(key) != built.get(key):

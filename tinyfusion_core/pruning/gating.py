@@ -9,6 +9,7 @@ with a graph, dropped ones without, and a small autograd function merges both.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -20,7 +21,15 @@ from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from ..errors import UserError
-from ..protocols.blocks.call import BatchDim, Call, in_the_form_of, is_plain, items_of, positional_names
+from ..protocols.blocks.call import (
+    BatchDim,
+    Call,
+    in_the_form_of,
+    is_plain,
+    items_of,
+    positional_names,
+    replaced_forward,
+)
 from ..protocols.blocks.streams import FIRST, Streams, streams_of
 
 Recall = Callable[[int, bool, Call, Callable[[], Any]], Any]
@@ -70,7 +79,7 @@ class Gates:
         self.recall: Recall | None = None
         self._rows: list[tuple[Tensor, ...]] = []
         self._forms: dict[tuple[int, Hashable], Any] = {}
-        self._before: list[tuple[nn.Module, Any]] = []
+        self._open = ExitStack()
 
     @property
     def mask(self) -> Tensor | None:
@@ -114,17 +123,11 @@ class Gates:
 
     def __enter__(self) -> Gates:
         for j, block in enumerate(self._modules):
-            self._before.append((block, block.__dict__.get("forward")))
-            block.forward = self._gated(j, block.forward)
+            self._open.enter_context(replaced_forward(block, self._gated(j, block.forward)))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        for block, before in self._before:
-            if before is None:
-                del block.__dict__["forward"]
-            else:  # somebody else had taken it over already
-                block.__dict__["forward"] = before
-        self._before.clear()
+        self._open.close()
         self._mask = None
 
     def _gated(self, j: int, plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -189,18 +192,11 @@ class Gates:
         return in_the_form_of(output, items) if streams <= items.keys() else None
 
     def _inputs(self, j: int, call: Call, num_rows: int) -> list[Tensor]:
-        """What a skipped block gives: the incoming streams, or nothing to add to them.
-
-        Raises ValueError unless they have this number of samples.
-        """
-        inputs = [
-            torch.zeros_like(x) if stream.added else x
-            for stream in self._streams[j]
-            for x in [call.stream(stream, self.blocks[j])]
-        ]
+        """What a skipped block gives: the incoming streams. Raises ValueError unless they have so many samples."""
+        inputs = [call.stream(stream, self.blocks[j]) for stream in self._streams[j]]
         if inputs[0].shape[0] != num_rows:
             raise ValueError(f"block '{self.blocks[j]}' got {inputs[0].shape[0]} samples, the mask has {num_rows} rows")
-        return inputs
+        return [torch.zeros_like(x) if s.added else x for s, x in zip(self._streams[j], inputs, strict=True)]
 
     def _check_items(self, j: int, items: Mapping[int | str, Any], inputs: Sequence[Tensor], partly: bool) -> None:
         """Raise UserError if a block's output cannot be merged with its input.

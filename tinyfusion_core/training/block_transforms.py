@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from ..protocols.blocks.call import replaced_forward
 
 
 @contextmanager
@@ -24,17 +26,10 @@ def block_transforms(blocks: Iterable[nn.Module], recompute: bool, compiled: boo
         recompute: discard the activations inside a block and recompute them in the backward pass.
         compiled: run each block through `torch.compile`.
     """
-    before = [(block, block.__dict__.get("forward")) for block in blocks if recompute or compiled]
-    try:
-        for block, _ in before:
-            block.forward = _transformed(block.forward, recompute, compiled)
+    with ExitStack() as stack:
+        for block in blocks if recompute or compiled else ():
+            stack.enter_context(replaced_forward(block, _transformed(block.forward, recompute, compiled)))
         yield
-    finally:
-        for block, forward in before:
-            if forward is None:
-                block.__dict__.pop("forward", None)
-            else:
-                block.__dict__["forward"] = forward
 
 
 def _transformed(plain: Callable[..., Any], recompute: bool, compiled: bool) -> Callable[..., Any]:

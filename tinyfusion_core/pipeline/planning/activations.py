@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, UntypedStorage, nn
 from torch.utils._pytree import tree_leaves
 
+from ...protocols.blocks.call import replaced_forward
+
 Storages = dict[int, UntypedStorage]
 """Storages by address; kept alive, so that no address is used twice."""
 
@@ -80,18 +82,15 @@ def _around(
     with ExitStack() as stack:
         for j, path in enumerate(blocks):
             block = model.get_submodule(path)
-            before, plain = block.__dict__.get("forward"), block.forward
 
-            def noted(*args: Any, _plain: Any = plain, _j: int = j, **kwargs: Any) -> Any:
+            def noted(*args: Any, _plain: Any = block.forward, _j: int = j, **kwargs: Any) -> Any:
                 enter(_j, (args, kwargs))
                 try:
                     return _plain(*args, **kwargs)
                 finally:
                     leave()
 
-            block.forward = functools.wraps(plain)(noted)
-            undo = functools.partial(block.__dict__.__setitem__, "forward", before)
-            stack.callback(undo if before is not None else functools.partial(block.__dict__.pop, "forward"))
+            stack.enter_context(replaced_forward(block, functools.wraps(block.forward)(noted)))
         yield
 
 

@@ -7,16 +7,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
 from ...dataloading.order import order_of
 from ...errors import UserError, require
-from ...protocols.blocks.call import BatchDim, Call, positional_names
-from ...protocols.blocks.streams import Stream, streams_of
+from ...protocols.blocks.branches import Removed
+from ...protocols.blocks.call import BatchDim, positional_names
+from ...protocols.blocks.paths import block_of
+from ...protocols.blocks.streams import streams_of
 from ...protocols.task import Task
 from ...protocols.undisturbed import evaluating
 from ...pruning.gating import Gates
@@ -27,31 +29,10 @@ from ...runtime.seeding import Rng
 from ...training.trainer import Trainer
 from ..base import Decisive
 from .base import Criterion
+from .watching import Measure, watch_branch, watch_span
 
 Span = tuple[int, int]
 """First and last of some consecutive blocks."""
-
-
-class Measure(Protocol):
-    """A comparison of two streams, accumulated over batches without storing them."""
-
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """Add a batch.
-
-        Args:
-            x: (..., channels) stream before the blocks.
-            y: (..., channels) stream after them.
-        """
-
-    def state(self) -> Any:
-        """Return the accumulated state, to be sent to another process."""
-
-    def merge(self, state: Any) -> None:
-        """Add the state of another measure."""
-
-    def value(self) -> float:
-        """Return the result over all batches added so far."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,24 +139,31 @@ class Calibration:
     def compare(self, spans: Sequence[Span], measure: Callable[[], Measure], clean: bool = False) -> list[float]:
         """Compare the residual stream before and after each span, averaged over the streams.
 
+        Of a branch it is the stream after its block, without the branch and with it.
+
         Args:
             spans: first and last block of each; they may overlap.
             measure: makes the measure of one span and stream.
             clean: use inputs without noise, as the reference code of block influence does.
 
         Raises:
-            UserError: a value is not finite.
+            UserError: a value is not finite, or a span holds several branches.
         """
-        model, paths, declared = self.task.teacher, self.task.blocks, self.task.streams
+        model, paths, backbone = self.task.teacher, self.task.blocks, self.task.backbone
+        if backbone.units and any(first != last for first, last in spans):
+            raise UserError(f"{self.name}: compares runs of whole blocks; leave backbone.units out, or take another")
         # No span reaches over two lists.
-        streams = {span: streams_of(declared, paths[span[0]]) for span in spans}
+        streams = {span: streams_of(backbone.streams, block_of(paths[span[0]])) for span in spans}
         measures = {span: [measure() for _ in streams[span]] for span in spans}
         with self._open(1) as progress, torch.no_grad(), ExitStack() as hooks:
             for span in spans:
-                before, after = _watch(
-                    measures[span], streams[span], model.get_submodule(paths[span[0]]), paths[span[0]]
-                )
-                first, last = (model.get_submodule(paths[i]) for i in span)
+                first, last = (model.get_submodule(block_of(paths[i])) for i in span)
+                if backbone.units:
+                    branch = model.get_submodule(paths[span[0]])
+                    again = watch_branch(measures[span], streams[span], branch, self._skipped(paths[span[0]]))
+                    hooks.callback(first.register_forward_hook(again, with_kwargs=True).remove)
+                    continue
+                before, after = watch_span(measures[span], streams[span], first, paths[span[0]])
                 hooks.callback(first.register_forward_pre_hook(before, with_kwargs=True).remove)
                 hooks.callback(last.register_forward_hook(after).remove)
             for rows in local_share(self._parts):
@@ -185,6 +173,12 @@ class Calibration:
                 progress.advance(len(rows))
         gathered = {span: [_together(own, measure()) for own in measures[span]] for span in spans}
         return self.finite([sum(m.value() for m in gathered[span]) / len(streams[span]) for span in spans])
+
+    def _skipped(self, path: str) -> Callable[..., Any]:
+        """What a branch does when it is skipped."""
+        model = self.task.teacher
+        branch = self.task.backbone.branches_in(model, block_of(path))[path]
+        return Removed(branch, positional_names(model.get_submodule(path).forward)).forward
 
     def finite(self, values: list[float]) -> list[float]:
         """Return the values.
@@ -252,27 +246,3 @@ def _together(own: Measure, empty: Measure) -> Measure:
     for state in map_sharded(range(rank_and_world_size()[1]), lambda process: own.state()):
         empty.merge(state)
     return empty
-
-
-def _watch(
-    measures: Sequence[Measure], streams: Sequence[Stream], first: nn.Module, path: str
-) -> tuple[Callable[..., None], Callable[..., None]]:
-    """Hooks for before the first and after the last block of a span."""
-    names = positional_names(first.forward)
-    entered: list[Tensor] = []
-
-    def before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        call = Call(block.forward, names, args, kwargs, lambda leaf: None)
-        # Copies: the model may go on in place.
-        entered[:] = [call.stream(stream, path).clone() for stream in streams]
-
-    def after(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        for measure, stream, x in zip(measures, streams, entered, strict=True):
-            y = stream.of(output)
-            # In full precision: bf16 cannot tell two blocks apart that are nearly the identity.
-            dtype = torch.promote_types(x.dtype, torch.float32)
-            with torch.autocast(x.device.type, enabled=False):
-                measure.add(x.to(dtype), y.to(dtype))
-        entered.clear()
-
-    return before, after

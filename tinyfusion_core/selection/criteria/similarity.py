@@ -16,7 +16,8 @@ from ...protocols.task import Task
 from ...samplers.compiled import Constraints
 from ...training.trainer import Trainer
 from .base import CriterionResult
-from .calibration import Calibrated, Measure, Span
+from .calibration import Calibrated, Span
+from .watching import Measure
 
 
 class MeanSimilarity:
