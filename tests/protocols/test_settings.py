@@ -139,7 +139,9 @@ def test_a_misspelt_section_is_not_a_missing_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize("arguments", [[], [1], "a", 3, False, 0, ""])
 def test_arguments_are_a_mapping(tmp_path: Path, arguments: Any) -> None:
     (found,) = refusals(tmp_path, backbone={"class_path": "DiT", "init_args": arguments})
-    assert found.startswith(f"backbone: got {arguments!r}; expected a mapping with keys among variant, checkpoint,")
+    assert found.startswith(
+        f"backbone: got {arguments!r}; expected a mapping with keys among units, variant, checkpoint,"
+    )
 
 
 @pytest.mark.parametrize(

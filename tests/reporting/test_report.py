@@ -101,7 +101,7 @@ def test_the_table_has_ratios_and_says_what_cannot_be_had(folder: RunFolder) -> 
 
 def test_confidences_are_below_what_was_chosen_together_and_lists_have_rows(folder: RunFolder) -> None:
     groups = strip_of(tiny.Decision.load(folder / "decision.json"))[0].groups
-    assert [[b.index for b in blocks] for blocks, _ in groups] == [[i, i + 1] for i in range(0, 28, 2)]
+    assert [[b.number for b in blocks] for blocks, _ in groups] == [[i, i + 1] for i in range(0, 28, 2)]
     assert groups[0][1] == "0.50" and groups[13][1] == "0.82"
     assert groups[0][0][1].told == "blocks.1: removed, probability to be kept 0.00"
     blocks = ("a.0", "a.1", "b.0", "b.1")

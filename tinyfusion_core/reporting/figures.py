@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from ..protocols.blocks.paths import block_lists
+from ..protocols.blocks.paths import block_lists, numbers_of
 from .drawing import GREY, INK, KEPT, RED, SHADES, STYLE, WIDTH, hover, legend_above, save_figure
 
 Entries = Sequence[Mapping[str, Any]]
@@ -40,19 +40,20 @@ def draw_dynamics(entries: Entries, blocks: Sequence[str], decided: Path, margin
         figure, axes = plt.subplots(figsize=size, layout="constrained")
         opacity = np.clip([e["confidence"] for e in entries], 0.2, 1)
         counts = [len(e["decision"]) for e in entries]  # under a budget of cost, not always the same
-        kept = [block for e in entries for block in e["decision"]]
+        order = [i for members in block_lists(blocks).values() for i in members]  # lists may take turns
+        kept = [order.index(block) for e in entries for block in e["decision"]]
         x, alpha = np.repeat(steps, counts), np.repeat(opacity, counts)
         axes.scatter(x, kept, s=30, marker="s", color=KEPT, alpha=alpha, linewidths=0, rasterized=True)  # type: ignore[arg-type]
         axes.set(title="kept blocks", xlabel="search step")
-        _blocks_upwards(axes, blocks)
+        _blocks_upwards(axes, [blocks[i] for i in order])
         save_figure(figure, decided)
         figure, axes = plt.subplots(figsize=size, layout="constrained")
-        values = np.array([e["marginals"] for e in entries]).T
+        values = np.array([e["marginals"] for e in entries]).T[order]
         image = axes.pcolormesh(
             steps, range(len(blocks)), values, cmap=SHADES, vmin=0, vmax=1, shading="nearest", rasterized=True
         )
         axes.set(title="probability that a block is kept", xlabel="search step")
-        _blocks_upwards(axes, blocks)
+        _blocks_upwards(axes, [blocks[i] for i in order])
         figure.colorbar(image, ax=axes, ticks=[0, 0.5, 1], pad=0.02).outline.set_visible(False)
         save_figure(figure, marginals)
 
@@ -62,6 +63,7 @@ def _blocks_upwards(axes: Axes, blocks: Sequence[str]) -> None:
     every = 1 if len(blocks) <= 16 else 2 if len(blocks) <= 40 else 5
     axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
     axes.set(ylabel="block", ylim=(-0.6, len(blocks) - 0.4), yticks=range(0, len(blocks), every))
+    axes.set_yticklabels([str(number) for number in numbers_of(blocks)[::every]])
     lists = block_lists(blocks)
     for name, members in lists.items() if len(lists) > 1 else ():
         if members[0]:

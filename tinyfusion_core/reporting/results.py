@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
+from ..protocols.blocks.paths import word_for
 from ..pruning.decision import Decision
 from ..pruning.record import DECISION, decision_of
 from ..runtime.run_folder import RunFolder
@@ -62,7 +63,7 @@ def headline(folder: RunFolder) -> str:
     decisions = list(decisions_of(folder).values())
     depths = [len(d.blocks) for d in decisions[:1]] + [len(d.kept) for d in decisions]
     name = folder.path.resolve().name
-    return f"{name}: {' → '.join(map(str, depths))} blocks" if depths else name
+    return f"{name}: {' → '.join(map(str, depths))} {word_for(decisions[0].blocks)}" if depths else name
 
 
 def faults_of(folder: RunFolder) -> list[str]:

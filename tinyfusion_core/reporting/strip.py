@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..protocols.blocks.paths import block_lists
+from ..protocols.blocks.paths import block_lists, numbers_of
 from ..pruning.decision import Decision
 
 
 @dataclass(frozen=True)
 class Block:
-    """One block: its index, whether it is kept, and its path with its probability."""
+    """One block: its number, whether it is kept, and its path with its probability."""
 
-    index: int
+    number: int
     kept: bool
     told: str
 
@@ -51,4 +51,4 @@ def _block(decision: Decision, index: int) -> Block:
     told = f"{decision.blocks[index]}: {'kept' if kept else 'removed'}"
     if decision.marginals:
         told += f", probability to be kept {decision.marginals[index]:.2f}"
-    return Block(index, kept, told)
+    return Block(numbers_of(decision.blocks)[index], kept, told)

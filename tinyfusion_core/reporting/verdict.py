@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..protocols.blocks.paths import block_lists
+from ..protocols.blocks.paths import block_lists, numbers_of, word_for
 from ..pruning.decision import Decision
 from .measured import LOSS, Measured, figure, last_to_first
 
@@ -98,14 +98,15 @@ def _lead(decision: Decision, entrants: Sequence[Mapping[str, Any]]) -> str:
 def _what_went(decisions: Mapping[str, Decision]) -> str:
     sentences = []
     for name, decision in decisions.items():
-        lists = block_lists(decision.blocks)
+        lists, numbers = block_lists(decision.blocks), numbers_of(decision.blocks)
         gone = [
-            f"{f'{path} ' if len(lists) > 1 else ''}{spans([i for i in members if i in decision.removed])}"
+            f"{f'{path} ' if len(lists) > 1 else ''}{spans([numbers[i] for i in members if i in decision.removed])}"
             for path, members in lists.items()
             if not set(members).isdisjoint(decision.removed)
         ]
         count, total = len(decision.removed), len(decision.blocks)
-        text = f"{count} of {total} blocks: {'; '.join(gone)}." if count else f"Nothing: all {total} blocks stay."
+        what = word_for(decision.blocks)
+        text = f"{count} of {total} {what}: {'; '.join(gone)}." if count else f"Nothing: all {total} {what} stay."
         sentences.append(f"{name}: {text}" if name else text)
     return " ".join(sentences)
 

@@ -13,7 +13,7 @@ from torch import nn
 from ...comparison.study import Comparison
 from ...errors import MissingFileError, UserError
 from ...protocols.backbone import owner
-from ...protocols.blocks.paths import list_lengths
+from ...protocols.blocks.paths import list_lengths, word_for
 from ...protocols.columns import checked, columns_of
 from ...protocols.task import Task, check_loss_fits
 from ...pruning.decision import Decision
@@ -102,7 +102,8 @@ def _collect(plan: Plan, part: Callable[[], None]) -> None:
 
 def _network(plan: Plan, recipe: Recipe) -> None:
     model = recipe.on_meta
-    blocks, what = recipe.backbone.unit_paths(model), "branches" if recipe.backbone.units else "blocks"
+    blocks = recipe.backbone.unit_paths(model)
+    what = word_for(blocks)
     if len(blocks) < 2:
         raise UserError(f"{owner(recipe.backbone)}: the network has {len(blocks)} {what}; of 2 or more some can go")
     counts = ", ".join(f"{depth} {what} in '{name}'" for name, depth in list_lengths(blocks).items())
@@ -132,7 +133,7 @@ def _stages(plan: Plan, recipe: Recipe) -> None:
 def _search(plan: Plan, recipe: Recipe, stage: Stage, model: nn.Module) -> tuple[Decision, nn.Module]:
     """Plan a search. Returns a possible decision, and the network pruned by it."""
     prefix, blocks = _prefix(stage), recipe.backbone.unit_paths(model)
-    what = "branches" if recipe.backbone.units else "blocks"
+    what = word_for(blocks)
     budgets = stage.settings.cost_budgets()
     costs = measure(budgets, Task.without_data(recipe.backbone, recipe.loss, model), recipe.trainer)
     for said in dict.fromkeys(budget.describe(costs[budget.name]) for budget in budgets):
@@ -150,7 +151,7 @@ def _search(plan: Plan, recipe: Recipe, stage: Stage, model: nn.Module) -> tuple
         masks = f"{sampler.num_masks:,} possible masks"
         if groups := sampler.choices():
             ranges = ", ".join(f"{g[0]}-{g[-1]}" for g in groups)
-            plan.rows.append((f"{prefix}groups", f"{len(groups)} (blocks {ranges}), {masks}"))
+            plan.rows.append((f"{prefix}groups", f"{len(groups)} ({what} {ranges}), {masks}"))
         else:
             plan.rows.append((f"{prefix}masks", f"any within the budget, {masks}"))
         copies = f" under {sampler.masks_per_sample} masks each" if sampler.masks_per_sample > 1 else ""
@@ -163,7 +164,7 @@ def _search(plan: Plan, recipe: Recipe, stage: Stage, model: nn.Module) -> tuple
     given = _given(decision) if len(list_lengths(blocks)) > 1 else ""  # lists whose blocks are not alike
     plan.rows.append((f"{prefix}after pruning", size_text(recipe, pruned) + given))
     if clients := recipe.backbone.clients(model, pruned, decision.kept):
-        stay = f"if blocks {', '.join(map(str, decision.kept))} stay: "
+        stay = f"if {word_for(blocks)} {', '.join(map(str, decision.kept))} stay: "
         plan.rows.append((f"{prefix}other tools", stay + describe_clients(clients)))
     _choosing(plan, recipe, stage, selector, pruned)
     return in_blocks(recipe.backbone, model, decision)[0], pruned
@@ -209,7 +210,7 @@ def _prefix(stage: Stage) -> str:
 
 def _given(decision: Decision) -> str:
     """The condition of a row that depends on the kept blocks; empty with groups, which fix the number per list."""
-    return "" if decision.choices else f", if blocks {', '.join(map(str, decision.kept))} stay"
+    return "" if decision.choices else f", if {word_for(decision.blocks)} {', '.join(map(str, decision.kept))} stay"
 
 
 def _memory(plan: Plan, recipe: Recipe, name: str, stage: Search | Recover, needs: Callable[[Setup], Needs]) -> None:

@@ -20,6 +20,17 @@ def list_of(path: str) -> str:
     return path.rpartition(".")[0] if found is None else f"{found['list'] or ''}.*.{found['branch']}".lstrip(".")
 
 
+def numbers_of(blocks: Sequence[str]) -> list[int]:
+    """Return the numbers that people know blocks by: their indices; of branches the numbers of their blocks."""
+    found = [_BRANCH.fullmatch(path) for path in blocks]
+    return [i if branch is None else int(branch["index"]) for i, branch in enumerate(found)]
+
+
+def word_for(blocks: Sequence[str]) -> str:
+    """Return what these are, for messages: blocks, or branches."""
+    return "branches" if any(block_of(path) != path for path in blocks) else "blocks"
+
+
 def block_of(path: str) -> str:
     """Return the path of the block in which a branch is, `blocks.3` of `blocks.3.attn`; of a block, itself."""
     found = _BRANCH.fullmatch(path)

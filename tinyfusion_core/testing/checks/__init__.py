@@ -6,9 +6,10 @@ holds; `tinyfusion_core.testing` runs it.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ...errors import UserError
@@ -46,24 +47,40 @@ from .weight_updates import UPDATE_CHECKS, UpdateSubject
 Check = Callable[[Any], None]
 """Takes the subject of its kind."""
 
+
+def _in_branches_too(check: Callable[[Subject], None]) -> Callable[[Subject], None]:
+    """A check that is run for whole blocks, and once more for the branches inside them if the backbone names any."""
+
+    @functools.wraps(check)
+    def both(subject: Subject) -> None:
+        check(subject)
+        if names := tuple(subject.backbone.branches(subject.backbone.build())):
+            try:
+                check(replace(subject, backbone=replace(subject.backbone, units=names)))
+            except (AssertionError, UserError) as e:
+                raise type(e)(f"with units {list(names)}: {e}") from e
+
+    return both
+
+
 CHECKS: tuple[Callable[[Subject], None], ...] = (
     check_tiny,
-    check_blocks,
-    check_streams,
-    check_all_ones_is_plain,
-    check_hard_gated_is_pruned,
-    check_state_dict_untouched,
-    check_nobody_keeps_a_block,
-    check_every_block_learns,
-    check_sparse_is_dense,
+    _in_branches_too(check_blocks),
+    _in_branches_too(check_streams),
+    _in_branches_too(check_all_ones_is_plain),
+    _in_branches_too(check_hard_gated_is_pruned),
+    _in_branches_too(check_state_dict_untouched),
+    _in_branches_too(check_nobody_keeps_a_block),
+    _in_branches_too(check_every_block_learns),
+    _in_branches_too(check_sparse_is_dense),
     check_loss_per_sample,
     check_kept_prediction,
     check_prepare,
     check_same_inputs,
     check_predict_deterministic,
-    check_save_and_load,
-    check_meta_device,
-    check_taps,
+    _in_branches_too(check_save_and_load),
+    _in_branches_too(check_meta_device),
+    _in_branches_too(check_taps),
     check_light_import,
     check_copies,
 )
