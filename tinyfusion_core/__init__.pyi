@@ -19,6 +19,7 @@ from .pipeline.recipe import load_recipe as load_recipe
 from .pipeline.run import run_recipe as run_recipe
 from .protocols.backbone import Backbone as Backbone
 from .protocols.backbone import Batch as Batch
+from .protocols.blocks.branches import Branch as Branch
 from .protocols.blocks.streams import Stream as Stream
 from .protocols.checkpoint_backbone import CheckpointBackbone as CheckpointBackbone
 from .protocols.command import Command as Command

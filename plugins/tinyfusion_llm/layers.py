@@ -83,8 +83,13 @@ def shorten(model: nn.Module, path: str, kept: Sequence[int]) -> None:
 
 
 def find_branches(model: nn.Module) -> dict[str, Branch]:
-    """Return the attention and the feed-forward network of a layer, by the names that transformers gives them."""
+    """Return the attention and the feed-forward network of a layer, by the names that transformers gives them.
+
+    None where a norm comes behind them (Gemma 2, OLMo 2, GLM 4): it would hide from gradients how much they matter.
+    """
     names = {name for layer in model.get_submodule(find_layers(model)).children() for name, _ in layer.named_children()}
+    if any(re.match(r"post_(feedforward|mlp)_", name) for name in names):
+        return {}
     found = {
         "attention": next((Branch(name, outputs=2) for name in _ATTENTION if name in names), None),
         "mlp": next((Branch(name) for name in _MLP if name in names), None),

@@ -20,6 +20,7 @@ ALWAYS = [
     "Backbone",
     "Batch",
     "BlockInfluence",
+    "Branch",
     "BlockSampler",
     "Calibrated",
     "Calibration",

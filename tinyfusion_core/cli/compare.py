@@ -73,6 +73,7 @@ class Costs(Command):
 
         from ..pipeline.recipe import load_recipe
         from ..protocols.backbone import constructed, owner
+        from ..protocols.blocks.paths import word_for
         from ..protocols.task import Task
         from ..selection.budget import measure, parse_budget
         from .printing import print_json, print_table
@@ -88,7 +89,7 @@ class Costs(Command):
         )]  # fmt: skip
         costs = measure(halves, task, recipe.trainer)
         columns = [(*costs[half.name].blocks, costs[half.name].outside) for half in halves]
-        rows = list(zip([*task.blocks, "outside of the blocks"], *columns, strict=True))
+        rows = list(zip([*task.blocks, f"outside of the {word_for(task.blocks)}"], *columns, strict=True))
         if options.json:
             names = ("block", "parameters", "flops", "latency_ms")
             parts = [dict(zip(names, (path, *counts, ns / 1e6), strict=True)) for path, *counts, ns in rows]

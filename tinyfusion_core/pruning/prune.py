@@ -13,6 +13,7 @@ from torch import nn
 from ..errors import MissingFileError, UserError
 from ..parsing.settings import check_arguments
 from ..protocols.backbone import WEIGHTS, Backbone, config_of
+from ..protocols.blocks.paths import word_for
 from ..protocols.task import Task
 from ..registry.registry import record_of, registry
 from ..runtime.files import digest, sha256, write_json, write_text
@@ -161,19 +162,21 @@ def _model_card(student: nn.Module, task: Task, decision: Decision) -> str:
     matter = yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=math.inf, default_flow_style=None)
     parameters = sum(p.numel() for p in student.parameters())
     weights = f"- weights of the source checkpoint: {source['weights']}\n" if "weights" in source else ""
+    what = word_for(decision.blocks)
+    names = decision.blocks if what == "branches" else [str(i) for i in range(len(decision.blocks))]
     clients = backbone.clients(task.teacher, student, decision.kept)
     runs = f"- other tools: {describe_clients(clients)}\n" if clients else ""
     return f"""---
 {matter}---
 
-# {type(backbone).__name__}, {len(decision.blocks)} → {len(decision.kept)} blocks
+# {type(backbone).__name__}, {len(decision.blocks)} → {len(decision.kept)} {what}
 
 Depth-pruned from `{checkpoint}` with [TinyFusion](https://arxiv.org/abs/2412.01199) ({decision.method}).
 The licence is that of the source checkpoint: **{licence}**.
 
 - parameters: {parameters:,}
-- kept blocks: {", ".join(str(i) for i in decision.kept)}
-- removed blocks: {", ".join(str(i) for i in decision.removed)}
+- kept {what}: {", ".join(names[i] for i in decision.kept)}
+- removed {what}: {", ".join(names[i] for i in decision.removed)}
 - sha256 of the source checkpoint: {source.get("sha256", "none")}
 {weights}{runs}
 ```python

@@ -6,6 +6,7 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 
+from ..protocols.blocks.paths import word_for
 from ..pruning.decision import Decision
 from ..runtime.run_folder import RunFolder
 from ..runtime.stages import RECOVER, TRAIN
@@ -29,13 +30,10 @@ def next_steps(
         return []
     last, run = list(decisions)[-1], shlex.quote(str(folder.path))
     student = json.dumps(str(folder.round(last) / "student"), ensure_ascii=False)
-    steps = [
-        ("Load it in Python", ["import tinyfusion_core as tiny", f"student = tiny.load_pretrained({student})"]),
-        (
-            f"Hand it to other tools; for some networks also --to {', '.join(OTHERS)}",
-            [f"tinyfusion export {run} --to indices"],
-        ),
-    ]
+    steps = [("Load it in Python", ["import tinyfusion_core as tiny", f"student = tiny.load_pretrained({student})"])]
+    if word_for(decisions[last].blocks) == "blocks":
+        what = f"Hand it to other tools; for some networks also --to {', '.join(OTHERS)}"
+        steps.append((what, [f"tinyfusion export {run} --to indices"]))
     made = [section.command.format(run=run) for section in exhibits if section.command]
     steps += [("See more of what it generates", made)] if made else []
     if list(decisions) != [""]:

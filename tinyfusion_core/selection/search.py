@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -246,7 +247,6 @@ class Search(Selector):
         trainer = trainer.with_batch_size(self.batch_size)
         rate = min(1e-3, 1 / self.steps) if self.lr is None else self.lr
         model = trainer.to_device(task.teacher)
-        blocks, batch_dim = [model.get_submodule(path) for path in task.blocks], task.batch_dim(model)
         sampler, evaluations = self.make_sampler(task.lists), 0
         if self.start is not None:
             first = self.start(task, replace(trainer, trackers=()), run and run.part("search", "start"))
@@ -258,11 +258,13 @@ class Search(Selector):
         assert isinstance(averaged, BlockSampler)
         with torch.random.fork_rng(), undisturbed(model):
             torch.manual_seed(seed_of(trainer.seed, "search", "update"))  # LoRA draws its initial values
-            with (
-                of_stage(self.update.applied(model, task.backbone.block_paths(model)), "search") as weights,
-                trainer.transformed(blocks),
-                Gates(model, task.blocks, batch_dim, task.streams, task.backbone.unneeded) as gates,
-            ):
+            with ExitStack() as stack:
+                update = self.update.applied(model, task.backbone.block_paths(model))
+                weights = stack.enter_context(of_stage(update, "search"))
+                # Only now: of a branch that is one linear layer, LoRA puts another module in the place.
+                blocks, dims = [model.get_submodule(path) for path in task.blocks], task.batch_dim(model)
+                stack.enter_context(trainer.transformed(blocks))
+                gates = stack.enter_context(Gates(model, task.blocks, dims, task.streams, task.backbone.unneeded))
                 warmup = self.warmup if weights else 0.0  # weights that do not move need none
                 search_mode(model, random=sampler.masks_per_sample == 1)
                 objective = GatedLoss(

@@ -19,7 +19,7 @@ REMOVED = "removed_branches"
 
 @dataclass(frozen=True)
 class Branch:
-    """A module inside a block whose output is added to the stream, perhaps after a norm, a scale or a gate.
+    """A module inside a block whose output is added to the stream, perhaps times something, but not normalised again.
 
     Args:
         path: path of the module in its block.
