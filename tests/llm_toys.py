@@ -6,9 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+import tinyfusion_core as tiny
+from tinyfusion_llm import CausalLM, NextToken
 
 VOCABULARY = 97
+TOKENS = torch.randint(3, VOCABULARY, (3, 12), generator=torch.Generator().manual_seed(0))
 COMMON = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": VOCABULARY, "max_position_embeddings": 64, "pad_token_id": 0,
@@ -78,3 +82,18 @@ def tokenizer(path: Path) -> Path:
     made = PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="</s>", bos_token="<s>", pad_token="<pad>")
     made.save_pretrained(path)
     return path
+
+
+def task_of(path: Path, **more: object) -> tiny.Task:
+    rows = tiny.Tensors({"tokens": TOKENS, "labels": TOKENS})
+    backbone = CausalLM(model=str(path), context=12, **more)  # type: ignore[arg-type]
+    return tiny.Task(backbone=backbone, loss=NextToken(), train=rows, held_out=rows)
+
+
+def decide(task: tiny.Task, kept: tuple[int, ...]) -> tiny.Decision:
+    return tiny.Decision(blocks=tuple(task.blocks), kept=kept, method="Keep")
+
+
+def logits(model: torch.nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=TOKENS, use_cache=False).logits

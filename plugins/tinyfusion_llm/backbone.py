@@ -20,7 +20,7 @@ from tinyfusion_core.protocols.data import Lookup
 from tinyfusion_core.runtime.files import digest, sha256
 from tinyfusion_core.runtime.seeding import generator
 from tinyfusion_llm.converters import CLIENTS, clients
-from tinyfusion_llm.layers import config_of, construct, find_branches, find_layers, shorten, try_out
+from tinyfusion_llm.layers import close_ranks, config_of, construct, find_branches, find_layers, shorten, try_out
 from tinyfusion_llm.loss import IGNORED
 from tinyfusion_llm.pretrained import (
     as_json,
@@ -214,7 +214,9 @@ class CausalLM(Backbone):
     def load(cls, folder: Path, config: Mapping[str, Any]) -> nn.Module:
         if REMOVED in config:
             with torch.random.fork_rng():
-                return _evaluating(super().load(folder, config))
+                model = super().load(folder, config)
+            close_ranks(model)
+            return _evaluating(model)
         return _evaluating(cls(model=str(folder))._read(strict=True))
 
     def tokenizer(self) -> Any:

@@ -67,7 +67,6 @@ def shorten(model: nn.Module, path: str, kept: Sequence[int]) -> None:
         for module in layer.modules():
             if hasattr(module, "layer_idx"):  # the slot in the key-value cache
                 module.layer_idx = position  # type: ignore[assignment]
-    _close_ranks(model, layers)
     edits = _edits(config.to_dict(), depth, kept)
     config.num_hidden_layers = len(kept)
     for key, value in edits.items():
@@ -80,6 +79,7 @@ def shorten(model: nn.Module, path: str, kept: Sequence[int]) -> None:
             f"backbone: the config of a '{config.model_type}' cannot express the layers {list(kept)} of {depth}: "
             f"{problem}{named}. Its kinds of layers follow from their positions; keep whole periods, or other layers"
         )
+    close_ranks(model)
 
 
 def find_branches(model: nn.Module) -> dict[str, Branch]:
@@ -88,7 +88,7 @@ def find_branches(model: nn.Module) -> dict[str, Branch]:
     None where a norm comes behind them (Gemma 2, OLMo 2, GLM 4): it would hide from gradients how much they matter.
     """
     names = {name for layer in model.get_submodule(find_layers(model)).children() for name, _ in layer.named_children()}
-    if any(re.match(r"post_(feedforward|mlp)_", name) for name in names):
+    if any(re.match(r"post_(feedforward|mlp)_\w*norm", name) for name in names):
         return {}
     found = {
         "attention": next((Branch(name, outputs=2) for name in _ATTENTION if name in names), None),
@@ -101,15 +101,19 @@ _ATTENTION = ("self_attn", "attn", "attention", "self_attention")
 _MLP = ("mlp", "feed_forward", "block_sparse_moe", "ffn")
 
 
-def _close_ranks(model: nn.Module, layers: nn.Module) -> None:
+def close_ranks(model: nn.Module) -> None:
     """Number the slots in the key-value cache by the layers that still have attention: its length is that of the first.
+
+    Args:
+        model: the network.
 
     Raises:
         UserError: slots are not alike, so that they cannot move.
     """
+    if not (removed := removed_branches(model)):
+        return
     attention = find_branches(model).get("attention")
-    lost = [path for path, branch in removed_branches(model).items() if branch == attention]
-    if attention is None or not lost:
+    if attention is None or attention not in removed.values():
         return
     config = text_config(model)
     if len(kinds := set(getattr(config, "layer_types", None) or ())) > 1:
@@ -117,7 +121,8 @@ def _close_ranks(model: nn.Module, layers: nn.Module) -> None:
             f"backbone.units: the layers of a '{config.model_type}' are {' and '.join(sorted(kinds))}; "
             "their cache counts on where each stands. Search [mlp] or whole layers"
         )
-    having = [layer.get_submodule(attention.path) for layer in layers.children()]
+    layers = model.get_submodule(find_layers(model)).children()
+    having = [layer.get_submodule(attention.path) for layer in layers]
     for slot, module in enumerate(module for module in having if not isinstance(module, Removed)):
         for inner in module.modules():
             if hasattr(inner, "layer_idx"):

@@ -72,7 +72,7 @@ class Costs(Command):
         from rich.table import Table
 
         from ..pipeline.recipe import load_recipe
-        from ..protocols.backbone import constructed, owner
+        from ..protocols.backbone import constructed
         from ..protocols.blocks.paths import word_for
         from ..protocols.task import Task
         from ..selection.budget import measure, parse_budget
@@ -81,8 +81,7 @@ class Costs(Command):
         recipe = load_recipe(options.recipe, options.overrides)
         backbone = recipe.backbone
         # Neither weights nor data change what a block costs.
-        model = constructed(backbone, backbone.config(), owner(backbone))
-        task = Task.without_data(backbone, recipe.loss, model)
+        task = Task.without_data(backbone, recipe.loss, constructed(backbone, backbone.config()))
         batch_size = {} if options.batch_size == 1 else {"batch_size": options.batch_size}
         halves = [parse_budget(said, "costs") for said in (
             {"parameters": "0.5x"}, {"flops": "0.5x"}, {"latency_ms": "0.5x", **batch_size}

@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from ..errors import UserError, first_line, require
 from ..parsing.settings import Settings
-from ..protocols.backbone import Backbone, config_of, constructed, owner
+from ..protocols.backbone import Backbone, config_of, constructed
 from ..protocols.data import DataSource
 from ..protocols.loss import LossAdapter
 from ..protocols.task import Task
@@ -155,7 +155,7 @@ def _count_flops(
 ) -> int | str:
     try:
         with torch.device("meta"):
-            model = constructed(backbone, config, owner(backbone)).eval()
+            model = constructed(backbone, config).eval()
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             loss.predict(model, {name: t.to("meta") for name, t in inputs.items()})
     except (NotImplementedError, RuntimeError) as e:

@@ -66,11 +66,7 @@ def export_run(folder: RunFolder, to: str, out: Path | None = None) -> str:
         kept = [kept[i] for i in decision.kept]
     with torch.device("meta"):
         student = constructed(recipe.backbone, read_record(last)["network"], str(last))
-    if recipe.backbone.units and (to not in FOLDERS or removed_branches(student)):
-        raise UserError(
-            f"--to {to}: the student lacks branches inside its blocks, which only tinyfusion_core.load_pretrained puts "
-            f"together; search whole blocks, without backbone.units, for {to}"
-        )
+    _check_whole(recipe, student, to)
     clients = recipe.backbone.clients(recipe.on_meta, student, kept)
     if to in FOLDERS:
         target = _write(recipe, load_pretrained(last), to, out, folder)
@@ -91,6 +87,15 @@ def export_run(folder: RunFolder, to: str, out: Path | None = None) -> str:
 def _checkpoint(recipe: Recipe, folder: RunFolder) -> str:
     name = str(recipe.backbone.source().get("checkpoint") or origin(folder / "teacher")["checkpoint"])
     return str(Path(name).absolute()) if Path(name).is_dir() else name  # a relative path may look like one on the hub
+
+
+def _check_whole(recipe: Recipe, student: nn.Module, to: str) -> None:
+    """Raise UserError if a student is not made of whole blocks, as other software knows them."""
+    if recipe.backbone.units and (to not in FOLDERS or removed_branches(student)):
+        raise UserError(
+            f"--to {to}: the student lacks branches inside its blocks, which only tinyfusion_core.load_pretrained puts "
+            f"together; search whole blocks, without backbone.units, for {to}"
+        )
 
 
 def _write(recipe: Recipe, student: nn.Module, to: str, out: Path | None, folder: RunFolder) -> Path:

@@ -17,7 +17,7 @@ from torch import nn
 from ..errors import UserError
 from ..evaluation.evaluate import check_teacher, evaluate, with_standing
 from ..evaluation.metrics import Measurement
-from ..protocols.backbone import constructed, owner
+from ..protocols.backbone import constructed
 from ..protocols.columns import checked, columns_of
 from ..protocols.task import Task
 from ..pruning.decision import Decision, versions
@@ -223,19 +223,16 @@ class _Run:
         else:
             start = time.monotonic()
             result = work.run(stage)
-            on_main_process(
-                lambda: folder.finish(
-                    stage.name, self.keys[stage.key], folder.spent(time.monotonic() - start, stage.name)
-                )
-            )
+            spent = time.monotonic() - start
+            on_main_process(lambda: folder.finish(stage.name, self.keys[stage.key], folder.spent(spent, stage.name)))
         work.use(stage, result)
 
     def _train(self, stage: Stage) -> nn.Module:
         recipe, how = self.recipe, stage.settings
         with torch.random.fork_rng():
             torch.manual_seed(seed_of(recipe.trainer.seed, "train", "initial weights"))
-            model: nn.Module = constructed(recipe.backbone, recipe.backbone.config(), owner(recipe.backbone))
-        model = how(self.task, model, None, recipe.trainer, self.folder, stage=stage.name)
+            fresh = constructed(recipe.backbone, recipe.backbone.config())
+        model: nn.Module = how(self.task, fresh, None, recipe.trainer, self.folder, stage=stage.name)
         made = {"checkpoint": "trained by this run", "seed": recipe.trainer.seed, "steps": how.steps}
         source = {**recipe.backbone.source(), **made}
         on_main_process(lambda: save_network(model, self.task, self.folder / "teacher", source=source))

@@ -234,17 +234,18 @@ def config_of(backbone: Backbone, model: nn.Module) -> dict[str, Any]:
     return backbone.config(model) | ({REMOVED: removed} if removed else {})
 
 
-def constructed(backbone: Backbone | type[Backbone], config: Mapping[str, Any], whose: str) -> nn.Module:
+def constructed(backbone: Backbone | type[Backbone], config: Mapping[str, Any], whose: str = "") -> nn.Module:
     """Build the untrained network of a config that may come from anywhere.
 
     Args:
         backbone: the model family.
         config: what it builds the network from.
-        whose: where the sizes come from, to begin a message with.
+        whose: where the sizes come from, to begin a message with; by default the backbone's name.
 
     Raises:
         UserError: the sizes make no network.
     """
+    whose = whose or owner(backbone)
     try:
         model = backbone.construct({key: value for key, value in config.items() if key != REMOVED})
         remove_branches(model, {path: Branch(**told) for path, told in config.get(REMOVED, {}).items()})

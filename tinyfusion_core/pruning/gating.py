@@ -21,16 +21,9 @@ from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from ..errors import UserError
-from ..protocols.blocks.call import (
-    BatchDim,
-    Call,
-    in_the_form_of,
-    is_plain,
-    items_of,
-    positional_names,
-    replaced_forward,
-)
+from ..protocols.blocks.call import BatchDim, Call, in_the_form_of, is_plain, items_of, positional_names
 from ..protocols.blocks.streams import FIRST, Streams, streams_of
+from ..protocols.undisturbed import replaced_forward
 
 Recall = Callable[[int, bool, Call, Callable[[], Any]], Any]
 """(block, whether it is kept, call, what computes its output) -> its output."""

@@ -103,8 +103,12 @@ def without(task: Task, removed: Collection[int], shared: Iterable[Tensor] = ())
         removed: indices of blocks.
         shared: parameters and buffers, of any shape, that the copy has in common with the original.
     """
-    # What goes is not copied: the copy of a removed block is an empty module.
-    empty: dict[int, Any] = {id(task.teacher.get_submodule(task.blocks[i])): nn.Identity() for i in removed}
+    # What goes is not copied: the copy of a removed block is an empty module, called as the block is.
+    empty: dict[int, Any] = {}
+    for i in removed:
+        block = task.teacher.get_submodule(task.blocks[i])
+        empty[id(block)] = nn.Identity()
+        empty[id(block)].forward = block.forward
     student = copy.deepcopy(task.teacher, memo={**{id(t): t for t in shared}, **empty})
     remove_blocks(task.backbone, student, [task.blocks[i] for i in removed])
     return student.eval()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..protocols.backbone import config_of, constructed, owner
+from ..protocols.backbone import config_of, constructed
 from ..protocols.task import Task
 from ..protocols.undisturbed import evaluating
 from ..runtime.progress import track
@@ -144,7 +144,7 @@ def _is_meta(model: nn.Module) -> bool:
 
 def _built(task: Task) -> nn.Module:
     """A network with the config of the task's, with random weights."""
-    return constructed(task.backbone, config_of(task.backbone, task.teacher), owner(task.backbone))
+    return constructed(task.backbone, config_of(task.backbone, task.teacher))
 
 
 def _inputs(task: Task, model: nn.Module, num_rows: int) -> dict[str, Tensor]:

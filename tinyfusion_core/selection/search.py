@@ -256,33 +256,31 @@ class Search(Selector):
         ema = Ema(sampler, ema_decay("search", self.steps, self.ema))
         averaged = ema.average.module
         assert isinstance(averaged, BlockSampler)
-        with torch.random.fork_rng(), undisturbed(model):
+        with torch.random.fork_rng(), undisturbed(model), ExitStack() as stack:
             torch.manual_seed(seed_of(trainer.seed, "search", "update"))  # LoRA draws its initial values
-            with ExitStack() as stack:
-                update = self.update.applied(model, task.backbone.block_paths(model))
-                weights = stack.enter_context(of_stage(update, "search"))
-                # Only now: of a branch that is one linear layer, LoRA puts another module in the place.
-                blocks, dims = [model.get_submodule(path) for path in task.blocks], task.batch_dim(model)
-                stack.enter_context(trainer.transformed(blocks))
-                gates = stack.enter_context(Gates(model, task.blocks, dims, task.streams, task.backbone.unneeded))
-                warmup = self.warmup if weights else 0.0  # weights that do not move need none
-                search_mode(model, random=sampler.masks_per_sample == 1)
-                objective = GatedLoss(
-                    model,
-                    task.loss,
-                    (sampler, averaged),
-                    gates,
-                    steps=self.steps,
-                    warmup=warmup,
-                    dropped_values=self.dropped_values,
-                    confident=self.confident,
-                )
-                groups = [
-                    {"params": [*sampler.parameters()], "lr": self.lr_gates or sampler.lr_gates, "weight_decay": 0.0},
-                    {"params": weights, "lr": rate, "weight_decay": self.weight_decay},
-                ]
-                optimization = Optimization(groups=groups, steps=self.steps, clip=self.clip, ema=ema)
-                Fit(trainer, "search", objective, task.train, task.loss.prepare, optimization, run).run()
+            update = self.update.applied(model, task.backbone.block_paths(model))
+            weights = stack.enter_context(of_stage(update, "search"))
+            # Only now: LoRA replaces a branch that is one linear layer.
+            blocks, dims = [model.get_submodule(path) for path in task.blocks], task.batch_dim(model)
+            stack.enter_context(trainer.transformed(blocks))
+            gates = stack.enter_context(Gates(model, task.blocks, dims, task.streams, task.backbone.unneeded))
+            search_mode(model, random=sampler.masks_per_sample == 1)
+            objective = GatedLoss(
+                model,
+                task.loss,
+                (sampler, averaged),
+                gates,
+                steps=self.steps,
+                warmup=self.warmup if weights else 0.0,  # weights that do not move need none
+                dropped_values=self.dropped_values,
+                confident=self.confident,
+            )
+            groups = [
+                {"params": [*sampler.parameters()], "lr": self.lr_gates or sampler.lr_gates, "weight_decay": 0.0},
+                {"params": weights, "lr": rate, "weight_decay": self.weight_decay},
+            ]
+            optimization = Optimization(groups=groups, steps=self.steps, clip=self.clip, ema=ema)
+            Fit(trainer, "search", objective, task.train, task.loss.prepare, optimization, run).run()
         if objective.num_steps == self.steps:  # else it stopped early, and is as sure as it was there
             averaged.anneal(1.0)
         evaluations += objective.num_steps * trainer.batch_size * sampler.masks_per_sample

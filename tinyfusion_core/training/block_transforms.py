@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..protocols.blocks.call import replaced_forward
+from ..protocols.undisturbed import replaced_forward
 
 
 @contextmanager

@@ -12,29 +12,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import tinyfusion_core as tiny
-from llm_toys import FAMILIES, VOCABULARY, folder, settings
+from llm_toys import FAMILIES, TOKENS, VOCABULARY, decide, folder, logits, settings, task_of
 from tinyfusion_core.pruning.gating import Gates
 from tinyfusion_llm import CausalLM, NextToken
 from tinyfusion_llm.layers import find_layers
 
 pytestmark = [pytest.mark.numerics, pytest.mark.filterwarnings("ignore")]  # of transformers
 KEPT = (0, 2, 3, 5)
-TOKENS = torch.randint(3, VOCABULARY, (3, 12), generator=torch.Generator().manual_seed(0))
-
-
-def task_of(path: Path, **more: object) -> tiny.Task:
-    rows = tiny.Tensors({"tokens": TOKENS, "labels": TOKENS})
-    backbone = CausalLM(model=str(path), context=12, **more)  # type: ignore[arg-type]
-    return tiny.Task(backbone=backbone, loss=NextToken(), train=rows, held_out=rows)
-
-
-def decide(task: tiny.Task, kept: tuple[int, ...] = KEPT) -> tiny.Decision:
-    return tiny.Decision(blocks=tuple(task.blocks), kept=kept, method="Keep")
-
-
-def logits(model: torch.nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model(input_ids=TOKENS, use_cache=False).logits
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -54,12 +38,12 @@ def test_a_pruned_family_is_a_plain_checkpoint(family: str, tmp_path: Path) -> N
         assert torch.equal(task.loss.predict(task.teacher, inputs).states, prediction.states)
         gates.mask = mask.expand(3, 6)
         gated = task.loss.predict(task.teacher, inputs).states
-    student = tiny.prune(task, decide(task))
+    student = tiny.prune(task, decide(task, KEPT))
     assert torch.equal(logits(task.teacher), plain)
     with torch.no_grad():
         assert torch.allclose(task.loss.predict(student, inputs).states, gated, atol=1e-5)
 
-    tiny.save_pretrained(student, task, decide(task), tmp_path / "student")
+    tiny.save_pretrained(student, task, decide(task, KEPT), tmp_path / "student")
     again, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "student", output_loading_info=True)
     assert not loading["missing_keys"] and not loading["unexpected_keys"]
     assert torch.equal(logits(again), logits(student))
@@ -104,13 +88,13 @@ def test_the_config_says_what_is_left(tmp_path: Path) -> None:
         ("gpt2", "n_layer", 4),
     ]:
         task = task_of(folder(tmp_path / family, family))
-        tiny.save_pretrained(tiny.prune(task, decide(task)), task, decide(task), tmp_path / f"{family} out")
+        tiny.save_pretrained(tiny.prune(task, decide(task, KEPT)), task, decide(task, KEPT), tmp_path / f"{family} out")
         assert json.loads((tmp_path / f"{family} out" / "config.json").read_text())[key] == expected, family
 
 
 def test_dtype_and_tied_embeddings_stay(tmp_path: Path) -> None:
     task = task_of(folder(tmp_path / "full", "llama", torch.bfloat16))
-    tiny.save_pretrained(tiny.prune(task, decide(task)), task, decide(task), tmp_path / "student")
+    tiny.save_pretrained(tiny.prune(task, decide(task, KEPT)), task, decide(task, KEPT), tmp_path / "student")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
     assert again.dtype == torch.bfloat16
     assert again.lm_head.weight is again.model.embed_tokens.weight
@@ -127,7 +111,7 @@ def test_layers_that_the_config_cannot_express_are_named(tmp_path: Path) -> None
     more = {"attn_layer_period": 3, "attn_layer_offset": 1, "num_experts": 2, "mamba_d_state": 4}
     task = task_of(folder(tmp_path, "jamba", **more))
     with pytest.raises(tiny.UserError, match=r"cannot express the layers .0, 2, 3, 5. of 6.*attn_layer_period"):
-        tiny.prune(task, decide(task))
+        tiny.prune(task, decide(task, KEPT))
 
 
 def test_a_list_of_another_depth_is_not_taken_for_the_layers(tmp_path: Path) -> None:
@@ -244,8 +228,8 @@ def test_a_gguf_file_becomes_a_model_that_can_be_pruned_and_saved(tmp_path: Path
     writer.close()
     task = task_of(tmp_path, gguf_file="tiny.gguf", dtype="float32")
     assert torch.equal(task.teacher.get_submodule(task.blocks[3]).mlp.up_proj.weight, values["blk.3.ffn_up"])
-    student = tiny.prune(task, decide(task))
-    tiny.save_pretrained(student, task, decide(task), tmp_path / "student")
+    student = tiny.prune(task, decide(task, KEPT))
+    tiny.save_pretrained(student, task, decide(task, KEPT), tmp_path / "student")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
     assert torch.equal(logits(again), logits(student))
     assert "quantization_config" not in json.loads((tmp_path / "student" / "config.json").read_text())

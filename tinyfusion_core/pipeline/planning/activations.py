@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, UntypedStorage, nn
 from torch.utils._pytree import tree_leaves
 
-from ...protocols.blocks.call import replaced_forward
+from ...protocols.undisturbed import replaced_forward
 
 Storages = dict[int, UntypedStorage]
 """Storages by address; kept alive, so that no address is used twice."""

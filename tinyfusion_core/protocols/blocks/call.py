@@ -269,20 +269,6 @@ def _record_shapes(block: nn.Module, path: str, shapes: dict[tuple[str, str], to
     return block.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-@contextmanager
-def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Replace what a module does while the context is open; its keys and hooks stay as they are."""
-    before = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            module.__dict__.pop("forward", None)
-        else:  # somebody else had taken it over already
-            module.__dict__["forward"] = before
-
-
 def positional_names(function: Callable[..., Any]) -> list[str]:
     """Return the names of the positional parameters of a function, in order."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)

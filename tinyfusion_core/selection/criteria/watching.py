@@ -8,8 +8,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ...protocols.blocks.call import Call, positional_names, replaced_forward
+from ...protocols.blocks.call import Call, positional_names
 from ...protocols.blocks.streams import Stream
+from ...protocols.undisturbed import replaced_forward
 
 
 class Measure(Protocol):
