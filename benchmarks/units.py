@@ -18,6 +18,7 @@ import torch
 import yaml
 
 import tinyfusion_core as tiny
+from tinyfusion_core.evaluation.metrics import Size
 from tinyfusion_core.protocols.blocks.paths import word_for
 
 UNITS = {"blocks": [], "branches": ["attention", "mlp"]}
@@ -34,7 +35,7 @@ def student_of(recipe: tiny.Recipe, seed: int) -> tuple[tiny.Decision, list[floa
     (before,) = loss(task, {"student": student}, trainer)
     recipe.recover(task, student, decision, trainer)
     (after,) = loss(task, {"student": student}, trainer)
-    _, parameters, flops = tiny.Size()(task, {"student": student}, trainer)
+    _, parameters, flops = Size()(task, {"student": student}, trainer)
     return decision, [float(m.values["student"] or 0) for m in (flops, parameters, before, after)]
 
 

@@ -19,7 +19,6 @@ from tinyfusion_core.selection.criteria.similarity import (
     SpanSimilarity,
     cosine,
 )
-from tinyfusion_core.selection.given import nested_scores
 from toys import DoubleNet
 
 
@@ -73,7 +72,7 @@ def test_taylor_by_hand() -> None:
 
 def test_nested_budgets_rank_what_a_search_has_kept_before_the_rest() -> None:
     found = Decision(blocks=("b.0", "b.1", "b.2", "b.3"), kept=(0, 2), method="Search", marginals=(0.6, 0.7, 0.9, 0.2))
-    assert nested_scores(found) == pytest.approx([1.6, 0.7, 1.9, 0.2])
+    assert found.ranking == pytest.approx([1.6, 0.7, 1.9, 0.2])
 
 
 def test_span_similarity_by_hand() -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from ..protocols.command import Command
 from .compare import Audit, Budgets, Compare, Costs
 from .plugins import CheckPlugin, Keys, NewPlugin, Plugins
-from .results import Export, Show, Watch
+from .results import Export, Show, Slice, Watch
 from .run import CacheTeacher, Run, Validate
 
 COMMANDS: tuple[type[Command], ...] = (
@@ -34,6 +34,7 @@ COMMANDS: tuple[type[Command], ...] = (
     Watch,
     Show,
     Budgets,
+    Slice,
     Export,
 )
 """The core's own commands, in the order of `tinyfusion --help`."""

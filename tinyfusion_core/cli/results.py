@@ -1,10 +1,10 @@
-"""`tinyfusion watch`, `show` and `export`: use the results in a run folder."""
+"""`tinyfusion watch`, `show`, `slice` and `export`: use the results in a run folder."""
 
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 
-from ..protocols.command import FOR_PROGRAMS, Command, a_path
+from ..protocols.command import FOR_PROGRAMS, Command, a_count, a_path
 
 
 class Watch(Command):
@@ -51,6 +51,27 @@ class Show(Command):
             print_json(results_record(folder))
         else:
             print_table(results_table(folder))
+        return 0
+
+
+class Slice(Command):
+    """Cut a shallower student out of one that was trained at several depths."""
+
+    name = "slice"
+    help = "write a shallower student out of one that was trained with recover.depths"
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        """A run folder, a depth, and where to write."""
+        parser.add_argument("run_dir", type=a_path)
+        parser.add_argument("--depth", type=a_count, required=True, help="how many blocks it keeps")
+        parser.add_argument("--out", type=a_path, help="folder (default: RUN_DIR/slices/DEPTH)")
+
+    def __call__(self, options: Namespace) -> int:
+        """Print the folder that was written."""
+        from ..pipeline.slices import write_slice
+        from ..runtime.run_folder import existing_run
+
+        print(write_slice(existing_run(options.run_dir), options.depth, options.out))
         return 0
 
 

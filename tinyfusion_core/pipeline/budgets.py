@@ -19,7 +19,7 @@ from ..reporting.report import BUDGETS, write_report
 from ..runtime.distributed import on_main_process
 from ..runtime.files import write_json
 from ..runtime.run_folder import RunFolder
-from ..selection.given import Nested, nested_scores
+from ..selection.given import Nested
 from .recipe import Recipe, load_recipe
 from .run import make_task, sections_of_metrics
 
@@ -106,5 +106,5 @@ def _recovered(
 
 def _told_apart(decision: Decision) -> list[int]:
     """The numbers of blocks at which the search separates kept from removed blocks; always the full depth."""
-    depth, ranked = len(decision.blocks), sorted(nested_scores(decision), reverse=True)
+    depth, ranked = len(decision.blocks), sorted(decision.ranking, reverse=True)
     return [depth, *(k for k in range(len(ranked) - 1, 0, -1) if ranked[k - 1] > ranked[k])]

@@ -40,6 +40,7 @@ from ..training.teacher_cache.writing import write_cache
 from .planning.plan import make_plan
 from .recipe import Recipe
 from .resume_check import check_resume, stage_keys, take_run_folder
+from .slices import shallower
 
 
 def run_recipe(
@@ -205,7 +206,6 @@ class _Run:
     def __init__(self, recipe: Recipe, task: Task, folder: RunFolder) -> None:
         self.recipe, self.task, self.folder = recipe, task, folder
         self.keys = stage_keys(recipe)
-        self.accelerator = recipe.trainer.accelerator
         self.models = {} if recipe.train else {"teacher": task.teacher}  # what there is to measure
         self.decisions: dict[str, Decision] = {}  # by round
         self.work = {
@@ -277,6 +277,9 @@ class _Run:
             source = origin(self.folder.round(stage.round) / "student")
             self.task = replace(self.task, model=student, origin=source)
         if stage.settings is not None:
+            self.models |= shallower(
+                self.task, student, self.decisions[stage.round], stage.settings.depths, stage.round
+            )
             self.models[stage.round or "recovered"] = student
 
     def _evaluate(self, stage: Stage) -> None:

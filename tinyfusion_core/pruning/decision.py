@@ -35,6 +35,14 @@ def versions() -> dict[str, str]:
     return found
 
 
+def no_order(method: str) -> str:
+    """Return what to say of a method after whose decision it is not known which blocks would go next."""
+    return (
+        f"{method} does not say in which order more blocks would go; take a search, a race, or a criterion that scores "
+        "every block, such as Taylor"
+    )
+
+
 @dataclass(frozen=True)
 class Decision(Settings):
     """The outcome of a search or a criterion.
@@ -87,6 +95,43 @@ class Decision(Settings):
         removed = set(self.removed)
         near = {a for pair in pairs for a, b in (pair, pair[::-1]) if b in removed}
         return tuple(position for position, index in enumerate(self.kept) if index in near)
+
+    @property
+    def ranking(self) -> list[float]:
+        """Score of each block, by which smaller budgets keep a subset of what larger ones keep; empty if there is none.
+
+        The decision's own blocks come before the others, each ranked by marginals, else by a criterion's scores.
+        """
+        if self.marginals:
+            return [p + (i in self.kept) for i, p in enumerate(self.marginals)]
+        scores = [float(score) for score in self.provenance.get("scores") or ()]
+        largest = max(map(abs, scores), default=0.0) or 1.0
+        return [score / largest + 2 * (i in self.kept) for i, score in enumerate(scores)]
+
+    def inside(self, num: int) -> tuple[int, ...]:
+        """Return which of the kept blocks a smaller student keeps, as positions among them.
+
+        Args:
+            num: how many.
+
+        Raises:
+            UserError: there are not so many, or it is not known which.
+        """
+        if not 1 <= num <= len(self.kept):
+            raise UserError(
+                f"keeps {len(self.kept)} blocks, so inside of it there are 1 to {len(self.kept)}, not {num}"
+            )
+        ranking = self.ranking
+        if len(ranking) != len(self.blocks):
+            raise UserError(no_order(self.method))
+        order = sorted(range(len(self.kept)), key=lambda position: -ranking[self.kept[position]])
+        first, *after = (ranking[self.kept[position]] for position in order[num - 1 : num + 1])
+        if after == [first]:
+            alike = ", ".join(str(i) for i in self.kept if ranking[i] == first)
+            raise UserError(
+                f"of the blocks {alike} it is not known which should go before the others; name another number"
+            )
+        return tuple(sorted(order[:num]))
 
     @property
     def confidence(self) -> float | None:

@@ -120,6 +120,10 @@ class Selector(Settings, ABC):
         apart = all(any(members.issuperset(choice) for members in lists) for choice in decision.choices)
         return count_by_list(decision.kept, blocks) if apart and len(lists) > 1 else len(decision.kept)
 
+    def ranks(self) -> bool:
+        """Return whether its decision says in which order more blocks would go; see `Decision.ranking`."""
+        return self.learned() is not None
+
     def learned(self) -> Search | None:
         """Return the learned search it contains; None if there is none."""
         return None

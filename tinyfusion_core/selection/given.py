@@ -85,7 +85,7 @@ class Nested(Criterion):
                 f"{self.decision}: has marginals of {len(found.marginals)} blocks, the network "
                 f"{constraints.num_blocks}; give the decision of a learned search of it"
             )
-        scores = nested_scores(found)
+        scores = found.ranking
         kept = constraints.best(scores)
         alike = {scores[i] for i in set(kept) ^ set(constraints.best(scores, late=True))}
         if alike:
@@ -99,8 +99,3 @@ class Nested(Criterion):
     @override
     def decide(self, constraints: Constraints, task: Task, trainer: Trainer) -> CriterionResult:
         return CriterionResult(self.guess(constraints), provenance={"taken_from": self.decision})
-
-
-def nested_scores(decision: Decision) -> list[float]:
-    """Return the score of each block: those the decision keeps before the others, each ranked by marginals."""
-    return [p + (i in decision.kept) for i, p in enumerate(decision.marginals)]

@@ -195,7 +195,7 @@ class Distilled(Objective):
         inputs = {name: t for name, t in inputs.items() if not name.startswith(PREFIX)}
         told = None if self.kd.cache else self._run_teacher(inputs)
         with captured(self.model, self.paths[0], streams) as ours:
-            prediction = loss.predict(self.model, inputs)
+            prediction = self.prediction = loss.predict(self.model, inputs)
         if told is not None:
             _check_shapes(prediction, told[0], "the student predicts", "the teacher")
         target, theirs = told or self._as_stored(stored, prediction)

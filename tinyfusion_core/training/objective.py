@@ -15,6 +15,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from typing_extensions import override
 
 from ..protocols.backbone import Batch
+from ..protocols.loss import Prediction
+from ..protocols.task import Task
 from ..runtime.seeding import Rng
 
 
@@ -26,12 +28,14 @@ class Objective(nn.Module, ABC):
         gates: gate logits, replicated on every process; they must be the same everywhere.
         learning: whether the gates are updated in this step; if not, the optimizer skips them.
         terms: parts of the losses of the last forward pass, each (batch,); their means are logged.
+        prediction: what its network predicted in the last forward pass, for objectives that go on from it.
     """
 
     blocks: Sequence[nn.Module] = ()
     gates: Sequence[nn.Parameter] = ()
     learning: bool = True
     terms: Mapping[str, Tensor] = {}
+    prediction: Prediction = None
 
     @abstractmethod
     @override
@@ -63,6 +67,26 @@ class Objective(nn.Module, ABC):
     def frozen_modules(self) -> list[tuple[nn.Module, Sequence[nn.Module]]]:
         """Return the networks that it runs without training them, each as (module whose call runs it, its blocks)."""
         return []
+
+
+class PlainLoss(Objective):
+    """The mean training loss.
+
+    Args:
+        model: the network to train.
+        task: the objective, and where the network's blocks are.
+    """
+
+    def __init__(self, model: nn.Module, task: Task) -> None:
+        super().__init__()
+        self.model, self.loss = model, task.loss
+        self.blocks = [model.get_submodule(path) for path in task.backbone.block_paths(model)]
+
+    @override
+    def forward(self, inputs: Batch, rng: Rng) -> tuple[Tensor, Tensor]:
+        self.prediction = self.loss.predict(self.model, inputs)
+        losses = self.loss.per_sample(self.loss.loss(self.prediction, inputs), inputs)
+        return losses.mean(), losses.detach()
 
 
 @dataclass(frozen=True)

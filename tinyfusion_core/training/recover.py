@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from typing_extensions import override
 
 from ..dataloading.set_apart import Part, set_apart, without
 from ..errors import UserError, require
@@ -25,9 +24,10 @@ from ..pruning.weight_update import Full, WeightUpdate, of_stage
 from ..runtime.files import NEUTRAL
 from ..runtime.run_folder import RunFolder
 from ..runtime.seeding import Rng, seed_of
+from .depths import at_every_depth
 from .distillation import Distilled, OutputKD
 from .loop import Fit
-from .objective import Ema, Objective, Optimization, cosine, ema_decay, warmed
+from .objective import Ema, Objective, Optimization, PlainLoss, cosine, ema_decay, warmed
 from .teacher_cache.samples import open_cache
 from .trainer import Trainer
 from .validation import Validation, Validator, mean_loss
@@ -54,6 +54,9 @@ class Recover(Settings):
             the average that is judged.
         update: what moves: `LoRA`, `LastBlocks` or `Matching`, and is merged into the weights in the end; null is
             every weight.
+        depths: smaller numbers of blocks at which the student is to work too, each keeping some of the blocks of the
+            next: every step also trains the shallowest and one of the others, see `EveryDepth`. `tinyfusion slice`
+            writes them.
     """
 
     kd: OutputKD | None = None
@@ -69,6 +72,7 @@ class Recover(Settings):
     gap_lr: float = field(default=1.0, metadata={NEUTRAL: 1.0})
     validation: Validation | None = field(default=None, metadata={NEUTRAL: None})
     update: WeightUpdate | None = field(default=None, metadata={NEUTRAL: None})
+    depths: Sequence[int] = field(default=(), metadata={NEUTRAL: []})
 
     def __post_init__(self) -> None:
         stage = "(of recover or train)"
@@ -81,6 +85,7 @@ class Recover(Settings):
         require(self.clip > 0, f"clip {stage}", self.clip, "a norm above 0")
         if self.update is not None and type(self.update).merged is WeightUpdate.merged:
             raise UserError(f"update {stage}: {type(self.update).__name__} leaves nothing in the weights; see LoRA")
+        require(all(d >= 1 for d in self.depths), f"depths {stage}", list(self.depths), "numbers of blocks from 1 on")
         require(self.weight_decay >= 0, f"weight_decay {stage}", self.weight_decay, "0 or more")
         falls = self.schedule != "cosine" or 0 <= self.lr_final <= self.lr
         require(falls, f"lr_final {stage}", self.lr_final, f"a rate from 0 to lr, which is {self.lr}")
@@ -101,6 +106,8 @@ class Recover(Settings):
             raise UserError("train.update: a fresh network has to learn every weight; leave it out")
         if self.gap_lr != 1:
             raise UserError("train.gap_lr: a fresh network has no gaps; leave it out")
+        if self.depths:
+            raise UserError("train.depths: a fresh network has no order in which its blocks would go; leave it out")
         if self.validation is not None and self.validation.relative:
             raise UserError("train.validation.until: a fresh network has no teacher; give a loss")
 
@@ -108,10 +115,11 @@ class Recover(Settings):
         """Check that these settings go with a trainer.
 
         Raises:
-            UserError: sharded networks are to be judged.
+            UserError: sharded networks are to be judged, or trained at several depths.
         """
-        if self.validation is not None and trainer.shards():
-            raise UserError("recover.validation: does not go with trainer.sharding: fsdp; take ddp, or leave it out")
+        for key in ("validation", "depths"):
+            if getattr(self, key) and trainer.shards():
+                raise UserError(f"recover.{key}: does not go with trainer.sharding: fsdp; take ddp, or leave it out")
 
     def moving(
         self, student: nn.Module, blocks: Sequence[str], stage: str
@@ -189,9 +197,10 @@ class Recover(Settings):
     ) -> None:
         """Train these weights of the student; they become their average, if there is one."""
         near: Sequence[int] = ()
+        whole = decision
         if decision is not None:
-            decision, near = in_blocks(task.backbone, task.teacher, decision)
-        objective = self._objective(task, student, decision, trainer)
+            whole, near = in_blocks(task.backbone, task.teacher, decision)
+        objective = self._objective(task, student, whole, trainer)
         data, prepare, apart = self._samples(task, trainer)
         decay = ema_decay(stage, self.steps, self.ema)
         ema = Ema(student, decay) if decay else None
@@ -206,7 +215,11 @@ class Recover(Settings):
         )
         frozen = objective.frozen_modules()
         frozen_blocks = [block for _, blocks in frozen for block in blocks]
-        with evaluating(*(n for n, _ in frozen)), trainer.transformed([*objective.blocks, *frozen_blocks]):
+        with (
+            evaluating(*(n for n, _ in frozen)),
+            trainer.transformed([*objective.blocks, *frozen_blocks]),
+            at_every_depth(objective, task, student, decision, self.depths) as objective,
+        ):
             validator = self._validator(task, averaged or student, apart, trainer)
             Fit(trainer, stage, objective, data, prepare, optimization, run, validator).run()
         if validator is not None:
@@ -256,7 +269,7 @@ class Recover(Settings):
 
     def _objective(self, task: Task, student: nn.Module, decision: Decision | None, trainer: Trainer) -> Objective:
         if self.kd is None:
-            return _PlainLoss(student, task)
+            return PlainLoss(student, task)
         assert decision is not None  # else it has been refused
         if self.kd.cache is None:
             trainer.to_device(task.teacher)
@@ -271,17 +284,3 @@ def _still(student: nn.Module, weights: Sequence[nn.Parameter]) -> None:
     for module in student.modules():
         if isinstance(module, _BatchNorm) and not any(id(p) in moving for p in module.parameters()):
             module.eval()
-
-
-class _PlainLoss(Objective):
-    """The mean training loss."""
-
-    def __init__(self, model: nn.Module, task: Task) -> None:
-        super().__init__()
-        self.model, self.loss = model, task.loss
-        self.blocks = [model.get_submodule(path) for path in task.backbone.block_paths(model)]
-
-    @override
-    def forward(self, inputs: Batch, rng: Rng) -> tuple[Tensor, Tensor]:
-        losses = self.loss.losses(self.model, inputs)
-        return losses.mean(), losses.detach()

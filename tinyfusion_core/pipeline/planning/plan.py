@@ -29,6 +29,7 @@ from ...training.recover import Recover
 from ...training.teacher_cache.samples import read_metadata
 from ..recipe import Recipe
 from .cached_teacher import cache_text, check_kept
+from .depths import depths_text
 from .memory import Needs, Setup, gigabytes, search_needs, training_needs
 from .wording import budget_text, num_rows, size_text, training_text
 
@@ -115,12 +116,16 @@ def _network(plan: Plan, recipe: Recipe) -> None:
 def _stages(plan: Plan, recipe: Recipe) -> None:
     teacher: nn.Module | None = None
     decision: Decision | None = None
+    selector: Selector | None = None
     model = recipe.on_meta
     for stage in recipe.stages():
         try:
             if stage.name == SEARCH:
-                teacher, (decision, model) = model, _search(plan, recipe, stage, model)
+                teacher, selector, (decision, model) = model, stage.settings, _search(plan, recipe, stage, model)
             elif stage.name != EVALUATE and stage.settings is not None:
+                if selector is not None and stage.settings.depths:
+                    told = depths_text(stage.settings.depths, selector, recipe.backbone.unit_paths(model))
+                    plan.rows.append((f"{_prefix(stage)}depths", told))
                 _train(plan, recipe, stage, model, teacher, decision)
         except UserError as e:
             raise type(e)(f"rounds.{stage.round}: {e}" if stage.round else str(e)) from e

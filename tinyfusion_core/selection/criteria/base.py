@@ -6,7 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch.utils._pytree import tree_map
 from typing_extensions import override
@@ -37,6 +37,13 @@ class CriterionResult:
 
 class Criterion(Constrained):
     """A heuristic: it scores blocks or masks, and trains nothing."""
+
+    #: Whether it scores every block, for the record of its decision.
+    scored: ClassVar[bool] = False
+
+    @override
+    def ranks(self) -> bool:
+        return self.scored
 
     @override
     def __call__(self, task: Task, trainer: Trainer, run: RunFolder | None = None) -> Decision:

@@ -51,6 +51,8 @@ class Random(Calibrated):
 class LeaveOneOut(Calibrated):
     """Keep the blocks whose removal, one at a time, raises the calibration loss most ("sensitivity")."""
 
+    scored = True
+
     @override
     def decide(self, constraints: Constraints, task: Task, trainer: Trainer) -> CriterionResult:
         calibration, everything = self.calibration(task, trainer), range(constraints.num_blocks)
@@ -116,6 +118,8 @@ class Greedy(Calibrated):
 
 class Taylor(Calibrated):
     """Keep the blocks on whose mask the loss depends most: mean |dL/dm| at m = 1 (Michel et al., arXiv:1905.10650)."""
+
+    scored = True
 
     @override
     def decide(self, constraints: Constraints, task: Task, trainer: Trainer) -> CriterionResult:

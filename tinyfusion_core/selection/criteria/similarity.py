@@ -126,6 +126,8 @@ class BlockInfluence(Calibrated):
         reference: as in TinyFusion's published comparison: inputs without noise, and the last block is kept.
     """
 
+    scored = True
+
     reference: bool = False
 
     @override
@@ -142,6 +144,8 @@ class BlockInfluence(Calibrated):
 
 class InputOutputMSE(Calibrated):
     """Keep the blocks with the largest mean squared difference between input and output (Flux.1 Lite)."""
+
+    scored = True
 
     @override
     def decide(self, constraints: Constraints, task: Task, trainer: Trainer) -> CriterionResult:
