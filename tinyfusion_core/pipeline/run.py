@@ -283,10 +283,9 @@ class _Run:
             self.models[stage.round or "recovered"] = student
 
     def _evaluate(self, stage: Stage) -> None:
-        recipe, task, models = self.recipe, self.task, self.models
         scratch = self.folder / "evaluation" / self.keys[stage.key][:24]
-        metrics = with_standing(recipe.evaluate)
-        measurements = evaluate(task, models, metrics, recipe.trainer, scratch)
+        metrics = with_standing(self.recipe.evaluate)
+        measurements = evaluate(self.task, self.models, metrics, self.recipe.trainer, scratch)
         exhibits = {name for metric in metrics for name in metric.exhibits}
         on_main_process(lambda: self._keep(measurements, exhibits, scratch))
 

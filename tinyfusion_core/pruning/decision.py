@@ -119,7 +119,7 @@ class Decision(Settings):
         """
         if not 1 <= num <= len(self.kept):
             raise UserError(
-                f"keeps {len(self.kept)} blocks, so inside of it there are 1 to {len(self.kept)}, not {num}"
+                f"{num} blocks: the student has {len(self.kept)}, so inside of it are 1 to {len(self.kept)}"
             )
         ranking = self.ranking
         if len(ranking) != len(self.blocks):
@@ -128,9 +128,7 @@ class Decision(Settings):
         first, *after = (ranking[self.kept[position]] for position in order[num - 1 : num + 1])
         if after == [first]:
             alike = ", ".join(str(i) for i in self.kept if ranking[i] == first)
-            raise UserError(
-                f"of the blocks {alike} it is not known which should go before the others; name another number"
-            )
+            raise UserError(f"{num} blocks: of {alike} it is not known which should go before the others")
         return tuple(sorted(order[:num]))
 
     @property

@@ -172,6 +172,7 @@ class Recover(Settings):
                     f"the decision keeps {len(decision.kept)} blocks, the student has {depth}: give its own"
                 )
         trainer = trainer.with_batch_size(self.batch_size)
+        self.check_trainer(trainer)
         if decision is None:
             self.check_fresh()
         trainer.to_device(student).train()
@@ -248,7 +249,6 @@ class Recover(Settings):
         """What judges the training, on the samples that were set apart; None if nothing does."""
         if self.validation is None or apart is None:
             return None
-        self.check_trainer(trainer)
         teacher = 1.0
         if self.validation.relative:
             before = next(task.teacher.parameters()).device
