@@ -18,6 +18,8 @@ from ..errors import UserError, require
 
 MOST = "most"
 """Metadata key of a field of whole numbers: how large they may be, or None for no limit; see `LARGEST`."""
+PYTHON = "python"
+"""Metadata key of a field that is an argument in Python and no key of recipes."""
 LARGEST = 10_000_000
 """How large a whole number may be: more of anything would not end, or fit into no memory."""
 _MOST = {

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from typing_extensions import override
 
 from ..dataloading.set_apart import Part, set_apart, without
 from ..errors import UserError, require
@@ -20,13 +18,25 @@ from ..protocols.data import Samples
 from ..protocols.task import Task
 from ..protocols.undisturbed import evaluating
 from ..pruning.decision import Decision
-from ..pruning.weight_update import Full, WeightUpdate, of_stage
+from ..pruning.weight_update import Full, WeightUpdate, hold_statistics, of_stage
 from ..runtime.files import NEUTRAL
 from ..runtime.run_folder import RunFolder
 from ..runtime.seeding import Rng, seed_of
 from .distillation import Distilled, OutputKD
 from .loop import Fit
-from .objective import Ema, Objective, Optimization, cosine, ema_decay, warmed
+from .objective import (
+    Ema,
+    FunctionLoss,
+    LossFunction,
+    MakeOptimizer,
+    MakeScheduler,
+    Objective,
+    Optimization,
+    PlainLoss,
+    cosine,
+    ema_decay,
+    warmed,
+)
 from .teacher_cache.samples import open_cache
 from .trainer import Trainer
 from .validation import Validation, Validator, mean_loss
@@ -135,6 +145,10 @@ class Recover(Settings):
         trainer: Trainer,
         run: RunFolder | None = None,
         stage: str = "recover",
+        *,
+        loss_fn: LossFunction | None = None,
+        optimizer: MakeOptimizer | None = None,
+        scheduler: MakeScheduler | None = None,
     ) -> nn.Module:
         """Train a network in place.
 
@@ -145,6 +159,12 @@ class Recover(Settings):
             trainer: how to train.
             run: where to log and to keep checkpoints.
             stage: name of the stage, used in random streams and log lines.
+            loss_fn: (student, teacher, inputs) -> losses, (batch,), in the place of `kd`. The inputs are what the
+                task's loss prepares; the teacher is in eval mode, and nothing of it is trained.
+            optimizer: parameter groups, with `lr` and `weight_decay` -> the optimizer; default AdamW. Its learning
+                rates are those at the start of the schedule.
+            scheduler: (optimizer, steps) -> what sets the learning rates after every update, in the place of
+                `schedule`, `lr_final` and `warmup`.
 
         Returns:
             `student` with its averaged weights, in eval mode.
@@ -154,7 +174,13 @@ class Recover(Settings):
             Interrupted: a signal arrived; the same call with the same run folder resumes.
         """
         of = {"task": (task, Task), "student": (student, nn.Module), "decision": (decision, Decision | None)}
-        check_arguments(**of, trainer=(trainer, Trainer), run=(run, RunFolder | None))
+        own: dict[str, Any] = {"loss_fn": loss_fn, "optimizer": optimizer, "scheduler": scheduler}
+        functions = {name: (function, Callable[..., Any] | None) for name, function in own.items()}
+        check_arguments(**of, trainer=(trainer, Trainer), run=(run, RunFolder | None), **functions)
+        if loss_fn is not None and self.kd is not None:
+            raise UserError("loss_fn stands in the place of kd, which the settings have; leave one of them out")
+        if loss_fn is not None and decision is None:
+            raise UserError("loss_fn compares a student with its teacher; give the decision that it was pruned by")
         if decision is not None:
             decision.check_fits(task.blocks, "the task's network")
             depth = len(task.backbone.block_paths(student))
@@ -172,8 +198,13 @@ class Recover(Settings):
                     torch.manual_seed(seed_of(trainer.seed, stage, "update"))
                 weights = stack.enter_context(self.moving(student, task.backbone.block_paths(student), stage))
             if self.update is not None:
-                _still(student, weights)
-            self._fit(task, student, decision, trainer, run, stage, weights)
+                hold_statistics(student, weights)
+            objective = self._objective(task, student, decision, trainer)
+            if loss_fn is not None:
+                trainer.to_device(task.teacher)
+                objective = FunctionLoss(student, task, loss_fn)
+            made_by = {name: own[name] for name in ("optimizer", "scheduler") if own[name] is not None}
+            self._fit(task, student, decision, trainer, run, stage, weights, objective, made_by)
         return student.eval()
 
     def _fit(
@@ -185,9 +216,10 @@ class Recover(Settings):
         run: RunFolder | None,
         stage: str,
         weights: Sequence[nn.Parameter],
+        objective: Objective,
+        made_by: Mapping[str, Any],
     ) -> None:
         """Train these weights of the student; they become their average, if there is one."""
-        objective = self._objective(task, student, decision, trainer)
         data, prepare, apart = self._samples(task, trainer)
         decay = ema_decay(stage, self.steps, self.ema)
         ema = Ema(student, decay) if decay else None
@@ -199,10 +231,13 @@ class Recover(Settings):
             schedule=warmed(schedule, self.steps, self.warmup),
             clip=self.clip,
             ema=ema,
+            **made_by,
         )
         frozen = objective.frozen_modules()
         frozen_blocks = [block for _, blocks in frozen for block in blocks]
         with evaluating(*(n for n, _ in frozen)), trainer.transformed([*objective.blocks, *frozen_blocks]):
+            for network, _ in frozen:
+                network.requires_grad_(False)  # until it has left its evaluation
             validator = self._validator(task, averaged or student, apart, trainer)
             Fit(trainer, stage, objective, data, prepare, optimization, run, validator).run()
         if validator is not None:
@@ -252,32 +287,10 @@ class Recover(Settings):
 
     def _objective(self, task: Task, student: nn.Module, decision: Decision | None, trainer: Trainer) -> Objective:
         if self.kd is None:
-            return _PlainLoss(student, task)
+            return PlainLoss(student, task)
         assert decision is not None  # else it has been refused
         if self.kd.cache is None:
             trainer.to_device(task.teacher)
         else:
             task.teacher.cpu()  # the device is the student's
         return Distilled(student, task, decision, self.kd)
-
-
-def _still(student: nn.Module, weights: Sequence[nn.Parameter]) -> None:
-    """Keep the statistics of batch norms none of whose weights move."""
-    moving = {id(p) for p in weights}
-    for module in student.modules():
-        if isinstance(module, _BatchNorm) and not any(id(p) in moving for p in module.parameters()):
-            module.eval()
-
-
-class _PlainLoss(Objective):
-    """The mean training loss."""
-
-    def __init__(self, model: nn.Module, task: Task) -> None:
-        super().__init__()
-        self.model, self.loss = model, task.loss
-        self.blocks = [model.get_submodule(path) for path in task.backbone.block_paths(model)]
-
-    @override
-    def forward(self, inputs: Batch, rng: Rng) -> tuple[Tensor, Tensor]:
-        losses = self.loss.losses(self.model, inputs)
-        return losses.mean(), losses.detach()
