@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, DistributedType, PartialState
 
+import tinyfusion_core as tiny
 from forks import script, start, wait
 from places import TESTS
 
@@ -36,3 +38,11 @@ def test_a_script_goes_on_as_it_was(tmp_path: Path, program: str, processes: int
     plain, between = weights(), weights("prune")
     assert all(torch.equal(value, between[name]) for name, value in plain.items())
     assert plain.keys() == between.keys()
+
+
+def test_sharding_by_accelerate_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    _ = tiny.Trainer(precision="fp32").accelerator
+    for state in (PartialState, AcceleratorState):  # as a launcher sets it on GPUs
+        monkeypatch.setitem(state._shared_state, "distributed_type", DistributedType.FSDP)
+    with pytest.raises(tiny.UserError, match="^accelerate is set to FSDP in this process, .* sharding: fsdp"):
+        _ = tiny.Trainer(precision="fp32").accelerator

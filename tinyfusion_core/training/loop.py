@@ -98,11 +98,9 @@ class Fit:
             for step, loaded in enumerate(load_batches(self.data, indices, trainer.num_workers), start):
                 report = self._step(update, step, loaded, stop)
                 progress.advance(note=f"loss {report.loss:.4f}")
-                done, finished = step + 1, self.objective.finished() or report.asked
+                done, finished = step + 1, self._finishes(step + 1, report)
                 now = Moment(self.stage, done, steps, report.loss, trainer.accelerator.is_main_process)
                 self._listeners.tell("on_step", now)
-                if self.validator is not None:
-                    finished |= self.validator.after(done, last=finished or done == steps)
                 last = finished or done == steps
                 if last or done % trainer.log_every == 0 or (self.validator and self.validator.metrics()):
                     self._log(update, now, log_to)
@@ -179,6 +177,13 @@ class Fit:
         self.objective.after_step(report.finite)
         self._state.meter.add(report, list(self.objective.terms))
         return report
+
+    def _finishes(self, done: int, report: StepReport) -> bool:
+        """Judge, if it is time to. Returns whether the stage ends here, before its last step or at it."""
+        finished = report.asked or self.objective.finished()
+        if self.validator is not None:
+            finished |= self.validator.after(done, last=finished or done == self.optimization.steps)
+        return finished
 
     def _log(self, update: Update, now: Moment, log_to: Track) -> None:
         meter, guard = self._state.meter, self._state.guard

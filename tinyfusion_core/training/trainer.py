@@ -140,6 +140,11 @@ class Trainer(Settings):
                 f"started as one of {started} processes (WORLD_SIZE), but accelerate sees {accelerator.num_processes}: "
                 f"it cannot train with several on {accelerator.device.type}; start one"
             )
+        if (kind := accelerator.distributed_type.value) in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+            raise UserError(
+                f"accelerate is set to {kind} in this process, which shards whatever a script trains; start it "
+                "without, and give the trainer sharding: fsdp"
+            )
         if self.shards(accelerator) and precision == "fp16":
             raise UserError("trainer.precision: fp16 and its loss scaling do not go with sharding fsdp; use bf16")
         return accelerator
