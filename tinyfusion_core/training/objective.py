@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from typing_extensions import override
 
-from ..errors import UserError
+from ..errors import UserError, worded
 from ..protocols.backbone import Batch
 from ..protocols.loss import check_per_sample
 from ..protocols.task import Task
@@ -231,8 +231,10 @@ def ema_decay(stage: str, steps: int, given: float | None = None) -> float:
         return max(0.0, 1 - 10 / steps)
     if (reach := 1 / (1 - given)) > steps:
         warnings.warn(
-            f"{stage}.ema: {given} averages over the last {reach:,.0f} steps, and there are {steps:,}: the result lags "
-            "behind; leave it out",
+            worded(
+                f"{stage}.ema: {given} averages over the last {reach:,.0f} steps, and there are {steps:,}: the result "
+                "lags behind; leave it out"
+            ),
             stacklevel=2,
         )
     return given
