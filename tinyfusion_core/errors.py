@@ -16,7 +16,13 @@ ARGUMENTS: set[str] = set()
 """The names of all options of all settings, which add them here."""
 _of_a_recipe = ContextVar("of a recipe", default=False)
 _KEY = re.compile(r"(?<![\w./'\"-])(trainer|recover|train|search|compare|audit|backbone|loss|data)\.(\w+)")
-_CLASSES = {"trainer": "Trainer.", "recover": "Recover.", "train": "Recover."}
+_CLASSES = {
+    "trainer": "Trainer.",
+    "recover": "Recover.",
+    "train": "Recover.",
+    "compare": "Compare.",
+    "audit": "Audit.",
+}
 """The classes of sections that have one; in the others the argument alone is named."""
 _IN_PYTHON = (
     (re.compile(r"\(of recover(?: or train)?\)"), "(of Recover)"),

@@ -102,7 +102,7 @@ def test_a_budget_is_read_and_written(said: Any, expected: CostBudget) -> None:
 def test_what_is_no_budget_is_refused_with_its_key(said: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         tiny.Search(budget=said)
-    with pytest.raises(UserError, match=message.replace(r"search\.", r"Greedy\.")):
+    with pytest.raises(UserError, match=message.replace("^budget", r"^Greedy\.budget")):
         tiny.Greedy(budget=said)
 
 
