@@ -4,6 +4,7 @@ from .comparison.results import ComparisonResults as ComparisonResults
 from .comparison.study import Audit as Audit
 from .comparison.study import Compare as Compare
 from .dataloading.mixture import Mixture as Mixture
+from .errors import Interrupted as Interrupted
 from .errors import UserError as UserError
 from .evaluation.evaluate import check_teacher as check_teacher
 from .evaluation.evaluate import evaluate as evaluate
@@ -26,6 +27,7 @@ from .protocols.command import Command as Command
 from .protocols.data import DataSource as DataSource
 from .protocols.data import FeatureSpace as FeatureSpace
 from .protocols.data import Lookup as Lookup
+from .protocols.data import Samples as Samples
 from .protocols.data import Tensors as Tensors
 from .protocols.data import Traceable as Traceable
 from .protocols.loss import LossAdapter as LossAdapter
@@ -46,15 +48,19 @@ from .pruning.weight_update import WeightUpdate as WeightUpdate
 from .registry.hooks import API_VERSION as API_VERSION
 from .registry.hooks import hookimpl as hookimpl
 from .registry.registry import load_plugin as load_plugin
+from .reporting.page import Figures as Figures
+from .reporting.page import Picture as Picture
 from .runtime.run_folder import RunFolder as RunFolder
 from .runtime.seeding import Rng as Rng
 from .samplers.base import BlockSampler as BlockSampler
 from .samplers.base import Draw as Draw
 from .samplers.constraints import Rules as Rules
+from .samplers.demands import Spending as Spending
 from .samplers.grouped import GroupedSampler as GroupedSampler
 from .samplers.subset import ExactK as ExactK
 from .samplers.subset import GumbelTopK as GumbelTopK
 from .samplers.subset import ScoreFunction as ScoreFunction
+from .selection.base import Proposals as Proposals
 from .selection.base import Selector as Selector
 from .selection.criteria.base import Criterion as Criterion
 from .selection.criteria.calibration import Calibrated as Calibrated
@@ -80,6 +86,8 @@ from .training.distillation import MaskedKD as MaskedKD
 from .training.distillation import OutputKD as OutputKD
 from .training.distillation import derive_taps as derive_taps
 from .training.recover import Recover as Recover
+from .training.steps.callbacks import Callback as Callback
+from .training.steps.callbacks import Moment as Moment
 from .training.teacher_cache.settings import TeacherCache as TeacherCache
 from .training.teacher_cache.writing import write_cache as write_cache
 from .training.trainer import Trainer as Trainer

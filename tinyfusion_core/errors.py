@@ -4,15 +4,61 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 MOST_NAMES = 100
 """How many known names are listed in a message."""
+ARGUMENTS: set[str] = set()
+"""The names of all options of all settings, which add them here."""
+_of_a_recipe = ContextVar("of a recipe", default=False)
+_KEY = re.compile(r"(?<![\w./'\"-])(trainer|recover|train|search|compare|audit|backbone|loss|data)\.(\w+)")
+_CLASSES = {
+    "trainer": "Trainer.",
+    "recover": "Recover.",
+    "train": "Recover.",
+    "compare": "Compare.",
+    "audit": "Audit.",
+}
+"""The classes of sections that have one; in the others the argument alone is named."""
+_IN_PYTHON = (
+    (re.compile(r"\(of recover(?: or train)?\)"), "(of Recover)"),
+    (re.compile(r"(?<!\w)evaluate: (?=[A-Z]\w+[. ])"), ""),
+    (re.compile(r"(, or|;) null\b"), r"\1 None"),
+)
+
+
+@contextmanager
+def about_a_recipe() -> Iterator[None]:
+    """Messages name keys of recipes while the context is open; otherwise they name arguments. Also a decorator."""
+    before = _of_a_recipe.set(True)
+    try:
+        yield
+    finally:
+        _of_a_recipe.reset(before)
+
+
+def worded(message: str) -> str:
+    """Return a message, written about the keys of a recipe, for whoever reads it: in Python keys are arguments."""
+    if _of_a_recipe.get():
+        return message
+    for pattern, words in _IN_PYTHON:
+        message = pattern.sub(words, message)
+    return _KEY.sub(lambda key: f"{_CLASSES.get(key[1], '')}{key[2]}" if key[2] in ARGUMENTS else key[0], message)
 
 
 class UserError(Exception):
-    """A mistake the user can correct. The message names the key or file, what was expected and how to fix it."""
+    """A mistake the user can correct. The message names the key or file, what was expected and how to fix it.
+
+    Args:
+        message: the message; keys are spelled as in recipes, and become arguments where there is no recipe.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(worded(message))
 
 
 class Diverged(UserError):

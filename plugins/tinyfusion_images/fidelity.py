@@ -116,7 +116,8 @@ class Fidelity(Metric):
         known, real = self._known(task, trainer.accelerator.device), list[Path]()
         if (images := known.images) is not None:
             parts = batches(len(images), self.batch_size)
-            real = _keep(folder / "real", parts, lambda rows: network(images.read(rows)), "features of real pictures")
+            name = "features of real pictures"
+            real = _keep(folder / "real", parts, lambda rows: network(images.read(rows)), name, trainer.progress)
         statistics = known.statistics if self.features == INCEPTION else None
 
         def measure(number: int, name: str, model: nn.Module) -> dict[str, float]:
@@ -128,7 +129,8 @@ class Fidelity(Metric):
                 x = sample_rows(task, model, trainer, rows, balanced_labels(task, model, rows))
                 return {**network(rgb(pictures(task, x))), "finite": torch.isfinite(x).flatten(1).all(1).cpu()}
 
-            made = _keep(folder / str(number), batches(self.num_samples, self.batch_size), work, f"samples of {name}")
+            parts = batches(self.num_samples, self.batch_size)
+            made = _keep(folder / str(number), parts, work, f"samples of {name}", trainer.progress)
             return on_main_process(lambda: _figures(made, real, statistics, network))
 
         figures = {name: measure(i, name, model) for i, (name, model) in enumerate(models.items())}
@@ -186,13 +188,18 @@ class _Training:
         return rgb(pictures(self.task, x.to(self.device)))
 
 
-def _keep(folder: Path, parts: Sequence[range], work: Callable[[range], dict[str, Tensor]], name: str) -> list[Path]:
+def _keep(
+    folder: Path, parts: Sequence[range], work: Callable[[range], dict[str, Tensor]], name: str, screen: bool
+) -> list[Path]:
     """Compute the parts that are missing in a folder. Returns all files, in order."""
 
     def path(rows: range) -> Path:
         return folder / f"{rows.start:08d}-{rows.stop:08d}.safetensors"
 
-    complete_sharded(parts, lambda rows: path(rows).exists(), lambda rows: save_tensors(path(rows), work(rows)), name)
+    def write(rows: range) -> None:
+        save_tensors(path(rows), work(rows))
+
+    complete_sharded(parts, lambda rows: path(rows).exists(), write, name, screen)
     return [path(rows) for rows in parts]
 
 

@@ -115,9 +115,9 @@ def write_samples(folder: RunFolder, num: int, seed: int, to: Path, batch_size: 
     with ExitStack() as stack:
         before = on_main_process(take)
         if not archive:
-            _write_folder(to, parts, images)
+            _write_folder(to, parts, images, trainer.progress)
         elif not to.exists() or before != num:
-            _write_archive(to, parts, images, labels)
+            _write_archive(to, parts, images, labels, trainer.progress)
         on_main_process(finish)
     return to
 
@@ -190,7 +190,7 @@ def _parts(to: Path) -> Path:
     return to.with_name(f"{to.name}.parts")
 
 
-def _write_folder(folder: Path, parts: Sequence[range], images: Callable[[range], Tensor]) -> None:
+def _write_folder(folder: Path, parts: Sequence[range], images: Callable[[range], Tensor], screen: bool) -> None:
     def path(i: int) -> Path:
         return folder / f"{i:06d}.png"
 
@@ -198,15 +198,17 @@ def _write_folder(folder: Path, parts: Sequence[range], images: Callable[[range]
         for i, image in zip(rows, images(rows), strict=True):
             write_png(path(i), image)
 
-    complete_sharded(parts, lambda rows: all(path(i).exists() for i in rows), work, "samples")
+    complete_sharded(parts, lambda rows: all(path(i).exists() for i in rows), work, "samples", screen)
 
 
-def _write_archive(to: Path, parts: Sequence[range], images: Callable[[range], Tensor], labels: Tensor) -> None:
+def _write_archive(
+    to: Path, parts: Sequence[range], images: Callable[[range], Tensor], labels: Tensor, screen: bool
+) -> None:
     def path(rows: range) -> Path:
         return _parts(to) / f"{rows.start:08d}-{rows.stop:08d}.safetensors"
 
     def work(rows: range) -> None:
         save_tensors(path(rows), {"images": rgb(images(rows))})
 
-    complete_sharded(parts, lambda rows: path(rows).exists(), work, "samples")
+    complete_sharded(parts, lambda rows: path(rows).exists(), work, "samples", screen)
     on_main_process(lambda: write_archive(to, (read_weights(path(rows))["images"] for rows in parts), labels))

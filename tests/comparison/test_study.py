@@ -229,7 +229,7 @@ def test_what_else_a_folder_holds_is_not_overwritten(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["", " ", "random subsets"])
 def test_names_that_no_candidate_can_have(name: Any) -> None:
-    with pytest.raises(UserError, match=r"audit.candidates: the name of one is .*; expected a text"):
+    with pytest.raises(UserError, match=r"^Audit\.candidates: the name of one is .*; expected a text"):
         Audit(candidates={"first": FirstN(keep=4), name: LastN(keep=4)})
 
 
@@ -242,8 +242,8 @@ def test_the_budget_must_be_the_same_and_all_problems_come_at_once(tmp_path: Pat
     text = problem({"first": FirstN(keep=4), "last": LastN(keep=3)})
     assert "not the same budget: first keeps 4; last keeps 3" in text
     text = problem({"first": FirstN(keep=9), "search": tiny.Search(pattern=[2, 3]), "last": LastN(keep=4)})
-    assert "compare.candidates.first: FirstN.keep is 9" in text
-    assert "compare.candidates.search: search.pattern: [2, 3] does not fit" in text
+    assert "Compare.candidates.first: FirstN.keep is 9" in text
+    assert "Compare.candidates.search: pattern: [2, 3] does not fit" in text
     assert not (tmp_path / "run").exists()
     with pytest.raises(UserError, match="give candidates, or a search"):
         Audit()(task(), RECOVER, TRAINER, tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from mutations import of_decisions, of_masks, of_prefixes, of_races, of_training
+from mutations import of_decisions, of_embedding, of_masks, of_prefixes, of_races, of_training
 
-MUTATIONS = [m for table in (of_masks, of_prefixes, of_decisions, of_races, of_training) for m in table.MUTATIONS]
+TABLES = (of_masks, of_prefixes, of_decisions, of_races, of_training, of_embedding)
+MUTATIONS = [m for table in TABLES for m in table.MUTATIONS]

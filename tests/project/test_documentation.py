@@ -93,7 +93,7 @@ def test_the_quickstart_runs_in_python_and_is_read_back(tmp_path: Path, monkeypa
 
 def test_the_page_on_ones_own_network_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    whole, data_and_loss, streams, dropped, choices, loop, again = examples("docs/own-network.md")
+    whole, data_and_loss, streams, dropped, choices, loop, again, told, imitation = examples("docs/own-network.md")
     names: dict = {}
     exec(whole, names)
     assert len(names["student"].layers) == 4
@@ -107,6 +107,11 @@ def test_the_page_on_ones_own_network_runs(tmp_path: Path, monkeypatch: pytest.M
     assert not torch.equal(recovered["layers.0.inner.1.weight"], names["model"].layers[0].inner[1].weight)
     exec(again, names)
     assert all(torch.equal(v, recovered[k]) for k, v in names["student"].state_dict().items())
+    exec(told, names)
+    assert [(line["stage"], line["step"], line["of"]) for line in names["mine"].lines] == [("search", 4, 4)]
+    exec(imitation, names)
+    assert [(line["stage"], len(line["lr"])) for line in names["mine"].lines][1:] == [("recover", 1)]
+    assert not torch.equal(names["student"].layers[0].inner[1].weight, recovered["layers.0.inner.1.weight"])
     for example, network in (
         (streams, {"two_streams": Blocks(TwoStreams)}),
         (dropped, {"attending": Blocks(Attending)}),

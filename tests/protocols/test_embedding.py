@@ -69,3 +69,21 @@ def test_what_it_cannot_do_is_said(tmp_path) -> None:
     scalar = tiny.wrap(model, blocks="blocks.*", loss_fn=lambda m, batch: squared(m, batch).mean(), data=data)
     with pytest.raises(tiny.UserError, match=r"^wrap: loss_fn: .* return one number for each"):
         tiny.Search(keep=2, steps=2)(scalar, TRAINER)
+
+
+def test_a_wrapped_network_is_evaluated() -> None:
+    model, data = model_and_data()
+    task = tiny.wrap(model, blocks="blocks.*", loss_fn=squared, data=data, held_out={k: v[:8] for k, v in data.items()})
+    students = {str(kept): tiny.prune(task, tiny.Keep(kept)(task, TRAINER)) for kept in ([0, 3], [1, 2])}
+    metrics = [tiny.HeldOutLoss(draws=1), tiny.Latency(rounds=1, warmup=0, batch_size=4)]
+    rows = {row.name: row for row in tiny.evaluate(task, {"teacher": model, **students}, metrics, TRAINER)}
+    losses = rows["held-out loss"].values
+    assert losses["teacher"] == losses["[0, 3]"] == 0.0
+    with torch.no_grad():
+        expected = (data["x"] - data["target"])[:8].square().mean()
+    assert losses["[1, 2]"] == pytest.approx(float(expected), rel=1e-5)
+    assert rows["blocks"].values == {"teacher": 4, "[0, 3]": 2, "[1, 2]": 2}
+    assert rows["latency"].values["teacher"] > 0
+    tiny.check_teacher(task, TRAINER)
+    with pytest.raises(tiny.UserError, match="^Frechet: the task has no feature_space"):
+        tiny.evaluate(task, students, [tiny.Frechet(num_samples=8)], TRAINER)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler, TensorDataset, default_collate
 
 import tinyfusion_core as tiny
 from tinyfusion_core.evaluation.metrics import Size
@@ -210,6 +210,10 @@ def test_data_as_torch_has_it(data: Any, loss_fn: Any) -> None:
         (
             lambda: DataLoader(Pairs(named=True), collate_fn=lambda items: [str(items)]),
             "data: '0' of a sample is a str",
+        ),
+        (
+            lambda: DataLoader(TensorDataset(torch.zeros(9, 2)), sampler=SubsetRandomSampler([0, 1, 2])),
+            "data: the loader has a SubsetRandomSampler, .* give a torch.utils.data.Subset",
         ),
     ],
 )

@@ -16,7 +16,7 @@ from small_run import digits_task
 from tinyfusion_core.cli import main
 from tinyfusion_core.pipeline.compare import write_comparison
 from tinyfusion_core.reporting.report import write_report
-from tinyfusion_core.runtime.progress import Tracker, plain_console
+from tinyfusion_core.runtime.progress import plain_console, track
 
 NAMES = ["a[/b]", "a[red]", "a:bug:", "a[link=x]y", "a$\\frac$", "<th>a", "a&amp;"]
 
@@ -77,7 +77,8 @@ def assert_escaped(page: str, name: str) -> None:
 def test_progress_tells_names_as_they_are(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     plain_console().print(f"note {name}")
     assert f"note {name}\n" in capsys.readouterr().out
-    Tracker(name, 1, 0, None, True, None).advance(note=f"note {name}")
+    with track(name, 1) as tracker:
+        tracker.advance(note=f"note {name}")
     assert f"{name}: 1/1 note {name}" in capsys.readouterr().err
 
 

@@ -239,7 +239,7 @@ def test_rules_that_do_not_fit(rules: Rules, message: str) -> None:
         ({"first": 2}, None, [], r"says nothing of the block list\(s\) second"),
         ({"first": 0, "second": 0}, None, [], r"Greedy\.keep: keeps no block at all"),
         (None, {"first": (0, 4), "second": (0, 2)}, [], r"Greedy\.pattern: keeps no block at all"),
-        (None, (2, 3), [], r"search\.pattern: \[2, 3\] does not fit 'first' with 4 blocks"),
+        (None, (2, 3), [], r"^pattern: \[2, 3\] does not fit 'first' with 4 blocks"),
         (3, None, [6], r"Greedy\.protect is \[6\]; expected indices from 0 to 5"),
         (3, None, [-1], r"Greedy\.protect is \[-1\]"),
         (2, None, [0, 3, 5], r"the network keeps 2 of its 6 blocks, but 3 are protected \(0, 3, 5\)"),

@@ -37,7 +37,7 @@ def test_the_final_heals_the_best_masks_and_keeps_the_winner() -> None:
     seen = replace(final, masks=2)(few, TRAINER).provenance["evaluations"]
     assert seen == 1 * 16 * 4 + 2 * (2 * 16 + 32)
     for wrong in ("masks", "steps", "lr", "samples", "batch_size"):
-        with pytest.raises(tiny.UserError, match=rf"search\.{wrong} is 0"):
+        with pytest.raises(tiny.UserError, match=rf"^{wrong} is 0"):
             tiny.Finals(search=blind, **{wrong: 0})
 
 
@@ -62,7 +62,7 @@ def test_a_finalist_that_diverges_is_out(tmp_path: Path) -> None:
     assert [seen["loss"] for seen in found if seen["kept"][0] != 1] == [None] * 3
     decision.save(tmp_path / "decision.json")  # JSON has no infinity
     few = replace(final, others=others[:2])
-    with pytest.raises(tiny.UserError, match=r"search\.lr is 0\.001: after 12 steps no finalist has a finite loss"):
+    with pytest.raises(tiny.UserError, match=r"^lr is 0\.001: after 12 steps no finalist has a finite loss"):
         few(fragile, TRAINER)
 
 
@@ -83,10 +83,10 @@ def test_what_criteria_choose_meets_the_masks_of_the_search() -> None:
 def test_finalists_of_others_must_be_within_the_budget() -> None:
     blocks = [f"blocks.{i}" for i in range(8)]
     search = tiny.Search(pattern=(2, 4), steps=1)
-    with pytest.raises(tiny.UserError, match=r"search\.others\[1\]: keeps 3 blocks, the search 4"):
+    with pytest.raises(tiny.UserError, match=r"^others\[1\]: keeps 3 blocks, the search 4"):
         tiny.Finals(search=search, others=[tiny.FirstN(pattern=(2, 4)), tiny.FirstN(keep=3)]).preview(blocks)
     outside = tiny.Finals(search=search, others=[tiny.FirstN(keep=4)])
-    with pytest.raises(tiny.UserError, match=r"search\.others\[0\]: FirstN keeps 0 1 2 3, which is outside"):
+    with pytest.raises(tiny.UserError, match=r"^others\[0\]: FirstN keeps 0 1 2 3, which is outside"):
         outside(task(), TRAINER)
 
 

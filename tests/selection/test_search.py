@@ -250,9 +250,9 @@ def test_keep_takes_indices_or_a_decision_for_the_same_blocks(tmp_path) -> None:
 
 
 def test_a_search_that_has_learned_nothing_says_so() -> None:
-    with pytest.raises(tiny.UserError, match="after 1 step every block is as likely .* set more search.steps"):
+    with pytest.raises(tiny.UserError, match="after 1 step every block is as likely .* set more steps"):
         search(steps=1, lr_gates=1e-7)(task(), TRAINER)
-    with pytest.warns(UserWarning, match=r"after 100 steps no block .* \d.\de-0\d: .* higher search.lr_gates"):
+    with pytest.warns(UserWarning, match=r"after 100 steps no block .* \d.\de-0\d: .* higher lr_gates"):
         search(steps=100, lr_gates=1e-7, update=tiny.Frozen())(task(), TRAINER)
     # Warnings are errors in tests: neither a short search nor one whose gates move by noise alone gives any.
     search(steps=2, lr_gates=1e-7)(task(), TRAINER)

@@ -261,7 +261,7 @@ def test_readers_are_stopped_by_the_trainer_alone() -> None:
     asked = Torn(planted_data(), frozenset(), signal_to_reader=signal.SIGTERM)
     assert_equal(recovered(trainer=trainer, train=asked), recovered())
     killed = Torn(planted_data(), frozenset(), signal_to_reader=signal.SIGKILL)
-    with pytest.raises(tiny.UserError, match=r"trainer\.num_workers: a process that reads data was killed"):
+    with pytest.raises(tiny.UserError, match=r"Trainer\.num_workers: a process that reads data was killed"):
         recovered(trainer=trainer, train=killed)
 
 

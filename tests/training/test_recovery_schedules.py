@@ -210,8 +210,8 @@ def test_bad_settings_are_one_message(name: str, tmp_path: Path, capsys: pytest.
 
 def test_a_fresh_network_has_no_gaps_and_no_teacher() -> None:
     for how, said in (
-        (tiny.Recover(steps=2, gap_lr=2.0), "train.gap_lr"),
-        (tiny.Recover(steps=2, validation=replace(JUDGED, until="1.1x")), "train.validation.until"),
+        (tiny.Recover(steps=2, gap_lr=2.0), "Recover.gap_lr"),
+        (tiny.Recover(steps=2, validation=replace(JUDGED, until="1.1x")), "Recover.validation.until"),
     ):
         with pytest.raises(UserError, match=said):
             how(task_of(), Planted().build(), None, TRAINER)

@@ -55,7 +55,7 @@ def test_the_average_weighs_the_past_by_its_decay() -> None:
     assert ema_decay("recover", 100_000) == pytest.approx(0.9999)
     assert ema_decay("recover", 5) == 0
     assert ema_decay("recover", 150, 0.99) == 0.99
-    with pytest.warns(UserWarning, match=r"recover.ema: 0.9999 averages over the last 10,000 steps, and there are 150"):
+    with pytest.warns(UserWarning, match=r"Recover.ema: 0.9999 averages over the last 10,000 steps, and there are 150"):
         assert ema_decay("recover", 150, 0.9999) == 0.9999
 
 

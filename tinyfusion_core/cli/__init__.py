@@ -65,7 +65,7 @@ Often set; `tinyfusion keys` lists all, with their defaults:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 2 a mistake of the user's, 130 (or 143) interrupted."""
-    from ..errors import FailedElsewhere, Interrupted, UserError
+    from ..errors import FailedElsewhere, Interrupted, UserError, about_a_recipe
 
     arguments = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from ..runtime.signals import interruptible
 
         quiet = vars(options).pop("quiet")  # commands may hand all of their options on
-        with interruptible(), _progress(shown=not quiet):
+        with about_a_recipe(), interruptible(), _progress(shown=not quiet):
             return _obeyed(command, options)
     except FailedElsewhere:  # that process says why
         return USER_ERROR

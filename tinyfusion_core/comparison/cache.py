@@ -71,7 +71,7 @@ class ResultCache:
         metrics: Mapping[str, Metric],
     ) -> None:
         self.task, self.recovery, self.folder, self.progress = task, recovery, folder, progress
-        self.trainer = replace(trainer, trackers=())  # hundreds of short trainings, whose logs go when they are done
+        self.trainer = trainer.quiet()  # hundreds of short trainings, whose logs go when they are done
         self.held_out, self.metrics = held_out, metrics
         self.accelerator, self.main = trainer.accelerator, trainer.accelerator.is_main_process
         loss = described(task.loss)

@@ -21,7 +21,6 @@ from ..protocols.task import Task
 from ..runtime.distributed import on_main_process
 from ..runtime.files import write_json
 from ..runtime.locking import check_free, owned
-from ..runtime.progress import track
 from ..runtime.run_folder import COMPARISON, COMPARISON_RESULTS, NOW, RESULT_CACHE, RUN_RECORD, RunFolder, is_comparison
 from ..runtime.seeding import generator
 from ..samplers.compiled import compile_constraints
@@ -117,7 +116,7 @@ class Comparison(Settings):
                 decide, or not as previewed; or the folder holds a run, the other view's results or other files.
             Interrupted: a signal arrived; the same call resumes.
         """
-        folder, main = RunFolder(run_dir), trainer.accelerator.is_main_process
+        folder = RunFolder(run_dir)
         self._check_folder(folder)
         costs: dict[str, NetworkCosts] = {}
         if budgets := self.cost_budgets(search):
@@ -139,7 +138,7 @@ class Comparison(Settings):
 
             on_main_process(take)
             on_main_process(lambda: save_costs(costs, task, trainer, folder.path))
-            progress = stack.enter_context(track(self.view, work, show=main))
+            progress = stack.enter_context(trainer.track(self.view, work))
             held_out = next((m for m in evaluate if isinstance(m, HeldOutLoss)), HeldOutLoss())
             cache = ResultCache(
                 task, self.recovery(recover), trainer, folder, progress, held_out, self._columns(evaluate)

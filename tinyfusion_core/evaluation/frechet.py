@@ -13,7 +13,6 @@ from ..protocols.data import DataSource, FeatureSpace
 from ..protocols.task import Task
 from ..runtime.distributed import batches, local_share, map_sharded
 from ..runtime.files import NEUTRAL
-from ..runtime.progress import track
 from ..training.trainer import Trainer
 from . import DISTANCE
 from .generation import sample_rows, training_conditions
@@ -86,8 +85,7 @@ class Frechet(Metric):
     ) -> tuple[Tensor, Tensor]:
         """Features (n, features) of generated examples, and whether each shows its class, (n,); both on the CPU."""
         parts = batches(self.num_samples, self.batch_size)
-        total, show = sum(map(len, local_share(parts))), trainer.accelerator.is_main_process
-        with track(f"samples of {name}", total, show=show) as progress:
+        with trainer.track(f"samples of {name}", sum(map(len, local_share(parts)))) as progress:
 
             def work(rows: range) -> tuple[Tensor, Tensor]:
                 some = classes[rows.start : rows.stop]

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..protocols.task import Task
 from ..runtime.distributed import batches, local_share, map_sharded
-from ..runtime.progress import track
 from ..runtime.seeding import Rng
 from ..training.trainer import Trainer
 
@@ -70,8 +69,7 @@ def generate(
     """
     conditions = training_conditions(task, range(num_samples))
     parts = batches(num_samples, batch_size)
-    total, show = sum(map(len, local_share(parts))), trainer.accelerator.is_main_process
-    with track(name, total, show=show) as progress:
+    with trainer.track(name, sum(map(len, local_share(parts)))) as progress:
 
         def work(rows: range) -> Tensor:
             x = sample_rows(task, model, trainer, rows, conditions[rows.start : rows.stop]).cpu()

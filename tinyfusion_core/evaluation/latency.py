@@ -13,7 +13,6 @@ from typing_extensions import override
 
 from ..errors import require
 from ..protocols.task import Task
-from ..runtime.progress import track
 from ..runtime.seeding import Rng
 from ..training.trainer import Trainer
 from .metrics import Measurement, Metric, Models
@@ -46,7 +45,7 @@ class Latency(Metric):
         inputs = task.loss.prepare(batch, Rng(0, "latency"))
         seconds: dict[str, list[float]] = {name: [] for name in models}
         turns = self.warmup + self.rounds
-        with track("latency", turns, show=trainer.accelerator.is_main_process) as progress:
+        with trainer.track("latency", turns) as progress:
             for turn in range(turns):
                 for name, model in models.items():
                     elapsed = self._time(task, model, inputs, trainer)

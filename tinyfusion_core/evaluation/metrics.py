@@ -22,7 +22,6 @@ from ..protocols.task import Task
 from ..protocols.undisturbed import evaluating
 from ..reporting.page import Figures
 from ..runtime.distributed import batches, local_share, map_sharded
-from ..runtime.progress import track
 from ..runtime.run_folder import RunFolder
 from ..runtime.seeding import Rng
 from ..training.trainer import Trainer
@@ -200,7 +199,7 @@ class HeldOutLoss(Metric):
         num = len(task.held_out)
         parts = [(draw, rows) for draw in range(self.draws) for rows in batches(num, self.batch_size)]
         total = len(models) * sum(len(rows) for _, rows in local_share(parts))
-        with track("held-out loss", total, show=trainer.accelerator.is_main_process) as progress:
+        with trainer.track("held-out loss", total) as progress:
 
             def mean(model: nn.Module) -> float:
                 def losses(part: tuple[int, range]) -> Tensor:

@@ -14,10 +14,12 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError, require
+from ..errors import ARGUMENTS, UserError, require
 
 MOST = "most"
 """Metadata key of a field of whole numbers: how large they may be, or None for no limit; see `LARGEST`."""
+PYTHON = "python"
+"""Metadata key of a field that is an argument in Python and no key of recipes."""
 LARGEST = 10_000_000
 """How large a whole number may be: more of anything would not end, or fit into no memory."""
 _MOST = {
@@ -59,6 +61,7 @@ class Settings:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        ARGUMENTS.update(inspect.get_annotations(cls))
         # A dataclass of a plugin that inherits the fields would look for their types in its own module.
         with contextlib.suppress(Exception):  # of a class that is defined in a function, or names itself, say
             cls.__annotations__ = inspect.get_annotations(cls, eval_str=True)

@@ -11,7 +11,7 @@ from ..comparison.statistics import Summary, guides, reference, summaries
 from ..comparison.study import Audit, Compare, Comparison
 from ..comparison.tables import table_csv, tables, trials_csv
 from ..comparison.verdict import comparison_title, comparison_verdict
-from ..errors import UserError
+from ..errors import UserError, about_a_recipe
 from ..evaluation.evaluate import check_teacher
 from ..parsing.records import read_text
 from ..reporting.page import Figures, Picture, render_page
@@ -23,6 +23,7 @@ from .recipe import Recipe
 from .run import keep_what_is_loaded, make_task
 
 
+@about_a_recipe()
 def compare_recipe(recipe: Recipe, view: str, run_dir: Path | str, command: str = "") -> tuple[ComparisonResults, Path]:
     """Run a recipe's `compare` or `audit` section, resuming what is there.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import typing
 from collections.abc import Collection, Iterator
@@ -14,7 +13,7 @@ import docstring_parser
 from ..errors import UserError, nearest
 from ..parsing.settings import spelled
 from ..selection.base import Selector
-from .schema import BASES, PLAIN, POLYMORPHIC, SAID_BY, SECTIONS, item_of, known, without_none
+from .schema import BASES, PLAIN, POLYMORPHIC, SAID_BY, SECTIONS, arguments_of, item_of, known, without_none
 
 PLUGINS = (
     f"plugins: Python files beside the recipe that bring classes ({', '.join(BASES).replace('_', ' ')}); their code "
@@ -101,8 +100,8 @@ def _read_class(name: str, cls: type[Any]) -> _Class:
         {f.name: f.default_factory() for f in fields(cls) if callable(f.default_factory)} if is_dataclass(cls) else {}
     )
     hints, keys = typing.get_type_hints(cls.__init__), []
-    for key, parameter in inspect.signature(cls).parameters.items():
-        if not key.startswith("_") and key != "lists":
+    for key, parameter in arguments_of(cls).items():
+        if key != "lists":
             default = "" if parameter.default is parameter.empty else f" = {_yaml(made.get(key, parameter.default))}"
             about = f" ({spelled(hints.get(key, Any), yaml=True)}){default}"
             keys.append(_Key(key, about, meaning.get(key, "")))

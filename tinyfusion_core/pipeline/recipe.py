@@ -15,7 +15,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from torch import nn
 
 from ..comparison.study import Audit, Compare
-from ..errors import MissingFileError, UserError
+from ..errors import MissingFileError, UserError, about_a_recipe
 from ..evaluation.metrics import Metric
 from ..parsing.records import beside, read_text
 from ..parsing.yaml12 import dump_yaml, load_yaml
@@ -99,6 +99,7 @@ class Recipe:
         return stages_of({**vars(self), "rounds": {name: vars(step) for name, step in (self.rounds or {}).items()}})
 
 
+@about_a_recipe()
 def load_recipe(path: Path | str, flags: Sequence[str] = ()) -> Recipe:
     """Read a recipe.
 

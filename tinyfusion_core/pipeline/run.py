@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import UserError
+from ..errors import UserError, about_a_recipe
 from ..evaluation.evaluate import check_teacher, evaluate, with_standing
 from ..evaluation.metrics import Measurement
 from ..protocols.backbone import constructed
@@ -43,6 +43,7 @@ from .resume_check import check_resume, stage_keys, take_run_folder
 from .slices import shallower
 
 
+@about_a_recipe()
 def run_recipe(
     recipe: Recipe, run_dir: Path | str, command: str = "tinyfusion run", restart_from: str | None = None
 ) -> Path:
@@ -248,8 +249,7 @@ class _Run:
     def _search(self, stage: Stage) -> Decision:
         folder = self.folder.round(stage.round)
         decision: Decision = stage.settings(self.task, self.recipe.trainer, folder)
-        recipe_hash = {"recipe_sha256": self.keys[stage.key]}
-        decision = replace(decision, provenance={**decision.provenance, **recipe_hash})
+        decision = replace(decision, provenance={**decision.provenance, "recipe_sha256": self.keys[stage.key]})
         on_main_process(lambda: decision.save(folder / "decision.json"))
         return decision
 

@@ -17,7 +17,7 @@ from ..comparison.legacy_keys import PATHS
 from ..comparison.study import Audit, Compare
 from ..errors import UserError, nearest
 from ..evaluation.metrics import Metric
-from ..parsing.settings import Settings, spelled, stands_for
+from ..parsing.settings import PYTHON, Settings, spelled, stands_for
 from ..parsing.yaml12 import Loader
 from ..protocols.backbone import Backbone
 from ..protocols.data import DataSource
@@ -78,10 +78,22 @@ def schema() -> ArgumentParser:
     set_parsing_settings(subclasses_enabled=list(POLYMORPHIC), subclasses_disabled=list(PLAIN))
     parser = ArgumentParser(prog="tinyfusion run RECIPE", exit_on_error=False)
     for name, kind in SECTIONS.items():
+        if kind is Trainer:
+            known = arguments_of(kind)
+            parser.add_class_arguments(
+                kind, name, skip={p for p in inspect.signature(kind).parameters if p not in known}
+            )
+            continue
         optional = kind | None if name in OPTIONAL else kind
-        default: Any = Trainer() if kind is Trainer else [] if name == "evaluate" else None
-        parser.add_argument(f"--{name}", type=optional, default=default)
+        parser.add_argument(f"--{name}", type=optional, default=[] if name == "evaluate" else None)
     return parser
+
+
+def arguments_of(cls: type[Any]) -> dict[str, inspect.Parameter]:
+    """Return the arguments of a class that are keys of recipes, by name."""
+    python = {field.name for field in fields(cls) if PYTHON in field.metadata} if is_dataclass(cls) else set()
+    found = inspect.signature(cls).parameters.items()
+    return {name: p for name, p in found if not name.startswith("_") and name not in python}
 
 
 @contextmanager
@@ -163,7 +175,7 @@ def _checked_object(key: str, value: Any, kind: type[Any], problems: list[str], 
     try:
         cls, arguments = (kind, value) if kind in PLAIN else _class_and_arguments(key, value, kind, default)
         if not isinstance(arguments, dict):
-            keys = ", ".join(name for name in inspect.signature(cls).parameters if not name.startswith("_"))
+            keys = ", ".join(arguments_of(cls))
             of = f"keys among {keys}" if keys else "nothing in it"
             raise UserError(f"{key}: got {arguments!r}; expected a mapping with {of}")
     except UserError as e:
@@ -213,7 +225,7 @@ def _class(key: str, path: str, kind: type[Any]) -> type[Any]:
 
 
 def _checked_arguments(key: str, arguments: Mapping[Any, Any], cls: type[Any], problems: list[str]) -> dict[str, Any]:
-    known = {name: p for name, p in inspect.signature(cls).parameters.items() if not name.startswith("_")}
+    known = arguments_of(cls)
     hints = typing.get_type_hints(cls.__init__)
     out = {}
     for name, value in arguments.items():

@@ -10,6 +10,8 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
+from torch.utils.data.distributed import DistributedSampler
+from torch.utils.data.sampler import RandomSampler, SequentialSampler
 
 from ..errors import UserError
 from ..parsing.settings import Settings
@@ -157,8 +159,8 @@ def as_samples(data: Any, key: str) -> Samples:
 
     Args:
         data: samples; tensors or numpy arrays by name, each (samples, ...); or a map-style data set of torch, or a
-            loader of one, whose data set is read and whose `collate_fn` is used. Items that are tuples become columns
-            "0", "1", ...
+            loader of one, whose data set is read and whose `collate_fn` is used: batches and their order are the
+            trainer's. Items that are tuples become columns "0", "1", ...
         key: its name, for messages.
 
     Raises:
@@ -166,6 +168,8 @@ def as_samples(data: Any, key: str) -> Samples:
     """
     if isinstance(data, Mapping):
         return Tensors({str(name): _tensor(str(name), column) for name, column in data.items()})
+    if isinstance(data, DataLoader):
+        _check_takes_all(data, key)
     if isinstance(data, TensorDataset):
         return Tensors({str(i): tensor for i, tensor in enumerate(data.tensors)})
     of = data.dataset if isinstance(data, DataLoader) else data
@@ -180,6 +184,16 @@ def as_samples(data: Any, key: str) -> Samples:
         )
     samples: Samples = data
     return samples
+
+
+def _check_takes_all(loader: DataLoader[Any], key: str) -> None:
+    """Raise UserError if a loader leaves samples out, or takes some more often: that may be what it is for."""
+    every = (SequentialSampler, RandomSampler, DistributedSampler)
+    if not isinstance(loader.dataset, IterableDataset) and not isinstance(loader.sampler, every):
+        raise UserError(
+            f"{key}: the loader has a {type(loader.sampler).__name__}, and the order of samples is the trainer's; give "
+            "a torch.utils.data.Subset of the data set, or repeat in it what is to come more often"
+        )
 
 
 def _tensor(name: str, column: Any) -> Tensor:

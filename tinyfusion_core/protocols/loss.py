@@ -24,6 +24,26 @@ def has_values(x: Tensor) -> bool:
     return not (x.is_meta or is_fake(x))
 
 
+def check_per_sample(found: Tensor, inputs: Batch, of: str) -> Tensor:
+    """Check that losses have the shape (batch,), and return them.
+
+    Args:
+        found: the losses.
+        inputs: what they were computed from, each (batch, ...).
+        of: what computed them, for the message.
+
+    Raises:
+        UserError: they have another shape.
+    """
+    num_rows = len(next(iter(inputs.values())))
+    if found.shape != (num_rows,):
+        raise UserError(
+            f"{of}: returns the shape {list(found.shape)} for {num_rows} samples; return one number for each, "
+            f"[{num_rows}]: the mean over everything but the batch"
+        )
+    return found
+
+
 class LossAdapter(Settings, ABC):
     """A training objective with one loss per sample.
 
@@ -122,13 +142,7 @@ class LossAdapter(Settings, ABC):
         Raises:
             UserError: it has another shape.
         """
-        num_rows = len(next(iter(inputs.values())))
-        if found.shape != (num_rows,):
-            raise UserError(
-                f"{owner(self)}: loss: returns the shape {list(found.shape)} for {num_rows} samples; return one number "
-                f"for each, [{num_rows}]: the mean over everything but the batch"
-            )
-        return found
+        return check_per_sample(found, inputs, f"{owner(self)}: loss")
 
     def trivial(self, prediction: Prediction, inputs: Batch) -> Prediction | None:
         """Return what an untrained network would predict, in the form of `prediction`.

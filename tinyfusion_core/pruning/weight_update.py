@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
 
 from ..errors import UserError, require
@@ -276,3 +277,11 @@ def _adaptable(name: str, module: nn.Module, blocks: Sequence[str], transposed: 
     inside = any(name.startswith(f"{path}.") or name == path for path in blocks)
     linear = isinstance(module, nn.Linear | transposed)
     return inside and (linear or (isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups == 1))
+
+
+def hold_statistics(model: nn.Module, weights: Sequence[nn.Parameter]) -> None:
+    """Keep the statistics of batch norms none of whose weights are among those that move."""
+    moving = {id(p) for p in weights}
+    for module in model.modules():
+        if isinstance(module, _BatchNorm) and not any(id(p) in moving for p in module.parameters()):
+            module.eval()

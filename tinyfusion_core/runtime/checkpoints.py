@@ -37,13 +37,16 @@ class Checkpoints:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def save(self, step: int, state: Mapping[str, Any], keep: int) -> None:
+    def save(self, step: int, state: Mapping[str, Any], keep: int) -> Path:
         """Add a checkpoint and delete all but the last `keep`.
 
         Args:
             step: optimizer updates done.
             state: what `torch.save` can write and `weights_only=True` can read back.
             keep: how many checkpoints to keep.
+
+        Returns:
+            Its file.
 
         Raises:
             UserError: the disk is full or not writable; the older checkpoints are intact.
@@ -60,6 +63,7 @@ class Checkpoints:
         for other in self.path.iterdir():
             if other.is_file() and other.name not in (MANIFEST, *(entry["file"] for entry in entries)):
                 other.unlink()
+        return file
 
     def newest(self) -> str | None:
         """Return the file name of the newest undamaged checkpoint, or None if none was saved.

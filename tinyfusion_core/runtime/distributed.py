@@ -247,7 +247,7 @@ def map_alone(items: Sequence[T], work: Callable[[T], R]) -> list[R]:
 
 
 def complete_sharded(
-    batches: Sequence[range], done: Callable[[range], bool], work: Callable[[range], object], name: str
+    batches: Sequence[range], done: Callable[[range], bool], work: Callable[[range], object], name: str, screen: bool
 ) -> None:
     """Make the files that are still missing, each process a share of them. A collective call.
 
@@ -258,11 +258,12 @@ def complete_sharded(
         done: whether the result of a batch exists; asked on the main process.
         work: makes it atomically, so that after an interruption it exists completely or not at all.
         name: label of the progress bar.
+        screen: whether to show it.
     """
     mine = local_share(on_main_process(lambda: [rows for rows in batches if not done(rows)]))
 
     def do() -> None:
-        with track(name, sum(map(len, mine)), show=rank_and_world_size()[0] == 0) as progress:
+        with track(name, sum(map(len, mine)), main=rank_and_world_size()[0] == 0, screen=screen) as progress:
             for rows in mine:
                 work(rows)
                 progress.advance(len(rows))

@@ -1,7 +1,9 @@
-"""Progress output: a bar on a terminal, an occasional line in a log file."""
+"""Progress output: a bar on a terminal, an occasional line in a log file, and the same lines for Python's logging."""
 
 from __future__ import annotations
 
+import logging
+import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,6 +19,10 @@ from rich.progress import (
 )
 
 SECONDS_BETWEEN_LINES = 10.0
+SWITCH = "TINYFUSION_PROGRESS"
+"""Environment variable; 0 keeps all progress off the screen."""
+logger = logging.getLogger("tinyfusion")
+"""Everything that is logged goes here, at the level INFO."""
 
 
 def plain_console(stderr: bool = False, width: int | None = None) -> Console:
@@ -31,10 +37,10 @@ class Tracker:
     """Counts units of work; made by `track`."""
 
     def __init__(
-        self, name: str, total: int, done: int, bar: Progress | None, show: bool, outer: Tracker | None
+        self, name: str, total: int, done: int, bar: Progress | None, log: bool, lines: bool, outer: Tracker | None
     ) -> None:
         self.name, self.total, self.done = name, total, done
-        self._bar, self._show, self._outer = bar, show, outer
+        self._bar, self._log, self._lines, self._outer = bar, log, lines, outer
         self._started = self._told = time.monotonic()
         self._task = bar.add_task(name, total=total, completed=done, note="") if bar else None
         self._note = ""
@@ -55,14 +61,14 @@ class Tracker:
             return
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=self.done, note=note)
-            return
         now = time.monotonic()
-        if self._show and (self.done >= self.total or now - self._told >= SECONDS_BETWEEN_LINES):
+        if self._log and (self.done >= self.total or now - self._told >= SECONDS_BETWEEN_LINES):
             self._told = now
             spent = f"({now - self._started:.0f} s)"
-            console.print(
-                " ".join(filter(None, (f"{self.name}: {self.done}/{self.total}", note, spent))), soft_wrap=True
-            )
+            line = " ".join(filter(None, (f"{self.name}: {self.done}/{self.total}", note, spent)))
+            logger.info("%s", line)
+            if self._lines:
+                console.print(line, soft_wrap=True)
 
 
 _shown: list[Tracker] = []
@@ -70,18 +76,20 @@ _shown: list[Tracker] = []
 
 
 @contextmanager
-def track(name: str, total: int, done: int = 0, show: bool = True) -> Iterator[Tracker]:
-    """Show the progress of `total` units of work.
+def track(name: str, total: int, done: int = 0, main: bool = True, screen: bool = True) -> Iterator[Tracker]:
+    """Show and log the progress of `total` units of work.
 
     Args:
         name: label.
         total: units of work.
         done: units that an earlier, interrupted run has done.
-        show: False on all processes but one; nested work is not shown there either.
+        main: False on all processes but one, which neither show nor log it, nor nested work.
+        screen: whether to show it, unless `SWITCH` is off.
     """
+    screen = main and screen and os.environ.get(SWITCH) != "0"
     with ExitStack() as stack:
-        if not show or _shown or not console.is_terminal:
-            tracker = Tracker(name, total, done, None, show, _shown[0] if _shown else None)
+        if not screen or _shown or not console.is_terminal:
+            tracker = Tracker(name, total, done, None, main, screen, _shown[0] if _shown else None)
         else:
             columns = (
                 TextColumn("{task.description:<24}", markup=False),
@@ -93,7 +101,7 @@ def track(name: str, total: int, done: int = 0, show: bool = True) -> Iterator[T
                 TextColumn("{task.fields[note]}", markup=False),
             )
             bar = stack.enter_context(Progress(*columns, console=console))
-            tracker = Tracker(name, total, done, bar, show, None)
+            tracker = Tracker(name, total, done, bar, main, False, None)
         if not _shown:
             _shown.append(tracker)
             stack.callback(_shown.clear)

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import MissingFileError, UserError, nearest
+from ..errors import MissingFileError, UserError, nearest, worded
 from ..parsing.records import read_as
 from .files import write_json
 
@@ -62,8 +62,8 @@ def tracked(
         except Exception as e:  # whatever a service raises
             running.pop(name, None)
             warnings.warn(
-                f"trainer.trackers: {name} failed and gets no more of {stage} ({type(e).__name__}: {e}); "
-                "metrics.jsonl has everything",
+                worded(f"trainer.trackers: {name} failed and gets no more of {stage} ({type(e).__name__}: {e}); ")
+                + "metrics.jsonl has everything",
                 stacklevel=2,
             )
 

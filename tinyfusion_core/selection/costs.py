@@ -16,7 +16,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..protocols.backbone import config_of, constructed
 from ..protocols.task import Task
 from ..protocols.undisturbed import evaluating
-from ..runtime.progress import track
 from ..runtime.seeding import Rng
 from ..training.trainer import Trainer
 
@@ -111,7 +110,7 @@ def _latency(task: Task, trainer: Trainer, kinds: Sequence[tuple[int, int]], bat
             task.loss.predict(model, inputs)
         times.append(now() - start)
 
-    with evaluating(model), track("latency", 2 * ROUNDS, show=trainer.accelerator.is_main_process) as progress:
+    with evaluating(model), trainer.track("latency", 2 * ROUNDS) as progress:
         for _ in range(ROUNDS):
             timed(alone)
             progress.advance()

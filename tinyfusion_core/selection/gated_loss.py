@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from ..errors import UserError
+from ..errors import UserError, worded
 from ..protocols.backbone import Batch
 from ..protocols.loss import LossAdapter
 from ..pruning.gating import Gates
@@ -170,8 +170,10 @@ def check_learned(before: BlockSampler, after: BlockSampler, steps: int) -> None
     # tests of a recipe.
     if steps >= LONG and moved < HARDLY:
         warnings.warn(
-            f"search: after {steps:,} steps no block is kept more or less often than at the beginning by more than "
-            f"{moved:.1e}: its choice means little. Set a higher search.lr_gates or more "
-            "search.steps, unless no block matters",
+            worded(
+                f"search: after {steps:,} steps no block is kept more or less often than at the beginning by more than "
+                f"{moved:.1e}: its choice means little. Set a higher search.lr_gates or more "
+                "search.steps, unless no block matters"
+            ),
             stacklevel=2,
         )

@@ -143,7 +143,7 @@ class Race(Constrained):
         """The race with as many steps as fit into its time."""
         if self.minutes is None:
             return self
-        quiet, choice = replace(trainer, trackers=()), self.preview(task.blocks)
+        quiet, choice = trainer.quiet(), self.preview(task.blocks)
 
         def measure() -> float:
             def recover(steps: int) -> None:

@@ -249,7 +249,7 @@ class Search(Selector):
         model = trainer.to_device(task.teacher)
         sampler, evaluations = self.make_sampler(task.lists), 0
         if self.start is not None:
-            first = self.start(task, replace(trainer, trackers=()), run and run.part("search", "start"))
+            first = self.start(task, trainer.quiet(), run and run.part("search", "start"))
             sampler.set_prior(first.kept, self.prior)
             evaluations = int(first.provenance.get("evaluations", 0))
         # AveragedModel begins with the values after the first step: no bias towards the initial ones.

@@ -15,7 +15,6 @@ from ..errors import Diverged, UserError, require
 from ..protocols.task import Task
 from ..pruning.decision import Decision
 from ..pruning.prune import prune
-from ..runtime.progress import track
 from ..runtime.run_folder import RunFolder
 from ..samplers.demands import Budget, Spending
 from ..training.recover import Recover
@@ -105,7 +104,7 @@ class Finals(Selector):
         return replace(decision, provenance={**decision.provenance, **costs})
 
     def _halve(self, task: Task, trainer: Trainer, run: RunFolder | None) -> Decision:
-        quiet = replace(trainer, trackers=())  # each piece of work would be a run of its own
+        quiet = trainer.quiet()  # each piece of work would be a run of its own
         proposed, evaluations = self._others(task, quiet, run)
         learned = self.search.learn(task, trainer, run)
         decision = replace(self.search.decide(learned, task, trainer), method=type(self).__name__)
@@ -117,8 +116,7 @@ class Finals(Selector):
         judged: list[list[dict[str, Any]]] = []
         while len(students) > 1:
             number, losses = len(judged) + 1, dict[tuple[int, ...], float]()
-            show = quiet.accelerator.is_main_process
-            with track(f"finals, round {number}", len(students), show=show) as progress:
+            with quiet.track(f"finals, round {number}", len(students)) as progress:
                 for kept, student in students.items():
                     part = None if run is None else run.part("search", f"finals {number} of {folder_name(kept)}")
                     losses[kept], looked_at = self._recover(task, student, quiet, part, number)

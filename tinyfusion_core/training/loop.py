@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,7 @@ from ..errors import Interrupted, UserError
 from ..protocols.backbone import Batch
 from ..protocols.data import Samples
 from ..runtime.distributed import naming_the_dead, on_every_rank, on_main_process
-from ..runtime.progress import track
+from ..runtime.progress import logger
 from ..runtime.run_folder import RunFolder
 from ..runtime.seeding import Rng
 from ..runtime.signals import stop_requests
@@ -24,8 +25,9 @@ from ..runtime.trackers import tracked
 from .objective import Objective, Optimization
 from .state import Meter, TrainingState
 from .steps.agreement import check_ranks_agree
+from .steps.callbacks import Listeners, Moment
 from .steps.step_guard import StepGuard, StepReport
-from .steps.update import Rows, Update
+from .steps.update import ADAMW, Rows, Update, own_accumulation
 from .trainer import Trainer
 
 if TYPE_CHECKING:
@@ -70,7 +72,7 @@ class Fit:
         accelerator = trainer.accelerator
         guard = StepGuard(stage, accelerator, trainer.max_skipped, trainer.max_bad_samples)
         self._state = TrainingState(objective, optimization.ema, accelerator.scaler, Meter(), guard, validator)
-        self._rows = Rows.of(trainer)
+        self._rows, self._listeners = Rows.of(trainer), Listeners(trainer.callbacks)
         self._saved = time.monotonic()
 
     @naming_the_dead()
@@ -82,27 +84,28 @@ class Fit:
             UserError: too many steps in a row were not finite, the data cannot be read, the disk is full, or another
                 process has died.
         """
-        trainer, steps, main = self.trainer, self.optimization.steps, self.trainer.accelerator.is_main_process
+        trainer, steps = self.trainer, self.optimization.steps
         with ExitStack() as stack:
+            stack.enter_context(own_accumulation())
             update, start = self._begin(stack)
             order = order_of(self.data, trainer.seed, self.stage, trainer.batch_size)
             indices = order.steps(start, steps, self._rows.first, self._rows.count)
             self._state.meter.start()
             stop = stack.enter_context(stop_requests())
             stack.enter_context(torch.random.fork_rng())
-            progress = stack.enter_context(track(self.stage, steps, done=start, show=main))
+            progress = stack.enter_context(trainer.track(self.stage, steps, done=start))
             log_to = stack.enter_context(self._trackers(start))
             for step, loaded in enumerate(load_batches(self.data, indices, trainer.num_workers), start):
                 report = self._step(update, step, loaded, stop)
                 progress.advance(note=f"loss {report.loss:.4f}")
-                done, finished = step + 1, self.objective.finished()
-                if self.validator is not None:
-                    finished |= self.validator.after(done, last=finished or done == steps)
+                done, finished = step + 1, self._finishes(step + 1, report)
+                now = Moment(self.stage, done, steps, report.loss, trainer.accelerator.is_main_process)
+                self._listeners.tell("on_step", now)
                 last = finished or done == steps
                 if last or done % trainer.log_every == 0 or (self.validator and self.validator.metrics()):
-                    self._log(update, done, log_to)
+                    self._log(update, now, log_to)
                 if last or report.signum or report.checkpoint_due or done % trainer.checkpoint_every == 0:
-                    self._save(update, done, finished)
+                    self._save(update, now, finished)
                 if report.signum:
                     self._interrupt(done, report.signum)
                 if last:
@@ -119,7 +122,14 @@ class Fit:
         if saved is None:
             return update, 0
         moments, step = saved["optimizer"], int(saved["step"])
-        update.optimizer.load_state_dict(networks.shard_moments(moments, update.parameters) if networks else moments)
+        if (before := saved.get("made_with", ADAMW)) != update.made_with:
+            raise UserError(
+                f"{self.stage}: the checkpoint was made with {' and '.join(before)}, and now it is "
+                f"{' and '.join(update.made_with)}; give the same, or another run folder"
+            )
+        update.load(
+            networks.shard_moments(moments, update.parameters) if networks else moments, saved.get("scheduler") or {}
+        )
         if saved["finished"] or step >= steps:
             objective.before_step(self.optimization.progress(step - 1))  # schedules stand where they stood
             return update, steps
@@ -160,6 +170,7 @@ class Fit:
             bad_samples=len(loaded.problems),
             checkpoint_due=time.monotonic() - self._saved >= 60 * self.trainer.checkpoint_minutes,
             stop=stop,
+            asked=self._listeners.stop,
         )
         guard.check(step, report, loaded.problems, last=step + 1 == self.optimization.steps)
         update.apply(report.finite)
@@ -167,12 +178,19 @@ class Fit:
         self._state.meter.add(report, list(self.objective.terms))
         return report
 
-    def _log(self, update: Update, step: int, log_to: Track) -> None:
+    def _finishes(self, done: int, report: StepReport) -> bool:
+        """Judge, if it is time to. Returns whether the stage ends here, before its last step or at it."""
+        finished = report.asked or self.objective.finished()
+        if self.validator is not None:
+            finished |= self.validator.after(done, last=finished or done == self.optimization.steps)
+        return finished
+
+    def _log(self, update: Update, now: Moment, log_to: Track) -> None:
         meter, guard = self._state.meter, self._state.guard
-        if self.folder is not None and self.trainer.accelerator.is_main_process:
+        if self._listeners.callbacks or (self.folder is not None and now.main):
             values = {
                 "loss": meter.loss(),
-                "lr": [group["lr"] for group in update.optimizer.param_groups],
+                "lr": update.rates,
                 "skipped": guard.skipped,
                 "bad_samples": guard.bad_samples,
                 "seconds": round(meter.seconds(), 2),
@@ -180,11 +198,13 @@ class Fit:
                 **self.objective.metrics(),
                 **(self.validator.metrics() if self.validator else {}),
             }
-            try:
-                self.folder.log(self.stage, step, values)
-            except UserError as e:
-                guard.pending = e
-            log_to(values, step)
+            if self.folder is not None and now.main:
+                try:
+                    self.folder.log(self.stage, now.step, values)
+                except UserError as e:
+                    guard.pending = e
+                log_to(values, now.step)
+            self._listeners.tell("on_log", now, values)
         meter.reset()
 
     def _trackers(self, start: int) -> AbstractContextManager[Track]:
@@ -199,18 +219,21 @@ class Fit:
         text = f"stopped at step {done} of {self.optimization.steps} of {self.stage}"
         raise Interrupted(f"{text}, all of it saved", signum, agreed=True)
 
-    def _save(self, update: Update, step: int, finished: bool) -> None:
+    def _save(self, update: Update, now: Moment, finished: bool) -> None:
         if self.folder is None:
             return
         checkpoints, guard = self.folder.checkpoints(self.stage), self._state.guard
-        state = self._state.state_dict(step, finished, update.optimizer, update.networks)
+        state = self._state.state_dict(now.step, finished, update)
 
-        def save() -> None:
+        def save() -> Path:
             guard.raise_pending()
-            checkpoints.save(step, state, self.trainer.keep_checkpoints)
+            return checkpoints.save(now.step, state, self.trainer.keep_checkpoints)
 
-        on_main_process(save)
+        file = on_main_process(save)
         self._saved = time.monotonic()
+        if now.main:
+            logger.info("%s: step %d of %d saved as %s", self.stage, now.step, now.steps, file)
+        self._listeners.tell("on_checkpoint", now, file)
 
     def _load(self) -> dict[str, Any] | None:
         """Load the last checkpoint, except for the optimizer's state; None if there is none."""

@@ -11,11 +11,14 @@ from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from typing_extensions import override
 
+from ..errors import UserError, worded
 from ..protocols.backbone import Batch
-from ..protocols.loss import Prediction
+from ..protocols.loss import Prediction, check_per_sample
 from ..protocols.task import Task
 from ..runtime.seeding import Rng
 
@@ -89,6 +92,35 @@ class PlainLoss(Objective):
         return losses.mean(), losses.detach()
 
 
+LossFunction = Callable[[nn.Module, nn.Module, Batch], Tensor]
+"""(student, teacher, inputs) -> losses, (batch,)."""
+
+
+class FunctionLoss(PlainLoss):
+    """The mean of what a function returns for student and teacher.
+
+    Args:
+        model: the student.
+        task: has the teacher.
+        function: the function.
+    """
+
+    def __init__(self, model: nn.Module, task: Task, function: LossFunction) -> None:
+        super().__init__(model, task)
+        blocks = [task.teacher.get_submodule(path) for path in task.backbone.block_paths(task.teacher)]
+        self.unregistered = [(task.teacher, blocks)], function  # in a tuple nobody averages or saves the teacher
+
+    @override
+    def frozen_modules(self) -> list[tuple[nn.Module, Sequence[nn.Module]]]:
+        return list(self.unregistered[0])
+
+    @override
+    def forward(self, inputs: Batch, rng: Rng) -> tuple[Tensor, Tensor]:
+        ((teacher, _),), function = self.unregistered
+        losses = check_per_sample(function(self.model, teacher, inputs), inputs, "loss_fn (of Recover)")
+        return losses.mean(), losses.detach()
+
+
 @dataclass(frozen=True)
 class Ema:
     """An exponential moving average of a module in training.
@@ -107,14 +139,26 @@ class Ema:
         return AveragedModel(self.source, multi_avg_fn=get_ema_multi_avg_fn(self.decay))  # type: ignore[no-untyped-call]
 
 
+MakeOptimizer = Callable[[list[dict[str, Any]]], Optimizer]
+"""Makes the optimizer of parameter groups, each with `params`, `lr` and `weight_decay`."""
+MakeScheduler = Callable[[Optimizer, int], LRScheduler]
+"""Makes what sets the learning rates, of the optimizer and the number of steps."""
+
+
+def _adamw(groups: list[dict[str, Any]]) -> Optimizer:
+    return AdamW(groups, weight_decay=0.0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Optimization:
     """How the parameters of a stage are optimized.
 
     Args:
-        groups: AdamW parameter groups; each has its own `lr` and may have its own `weight_decay`.
+        groups: parameter groups; each has its own `lr` and may have its own `weight_decay`.
         steps: optimizer updates.
         schedule: factor on every learning rate, as a function of the progress from 0 to 1.
+        optimizer: makes the optimizer of the groups.
+        scheduler: makes what sets the learning rates in place of `schedule`, of the optimizer and the steps.
         clip: largest norm of the gradient over all groups.
         ema: average to keep.
     """
@@ -122,12 +166,38 @@ class Optimization:
     groups: Sequence[Mapping[str, Any]]
     steps: int
     schedule: Callable[[float], float] = lambda progress: 1.0
+    optimizer: MakeOptimizer = _adamw
+    scheduler: MakeScheduler | None = None
     clip: float = 1.0
     ema: Ema | None = None
+
+    def make(self, groups: list[dict[str, Any]]) -> tuple[Optimizer, LRScheduler | None]:
+        """Return the optimizer of parameter groups, and its scheduler, if it has one.
+
+        Each group of the optimizer gets a `base_lr`, the rate that `schedule` is a factor on.
+
+        Raises:
+            UserError: a factory has returned something else.
+        """
+        made = self.optimizer(groups)
+        _check_made("optimizer", made, isinstance(made, Optimizer), "a torch.optim.Optimizer")
+        for group in made.param_groups:
+            group["base_lr"] = group["lr"]
+        if self.scheduler is None:
+            return made, None
+        scheduler = self.scheduler(made, self.steps)
+        fits = isinstance(scheduler, LRScheduler) and not isinstance(scheduler, ReduceLROnPlateau)
+        _check_made("scheduler", scheduler, fits, "an LRScheduler of torch that goes by the step alone")
+        return made, scheduler
 
     def progress(self, step: int) -> float:
         """Return the progress of a step: 0 for the first, 1 for the last."""
         return step / max(1, self.steps - 1)
+
+
+def _check_made(factory: str, made: object, fits: bool, expected: str) -> None:
+    if not fits:
+        raise UserError(f"{factory} returned a {type(made).__name__}; expected {expected}")
 
 
 def cosine(final: float) -> Callable[[float], float]:
@@ -164,8 +234,10 @@ def ema_decay(stage: str, steps: int, given: float | None = None) -> float:
         return max(0.0, 1 - 10 / steps)
     if (reach := 1 / (1 - given)) > steps:
         warnings.warn(
-            f"{stage}.ema: {given} averages over the last {reach:,.0f} steps, and there are {steps:,}: the result lags "
-            "behind; leave it out",
+            worded(
+                f"{stage}.ema: {given} averages over the last {reach:,.0f} steps, and there are {steps:,}: the result "
+                "lags behind; leave it out"
+            ),
             stacklevel=2,
         )
     return given

@@ -2,35 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import nn
 
-from ..dataloading.set_apart import Part, set_apart, without
 from ..errors import UserError, require
 from ..parsing.settings import Settings, check_arguments
-from ..protocols.backbone import Batch
 from ..protocols.data import Samples
 from ..protocols.task import Task
 from ..protocols.undisturbed import evaluating
 from ..pruning.decision import Decision
 from ..pruning.removal import in_blocks
-from ..pruning.weight_update import Full, WeightUpdate, of_stage
+from ..pruning.weight_update import Full, WeightUpdate, hold_statistics, of_stage
 from ..runtime.files import NEUTRAL
 from ..runtime.run_folder import RunFolder
-from ..runtime.seeding import Rng, seed_of
+from ..runtime.seeding import seed_of
 from .depths import at_every_depth
 from .distillation import Distilled, OutputKD
 from .loop import Fit
-from .objective import Ema, Objective, Optimization, PlainLoss, cosine, ema_decay, warmed
-from .teacher_cache.samples import open_cache
+from .objective import (
+    Ema,
+    FunctionLoss,
+    LossFunction,
+    MakeOptimizer,
+    MakeScheduler,
+    Objective,
+    Optimization,
+    PlainLoss,
+    cosine,
+    ema_decay,
+    warmed,
+)
 from .trainer import Trainer
-from .validation import Validation, Validator, mean_loss
+from .validation import Validation, Validator, mean_loss, training_samples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +152,10 @@ class Recover(Settings):
         trainer: Trainer,
         run: RunFolder | None = None,
         stage: str = "recover",
+        *,
+        loss_fn: LossFunction | None = None,
+        optimizer: MakeOptimizer | None = None,
+        scheduler: MakeScheduler | None = None,
     ) -> nn.Module:
         """Train a network in place.
 
@@ -154,6 +166,12 @@ class Recover(Settings):
             trainer: how to train.
             run: where to log and to keep checkpoints.
             stage: name of the stage, used in random streams and log lines.
+            loss_fn: (student, teacher, inputs) -> losses, (batch,), in the place of `kd`. The inputs are what the
+                task's loss prepares; the teacher is in eval mode, and nothing of it is trained.
+            optimizer: parameter groups, with `lr` and `weight_decay` -> the optimizer; default AdamW. Its learning
+                rates are those at the start of the schedule.
+            scheduler: (optimizer, steps) -> what sets the learning rates after every update, in the place of
+                `schedule`, `lr_final` and `warmup`.
 
         Returns:
             `student` with its averaged weights, in eval mode.
@@ -163,7 +181,15 @@ class Recover(Settings):
             Interrupted: a signal arrived; the same call with the same run folder resumes.
         """
         of = {"task": (task, Task), "student": (student, nn.Module), "decision": (decision, Decision | None)}
-        check_arguments(**of, trainer=(trainer, Trainer), run=(run, RunFolder | None))
+        own: dict[str, Any] = {"loss_fn": loss_fn, "optimizer": optimizer, "scheduler": scheduler}
+        functions = {name: (function, Callable[..., Any] | None) for name, function in own.items()}
+        check_arguments(**of, trainer=(trainer, Trainer), run=(run, RunFolder | None), **functions)
+        if loss_fn is not None and self.kd is not None:
+            raise UserError("loss_fn stands in the place of kd, which the settings have; leave one of them out")
+        if loss_fn is not None and decision is None:
+            raise UserError("loss_fn compares a student with its teacher; give the decision that it was pruned by")
+        if loss_fn is not None and self.depths:
+            raise UserError("loss_fn returns losses, and at several depths predictions are compared; leave depths out")
         if decision is not None:
             decision.check_fits(task.blocks, "the task's network")
             depth = len(task.backbone.unit_paths(student))
@@ -182,8 +208,12 @@ class Recover(Settings):
                     torch.manual_seed(seed_of(trainer.seed, stage, "update"))
                 weights = stack.enter_context(self.moving(student, task.backbone.block_paths(student), stage))
             if self.update is not None:
-                _still(student, weights)
-            self._fit(task, student, decision, trainer, run, stage, weights)
+                hold_statistics(student, weights)
+            whole, near = (None, ()) if decision is None else in_blocks(task.backbone, task.teacher, decision)
+            objective = self._objective(task, student, whole, trainer, loss_fn)
+            groups = self._groups(weights, [objective.blocks[i] for i in near])
+            made_by = {name: own[name] for name in ("optimizer", "scheduler") if own[name] is not None}
+            self._fit(task, student, decision, trainer, run, stage, objective, {"groups": groups, **made_by})
         return student.eval()
 
     def _fit(
@@ -194,25 +224,22 @@ class Recover(Settings):
         trainer: Trainer,
         run: RunFolder | None,
         stage: str,
-        weights: Sequence[nn.Parameter],
+        objective: Objective,
+        optimizing: Mapping[str, Any],
     ) -> None:
-        """Train these weights of the student; they become their average, if there is one."""
-        near: Sequence[int] = ()
-        whole = decision
-        if decision is not None:
-            whole, near = in_blocks(task.backbone, task.teacher, decision)
-        objective = self._objective(task, student, whole, trainer)
-        data, prepare, apart = self._samples(task, trainer)
+        """Train the student, by what the optimization takes; its weights become their average, if there is one."""
+        cache = self.kd.cache if self.kd else None
+        data, prepare, apart = training_samples(task, trainer, self.validation, cache)
         decay = ema_decay(stage, self.steps, self.ema)
         ema = Ema(student, decay) if decay else None
         averaged = ema.average.module if ema else None  # copied before the blocks' forward is taken over
         schedule = cosine(self.lr_final / self.lr) if self.schedule == "cosine" else lambda progress: 1.0
         optimization = Optimization(
-            groups=self._groups(weights, [objective.blocks[i] for i in near]),
             steps=self.steps,
             schedule=warmed(schedule, self.steps, self.warmup),
             clip=self.clip,
             ema=ema,
+            **optimizing,
         )
         frozen = objective.frozen_modules()
         frozen_blocks = [block for _, blocks in frozen for block in blocks]
@@ -221,29 +248,14 @@ class Recover(Settings):
             trainer.transformed([*objective.blocks, *frozen_blocks]),
             at_every_depth(objective, task, student, decision, self.depths) as objective,
         ):
+            for network, _ in frozen:
+                network.requires_grad_(False)  # until it has left its evaluation
             validator = self._validator(task, averaged or student, apart, trainer)
             Fit(trainer, stage, objective, data, prepare, optimization, run, validator).run()
         if validator is not None:
             validator.load_best(student)
         elif averaged is not None:
             student.load_state_dict(averaged.state_dict())
-
-    def _samples(
-        self, task: Task, trainer: Trainer
-    ) -> tuple[Samples, Callable[[Batch, Rng], dict[str, Tensor]], Samples | None]:
-        """The samples to train on, what prepares them, and those that are set apart for the validation."""
-        data: Samples = task.train
-        prepare, apart, cache = task.loss.prepare, None, self.kd.cache if self.kd else None
-        if self.validation is not None:
-            data, apart = set_apart(task.train, self.validation.samples, trainer.seed, "validation")
-            require(len(apart) > 0, "recover.validation.samples", 0, "at least two training samples, to judge on one")
-        if cache is not None:
-            data = cached = open_cache(cache, task)
-            prepare = cached.prepare
-            if isinstance(apart, Part):
-                data = without(cached, cached.draws.rows_of(apart.indices))
-                require(len(data) > 0, "recover.kd.cache.samples", cache.samples, "more, to train on some")
-        return data, prepare, apart
 
     def _validator(self, task: Task, model: nn.Module, apart: Samples | None, trainer: Trainer) -> Validator | None:
         """What judges the training, on the samples that were set apart; None if nothing does."""
@@ -267,7 +279,17 @@ class Recover(Settings):
             if part
         ]
 
-    def _objective(self, task: Task, student: nn.Module, decision: Decision | None, trainer: Trainer) -> Objective:
+    def _objective(
+        self,
+        task: Task,
+        student: nn.Module,
+        decision: Decision | None,
+        trainer: Trainer,
+        loss_fn: LossFunction | None,
+    ) -> Objective:
+        if loss_fn is not None:
+            trainer.to_device(task.teacher)
+            return FunctionLoss(student, task, loss_fn)
         if self.kd is None:
             return PlainLoss(student, task)
         assert decision is not None  # else it has been refused
@@ -276,11 +298,3 @@ class Recover(Settings):
         else:
             task.teacher.cpu()  # the device is the student's
         return Distilled(student, task, decision, self.kd)
-
-
-def _still(student: nn.Module, weights: Sequence[nn.Parameter]) -> None:
-    """Keep the statistics of batch norms none of whose weights move."""
-    moving = {id(p) for p in weights}
-    for module in student.modules():
-        if isinstance(module, _BatchNorm) and not any(id(p) in moving for p in module.parameters()):
-            module.eval()

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch.amp.grad_scaler import GradScaler
-from torch.optim import Optimizer
 
 from .objective import Ema, Objective
 from .steps.step_guard import StepGuard, StepReport
 
 if TYPE_CHECKING:
-    from .fsdp import ShardedNetworks
+    from .steps.update import Update
     from .validation import Validator
 
 
@@ -81,30 +80,29 @@ class TrainingState:
     guard: StepGuard
     validator: Validator | None = None
 
-    def state_dict(
-        self, step: int, finished: bool, optimizer: Optimizer, networks: ShardedNetworks | None
-    ) -> dict[str, Any]:
+    def state_dict(self, step: int, finished: bool, update: Update) -> dict[str, Any]:
         """Return the content of a checkpoint; with sharded networks it is complete on the main process only.
 
         Args:
             step: steps done.
             finished: whether the stage has stopped before its last step.
-            optimizer: the optimizer.
-            networks: the sharded networks, or None if replicated; if sharded, all processes must call it.
+            update: the optimizer, its scheduler, and the networks; if they are sharded, all processes must call it.
         """
-        if networks is not None:
-            tensors = networks.state_dict(optimizer)
+        if update.networks is not None:
+            tensors = update.networks.state_dict(update.optimizer)
         else:
             frozen = {name for name, p in self.objective.named_parameters() if not p.requires_grad}
             tensors = {
                 "weights": {k: v for k, v in self.objective.state_dict().items() if k not in frozen},
-                "optimizer": optimizer.state_dict(),
+                "optimizer": update.optimizer.state_dict(),
                 "ema": self.ema.average.state_dict() if self.ema else None,
             }
         return {
             "step": step,
             "finished": finished,
             **tensors,
+            "made_with": update.made_with,
+            "scheduler": update.scheduler.state_dict() if update.scheduler else None,
             "scaler": self.scaler.state_dict() if self.scaler else None,
             "counters": self.meter.state_dict(),
             "mishaps": self.guard.state_dict(),

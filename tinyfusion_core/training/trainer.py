@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
@@ -14,9 +14,11 @@ import torch
 from torch import nn
 
 from ..errors import UserError, require
-from ..parsing.settings import Settings
+from ..parsing.settings import PYTHON, Settings
 from ..runtime.distributed import is_alone, rank_and_world_size
+from ..runtime.progress import Tracker, track
 from .block_transforms import block_transforms
+from .steps.callbacks import Callback
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -36,6 +38,8 @@ NUMERICALLY_NEUTRAL = (
     "timeout",
     "trackers",
     "project",
+    "progress",
+    "callbacks",
 )
 """Settings of the trainer that change no result, except for rounding and the draws of dropout."""
 
@@ -46,7 +50,8 @@ class Trainer(Settings):
 
     Args:
         batch_size: samples per optimizer update, over all processes.
-        precision: `auto` is bf16 on GPUs that support it and fp32 elsewhere.
+        precision: `auto` is that of the `Accelerator` that a script has made before, else bf16 on GPUs that support it
+            and fp32 elsewhere.
         seed: seed of the whole run: masks, noise, time steps, data order and initial weights follow from it.
         num_workers: processes that read data; 0 reads in the training process.
         log_every: steps between two lines of `metrics.jsonl`.
@@ -67,6 +72,8 @@ class Trainer(Settings):
         trackers: where to log besides `metrics.jsonl`: `tensorboard`, `wandb`, `trackio` and others that accelerate
             supports; see docs/watching.md.
         project: project name, for trackers that have projects.
+        progress: whether bars or lines on the screen say how far the work is; TINYFUSION_PROGRESS=0 turns them off too.
+        callbacks: who is told of every step, logged line and checkpoint.
     """
 
     batch_size: int = 128
@@ -86,6 +93,8 @@ class Trainer(Settings):
     timeout: int = 1800
     trackers: tuple[str, ...] = ()
     project: str = "tinyfusion"
+    progress: bool = True
+    callbacks: tuple[Callback, ...] = field(default=(), metadata={PYTHON: True})
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "log_every", "checkpoint_every", "keep_checkpoints", "max_skipped", "timeout"):
@@ -100,14 +109,21 @@ class Trainer(Settings):
     def accelerator(self) -> Accelerator:
         """The processes, device and precision, by accelerate; made on first use.
 
+        Processes, device and precision belong to the program: those of an `Accelerator` that a script has made before
+        are these. What it has prepared, and its steps of accumulation, are left to it.
+
         Raises:
             UserError: precision and device or sharding do not go together, or the processes cannot train as one.
         """
         from accelerate import Accelerator, InitProcessGroupKwargs
+        from accelerate.state import AcceleratorState, GradientState, is_initialized
 
-        precision = self.precision
-        if precision == "auto":
+        precision: str = self.precision
+        if precision == "auto" and is_initialized():
+            precision = AcceleratorState().mixed_precision
+        elif precision == "auto":
             precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+        accumulation = GradientState().plugin_kwargs
         patience = InitProcessGroupKwargs(timeout=timedelta(seconds=self.timeout))
         try:
             accelerator = Accelerator(
@@ -117,11 +133,17 @@ class Trainer(Settings):
             )
         except ValueError as e:  # accelerate keeps one precision for each process
             raise UserError(f"trainer.precision: {precision} cannot be had in this process: {e}") from e
+        GradientState().plugin_kwargs = accumulation  # a new accelerator sets them for all
         started = int(os.environ.get("WORLD_SIZE", 1))
         if started != accelerator.num_processes and not is_alone():
             raise UserError(
                 f"started as one of {started} processes (WORLD_SIZE), but accelerate sees {accelerator.num_processes}: "
                 f"it cannot train with several on {accelerator.device.type}; start one"
+            )
+        if (kind := accelerator.distributed_type.value) in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+            raise UserError(
+                f"accelerate is set to {kind} in this process, which shards whatever a script trains; start it "
+                "without, and give the trainer sharding: fsdp"
             )
         if self.shards(accelerator) and precision == "fp16":
             raise UserError("trainer.precision: fp16 and its loss scaling do not go with sharding fsdp; use bf16")
@@ -174,6 +196,14 @@ class Trainer(Settings):
         if not 1 < processes <= num or self.shards():
             return None
         return replace(self, micro_batch_size=self.split(processes)[1])
+
+    def quiet(self) -> Trainer:
+        """Return the trainer for one of many short trainings, which would be a run of its own to those who follow."""
+        return replace(self, trackers=(), callbacks=())
+
+    def track(self, name: str, total: int, done: int = 0) -> AbstractContextManager[Tracker]:
+        """Show the progress of `total` units of work, on the main process; see `progress.track`."""
+        return track(name, total, done, self.accelerator.is_main_process, self.progress)
 
     def with_batch_size(self, batch_size: int | None) -> Trainer:
         """Return this trainer with another batch size, or itself for None."""

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..dataloading.set_apart import Part, set_apart, without
 from ..errors import UserError, require
 from ..parsing.settings import Settings
+from ..protocols.backbone import Batch
 from ..protocols.data import Samples
 from ..protocols.task import Task
 from ..protocols.undisturbed import evaluating
 from ..runtime.distributed import batches, map_sharded
 from ..runtime.seeding import Rng
+from .teacher_cache.samples import open_cache
+from .teacher_cache.settings import TeacherCache
 from .trainer import Trainer
 
 
@@ -175,3 +179,31 @@ def mean_loss(task: Task, model: nn.Module, samples: Samples, trainer: Trainer) 
         parts = batches(num, trainer.micro_batch_size or trainer.batch_size)
         found = float(torch.cat(map_sharded(parts, losses)).double().mean())
     return found if math.isfinite(found) else math.inf
+
+
+def training_samples(
+    task: Task, trainer: Trainer, validation: Validation | None, cache: TeacherCache | None
+) -> tuple[Samples, Callable[[Batch, Rng], dict[str, Tensor]], Samples | None]:
+    """Return the samples to train on, what prepares them, and those that are set apart to judge on.
+
+    Args:
+        task: the objective and the data.
+        trainer: its seed says which are set apart.
+        validation: how a training is judged; None sets none apart.
+        cache: where the teacher's predictions are; None: nowhere.
+
+    Raises:
+        UserError: none are left to train on or to judge on, or the cache is not of this task.
+    """
+    data: Samples = task.train
+    prepare, apart = task.loss.prepare, None
+    if validation is not None:
+        data, apart = set_apart(task.train, validation.samples, trainer.seed, "validation")
+        require(len(apart) > 0, "recover.validation.samples", 0, "at least two training samples, to judge on one")
+    if cache is not None:
+        data = cached = open_cache(cache, task)
+        prepare = cached.prepare
+        if isinstance(apart, Part):
+            data = without(cached, cached.draws.rows_of(apart.indices))
+            require(len(data) > 0, "recover.kd.cache.samples", cache.samples, "more, to train on some")
+    return data, prepare, apart

@@ -226,7 +226,7 @@ class _Encoding:
             generator=torch.Generator(),
         )
         total = sum(len(part.images) for part in parts)
-        with stop_requests() as stop, track("encode", total, show=rank_and_world_size()[0] == 0) as progress:
+        with stop_requests() as stop, track("encode", total, main=rank_and_world_size()[0] == 0) as progress:
             read = zip(batches, loader, strict=True)
             for number, part in enumerate(parts):
                 made: list[dict[str, Tensor]] = []

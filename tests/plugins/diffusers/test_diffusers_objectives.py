@@ -112,12 +112,12 @@ def test_latents_are_drawn_from_their_moments() -> None:
         (lambda: ScheduledDiffusion(settings={"beta_scedule": "linear"}), "DDPMScheduler refuses them"),
         (
             lambda: ScheduledDiffusion(settings={"prediction_type": "sample"}),
-            "loss.prediction is 'sample'; expected",
+            "prediction is 'sample'; expected",
         ),
-        (lambda: ScheduledDiffusion(label_drop=2.0), "loss.label_drop is 2.0; expected a probability"),
-        (lambda: RectifiedFlow(shift=0.0), "loss.shift is 0.0"),
-        (lambda: RectifiedFlow(std=0.0), "loss.std is 0.0"),
-        (lambda: RectifiedFlow(guidance=-1.0), "loss.guidance is -1.0"),
+        (lambda: ScheduledDiffusion(label_drop=2.0), "label_drop is 2.0; expected a probability"),
+        (lambda: RectifiedFlow(shift=0.0), "shift is 0.0"),
+        (lambda: RectifiedFlow(std=0.0), "std is 0.0"),
+        (lambda: RectifiedFlow(guidance=-1.0), "guidance is -1.0"),
     ],
 )
 def test_wrong_options(make: Any, message: str) -> None:
@@ -184,7 +184,7 @@ def test_wrong_data(tmp_path: Path) -> None:
 
     wrong("no x.npy, and no .safetensors file with an 'x'")
     write(tmp_path, {"x"})
-    wrong("data.num_held_out is 10; expected 1 to 9", num_held_out=10)
+    wrong("num_held_out is 10; expected 1 to 9", num_held_out=10)
     np.save(tmp_path / "pooled.npy", np.zeros((9, 2)))
     wrong("'pooled' has shape [9, 2], 'x' has 10 rows", num_held_out=1)
     (tmp_path / "pooled.npy").unlink()

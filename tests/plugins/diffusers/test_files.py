@@ -139,7 +139,7 @@ def test_bad_input(tmp_path: Path) -> None:
         with pytest.raises(tiny.UserError, match=message):
             DiffusersTransformer(**options).build()
 
-    wrong("backbone.model: not set")
+    wrong("^model: not set")
     wrong("is no folder, and the Hugging Face hub does not give it", model="no/where")
     (tmp_path / "empty").mkdir()
     wrong("holds a config.json; expected a pipeline's folder", model=str(tmp_path / "empty"))
@@ -160,23 +160,23 @@ def test_bad_input(tmp_path: Path) -> None:
     save_file(tensors, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
     wrong("weights cannot be read", model=str(folder))
 
-    with pytest.raises(tiny.UserError, match=r"backbone\.latent is \[4\]; expected \[height, width\]"):
+    with pytest.raises(tiny.UserError, match=r"^latent is \[4\]; expected \[height, width\]"):
         DiffusersTransformer(latent=[4])
-    with pytest.raises(tiny.UserError, match=r"backbone\.latent: \[2, 4, 4\]; FluxTransformer2DModel takes \[h"):
+    with pytest.raises(tiny.UserError, match=r"^latent: \[2, 4, 4\]; FluxTransformer2DModel takes \[h"):
         replace(task.backbone, latent=[2, 4, 4]).example(1)
-    with pytest.raises(tiny.UserError, match=r"backbone\.latent: not set, and the config does not say"):
+    with pytest.raises(tiny.UserError, match=r"^latent: not set, and the config does not say"):
         replace(task.backbone, latent=None).example(1)
-    with pytest.raises(tiny.UserError, match=r"loss\.guidance: FluxTransformer2DModel as configured takes a guidance"):
+    with pytest.raises(tiny.UserError, match=r"^guidance: FluxTransformer2DModel as configured takes a guidance"):
         RectifiedFlow().predict(task.teacher, inputs)
     other, told = make("SanaTransformer2DModel")
     labelled = {**told, "y": torch.arange(ROWS), "drop": torch.ones(ROWS, dtype=torch.bool)}  # of no use to it
     assert torch.equal(other.loss.predict(other.teacher, labelled), other.loss.predict(other.teacher, told))
-    with pytest.raises(tiny.UserError, match=r"loss\.guidance is 3\.5, but SanaTransformer2DModel"):
+    with pytest.raises(tiny.UserError, match=r"^guidance is 3\.5, but SanaTransformer2DModel"):
         RectifiedFlow(guidance=3.5).predict(other.teacher, told)
     with pytest.raises(tiny.UserError, match=r"takes 'text' \(encoder_hidden_states\), which the samples do not have"):
         other.loss.predict(other.teacher, {k: v for k, v in told.items() if k != "text"})
     dit, told = make("DiTTransformer2DModel")
-    with pytest.raises(tiny.UserError, match="not known how DiTTransformer2DModel counts time; set loss.scale"):
+    with pytest.raises(tiny.UserError, match="not known how DiTTransformer2DModel counts time; set scale"):
         RectifiedFlow().predict(dit.teacher, told)
 
 

@@ -167,12 +167,12 @@ def test_bad_text(model: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "worse.jsonl").write_text('{"text": \n')
     (tmp_path / "empty").mkdir()
     for options, message in [
-        ({"files": [str(texts)], "context": 400}, "fewer than a row of data.context 400"),
+        ({"files": [str(texts)], "context": 400}, "fewer than a row of context 400"),
         ({"files": [str(texts / "0.txt")]}, "one document"),
         ({"files": [str(tmp_path / "none")]}, "no .*none; give .txt"),
         ({"files": [str(tmp_path / "empty")]}, "holds no .txt"),
         ({"files": [str(tmp_path / "bad.jsonl")]}, "row 2 has no text 'text' .found: txt."),
-        ({"files": [str(tmp_path / "chat.jsonl")]}, "row 1 has no text 'text'.*set data.chat_field: messages"),
+        ({"files": [str(tmp_path / "chat.jsonl")]}, "row 1 has no text 'text'.*set chat_field: messages"),
         ({"files": [str(tmp_path / "worse.jsonl")]}, "line 1 is no JSON"),
         ({"dataset": "x"}, "needs the package 'datasets'"),
         ({}, "one of the two"),
@@ -186,7 +186,7 @@ def test_bad_text(model: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.
 def test_a_tokenizer_of_another_model_is_found_out(data: TextTokens, tmp_path: Path) -> None:
     backbone = CausalLM(model=str(folder(tmp_path / "small", "llama", vocab_size=20)), context=12)
     task = tiny.Task(backbone=backbone, loss=NextToken(), train=data.train(), held_out=data.held_out())
-    with pytest.raises(tiny.UserError, match=r"data.tokenizer.*below 20"):
+    with pytest.raises(tiny.UserError, match=r"\btokenizer.*below 20"):
         tiny.check_teacher(task, tiny.Trainer())
 
 

@@ -235,12 +235,12 @@ def test_times_stay_inside_of_the_published_intervals() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"weighting": "velocity"}, r"loss\.weighting is 'velocity'; expected none with prediction: velocity"),
-        ({"sampling_steps": 1}, r"loss\.sampling_steps is 1; expected at least 2"),
-        ({"sampling_steps": 0, "sampler": "euler"}, r"loss\.sampling_steps is 0; expected at least 1"),
-        ({"last_step": 1.0}, r"loss\.last_step is 1\.0"),
-        ({"label_drop": -1.0}, r"loss\.label_drop is -1\.0"),
-        ({"guided_channels": -1}, r"loss\.guided_channels is -1"),
+        ({"weighting": "velocity"}, r"^weighting is 'velocity'; expected none with prediction: velocity"),
+        ({"sampling_steps": 1}, r"^sampling_steps is 1; expected at least 2"),
+        ({"sampling_steps": 0, "sampler": "euler"}, r"^sampling_steps is 0; expected at least 1"),
+        ({"last_step": 1.0}, r"^last_step is 1\.0"),
+        ({"label_drop": -1.0}, r"^label_drop is -1\.0"),
+        ({"guided_channels": -1}, r"^guided_channels is -1"),
     ],
 )
 def test_impossible_settings(options: dict[str, Any], message: str) -> None:

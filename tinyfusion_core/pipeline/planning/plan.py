@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import nn
 
 from ...comparison.study import Comparison
-from ...errors import MissingFileError, UserError
+from ...errors import MissingFileError, UserError, about_a_recipe
 from ...protocols.backbone import owner
 from ...protocols.blocks.paths import list_lengths, word_for
 from ...protocols.columns import checked, columns_of
@@ -67,6 +67,7 @@ class Plan:
 Part = Callable[[Plan, Recipe], None]
 
 
+@about_a_recipe()
 def make_plan(recipe: Recipe, comparisons: bool = False, hardware: Hardware | None = None) -> Plan:
     """Plan a run; problems are collected, not raised.
 
@@ -80,6 +81,7 @@ def make_plan(recipe: Recipe, comparisons: bool = False, hardware: Hardware | No
     return _make(Plan(hardware), recipe, [*parts, *(partial(_comparison, s) for s in stages)])
 
 
+@about_a_recipe()
 def make_comparison_plan(recipe: Recipe, stage: Comparison) -> Plan:
     """Plan a comparison; problems are collected, not raised."""
     return _make(Plan(), recipe, [_network, _checkpoint, _data, _metrics, partial(_comparison, stage)])

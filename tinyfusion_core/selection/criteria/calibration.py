@@ -24,7 +24,7 @@ from ...protocols.undisturbed import evaluating
 from ...pruning.gating import Gates
 from ...pruning.prefixes import Prefixes
 from ...runtime.distributed import batches, local_share, map_sharded, rank_and_world_size
-from ...runtime.progress import Tracker, track
+from ...runtime.progress import Tracker
 from ...runtime.seeding import Rng
 from ...training.trainer import Trainer
 from ..base import Decisive
@@ -232,9 +232,8 @@ class Calibration:
     def _open(self, passes: int, note: str = "") -> Iterator[Tracker]:
         """The network in eval mode on the device, and the progress of this process's share of some passes."""
         model = self.task.teacher.to(self.device)
-        show = self.trainer.accelerator.is_main_process
         own = sum(map(len, local_share(self._parts)))
-        with evaluating(model), track(self.name + note, passes * own, show=show) as progress:
+        with evaluating(model), self.trainer.track(self.name + note, passes * own) as progress:
             yield progress
         self.evaluations += passes * self.num_samples
 

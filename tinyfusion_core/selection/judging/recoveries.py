@@ -19,7 +19,6 @@ from ...pruning.decision import Decision
 from ...pruning.prune import prune
 from ...runtime.distributed import local_share, map_alone, on_main_process, rank_and_world_size
 from ...runtime.files import digest, save_tensors, write_json
-from ...runtime.progress import track
 from ...runtime.run_folder import NOW, Now, RunFolder
 from ...runtime.stages import SEARCH
 from ...training.recover import Recover
@@ -67,7 +66,7 @@ class ShortRecoveries:
 
     def __post_init__(self) -> None:
         self.main = rank_and_world_size()[0] == 0
-        self.quiet = replace(self.trainer, trackers=())
+        self.quiet = self.trainer.quiet()
         rest, self.judged = set_apart(self.task.train, self.samples, self.trainer.seed, "race")
         self.trained = replace(self.task, train=rest)
         if len(self.judged) < 2:
@@ -102,7 +101,7 @@ class ShortRecoveries:
             progress.advance()
             return losses
 
-        with track(f"{stage}{note}", len(local_share(masks) if alone else masks), show=self.main) as progress:
+        with self.trainer.track(f"{stage}{note}", len(local_share(masks) if alone else masks)) as progress:
             found = map_alone(masks, work) if alone else [work(mask) for mask in masks]
         self.spent += steps * len(masks)
         self.evaluations += (steps * together.batch_size + len(self.judged)) * len(masks)

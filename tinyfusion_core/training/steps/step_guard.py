@@ -29,6 +29,7 @@ class StepReport:
         terms: means of its parts.
         finite: whether the loss and every process's gradient are finite.
         signum: the signal that any process received, 0 for none.
+        asked: whether a callback of any process has asked for the end.
         checkpoint_due: whether a checkpoint is due on any process.
         bad_samples: number of samples that could not be read.
         failed: whether any process cannot go on.
@@ -38,6 +39,7 @@ class StepReport:
     terms: Sequence[float]
     finite: bool
     signum: int
+    asked: bool
     checkpoint_due: bool
     bad_samples: int
     failed: bool
@@ -75,6 +77,7 @@ class StepGuard:
         bad_samples: int,
         checkpoint_due: bool,
         stop: Sequence[int],
+        asked: bool,
     ) -> StepReport:
         """Combine the outcome of a step over all processes, in one collective call.
 
@@ -88,23 +91,25 @@ class StepGuard:
             bad_samples: how many samples this process could not read.
             checkpoint_due: whether a checkpoint is due on this process.
             stop: signals that this process received.
+            asked: whether a callback of this process has asked for the end.
 
         Raises:
             UserError: the processes do not hold the same gates; raised on all of them.
         """
         has_pending = self.pending is not None
-        flags = [signal.SIGINT in stop, signal.SIGTERM in stop, checkpoint_due, bad_samples, has_pending]
+        flags = [signal.SIGINT in stop, signal.SIGTERM in stop, asked, checkpoint_due, bad_samples, has_pending]
         not_finite = (~torch.isfinite(torch.as_tensor(norm, device=means.device))).float()
         mine = torch.cat([means, not_finite[None], means.new_tensor(flags), fingerprint(gates).to(means)])
         everybody = self.accelerator.gather(mine[None]).cpu()
         check_rows_agree(everybody[:, -3:], f"{self.stage}: the gates at step {step + 1}")
         loss, *terms = everybody[:, : len(means)].mean(0).tolist()
-        any_not_finite, interrupt, terminate, due, bad, failed = everybody[:, len(means) : -3].sum(0).tolist()
+        any_not_finite, interrupt, terminate, ended, due, bad, failed = everybody[:, len(means) : -3].sum(0).tolist()
         return StepReport(
             loss=loss,
             terms=terms,
             finite=math.isfinite(loss) and not any_not_finite,
             signum=signal.SIGTERM if terminate else signal.SIGINT if interrupt else 0,
+            asked=ended > 0,
             checkpoint_due=due > 0,
             bad_samples=int(bad),
             failed=failed > 0,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from ..trainer import Trainer
 
 if TYPE_CHECKING:
     from ..fsdp import ShardedNetworks
+
+ADAMW = ["AdamW"]
+"""What checkpoints were made with before they said it."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,20 @@ class Rows:
         return Rows(accelerator.process_index * count, count, micro)
 
 
+@contextmanager
+def own_accumulation() -> Iterator[None]:
+    """Accumulate as our loop says, whatever a script around it has told accelerate, which holds it for all."""
+    from accelerate.state import GradientState
+
+    state = GradientState()
+    before = state.plugin_kwargs, state.sync_gradients
+    state.plugin_kwargs, state.sync_gradients = {**state.plugin_kwargs, "num_steps": 1}, True
+    try:
+        yield
+    finally:
+        state.plugin_kwargs, state.sync_gradients = before
+
+
 class Update:
     """Updates the parameters of an objective whose networks are on their device, or sharded.
 
@@ -56,6 +73,11 @@ class Update:
         optimization: parameter groups, schedule, clipping and average.
         rows: this process's part of every batch.
         networks: the sharded networks; None if replicated.
+
+    Attributes:
+        scheduler: what sets the learning rates, if it is not the schedule.
+        made_with: the names of the optimizer's class and the scheduler's.
+        rates: the learning rates of the step.
     """
 
     def __init__(
@@ -71,24 +93,28 @@ class Update:
         self.trainer, self.stage, self.objective, self.prepare = trainer, stage, objective, prepare
         self.optimization, self.networks, self.rows = optimization, networks, rows
         present = networks.parameters if networks else list
-        groups = [
-            {**group, "params": present(group["params"]), "base_lr": group["lr"]}
-            for group in optimization.groups
-            if len(group["params"])
-        ]
+        groups = [{**group, "params": present(group["params"])} for group in optimization.groups if group["params"]]
         self.parameters = [p for group in groups for p in group["params"]]
-        accelerator, adamw = trainer.accelerator, torch.optim.AdamW(groups, weight_decay=0.0)
-        self.optimizer = accelerator.prepare_optimizer(adamw, device_placement=False)
+        accelerator, (made, self.scheduler) = trainer.accelerator, optimization.make(groups)
+        self.made_with = [type(part).__name__ for part in (made, self.scheduler) if part is not None]
+        self.optimizer = accelerator.prepare_optimizer(made, device_placement=False)
         # In accelerate's evaluation mode a module is not wrapped in DDP.
         self._module = accelerator.prepare_model(
             objective, device_placement=False, evaluation_mode=networks is not None
         )
 
+    def load(self, optimizer: dict[str, Any], scheduler: dict[str, Any]) -> None:
+        """Go on from the states of the optimizer and of its scheduler, if it has one."""
+        self.optimizer.load_state_dict(optimizer)
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(scheduler)
+
     def begin(self, step: int) -> None:
         """Set all schedules to a step."""
         progress = self.optimization.progress(step)
-        for group in self.optimizer.param_groups:
+        for group in self.optimizer.param_groups if self.scheduler is None else ():
             group["lr"] = group["base_lr"] * self.optimization.schedule(progress)
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.objective.before_step(progress)
 
     def accumulate(self, step: int, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -116,6 +142,8 @@ class Update:
                 gate.grad = None
         if finite or self.trainer.accelerator.scaler is not None:  # a loss scaler must see the overflow to adapt
             self.optimizer.step()
+            if finite and self.scheduler is not None:
+                self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         ema = self.optimization.ema
         if finite and ema is not None:

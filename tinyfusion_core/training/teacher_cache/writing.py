@@ -55,7 +55,7 @@ def write_cache(cache: TeacherCache, task: Task, trainer: Trainer) -> Metadata:
     writing.check_draws()
     with ExitStack() as stack:
         on_main_process(lambda: writing.take(stack))
-        complete_sharded(writing.parts, writing.is_done, writing.write, "teacher")
+        complete_sharded(writing.parts, writing.is_done, writing.write, "teacher", trainer.progress)
         return on_main_process(writing.finish)
 
 
