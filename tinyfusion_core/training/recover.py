@@ -184,23 +184,9 @@ class Recover(Settings):
         own: dict[str, Any] = {"loss_fn": loss_fn, "optimizer": optimizer, "scheduler": scheduler}
         functions = {name: (function, Callable[..., Any] | None) for name, function in own.items()}
         check_arguments(**of, trainer=(trainer, Trainer), run=(run, RunFolder | None), **functions)
-        if loss_fn is not None and self.kd is not None:
-            raise UserError("loss_fn stands in the place of kd, which the settings have; leave one of them out")
-        if loss_fn is not None and decision is None:
-            raise UserError("loss_fn compares a student with its teacher; give the decision that it was pruned by")
-        if loss_fn is not None and self.depths:
-            raise UserError("loss_fn returns losses, and at several depths predictions are compared; leave depths out")
-        if decision is not None:
-            decision.check_fits(task.blocks, "the task's network")
-            depth = len(task.backbone.unit_paths(student))
-            if depth != len(decision.kept):
-                raise UserError(
-                    f"the decision keeps {len(decision.kept)} blocks, the student has {depth}: give its own"
-                )
+        self._check(task, student, decision, loss_fn)
         trainer = trainer.with_batch_size(self.batch_size)
         self.check_trainer(trainer)
-        if decision is None:
-            self.check_fresh()
         trainer.to_device(student).train()
         with ExitStack() as stack:
             with torch.random.fork_rng():
@@ -215,6 +201,22 @@ class Recover(Settings):
             made_by = {name: own[name] for name in ("optimizer", "scheduler") if own[name] is not None}
             self._fit(task, student, decision, trainer, run, stage, objective, {"groups": groups, **made_by})
         return student.eval()
+
+    def _check(self, task: Task, student: nn.Module, decision: Decision | None, loss_fn: LossFunction | None) -> None:
+        """Raise UserError if these do not go together."""
+        if loss_fn is not None and self.kd is not None:
+            raise UserError("loss_fn stands in the place of kd, which the settings have; leave one of them out")
+        if loss_fn is not None and decision is None:
+            raise UserError("loss_fn compares a student with its teacher; give the decision that it was pruned by")
+        if loss_fn is not None and self.depths:
+            raise UserError("loss_fn returns losses, and at several depths predictions are compared; leave depths out")
+        if decision is None:
+            self.check_fresh()
+            return
+        decision.check_fits(task.blocks, "the task's network")
+        depth = len(task.backbone.unit_paths(student))
+        if depth != len(decision.kept):
+            raise UserError(f"the decision keeps {len(decision.kept)} blocks, the student has {depth}: give its own")
 
     def _fit(
         self,

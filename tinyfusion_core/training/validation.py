@@ -184,7 +184,7 @@ def mean_loss(task: Task, model: nn.Module, samples: Samples, trainer: Trainer) 
 def training_samples(
     task: Task, trainer: Trainer, validation: Validation | None, cache: TeacherCache | None
 ) -> tuple[Samples, Callable[[Batch, Rng], dict[str, Tensor]], Samples | None]:
-    """Return the samples to train on, what prepares them, and those that are set apart to judge on.
+    """Return the samples to train on, what prepares them, (batch, ...), and those that are set apart to judge on.
 
     Args:
         task: the objective and the data.
