@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from tinyfusion_core.errors import need
 from tinyfusion_core.protocols.checkpoint_backbone import CheckpointBackbone, settings
 
 _OFFICIAL = "https://dl.fbaipublicfiles.com/DiT/models/"
@@ -64,6 +65,7 @@ class DiT(CheckpointBackbone):
     @classmethod
     @override
     def network(cls) -> type[nn.Module]:
+        need("timm", "tinyfusion[dit]", "backbone: DiT")
         from .model import DiT as Network
 
         return Network

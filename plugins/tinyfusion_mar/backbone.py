@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from tinyfusion_core.errors import need
 from tinyfusion_core.protocols.checkpoint_backbone import CheckpointBackbone, settings
 
 _SIZES = {"base": (768, 12, 12, 1024, 6), "large": (1024, 16, 16, 1280, 8), "huge": (1280, 20, 16, 1536, 12)}
@@ -79,6 +80,7 @@ class MAR(CheckpointBackbone):
     @classmethod
     @override
     def network(cls) -> type[nn.Module]:
+        need("timm", "tinyfusion[mar]", "backbone: MAR")
         from . import model
 
         return model.MAR

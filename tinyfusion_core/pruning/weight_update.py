@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from typing_extensions import override
 
-from ..errors import UserError, require
+from ..errors import UserError, need, require
 from ..parsing.settings import Settings
 from ..protocols.undisturbed import undisturbed
 
@@ -96,14 +96,13 @@ class LoRA(WeightUpdate):
     @contextmanager
     @override
     def merged(self, model: nn.Module, blocks: Sequence[str]) -> Iterator[list[nn.Parameter]]:
-        from peft.tuners.lora import LoraLayer
-
+        adapter = need("peft", "tinyfusion[lora]", "update: LoRA").tuners.lora.LoraLayer
         flags = [(p, p.requires_grad) for p in model.parameters()]
         try:
             with self._adapted(model, blocks) as weights:
                 yield weights
                 for module in model.modules():
-                    if isinstance(module, LoraLayer):
+                    if isinstance(module, adapter):
                         module.merge()
         finally:
             for p, flag in flags:
@@ -112,16 +111,15 @@ class LoRA(WeightUpdate):
     @contextmanager
     def _adapted(self, model: nn.Module, blocks: Sequence[str]) -> Iterator[list[nn.Parameter]]:
         """Replace layers by peft's, and put them back in the end."""
-        from peft import LoraConfig, LoraModel
-
+        peft = need("peft", "tinyfusion[lora]", "update: LoRA")
         targets = self._targets(model, blocks)
         children = [(module, dict(module._modules)) for module in model.modules()]
-        config = LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=targets)  # type: ignore[arg-type]
+        config = peft.LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=targets)
         try:
             with warnings.catch_warnings():  # that a Conv1D has its weight transposed, which peft sees by itself
                 warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")
                 try:
-                    LoraModel(model, config, "recoverability")
+                    peft.LoraModel(model, config, "recoverability")
                 except ValueError as e:
                     reason = " ".join(str(e).split())
                     raise UserError(
