@@ -64,7 +64,7 @@ class Plugins(Command):
                 print(f"{p.name}: {p.error}")
             if lacking[p.name]:
                 extra = f"{p.distribution}[{p.name}]"
-                print(f"{p.name}: not usable without {', '.join(lacking[p.name])}: pip install '{extra}'")
+                print(f"{p.name}: needs {', '.join(lacking[p.name])}: pip install '{extra}'")
         return 0
 
 

@@ -134,12 +134,12 @@ class LoRA(WeightUpdate):
 
     def _targets(self, model: nn.Module, blocks: Sequence[str]) -> str:
         """Return a regular expression of the layers to adapt."""
-        from transformers.pytorch_utils import Conv1D  # a linear layer, of GPT-2
-
+        # A linear layer, of GPT-2.
+        conv1d = need("transformers.pytorch_utils", "tinyfusion[lora]", "update: LoRA").Conv1D
         layers = {name: module for name, module in model.named_modules() if not list(module.children())}
         parts = _uncalled(model)
         if self.targets is None:
-            names = [name for name in layers if name not in parts and _adaptable(name, layers[name], blocks, Conv1D)]
+            names = [name for name in layers if name not in parts and _adaptable(name, layers[name], blocks, conv1d)]
             targets, key = "|".join(map(re.escape, names)), "update"
             advice = "LoRA finds no linear layer and no ungrouped convolution inside the blocks; use update: Full"
             if parts:
@@ -269,8 +269,8 @@ def _uncalled(model: nn.Module) -> list[str]:
     return [*attention, *(f"{name}.out_proj" for name in attention)]
 
 
-def _adaptable(name: str, module: nn.Module, blocks: Sequence[str], transposed: type[nn.Module]) -> bool:
+def _adaptable(name: str, module: nn.Module, blocks: Sequence[str], conv1d: type[nn.Module]) -> bool:
     """Whether LoRA updates a layer by default."""
     inside = any(name.startswith(f"{path}.") or name == path for path in blocks)
-    linear = isinstance(module, nn.Linear | transposed)
+    linear = isinstance(module, nn.Linear | conv1d)
     return inside and (linear or (isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups == 1))
