@@ -132,6 +132,16 @@ def test_lora_names_its_own(bare: dict) -> None:
     )
 
 
+def test_lora_is_missed_before_a_teacher_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    recipe = str(RECIPES / "teacher_digits.yaml")
+    assert main(["run", recipe, "--run-dir", str(tmp_path / "run"), "--search.keep", "4"]) == 2
+    assert capsys.readouterr().err.endswith(": pip install 'tinyfusion[lora]'\n")
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_a_plugin_of_others_lacks_is_told(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     install(site, "flowers", PLUGIN.format(name="Flowers"))
     lines = ["torch; extra == 'flowers'", "petals>2; extra == 'flowers'", "torch>99; extra == 'flowers'", "leaves>=1"]
