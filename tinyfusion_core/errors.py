@@ -108,12 +108,12 @@ def first_line(error: BaseException) -> str:
     return next((line[:200] for line in lines if line), type(error).__name__)
 
 
-def need(module: str, package: str, key: str) -> Any:
+def need(module: str, install: str, key: str) -> Any:
     """Import a module of an optional package.
 
     Args:
         module: its name.
-        package: what to install.
+        install: what brings it: an extra, `tinyfusion[dit]`, or a package.
         key: what needs it, to begin the message with.
 
     Raises:
@@ -122,7 +122,7 @@ def need(module: str, package: str, key: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as e:
-        raise UserError(f"{key} needs the package '{package}' ({e}): pip install '{package}'") from None
+        raise UserError(f"{key} needs {module.partition('.')[0]} ({e}): pip install '{install}'") from None
 
 
 def reason_behind(error: BaseException) -> str:

@@ -13,4 +13,4 @@ def diffusers() -> Any:
     Raises:
         UserError: it is not installed.
     """
-    return need("diffusers", "diffusers>=0.36", "backbone: DiffusersTransformer")
+    return need("diffusers", "tinyfusion[diffusers]", "backbone: DiffusersTransformer")

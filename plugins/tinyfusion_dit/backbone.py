@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from tinyfusion_core.errors import need
 from tinyfusion_core.protocols.blocks.branches import Branch
 from tinyfusion_core.protocols.checkpoint_backbone import CheckpointBackbone, settings
 
@@ -65,6 +66,7 @@ class DiT(CheckpointBackbone):
     @classmethod
     @override
     def network(cls) -> type[nn.Module]:
+        need("timm", "tinyfusion[dit]", "backbone: DiT")
         from .model import DiT as Network
 
         return Network

@@ -38,7 +38,7 @@ def to_diffusers(model: nn.Module, settings: Mapping[str, Any]) -> Any:
     Raises:
         UserError: diffusers is not installed, or has no such network.
     """
-    kind = need("diffusers", "diffusers", "--to diffusers").DiTTransformer2DModel
+    kind = need("diffusers", "tinyfusion[diffusers]", "--to diffusers").DiTTransformer2DModel
     width, heads = settings["hidden_size"], settings["num_heads"]
     if settings["mlp_ratio"] != 4 or settings["class_dropout_prob"] <= 0:
         raise UserError(

@@ -32,6 +32,7 @@ from tinyfusion_llm.pretrained import (
     encoding_of,
     explained,
     load_tokenizer,
+    transformers,
     vocabulary_size,
 )
 
@@ -283,13 +284,12 @@ class CausalLM(Backbone):
         return found
 
     def _pretrained_config(self) -> Any:
-        from transformers import AutoConfig
-
         assert self.model is not None
+        reader = transformers().AutoConfig
         if self.gguf_file:
-            need("gguf", "gguf", "backbone.gguf_file")
+            need("gguf", "tinyfusion[gguf]", "backbone.gguf_file")
         with explained(self.model):
-            config = AutoConfig.from_pretrained(self.model, **self._where())
+            config = reader.from_pretrained(self.model, **self._where())
             ask_to_dequantise(config, self.model)
         check_kind(config, self.model)
         return config

@@ -66,7 +66,7 @@ def parquet_rows(path: Path) -> Iterator[Any]:
     Raises:
         UserError: it is damaged, or no Parquet file.
     """
-    parquet, arrow = need("pyarrow.parquet", "pyarrow", f"data.files: {path}"), need("pyarrow", "pyarrow", "data.files")
+    parquet, arrow = (need(name, "tinyfusion[text]", f"data.files: {path}") for name in ("pyarrow.parquet", "pyarrow"))
     try:
         with parquet.ParquetFile(path) as file:
             for batch in file.iter_batches():

@@ -13,6 +13,7 @@ from torch import nn
 from tinyfusion_core.errors import UserError
 from tinyfusion_core.protocols.blocks.branches import Branch, Removed, remove_branches, removed_branches
 from tinyfusion_core.protocols.undisturbed import evaluating
+from tinyfusion_llm.pretrained import transformers
 
 Settings = Mapping[str, Any]
 
@@ -232,9 +233,8 @@ def construct(config: Settings, device: str = "meta") -> Any:
 
 def config_of(settings: Settings) -> Any:
     """Return the transformers config of its settings, in which infinity may be written as transformers does in JSON."""
-    from transformers import AutoConfig
-
-    return AutoConfig.for_model(**{k: _numbers(v) for k, v in settings.items() if k != "transformers_version"})
+    found = {key: _numbers(value) for key, value in settings.items() if key != "transformers_version"}
+    return transformers().AutoConfig.for_model(**found)
 
 
 def _numbers(value: Any) -> Any:

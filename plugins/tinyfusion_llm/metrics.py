@@ -194,12 +194,12 @@ class LmEval(Metric):
 
     @override
     def check(self, data: DataSource) -> None:
-        need("lm_eval", "lm-eval[hf]", "evaluate: LmEval")
+        need("lm_eval", "tinyfusion[lm-eval]", "evaluate: LmEval")
 
     @override
     def __call__(self, task: Task, models: Models, trainer: Trainer) -> list[Measurement]:
-        harness = need("lm_eval", "lm-eval[hf]", "evaluate: LmEval")
-        adapter = need("lm_eval.models.huggingface", "lm-eval[hf]", "evaluate: LmEval").HFLM
+        harness = need("lm_eval", "tinyfusion[lm-eval]", "evaluate: LmEval")
+        adapter = need("lm_eval.models.huggingface", "tinyfusion[lm-eval]", "evaluate: LmEval").HFLM
         tokenizer = task.backbone.tokenizer() if isinstance(task.backbone, CausalLM) else None
         if tokenizer is None:
             raise UserError("evaluate: LmEval needs the backbone CausalLM of a model that comes with its tokenizer")

@@ -15,6 +15,18 @@ from tinyfusion_core.parsing.records import check_folder
 from tinyfusion_llm.layers import construct
 
 
+def transformers(key: str = "backbone: CausalLM") -> Any:
+    """Return the library.
+
+    Args:
+        key: what needs it, to begin the message with.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    return need("transformers", "tinyfusion[llm]", key)
+
+
 def load_tokenizer(name: str, revision: str | None, gguf_file: str | None, required: bool = True) -> Any:
     """Load the tokenizer of a model.
 
@@ -30,15 +42,14 @@ def load_tokenizer(name: str, revision: str | None, gguf_file: str | None, requi
     Raises:
         UserError: it is missing though required.
     """
-    from transformers import AutoTokenizer
-
+    reader = transformers("data.tokenizer").AutoTokenizer
     if gguf_file:
-        need("gguf", "gguf", "gguf_file")
+        need("gguf", "tinyfusion[gguf]", "gguf_file")
     more = {"gguf_file": gguf_file} if gguf_file else {}
     if Path(name).is_dir():
         check_folder(Path(name))
     try:
-        made = AutoTokenizer.from_pretrained(name, revision=revision or "main", **more)
+        made = reader.from_pretrained(name, revision=revision or "main", **more)
         made("a")  # some damage shows only then
         return made
     except Exception as e:  # damaged files make the readers fail in any way they can

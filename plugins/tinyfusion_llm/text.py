@@ -207,7 +207,7 @@ class TextTokens(DataSource):
     def _documents(self, files: Sequence[Path] | None) -> Iterator[Document]:
         """Every non-empty document."""
         if files is None:
-            datasets = need("datasets", "datasets", "data.dataset")
+            datasets = need("datasets", "tinyfusion[text]", "data.dataset")
             name, _, configuration = (self.dataset or "").partition(":")
             rows = datasets.load_dataset(name, configuration or None, split=self.split)
             yield from self._fields(rows, f"data.dataset {self.dataset}")

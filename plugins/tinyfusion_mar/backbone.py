@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from tinyfusion_core.errors import need
 from tinyfusion_core.protocols.blocks.branches import Branch
 from tinyfusion_core.protocols.checkpoint_backbone import CheckpointBackbone, settings
 
@@ -80,6 +81,7 @@ class MAR(CheckpointBackbone):
     @classmethod
     @override
     def network(cls) -> type[nn.Module]:
+        need("timm", "tinyfusion[mar]", "backbone: MAR")
         from . import model
 
         return model.MAR

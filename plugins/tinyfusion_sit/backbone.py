@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import nn
 from typing_extensions import override
 
+from tinyfusion_core.errors import need
 from tinyfusion_core.protocols.checkpoint_backbone import CheckpointBackbone
 from tinyfusion_dit.backbone import DiT
 
@@ -30,6 +31,7 @@ class SiT(DiT):
     @classmethod
     @override
     def network(cls) -> type[nn.Module]:
+        need("timm", "tinyfusion[sit]", "backbone: SiT")
         from .model import SiT as Network
 
         return Network

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
+import shutil
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
+import pytest
 from setuptools import find_packages
 
 from places import ROOT
+from plugin_files import pip_install
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SETUPTOOLS = PROJECT["tool"]["setuptools"]
@@ -57,11 +62,31 @@ def test_every_plugin_folder_is_a_package_with_an_entry_point() -> None:
     assert set(PROJECT["project"]["entry-points"]["tinyfusion"].values()) == set(FOLDERS) - {"tinyfusion_core"}
 
 
+def package_of(requirement: str) -> str:
+    return re.split(r"[\[<>=]", requirement)[0].replace("-", "_")
+
+
+def extra(name: str) -> set[str]:
+    """The packages of an extra, and of those that it is made of; empty if there is none of this name."""
+    found: set[str] = set()
+    for line in PROJECT["project"]["optional-dependencies"].get(name, []):
+        if others := re.fullmatch(r"tinyfusion\[(.*)\]", line):
+            found |= {package for other in others[1].split(",") for package in extra(other)}
+        else:
+            found.add(package_of(line))
+    return found
+
+
+CORE = {package_of(line) for line in PROJECT["project"]["dependencies"]} | {"yaml", "PIL"}
+OPTIONAL = ("diffusers", "timm", "transformers", "peft", "datasets", "gguf", "lm_eval", "pyarrow")
+
+
 def test_every_import_is_a_declared_dependency() -> None:
-    declared = {re.split(r"[\[<>=]", d)[0].replace("-", "_") for d in PROJECT["project"]["dependencies"]}
-    declared |= {"yaml", "PIL"} if {"pyyaml", "pillow"} <= declared else set()
+    assert not CORE & set(OPTIONAL)
+    assert {"pyyaml", "pillow"} <= CORE
     own = set(FOLDERS)
     for name, folder in FOLDERS.items():
+        declared = CORE | extra(name.removeprefix("tinyfusion_"))
         for path in folder.rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text())):
                 modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
@@ -71,3 +96,51 @@ def test_every_import_is_a_declared_dependency() -> None:
                 there = own | {"pytest", "my_backbone"} if "testing" in path.parts else own
                 for module in {m.partition(".")[0] for m in modules} - there - set(sys.stdlib_module_names):
                     assert module in declared, f"{name}: {path.name} imports {module}"
+
+
+def test_a_message_on_a_missing_package_names_the_extra_that_brings_it() -> None:
+    found = set()
+    for path in (path for folder in FOLDERS.values() for path in folder.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "need":
+                module, install = node.args[:2]
+                assert isinstance(install, ast.Constant), path.name
+                named = re.fullmatch(r"tinyfusion\[(.*)\]", install.value)
+                assert named, f"{path.name}: {install.value} is no extra"
+                if isinstance(module, ast.Constant):
+                    found.add(module.value.partition(".")[0])
+                    assert module.value.partition(".")[0] in extra(named[1]), f"{path.name}: {module.value}"
+    assert set(OPTIONAL) - {"pyarrow"} <= found  # pyarrow is needed by two names, in one line
+
+
+def test_all_has_every_extra_of_ours_but_the_heaviest() -> None:
+    extras = set(PROJECT["project"]["optional-dependencies"]) - {"dev", "all", "lm-eval"}
+    assert {package for name in extras for package in extra(name)} == extra("all")
+    assert extra("all") <= extra("dev")
+
+
+@pytest.mark.slow
+def test_the_wheel_runs_the_quickstart_without_the_checkout(tmp_path: Path) -> None:
+    source, site, empty = tmp_path / "source", tmp_path / "site", tmp_path / "empty"
+    away = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for folder in ("tinyfusion_core", "plugins", "recipes"):
+        shutil.copytree(ROOT / folder, source / folder, symlinks=True, ignore=away)
+    for file in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, source)
+    pip_install(source, site)
+    shutil.rmtree(source)
+    empty.mkdir()
+    keep = '{"class_path": "Keep", "init_args": {"blocks": [0, 1, 3, 6]}}'
+    flags = ["--search", keep, "--recover.steps", "2", "--evaluate", '["HeldOutLoss"]']
+    done = subprocess.run(
+        [sys.executable, "-m", "tinyfusion_core", "demo", *flags],
+        cwd=empty,
+        env={**os.environ, "PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("report: runs/quickstart/report.html\n")
+    assert "learned (TinyFusion" in (site / "tinyfusion_core" / "cli" / "quickstart.yaml").read_text()
+    assert (empty / "runs" / "quickstart" / "report.html").exists()

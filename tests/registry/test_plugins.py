@@ -41,7 +41,7 @@ def test_switches(site: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert found["flowers"]["error"] == found["mar"]["error"] == "switched off by TINYFUSION_BLOCK"
     assert not found["flowers"]["brings"]
     assert found["dit"]["brings"]
-    assert set(found["flowers"]) == {"name", "module", "distribution", "version", "brings", "error"}
+    assert set(found["flowers"]) == {"name", "module", "distribution", "version", "brings", "error", "missing"}
     assert (found["flowers"]["distribution"], found["flowers"]["version"]) == ("flowers", "1.0")
     monkeypatch.delenv("TINYFUSION_BLOCK")
     monkeypatch.setenv("TINYFUSION_PLUGINS", "flowers, dit")

@@ -16,11 +16,13 @@ from typing import Any
 
 from ..protocols.command import Command
 from .compare import Audit, Budgets, Compare, Costs
+from .completion import Completion
 from .plugins import CheckPlugin, Keys, NewPlugin, Plugins
 from .results import Export, Show, Slice, Watch
-from .run import CacheTeacher, Run, Validate
+from .run import CacheTeacher, Demo, Run, Validate
 
 COMMANDS: tuple[type[Command], ...] = (
+    Demo,
     Run,
     Validate,
     CacheTeacher,
@@ -36,6 +38,7 @@ COMMANDS: tuple[type[Command], ...] = (
     Budgets,
     Slice,
     Export,
+    Completion,
 )
 """The core's own commands, in the order of `tinyfusion --help`."""
 
@@ -49,7 +52,7 @@ EVERYWHERE = {
 """Flags of every command, which may stand before it or after it."""
 OVERRIDES = """\
 Any key of the recipe can be set, as YAML:
-  tinyfusion {name} recipes/quickstart.yaml --search.steps 600
+  tinyfusion {typed} --search.steps 600
 
 Often set; `tinyfusion keys` lists all, with their defaults:
   --search.keep 4              how many blocks stay
@@ -147,7 +150,7 @@ def parse(arguments: Sequence[str]) -> tuple[Command, argparse.Namespace]:
     """
     typed = next((word for word in arguments if not word.startswith("-")), None)
     commands = {cls.name: cls() for cls in _known(typed)}
-    parser = _parser(commands.values())
+    parser = parser_of(commands.values())
     if typed is not None and typed not in commands:
         from ..errors import nearest
 
@@ -176,7 +179,8 @@ def _known(name: str | None) -> Sequence[type[Command]]:
     return list(registry().classes["command"].values())  # or the error that says whose names collide
 
 
-def _parser(commands: Iterable[Command]) -> argparse.ArgumentParser:
+def parser_of(commands: Iterable[Command]) -> argparse.ArgumentParser:
+    """Return the parser of the command line that has these commands."""
     parser = argparse.ArgumentParser(
         prog="tinyfusion", description="Learned depth pruning: which blocks can a transformer lose?", allow_abbrev=False
     )
@@ -186,11 +190,12 @@ def _parser(commands: Iterable[Command]) -> argparse.ArgumentParser:
         parser.add_argument(flag, action="store_true", help=meaning)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in commands:
+        typed = command.name if isinstance(command, Demo) else f"{command.name} recipes/quickstart.yaml"
         added = subparsers.add_parser(
             command.name,
             help=command.help,
             description=command.help,
-            epilog=OVERRIDES.format(name=command.name) if command.takes_overrides else None,
+            epilog=OVERRIDES.format(typed=typed) if command.takes_overrides else None,
             formatter_class=_Help,
             allow_abbrev=False,
         )

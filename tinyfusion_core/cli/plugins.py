@@ -43,12 +43,14 @@ class Plugins(Command):
         """Print every plugin with its classes, and why one was skipped."""
         from rich.table import Table
 
+        from ..registry.extras import missing
         from ..registry.registry import registry
         from .printing import print_json, print_table
 
         plugins = registry().plugins
+        lacking = {p.name: missing(p.distribution, p.name) for p in plugins}
         if options.json:
-            print_json([asdict(p) for p in plugins])
+            print_json([{**asdict(p), "missing": lacking[p.name]} for p in plugins])
             return 0
         table = Table("plugin", "kind", "brings", "from")
         for p in plugins:
@@ -60,6 +62,9 @@ class Plugins(Command):
         for p in plugins:
             if p.error:
                 print(f"{p.name}: {p.error}")
+            if lacking[p.name]:
+                extra = f"{p.distribution}[{p.name}]"
+                print(f"{p.name}: needs {', '.join(lacking[p.name])}: pip install '{extra}'")
         return 0
 
 

@@ -1,12 +1,16 @@
-"""`tinyfusion run`, `validate` and `cache-teacher`: run a recipe, plan it, or make what it learns from."""
+"""`tinyfusion run`, `demo`, `validate` and `cache-teacher`: run a recipe, plan it, or make what it learns from."""
 
 from __future__ import annotations
 
 import shlex
 from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..protocols.command import Command, a_count, a_path
+
+QUICKSTART = Path(__file__).with_name("quickstart.yaml")
+"""The recipe of `tinyfusion demo`: a link to `recipes/`, a file in the wheel."""
 
 
 class Run(Command):
@@ -19,30 +23,59 @@ class Run(Command):
     def add_arguments(self, parser: ArgumentParser) -> None:
         """A recipe, whose keys can be overridden, the run folder, and the stage to restart from."""
         parser.add_argument("recipe", type=a_path)
-        parser.add_argument("--run-dir", type=a_path, help="the run folder (default: runs/NAME_OF_THE_RECIPE)")
-        parser.add_argument(
-            "--restart-from",
-            metavar="STAGE",
-            help="forget this stage (train, search, recover, evaluate; ROUND.search ...) and the later ones, then run",
-        )
+        _add_folder_and_stage(parser)
 
     def __call__(self, options: Namespace) -> int:
         """Run or resume; the main process prints the results table and the path of the report."""
-        from ..pipeline.recipe import load_recipe
-        from ..pipeline.run import run_recipe
-        from ..reporting.results import results_table
-        from ..runtime.run_folder import RunFolder
-        from .printing import print_table
+        return _run(options.recipe, options, [self.name, str(options.recipe)])
 
-        run_dir = options.run_dir or Path("runs") / options.recipe.stem
-        command = shlex.join(["tinyfusion", self.name, str(options.recipe), *options.overrides])
-        recipe = load_recipe(options.recipe, options.overrides)
-        report = run_recipe(recipe, run_dir, command, options.restart_from)
-        if not recipe.trainer.accelerator.is_main_process:
-            return 0
-        print_table(results_table(RunFolder(run_dir)))
-        print(f"report: {report}")
+
+class Demo(Command):
+    """Run the quickstart's recipe, which is part of the package."""
+
+    name = "demo"
+    help = "make a network of 8 blocks one of 4, in minutes: the quickstart, without a recipe file"
+    takes_overrides = True
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        """The run folder, and the stage to restart from; keys of the recipe can be overridden."""
+        _add_folder_and_stage(parser)
+
+    def __call__(self, options: Namespace) -> int:
+        """Run or resume, as `tinyfusion run recipes/quickstart.yaml` does."""
+        from ..errors import need
+
+        for module in ("timm", "peft"):  # both are told at once, by one name
+            need(module, "tinyfusion[demo]", "tinyfusion demo")
+        return _run(QUICKSTART, options, [self.name])
+
+
+def _add_folder_and_stage(parser: ArgumentParser) -> None:
+    parser.add_argument("--run-dir", type=a_path, help="the run folder (default: runs/NAME_OF_THE_RECIPE)")
+    parser.add_argument(
+        "--restart-from",
+        metavar="STAGE",
+        help="forget this stage (train, search, recover, evaluate; ROUND.search ...) and the later ones, then run",
+    )
+
+
+def _run(path: Path, options: Namespace, typed: Sequence[str]) -> int:
+    """Run or resume a recipe for a command, of which `typed` is said in messages on how to go on."""
+    from ..pipeline.recipe import load_recipe
+    from ..pipeline.run import run_recipe
+    from ..reporting.results import results_table
+    from ..runtime.run_folder import RunFolder
+    from .printing import print_table
+
+    run_dir = options.run_dir or Path("runs") / path.stem
+    command = shlex.join(["tinyfusion", *typed, *options.overrides])
+    recipe = load_recipe(path, options.overrides)
+    report = run_recipe(recipe, run_dir, command, options.restart_from)
+    if not recipe.trainer.accelerator.is_main_process:
         return 0
+    print_table(results_table(RunFolder(run_dir)))
+    print(f"report: {report}")
+    return 0
 
 
 class Validate(Command):

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
 
-from ..errors import UserError, require
+from ..errors import UserError, need, require
 from ..parsing.settings import Settings
 from ..protocols.undisturbed import undisturbed
 
@@ -97,14 +97,13 @@ class LoRA(WeightUpdate):
     @contextmanager
     @override
     def merged(self, model: nn.Module, blocks: Sequence[str]) -> Iterator[list[nn.Parameter]]:
-        from peft.tuners.lora import LoraLayer
-
+        adapter = need("peft", "tinyfusion[lora]", "update: LoRA").tuners.lora.LoraLayer
         flags = [(p, p.requires_grad) for p in model.parameters()]
         try:
             with self._adapted(model, blocks) as weights:
                 yield weights
                 for module in model.modules():
-                    if isinstance(module, LoraLayer):
+                    if isinstance(module, adapter):
                         module.merge()
         finally:
             for p, flag in flags:
@@ -113,16 +112,15 @@ class LoRA(WeightUpdate):
     @contextmanager
     def _adapted(self, model: nn.Module, blocks: Sequence[str]) -> Iterator[list[nn.Parameter]]:
         """Replace layers by peft's, and put them back in the end."""
-        from peft import LoraConfig, LoraModel
-
+        peft = need("peft", "tinyfusion[lora]", "update: LoRA")
         targets = self._targets(model, blocks)
         children = [(module, dict(module._modules)) for module in model.modules()]
-        config = LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=targets)  # type: ignore[arg-type]
+        config = peft.LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=targets)
         try:
             with warnings.catch_warnings():  # that a Conv1D has its weight transposed, which peft sees by itself
                 warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")
                 try:
-                    LoraModel(model, config, "recoverability")
+                    peft.LoraModel(model, config, "recoverability")
                 except ValueError as e:
                     reason = " ".join(str(e).split())
                     raise UserError(
@@ -137,12 +135,12 @@ class LoRA(WeightUpdate):
 
     def _targets(self, model: nn.Module, blocks: Sequence[str]) -> str:
         """Return a regular expression of the layers to adapt."""
-        from transformers.pytorch_utils import Conv1D  # a linear layer, of GPT-2
-
+        # A linear layer, of GPT-2.
+        conv1d = need("transformers.pytorch_utils", "tinyfusion[lora]", "update: LoRA").Conv1D
         layers = {name: module for name, module in model.named_modules() if not list(module.children())}
         parts = _uncalled(model)
         if self.targets is None:
-            names = [name for name in layers if name not in parts and _adaptable(name, layers[name], blocks, Conv1D)]
+            names = [name for name in layers if name not in parts and _adaptable(name, layers[name], blocks, conv1d)]
             targets, key = "|".join(map(re.escape, names)), "update"
             advice = "LoRA finds no linear layer and no ungrouped convolution inside the blocks; use update: Full"
             if parts:
@@ -272,10 +270,10 @@ def _uncalled(model: nn.Module) -> list[str]:
     return [*attention, *(f"{name}.out_proj" for name in attention)]
 
 
-def _adaptable(name: str, module: nn.Module, blocks: Sequence[str], transposed: type[nn.Module]) -> bool:
+def _adaptable(name: str, module: nn.Module, blocks: Sequence[str], conv1d: type[nn.Module]) -> bool:
     """Whether LoRA updates a layer by default."""
     inside = any(name.startswith(f"{path}.") or name == path for path in blocks)
-    linear = isinstance(module, nn.Linear | transposed)
+    linear = isinstance(module, nn.Linear | conv1d)
     return inside and (linear or (isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups == 1))
 
 

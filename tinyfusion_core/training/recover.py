@@ -244,12 +244,9 @@ class Recover(Settings):
             **optimizing,
         )
         frozen = objective.frozen_modules()
-        frozen_blocks = [block for _, blocks in frozen for block in blocks]
-        with (
-            evaluating(*(n for n, _ in frozen)),
-            trainer.transformed([*objective.blocks, *frozen_blocks]),
-            at_every_depth(objective, task, student, decision, self.depths) as objective,
-        ):
+        blocks = [*objective.blocks, *(block for _, blocks in frozen for block in blocks)]
+        several = at_every_depth(objective, task, student, decision, self.depths)
+        with evaluating(*(n for n, _ in frozen)), trainer.transformed(blocks), several as objective:
             for network, _ in frozen:
                 network.requires_grad_(False)  # until it has left its evaluation
             validator = self._validator(task, averaged or student, apart, trainer)

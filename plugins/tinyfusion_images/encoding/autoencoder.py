@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinyfusion_core.errors import MissingFileError, UserError
+from tinyfusion_core.errors import MissingFileError, UserError, need
 from tinyfusion_core.parsing.records import check_folder
 from tinyfusion_core.parsing.weights import load_strict, read_weights
 
@@ -31,16 +31,12 @@ def load_autoencoder(where: str) -> nn.Module:
     Raises:
         UserError: it is not there, or is something else.
     """
-    from diffusers import AutoencoderKL
-
-    path = Path(where)
+    path, kind = Path(where), _kind(where)
     if path.suffix in WEIGHTS:
-        return _from_ldm(path)
+        return _from_ldm(path, kind)
     try:
         # Safetensors alone: other files may hold code.
-        model: nn.Module = AutoencoderKL.from_pretrained(  # type: ignore[no-untyped-call]
-            _folder(where), use_safetensors=True
-        )
+        model: nn.Module = kind.from_pretrained(_folder(where), use_safetensors=True)
     except UserError:
         raise
     except Exception as e:  # damaged files make the readers fail in any way they can
@@ -54,14 +50,13 @@ def check_autoencoder(where: str) -> None:
     Raises:
         UserError: it does not.
     """
-    from diffusers import AutoencoderKL
-
+    kind = _kind(where)
     if Path(where).suffix in WEIGHTS:
         if not Path(where).is_file():
             raise MissingFileError(f"{where}: no such file")
         return
     try:
-        AutoencoderKL.load_config(_folder(where))
+        kind.load_config(_folder(where))
     except UserError:
         raise
     except Exception as e:
@@ -97,6 +92,11 @@ def fingerprint(model: nn.Module) -> str:
     return found.hexdigest()
 
 
+def _kind(where: str) -> Any:
+    """The class of diffusers."""
+    return need("diffusers", "tinyfusion[diffusers]", f"the autoencoder {where}").AutoencoderKL
+
+
 def _folder(where: str) -> str:
     inside = Path(where) / "vae"
     found = inside if (inside / "config.json").is_file() else Path(where)
@@ -115,10 +115,8 @@ def _expected(error: Exception) -> str:
     )
 
 
-def _from_ldm(path: Path) -> nn.Module:
+def _from_ldm(path: Path, kind: Any) -> nn.Module:
     """The AutoencoderKL for the shapes in a latent-diffusion checkpoint."""
-    from diffusers import AutoencoderKL
-
     weights = read_weights(path, containers=("model", "state_dict"))
     # The whole model's checkpoint has the autoencoder's under a prefix; an autoencoder's own may have a loss beside it.
     weights = {name.removeprefix("first_stage_model."): t for name, t in weights.items()}
@@ -129,7 +127,7 @@ def _from_ldm(path: Path) -> nn.Module:
     except KeyError as e:
         raise UserError(f"{path}: not an autoencoder of the latent-diffusion code base (it has no {e})") from None
 
-    model: nn.Module = AutoencoderKL(**config)  # type: ignore[no-untyped-call, assignment]
+    model: nn.Module = kind(**config)
     num_levels = len(config["block_out_channels"])
     renamed = {_from_ldm_name(name, num_levels): t for name, t in weights.items()}
     own = model.state_dict()

@@ -199,7 +199,7 @@ def test_pickled_weights_run_no_code(tmp_path: Path) -> None:
 
 def test_without_diffusers_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(tiny.UserError, match=r"DiffusersTransformer needs .*: pip install 'diffusers>=0\.36'"):
+    with pytest.raises(tiny.UserError, match=r"DiffusersTransformer needs .*: pip install 'tinyfusion\[diffusers\]'"):
         DiffusersTransformer.construct({"_class_name": "FluxTransformer2DModel"})
 
 

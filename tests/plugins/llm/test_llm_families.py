@@ -179,7 +179,7 @@ def test_bad_folders(tmp_path: Path) -> None:
 
 def test_gguf_without_its_package_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(tiny.UserError, match="pip install 'gguf'"):
+    with pytest.raises(tiny.UserError, match=r"pip install 'tinyfusion\[gguf\]'"):
         CausalLM(model=str(tmp_path), gguf_file="model.gguf").build()
 
 

@@ -174,7 +174,7 @@ def test_bad_text(model: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.
         ({"files": [str(tmp_path / "bad.jsonl")]}, "row 2 has no text 'text' .found: txt."),
         ({"files": [str(tmp_path / "chat.jsonl")]}, "row 1 has no text 'text'.*set chat_field: messages"),
         ({"files": [str(tmp_path / "worse.jsonl")]}, "line 1 is no JSON"),
-        ({"dataset": "x"}, "needs the package 'datasets'"),
+        ({"dataset": "x"}, "needs datasets .*tinyfusion.text."),
         ({}, "one of the two"),
     ]:
         with pytest.raises(tiny.UserError, match=message):

@@ -19,6 +19,7 @@ from ...protocols.task import Task, check_loss_fits
 from ...pruning.decision import Decision
 from ...pruning.interop_formats import describe_clients
 from ...pruning.removal import in_blocks, remove_blocks
+from ...pruning.weight_update import of_stage
 from ...runtime.stages import EVALUATE, SEARCH, Stage
 from ...runtime.trackers import check_trackers
 from ...samplers.demands import Spending
@@ -164,6 +165,8 @@ def _search(plan: Plan, recipe: Recipe, stage: Stage, model: nn.Module) -> tuple
         copies = f" under {sampler.masks_per_sample} masks each" if sampler.masks_per_sample > 1 else ""
         how = f"{budget_text(recipe, search)}{copies}, weight update {type(search.update).__name__}"
         plan.rows.append((f"{prefix}search", how))
+        with of_stage(search.update.applied(copy.deepcopy(model), recipe.backbone.block_paths(model)), "search"):
+            pass  # layers that it cannot adapt, or a missing package, are known before a teacher is trained
         needs = partial(search_needs, recipe.backbone, recipe.loss, model, search)
         _memory(plan, recipe, f"{prefix}search", search, needs)
     pruned = copy.deepcopy(model)
