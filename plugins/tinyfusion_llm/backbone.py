@@ -20,11 +20,19 @@ from tinyfusion_core.protocols.data import Lookup
 from tinyfusion_core.runtime.files import digest, sha256
 from tinyfusion_core.runtime.seeding import generator
 from tinyfusion_llm.converters import CLIENTS, clients
-from tinyfusion_llm.layers import close_ranks, config_of, construct, find_branches, find_layers, shorten, try_out
+from tinyfusion_llm.layers import (
+    as_plain,
+    close_ranks,
+    config_of,
+    construct,
+    find_branches,
+    find_layers,
+    shorten,
+    try_out,
+)
 from tinyfusion_llm.loss import IGNORED
 from tinyfusion_llm.pretrained import (
     as_json,
-    as_plain,
     ask_to_dequantise,
     check_causal,
     check_keys,

@@ -13,7 +13,7 @@ from torch import nn
 from tinyfusion_core.errors import UserError
 from tinyfusion_core.protocols.blocks.branches import Branch, Removed, remove_branches, removed_branches
 from tinyfusion_core.protocols.undisturbed import evaluating
-from tinyfusion_llm.pretrained import transformers
+from tinyfusion_llm.pretrained import as_json, transformers
 
 Settings = Mapping[str, Any]
 
@@ -229,6 +229,25 @@ def construct(config: Settings, device: str = "meta") -> Any:
     made = config_of(config)
     with torch.device(device):
         return AutoModelForCausalLM.from_config(made, dtype=made.dtype)  # type: ignore[no-untyped-call]
+
+
+def as_plain(model: Any, dtype: torch.dtype) -> Any:
+    """Return a model whose weights were encoded in its files as a plain one, which can be trained and saved."""
+    plain = construct(as_json(model.config))
+    state = model.state_dict()
+    whole = model._get_dtype_plan(dtype)  # some stay in float32
+    for key, tensor in state.items():
+        if tensor.is_floating_point():
+            state[key] = tensor.to(torch.float32 if any(part in key for part in whole) else dtype)
+    plain.load_state_dict(state, strict=True, assign=True)
+    plain.tie_weights()
+    for name, buffer in model.named_buffers():
+        if name not in state:  # made by the constructor
+            owner, _, leaf = name.rpartition(".")
+            plain.get_submodule(owner).register_buffer(leaf, buffer, persistent=False)
+    plain.config.dtype = dtype
+    plain.generation_config = model.generation_config
+    return plain
 
 
 def config_of(settings: Settings) -> Any:

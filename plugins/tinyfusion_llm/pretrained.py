@@ -12,7 +12,6 @@ import torch
 
 from tinyfusion_core.errors import MissingFileError, UserError, first_line, need
 from tinyfusion_core.parsing.records import check_folder
-from tinyfusion_llm.layers import construct
 
 
 def transformers(key: str = "backbone: CausalLM") -> Any:
@@ -214,22 +213,3 @@ def vocabulary_size(config: Mapping[str, Any]) -> int:
     """Return the number of tokens; 100 if a config does not say."""
     sizes = [config, config.get("text_config") or {}]
     return int(next((part["vocab_size"] for part in sizes if "vocab_size" in part), 100))
-
-
-def as_plain(model: Any, dtype: torch.dtype) -> Any:
-    """Return a model whose weights were encoded in its files as a plain one, which can be trained and saved."""
-    plain = construct(as_json(model.config))
-    state = model.state_dict()
-    whole = model._get_dtype_plan(dtype)  # some stay in float32
-    for key, tensor in state.items():
-        if tensor.is_floating_point():
-            state[key] = tensor.to(torch.float32 if any(part in key for part in whole) else dtype)
-    plain.load_state_dict(state, strict=True, assign=True)
-    plain.tie_weights()
-    for name, buffer in model.named_buffers():
-        if name not in state:  # made by the constructor
-            owner, _, leaf = name.rpartition(".")
-            plain.get_submodule(owner).register_buffer(leaf, buffer, persistent=False)
-    plain.config.dtype = dtype
-    plain.generation_config = model.generation_config
-    return plain
