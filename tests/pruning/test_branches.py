@@ -286,5 +286,5 @@ def test_what_cannot_be_said_of_branches(tmp_path: Path) -> None:
         _ = tiny.Task(
             backbone=Planted(units=["attention"]), loss=Match(), train=planted_data(), held_out=planted_data()
         ).blocks
-    with pytest.raises(tiny.UserError, match="SpanSimilarity: compares runs of whole blocks; leave backbone.units out"):
+    with pytest.raises(tiny.UserError, match="SpanSimilarity: compares runs of whole blocks; leave units out"):
         tiny.SpanSimilarity(keep=2)(planted(units=["mix"]), TRAINER)
