@@ -16,6 +16,7 @@ from tinyfusion_core.cli import main
 from tinyfusion_core.pipeline.slices import slice_of
 from tinyfusion_core.runtime.files import write_text
 from tinyfusion_core.training.depths import at_every_depth
+from tinyfusion_core.training.distillation import Distilled
 from tinyfusion_core.training.objective import PlainLoss
 from toys import Match, Planted, StopAt, planted_data
 
@@ -45,9 +46,16 @@ def test_smaller_students_are_inside_of_larger_ones() -> None:
         tied.inside(2)
 
 
-def test_a_step_is_the_mean_of_the_whole_and_of_what_it_teaches() -> None:
+@pytest.mark.parametrize("distilled", [False, True])
+def test_a_step_is_the_mean_of_the_whole_and_of_those_inside(distilled: bool) -> None:
     task, decision = planted()
     student = tiny.prune(task, decision)
+
+    def made() -> Any:
+        if not distilled:
+            return PlainLoss(student, task)
+        return Distilled(student, task, decision, tiny.OutputKD(alpha_kd=0.0, alpha_gt=1.0))
+
     inputs, rng = (
         task.loss.prepare(planted_data().__getitems__([*range(6)]), tiny.Rng(0, "test")),
         tiny.Rng(0, "recover"),
@@ -57,9 +65,11 @@ def test_a_step_is_the_mean_of_the_whole_and_of_what_it_teaches() -> None:
     within = replace(task, model=student)
     for depth in (1, 2, 4):
         smaller = tiny.prune(within, slice_of(within, decision, depth))
-        terms[depth] = task.loss.distance(task.loss.predict(smaller, inputs), told, inputs).mean()
+        found = task.loss.predict(smaller, inputs)
+        own = task.loss.distance(found, told, inputs) if distilled else task.loss.loss(found, inputs)
+        terms[depth] = own.mean()
     seen = set()
-    with at_every_depth(PlainLoss(student, task), task, student, decision, [4, 1, 2]) as objective:
+    with at_every_depth(made(), task, student, decision, [4, 1, 2]) as objective:
         for step in range(8):
             loss, losses = objective(inputs, replace(rng, step=step))
             assert torch.equal(losses.mean(), whole.detach())
@@ -69,7 +79,7 @@ def test_a_step_is_the_mean_of_the_whole_and_of_what_it_teaches() -> None:
     assert seen == {2, 4}
     loss.backward()
     assert all(p.grad is not None for p in student.parameters())
-    with at_every_depth(PlainLoss(student, task), task, student, decision, [1]) as objective:
+    with at_every_depth(made(), task, student, decision, [1]) as objective:
         loss, _ = objective(inputs, rng)
     assert torch.allclose(loss, (whole + terms[1]) / 2, atol=1e-6)
     assert not any("forward" in vars(module) for module in student.modules())

@@ -18,6 +18,7 @@ from ..protocols.task import Task
 from ..pruning.decision import Decision
 from ..pruning.gating import Gates
 from ..runtime.seeding import Rng
+from .distillation import Distilled
 from .objective import Objective
 from .teacher_cache.settings import PREFIX
 
@@ -37,16 +38,16 @@ def masks_inside(decision: Decision, depths: Sequence[int]) -> dict[int, Tensor]
 
 
 class EveryDepth(Objective):
-    """The loss of a student, and the distances to it of shallower ones inside of it.
+    """The losses of a student and of shallower ones inside of it.
 
     The sandwich rule of universally slimmable networks (arXiv:1903.05134): every step trains the whole student, the
-    shallowest one and one of the others, drawn at random, and each learns what the whole one predicts. Their mean is
-    minimised.
+    shallowest one and one of the others, drawn at random. Where the whole one is distilled, the others learn what it
+    predicts; else they have the training loss. The mean of the losses is minimised.
 
     Args:
         whole: the objective of the whole student.
         student: the network.
-        loss: the task's objective, which has a distance.
+        loss: the task's objective.
         gates: gates of what can go in the student.
         masks: by depth, (num_blocks,) zeros and ones.
     """
@@ -55,7 +56,7 @@ class EveryDepth(Objective):
         self, whole: Objective, student: nn.Module, loss: LossAdapter, gates: Gates, masks: Mapping[int, Tensor]
     ) -> None:
         super().__init__()
-        self.whole, self.blocks = whole, whole.blocks
+        self.whole, self.blocks, self.distilled = whole, whole.blocks, isinstance(whole, Distilled)
         self.shallowest, *self.others = sorted(masks)
         # In a tuple the student is not registered: it is a part of `whole`.
         self.unregistered = loss, student, gates, masks
@@ -67,13 +68,13 @@ class EveryDepth(Objective):
         total, losses = self.whole(inputs, rng)
         told = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, self.whole.prediction)
         inputs = {name: t for name, t in inputs.items() if not name.startswith(PREFIX)}
-        depths = [self.shallowest, *self._drawn(rng)]
-        terms = dict(self.whole.terms)
+        depths, terms = [self.shallowest, *self._drawn(rng)], dict(self.whole.terms)
         for depth in depths:
             gates.mask = masks[depth].to(losses.device).expand(len(losses), -1)
-            distance = loss.distance(loss.predict(student, inputs), told, inputs)
-            terms["shallowest" if depth == self.shallowest else "between"] = distance.detach()
-            total = total + distance.mean()
+            found = loss.predict(student, inputs)
+            own = loss.distance(found, told, inputs) if self.distilled else loss.loss(found, inputs)
+            terms["shallowest" if depth == self.shallowest else "between"] = own.detach()
+            total = total + own.mean()
         self.terms = terms
         return total / (1 + len(depths)), losses
 

@@ -224,6 +224,10 @@ def training_needs(
             activations = saved_by(forward, network, blocks, setup.precision)
         except (RuntimeError, NotImplementedError) as e:
             return replace(needs, rows=setup.rows, note=f"{type(e).__name__}: {first_line(e)}")
+    if recover.depths:  # the passes of a step are kept until one backward: two of shallower students, at most
+        shallowest, *others = sorted(recover.depths)
+        share = 1 + (shallowest + max(others, default=0)) / len(backbone.unit_paths(student))
+        activations = Saved(round(share * activations.whole), round(share * activations.checkpointed))
     return replace(needs, activations=activations, rows=setup.rows)
 
 
