@@ -237,6 +237,23 @@ def families(trainer: tiny.Trainer) -> dict[str, Any]:
     return found
 
 
+def inside(trainer: tiny.Trainer) -> dict[str, Any]:
+    """Search and distil in branches, and at several depths where processes hold copies."""
+    subject = Subject.of(next(pair for pair in pairs_of("dit", registry())))
+    data = Tensors(subject.batch())
+    backbone = replace(subject.backbone, units=("attention", "mlp"))
+    work = tiny.Task(backbone=backbone, loss=subject.loss, train=data, held_out=data)
+    search = tiny.Search(pattern=(1, 2), steps=2, lr=1e-3, lr_gates=1e-2, update=tiny.Full())
+    depths = () if trainer.sharding == "fsdp" else (2, 3, 4)
+    with gradients_noted() as (norms, _):
+        decision = search(work, trainer)
+        keep = replace(decision, kept=(0, 1, 3, 4, 6), marginals=(0.9, 0.8, 0.1, 0.7, 0.6, 0.2, 0.5, 0.3))
+        student = tiny.prune(work, keep)
+        tiny.Recover(steps=4, lr=1e-3, kd=tiny.MaskedKD(), ema=0.5, depths=depths)(work, student, keep, trainer)
+    # Not the weights: of a key's bias the gradient is rounding, which AdamW makes steps of.
+    return {"marginals": torch.tensor(decision.marginals), "norms": norms}
+
+
 class Broken(Match):
     """The second process fails, or falls asleep, in its third step."""
 
@@ -273,6 +290,8 @@ def main(folder: Path, processes: int, *what: str) -> None:
             found[name] = long(folder / "stopped alone", trainer)
         elif action == "families":
             found[name] = families(replace(trainer, batch_size=4))
+        elif action == "inside":
+            found[name] = inside(replace(trainer, batch_size=4))
         elif action == "half":  # which notes that the optimizer sees float32
             found[name] = numbers(folder / f"{sharding} half", replace(trainer, micro_batch_size=2), BOTH)
         elif action == "compiled":

@@ -170,6 +170,14 @@ def test_every_family_is_sharded_and_distilled(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_branches_and_depths_give_the_same_numbers(tmp_path: Path) -> None:
+    found = run_program(tmp_path, "inside:ddp", "inside:fsdp")
+    for sharding in ("ddp", "fsdp"):
+        expected = program.inside(program.trainer_of(batch_size=4, sharding=sharding))
+        assert_close(found[f"inside:{sharding}"], expected, sharding)
+
+
+@pytest.mark.slow
 def test_half_precision_keeps_gates_and_weights_in_float32(tmp_path: Path, alone: dict[str, Any]) -> None:
     found = run_program(tmp_path, "half:ddp", "half:fsdp")
     for sharding in ("ddp", "fsdp"):

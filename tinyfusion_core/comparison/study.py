@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from typing_extensions import override
@@ -19,7 +19,7 @@ from ..parsing.records import read_as
 from ..parsing.settings import Settings
 from ..protocols.task import Task
 from ..runtime.distributed import on_main_process
-from ..runtime.files import write_json
+from ..runtime.files import FORMERLY, write_json
 from ..runtime.locking import check_free, owned
 from ..runtime.run_folder import COMPARISON, COMPARISON_RESULTS, NOW, RESULT_CACHE, RUN_RECORD, RunFolder, is_comparison
 from ..runtime.seeding import generator
@@ -217,24 +217,25 @@ class Audit(Comparison):
             every criterion.
         seeds: how often each candidate decides and recovers: with the trainer's seed, the next one, and so on.
         masks: random subsets within the budget; all of them if there are no more.
-        healings: with how many of the seeds the random subsets are recovered.
+        subset_seeds: with how many of the seeds the random subsets are recovered.
         steps: steps of every recovery, instead of the recipe's. The average of the weights is adapted: of
             `recover.ema` only 0 is kept, because another decay would still be at the first weights.
     """
 
     masks: int = 100
-    healings: int = 1
+    subset_seeds: int = field(default=1, metadata={FORMERLY: "healings"})
     steps: int = 100
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.masks >= 3, "audit.masks", self.masks, "at least 3")
-        require(1 <= self.healings <= self.seeds, "audit.healings", self.healings, f"1 to audit.seeds ({self.seeds})")
+        seeds = f"1 to audit.seeds ({self.seeds})"
+        require(1 <= self.subset_seeds <= self.seeds, "audit.subset_seeds", self.subset_seeds, seeds)
         require(self.steps >= 1, "audit.steps", self.steps, "at least 1")
 
     @override
     def reference(self) -> tuple[int, int]:
-        return self.masks, self.healings
+        return self.masks, self.subset_seeds
 
     @override
     def recovery(self, recover: Recover) -> Recover:

@@ -24,6 +24,7 @@ from ..protocols.data import DataSource
 from ..protocols.loss import LossAdapter
 from ..registry.hooks import KINDS
 from ..registry.registry import registry
+from ..runtime.files import named_now
 from ..samplers.constraints import Rules
 from ..selection.base import FOLLOWS, Selector
 from ..selection.search import Search
@@ -228,7 +229,7 @@ def _checked_arguments(key: str, arguments: Mapping[Any, Any], cls: type[Any], p
     known = arguments_of(cls)
     hints = typing.get_type_hints(cls.__init__)
     out = {}
-    for name, value in arguments.items():
+    for name, value in named_now(cls, arguments).items():
         hint = hints.get(name, Any)
         if name not in known:
             problems.append(f"{key}.{name}: {_unknown(str(name), cls, known)}")

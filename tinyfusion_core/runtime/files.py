@@ -158,6 +158,17 @@ that is no dataclass has a mapping of that name, from such arguments of its cons
 """
 
 
+FORMERLY = "formerly"
+"""Metadata key of a field that was renamed: its name before, which recipes may still use."""
+
+
+def named_now(cls: type[Any], options: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Return options of a class, those under a former name by their name of now."""
+    found = fields(cls) if is_dataclass(cls) else ()
+    names = {field.metadata[FORMERLY]: field.name for field in found if FORMERLY in field.metadata}
+    return {names.get(name, name): value for name, value in options.items()}
+
+
 def without_later(cls: type[Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """Return options of a class without those that were added later and mean what was before."""
     found = fields(cls) if is_dataclass(cls) else ()
