@@ -6,6 +6,9 @@ from argparse import ArgumentParser, Namespace
 
 from ..protocols.command import FOR_PROGRAMS, Command, a_count, a_path
 
+LORA = "lora"
+"""The format of `tinyfusion export` that takes an adapter."""
+
 
 class Watch(Command):
     """Show the progress of a run."""
@@ -85,14 +88,30 @@ class Export(Command):
         """A run folder, a format, and where to write."""
         parser.add_argument("run_dir", type=a_path)
         parser.add_argument(
-            "--to", required=True, metavar="FORMAT", help="transformers, diffusers, mergekit, llama.cpp, peft, indices"
+            "--to",
+            required=True,
+            metavar="FORMAT",
+            help=f"transformers, diffusers, mergekit, llama.cpp, peft, indices, {LORA}",
+        )
+        parser.add_argument(
+            "--adapter", type=a_path, help=f"for --to {LORA}: a LoRA of the teacher, to go on the student"
         )
         parser.add_argument("--out", type=a_path, help="folder or file (default: RUN_DIR/export/FORMAT, or print it)")
 
     def __call__(self, options: Namespace) -> int:
         """Print the exported text, or the path that was written."""
+        from ..errors import UserError
+        from ..pipeline.adapters import export_adapter
         from ..pipeline.export import export_run
         from ..runtime.run_folder import existing_run
 
-        print(export_run(existing_run(options.run_dir), options.to, options.out))
+        if (options.to == LORA) != (options.adapter is not None):
+            raise UserError(
+                f"--to {LORA} and --adapter go together: the LoRA of the teacher that the student is to have"
+            )
+        folder = existing_run(options.run_dir)
+        if options.adapter is not None:
+            print(export_adapter(folder, options.adapter, options.out))
+        else:
+            print(export_run(folder, options.to, options.out))
         return 0
