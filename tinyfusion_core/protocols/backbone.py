@@ -24,7 +24,7 @@ Batch = Mapping[str, Tensor]
 WEIGHTS = "model.safetensors"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Backbone(Settings, ABC):
     """A model family: how to build the network, and which of its blocks can be removed.
 
