@@ -86,7 +86,8 @@ def shorten(model: nn.Module, path: str, kept: Sequence[int]) -> None:
 def find_branches(model: nn.Module) -> dict[str, Branch]:
     """Return the attention and the feed-forward network of a layer, by the names that transformers gives them.
 
-    None where a norm comes behind them (Gemma 2, OLMo 2, GLM 4): it would hide from gradients how much they matter.
+    None where a norm comes behind them (Gemma 2, OLMo 2, GLM 4), which would hide from gradients how much they matter,
+    and where one of the two is no module of its own (OPT).
     """
     names = {name for layer in model.get_submodule(find_layers(model)).children() for name, _ in layer.named_children()}
     if any(re.match(r"post_(feedforward|mlp)_\w*norm", name) for name in names):
@@ -95,7 +96,8 @@ def find_branches(model: nn.Module) -> dict[str, Branch]:
         "attention": next((Branch(name, outputs=2) for name in _ATTENTION if name in names), None),
         "mlp": next((Branch(name) for name in _MLP if name in names), None),
     }
-    return {name: branch for name, branch in found.items() if branch is not None}
+    known = {name: branch for name, branch in found.items() if branch is not None}
+    return known if known.keys() == found.keys() else {}
 
 
 _ATTENTION = ("self_attn", "attn", "attention", "self_attention")

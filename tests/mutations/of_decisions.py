@@ -39,8 +39,8 @@ SEARCHES = [
     Mutation(
         "the global generator is not restored",
         SEARCH,
-        "with torch.random.fork_rng(), undisturbed(model):",
-        "with undisturbed(model):",
+        "with torch.random.fork_rng(), undisturbed(model), ExitStack() as stack:",
+        "with undisturbed(model), ExitStack() as stack:",
         (SEARCHED + "test_the_search_leaves_the_global_generator_alone",),
     ),
     Mutation(
@@ -160,7 +160,7 @@ CRITERIA_AND_HALVING = [
     ),
     Mutation(
         "block influence compares with an input that has been changed in place",
-        CALIBRATION,
+        "selection/criteria/watching.py",
         "call.stream(stream, path).clone()",
         "call.stream(stream, path)",
         (BY_HAND + "test_a_block_that_works_in_place_is_still_compared_with_its_input",),
@@ -216,9 +216,9 @@ CRITERIA_AND_HALVING = [
     ),
     Mutation(
         "a smaller budget forgets the decision",
-        "selection/given.py",
-        "p + (i in decision.kept)",
-        "p",
+        "pruning/decision.py",
+        "p + (i in self.kept) for",
+        "p for",
         (BY_HAND + "test_nested_budgets_rank_what_a_search_has_kept_before_the_rest",),
     ),
     Mutation(

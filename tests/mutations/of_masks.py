@@ -45,10 +45,24 @@ GATES_AND_REMOVAL = [
         ("pruning/test_dropped_values.py::test_weights_are_factors_on_the_gradient_of_dropped_samples_alone",),
     ),
     Mutation(
+        "a skipped branch adds its input",
+        GATING,
+        "torch.zeros_like(x) if s.added else x",
+        "x",
+        ("pruning/test_branches.py::test_a_mask_of_each_sample_is_the_dense_formula",),
+    ),
+    Mutation(
+        "a layer goes as a whole with the only branch that is known of it",
+        REMOVAL,
+        "going == inside and known <=",
+        "going == inside and set() <=",
+        ("plugins/llm/test_llm_branches.py::test_a_layer_that_never_had_attention_stays",),
+    ),
+    Mutation(
         "a mask outlasts its context",
         GATING,
-        "        self._before.clear()\n        self._mask = None\n",
-        "        self._before.clear()\n",
+        "        self._open.close()\n        self._mask = None\n",
+        "        self._open.close()\n",
         ("pruning/test_dropped_values.py::test_the_mask_goes_when_the_context_closes",),
     ),
     Mutation(
@@ -88,16 +102,16 @@ GATES_AND_REMOVAL = [
     ),
     Mutation(
         "blocks stay transformed",
-        "training/block_transforms.py",
-        'block.__dict__.pop("forward", None)',
+        "protocols/undisturbed.py",
+        'module.__dict__.pop("forward", None)',
         "pass",
         (TRANSFORMED + "test_the_forward_of_before_comes_back",),
     ),
     Mutation(
         "a forward that somebody else had taken over is lost",
-        "training/block_transforms.py",
-        'block.__dict__["forward"] = forward',
-        'block.__dict__.pop("forward", None)',
+        "protocols/undisturbed.py",
+        'module.__dict__["forward"] = before',
+        'module.__dict__.pop("forward", None)',
         (TRANSFORMED + "test_the_forward_of_before_comes_back",),
     ),
     Mutation(

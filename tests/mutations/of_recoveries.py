@@ -9,6 +9,8 @@ SCHEDULED = "training/test_recovery_schedules.py::"
 SETTINGS = "training/teacher_cache/settings.py"
 SAMPLES = "training/teacher_cache/samples.py"
 VALIDATION = "training/validation.py"
+DEPTHS = "training/depths.py"
+AT_DEPTHS = "training/test_depths.py::"
 
 LEARNING_FROM_FILES = [
     Mutation(
@@ -86,4 +88,35 @@ JUDGING_WHAT_IS_TRAINED = [
     ),
 ]
 
-MUTATIONS = [*LEARNING_FROM_FILES, *JUDGING_WHAT_IS_TRAINED]
+AT_SEVERAL_DEPTHS = [
+    Mutation(
+        "shallower students count as much as the whole one alone would",
+        DEPTHS,
+        "return total / (1 + len(depths)), losses",
+        "return total, losses",
+        (AT_DEPTHS + "test_a_step_is_the_mean_of_the_whole_and_of_those_inside",),
+    ),
+    Mutation(
+        "the whole student learns from the shallower ones",
+        DEPTHS,
+        "x.detach() if isinstance(x, Tensor) else x",
+        "x",
+        (AT_DEPTHS + "test_the_whole_student_is_not_drawn_to_those_inside",),
+    ),
+    Mutation(
+        "of several depths blocks are recomputed whole",
+        "training/recover.py",
+        "for p in task.backbone.unit_paths(student)] if self.depths",
+        "for p in task.backbone.block_paths(student)] if self.depths",
+        (AT_DEPTHS + "test_recomputed_blocks_change_no_number",),
+    ),
+    Mutation(
+        "keys of removed blocks stay in an adapter",
+        "pipeline/adapters.py",
+        "if (new := moves[block]) is None or any(",
+        "if (new := moves[block] or block) is None or any(",
+        ("pipeline/test_adapters.py::test_how_keys_are_renamed",),
+    ),
+]
+
+MUTATIONS = [*LEARNING_FROM_FILES, *JUDGING_WHAT_IS_TRAINED, *AT_SEVERAL_DEPTHS]

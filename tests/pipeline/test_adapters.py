@@ -116,7 +116,7 @@ def test_of_a_run_of_two_rounds_in_branches(tmp_path: Path, capsys: pytest.Captu
     recipe["backbone"]["init_args"]["units"] = ["attention", "mlp"]
     del recipe["search"], recipe["recover"]
     # The first round loses block 1 and the attention of block 3; the second the MLP of what was block 4.
-    keeps = [i for i in range(16) if i not in (2, 3, 6)], [i for i in range(13) if i != 6]
+    keeps = [i for i in range(16) if i not in (1, 3, 9)], [i for i in range(13) if i != 9]
     searches = [{"class_path": "Keep", "init_args": {"blocks": keep}} for keep in keeps]
     recipe["rounds"] = {name: {"search": search} for name, search in zip("ab", searches, strict=True)}
     write_text(tmp_path / "recipe.yaml", json.dumps({**recipe, "evaluate": []}))

@@ -127,9 +127,7 @@ def test_what_needs_one_is_one_message_that_names_the_extra(name: str, bare: dic
 
 
 def test_lora_names_its_own(bare: dict) -> None:
-    assert bare["refused"] == (
-        "search.update: LoRA needs peft (No module named 'peft'): pip install 'tinyfusion[lora]'"
-    )
+    assert bare["refused"] == ("update: LoRA needs peft (No module named 'peft'): pip install 'tinyfusion[lora]'")
 
 
 def test_lora_is_missed_before_a_teacher_is_trained(

@@ -85,6 +85,20 @@ def test_a_step_is_the_mean_of_the_whole_and_of_those_inside(distilled: bool) ->
     assert not any("forward" in vars(module) for module in student.modules())
 
 
+def test_the_whole_student_is_not_drawn_to_those_inside() -> None:
+    task, decision = planted()
+    student = tiny.prune(task, decision)
+    inputs = task.loss.prepare(planted_data().__getitems__([*range(6)]), tiny.Rng(0, "test"))
+    objective = Distilled(student, task, decision, tiny.OutputKD(alpha_kd=0.0, alpha_gt=1e-6))
+    with at_every_depth(objective, task, student, decision, [1]) as several:
+        loss, _ = several(inputs, tiny.Rng(0, "recover"))
+        loss.backward()
+    # Of the blocks that only the whole student has, nothing but its own loss moves the weights.
+    gone = [p.grad.abs().max() for i, block in enumerate(student.blocks) if i != 4 for p in block.parameters()]
+    assert max(gone) < 1e-6
+    assert all(p.grad.abs().max() > 1e-4 for p in student.blocks[4].parameters())
+
+
 def test_what_is_cut_out_was_trained(tmp_path: Path) -> None:
     losses: dict[tuple[int, ...], dict[int, float]] = {}
     for depths in ((), (1, 3)):
@@ -97,6 +111,22 @@ def test_what_is_cut_out_was_trained(tmp_path: Path) -> None:
         losses[depths] = {depth: float(loss.values[str(depth)] or 0) for depth in found}
     for depth in (1, 2, 3):  # the one between as well, which no step ran
         assert losses[1, 3][depth] < 0.8 * losses[()][depth], depth
+
+
+@pytest.mark.parametrize("units", [(), ("attention", "mlp")])
+def test_recomputed_blocks_change_no_number(units: tuple[str, ...]) -> None:
+    states = []
+    for again in (False, True):
+        task = replace(digits_task(), backbone=replace(digits_task().backbone, units=units))
+        num = len(task.blocks)
+        decision = tiny.Decision(
+            tuple(task.blocks), tuple(range(num - 2)), "Search", marginals=tuple(i / num for i in range(num))
+        )
+        student, trainer = tiny.prune(task, decision), replace(TRAINER, batch_size=4, activation_checkpointing=again)
+        recover = tiny.Recover(steps=2, lr=1e-3, ema=0.0, depths=(2, 4), kd=tiny.OutputKD())
+        states.append(recover(task, student, decision, trainer).state_dict())
+    for one, two in zip(*(state.values() for state in states), strict=True):
+        assert torch.allclose(one, two, atol=1e-6)
 
 
 def test_a_recovery_at_several_depths_resumes_bit_for_bit(tmp_path: Path) -> None:
@@ -139,7 +169,16 @@ def test_a_run_is_sliced(units: tuple[str, ...], tmp_path: Path, capsys: pytest.
     assert loss.values["sliced"] == pytest.approx(held_out[f"{depths[0]} {what}"], rel=1e-6)
     assert main(["slice", folder, "--depth", str(between), "--out", str(tmp_path / "between")]) == 0
     record = json.loads((tmp_path / "between" / "decision.json").read_text())
-    assert (len(record["blocks"]), len(record["kept"])) == (keep, between)
+    whole = json.loads((tmp_path / "run" / "decision.json").read_text())
+    assert record["blocks"] == whole["blocks"]  # the teacher's
+    assert len(record["kept"]) == between
+    assert set(record["kept"]) < set(whole["kept"])
+    assert f"{len(whole['blocks'])} → {between} {what}" in (tmp_path / "between" / "README.md").read_text()
+    assert main(["slice", folder, "--depth", str(between), "--out", str(tmp_path / "between")]) == 0  # again
+    for theirs in (tmp_path / "run" / "student", tmp_path):
+        assert main(["slice", folder, "--depth", str(between), "--out", str(theirs)]) == 2
+    assert len(json.loads((tmp_path / "run" / "student" / "decision.json").read_text())["kept"]) == keep
+    capsys.readouterr()
     for wrong in (depths[0] - 1, keep):
         assert main(["slice", folder, "--depth", str(wrong)]) == 2
         assert f"from {depths[0]}, the smallest of recover.depths, to {keep - 1}" in capsys.readouterr().err

@@ -66,7 +66,7 @@ class Slice(Command):
     def add_arguments(self, parser: ArgumentParser) -> None:
         """A run folder, a depth, and where to write."""
         parser.add_argument("run_dir", type=a_path)
-        parser.add_argument("--depth", type=a_count, required=True, help="how many blocks it keeps")
+        parser.add_argument("--depth", type=a_count, required=True, help="how many blocks, or branches, it keeps")
         parser.add_argument("--out", type=a_path, help="folder (default: RUN_DIR/slices/DEPTH)")
 
     def __call__(self, options: Namespace) -> int:

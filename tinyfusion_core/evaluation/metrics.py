@@ -118,7 +118,7 @@ class Size(Metric):
         flops: dict[str, float | None] = {}
         note = "one forward pass, one sample; counted by torch"
         for name, model in models.items():
-            blocks[name] = len(task.backbone.block_paths(model))
+            blocks[name] = len(task.backbone.unit_paths(model))
             parameters[name] = sum(p.numel() for p in model.parameters())
             try:
                 count = count_flops(task.backbone, task.loss, config_of(task.backbone, model))
@@ -127,7 +127,7 @@ class Size(Metric):
             flops[name] = count if isinstance(count, int) else None
             note = note if isinstance(count, int) else count
         return [
-            Measurement("blocks", blocks),
+            Measurement("branches" if task.backbone.units else "blocks", blocks),
             Measurement("parameters", parameters, better="lower"),
             Measurement("FLOPs", flops, unit="FLOP", better="lower", note=note),
         ]

@@ -12,10 +12,20 @@ from ..errors import UserError
 from ..protocols.blocks.paths import word_for
 from ..protocols.task import Task
 from ..pruning.decision import Decision
-from ..pruning.prune import load_pretrained, origin, prune, save_pretrained
-from ..pruning.record import decision_of
+from ..pruning.prune import load_pretrained, prune, save_pretrained
+from ..pruning.record import DECISION, decision_of, read_record
+from ..runtime.locking import FolderKind, check_free
 from ..runtime.run_folder import RunFolder
 from .recipe import load_recipe
+
+SLICED = "slice"
+"""The method of a decision that cuts a student out of another."""
+SLICE = FolderKind(
+    "a slice",
+    "--out",
+    lambda folder: (folder / DECISION).is_file() and Decision.load(folder / DECISION).method == SLICED,
+    lambda folder, path: False,
+)
 
 
 def slice_of(task: Task, decision: Decision, depth: int) -> Decision:
@@ -29,8 +39,7 @@ def slice_of(task: Task, decision: Decision, depth: int) -> Decision:
     Raises:
         UserError: there are not so many, or the decision does not say which.
     """
-    provenance = {"sliced_from": list(decision.kept), "method": decision.method}
-    return Decision(tuple(task.blocks), decision.inside(depth), "slice", provenance=provenance)
+    return Decision(tuple(task.blocks), decision.inside(depth), SLICED)
 
 
 def shallower(
@@ -82,7 +91,13 @@ def write_slice(folder: RunFolder, depth: int, out: Path | None = None) -> Path:
     if not min(recover.depths) <= depth < len(decision.kept):
         trained = f"from {min(recover.depths)}, the smallest of recover.depths, to {len(decision.kept) - 1}"
         raise UserError(f"--depth {depth}: the student was trained for depths {trained}")
+    target = out or place / "slices" / str(depth)
+    check_free(target, SLICE)
     student = load_pretrained(place / "student")
-    task = replace(Task.without_data(recipe.backbone, recipe.loss, student), origin=origin(place / "student"))
-    cut = slice_of(task, decision, depth)
-    return save_pretrained(prune(task, cut), task, cut, out or place / "slices" / str(depth))
+    source = read_record(place / "student")["source"]
+    task = replace(Task.without_data(recipe.backbone, recipe.loss, student), origin=source)
+    sliced = prune(task, slice_of(task, decision, depth))
+    # Its record speaks of the teacher's blocks, as the student's does.
+    kept = tuple(decision.kept[i] for i in decision.inside(depth))
+    of_teacher = replace(decision, kept=kept, method=SLICED, choices=(), confidences=())
+    return save_pretrained(sliced, task, of_teacher, target)

@@ -156,7 +156,7 @@ class Backbone(Settings, ABC):
         return {f"{block}.{b.path}": b for b in left if not isinstance(inside[b.path], Removed)}
 
     def unit_paths(self, model: nn.Module) -> list[str]:
-        """Return the paths of all that can go, in execution order: of the blocks, or of their branches.
+        """Return the paths of all that can go: of the blocks, or of their branches, one kind after another.
 
         Raises:
             UserError: `units` names branches that the network does not have.
@@ -168,18 +168,21 @@ class Backbone(Settings, ABC):
         return {list_of(path): b.streams for path, b in self._units(model).items()} if self.units else self.streams
 
     def _units(self, model: nn.Module) -> dict[str, Branch]:
-        """The branches that `units` names, by path, in execution order."""
+        """The branches that `units` names, by path, one kind after another, each in execution order."""
         known = self.branches(model)
         if not known:
             raise UserError(f"{owner(self)}: units: no branches of its blocks are known; leave units out")
         for name in self.units:
             if name not in known:
                 raise UserError(f"{owner(self)}: units: no '{name}'{nearest(name, known)}")
-        chosen = [known[name] for name in self.units]
+        chosen = [branch for name, branch in known.items() if name in self.units]
         inside = [self.branches_in(model, block) for block in self.block_paths(model)]
-        found = {path: branch for some in inside for path, branch in some.items() if branch in chosen}
+        found = {path: b for branch in chosen for some in inside for path, b in some.items() if b == branch}
         if not found:
-            raise UserError(f"{owner(self)}: units: no block has {' or '.join(self.units)}")
+            paths = " or ".join(f"'{branch.path}'" for branch in chosen)
+            raise UserError(
+                f"{owner(self)}: branches: no block has a module {paths}; name modules inside of the blocks"
+            )
         return found
 
     def source(self) -> dict[str, Any]:

@@ -74,7 +74,7 @@ class Task(Settings):
 
     @cached_property
     def blocks(self) -> list[str]:
-        """Paths of all that can go, in execution order: of the blocks, or of branches inside them."""
+        """Paths of all that can go, list by list in execution order: of the blocks, or of branches inside them."""
         return self.backbone.unit_paths(self.teacher)
 
     @property

@@ -58,10 +58,12 @@ def _sorted_out(backbone: Backbone, model: nn.Module, removed: Collection[str]) 
         return set(removed), {}
     whole: set[str] = set()
     branches: dict[str, Branch] = {}
+    known = {branch.path for branch in backbone.branches(model).values()}
     for block in backbone.block_paths(model):
         inside = backbone.branches_in(model, block)
         going = {path: branch for path, branch in inside.items() if path in removed}
-        if going and going == inside:
+        # A block that never had some of them may do something else in their place.
+        if going and going == inside and known <= {path for path, _ in model.get_submodule(block).named_modules()}:
             whole.add(block)
         else:
             branches |= going

@@ -40,20 +40,19 @@ def draw_dynamics(entries: Entries, blocks: Sequence[str], decided: Path, margin
         figure, axes = plt.subplots(figsize=size, layout="constrained")
         opacity = np.clip([e["confidence"] for e in entries], 0.2, 1)
         counts = [len(e["decision"]) for e in entries]  # under a budget of cost, not always the same
-        order = [i for members in block_lists(blocks).values() for i in members]  # lists may take turns
-        kept = [order.index(block) for e in entries for block in e["decision"]]
+        kept = [block for e in entries for block in e["decision"]]
         x, alpha = np.repeat(steps, counts), np.repeat(opacity, counts)
         axes.scatter(x, kept, s=30, marker="s", color=KEPT, alpha=alpha, linewidths=0, rasterized=True)  # type: ignore[arg-type]
         axes.set(title="kept blocks", xlabel="search step")
-        _blocks_upwards(axes, [blocks[i] for i in order])
+        _blocks_upwards(axes, blocks)
         save_figure(figure, decided)
         figure, axes = plt.subplots(figsize=size, layout="constrained")
-        values = np.array([e["marginals"] for e in entries]).T[order]
+        values = np.array([e["marginals"] for e in entries]).T
         image = axes.pcolormesh(
             steps, range(len(blocks)), values, cmap=SHADES, vmin=0, vmax=1, shading="nearest", rasterized=True
         )
         axes.set(title="probability that a block is kept", xlabel="search step")
-        _blocks_upwards(axes, [blocks[i] for i in order])
+        _blocks_upwards(axes, blocks)
         figure.colorbar(image, ax=axes, ticks=[0, 0.5, 1], pad=0.02).outline.set_visible(False)
         save_figure(figure, marginals)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from typing_extensions import override
 
+from ..errors import UserError
 from ..protocols.backbone import Batch
 from ..protocols.loss import LossAdapter
 from ..protocols.task import Task
@@ -34,7 +35,10 @@ def masks_inside(decision: Decision, depths: Sequence[int]) -> dict[int, Tensor]
         UserError: there are not so many, or the decision does not say which.
     """
     every = range(len(decision.kept))
-    return {depth: torch.tensor([float(i in decision.inside(depth)) for i in every]) for depth in sorted(depths)}
+    try:
+        return {depth: torch.tensor([float(i in decision.inside(depth)) for i in every]) for depth in sorted(depths)}
+    except UserError as e:
+        raise UserError(f"recover.depths: {e}") from None
 
 
 class EveryDepth(Objective):

@@ -62,9 +62,8 @@ class Recover(Settings):
             the average that is judged.
         update: what moves: `LoRA`, `LastBlocks` or `Matching`, and is merged into the weights in the end; null is
             every weight.
-        depths: smaller numbers of blocks at which the student is to work too, each keeping some of the blocks of the
-            next: every step also trains the shallowest and one of the others, see `EveryDepth`. `tinyfusion slice`
-            writes them.
+        depths: smaller numbers of blocks at which the student is to work too, each with some of the next one's: every
+            step also trains the shallowest and one of the others. `tinyfusion slice` writes them.
     """
 
     kd: OutputKD | None = None
@@ -93,7 +92,8 @@ class Recover(Settings):
         require(self.clip > 0, f"clip {stage}", self.clip, "a norm above 0")
         if self.update is not None and type(self.update).merged is WeightUpdate.merged:
             raise UserError(f"update {stage}: {type(self.update).__name__} leaves nothing in the weights; see LoRA")
-        require(all(d >= 1 for d in self.depths), f"depths {stage}", list(self.depths), "numbers of blocks from 1 on")
+        fit = all(d >= 1 for d in self.depths) and len(set(self.depths)) == len(self.depths)
+        require(fit, f"depths {stage}", list(self.depths), "numbers of blocks from 1 on, each once")
         require(self.weight_decay >= 0, f"weight_decay {stage}", self.weight_decay, "0 or more")
         falls = self.schedule != "cosine" or 0 <= self.lr_final <= self.lr
         require(falls, f"lr_final {stage}", self.lr_final, f"a rate from 0 to lr, which is {self.lr}")
@@ -214,8 +214,7 @@ class Recover(Settings):
             self.check_fresh()
             return
         decision.check_fits(task.blocks, "the task's network")
-        depth = len(task.backbone.unit_paths(student))
-        if depth != len(decision.kept):
+        if (depth := len(task.backbone.unit_paths(student))) != len(decision.kept):
             raise UserError(f"the decision keeps {len(decision.kept)} blocks, the student has {depth}: give its own")
 
     def _fit(
@@ -244,7 +243,9 @@ class Recover(Settings):
             **optimizing,
         )
         frozen = objective.frozen_modules()
-        blocks = [*objective.blocks, *(block for _, blocks in frozen for block in blocks)]
+        # Of several depths what the gates enclose: inside of what is recomputed no mask may change.
+        own = [student.get_submodule(p) for p in task.backbone.unit_paths(student)] if self.depths else objective.blocks
+        blocks = [*own, *(block for _, blocks in frozen for block in blocks)]
         several = at_every_depth(objective, task, student, decision, self.depths)
         with evaluating(*(n for n, _ in frozen)), trainer.transformed(blocks), several as objective:
             for network, _ in frozen:

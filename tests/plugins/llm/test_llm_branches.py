@@ -15,7 +15,7 @@ from tinyfusion_core.pruning.gating import Gates
 pytestmark = [pytest.mark.numerics, pytest.mark.filterwarnings("ignore")]  # of transformers
 UNITS = ("attention", "mlp")
 IN_BRANCHES = ("llama", "qwen3", "gpt2", "gpt_neox", "phi3", "mixtral", "granite", "smollm3")
-KEPT = (1, 2, 3, 6, 7, 8, 10, 11)
+KEPT = (1, 3, 4, 5, 6, 7, 9, 11)
 """The first layer has no attention, the third and fifth no feed-forward, the fifth neither."""
 
 
@@ -62,14 +62,14 @@ def test_what_transformers_would_draw_at_random_is_no_transformers_folder(tmp_pa
     with pytest.raises(ValueError, match="Unrecognized model"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "student")
     # Whole layers went: a plain folder, as without branches.
-    kept = (0, 1, 2, 3, 6, 7)
+    kept = (0, 1, 3, 6, 7, 9)
     whole = tiny.prune(task, decide(task, kept))
     tiny.save_pretrained(whole, task, decide(task, kept), tmp_path / "whole")
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "whole")), logits(whole))
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
-def test_a_norm_behind_a_branch_hides_it(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "opt"])
+def test_branches_that_are_not_known(family: str, tmp_path: Path) -> None:
     with pytest.raises(tiny.UserError, match="units: no branches of its blocks are known; leave units out"):
         _ = task_of(folder(tmp_path / "full", family), units=UNITS).blocks
 
@@ -92,6 +92,13 @@ def test_layers_that_attend_differently_keep_their_attention(tmp_path: Path) -> 
     tokens, options = TOKENS, {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     cached, plain = (student.generate(tokens, use_cache=use, **options) for use in (True, False))
     assert torch.equal(cached, plain)
+
+
+def test_a_layer_that_never_had_attention_stays(tmp_path: Path) -> None:
+    task = task_of(folder(tmp_path / "full", "lfm2"), units=("mlp",))  # most of its layers are convolutions
+    student = tiny.prune(task, decide(task, (0, 1, 3)))
+    assert student.config.num_hidden_layers == 6
+    assert [i for i, layer in enumerate(student.model.layers) if isinstance(layer.feed_forward, Removed)] == [2, 4, 5]
 
 
 def test_a_search_and_a_recovery_in_branches(tmp_path: Path) -> None:
