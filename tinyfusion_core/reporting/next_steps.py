@@ -41,6 +41,8 @@ def next_steps(
     if decisions[""].marginals:
         steps.append(("See what other depths would cost, from the same search", [f"tinyfusion budgets {run}"]))
     stages = {stage.name: stage.settings for stage in folder.stages()}
+    if depths := (stages.get(RECOVER) or {}).get("depths"):
+        steps.append(("Cut a shallower student out of this one", [f"tinyfusion slice {run} --depth {min(depths)}"]))
     if stages.get(RECOVER) is not None and "quality" not in decisions[""].provenance:  # a comparison has one budget
         own = shlex.quote(f"{folder.path}-compare")
         line = f"tinyfusion compare {shlex.quote(str(folder / 'recipe.yaml'))} --run-dir {own}"
