@@ -269,16 +269,7 @@ class CausalLM(Backbone):
     def _random(self) -> nn.Module:
         if self._random_seed is None:
             raise UserError("backbone.model: not set; a fresh network has to be trained first, add a train stage")
-        model: Any = construct(self.network or {}).to_empty(device="cpu")
-        fresh: Any = construct(self.network or {}, "cpu")  # for the tables that are no parameters
-        model.load_state_dict(fresh.state_dict())
-        for (_, buffer), (_, made) in zip(model.named_buffers(), fresh.named_buffers(), strict=True):
-            buffer.copy_(made)
-        rng = generator(self._random_seed, "tiny language model")
-        with torch.no_grad():
-            for p in model.parameters():
-                p.normal_(std=0.2, generator=rng)
-        return _evaluating(model)
+        return _evaluating(randomised(self.network or {}, generator(self._random_seed, "tiny language model")))
 
     def _where(self) -> dict[str, Any]:
         return {"revision": self.revision or "main", **({"gguf_file": self.gguf_file} if self.gguf_file else {})}

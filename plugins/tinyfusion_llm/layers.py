@@ -233,6 +233,19 @@ def construct(config: Settings, device: str = "meta") -> Any:
         return AutoModelForCausalLM.from_config(made, dtype=made.dtype)  # type: ignore[no-untyped-call]
 
 
+def randomised(config: Settings, rng: torch.Generator) -> Any:
+    """Build the network of a config given as a dict, all weights random, none zero."""
+    model = construct(config).to_empty(device="cpu")
+    fresh = construct(config, "cpu")  # for the tables that are no parameters
+    model.load_state_dict(fresh.state_dict())
+    for (_, buffer), (_, made) in zip(model.named_buffers(), fresh.named_buffers(), strict=True):
+        buffer.copy_(made)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.2, generator=rng)
+    return model
+
+
 def as_plain(model: Any, dtype: torch.dtype) -> Any:
     """Return a model whose weights were encoded in its files as a plain one, which can be trained and saved."""
     plain = construct(as_json(model.config))
