@@ -27,6 +27,7 @@ from tinyfusion_llm.layers import (
     construct,
     find_branches,
     find_layers,
+    randomised,
     shorten,
     try_out,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +164,7 @@ def _named(key: str, moves: Mapping[str, str | None]) -> tuple[str, str, str, st
 
 def _moved_settings(settings: Mapping[str, Any], moves: Mapping[str, str | None], source: Path) -> dict[str, Any]:
     """The settings of an adapter by peft, which may name layers by path or by number."""
-    lists, found = list(_lists(moves)), dict(settings)
+    found = dict(settings)
 
     def path_now(path: str) -> str | None:
         return None if (new := moved(f"{path}.", moves, source)) is None else new.removesuffix(".")
@@ -175,11 +175,17 @@ def _moved_settings(settings: Mapping[str, Any], moves: Mapping[str, str | None]
         elif name == "target_modules" and isinstance(value, list):
             found[name] = [new for path in value if (new := path_now(path)) is not None]
         elif name == "layers_to_transform" and isinstance(value, list):
-            if len(lists) > 1:
-                raise UserError(f"{source}: layers_to_transform: of which list? The network has {', '.join(lists)}")
-            places = [moves.get(f"{lists[0]}.{number}") for number in value]
-            found[name] = [int(place.rpartition(".")[2]) for place in places if place is not None]
+            found[name] = _numbers_now(value, moves, source)
     return found
+
+
+def _numbers_now(numbers: Sequence[int], moves: Mapping[str, str | None], source: Path) -> list[int]:
+    """What layers are numbered in the student, those that stay."""
+    lists = list(_lists(moves))
+    if len(lists) > 1:
+        raise UserError(f"{source}: layers_to_transform: of which list? The network has {', '.join(lists)}")
+    places = [moves.get(f"{lists[0]}.{number}") for number in numbers]
+    return [int(place.rpartition(".")[2]) for place in places if place is not None]
 
 
 def _lists(moves: Mapping[str, str | None]) -> dict[str, list[int]]:
