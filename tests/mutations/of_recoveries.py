@@ -92,7 +92,7 @@ AT_SEVERAL_DEPTHS = [
     Mutation(
         "shallower students count as much as the whole one alone would",
         DEPTHS,
-        "return total / (1 + len(depths)), losses",
+        "return total / (1 + SHARE * len(depths)), losses",
         "return total, losses",
         (AT_DEPTHS + "test_a_step_is_the_mean_of_the_whole_and_of_those_inside",),
     ),
