@@ -73,7 +73,8 @@ def test_a_step_is_the_mean_of_the_whole_and_of_those_inside(distilled: bool) ->
         for step in range(8):
             loss, losses = objective(inputs, replace(rng, step=step))
             assert torch.equal(losses.mean(), whole.detach())
-            (between,) = [d for d in (2, 4) if torch.allclose(loss, (whole + 0.3 * (terms[1] + terms[d])) / 1.6, atol=1e-6)]
+            sums = {d: (whole + 0.3 * (terms[1] + terms[d])) / 1.6 for d in (2, 4)}
+            (between,) = [d for d, mean in sums.items() if torch.allclose(loss, mean, atol=1e-6)]
             assert torch.allclose(objective.terms["shallowest"].mean(), terms[1], atol=1e-6)
             seen.add(between)
     assert seen == {2, 4}

@@ -23,7 +23,6 @@ from .distillation import Distilled
 from .objective import Objective
 from .teacher_cache.settings import PREFIX
 
-
 SHARE = 0.3
 """Weight of a shallower student's loss, beside 1 for the whole one: the best of 0.1, 0.3 and 1 on the digits."""
 
