@@ -16,6 +16,7 @@ from tinyfusion_core.comparison.study import Audit, Compare
 from tinyfusion_core.parsing.settings import Settings, fits
 from tinyfusion_core.pipeline.schema import PLAIN
 from tinyfusion_core.registry.registry import registry
+from tinyfusion_dit import DiT
 
 CLASSES = [cls for kind in registry().classes.values() for cls in kind.values() if issubclass(cls, Settings)]
 SETTINGS = [cls for cls in {*CLASSES, *PLAIN} if is_dataclass(cls) and cls.__module__.startswith("tinyfusion_")]
@@ -134,6 +135,16 @@ def test_a_misspelt_section_is_not_a_missing_one(tmp_path: Path) -> None:
         "los: unknown key; did you mean 'loss'? (k"
     ]
     assert refusals(tmp_path, loss=None) == ["the key 'loss' is missing"]
+
+
+def test_a_text_is_no_list_of_texts(tmp_path: Path) -> None:
+    backbone = {"class_path": "DiT", "init_args": {"checkpoint": "digits", "units": "attention", "ignore": "head"}}
+    assert sorted(refusals(tmp_path, backbone=backbone), reverse=True) == [
+        "backbone.units is 'attention'; expected a list of texts",
+        "backbone.ignore is 'head'; expected a list of texts",
+    ]
+    with pytest.raises(tiny.UserError, match=r"^units \(of DiT\) is 'attention'; expected a list of texts$"):
+        DiT(checkpoint="digits", units="attention")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("arguments", [[], [1], "a", 3, False, 0, ""])

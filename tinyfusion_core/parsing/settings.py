@@ -9,7 +9,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -118,9 +118,13 @@ def stands_for(value: Any, hint: Any) -> bool:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Return whether a value is what an annotation says. Truth values are no numbers."""
+    """Return whether a value is what an annotation says. Truth values are no numbers, and a text is no list."""
     from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    kinds = [typing.get_origin(part) or part for part in (typing.get_args(hint) if union else (hint,))]
+    if isinstance(value, str) and Sequence in kinds and str not in kinds:
+        return False  # which to Python is a sequence of texts
     try:
         check_type(value, hint, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
     except TypeCheckError:
