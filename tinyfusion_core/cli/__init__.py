@@ -190,18 +190,20 @@ def parser_of(commands: Iterable[Command]) -> argparse.ArgumentParser:
         parser.add_argument(flag, action="store_true", help=meaning)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in commands:
-        typed = command.name if isinstance(command, Demo) else f"{command.name} recipes/quickstart.yaml"
         added = subparsers.add_parser(
             command.name,
             help=command.help,
             description=command.help,
-            epilog=OVERRIDES.format(typed=typed) if command.takes_overrides else None,
             formatter_class=_Help,
             allow_abbrev=False,
         )
         for flag in EVERYWHERE:  # the default must not overwrite what came before the command
             added.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
         command.add_arguments(added)
+        if command.takes_overrides:
+            takes_recipe = any(action.dest == "recipe" for action in added._actions)
+            typed = f"{command.name} recipes/quickstart.yaml" if takes_recipe else command.name
+            added.epilog = OVERRIDES.format(typed=typed)
     return parser
 
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import nn
 
-from ..errors import MissingFileError, UserError, first_line
-from ..parsing.records import beside, check_regular, read_as
+from ..errors import UserError, first_line
+from ..parsing.records import check_regular, read_as
 from ..protocols.backbone import Backbone
 from ..protocols.blocks.paths import block_lists, block_of
 from ..pruning.decision import Decision
@@ -73,7 +74,8 @@ def move_adapter(adapter: Path, moves: Mapping[str, str | None], target: Path) -
         UserError: the adapter is of another network or of another kind, or `target` is something else.
     """
     source = adapter / WEIGHTS if adapter.is_dir() else adapter
-    tensors, metadata = _read(source)
+    with _opened(source) as file:
+        tensors, metadata = {key: file.get_tensor(key) for key in list(file.keys())}, dict(file.metadata() or {})
     renamed = {key: moved(key, moves, source) for key in tensors}
     if not any(_named(key, moves) for key in tensors):
         raise UserError(
@@ -83,7 +85,7 @@ def move_adapter(adapter: Path, moves: Mapping[str, str | None], target: Path) -
         )
     kept = {new: tensors[key] for key, new in renamed.items() if new is not None}
     weights = target / WEIGHTS if adapter.is_dir() else target
-    check_replaceable(weights, "--out", lambda file: MARK in _read(file)[1])
+    check_replaceable(weights, "--out", _is_ours)
     if SETTINGS in metadata:  # as diffusers writes them
         try:
             settings = json.loads(metadata[SETTINGS])
@@ -192,13 +194,17 @@ def _lists(moves: Mapping[str, str | None]) -> dict[str, list[int]]:
     return block_lists([path for path in moves if path == block_of(path)])
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a safetensors file."""
-    if not path.is_file():
-        raise MissingFileError(f"{path}: no such file{beside(path)}")
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file, of which only what is asked for is read."""
     check_regular(path)
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in list(file.keys())}, dict(file.metadata() or {})
+            yield file
     except (SafetensorError, OSError) as e:
         raise UserError(f"{path}: not an adapter in safetensors ({first_line(e)}); save it as one") from None
+
+
+def _is_ours(path: Path) -> bool:
+    with _opened(path) as file:
+        return MARK in (file.metadata() or {})
