@@ -40,6 +40,7 @@ CONCRETE = {
     "sampler": "from tinyfusion_core import ExactK as Base",
     "weight_update": "from tinyfusion_core import Frozen as Base",
     "distillation": "from tinyfusion_core import OutputKD as Base",
+    "start": "from tinyfusion_core import Refit as Base",
     "feature_space": "from tinyfusion_images.features import ShippedFeatures as Base",
     "command": "from tinyfusion_core.cli.plugins import Keys as Base",
 }

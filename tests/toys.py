@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import mse_loss
 from torch.utils.checkpoint import checkpoint
 
+import tinyfusion_core as tiny
 from tinyfusion_core.protocols.backbone import Backbone
 from tinyfusion_core.protocols.data import Tensors
 from tinyfusion_core.protocols.loss import LossAdapter
@@ -177,3 +179,38 @@ class StopAt(Match):
         if rng.stage in ("search", "recover") and rng.step == 11:
             os.kill(os.getpid(), signal.SIGTERM)
         return super().prepare(batch, rng)
+
+
+class LinearBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 0.5 * self.linear(x)
+
+
+class LinearNet(nn.Module):
+    def __init__(self, depth: int = 4) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Linear(8, 8), nn.LayerNorm(8)
+        self.layers = nn.ModuleList(LinearBlock() for _ in range(depth))
+        self.head = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.stem(x))
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+def learning_back(model: nn.Module) -> tiny.Task:
+    """The network has to become what it was when this was called."""
+    x = torch.randn(512, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        y = model(x)
+
+    def loss(model: nn.Module, batch: tiny.Batch) -> Tensor:
+        return mse_loss(model(batch["x"]), batch["y"], reduction="none").mean(1)
+
+    return tiny.wrap(model, blocks="layers.*", loss_fn=loss, data={"x": x, "y": y})

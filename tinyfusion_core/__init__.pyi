@@ -86,6 +86,8 @@ from .training.distillation import MaskedKD as MaskedKD
 from .training.distillation import OutputKD as OutputKD
 from .training.distillation import derive_taps as derive_taps
 from .training.recover import Recover as Recover
+from .training.starts.base import Start as Start
+from .training.starts.refit import Refit as Refit
 from .training.steps.callbacks import Callback as Callback
 from .training.steps.callbacks import Moment as Moment
 from .training.teacher_cache.settings import TeacherCache as TeacherCache

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .samplers.base import BlockSampler
     from .selection.base import Selector
     from .training.distillation import OutputKD
+    from .training.starts.base import Start
 
 
 @hookimpl
@@ -91,6 +92,14 @@ def tinyfusion_register_distillations() -> list[type[OutputKD]]:
     from .training.distillation import MaskedKD, OutputKD
 
     return [OutputKD, MaskedKD]
+
+
+@hookimpl
+def tinyfusion_register_starts() -> list[type[Start]]:
+    """What a recovery begins with."""
+    from .training.starts.refit import Refit
+
+    return [Refit]
 
 
 @hookimpl

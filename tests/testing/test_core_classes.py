@@ -1,4 +1,4 @@
-"""Every selector, sampler, weight update and distillation loss of the core passes the conformance kit."""
+"""Every selector, sampler, weight update, distillation loss and start of the core passes the conformance kit."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ SAMPLERS = [
 ]
 UPDATES = [tiny.Frozen, tiny.LoRA, tiny.Full, tiny.LastBlocks(blocks=2), tiny.Matching(".*weight")]
 DISTILLATIONS = [tiny.OutputKD, tiny.MaskedKD, tiny.MaskedKD(sigma=1.0, mask="separate", taps=[(0, 1)])]
+STARTS = [tiny.Refit, tiny.Refit(samples=5, batch_size=2, ridge=1.0)]
 SEARCHES = [
     *(SEARCH, tiny.Search(pattern=[2, 4], steps=3), tiny.Search(keep=5, steps=3, start=tiny.Uniform(keep=5))),
     tiny.Finals(search=SEARCH, masks=2, steps=1, samples=8),
@@ -39,7 +40,7 @@ SEARCHES = [
 ]
 
 
-@parametrize_with_checks([*CRITERIA, tiny.Keep([0, 2, 5]), *SEARCHES, *SAMPLERS, *UPDATES, *DISTILLATIONS])
+@parametrize_with_checks([*CRITERIA, tiny.Keep([0, 2, 5]), *SEARCHES, *SAMPLERS, *UPDATES, *DISTILLATIONS, *STARTS])
 def test_core(check) -> None:
     check()
 
@@ -58,6 +59,7 @@ def test_every_class_of_the_core_is_checked() -> None:
             *SAMPLERS,
             *UPDATES,
             *DISTILLATIONS,
+            *STARTS,
             tiny.Keep([0]),
             SEARCH,
             tiny.Finals,
@@ -66,7 +68,7 @@ def test_every_class_of_the_core_is_checked() -> None:
             Nested,
         ]
     }
-    bases = (Selector, BlockSampler, tiny.WeightUpdate, tiny.OutputKD)
+    bases = (Selector, BlockSampler, tiny.WeightUpdate, tiny.OutputKD, tiny.Start)
     assert {cls for base in bases for cls in _concrete(base)} <= checked
 
 

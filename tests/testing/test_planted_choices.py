@@ -307,6 +307,17 @@ class Divided(tiny.MaskedKD):
         object.__setattr__(self, "alpha_kd", float("inf"))
 
 
+class Freezes(tiny.Start):
+    def __call__(self, task: tiny.Task, student: nn.Module, *_: object) -> None:
+        student.get_submodule("first").requires_grad_(False)
+
+
+class DrawsWeights(tiny.Start):
+    def __call__(self, task: tiny.Task, student: nn.Module, *_: object) -> None:
+        with torch.no_grad():
+            student.get_parameter("last.weight").copy_(torch.randn(4, 4))
+
+
 BROKEN: list[tuple[str, type, str]] = [
     ("budget", KeepsOneMore, r"KeepsOneMore\(keep=5\) keeps 6 blocks"),
     ("budget", ForgetsProtected, r"ForgetsProtected\(keep=5, protect=\[3, 4, 5, 6, 7\]\) keeps the blocks \[0, 1"),
@@ -349,6 +360,8 @@ BROKEN: list[tuple[str, type, str]] = [
     ("updated_weights", BeginsElsewhere, "before it has learned anything"),
     ("matched_blocks", BeyondTheEnd, "matches 7 of 4 blocks with 7 of 8"),
     ("student_learns", Divided, "the objective is not finite"),
+    ("values_alone", Freezes, r"changes more of the student than values: requires_grad of first\.0"),
+    ("start_repeats", DrawsWeights, "draws from the global generators"),
 ]
 CHECKS = {name_of(check): check for kind in KINDS.values() for check in kind.checks}
 

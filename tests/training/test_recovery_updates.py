@@ -10,14 +10,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import mse_loss
 
 import tinyfusion_core as tiny
 from small_run import run
 from tinyfusion_core.cli import main
-from tinyfusion_core.protocols.backbone import Batch
 from tinyfusion_core.pruning.weight_update import WeightUpdate
-from toys import Residual
+from toys import LinearNet, Residual, learning_back
 
 pytestmark = pytest.mark.numerics
 TRAINER = tiny.Trainer(batch_size=32, seed=0)
@@ -38,44 +36,9 @@ MOVES = {
 }
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(8, 8)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + 0.5 * self.linear(x)
-
-
-class Network(nn.Module):
-    def __init__(self, depth: int = 4) -> None:
-        super().__init__()
-        self.stem, self.norm = nn.Linear(8, 8), nn.LayerNorm(8)
-        self.layers = nn.ModuleList(Block() for _ in range(depth))
-        self.head = nn.Linear(8, 8)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.norm(self.stem(x))
-        for layer in self.layers:
-            x = layer(x)
-        return self.head(x)
-
-
-def task_of(model: nn.Module) -> tiny.Task:
-    """The network has to become what it was when this was called."""
-    x = torch.randn(512, 8, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        y = model(x)
-
-    def loss(model: nn.Module, batch: Batch) -> torch.Tensor:
-        return mse_loss(model(batch["x"]), batch["y"], reduction="none").mean(1)
-
-    return tiny.wrap(model, blocks="layers.*", loss_fn=loss, data={"x": x, "y": y})
-
-
 def pruned() -> tuple[tiny.Task, nn.Module, tiny.Decision]:
     torch.manual_seed(0)
-    task = task_of(Network().eval())
+    task = learning_back(LinearNet().eval())
     decision = tiny.Keep([0, 3])(task, TRAINER)
     return task, tiny.prune(task, decision), decision
 
@@ -111,8 +74,8 @@ def test_every_weight_is_what_was_trained_before_there_was_a_choice() -> None:
 
 def test_an_update_of_rank_two_repairs_damage_of_rank_two() -> None:
     torch.manual_seed(0)
-    model = Network().eval()
-    task = task_of(model)
+    model = LinearNet().eval()
+    task = learning_back(model)
     damaged, decision = tiny.prune(task, keep := tiny.Keep([0, 1, 2, 3])(task, TRAINER)), keep
     with torch.no_grad():
         damaged.layers[2].linear.weight += torch.randn(8, 2) @ torch.randn(2, 8)
@@ -220,9 +183,9 @@ def test_attention_of_torch_is_left_alone_and_told() -> None:
 @pytest.mark.parametrize(("update", "moves"), [(tiny.LoRA(rank=2), False), (None, True), (tiny.Matching(".*"), True)])
 def test_statistics_of_norms_that_stand_still_stand_still(update: WeightUpdate | None, moves: bool) -> None:
     torch.manual_seed(0)
-    model = Network().eval()
+    model = LinearNet().eval()
     model.norm = nn.BatchNorm1d(8).eval()
-    task = task_of(model)
+    task = learning_back(model)
     decision = tiny.Keep([0, 3])(task, TRAINER)
     student = tiny.prune(task, decision)
     recovered = tiny.Recover(steps=3, update=update)(task, student, decision, TRAINER)

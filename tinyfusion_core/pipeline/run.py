@@ -138,15 +138,15 @@ def _prepared(recipe: Recipe, folder: RunFolder, command: str, restart_from: str
     for stage in recipe.stages():
         if (cache := cache_of(stage)) is not None:
             open_cache(cache, task)
+        if isinstance(how := stage.settings, Recover) and how.start is not None and recipe.train is None:
+            how.start.check(task)
     return task
 
 
 def _trainings(stage: Stage) -> Sequence[Search | Recover]:
     """The trainings of a stage, in order."""
-    if stage.name == SEARCH:
-        selector: Selector = stage.settings
-        return selector.trainings()
-    return [stage.settings] if isinstance(stage.settings, Recover) else []
+    how: Selector | Recover | None = stage.settings
+    return how.trainings() if isinstance(how, Selector) else [how] if isinstance(how, Recover) else []
 
 
 def sections_of_metrics(recipe: Recipe, folder: RunFolder) -> list[Figures]:
@@ -277,9 +277,8 @@ class _Run:
             source = origin(self.folder.round(stage.round) / "student")
             self.task = replace(self.task, model=student, origin=source)
         if stage.settings is not None:
-            self.models |= shallower(
-                self.task, student, self.decisions[stage.round], stage.settings.depths, stage.round
-            )
+            decision, depths = self.decisions[stage.round], stage.settings.depths
+            self.models |= shallower(self.task, student, decision, depths, stage.round)
             self.models[stage.round or "recovered"] = student
 
     def _evaluate(self, stage: Stage) -> None:

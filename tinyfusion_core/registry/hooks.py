@@ -102,6 +102,11 @@ KINDS = {
         "tinyfusion_core.training.distillation:OutputKD",
         "`recover.kd`",
     ),
+    "start": Kind(
+        "tinyfusion_register_starts",
+        "tinyfusion_core.training.starts.base:Start",
+        "`recover.start`",
+    ),
     "feature_space": Kind(
         "tinyfusion_register_feature_spaces",
         "tinyfusion_core.protocols.data:FeatureSpace",

@@ -44,11 +44,11 @@ class _Centre(nn.Module):
 class _Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.centre, self.linear = _Centre(), nn.Linear(WIDTH, WIDTH)
+        self.centre, self.linear, self.output = _Centre(), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
 
     @override
     def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = x + torch.tanh(self.linear(self.centre(x)))
+        found: Tensor = x + self.output(torch.tanh(self.linear(self.centre(x))))
         return found
 
 

@@ -200,6 +200,23 @@ def _check_made(factory: str, made: object, fits: bool, expected: str) -> None:
         raise UserError(f"{factory} returned a {type(made).__name__}; expected {expected}")
 
 
+def parameter_groups(
+    weights: Sequence[nn.Parameter], near: Sequence[nn.Module], lr: float, near_lr: float, weight_decay: float
+) -> list[dict[str, Any]]:
+    """Return weights as groups of one learning rate.
+
+    Args:
+        weights: the weights, of any shape.
+        near: modules whose weights have another rate.
+        lr: learning rate.
+        near_lr: factor on the rate of those.
+        weight_decay: that of all.
+    """
+    apart = {id(p) for module in near for p in module.parameters()} if near_lr != 1 else set()
+    parts = (lr, [p for p in weights if id(p) not in apart]), (lr * near_lr, [p for p in weights if id(p) in apart])
+    return [{"params": part, "lr": rate, "weight_decay": weight_decay} for rate, part in parts if part]
+
+
 def cosine(final: float) -> Callable[[float], float]:
     """Return a schedule that falls from 1 to `final` along half a cosine."""
     return lambda progress: final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))

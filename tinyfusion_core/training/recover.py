@@ -35,10 +35,21 @@ from .objective import (
     PlainLoss,
     cosine,
     ema_decay,
+    parameter_groups,
     warmed,
 )
+from .starts.base import Start
 from .trainer import Trainer
 from .validation import Validation, Validator, mean_loss, training_samples
+
+NOT_FRESH = {
+    "kd": "has no teacher to learn from; distillation goes with recover",
+    "update": "has to learn every weight; leave it out",
+    "gap_lr": "has no gaps; leave it out",
+    "depths": "has no order in which its blocks would go; leave it out",
+    "start": "begins with random weights; leave it out",
+}
+"""Options for a pruned network, and why another cannot have them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +75,7 @@ class Recover(Settings):
             every weight.
         depths: smaller numbers of blocks at which the student is to work too, each with some of the next one's: every
             step also trains the shallowest and one of the others. `tinyfusion slice` writes them.
+        start: what changes the weights before: `Refit` makes up for each gap in closed form. With it `steps` may be 0.
     """
 
     kd: OutputKD | None = None
@@ -80,10 +92,12 @@ class Recover(Settings):
     validation: Validation | None = field(default=None, metadata={NEUTRAL: None})
     update: WeightUpdate | None = field(default=None, metadata={NEUTRAL: None})
     depths: Sequence[int] = field(default=(), metadata={NEUTRAL: []})
+    start: Start | None = field(default=None, metadata={NEUTRAL: None})
 
     def __post_init__(self) -> None:
         stage = "(of recover or train)"
-        require(self.steps >= 1, f"steps {stage}", self.steps, "at least 1; null leaves the stage out")
+        some = self.steps >= (0 if self.start else 1)
+        require(some, f"steps {stage}", self.steps, "at least 1, or 0 with start; null leaves the stage out")
         require(self.batch_size is None or self.batch_size >= 1, f"batch_size {stage}", self.batch_size, "at least 1")
         require(self.lr > 0, f"lr {stage}", self.lr, "a rate above 0")
         require(self.ema is None or 0 <= self.ema < 1, f"ema {stage}", self.ema, "a decay from 0 to below 1")
@@ -108,14 +122,9 @@ class Recover(Settings):
         Raises:
             UserError: these settings are for a pruned network.
         """
-        if self.kd is not None:
-            raise UserError("train.kd: a fresh network has no teacher to learn from; distillation goes with recover")
-        if self.update is not None:
-            raise UserError("train.update: a fresh network has to learn every weight; leave it out")
-        if self.gap_lr != 1:
-            raise UserError("train.gap_lr: a fresh network has no gaps; leave it out")
-        if self.depths:
-            raise UserError("train.depths: a fresh network has no order in which its blocks would go; leave it out")
+        for name, why in NOT_FRESH.items():
+            if (value := getattr(self, name)) and value != 1:
+                raise UserError(f"train.{name}: a fresh network {why}")
         if self.validation is not None and self.validation.relative:
             raise UserError("train.validation.until: a fresh network has no teacher; give a loss")
 
@@ -188,6 +197,10 @@ class Recover(Settings):
         trainer = trainer.with_batch_size(self.batch_size)
         self.check_trainer(trainer)
         trainer.to_device(student).train()
+        if self.start is not None and decision is not None:
+            self.start(task, student, decision, trainer, stage)
+        if self.steps == 0:
+            return student.eval()
         with ExitStack() as stack:
             with torch.random.fork_rng():
                 if self.update is not None:  # LoRA draws its initial values
@@ -197,7 +210,8 @@ class Recover(Settings):
                 hold_statistics(student, weights)
             whole, near = (None, ()) if decision is None else in_blocks(task.backbone, task.teacher, decision)
             objective = self._objective(task, student, whole, trainer, loss_fn)
-            groups = self._groups(weights, [objective.blocks[i] for i in near])
+            near_gaps = [objective.blocks[i] for i in near]
+            groups = parameter_groups(weights, near_gaps, self.lr, self.gap_lr, self.weight_decay)
             made_by = {name: own[name] for name in ("optimizer", "scheduler") if own[name] is not None}
             self._fit(task, student, decision, trainer, run, stage, objective, {"groups": groups, **made_by})
         return student.eval()
@@ -235,13 +249,8 @@ class Recover(Settings):
         ema = Ema(student, decay) if decay else None
         averaged = ema.average.module if ema else None  # copied before the blocks' forward is taken over
         schedule = cosine(self.lr_final / self.lr) if self.schedule == "cosine" else lambda progress: 1.0
-        optimization = Optimization(
-            steps=self.steps,
-            schedule=warmed(schedule, self.steps, self.warmup),
-            clip=self.clip,
-            ema=ema,
-            **optimizing,
-        )
+        schedule = warmed(schedule, self.steps, self.warmup)
+        optimization = Optimization(steps=self.steps, schedule=schedule, clip=self.clip, ema=ema, **optimizing)
         frozen = objective.frozen_modules()
         # Of several depths what the gates enclose: inside of what is recomputed no mask may change.
         own = [student.get_submodule(p) for p in task.backbone.unit_paths(student)] if self.depths else objective.blocks
@@ -267,17 +276,6 @@ class Recover(Settings):
             teacher = mean_loss(task, trainer.to_device(task.teacher), apart, trainer)
             task.teacher.to(before)
         return Validator(self.validation, model, task, apart, trainer, self.validation.limit(teacher))
-
-    def _groups(self, weights: Sequence[nn.Parameter], blocks: Sequence[nn.Module]) -> list[dict[str, Any]]:
-        """The weights as groups of one learning rate, those of the blocks beside gaps apart if theirs is another."""
-        near = {id(p) for block in blocks for p in block.parameters()} if self.gap_lr != 1 else set()
-        parts = [p for p in weights if id(p) not in near], [p for p in weights if id(p) in near]
-        rates = self.lr, self.lr * self.gap_lr
-        return [
-            {"params": part, "lr": rate, "weight_decay": self.weight_decay}
-            for part, rate in zip(parts, rates, strict=True)
-            if part
-        ]
 
     def _objective(
         self,

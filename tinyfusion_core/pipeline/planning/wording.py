@@ -15,11 +15,15 @@ from ..recipe import Recipe
 
 
 def training_text(recipe: Recipe, stage: Recover) -> str:
-    """Return steps, samples, schedule, distillation and what moves."""
+    """Return the start, steps, samples, schedule, distillation and what moves."""
+    start = "" if stage.start is None else type(stage.start).__name__
+    if stage.steps == 0:
+        return f"{start}, and no training"
     kd = "" if stage.kd is None else f", {type(stage.kd).__name__}"
     kd += "" if stage.update is None else f", moves {type(stage.update).__name__}"
     judged = "" if stage.validation is None else f", judged every {stage.validation.every:,} steps"
-    return f"{budget_text(recipe, stage)}, {stage.schedule} schedule from {stage.lr:g}{kd}{judged}"
+    begin = f"{start}, then " if start else ""
+    return f"{begin}{budget_text(recipe, stage)}, {stage.schedule} schedule from {stage.lr:g}{kd}{judged}"
 
 
 def size_text(recipe: Recipe, model: nn.Module) -> str:

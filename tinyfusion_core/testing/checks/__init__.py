@@ -34,6 +34,7 @@ from .objective import (
 from .samplers import SAMPLER_CHECKS, SamplerSubject
 from .saving import check_save_and_load, check_taps
 from .selectors import SELECTOR_CHECKS, SelectorSubject
+from .starts import START_CHECKS, StartSubject
 from .structure import (
     check_blocks,
     check_copies,
@@ -107,6 +108,7 @@ KINDS = {
     "sampler": Kind(SamplerSubject.of, SAMPLER_CHECKS),
     "weight_update": Kind(UpdateSubject.of, UPDATE_CHECKS),
     "distillation": Kind(DistillationSubject.of, DISTILLATION_CHECKS),
+    "start": Kind(StartSubject.of, START_CHECKS),
 }
 """Kinds that are checked on their own, by their name in the registry."""
 

@@ -1,0 +1,1 @@
+"""What a recovery begins with, besides the weights that pruning left."""

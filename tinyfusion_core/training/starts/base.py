@@ -1,0 +1,41 @@
+"""The interface of a start."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import nn
+
+from ...parsing.settings import Settings
+from ...protocols.task import Task
+from ...pruning.decision import Decision
+from ..trainer import Trainer
+
+
+class Start(Settings, ABC):
+    """Changes the weights of a pruned network before it is trained, so that it begins nearer to its teacher."""
+
+    def check(self, task: Task) -> None:
+        """Check that the task's network can be started this way, before a search is paid for. By default it can.
+
+        Raises:
+            UserError: it cannot.
+        """
+        return
+
+    @abstractmethod
+    def __call__(self, task: Task, student: nn.Module, decision: Decision, trainer: Trainer, stage: str) -> None:
+        """Change a student in place: the values of its weights, and nothing else.
+
+        Every process calls it and must get the same weights.
+
+        Args:
+            task: the teacher, its objective and data. The teacher comes back as it was.
+            student: the network, on the device where it is trained.
+            decision: how it was pruned from the teacher.
+            trainer: precision and seed.
+            stage: name of the stage, used in random streams.
+
+        Raises:
+            UserError: the network cannot be started this way.
+        """
