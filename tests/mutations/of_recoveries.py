@@ -11,6 +11,53 @@ SAMPLES = "training/teacher_cache/samples.py"
 VALIDATION = "training/validation.py"
 DEPTHS = "training/depths.py"
 AT_DEPTHS = "training/test_depths.py::"
+REFIT = "training/starts/refit.py"
+REFITTED = "training/test_refit.py::"
+
+MAKING_UP_FOR_GAPS = [
+    Mutation(
+        "the shift is left out",
+        REFIT,
+        "@ bias + found[:, width])",
+        "@ bias)",
+        (REFITTED + "test_what_linear_blocks_did_is_made_up_for",),
+    ),
+    Mutation(
+        "a bias does not follow the map",
+        REFIT,
+        "bias + found[:, :width] @ bias +",
+        "bias +",
+        (REFITTED + "test_what_linear_blocks_did_is_made_up_for",),
+    ),
+    Mutation(
+        "a token counts with its gate instead of its square",
+        "training/starts/least_squares.py",
+        "torch.stack(self._gates).square()",
+        "torch.stack(self._gates)",
+        (REFITTED + "test_the_map_is_that_of_numpy",),
+    ),
+    Mutation(
+        "the second batch replaces the first",
+        "training/starts/least_squares.py",
+        "right if self._right is None else self._right + right",
+        "right",
+        (REFITTED + "test_the_map_is_that_of_numpy",),
+    ),
+    Mutation(
+        "a group is made up for at its end only",
+        REFIT,
+        "whole if backbone.units else replace(whole, choices=())",
+        "whole",
+        (REFITTED + "test_a_group_that_was_decided_by_itself_is_made_up_for_gap_by_gap",),
+    ),
+    Mutation(
+        "a layer is taken whatever comes behind it",
+        "training/starts/output_layer.py",
+        "if _alike(call.given(layer, size * direction) - without, (gate * size * direction)[:, None]):",
+        "if True:",
+        (REFITTED + "test_the_layer_is_found_whose_output_is_added",),
+    ),
+]
 
 LEARNING_FROM_FILES = [
     Mutation(
@@ -119,4 +166,4 @@ AT_SEVERAL_DEPTHS = [
     ),
 ]
 
-MUTATIONS = [*LEARNING_FROM_FILES, *JUDGING_WHAT_IS_TRAINED, *AT_SEVERAL_DEPTHS]
+MUTATIONS = [*MAKING_UP_FOR_GAPS, *LEARNING_FROM_FILES, *JUDGING_WHAT_IS_TRAINED, *AT_SEVERAL_DEPTHS]

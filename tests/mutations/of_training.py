@@ -168,8 +168,8 @@ TRAINING = [
     ),
     Mutation(
         "weight decay is dropped",
-        "training/recover.py",
-        '"weight_decay": self.weight_decay}',
+        "training/objective.py",
+        '"weight_decay": weight_decay}',
         '"weight_decay": 0.0}',
         (UPDATED + "test_weight_decay_shrinks_what_no_gradient_moves",),
     ),

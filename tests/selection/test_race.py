@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 import tinyfusion_core as tiny
 from planted_search import TRAINER, WORKING, task
+from small_run import RECIPE, digits_task
 from tinyfusion_core.dataloading.order import order_of
 from tinyfusion_core.dataloading.set_apart import set_apart
 from tinyfusion_core.errors import Interrupted
@@ -239,6 +241,22 @@ def test_a_race_judges_by_samples_that_it_did_not_train_on() -> None:
     assert len(judged) == 20
     assert len(trained) == 64 - 20
     assert not trained & judged
+
+
+def test_entrants_begin_as_the_recovery_will(tmp_path: Path) -> None:
+    recipe = {**RECIPE, "search": {"keep": 4}, "recover": {"steps": 5, "start": "Refit"}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    search = tiny.load_recipe(tmp_path / "recipe.yaml").search
+    assert isinstance(search, tiny.Race) and search.start == tiny.Refit()
+    plain, refitted = (
+        racing(tiny.Keep([0, 1, 3, 6]), tiny.Keep([0, 1, 2, 3]), steps=3, neighbours=False, start=start)(
+            digits_task(), replace(TRAINER, batch_size=8)
+        ).provenance["race"][0]
+        for start in (None, tiny.Refit(samples=32))
+    )
+    losses = [{tuple(entry["kept"]): entry["loss"] for entry in entries} for entries in (plain, refitted)]
+    assert losses[0].keys() == losses[1].keys()
+    assert all(losses[1][kept] < 0.9 * losses[0][kept] for kept in losses[0])  # after one step
 
 
 class Shards(Tensors):

@@ -15,6 +15,7 @@ from ..pruning.prune import prune
 from ..runtime.files import NEUTRAL
 from ..runtime.run_folder import RunFolder
 from ..training.recover import Recover
+from ..training.starts.base import Start
 from ..training.trainer import Trainer
 from .base import FOLLOWS, Selector, prepared
 from .budget import CostBudget
@@ -55,6 +56,7 @@ class Race(Constrained):
         sure: standard errors of a paired difference by which another must be better to replace the leader.
         minutes: about how long the recoveries and the default search may take: a few steps are timed, and as many of
             `steps` are taken as fit. Criteria and proposers that are named come on top. Default: all of `steps`.
+        start: what the recoveries begin with. Default the recipe's `recover.start`, or nothing.
     """
 
     steps: int = 10_000
@@ -67,6 +69,7 @@ class Race(Constrained):
     samples: int = 512
     sure: float = 2.0
     minutes: float | None = field(default=None, metadata={NEUTRAL: None})
+    start: Start | None = field(default=None, metadata={FOLLOWS: "start", NEUTRAL: None})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,7 +88,7 @@ class Race(Constrained):
     def recovery(self, steps: int) -> Recover:
         """Return the recovery of one entrant by some steps."""
         lr = self.lr or 1e-3
-        return Recover(steps=steps, batch_size=self.batch_size, lr=lr, lr_final=lr / 100, ema=0.0)
+        return Recover(steps=steps, batch_size=self.batch_size, lr=lr, lr_final=lr / 100, ema=0.0, start=self.start)
 
     def proposed_by(self) -> Sequence[Selector]:
         """Return the proposers: those given, or the default ones for the race's own masks."""
@@ -147,7 +150,7 @@ class Race(Constrained):
 
         def measure() -> float:
             def recover(steps: int) -> None:
-                self.recovery(steps)(task, prune(task, choice), None, quiet, stage="pace")
+                self.recovery(steps)(task, prune(task, choice), choice, quiet, stage="pace")
 
             seconds = seconds_per_step(recover)
             if self.proposers is None and (search := self.learned()) is not None:  # it takes half as many steps

@@ -128,10 +128,11 @@ class ShortRecoveries:
         return losses
 
     def _recovered(self, mask: Mask, recovery: Recover, stage: str, part: RunFolder | None, trainer: Trainer) -> Tensor:
-        student = prune(self.task, Decision(blocks=tuple(self.task.blocks), kept=mask, method="Race"))
+        decision = Decision(blocks=tuple(self.task.blocks), kept=mask, method="Race")
+        student = prune(self.task, decision)
         self.task.teacher.cpu()  # meanwhile: with the optimizer's state, a device may hold the student alone
         try:
-            recovery(self.trained, student, None, trainer, part, stage=stage)
+            recovery(self.trained, student, decision, trainer, part, stage=stage)
             return self.judge(student)
         except Diverged:
             return torch.full((len(self.judged),), math.inf, dtype=torch.float64)
