@@ -13,6 +13,7 @@ from .evaluation.latency import Latency as Latency
 from .evaluation.metrics import HeldOutLoss as HeldOutLoss
 from .evaluation.metrics import Measurement as Measurement
 from .evaluation.metrics import Metric as Metric
+from .evaluation.retention import Retention as Retention
 from .pipeline.budgets import budgets_of as budgets_of
 from .pipeline.compare import write_comparison as write_comparison
 from .pipeline.export import export_run as export_run

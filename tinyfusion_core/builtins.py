@@ -22,12 +22,13 @@ if TYPE_CHECKING:
 
 @hookimpl
 def tinyfusion_register_metrics() -> list[type[Metric]]:
-    """Metrics: model size, held-out loss, Fréchet distance, latency."""
+    """Metrics: model size, held-out loss, loss on other data, Fréchet distance, latency."""
     from .evaluation.frechet import Frechet
     from .evaluation.latency import Latency
     from .evaluation.metrics import HeldOutLoss, Size
+    from .evaluation.retention import Retention
 
-    return [Size, HeldOutLoss, Frechet, Latency]
+    return [Size, HeldOutLoss, Retention, Frechet, Latency]
 
 
 @hookimpl

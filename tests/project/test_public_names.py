@@ -66,6 +66,7 @@ ALWAYS = [
     "Random",
     "Recover",
     "Refit",
+    "Retention",
     "Rng",
     "Rules",
     "RunFolder",
