@@ -1,22 +1,29 @@
 """What a start is worth: the same student, recovered from the pruned weights and from refitted ones.
 
     python benchmarks/starts.py RECIPE STEPS [SEEDS]
+    python benchmarks/starts.py ranks RECIPE KEEP
 
 The recipe's search decides once, with its own seed. The student is recovered as the recipe says, by every number of
 STEPS (`0,100,1000`), from what pruning left and from `Refit`, with as many seeds. 0 steps is the start itself.
+
+`ranks` asks how well a short recovery tells which masks recover, from either start: of all masks of KEEP blocks, or of
+70 random ones, the losses after 0 and 10 steps are compared with those after 200.
 """
 
 from __future__ import annotations
 
+import random
 import sys
 import time
 from dataclasses import replace
+from itertools import combinations, product
 from pathlib import Path
 from statistics import median
 
 import torch
 
 import tinyfusion_core as tiny
+from tinyfusion_core.comparison.statistics import spearman
 from tinyfusion_core.pipeline.run import make_task
 
 STARTS: dict[str, tiny.Start | None] = {"pruned": None, "refitted": tiny.Refit()}
@@ -36,8 +43,30 @@ def recovered(
     return float(loss.values["student"] or 0), spent
 
 
+def print_ranks(recipe: tiny.Recipe, task: tiny.Task, keep: int) -> None:
+    """Spearman's correlation of each short recovery with the long one, and where its best mask stands there."""
+    masks = list(combinations(range(len(task.blocks)), keep))
+    masks = random.Random(0).sample(masks, min(len(masks), 70))
+    short = replace(recipe, recover=tiny.Recover(batch_size=32, lr=1e-3, lr_final=1e-5))
+
+    def losses(steps: int, start: tiny.Start | None) -> list[float]:
+        decisions = (tiny.Decision(blocks=tuple(task.blocks), kept=mask, method="Keep") for mask in masks)
+        return [recovered(short, task, decision, steps, start, 0)[0] for decision in decisions]
+
+    long = losses(200, None)
+    print(f"{len(masks)} masks\n\n| steps | begins | correlation | rank of its best |\n|---|---|---|---|")
+    for steps, (name, start) in product((0, 10), STARTS.items()):
+        found = losses(steps, start)
+        rank = sorted(long).index(long[found.index(min(found))]) + 1
+        print(f"| {steps} | {name} | {spearman(found, long):.2f} | {rank} |", flush=True)
+
+
 def main() -> None:
     torch.set_num_threads(1)
+    if sys.argv[1] == "ranks":
+        recipe = tiny.load_recipe(Path(sys.argv[2]), ["--trainer.progress", "false"])
+        print_ranks(recipe, make_task(recipe), int(sys.argv[3]))
+        return
     recipe = tiny.load_recipe(Path(sys.argv[1]), ["--trainer.progress", "false"])
     steps, seeds = [int(n) for n in sys.argv[2].split(",")], int((*sys.argv, "2")[3])
     task = make_task(recipe)
