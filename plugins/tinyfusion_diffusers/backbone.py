@@ -24,8 +24,8 @@ from tinyfusion_core.protocols.checkpoint_backbone import randomise
 from tinyfusion_core.protocols.data import Lookup
 from tinyfusion_core.runtime.files import digest, save_tensors, sha256, write_json
 from tinyfusion_core.runtime.seeding import generator
-from tinyfusion_diffusers import calling
 from tinyfusion_diffusers.library import diffusers
+from tinyfusion_diffusers.shapes import example
 from tinyfusion_diffusers.structure import (
     check_copies,
     completed,
@@ -56,7 +56,7 @@ class DiffusersTransformer(Backbone):
         dtype: dtype of the weights; `auto` is that of most of them in the file. Full-precision training needs float32.
         latent: height and width of the latents, for a video frames, height and width; default that of the network's
             config.
-        text_length: tokens of a prompt, as in the data.
+        text_length: tokens of a prompt, as in the data; default that of the network's config, else 77.
         gradient_checkpointing: recompute blocks in the backward pass instead of storing their activations.
         licence: licence of the checkpoint, for the model card.
     """
@@ -72,13 +72,13 @@ class DiffusersTransformer(Backbone):
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     latent: list[int] | None = None
-    text_length: int = 77
+    text_length: int | None = None
     gradient_checkpointing: bool = False
     licence: str = "unknown"
     _random: str | None = None  # a config as JSON, set by `random`, which has no checkpoint
 
     def __post_init__(self) -> None:
-        require(self.text_length >= 1, "backbone.text_length", self.text_length, "at least 1")
+        require((self.text_length or 1) >= 1, "backbone.text_length", self.text_length, "at least 1")
         require(
             self.latent is None or (len(self.latent) in (2, 3) and min(self.latent) >= 1),
             "backbone.latent",
@@ -133,9 +133,9 @@ class DiffusersTransformer(Backbone):
 
     @override
     def example(self, num_rows: int) -> dict[str, Tensor]:
-        """Return latents `x` (batch, ...), and the conditions: `y` (batch,), or `text`, `mask`, `pooled`."""
+        """Return latents `x` (batch, ...), and what the network takes beside them: `calling` lists it."""
         config = self.config()
-        return calling.example(config, network_class(config), num_rows, self.latent, self.text_length)
+        return example(config, network_class(config), num_rows, self.latent, self.text_length)
 
     @override
     def lookups(self, model: nn.Module) -> Mapping[str, Lookup]:
