@@ -135,7 +135,8 @@ def _size(config: Mapping[str, Any], cls: type[nn.Module], latent: Sequence[int]
             "have to be multiples of these"
         )
     most = size
-    if lengths := config.get("axes_lens"):  # of the tables of positions: of text, rows and columns
+    lengths = config.get("axes_lens") or ()  # of the tables of positions: of text, rows and columns
+    if len(lengths) == len(steps) + 1:
         most = tuple(step * n for step, n in zip(steps, lengths[1:], strict=True))
     elif length := config.get("rope_max_seq_len"):
         most = tuple(step * length for step in steps)

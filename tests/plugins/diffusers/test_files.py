@@ -22,7 +22,7 @@ from diffusers_tasks import ROWS, make, published, saved
 from tinyfusion_core.cli import main
 from tinyfusion_core.protocols.data import Tensors
 from tinyfusion_diffusers import DiffusersTransformer, RectifiedFlow
-from tinyfusion_diffusers.backbone import SHIPPED
+from tinyfusion_diffusers.checkpoints import SHIPPED
 
 
 def test_dit_with_different_copies_is_refused(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_bad_input(tmp_path: Path) -> None:
     shutil.copy(folder / "config.json", tmp_path / "empty")
     with pytest.raises(tiny.UserError, match=r"holds no diffusion_pytorch_model\.safetensors"):
         DiffusersTransformer(model=str(tmp_path / "empty")).source()
-    wrong("weights cannot be read", model=str(tmp_path / "empty"))
+    wrong(r"holds no diffusion_pytorch_model\.safetensors", model=str(tmp_path / "empty"))
     weights = (folder / "diffusion_pytorch_model.safetensors").read_bytes()
     (folder / "diffusion_pytorch_model.safetensors").write_bytes(weights[:5000])
     wrong("damaged or cut short", model=str(folder))
