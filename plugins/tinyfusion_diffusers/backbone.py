@@ -25,6 +25,7 @@ from tinyfusion_diffusers.checkpoints import (
     FILES,
     WEIGHTS,
     check_agreement,
+    check_kind,
     network,
     patterns,
     read_file,
@@ -92,7 +93,8 @@ class DiffusersTransformer(Backbone):
     _random: str | None = None  # a config as JSON, set by `random`, which has no checkpoint
 
     def __post_init__(self) -> None:
-        require((self.text_length or 1) >= 1, "backbone.text_length", self.text_length, "at least 1")
+        enough = self.text_length is None or self.text_length >= 1
+        require(enough, "backbone.text_length", self.text_length, "at least 1")
         require(
             self.latent is None or (len(self.latent) in (2, 3) and min(self.latent) >= 1),
             "backbone.latent",
@@ -233,7 +235,9 @@ class DiffusersTransformer(Backbone):
                     f"backbone.config_from: not set, and {self._file} does not say how large the network is; give a "
                     "folder with the config.json of the transformer or its pipeline, or the pipeline's id on the hub"
                 )
-            return replace(self, model=self.config_from, config_from=None)._stored_config()
+            sizes = replace(self, model=self.config_from, config_from=None)._stored_config()
+            check_kind(self._file, sizes)
+            return sizes
         planned = None if self.model is None or Path(self.model).is_dir() else shipped(self.model)
         return network(self._fetched("config.json") / "config.json") if planned is None else planned
 

@@ -17,8 +17,8 @@ from torch import nn
 from tinyfusion_core.errors import MissingFileError, UserError, first_line
 from tinyfusion_core.parsing.records import read_json
 from tinyfusion_core.parsing.weights import read_weights
-from tinyfusion_diffusers.original import converted
-from tinyfusion_diffusers.structure import completed, construct
+from tinyfusion_diffusers.original import converted, converter
+from tinyfusion_diffusers.structure import completed, construct, network_class
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SHIPPED = Path(__file__).parent / "configs"
@@ -142,6 +142,18 @@ def read_folder(folder: Path, config: Mapping[str, Any], dtype: str, variant: st
     return found
 
 
+def check_kind(path: Path, config: Mapping[str, Any]) -> None:
+    """Check that single files of a kind, and of such networks, are read at all.
+
+    Raises:
+        UserError: they are not.
+    """
+    if path.suffix == ".gguf":
+        raise UserError(f"backbone.model: {path} holds quantised weights, which are not read here; give safetensors")
+    if converter(cls := network_class(config)) is None:
+        raise UserError(f"backbone.model: diffusers reads no single files of {cls.__name__}; give a folder")
+
+
 def read_file(path: Path, config: Mapping[str, Any], dtype: str) -> nn.Module:
     """Load a transformer from a single file, in the names of its publisher or in those of diffusers.
 
@@ -151,10 +163,8 @@ def read_file(path: Path, config: Mapping[str, Any], dtype: str) -> nn.Module:
         dtype: name of a dtype, or `auto`.
 
     Raises:
-        UserError: the file is missing, damaged, of another kind, or does not fit the config.
+        UserError: the file is missing or damaged, or does not fit the config.
     """
-    if path.suffix == ".gguf":
-        raise UserError(f"backbone.model: {path} holds quantised weights, which are not read here; give safetensors")
     with torch.device("meta"):
         expected = construct(config)
     cls: Any = type(expected)

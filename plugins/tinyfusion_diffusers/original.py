@@ -140,12 +140,10 @@ def converted(
         whose: the file, for messages.
 
     Raises:
-        UserError: diffusers reads no single files of such networks, or these are the weights of another.
+        UserError: these are the weights of another network.
     """
     convert, expected = converter(cls), like.state_dict()
-    if convert is None:
-        raise UserError(f"backbone.model: diffusers reads no single files of {cls.__name__}; give a folder")
-    if tensors.keys() != expected.keys():
+    if convert is not None and tensors.keys() != expected.keys():
         some = min(tensors, default="none at all")
         try:
             tensors = convert(checkpoint=dict(tensors), config=dict(config))

@@ -220,6 +220,8 @@ def test_single_files_that_do_not_fit(tmp_path: Path) -> None:
         DiffusersTransformer(model=str(path), config_from=str(tmp_path / "shorter")).build()
     path.write_bytes(path.read_bytes()[:3000])
     wrong("damaged or cut short")
+    with pytest.raises(tiny.UserError, match="holds quantised weights"):
+        DiffusersTransformer(model="flux1-dev.gguf", config_from="black-forest-labs/FLUX.1-dev").config()
     # What to plan with is known without the file.
     planned = DiffusersTransformer(model="flux1-dev.safetensors", config_from="black-forest-labs/FLUX.1-dev")
     assert planned.config()["num_single_layers"] == 38
