@@ -17,7 +17,9 @@ class Family:
 
     def backbone(self, name: str, **changes: Any) -> DiffusersTransformer:
         config = {"_class_name": name, **self.config, **changes}
-        return DiffusersTransformer.random(config, latent=self.latent, text_length=5)
+        # Wan's attention to images counts on 512 tokens of text, which it has by default.
+        text_length = None if "image_dim" in changes else 5
+        return DiffusersTransformer.random(config, latent=self.latent, text_length=text_length)
 
 
 HEADS = {"num_attention_heads": 2, "attention_head_dim": 8}
@@ -105,6 +107,29 @@ FAMILIES = {
         RectifiedFlow(),
     ),
 }  # fmt: skip
+
+CONDITIONED: dict[str, tuple[str, dict[str, Any]]] = {
+    "Wan 2.2 from images": ("WanTransformer3DModel", {"in_channels": 12}),
+    "Wan 2.1 from images": ("WanTransformer3DModel", {"in_channels": 12, "image_dim": 6, "added_kv_proj_dim": 16}),
+    "CogVideoX from images": ("CogVideoXTransformer3DModel", {"in_channels": 8}),
+    "CogVideoX from images, learned positions": (
+        "CogVideoXTransformer3DModel",
+        {
+            "in_channels": 8, "use_rotary_positional_embeddings": True, "use_learned_positional_embeddings": True,
+            "attention_head_dim": 16,
+        },
+    ),
+    "CogVideoX 1.5 from images": (
+        "CogVideoXTransformer3DModel",
+        {
+            "in_channels": 8, "use_rotary_positional_embeddings": True, "attention_head_dim": 16, "patch_size_t": 2,
+            "patch_bias": False, "ofs_embed_dim": 12,
+        },
+    ),
+    "Flux Fill": ("FluxTransformer2DModel", {"in_channels": 288, "out_channels": 16}),
+    "Flux Control": ("FluxTransformer2DModel", {"in_channels": 32, "out_channels": 16}),
+}  # fmt: skip
+"""Variants that take channels beside the noisy latents: their class, and what its config has in place of the above."""
 
 HUNYUAN = {
     **HEADS, "in_channels": 4, "patch_size": 2, "hidden_size": 16, "num_layers": 4, "cross_attention_dim": 12,

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import torch
 from torch import Tensor
 
 import tinyfusion_core as tiny
 from diffusers_families import FAMILIES
 from tinyfusion_core.protocols.data import Tensors
 from tinyfusion_core.runtime.seeding import Rng, generator
+from tinyfusion_diffusers import calling
 
 # As many as the tiny Flux has tokens, whose tables of positions have no batch dimension.
 ROWS = 9
+PIPELINE_STEPS = 3
 
 
 def make(name: str, **changes: Any) -> tuple[tiny.Task, dict[str, Tensor]]:
@@ -40,3 +44,34 @@ def saved(task: tiny.Task, folder: Path) -> Path:
     """The full network in a folder, as diffusers itself saves it."""
     task.teacher.save_pretrained(folder)
     return folder
+
+
+def sampled(
+    model: Any, batch: dict[str, Tensor], pipeline: str, scheduler: Any, options: dict[str, Any], **more: Any
+) -> Tensor:
+    """What the published pipeline samples; it has its transformer and scheduler, and of its other parts only these."""
+    cls = getattr(diffusers, pipeline)
+    parts = {k: p for k, p in inspect.signature(cls.__init__).parameters.items() if k != "self"}
+    given = {k: None if p.default is p.empty else p.default for k, p in parts.items()}
+    pipe = cls(**{**given, "transformer": model, "scheduler": scheduler, **more})
+    pipe.set_progress_bar_config(disable=True)
+    mask = batch.get("mask", torch.ones(batch["text"].shape[:2], dtype=torch.bool))
+    told = {
+        "latents": calling.pack(type(model), batch["x"]),
+        "prompt_embeds": batch["text"],
+        "prompt_attention_mask": mask,
+        "prompt_embeds_mask": mask,
+        "pooled_prompt_embeds": batch.get("pooled"),
+    }
+    takes = inspect.signature(cls.__call__).parameters
+    told = {name: value for name, value in told.items() if name in takes}
+    if "negative_prompt" in takes and takes["negative_prompt"].default == "":  # without guidance it is never looked at
+        told["negative_prompt"] = None
+    out = pipe(**told, **options, num_inference_steps=PIPELINE_STEPS, output_type="latent")
+    return calling.unpack(type(model), next(iter(out.__dict__.values())), batch["x"])
+
+
+def check_samples(found: Tensor, x: Tensor, start: Tensor) -> None:
+    """Raise AssertionError unless samples agree that came a way from the noise."""
+    assert (x - start).abs().max() > 0.1
+    assert torch.allclose(found, x, atol=1e-4 * float(x.abs().max()))

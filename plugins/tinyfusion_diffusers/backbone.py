@@ -3,29 +3,39 @@
 from __future__ import annotations
 
 import json
-import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from typing_extensions import override
 
 from tinyfusion_core.errors import MissingFileError, UserError, first_line, require
-from tinyfusion_core.parsing.records import check_folder, read_json
+from tinyfusion_core.parsing.records import check_folder, check_regular
 from tinyfusion_core.protocols.backbone import Backbone
 from tinyfusion_core.protocols.blocks.streams import Stream
 from tinyfusion_core.protocols.checkpoint_backbone import randomise
 from tinyfusion_core.protocols.data import Lookup
-from tinyfusion_core.runtime.files import digest, save_tensors, sha256, write_json
+from tinyfusion_core.runtime.files import NEUTRAL, digest, save_tensors, sha256, write_json
 from tinyfusion_core.runtime.seeding import generator
-from tinyfusion_diffusers import calling
+from tinyfusion_diffusers.checkpoints import (
+    FILES,
+    WEIGHTS,
+    check_agreement,
+    check_kind,
+    network,
+    patterns,
+    read_file,
+    read_folder,
+    shipped,
+    weights_in,
+)
 from tinyfusion_diffusers.library import diffusers
+from tinyfusion_diffusers.original import renamed
+from tinyfusion_diffusers.shapes import example
 from tinyfusion_diffusers.structure import (
     check_copies,
     completed,
@@ -38,8 +48,8 @@ from tinyfusion_diffusers.structure import (
     streams_by_list,
 )
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-SHIPPED = Path(__file__).parent / "configs"
+SINGLE_FILE = "single-file"
+"""The form of an export that has the names of the publisher."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,13 +60,16 @@ class DiffusersTransformer(Backbone):
     pipeline.
 
     Args:
-        model: a pipeline's folder or the transformer's own, or the id of a pipeline on the Hugging Face hub.
+        model: a pipeline's folder or the transformer's own, or the id of a pipeline on the Hugging Face hub; or a
+            single file of weights, in the names of diffusers or of their publisher.
+        config_from: for a single file: the folder or id on the hub whose config says how large the network is.
         subfolder: where the transformer is in it; empty on the hub if it stands alone.
         revision: branch, tag or commit on the hub.
+        variant: which of several copies of the weights, such as `fp16`.
         dtype: dtype of the weights; `auto` is that of most of them in the file. Full-precision training needs float32.
         latent: height and width of the latents, for a video frames, height and width; default that of the network's
             config.
-        text_length: tokens of a prompt, as in the data.
+        text_length: tokens of a prompt, as in the data; default that of the network's config, else 77.
         gradient_checkpointing: recompute blocks in the backward pass instead of storing their activations.
         licence: licence of the checkpoint, for the model card.
     """
@@ -68,17 +81,20 @@ class DiffusersTransformer(Backbone):
     )
 
     model: str | None = None
+    config_from: str | None = field(default=None, metadata={NEUTRAL: None})
     subfolder: str = "transformer"
     revision: str | None = None
+    variant: str | None = field(default=None, metadata={NEUTRAL: None})
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     latent: list[int] | None = None
-    text_length: int = 77
+    text_length: int | None = None
     gradient_checkpointing: bool = False
     licence: str = "unknown"
     _random: str | None = None  # a config as JSON, set by `random`, which has no checkpoint
 
     def __post_init__(self) -> None:
-        require(self.text_length >= 1, "backbone.text_length", self.text_length, "at least 1")
+        enough = self.text_length is None or self.text_length >= 1
+        require(enough, "backbone.text_length", self.text_length, "at least 1")
         require(
             self.latent is None or (len(self.latent) in (2, 3) and min(self.latent) >= 1),
             "backbone.latent",
@@ -93,7 +109,7 @@ class DiffusersTransformer(Backbone):
         Raises:
             UserError: no such transformer, its weights do not fit its config, or its blocks cannot be removed.
         """
-        model = self._pretrained() if self._random is None else self._fresh()
+        model: Any = self._pretrained() if self._random is None else self._fresh()
         if self.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         evaluating: nn.Module = model.eval()
@@ -133,9 +149,9 @@ class DiffusersTransformer(Backbone):
 
     @override
     def example(self, num_rows: int) -> dict[str, Tensor]:
-        """Return latents `x` (batch, ...), and the conditions: `y` (batch,), or `text`, `mask`, `pooled`."""
+        """Return latents `x` (batch, ...), and what the network takes beside them: `calling` lists it."""
         config = self.config()
-        return calling.example(config, network_class(config), num_rows, self.latent, self.text_length)
+        return example(config, network_class(config), num_rows, self.latent, self.text_length)
 
     @override
     def lookups(self, model: nn.Module) -> Mapping[str, Lookup]:
@@ -166,19 +182,26 @@ class DiffusersTransformer(Backbone):
         if self.model is None:
             return {"licence": self.licence}
         found = {"checkpoint": self.model, "licence": self.licence}
+        if self._file is not None:
+            check_regular(self._file)
+            return {**found, "sha256": sha256(self._file)}
         if not Path(self.model).is_dir():  # on the hub, where a revision says what it is
             return {**found, "revision": self.revision or "main"}
         folder = self._folder(Path(self.model))
-        weights = _weights(folder, "safetensors") or _weights(folder, "bin")
-        if not weights:
-            raise MissingFileError(f"{folder}: holds no {WEIGHTS}, nor parts of it, nor a .bin file of that name")
-        return {**found, "sha256": digest({path.name: sha256(path) for path in [folder / "config.json", *weights]})}
+        files = [folder / "config.json", *weights_in(folder, self.variant)]
+        return {**found, "sha256": digest({path.name: sha256(path) for path in files})}
 
     @override
     def save(self, model: nn.Module, folder: Path) -> list[str]:
         write_json(folder / "config.json", {**self.config(model), "_diffusers_version": diffusers().__version__})
         save_tensors(folder / WEIGHTS, model.state_dict(), {"format": "pt"})
         return ["config.json", WEIGHTS]
+
+    @override
+    def export(self, model: nn.Module, library: str, folder: Path) -> None:
+        if library != SINGLE_FILE:
+            return super().export(model, library, folder)
+        save_tensors(folder / "model.safetensors", renamed(model), {"format": "pt"})
 
     @classmethod
     @override
@@ -192,37 +215,36 @@ class DiffusersTransformer(Backbone):
         randomise(model, generator(0, "random transformer"))
         return model
 
-    def _pretrained(self) -> Any:
-        folder = self._fetched("*.safetensors", "*.json")
-        pickled = not _weights(folder, "safetensors")
-        if pickled:
-            folder = self._fetched("*.bin", "*.json")
-        config = _network(folder / "config.json")
-        if self.model is not None and (shipped := _shipped(self.model)) is not None:
-            _agree(shipped, config, folder / "config.json")
-        with torch.device("meta"):
-            cls = type(construct(config))  # says what is wrong with the config before anything is read
-        dtype = _saved_dtype(folder) if self.dtype == "auto" else getattr(torch, self.dtype)
-        try:
-            with torch.random.fork_rng():
-                model, loading = cls.from_pretrained(  # type: ignore[attr-defined]
-                    str(folder),
-                    torch_dtype=dtype,
-                    use_safetensors=not pickled,  # the others are read as plain tensors, without running code
-                    local_files_only=True,
-                    output_loading_info=True,
-                )
-        except Exception as e:  # a damaged file makes the readers fail in any way they can
-            raise UserError(f"{folder}: the transformer's weights cannot be read ({first_line(e)})") from None
-        wrong = [str(key) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in loading[kind]]
-        if wrong:
-            raise UserError(f"{folder}: the weights do not fit the config: {', '.join(sorted(wrong)[:4])}")
+    def _pretrained(self) -> nn.Module:
+        if self._file is not None:
+            return prepared(read_file(self._file, self._stored_config(), self.dtype))
+        folder = self._fetched(*patterns("safetensors", self.variant), "*.json")
+        if not any(folder.glob("*.safetensors")):
+            folder = self._fetched(*patterns("bin", self.variant), "*.json")
+        config = network(folder / "config.json")
+        if self.model is not None and (planned := shipped(self.model)) is not None:
+            check_agreement(planned, config, folder / "config.json")
+        model = read_folder(folder, config, self.dtype, self.variant)
         check_copies(model, str(folder))
         return prepared(model)
 
     def _stored_config(self) -> dict[str, Any]:
-        shipped = None if self.model is None or Path(self.model).is_dir() else _shipped(self.model)
-        return _network(self._fetched("config.json") / "config.json") if shipped is None else shipped
+        if self._file is not None:
+            if self.config_from is None:
+                raise UserError(
+                    f"backbone.config_from: not set, and {self._file} does not say how large the network is; give a "
+                    "folder with the config.json of the transformer or its pipeline, or the pipeline's id on the hub"
+                )
+            sizes = replace(self, model=self.config_from, config_from=None)._stored_config()
+            check_kind(self._file, sizes)
+            return sizes
+        planned = None if self.model is None or Path(self.model).is_dir() else shipped(self.model)
+        return network(self._fetched("config.json") / "config.json") if planned is None else planned
+
+    @property
+    def _file(self) -> Path | None:
+        """The single file that `model` names."""
+        return Path(self.model) if self.model is not None and Path(self.model).suffix in FILES else None
 
     def _fetched(self, *patterns: str) -> Path:
         """The folder with these files of the transformer, downloaded from the hub if necessary."""
@@ -255,46 +277,3 @@ class DiffusersTransformer(Backbone):
             )
         check_folder(folder)
         return folder
-
-
-def _network(path: Path) -> dict[str, Any]:
-    content = read_json(path)
-    if not isinstance(content, dict) or "_class_name" not in content:
-        raise UserError(f"{path}: names no _class_name; expected the config of a diffusers transformer")
-    return content
-
-
-def _shipped(model: str) -> dict[str, Any] | None:
-    """The config of a hub model that comes with this package, for planning without a download."""
-    path = SHIPPED / f"{model.replace('/', '--')}.json"
-    return _network(path) if path.is_file() else None
-
-
-def _agree(shipped: Mapping[str, Any], found: Mapping[str, Any], path: Path) -> None:
-    planned, there = completed(shipped), completed(found)
-    for key, value in planned.items():
-        if there.get(key) != value:
-            raise UserError(
-                f"{path}: {key} is {there.get(key)!r}; the published model's, which the recipe was planned with, is "
-                f"{value!r}. Give the model another name than the published one's"
-            )
-
-
-def _weights(folder: Path, kind: str) -> list[Path]:
-    """The weights in a folder, in one file or several."""
-    return sorted(folder.glob(f"diffusion_pytorch_model*.{kind}"))
-
-
-def _saved_dtype(folder: Path) -> torch.dtype:
-    """The dtype of most of the numbers in a folder's weights; float32 if they are pickled."""
-    names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-    counts = Counter({torch.float32: 0})
-    for path in _weights(folder, "safetensors"):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118  # no mapping
-                    entry = file.get_slice(name)
-                    counts[names.get(entry.get_dtype(), torch.float32)] += math.prod(entry.get_shape())
-        except (OSError, SafetensorError) as e:
-            raise UserError(f"{path}: damaged or cut short ({first_line(e)}). Copy or download it again") from None
-    return counts.most_common(1)[0][0]

@@ -1,15 +1,16 @@
 """Calls transformers of diffusers, by the arguments of their forward as far as these tell.
 
 Data have short names: `x` latents as the autoencoder gives them, `y` class labels, `text` token embeddings of a
-prompt, `mask` which of its tokens count, `pooled` the pooled embedding. Networks that take tokens get them here, and
-their predictions are returned in the shape of `x`.
+prompt, `mask` which of its tokens count, `pooled` the pooled embedding, `condition` the channels that stand beside the
+noisy latents, `image` token embeddings of an image. Networks that take tokens get them here, and their predictions are
+returned in the shape of `x`.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from tinyfusion_core.errors import UserError
 from tinyfusion_core.protocols.backbone import Batch
+from tinyfusion_diffusers.shapes import beside, channels, parameters, takes_image, takes_patches, takes_voxels
 from tinyfusion_diffusers.structure import class_of, settings
 
 GIVEN = {
@@ -26,13 +28,9 @@ GIVEN = {
     "encoder_attention_mask": "mask",
     "encoder_hidden_states_mask": "mask",
     "pooled_projections": "pooled",
+    "encoder_hidden_states_image": "image",
 }
 """Arguments of a forward, and the data they take."""
-
-TEXT_WIDTHS = (
-    "joint_attention_dim", "caption_channels", "text_dim", "text_embed_dim", "cap_feat_dim", "cross_attention_dim",
-)  # fmt: skip
-"""Config keys for the width of `text`, best first."""
 
 
 @dataclass(frozen=True)
@@ -61,26 +59,6 @@ FLOWS: Mapping[str, Flow] = {
 """Taken from diffusers' pipelines; no signature and no config says it."""
 
 
-def parameters(cls: type[nn.Module]) -> Mapping[str, inspect.Parameter]:
-    """Return the arguments of a network's forward."""
-    return inspect.signature(cls.forward).parameters
-
-
-def takes_patches(cls: type[nn.Module]) -> bool:
-    """Return whether the network takes squares of 2 x 2 latents as tokens, which are packed outside it."""
-    return bool({"img_ids", "img_shapes"} & parameters(cls).keys())
-
-
-def takes_voxels(cls: type[nn.Module]) -> bool:
-    """Return whether the network takes every position of a video's latent as a token."""
-    return "num_frames" in parameters(cls)
-
-
-def frames_first(config: Mapping[str, Any]) -> bool:
-    """Return whether latents of a video are (frames, channels, height, width) rather than (channels, frames, ...)."""
-    return "sample_frames" in config
-
-
 def flow_of(model: nn.Module, scale: float | None) -> Flow:
     """Return the time convention of a network; `scale` is the user's setting for pure noise.
 
@@ -104,7 +82,7 @@ def run(model: nn.Module, x: Tensor, timestep: Tensor, inputs: Batch, guidance: 
         model: the network.
         x: (batch, ...) noisy latents.
         timestep: (batch,) in the network's convention.
-        inputs: `y`, `text`, `mask`, `pooled`, those that it takes.
+        inputs: `y`, `text`, `mask`, `pooled`, `condition`, `image`, those that it takes.
         guidance: the scale that a guidance-distilled network is given.
 
     Returns:
@@ -115,7 +93,8 @@ def run(model: nn.Module, x: Tensor, timestep: Tensor, inputs: Batch, guidance: 
     """
     cls, config = class_of(model), settings(model)
     dtype = next(model.parameters()).dtype
-    call: dict[str, Any] = {"timestep": timestep, "return_dict": False, **_given(cls, inputs, dtype)}
+    fed = beside(config, x, _told(cls, inputs, "condition")) if channels(config, cls)[1] else x
+    call: dict[str, Any] = {"timestep": timestep, "return_dict": False, **_given(cls, config, inputs, dtype)}
     call.update({name: make(x, call, config) for name, make in DERIVED.items() if name in parameters(cls)})
     if unknown := [name for name in _required(cls) if name not in (*call, "self", "hidden_states", "kwargs", "args")]:
         raise UserError(f"loss: {cls.__name__} takes '{unknown[0]}', and this package does not know what that is")
@@ -129,7 +108,7 @@ def run(model: nn.Module, x: Tensor, timestep: Tensor, inputs: Batch, guidance: 
         scale = guidance * config.get("guidance_embeds_scale", 1.0)
         call["guidance"] = torch.full((len(x),), scale, dtype=torch.float32, device=x.device)
     try:
-        out: Tensor = model(pack(cls, x.to(dtype)), **call)[0]
+        out: Tensor = model(pack(cls, fed.to(dtype)), **call)[0]
     except (AttributeError, TypeError, ValueError) as e:  # networks that want more than their signatures say
         raise UserError(
             f"loss: {cls.__name__} cannot be called with latents {list(x.shape)} and {', '.join(call)} ({e}); "
@@ -143,18 +122,23 @@ def _required(cls: type[nn.Module]) -> list[str]:
     return [name for name, p in parameters(cls).items() if p.default is inspect.Parameter.empty]
 
 
-def _given(cls: type[nn.Module], inputs: Batch, dtype: torch.dtype) -> dict[str, Tensor]:
+def _given(cls: type[nn.Module], config: Mapping[str, Any], inputs: Batch, dtype: torch.dtype) -> dict[str, Tensor]:
     """The arguments that the data have, by name. Raises UserError if they lack one that the network needs."""
     call, required = {}, _required(cls)
     for argument, name in GIVEN.items():
-        if argument not in parameters(cls):
+        if argument not in parameters(cls) or (name == "image" and not takes_image(config)):
             continue
-        if name in inputs:
-            value = inputs[name]
+        if name in inputs or name == "image" or argument in required:
+            value = _told(cls, inputs, name, f" ({argument})")
             call[argument] = value.to(dtype) if value.is_floating_point() and name != "mask" else value
-        elif argument in required:
-            raise UserError(f"data: {cls.__name__} takes '{name}' ({argument}), which the samples do not have")
     return call
+
+
+def _told(cls: type[nn.Module], inputs: Batch, name: str, note: str = "") -> Tensor:
+    """A column of the data. Raises UserError if they lack it."""
+    if name not in inputs:
+        raise UserError(f"data: {cls.__name__} takes '{name}'{note}, which the samples do not have")
+    return inputs[name]
 
 
 def pack(cls: type[nn.Module], x: Tensor) -> Tensor:
@@ -214,6 +198,11 @@ def _video_rotary(x: Tensor, call: Mapping[str, Any], config: Mapping[str, Any])
     return tables[0], tables[1]
 
 
+def _offset(x: Tensor, call: Mapping[str, Any], config: Mapping[str, Any]) -> Tensor | None:
+    """What the pipeline of CogVideoX 1.5 from images always feeds: (1,)."""
+    return x.new_full((1,), 2.0) if config.get("ofs_embed_dim") else None
+
+
 DERIVED: Mapping[str, Callable[[Tensor, Mapping[str, Any], Mapping[str, Any]], Any]] = {
     "img_ids": _image_ids,
     "txt_ids": lambda x, call, config: x.new_zeros(call["encoder_hidden_states"].shape[1], 3, dtype=torch.float32),
@@ -224,68 +213,6 @@ DERIVED: Mapping[str, Callable[[Tensor, Mapping[str, Any], Mapping[str, Any]], A
     "rope_interpolation_scale": _rope_scale,
     "added_cond_kwargs": _sizes,
     "image_rotary_emb": _video_rotary,
+    "ofs": _offset,
 }
 """Arguments that follow from the shapes: noisy latents, given arguments, config -> value."""
-
-
-def example(
-    config: Mapping[str, Any], cls: type[nn.Module], num_rows: int, latent: Sequence[int] | None, tokens: int
-) -> dict[str, Tensor]:
-    """Return a batch with the shapes of a network's data, and arbitrary values: tensors by name, each (batch, ...).
-
-    Args:
-        config: config of the network.
-        cls: its class.
-        num_rows: batch size.
-        latent: (height, width) or (frames, height, width) of the latents; None: that of the config.
-        tokens: number of tokens of the prompts.
-
-    Raises:
-        UserError: the size of the latents is needed, or has another number of dimensions; or the config does not say
-            what the network takes.
-    """
-    try:
-        return _example(config, cls, num_rows, latent, tokens)
-    except KeyError as e:
-        raise UserError(
-            f"backbone: the config of {cls.__name__} has no {e}; it is not known what its data look like"
-        ) from None
-
-
-def _example(
-    config: Mapping[str, Any], cls: type[nn.Module], num_rows: int, latent: Sequence[int] | None, tokens: int
-) -> dict[str, Tensor]:
-    takes = parameters(cls)
-    batch = {"x": torch.zeros(num_rows, *_shape(config, cls, tuple(latent or _latent(config))))}
-    if "class_labels" in takes:
-        batch["y"] = torch.arange(num_rows) % config["num_embeds_ada_norm"]
-    if "encoder_hidden_states" in takes:
-        key = next((key for key in TEXT_WIDTHS if config.get(key)), TEXT_WIDTHS[0])
-        batch["text"] = torch.zeros(num_rows, tokens, config[key])
-    if {"encoder_attention_mask", "encoder_hidden_states_mask"} & takes.keys():
-        # Of different lengths, so that whoever looks at shapes sees the masks that real prompts bring.
-        lengths = torch.tensor([tokens if i == 0 else max(1, tokens // 2) for i in range(num_rows)])
-        batch["mask"] = torch.arange(tokens) < lengths[:, None]
-    if "pooled_projections" in takes:
-        batch["pooled"] = torch.zeros(num_rows, config["pooled_projection_dim"])
-    return batch
-
-
-def _shape(config: Mapping[str, Any], cls: type[nn.Module], size: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of one sample's latents of this size. Raises UserError if the network takes other dimensions."""
-    channels = config["in_channels"] // (4 if takes_patches(cls) else 1)
-    video = takes_voxels(cls) or frames_first(config) or isinstance(config.get("patch_size"), (list, tuple))
-    if len(size) != (3 if video else 2):
-        wanted = "[frames, height, width]" if video else "[height, width]"
-        found = list(size) or "not set, and the config does not say"
-        raise UserError(f"backbone.latent: {found}; {cls.__name__} takes {wanted} of the latents")
-    return (size[0], channels, *size[1:]) if frames_first(config) else (channels, *size)
-
-
-def _latent(config: Mapping[str, Any]) -> tuple[int, ...]:
-    """The size of the latents that a network was made for, as far as its config says."""
-    if frames_first(config):
-        frames = (config["sample_frames"] - 1) // config["temporal_compression_ratio"] + 1
-        return frames, config["sample_height"], config["sample_width"]
-    side = config.get("sample_size")
-    return (side, side) if isinstance(side, int) else ()

@@ -20,7 +20,7 @@ from tinyfusion_core.protocols.data import DataSource
 from tinyfusion_core.runtime.files import map_array
 from tinyfusion_core.runtime.seeding import generator
 
-NAMES = ("x", "x_std", "y", "text", "mask", "pooled")
+NAMES = ("x", "x_std", "condition", "y", "text", "mask", "pooled", "image")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +29,10 @@ class EncodedPrompts(DataSource):
 
     The folder holds `.npy` files or `.safetensors` files. The tensors are named `x` (N, ...), latents as the
     network takes them, scaled and shifted as its pipeline does; `text` (N, L, D), `mask` (N, L), `pooled` (N, D), `y`
-    (N,), those that the network takes; `x_std` like `x`, if `x` are means. A `.npy` file has the name of its tensor;
-    a safetensors file may hold several. Only the rows of a batch are read.
+    (N,), those that the network takes; `x_std` like `x`, if `x` are means. Networks that make videos of images, fill
+    or edit take `condition` (N, ...), the channels that the pipeline puts beside the noisy latents; Wan 2.1 besides
+    `image` (N, T, D), the embeddings of the image. A `.npy` file has the name of its tensor; a safetensors file may
+    hold several. Only the rows of a batch are read.
 
     Args:
         folder: the folder.

@@ -47,8 +47,8 @@ class _Denoising(LossAdapter):
         """Noise the latents.
 
         Args:
-            batch: `x` (batch, ...) clean, the conditions (`y`, `text`, `mask`, `pooled`); optionally `x_std` like `x`:
-                then `x` is the mean of a latent that is drawn here.
+            batch: `x` (batch, ...) clean, the conditions (`y`, `text`, `mask`, `pooled`, `condition`, `image`), which
+                are not noised; optionally `x_std` like `x`: then `x` is the mean of a latent that is drawn here.
             rng: streams "latent", "time", "noise" and "label_drop".
 
         Returns:

@@ -52,7 +52,7 @@ def test_commands_are_understood(command: str) -> None:
 
 def test_every_format_of_exports_is_explained() -> None:
     rows = re.findall(r"^\| (`.*?`) \|", (ROOT / "docs" / "other-tools.md").read_text().split("\n## ")[1], re.MULTILINE)
-    assert set(re.findall(r"`([\w.]+)`", " ".join(rows[1:]))) == {*FORMATS, LORA}
+    assert set(re.findall(r"`([\w.-]+)`", " ".join(rows[1:]))) == {*FORMATS, LORA}
 
 
 def test_there_are_some() -> None:

@@ -23,8 +23,8 @@ from ..runtime.locking import FolderKind, check_free, check_replaceable
 from ..runtime.run_folder import RunFolder
 from .recipe import Recipe, load_recipe
 
-FOLDERS = ("transformers", "diffusers")
-"""Libraries whose folder format a backbone may support."""
+FOLDERS = ("transformers", "diffusers", "single-file")
+"""What a backbone may write: folders of libraries, and a file with the names that the publisher gave the weights."""
 MARK = "tinyfusion_export.json"
 """File that tells an exported folder, so that it may be written again."""
 EXPORT = FolderKind(

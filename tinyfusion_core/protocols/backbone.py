@@ -199,9 +199,10 @@ class Backbone(Settings, ABC):
         return [WEIGHTS]
 
     def export(self, model: nn.Module, library: str, folder: Path) -> None:
-        """Write a network as a folder of another library, `transformers` or `diffusers`.
+        """Write a network as a folder of another library, `transformers` or `diffusers`, or as a `single-file`.
 
-        By default what `save` writes, if `library` can read it.
+        By default what `save` writes, if `library` can read it. A single file has the names that the publisher gave the
+        weights.
 
         Raises:
             UserError: that library has no such network.

@@ -5,7 +5,6 @@ The packing of tokens, their positions, how time is counted, masks, guidance and
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import replace
 from typing import Any
 
@@ -15,13 +14,13 @@ import torch
 from torch import Tensor
 
 from diffusers_families import FAMILIES
+from diffusers_tasks import check_samples, sampled
 from tinyfusion_core.protocols.loss import LossAdapter
 from tinyfusion_core.runtime.seeding import generator
-from tinyfusion_diffusers import calling
 
 pytestmark = [pytest.mark.numerics, pytest.mark.filterwarnings("ignore")]  # of other libraries
 
-STEPS, ROWS = 3, 2
+ROWS = 2
 SQUARE = {"guidance_scale": 1.0, "height": 64, "width": 64}
 FLOWS: dict[str, tuple[str, dict[str, Any]]] = {
     "FluxTransformer2DModel": ("FluxPipeline", {"guidance_scale": 3.5, "height": 32, "width": 32}),
@@ -73,34 +72,6 @@ def network(name: str, changes: dict[str, Any]) -> tuple[Any, LossAdapter, dict[
     return backbone.build(), FAMILIES[name].loss, batch
 
 
-def sampled(model: Any, batch: dict[str, Tensor], pipeline: str, scheduler: Any, options: dict[str, Any]) -> Tensor:
-    """What the published pipeline samples; only its transformer and scheduler are there."""
-    cls = getattr(diffusers, pipeline)
-    parts = {k: p for k, p in inspect.signature(cls.__init__).parameters.items() if k != "self"}
-    given = {k: None if p.default is p.empty else p.default for k, p in parts.items()}
-    pipe = cls(**{**given, "transformer": model, "scheduler": scheduler})
-    pipe.set_progress_bar_config(disable=True)
-    mask = batch.get("mask", torch.ones(batch["text"].shape[:2], dtype=torch.bool))
-    told = {
-        "latents": calling.pack(type(model), batch["x"]),
-        "prompt_embeds": batch["text"],
-        "prompt_attention_mask": mask,
-        "prompt_embeds_mask": mask,
-        "pooled_prompt_embeds": batch.get("pooled"),
-    }
-    takes = inspect.signature(cls.__call__).parameters
-    told = {name: value for name, value in told.items() if name in takes}
-    if "negative_prompt" in takes and takes["negative_prompt"].default == "":  # without guidance it is never looked at
-        told["negative_prompt"] = None
-    out = pipe(**told, **options, num_inference_steps=STEPS, output_type="latent")
-    return calling.unpack(type(model), next(iter(out.__dict__.values())), batch["x"])
-
-
-def check(found: Tensor, x: Tensor, start: Tensor) -> None:
-    assert (x - start).abs().max() > 0.1
-    assert torch.allclose(found, x, atol=1e-4 * float(x.abs().max()))
-
-
 @pytest.mark.parametrize("name", FLOWS)
 def test_flows(name: str) -> None:
     model, loss, batch = network(name, {})
@@ -112,7 +83,7 @@ def test_flows(name: str) -> None:
         for now, later in zip(scheduler.sigmas[:-1], scheduler.sigmas[1:], strict=True):
             t = torch.full((ROWS,), float(now))
             x = x + (later - now) * loss.predict(model, {**batch, "x_t": x, "t": t})
-    check(found, x, batch["x"])
+    check_samples(found, x, batch["x"])
 
 
 @pytest.mark.parametrize("name", SCHEDULED)
@@ -127,4 +98,4 @@ def test_scheduled_processes(name: str) -> None:
         for t in scheduler.timesteps:
             out = loss.predict(model, {**batch, "x_t": x, "t": t.expand(ROWS)})
             x = scheduler.step(out[:, : x.shape[1]], t, x, return_dict=False)[0]
-    check(found, x, batch["x"])
+    check_samples(found, x, batch["x"])

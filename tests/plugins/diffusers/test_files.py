@@ -21,8 +21,9 @@ import tinyfusion_core as tiny
 from diffusers_tasks import ROWS, make, published, saved
 from tinyfusion_core.cli import main
 from tinyfusion_core.protocols.data import Tensors
+from tinyfusion_core.runtime.seeding import Rng
 from tinyfusion_diffusers import DiffusersTransformer, RectifiedFlow
-from tinyfusion_diffusers.backbone import SHIPPED
+from tinyfusion_diffusers.checkpoints import SHIPPED
 
 
 def test_dit_with_different_copies_is_refused(tmp_path: Path) -> None:
@@ -148,7 +149,7 @@ def test_bad_input(tmp_path: Path) -> None:
     shutil.copy(folder / "config.json", tmp_path / "empty")
     with pytest.raises(tiny.UserError, match=r"holds no diffusion_pytorch_model\.safetensors"):
         DiffusersTransformer(model=str(tmp_path / "empty")).source()
-    wrong("weights cannot be read", model=str(tmp_path / "empty"))
+    wrong(r"holds no diffusion_pytorch_model\.safetensors", model=str(tmp_path / "empty"))
     weights = (folder / "diffusion_pytorch_model.safetensors").read_bytes()
     (folder / "diffusion_pytorch_model.safetensors").write_bytes(weights[:5000])
     wrong("damaged or cut short", model=str(folder))
@@ -162,6 +163,8 @@ def test_bad_input(tmp_path: Path) -> None:
 
     with pytest.raises(tiny.UserError, match=r"^latent is \[4\]; expected \[height, width\]"):
         DiffusersTransformer(latent=[4])
+    with pytest.raises(tiny.UserError, match=r"^text_length is 0; expected at least 1"):
+        DiffusersTransformer(text_length=0)
     with pytest.raises(tiny.UserError, match=r"^latent: \[2, 4, 4\]; FluxTransformer2DModel takes \[h"):
         replace(task.backbone, latent=[2, 4, 4]).example(1)
     with pytest.raises(tiny.UserError, match=r"^latent: not set, and the config does not say"):
@@ -178,6 +181,64 @@ def test_bad_input(tmp_path: Path) -> None:
     dit, told = make("DiTTransformer2DModel")
     with pytest.raises(tiny.UserError, match="not known how DiTTransformer2DModel counts time; set scale"):
         RectifiedFlow().predict(dit.teacher, told)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("CogVideoXTransformer3DModel", {"text_length": 6}, r"text_length is 6; CogVideoX\w+ as configured takes 5"),
+        ("CogVideoXTransformer3DModel", {"text_length": 4}, r"text_length is 4; CogVideoX\w+ as configured takes 5"),
+        ("CogVideoXTransformer3DModel", {"latent": [8, 8]}, r"latent: \[8, 8\]; .* takes \[frames, height, width\]"),
+        ("CogVideoXTransformer3DModel", {"latent": [2, 7, 8]}, r"patches of \[1, 2, 2\], and the sizes have to be"),
+        ("WanTransformer3DModel", {"latent": [2, 4, 5]}, r"latent: \[2, 4, 5\]; Wan\w+ cuts latents into patches"),
+        ("WanTransformer3DModel", {"latent": [2, 4, 2050]}, r"as configured takes at most \[1024, 2048, 2048\]"),
+        ("FluxTransformer2DModel", {"latent": [4, 5]}, r"patches of \[2, 2\], and the sizes have to be multiples"),
+        ("SD3Transformer2DModel", {"latent": [9, 8]}, r"patches of \[2, 2\], and the sizes have to be multiples"),
+        ("Lumina2Transformer2DModel", {"text_length": 16}, r"text_length is 16; .* as configured takes at most 15"),
+        ("Lumina2Transformer2DModel", {"latent": [18, 8]}, r"as configured takes at most \[16, 16\]"),
+    ],
+)
+def test_sizes_that_a_network_does_not_take(name: str, options: dict[str, Any], message: str) -> None:
+    task, _ = make(name)
+    with pytest.raises(tiny.UserError, match=message):
+        replace(task.backbone, **options).example(1)
+
+
+def test_the_largest_sizes_run() -> None:
+    lumina, _ = make("Lumina2Transformer2DModel")
+    backbone = replace(lumina.backbone, text_length=15, latent=[16, 16])
+    inputs = lumina.loss.prepare(backbone.example(2), Rng(0, "test"))
+    assert lumina.loss.predict(lumina.teacher, inputs).shape == (2, 4, 16, 16)
+    # Rotated positions leave the length of the text free, up to what the pipeline cuts it to.
+    rotated = {"use_rotary_positional_embeddings": True, "attention_head_dim": 16}
+    cog, _ = make("CogVideoXTransformer3DModel", **rotated)
+    inputs = cog.loss.prepare(replace(cog.backbone, text_length=3).example(2), Rng(0, "test"))
+    assert cog.loss.predict(cog.teacher, inputs).shape == (2, 2, 4, 8, 8)
+    with pytest.raises(tiny.UserError, match="takes at most 5"):
+        replace(cog.backbone, text_length=6).example(2)
+
+
+def test_published_videos_are_planned_by_their_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = {"_class_name": "CogVideoXTransformer3DModel"}  # CogVideoX-2b's, which are the defaults
+    newer = {
+        "patch_size_t": 2, "sample_frames": 81, "sample_height": 96, "sample_width": 170, "max_text_seq_length": 224,
+    }  # fmt: skip
+    for changes, text, x in (({}, 226, [13, 16, 60, 90]), (newer, 224, [22, 16, 96, 170])):  # 21 frames make no pairs
+        found = DiffusersTransformer.random({**config, **changes}).example(1)
+        assert {name: list(column.shape[1:]) for name, column in found.items()} == {"x": x, "text": [text, 4096]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    options = {"scheduler": "CogVideoXDDIMScheduler", "settings": {"prediction_type": "v_prediction"}}
+    recipe = {
+        "backbone": {"class_path": "DiffusersTransformer", "init_args": {"model": str(tmp_path)}},
+        "loss": {"class_path": "ScheduledDiffusion", "init_args": options},
+        "data": {"class_path": "EncodedPrompts", "init_args": {"folder": str(tmp_path / "data")}},
+        "search": {"pattern": [2, 3], "steps": 10},
+        "recover": {"steps": 10},
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    assert main(["validate", str(path)]) == 0
+    assert "the plan works out, once these are there" in capsys.readouterr().out
 
 
 class Payload:
