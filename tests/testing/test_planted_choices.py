@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import tinyfusion_core as tiny
+from broken_recoveries import (
+    BeginsElsewhere,
+    BeyondTheEnd,
+    Divided,
+    DrawsWeights,
+    ForgetsAfterAnException,
+    ForgetsBuffers,
+    ForgetsInTheEnd,
+    Freezes,
+    LeavesModules,
+    StandsStillAfterwards,
+    YieldsAPart,
+)
 from places import ROOT
 from tinyfusion_core.errors import UserError
 from tinyfusion_core.registry.registry import Plugin, Registry
@@ -237,85 +249,6 @@ class Sharpens(tiny.ExactK):
 class Infinite(tiny.ExactK):
     def anneal(self, progress: float) -> dict[str, float]:
         return {"temperature": float("inf") if progress == 1 else 1.0}
-
-
-class ForgetsBuffers(tiny.WeightUpdate):
-    """Brings parameters back, and no buffers."""
-
-    @contextmanager
-    def applied(self, model: nn.Module, blocks: Sequence[str]) -> Iterator[list[nn.Parameter]]:
-        with tiny.Full().applied(model, blocks) as weights:
-            yield weights
-        for buffer in model.buffers():
-            buffer.add_(1)
-
-
-class ForgetsAfterAnException(tiny.WeightUpdate):
-    @contextmanager
-    def applied(self, model: nn.Module, blocks: Sequence[str]) -> Iterator[list[nn.Parameter]]:
-        original = {name: t.clone() for name, t in model.state_dict().items()}
-        yield [p for p in model.parameters() if p.requires_grad]
-        model.load_state_dict(original)
-        model.zero_grad()
-
-
-class LeavesModules(tiny.WeightUpdate):
-    @contextmanager
-    def applied(self, model: nn.Module, blocks: Sequence[str]) -> Iterator[list[nn.Parameter]]:
-        model.get_submodule(blocks[0]).register_forward_pre_hook(lambda *_: None)
-        with tiny.Full().applied(model, blocks) as weights:
-            yield weights
-
-
-class YieldsAPart(tiny.WeightUpdate):
-    @contextmanager
-    def applied(self, model: nn.Module, blocks: Sequence[str]) -> Iterator[list[nn.Parameter]]:
-        with tiny.Full().applied(model, blocks) as weights:
-            yield weights[:-1]
-
-
-class BeginsElsewhere(tiny.WeightUpdate):
-    @contextmanager
-    def applied(self, model: nn.Module, blocks: Sequence[str]) -> Iterator[list[nn.Parameter]]:
-        with tiny.Full().applied(model, blocks) as weights:
-            with torch.no_grad():
-                weights[0].add_(1)
-            yield weights
-
-
-class ForgetsInTheEnd(tiny.LoRA):
-    def merged(self, model: nn.Module, blocks: Sequence[str]) -> AbstractContextManager[list[nn.Parameter]]:
-        return self.applied(model, blocks)
-
-
-class StandsStillAfterwards(tiny.LoRA):
-    @contextmanager
-    def merged(self, model: nn.Module, blocks: Sequence[str]) -> Iterator[list[nn.Parameter]]:
-        yield [*model.get_submodule(blocks[0]).parameters()]
-        model.get_submodule(blocks[0]).requires_grad_(False)
-
-
-class BeyondTheEnd(tiny.OutputKD):
-    def taps_for(self, decision: tiny.Decision) -> list[tuple[int, int]]:
-        return [(len(decision.blocks) - 1, len(decision.blocks) - 1)]
-
-
-class Divided(tiny.MaskedKD):
-    """Its terms are not finite."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "alpha_kd", float("inf"))
-
-
-class Freezes(tiny.Start):
-    def __call__(self, task: tiny.Task, student: nn.Module, *_: object) -> None:
-        student.get_submodule("first").requires_grad_(False)
-
-
-class DrawsWeights(tiny.Start):
-    def __call__(self, task: tiny.Task, student: nn.Module, *_: object) -> None:
-        with torch.no_grad():
-            student.get_parameter("last.weight").copy_(torch.randn(4, 4))
 
 
 BROKEN: list[tuple[str, type, str]] = [

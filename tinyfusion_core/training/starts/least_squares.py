@@ -27,8 +27,8 @@ class LeastSquares:
         """Add a sample.
 
         Args:
-            features: (tokens, inputs).
-            target: (tokens, channels).
+            features: (rows, inputs), a row for each token.
+            target: (rows, channels).
             gate: (channels,).
         """
         features, target, gate = features.double(), target.double(), gate.double()
