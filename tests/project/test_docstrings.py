@@ -12,7 +12,10 @@ import pytest
 from places import ROOT
 
 MODULES = [path for top in ("tinyfusion_core", "plugins") for path in sorted((ROOT / top).rglob("*.py"))]
-FIRST = r"\.\.\.|batch|2?B|[nNKTG]|rows|masks|samples|processes|num_blocks|images|grid \* grid|1 \+ terms|\d|last - first|channels"
+FIRST = (
+    r"\.\.\.|batch|2?B|[nNKTG]|rows|masks|samples|processes|num_blocks|images|grid \* grid|1 \+ terms|\d|last - first"
+    r"|channels"
+)
 SHAPE = re.compile(
     rf"\((?:{FIRST})(?: or \d)?,[^()]*\)"  # (batch, tokens, channels), (batch,), (..., channels)
     r"|\bscalar\b|\bany shape\b|\b(?:the|of) same shape\b|\bthe shape of\b",
