@@ -154,7 +154,7 @@ def test_two_processes_and_a_kill_make_what_one_makes(tiny_vae: Path, images: Pa
     assert process.exitcode == -signal.SIGKILL
     kept = {path.name: path.stat().st_mtime_ns for path in killed.glob("*.safetensors")}
     assert 0 < len(kept) < NUM
-    with pytest.raises(UserError, match="lists no shards; let the `tinyfusion encode` that makes them finish"):
+    with pytest.raises(UserError, match="lists no shards; let the command that makes them finish"):
         Latents(folder=str(killed)).train()
     recorded = {path.with_suffix(".safetensors").name for path in killed.glob("0*.json")}
     damaged = min(recorded) if len(recorded) > 1 else ""  # one of those that were finished
