@@ -128,7 +128,13 @@ class Encoding(ABC):
 
     @abstractmethod
     def fault(self, items: Sequence[int], skipped: Sequence[str], tensors: Mapping[str, Tensor]) -> str:
-        """Return what is wrong with a shard of these examples, without those that were left out; empty if nothing."""
+        """Return what is wrong with a shard; empty if nothing.
+
+        Args:
+            items: the examples that were given for it, by index.
+            skipped: names of those that were left out.
+            tensors: what it holds by name, each (rows, ...).
+        """
 
     @abstractmethod
     def summary(self, records: Sequence[Record]) -> dict[str, Any]:

@@ -103,23 +103,25 @@ class TextEncoders:
         return found
 
     @cached_property
-    def _wanted(self) -> dict[str, bool]:
-        """The columns that the transformer takes, and whether it takes them."""
-        taken = {GIVEN[name] for name in parameters(class_of(self.pipeline.transformer)) if name in GIVEN}
-        return {name: name in taken for name in ("text", "mask", "pooled")}
+    def _pooled(self) -> int | None:
+        """Width of the pooled embeddings, if the transformer takes any."""
+        return settings(self.pipeline.transformer)["pooled_projection_dim"] if "pooled" in self._wanted else None
+
+    @cached_property
+    def _wanted(self) -> set[str]:
+        """The columns that the transformer takes."""
+        return {GIVEN[name] for name in parameters(class_of(self.pipeline.transformer)) if name in GIVEN}
 
     def _named(self, found: Sequence[Any], rows: int, which: int) -> dict[str, Tensor]:
         """The columns in what was returned, told by their shapes: those of the prompts, or of the negative prompts."""
-        tensors = [t for t in found if isinstance(t, Tensor) and len(t) == rows]
-        text = [t for t in tensors if t.ndim == 3][which]
-        columns = {"text": text}
-        if self._wanted["mask"]:
-            masks = [t for t in tensors if t.shape == text.shape[:2] and not t.is_floating_point()]
+        columns = {"text": _alike(found, (rows, None, None), floats=True)[which]}
+        if "mask" in self._wanted:
+            shape = tuple(columns["text"].shape[:2])
+            masks = _alike(found, shape, floats=False)
             # Where all tokens count, there may be none.
-            columns["mask"] = masks[which].bool() if masks else text.new_ones(text.shape[:2], dtype=torch.bool)
-        if self._wanted["pooled"]:
-            shape = (rows, settings(self.pipeline.transformer)["pooled_projection_dim"])
-            columns["pooled"] = [t for t in tensors if t.shape == shape and t.is_floating_point()][which]
+            columns["mask"] = masks[which].bool() if masks else torch.ones(shape, dtype=torch.bool)
+        if self._pooled is not None:
+            columns["pooled"] = _alike(found, (rows, self._pooled), floats=True)[which]
         return {name: column.cpu() for name, column in columns.items()}
 
     def _padded(self, columns: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -192,6 +194,12 @@ def _pipeline_class(where: str) -> tuple[Mapping[str, Any], Any]:
             "expected one of those in docs/diffusers.md that take prompts"
         )
     return index, cls
+
+
+def _alike(found: Sequence[Any], shape: Sequence[int | None], floats: bool) -> list[Tensor]:
+    """The tensors of a shape, in which None is any size."""
+    tensors = [t for t in found if isinstance(t, Tensor) and t.ndim == len(shape) and t.is_floating_point() == floats]
+    return [t for t in tensors if all(n in (None, size) for n, size in zip(shape, t.shape, strict=True))]
 
 
 def _networks(pipeline: Any) -> dict[str, nn.Module]:
