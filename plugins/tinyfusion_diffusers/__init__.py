@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tinyfusion_core.protocols.backbone import Backbone
+from tinyfusion_core.protocols.command import Command
 from tinyfusion_core.protocols.data import DataSource
 from tinyfusion_core.protocols.loss import LossAdapter
 from tinyfusion_core.registry.hooks import hookimpl
@@ -29,3 +30,11 @@ def tinyfusion_register_losses() -> list[type[LossAdapter]]:
 def tinyfusion_register_data() -> list[type[DataSource]]:
     """Pre-encoded latents and prompts."""
     return [EncodedPrompts]
+
+
+@hookimpl
+def tinyfusion_register_commands() -> list[type[Command]]:
+    """`tinyfusion encode-prompts`."""
+    from tinyfusion_diffusers.prompts.command import EncodePromptsCommand
+
+    return [EncodePromptsCommand]

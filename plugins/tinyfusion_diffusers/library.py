@@ -7,10 +7,10 @@ from typing import Any
 from tinyfusion_core.errors import need
 
 
-def diffusers() -> Any:
-    """Return the library.
+def diffusers(key: str = "backbone: DiffusersTransformer") -> Any:
+    """Return the library; `key` is what needs it.
 
     Raises:
         UserError: it is not installed.
     """
-    return need("diffusers", "tinyfusion[diffusers]", "backbone: DiffusersTransformer")
+    return need("diffusers", "tinyfusion[diffusers]", key)

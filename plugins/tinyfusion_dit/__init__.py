@@ -9,8 +9,9 @@ from tinyfusion_core.registry.hooks import hookimpl
 from tinyfusion_dit.backbone import DiT
 from tinyfusion_dit.diffusion import GaussianDiffusion
 from tinyfusion_dit.latents import LatentFolders, Latents
+from tinyfusion_dit.other_layouts import LatentTensors, ListedMoments
 
-__all__ = ["DiT", "GaussianDiffusion", "LatentFolders", "Latents"]
+__all__ = ["DiT", "GaussianDiffusion", "LatentFolders", "LatentTensors", "Latents", "ListedMoments"]
 
 
 @hookimpl
@@ -27,5 +28,5 @@ def tinyfusion_register_losses() -> list[type[LossAdapter]]:
 
 @hookimpl
 def tinyfusion_register_data() -> list[type[DataSource]]:
-    """Pre-encoded latents, in arrays or shards, or in one file per image."""
-    return [Latents, LatentFolders]
+    """Pre-encoded latents, in our layouts and those of others."""
+    return [Latents, LatentFolders, ListedMoments, LatentTensors]

@@ -50,6 +50,7 @@ class DiT(CheckpointBackbone):
     needed = ("hidden_size", "depth", "num_heads", "patch_size")
     shipped = Path(__file__).parent / "checkpoints"
     computed = ("pos_embed",)
+    labels = ("num_classes", "y_embedder.embedding_table.weight")
 
     input_size: int | None = None
     patch_size: int | None = None

@@ -16,7 +16,7 @@ from typing_extensions import override
 from tinyfusion_core.dataloading.shards import FORMAT_VERSION, METADATA, read_metadata
 from tinyfusion_core.errors import MissingFileError, UserError, require
 from tinyfusion_core.protocols.data import DataSource, Samples
-from tinyfusion_dit.stores import Arrays, Files, Shards, Store
+from tinyfusion_dit.stores import Arrays, Files, Shards, Store, layout_of
 from tinyfusion_images.encoding.autoencoder import check_autoencoder, decode, load_autoencoder
 
 _NEEDED = ("features.npy", "labels.npy")
@@ -87,7 +87,8 @@ class LatentSource(DataSource):
         scale = metadata.get("scale", self.scale)
         if scale is None:
             raise UserError("data.scale: neither the recipe nor metadata.json says it, and data.decoder needs it")
-        return decode(self._decoder, x, scale, metadata.get("shift", 0.0))
+        mean, std = (x.new_tensor(metadata.get(key, [n])).view(-1, 1, 1) for key, n in (("mean", 0.0), ("std", 1.0)))
+        return decode(self._decoder, x * std + mean * scale, scale, metadata.get("shift", 0.0))
 
     @cached_property
     def _decoder(self) -> nn.Module:
@@ -156,25 +157,14 @@ class Latents(LatentSource):
         made += f" --name {self.vae}" if self.vae and self.decoder not in (None, self.vae) else ""
         made += f" --scale {self.scale}" if self.scale else ""
         stated = {"vae": self.vae, "scale": self.scale, "kind": self.kind or "sample"}
-        if found := _layout(Path(self.folder)):
-            return MissingFileError(f"data.folder: '{self.folder}' lacks {', '.join(names)}, but {found}")
+        if found := layout_of(Path(self.folder), "Latents"):
+            return MissingFileError(f"data.folder: '{self.folder}' lacks {', '.join(names)}{found}")
         return MissingFileError(
             f"data.folder: '{self.folder}' lacks {', '.join(names)}. Put there the training images, encoded once: "
             f"`tinyfusion encode IMAGES --out {self.folder} {made} --kind {stated['kind']} --flip`; or features.npy "
             "(images, channels, height, width), labels.npy (images,), for mirrored images flipped.npy, and "
             f"{METADATA}: {json.dumps({'format_version': FORMAT_VERSION, **stated})}"
         )
-
-
-def _layout(folder: Path) -> str:
-    """What reads the latents in a folder that others have laid out; empty if nothing is known to."""
-    if next(folder.glob("*/*.npz"), None):
-        return "holds .npz files in folders of classes, as MAR caches them: data: {class_path: CachedMoments}"
-    parts = [next((p for p in sorted(folder.glob(f"*{kind}")) if p.is_dir()), None) for kind in ("features", "labels")]
-    if all(parts):
-        options = f"features: {parts[0]}, labels: {parts[1]}"
-        return f"holds a file for each image: data: {{class_path: LatentFolders, init_args: {{{options}}}}}"
-    return ""
 
 
 @dataclass(frozen=True, kw_only=True)

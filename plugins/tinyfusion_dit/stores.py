@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from typing_extensions import override
 
-from tinyfusion_core.dataloading.shards import ShardedSamples, shards_in
+from tinyfusion_core.dataloading.shards import METADATA, ShardedSamples, shards_in
 from tinyfusion_core.errors import UserError
 from tinyfusion_core.protocols.data import Samples
 from tinyfusion_core.runtime.files import map_array
@@ -174,8 +174,7 @@ class Arrays(Rows):
 
     @override
     def label_extremes(self) -> Sequence[tuple[int, str]]:
-        labels = _load(self._labels, self._shape[:1], integers=True)
-        return [(int(labels[i]), self.where("y", i, 0)) for i in (int(labels.argmin()), int(labels.argmax()))]
+        return extremes_of(_load(self._labels, self._shape[:1], integers=True), self.where)
 
 
 class Files(Rows):
@@ -185,7 +184,7 @@ class Files(Rows):
         self._features, self._labels = features, labels
         self._names = _names(features)
         if len(self._names) == 0:
-            raise UserError(f"{features}: holds no .npy files")
+            raise UserError(f"{features}: holds no .npy files{layout_of(features, 'LatentFolders')}")
         if not np.array_equal(self._names, _names(labels)):
             raise UserError(f"{features} and {labels} do not hold files of the same names")
         self.num_images = len(self._names)
@@ -240,3 +239,34 @@ def _load(path: Path, shape: Sequence[int] | None = None, integers: bool = False
     if shape is not None and array.shape != tuple(shape):
         raise UserError(f"{path}: shape {array.shape}, expected {tuple(shape)}")
     return array
+
+
+def extremes_of(labels: NDArray[Any], where: Callable[[str, int, int], str]) -> Sequence[tuple[int, str]]:
+    """Return the smallest and largest of all labels (images,), and where each is."""
+    return [(int(labels[i]), where("y", i, 0)) for i in (int(labels.argmin()), int(labels.argmax()))]
+
+
+def layout_of(folder: Path, reader: str) -> str:
+    """Return which other class reads the latents in a folder, to end the message of one that does not.
+
+    Args:
+        folder: the folder.
+        reader: the class that does not.
+    """
+    parts = [next((p for p in sorted(folder.glob(f"*{kind}")) if p.is_dir()), None) for kind in ("features", "labels")]
+    known = (
+        ("Latents", (folder / METADATA).is_file(), METADATA),
+        ("ListedMoments", (folder / "dataset.json").is_file(), "dataset.json, as REPA and EDM2 list latents"),
+        ("CachedMoments", next(folder.glob("*/*.npz"), None), ".npz files in folders of classes, as MAR caches them"),
+        (
+            "LatentTensors",
+            next(folder.glob("*.safetensors"), None),
+            ".safetensors files, as LightningDiT extracts them",
+        ),
+        ("LatentFolders", all(parts), "a file for each image"),
+    )
+    for name, there, what in known:
+        if there and name != reader:
+            options = f", init_args: {{features: {parts[0]}, labels: {parts[1]}}}" if name == "LatentFolders" else ""
+            return f", but holds {what}: data: {{class_path: {name}{options}}}"
+    return ""

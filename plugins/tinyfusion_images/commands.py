@@ -35,6 +35,7 @@ class EncodeImages(Command):
         for option, text in (
             ("--flip", "encode the mirrored images too"),
             ("--skip-bad", "leave out images that cannot be read, and count them"),
+            ("--captions", "list the captions, a .txt beside each image, in the latents' order: OUT/captions.jsonl"),
         ):
             parser.add_argument(option, action="store_true", default=argparse.SUPPRESS, help=text)
 

@@ -61,6 +61,7 @@ class MAR(CheckpointBackbone):
     needed = tuple(variants["base"])
     shipped = Path(__file__).parent / "checkpoints"
     containers = ("model_ema", "model")
+    labels = ("num_classes", "class_emb.weight")
 
     img_size: int | None = None
     vae_stride: int | None = None

@@ -14,7 +14,7 @@ from typing_extensions import override
 from tinyfusion_core.errors import UserError, require
 from tinyfusion_core.runtime.files import map_array
 from tinyfusion_dit.latents import LatentSource
-from tinyfusion_dit.stores import Indices, Rows, Store
+from tinyfusion_dit.stores import Indices, Rows, Store, layout_of
 
 COPIES = ("moments", "moments_flip")
 """Arrays of a file: of the image and of its mirror image, (2C, H, W) means and then log-variances, not scaled."""
@@ -65,7 +65,8 @@ class _Cache(Rows):
         self._labels = np.repeat(np.arange(len(self._classes)), [len(members) for members in names])
         self.num_images = len(self._names)
         if self.num_images == 0:
-            raise UserError(f"{folder}: holds no .npz files in folders of classes")
+            found = layout_of(folder, "CachedMoments")
+            raise UserError(f"{folder}: holds no .npz files in folders of classes{found}")
         self._shape = self._moments(0, 0).shape
         self.num_channels = self._shape[0]
 

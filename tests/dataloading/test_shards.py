@@ -161,7 +161,7 @@ def test_a_listing_that_is_not_right(tmp_path: Path) -> None:
     write(tmp_path)
     metadata = json.loads((tmp_path / METADATA).read_text())
     for shards, message in (
-        ([], "lists no shards; let the `tinyfusion encode` that makes them finish"),
+        ([], "lists no shards; let the command that makes them finish"),
         (
             [{"name": "0.safetensors"}],
             r"'shards\[0\].count' is missing; expected an integer; run",

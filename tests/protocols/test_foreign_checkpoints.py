@@ -241,3 +241,46 @@ def test_a_part_that_all_names_have_is_taken_off_only_if_none_is_known() -> None
     assert unwrapped({"a.x": w, "b.y": w}, ["x", "y"]).keys() == {"a.x", "b.y"}
     assert unwrapped({"p.q": w}, ["x"]).keys() == {"q"}
     assert unwrapped({}, ["x"]) == {}
+
+
+@pytest.mark.parametrize("backbone", [DiT, SiT, MAR])
+@pytest.mark.parametrize("labels", [3, 10, 17])
+def test_labels_of_ones_own_begin_a_table_of_their_own(backbone: type[Any], labels: int, tmp_path: Path) -> None:
+    sizes = {name: value for name, value in backbone.tiny().config().items() if value is not None}
+    before = backbone.tiny().build().state_dict()
+    table = backbone.labels[1]
+    mine = backbone(checkpoint=saved(before, tmp_path), **sizes | {"num_classes": labels}, new_labels=True)
+    with pytest.warns(
+        UserWarning, match=f"new_labels: the {labels} labels of .*w.pt begin anew; the network knows none"
+    ):
+        found = mine.build().state_dict()
+    with pytest.warns(UserWarning, match="begin anew"):
+        again = mine.build().state_dict()  # on another process, say
+    assert all(torch.equal(found[name], again[name]) for name in found)
+    assert all(torch.equal(found[name], before[name]) for name in found if name != table)
+    extra = len(before[table]) - sizes["num_classes"]
+    assert found[table].shape == (labels + extra, before[table].shape[1])
+    assert torch.equal(found[table][labels:], before[table][sizes["num_classes"] :])  # what stands for no label
+    assert extra == (backbone is not MAR)
+    assert not torch.isin(found[table][:labels], before[table]).any()
+    assert 0.6 < found[table][:labels].std() / before[table].std() < 1.6
+    assert mine.source()["new_labels"] is True
+    if labels != 10:
+        with pytest.raises(
+            tiny.UserError, match=rf"w.pt: has 10 labels, and num_classes is {labels}; .*new_labels: true"
+        ):
+            backbone(checkpoint=saved(before, tmp_path), **sizes | {"num_classes": labels}).build()
+
+
+def test_labels_of_a_folder_of_ours_and_what_has_no_labels(tmp_path: Path) -> None:
+    with pytest.raises(tiny.UserError, match=r"num_classes is 3 in the recipe .*, but 10 in .*set new_labels: true"):
+        DiT(checkpoint="digits", num_classes=3).build()
+    mine = DiT(checkpoint="digits", num_classes=3, new_labels=True)
+    with pytest.warns(UserWarning, match="the 3 labels of .* begin anew"):
+        model = mine.build()
+    assert mine.config()["num_classes"] == mine.config(model)["num_classes"] == 3
+    with pytest.raises(tiny.UserError, match="depth is 5 in the recipe .*; leave it out, or choose another checkpoint"):
+        DiT(checkpoint="digits", depth=5, new_labels=True).config()
+    other = saved(weights() | {"x_embedder.proj.bias": torch.zeros(3)}, tmp_path)
+    with pytest.raises(tiny.UserError, match="a checkpoint of another architecture"):
+        DiT(checkpoint=other, **CONFIG | {"num_classes": 3}, new_labels=True).build()

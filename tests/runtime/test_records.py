@@ -21,7 +21,7 @@ from tinyfusion_core.parsing.records import check_folder, parse_json, read_as, r
 from tinyfusion_core.parsing.yaml12 import load_yaml
 from tinyfusion_core.registry.registry import load_plugin
 from tinyfusion_core.runtime.run_folder import RunFolder
-from tinyfusion_diffusers.data import _columns
+from tinyfusion_diffusers.arrays import columns_in
 from tinyfusion_dit import Latents
 from tinyfusion_images.fashion import read_idx
 from tinyfusion_images.image_sets import open_picture
@@ -152,7 +152,7 @@ def test_names_that_no_file_can_have(capsys) -> None:
         ("train-images-idx3-ubyte", read_idx),
         ("picture.png", open_picture),
         ("mine.py", load_plugin),
-        ("x.safetensors", _columns),
+        ("x.safetensors", columns_in),
     ],
 )
 def test_no_reader_waits_for_a_pipe(name: str, read: Callable[[Path], object], tmp_path: Path) -> None:

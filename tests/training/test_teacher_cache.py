@@ -306,7 +306,7 @@ def test_what_is_missing_or_damaged_in_the_folder_is_said_with_the_way_on(
 
 
 def test_what_takes_more_than_the_disk_has_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writing.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     with pytest.raises(UserError, match="Recover.kd.cache: takes 1.02e-06 GB, 16 bytes for each of 64 rows"):
         tiny.write_cache(tiny.TeacherCache(folder=str(tmp_path)), planted(), TRAINER)
     assert {path.name for path in tmp_path.iterdir()} <= {".lock"}

@@ -180,11 +180,11 @@ def shards_in(metadata: dict[str, Any], url: str) -> list[Shard]:
         UserError: it lists none, or their entries are incomplete.
     """
     if not metadata["shards"]:
-        raise UserError(f"{url}/{METADATA}: lists no shards; let the `tinyfusion encode` that makes them finish")
-    found = shaped(metadata, _Listing, f"{url}/{METADATA}", "run `tinyfusion encode` again")["shards"]
+        raise UserError(f"{url}/{METADATA}: lists no shards; let the command that makes them finish")
+    found = shaped(metadata, _Listing, f"{url}/{METADATA}", "run the command that made it again")["shards"]
     check_inside([shard.name for shard in found], Path(url) / METADATA)
     if bad := [shard.name for shard in found if shard.count < 1]:
-        raise UserError(f"{url}/{METADATA}: {bad[0]!r} has no rows; run `tinyfusion encode` again")
+        raise UserError(f"{url}/{METADATA}: {bad[0]!r} has no rows; run the command that made it again")
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import hashlib
 import pathlib
 import pickle
 import re
@@ -131,6 +132,15 @@ def load_strict(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> 
             f"{'; '.join(problems[:4])}{more}"
         )
     model.load_state_dict(dict(weights), strict=True)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Return a hash of a network's weights."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        found.update(name.encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def _refused(error: pickle.UnpicklingError) -> str:

@@ -21,6 +21,7 @@ from ..parsing.weights import load_strict, read_weights, weight_files
 from ..runtime.files import NEUTRAL, digest, sha256
 from ..runtime.seeding import generator
 from .backbone import Backbone, constructed, owner
+from .label_table import with_label_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,8 @@ class CheckpointBackbone(Backbone):
             one network, averages are preferred; `{file: ..., key: model}` chooses, dots lead into nested ones.
         licence: licence of the checkpoint, for the model card.
         ignore: names of weights to leave out, with `*`: heads that inference does not use.
+        new_labels: begin the label table anew, for labels of one's own, of which there may be another number than the
+            checkpoint has.
     """
 
     #: Constructor keywords of the published sizes, by name.
@@ -51,10 +54,14 @@ class CheckpointBackbone(Backbone):
     #: Weights that the network's constructor computes, which a checkpoint may lack.
     computed: ClassVar[Sequence[str]] = ()
 
+    #: The keyword with the number of labels, and the weight with a row for each; further rows are for other things.
+    labels: ClassVar[tuple[str, str] | None] = None
+
     variant: str | None = None
     checkpoint: str | dict[str, str] | None = None
     licence: str = "unknown"
     ignore: Sequence[str] = field(default=(), metadata={NEUTRAL: []})
+    new_labels: bool = field(default=False, metadata={NEUTRAL: False})
     _random_seed: int | None = None  # set by `tiny`, which has no checkpoint
 
     @classmethod
@@ -103,6 +110,10 @@ class CheckpointBackbone(Backbone):
                 f"{path}: has {len(more)} weights that {self.network().__name__} has no place for, such as {more[0]}; "
                 f"if it can do without them, set backbone.ignore: [{', '.join(heads)}]"
             )
+        if self.labels is not None:
+            count, table = self.labels
+            return with_label_table(weights, own, table, (count, self.config()[count]), self.new_labels, path)
+        require(not self.new_labels, "backbone.new_labels", True, f"false: {type(self).__name__} has no label table")
         return weights
 
     @property
@@ -129,7 +140,10 @@ class CheckpointBackbone(Backbone):
         given = self._given()
         folder = self._folder()
         if folder is not None:
-            return _agree(self._defaults() | self._saved(folder, "network"), given, folder / "config.json")
+            saved, count = self._defaults() | self._saved(folder, "network"), self.labels and self.labels[0]
+            if self.new_labels and count in given:
+                saved[count] = given[count]
+            return _agree(saved, given, folder / "config.json", count)
         if missing := [k for k in self.needed if k not in given]:
             raise UserError(
                 f"backbone: {', '.join(missing)} not known; set backbone.variant ({', '.join(self.variants)}), "
@@ -170,7 +184,10 @@ class CheckpointBackbone(Backbone):
         name, key = self._place
         files = weight_files(self._weights())
         content = sha256(files[0]) if len(files) == 1 else digest([sha256(file) for file in files])
-        return {"checkpoint": name, **({"key": key} if key else {}), "sha256": content, "licence": licence}
+        more: dict[str, Any] = {"key": key} if key else {}
+        if self.new_labels:
+            more["new_labels"] = True
+        return {"checkpoint": name, **more, "sha256": content, "licence": licence}
 
     @classmethod
     def random(cls, **sizes: Any) -> Self:
@@ -261,12 +278,15 @@ def randomise(model: nn.Module, rng: torch.Generator) -> None:
             p.normal_(std=p[0].numel() ** -0.5 if p.ndim > 1 else 0.2, generator=rng)
 
 
-def _agree(saved: dict[str, Any], given: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The saved settings, which every given one must equal."""
+def _agree(saved: dict[str, Any], given: dict[str, Any], path: Path, count: str | None) -> dict[str, Any]:
+    """The saved settings, which every given one must equal; `count` is that of the number of labels."""
     for key, value in given.items():
         if saved[key] != value:
+            way = (
+                "set backbone.new_labels: true to begin a label table" if key == count else "choose another checkpoint"
+            )
             raise UserError(
                 f"backbone.{key} is {value!r} in the recipe (or its variant), but {saved[key]!r} in {path}; "
-                "leave it out, or choose another checkpoint"
+                f"leave it out, or {way}"
             )
     return saved

@@ -11,6 +11,7 @@ from datetime import timedelta
 from functools import cache
 from typing import Any, TypeVar, cast
 
+import torch
 import torch.distributed as dist
 
 from ..errors import FailedElsewhere, Interrupted, UserError
@@ -35,6 +36,17 @@ def rank_and_world_size() -> tuple[int, int]:
     if _alone or not dist.is_available() or not dist.is_initialized():
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
+
+
+def device_of_this_process() -> torch.device:
+    """Return the device that this process works on, after it has joined those that were started with it."""
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    # Without being told, accelerate makes no group of processes that have no GPU: each would think itself alone.
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    found: torch.device = PartialState(cpu).device
+    return found
 
 
 @contextmanager

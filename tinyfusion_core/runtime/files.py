@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -120,6 +121,23 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
         save_file(ready, file.name, metadata=dict(metadata or {}))
 
     write_atomic(path, write)
+
+
+def check_space(folder: Path, size: int, what: str, remedy: str) -> None:
+    """Check that a folder's disk has room for its safetensors files; those that are there already count as room.
+
+    Args:
+        folder: the folder, which exists.
+        size: bytes of all files.
+        what: begins the message: what takes how much.
+        remedy: ends it.
+
+    Raises:
+        UserError: it has not.
+    """
+    free = shutil.disk_usage(folder).free
+    if size > free + sum(file.stat().st_size for file in folder.glob("*.safetensors")):
+        raise UserError(f"{what}, and {folder.absolute()} has {free / 1e9:,.3g} GB; {remedy}")
 
 
 def sha256(path: Path) -> str:

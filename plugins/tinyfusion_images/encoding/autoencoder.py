@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping
 from itertools import count
@@ -81,15 +80,6 @@ def decode(model: nn.Module, latents: Tensor, scale: float, shift: float) -> Ten
         z = latents.to(dtype) / scale + shift
         parts = [model.decode(z[i : i + AT_ONCE]).sample for i in range(0, len(z), AT_ONCE)]  # type: ignore[operator]
     return ((torch.cat(parts).float() + 1) / 2).clamp(0, 1)
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Return a hash of the weights."""
-    found = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        found.update(name.encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return found.hexdigest()
 
 
 def _kind(where: str) -> Any:

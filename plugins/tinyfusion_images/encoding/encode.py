@@ -2,38 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
+from typing_extensions import override
 
-from tinyfusion_core.dataloading.shards import (
-    FORMAT_VERSION,
-    METADATA,
-    read_metadata,
-    read_shard,
-    shards_in,
-    write_shard,
-)
-from tinyfusion_core.errors import Interrupted, UserError, require
+from tinyfusion_core.dataloading.encoding import DTYPES, Encoding, Record
+from tinyfusion_core.dataloading.shards import FORMAT_VERSION
+from tinyfusion_core.errors import MissingFileError, UserError, require
+from tinyfusion_core.parsing.records import read_text
 from tinyfusion_core.parsing.settings import Settings
-from tinyfusion_core.runtime.distributed import all_gather_object, on_main_process, rank_and_world_size
-from tinyfusion_core.runtime.files import digest, write_json
-from tinyfusion_core.runtime.locking import check_free, owned
-from tinyfusion_core.runtime.progress import track
+from tinyfusion_core.parsing.weights import fingerprint
+from tinyfusion_core.runtime.distributed import device_of_this_process
+from tinyfusion_core.runtime.files import digest, write_text
 from tinyfusion_core.runtime.seeding import generator
-from tinyfusion_core.runtime.signals import stop_requests
-from tinyfusion_images.encoding.autoencoder import fingerprint
 from tinyfusion_images.encoding.crops import Crops, ImageFolder, list_images
 from tinyfusion_images.encoding.encoder import ImageEncoder
-from tinyfusion_images.encoding.latents_folder import LATENTS, Record
+from tinyfusion_images.encoding.latents_folder import CAPTIONS, LATENTS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +51,7 @@ class Encode(Settings):
         num_workers: processes that read images, per process that encodes; 0 reads in the process itself.
         seed: seed of the order of the images and of the draws.
         skip_bad: leave out images that cannot be read, and list them in metadata.json, instead of stopping.
+        captions: list the captions, text files beside the images, in `captions.jsonl` in the order of the latents.
     """
 
     vae: str
@@ -73,6 +66,7 @@ class Encode(Settings):
     num_workers: int = 0
     seed: int = 0
     skip_bad: bool = False
+    captions: bool = False
 
     def __post_init__(self) -> None:
         for name in ("size", "shard_size", "batch_size"):
@@ -94,100 +88,33 @@ class Encode(Settings):
                 damaged.
             Interrupted: a signal arrived; finished shards are kept.
         """
-        from accelerate import PartialState
-        from accelerate.utils import parse_flag_from_env
-
-        # Without being told, accelerate makes no group of processes that have no GPU: each would think itself alone.
-        cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-        return _Encoding(self, list_images(images), out, PartialState(cpu).device).run()
-
-
-@dataclass(frozen=True)
-class _Part:
-    """The images of one shard, by index."""
-
-    name: str
-    images: list[int]
+        return _Encoding(out, self, list_images(images), device_of_this_process()).run()
 
 
 @dataclass
-class _Encoding:
+class _Encoding(Encoding):
     """One call of `Encode`."""
+
+    command = "encode"
+    kind = LATENTS
 
     how: Encode
     folder: ImageFolder
-    out: Path
     device: torch.device
 
+    @override
     def run(self) -> dict[str, Any]:
-        """See `Encode`."""
-        if len(set(all_gather_object(digest(self._settings)))) > 1:
-            raise UserError(
-                "encode: processes see different images, or use different autoencoders; compare their disks"
-            )
-        with ExitStack() as stack:
-            on_main_process(lambda: self._take(stack))
-            return self._make()
-
-    def _take(self, stack: ExitStack) -> None:
-        """Reserve the folder for these latents, until the stack closes."""
-        self._check()
-        stack.enter_context(owned(self.out, LATENTS))
-        if not (self.out / METADATA).exists():
-            write_json(self.out / METADATA, {**self._settings, "shards": []})
-
-    def _make(self) -> dict[str, Any]:
-        """Make the missing shards of this process. Returns the metadata of all shards."""
-        index, processes = rank_and_world_size()
-        mine = self._parts[index::processes]
-        finished = {part.name: found for part in mine if isinstance(found := self._verified(part), Record)}
-        missing = [part for part in mine if part.name not in finished]
-        self._encode(missing)
-        for part in missing:
-            found = self._verified(part)
-            if not isinstance(found, Record):
-                raise UserError(
-                    f"{self.out / part.name}: not what was written a moment ago: {found}. Is the disk sound?"
-                )
-            finished[part.name] = found
-        # One that fails does not wait here for the others, whose shares may take hours: torchrun ends them.
-        records = sorted(chain(*all_gather_object(list(finished.values()))), key=lambda record: record.shard.name)
-        content = {
-            **self._settings,
-            "num_images": sum(r.shard.count for r in records) // self._encoder.copies,
-            "skipped": sorted({name for r in records for name in r.skipped}),
-            "shards": [asdict(r.shard) for r in records],
-        }
-        on_main_process(lambda: self._finish(content))
-        return content
-
-    def _finish(self, content: dict[str, Any]) -> None:
-        write_json(self.out / METADATA, content)
-        for part in self._parts:
-            self._record_path(part).unlink(missing_ok=True)
-
-    def _check(self) -> None:
-        """Raise UserError if the folder holds other files, or other latents than these."""
-        levels = self._encoder.autoencoder.config.get("block_out_channels", (1,))  # type: ignore[operator, union-attr]
-        least = 2 ** (len(levels) - 1)
+        least = self._stride
         require(self.how.size >= least, "encode: size", self.how.size, f"at least {least} pixels, one latent")
-        check_free(self.out, LATENTS)
-        if not (self.out / METADATA).exists():
-            return
-        before = read_metadata(str(self.out))
-        changed = [key for key, value in self._settings.items() if before.get(key) != value]
-        if changed:
-            what = "; ".join(f"{key}: {before.get(key)!r}, now {self._settings[key]!r}"[:200] for key in changed)
-            raise UserError(f"{self.out}: holds latents that were made otherwise ({what}); choose another folder")
+        if self.how.captions:
+            for file in self.folder.files:
+                if not (text := self._caption(file)).is_file():
+                    raise MissingFileError(f"{text}: no such file; --captions needs one beside every image")
+        return super().run()
 
     @cached_property
-    def _encoder(self) -> ImageEncoder:
-        how = self.how
-        return ImageEncoder(how.vae, how.scale, how.kind, how.dtype, how.flip, how.seed, self.device)
-
-    @cached_property
-    def _settings(self) -> dict[str, Any]:
-        """Everything that the latents depend on, as in metadata.json."""
+    @override
+    def settings(self) -> dict[str, Any]:
         how, (scale, shift) = self.how, self._encoder.scaling
         return {
             "format_version": FORMAT_VERSION,
@@ -207,81 +134,79 @@ class _Encoding:
         }
 
     @cached_property
-    def _parts(self) -> list[_Part]:
+    @override
+    def order(self) -> list[int]:
         num = len(self.folder.files)
-        order = torch.randperm(num, generator=generator("encode", self.how.seed, "order", num))
-        parts = [order[i : i + self.how.shard_size].tolist() for i in range(0, num, self.how.shard_size)]
-        return [_Part(f"{i:05d}-of-{len(parts):05d}.safetensors", part) for i, part in enumerate(parts)]
+        drawn: list[int] = torch.randperm(num, generator=generator("encode", self.how.seed, "order", num)).tolist()
+        return drawn
 
-    def _encode(self, parts: Sequence[_Part]) -> None:
-        """Make these shards."""
-        how = self.how
-        starts = range(0, how.shard_size, how.batch_size)
-        batches = [some for part in parts for i in starts if (some := part.images[i : i + how.batch_size])]
+    @property
+    @override
+    def sizes(self) -> tuple[int, int]:
+        return self.how.shard_size, self.how.batch_size
+
+    @override
+    def bytes_per_example(self) -> int:
+        numbers = self._config["latent_channels"] * (self.how.size // self._stride) ** 2
+        tensors = self._encoder.copies * (2 if self.how.kind == "moments" else 1)
+        return int(numbers) * tensors * DTYPES[self.how.dtype].itemsize
+
+    @override
+    def encode(self, batches: Sequence[list[int]]) -> Iterator[tuple[dict[str, Tensor], list[str]]]:
         loader: DataLoader[Any] = DataLoader(
-            Crops(self.folder, how.size),  # type: ignore[arg-type]  # read by lists of indices
+            Crops(self.folder, self.how.size),  # type: ignore[arg-type]  # read by lists of indices
             batch_sampler=batches,
             collate_fn=tuple,
-            num_workers=how.num_workers,
+            num_workers=self.how.num_workers,
             generator=torch.Generator(),
         )
-        total = sum(len(part.images) for part in parts)
-        with stop_requests() as stop, track("encode", total, main=rank_and_world_size()[0] == 0) as progress:
-            read = zip(batches, loader, strict=True)
-            for number, part in enumerate(parts):
-                made: list[dict[str, Tensor]] = []
-                left_out: list[int] = []
-                for _ in range(0, len(part.images), how.batch_size):
-                    indices, (crops, bad) = next(read)
-                    left_out += (unreadable := self._left_out(bad))
-                    if len(crops):
-                        good = [i for i in indices if i not in unreadable]
-                        made.append(self._encoder.rows(good, crops, [self.folder.labels[i] for i in good]))
-                    progress.advance(len(indices))
-                    if stop:
-                        raise Interrupted(f"stopped after {number} of {len(parts)} shards", stop[0])
-                self._write(part, made, left_out)
+        for indices, (crops, bad) in zip(batches, loader, strict=True):
+            if bad and not self.how.skip_bad:
+                raise UserError(f"{bad[0][1]}. Mend or remove it, or leave such images out with --skip-bad")
+            unreadable = [index for index, _ in bad]
+            good = [i for i in indices if i not in unreadable]
+            labels = [self.folder.labels[i] for i in good]
+            rows = self._encoder.rows(good, crops, labels) if good else {}
+            yield rows, [self.folder.files[i] for i in unreadable]
 
-    def _left_out(self, bad: Sequence[tuple[int, str]]) -> list[int]:
-        """Indices of the images that cannot be read. Raises UserError unless `skip_bad` is set."""
-        if bad and not self.how.skip_bad:
-            raise UserError(f"{bad[0][1]}. Mend or remove it, or leave such images out with --skip-bad")
-        return [index for index, _ in bad]
-
-    def _write(self, part: _Part, made: Sequence[dict[str, Tensor]], left_out: Sequence[int]) -> None:
-        """Write a shard and its record."""
-        if not made:
-            raise UserError(f"{self.folder.root}: none of the {len(left_out)} images of a shard can be read")
-        shard = write_shard(self.out, part.name, {name: torch.cat([rows[name] for rows in made]) for name in made[0]})
-        skipped = [self.folder.files[i] for i in left_out]
-        write_json(self._record_path(part), {**asdict(shard), "skipped": skipped})
-
-    def _verified(self, part: _Part) -> Record | str:
-        """The record of a shard whose file is correct; else what is wrong."""
-        record = self._known.get(part.name)
-        if record is None and self._record_path(part).exists():
-            record = Record.read(self._record_path(part))
-        if record is None:
-            return "nothing is known of it"
-        try:
-            tensors = read_shard(str(self.out), record.shard)
-        except UserError as e:
-            return str(e)
-        labels = [self.folder.labels[i] for i in part.images if self.folder.files[i] not in record.skipped]
+    @override
+    def fault(self, items: Sequence[int], skipped: Sequence[str], tensors: Mapping[str, Tensor]) -> str:
+        labels = [self.folder.labels[i] for i in items if self.folder.files[i] not in skipped]
         expected = torch.tensor(labels, dtype=torch.int64).repeat_interleave(self._encoder.copies)
-        if not torch.equal(tensors["y"], expected):
-            return "its labels are not those of its images"
-        if any(not torch.isfinite(tensor).all() for tensor in tensors.values()):
-            return f"latents that are not finite; does {self.how.dtype} hold them?"
-        return record
+        return "" if torch.equal(tensors["y"], expected) else "its labels are not those of its images"
+
+    @override
+    def summary(self, records: Sequence[Record]) -> dict[str, Any]:
+        return {
+            "num_images": sum(r.shard.count for r in records) // self._encoder.copies,
+            "skipped": sorted({name for r in records for name in r.skipped}),
+        }
+
+    @override
+    def finish(self, records: Sequence[Record]) -> None:
+        if not self.how.captions:
+            return
+        skipped = {name for record in records for name in record.skipped}
+        files = [file for i in self.order if (file := self.folder.files[i]) not in skipped]
+        # One line for each image: whoever reads the latents knows that the mirrored copy has the same caption.
+        lines = (json.dumps({"image": f, "caption": " ".join(read_text(self._caption(f)).split())}) for f in files)
+        write_text(self.out / CAPTIONS, "".join(f"{line}\n" for line in lines))
+
+    def _caption(self, file: str) -> Path:
+        """The text file beside an image."""
+        return (self.folder.root / file).with_suffix(".txt")
 
     @cached_property
-    def _known(self) -> dict[str, Record]:
-        """The shards listed by a finished encoding."""
-        found = read_metadata(str(self.out))
-        shards = shards_in(found, str(self.out)) if found.get("shards") else []
-        return {shard.name: Record(shard, found.get("skipped", [])) for shard in shards}
+    def _encoder(self) -> ImageEncoder:
+        how = self.how
+        return ImageEncoder(how.vae, how.scale, how.kind, how.dtype, how.flip, how.seed, self.device)
 
-    def _record_path(self, part: _Part) -> Path:
-        """Where a finished shard's hash is kept until all are finished."""
-        return (self.out / part.name).with_suffix(".json")
+    @property
+    def _config(self) -> Mapping[str, Any]:
+        config: Mapping[str, Any] = self._encoder.autoencoder.config  # type: ignore[assignment]
+        return config
+
+    @property
+    def _stride(self) -> int:
+        """Pixels per position of the latents, along each side."""
+        return int(2 ** (len(self._config["block_out_channels"]) - 1))

@@ -10,11 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from tinyfusion_core.dataloading.encoding import DTYPES
 from tinyfusion_core.errors import UserError
 from tinyfusion_core.runtime.seeding import generator
 from tinyfusion_images.encoding.autoencoder import load_autoencoder
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass

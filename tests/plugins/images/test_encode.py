@@ -154,7 +154,7 @@ def test_two_processes_and_a_kill_make_what_one_makes(tiny_vae: Path, images: Pa
     assert process.exitcode == -signal.SIGKILL
     kept = {path.name: path.stat().st_mtime_ns for path in killed.glob("*.safetensors")}
     assert 0 < len(kept) < NUM
-    with pytest.raises(UserError, match="lists no shards; let the `tinyfusion encode` that makes them finish"):
+    with pytest.raises(UserError, match="lists no shards; let the command that makes them finish"):
         Latents(folder=str(killed)).train()
     recorded = {path.with_suffix(".safetensors").name for path in killed.glob("0*.json")}
     damaged = min(recorded) if len(recorded) > 1 else ""  # one of those that were finished
@@ -247,7 +247,7 @@ def test_an_image_that_cannot_be_read_is_named_or_left_out(
 def test_a_signal_stops_between_batches_and_the_next_run_goes_on(
     tiny_vae: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tinyfusion_images.encoding import encode as module
+    from tinyfusion_core.dataloading import encoding as module
 
     out, how, write = tmp_path / "latents", encode(tiny_vae), module.write_shard
     how(images, tmp_path / "whole")
@@ -341,3 +341,36 @@ def test_a_run_on_encoded_images_from_its_teacher_to_pictures(
 def test_a_picture_smaller_than_one_latent_is_refused(tmp_path: Path, images: Path, tiny_vae: Path) -> None:
     with pytest.raises(UserError, match="encode: size is 1; expected at least 2 pixels"):
         Encode(vae=str(tiny_vae), size=1)(images, tmp_path / "out")
+
+
+def test_captions_are_in_the_order_of_the_latents(tiny_vae: Path, images: Path, tmp_path: Path) -> None:
+    copy, out = tmp_path / "images", tmp_path / "latents"
+    files = list_images(images).files
+    for file in files:
+        (copy / file).parent.mkdir(parents=True, exist_ok=True)
+        (copy / file).write_bytes((images / file).read_bytes())
+        (copy / file).with_suffix(".txt").write_text(f"a picture,\nnumbered {file}\n")
+    (copy / files[3]).write_text("no image")
+    encode(tiny_vae, flip=True, captions=True, skip_bad=True)(copy, out)
+    lines = [json.loads(line) for line in (out / "captions.jsonl").read_text().splitlines()]
+    assert sorted(line["image"] for line in lines) == sorted({*files} - {files[3]})
+    assert all(line["caption"] == f"a picture, numbered {line['image']}" for line in lines)
+    labels = [CLASSES.index(line["image"].split("/")[0]) for line in lines]
+    assert all_rows(out)["y"].tolist() == [label for label in labels for _ in range(2)]
+    before = content(out)
+    (out / "captions.jsonl").unlink()
+    encode(tiny_vae, flip=True, captions=True, skip_bad=True)(copy, out)
+    assert content(out) == before
+    (copy / files[5]).with_suffix(".txt").unlink()
+    with pytest.raises(UserError, match="no such file; --captions needs one beside every image"):
+        encode(tiny_vae, captions=True, skip_bad=True)(copy, tmp_path / "other")
+
+
+def test_a_disk_that_is_too_small_is_noticed_first(
+    tiny_vae: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    each = 2 * 2 * 4 * (SIZE // 2) ** 2 * 4
+    with pytest.raises(UserError, match=f"encode: takes .* GB, {each:,} bytes for each of {NUM} examples, and"):
+        encode(tiny_vae, kind="moments", flip=True)(images, tmp_path / "latents")
+    assert not list((tmp_path / "latents").glob("*.safetensors"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -21,7 +20,7 @@ from ...protocols.task import Task
 from ...protocols.undisturbed import evaluating
 from ...pruning.block_outputs import captured
 from ...runtime.distributed import batches, complete_sharded, on_main_process
-from ...runtime.files import write_json
+from ...runtime.files import check_space, write_json
 from ...runtime.locking import check_free, owned
 from ..trainer import Trainer
 from .samples import FORMAT_VERSION, Metadata, check_made_of, made_of, read_metadata
@@ -99,13 +98,10 @@ class _Writing:
         """Reserve the folder until the stack closes; UserError if it holds something else."""
         check_free(self.folder, CACHE)
         stack.enter_context(owned(self.folder, CACHE))
-        size, free = len(self.draws) * self.bytes_per_row, shutil.disk_usage(self.folder).free
-        if size > free + sum(file.stat().st_size for file in self.folder.glob("*.safetensors")):
-            raise UserError(
-                f"recover.kd.cache: takes {size / 1e9:,.3g} GB, {self.bytes_per_row:,} bytes for each of "
-                f"{len(self.draws):,} rows, and {self.folder.absolute()} has {free / 1e9:,.3g} GB; keep fewer samples "
-                "or draws, or choose another disk"
-            )
+        size = len(self.draws) * self.bytes_per_row
+        what = f"recover.kd.cache: takes {size / 1e9:,.3g} GB, {self.bytes_per_row:,} bytes for each of "
+        what += f"{len(self.draws):,} rows"
+        check_space(self.folder, size, what, "keep fewer samples or draws, or choose another disk")
         if (self.folder / METADATA).exists():
             check_made_of(read_metadata(self.folder)["made_of"], self.made_of, self.folder)
         else:
