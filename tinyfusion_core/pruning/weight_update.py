@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import warnings
 from abc import ABC, abstractmethod
@@ -75,8 +76,8 @@ class LoRA(WeightUpdate):
         rank: rank of each update.
         alpha: numerator of the update's scale.
         targets: regular expression that a module's full path must match; default: every linear layer and every
-            convolution that is not grouped inside the blocks. `nn.MultiheadAttention` is left alone: it uses the
-            weights of its layers without calling them.
+            convolution that is not grouped inside the blocks. `nn.MultiheadAttention` and layers of state spaces are
+            left alone whose weights are used without calling them.
     """
 
     rank: int = 8
@@ -140,7 +141,8 @@ class LoRA(WeightUpdate):
         layers = {name: module for name, module in model.named_modules() if not list(module.children())}
         parts = _uncalled(model)
         if self.targets is None:
-            names = [name for name in layers if name not in parts and _adaptable(name, layers[name], blocks, conv1d)]
+            apart = {*parts, *_read(model)}
+            names = [name for name in layers if name not in apart and _adaptable(name, layers[name], blocks, conv1d)]
             targets, key = "|".join(map(re.escape, names)), "update"
             advice = "LoRA finds no linear layer and no ungrouped convolution inside the blocks; use update: Full"
             if parts:
@@ -270,11 +272,23 @@ def _uncalled(model: nn.Module) -> list[str]:
     return [*attention, *(f"{name}.out_proj" for name in attention)]
 
 
+def _read(model: nn.Module) -> Iterator[str]:
+    """Paths of layers whose weights the module around them reads, as kernels do, and may miss what LoRA adds."""
+    for path, module in model.named_modules():
+        try:
+            code = inspect.getsource(inspect.unwrap(type(module).forward))
+        except (OSError, TypeError):  # of a session, or compiled
+            continue
+        for name in set(re.findall(r"self\.(\w+)\.weight\b(?!\.(?:dtype|device|shape))", code)):
+            yield f"{path}.{name}".lstrip(".")
+
+
 def _adaptable(name: str, module: nn.Module, blocks: Sequence[str], conv1d: type[nn.Module]) -> bool:
     """Whether LoRA updates a layer by default."""
     inside = any(name.startswith(f"{path}.") or name == path for path in blocks)
-    linear = isinstance(module, nn.Linear | conv1d)
-    return inside and (linear or (isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups == 1))
+    kinds = (nn.Linear, conv1d, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    plain = any(type(module).forward is kind.forward for kind in kinds)  # a subclass may do more, as some routers do
+    return inside and plain and getattr(module, "groups", 1) == 1
 
 
 def hold_statistics(model: nn.Module, weights: Sequence[nn.Parameter]) -> None:

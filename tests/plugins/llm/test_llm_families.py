@@ -15,7 +15,7 @@ import tinyfusion_core as tiny
 from llm_toys import FAMILIES, TOKENS, VOCABULARY, decide, folder, logits, settings, task_of
 from tinyfusion_core.pruning.gating import Gates
 from tinyfusion_llm import CausalLM, NextToken
-from tinyfusion_llm.layers import find_layers
+from tinyfusion_llm.layers.finding import find_layers
 
 pytestmark = [pytest.mark.numerics, pytest.mark.filterwarnings("ignore")]  # of transformers
 KEPT = (0, 2, 3, 5)
