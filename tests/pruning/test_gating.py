@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from tinyfusion_core.errors import UserError
 from tinyfusion_core.protocols.blocks.batch import named_batch_dims, probed_batch_dims
+from tinyfusion_core.protocols.blocks.outputs import captured
 from tinyfusion_core.protocols.blocks.paths import expand
 from tinyfusion_core.protocols.blocks.streams import Stream
-from tinyfusion_core.pruning.block_outputs import captured
 from tinyfusion_core.pruning.gating import Gates
 from tinyfusion_core.testing.dense_formula import dense_formula
 from toys import Block, DoubleNet, Net

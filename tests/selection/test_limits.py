@@ -63,8 +63,9 @@ def test_patterns_have_room_for_what_must_stay_alone() -> None:
 def test_a_choice_that_is_given_is_not_constrained() -> None:
     keep = tiny.Keep([1, 3])
     assert keep(limited(**FIRST), TRAINER).kept == (1, 3)
-    search = tiny.Search(keep=4)
-    assert within(search, {}) is search
+    for search in (tiny.Search(keep=4), tiny.Search(sampler=lambda lists: tiny.ScoreFunction(lists, Rules(keep=4)))):
+        assert (within(search, FIRST) is search) == (search.sampler is not None)
+        assert within(search, {}) is search
 
 
 def test_limits_add_to_rules() -> None:

@@ -7,13 +7,14 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Restore a network when the context closes: buffers, training flags, gradients, and what requires a gradient.
 
+    Also what modules keep of a forward pass as a plain attribute, such as the last state of a recurrent layer.
     Everything is told apart by identity, not by name, so that modules may be wrapped meanwhile. Values of parameters
     are not restored, see `WeightUpdate`. There are no gradients at first.
     """
@@ -24,11 +25,15 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         for module in model.modules()
         for name, buffer in module._buffers.items()
     ]
+    kept = [(module, name, value) for module in model.modules() for name, value in _tensors(module)]
     try:
         for p, _, _ in flags:
             p.grad = None
         yield
     finally:
+        for module, name, value in kept:
+            if isinstance(vars(module).get(name), Tensor):
+                vars(module)[name] = value
         with torch.no_grad():
             for module, name, buffer, copy in buffers:
                 now = module._buffers.get(name)
@@ -40,6 +45,11 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             p.grad = grad
         for module, training in modes:
             module.training = training
+
+
+def _tensors(module: nn.Module) -> list[tuple[str, Tensor | None]]:
+    """Attributes of a module that are a tensor, or may become one."""
+    return [(name, value) for name, value in vars(module).items() if value is None or isinstance(value, Tensor)]
 
 
 @contextmanager

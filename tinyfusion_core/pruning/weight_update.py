@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 import warnings
 from abc import ABC, abstractmethod
@@ -18,6 +17,7 @@ from typing_extensions import override
 from ..errors import UserError, need, require
 from ..parsing.settings import Settings
 from ..protocols.undisturbed import undisturbed
+from .lora_layers import adaptable, uncalled
 
 
 class WeightUpdate(Settings, ABC):
@@ -136,13 +136,10 @@ class LoRA(WeightUpdate):
 
     def _targets(self, model: nn.Module, blocks: Sequence[str]) -> str:
         """Return a regular expression of the layers to adapt."""
-        # A linear layer, of GPT-2.
-        conv1d = need("transformers.pytorch_utils", "tinyfusion[lora]", "update: LoRA").Conv1D
         layers = {name: module for name, module in model.named_modules() if not list(module.children())}
-        parts = _uncalled(model)
+        parts = uncalled(model)
         if self.targets is None:
-            apart = {*parts, *_read(model)}
-            names = [name for name in layers if name not in apart and _adaptable(name, layers[name], blocks, conv1d)]
+            names = adaptable(model, blocks)
             targets, key = "|".join(map(re.escape, names)), "update"
             advice = "LoRA finds no linear layer and no ungrouped convolution inside the blocks; use update: Full"
             if parts:
@@ -264,31 +261,6 @@ def _check_pattern(pattern: str) -> None:
         re.compile(pattern)
     except re.error as e:
         raise UserError(f"update.targets: '{pattern}' is no regular expression ({e})") from None
-
-
-def _uncalled(model: nn.Module) -> list[str]:
-    """Paths of torch's attention, which uses the weights of its output layer without calling it, and of that layer."""
-    attention = [name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
-    return [*attention, *(f"{name}.out_proj" for name in attention)]
-
-
-def _read(model: nn.Module) -> Iterator[str]:
-    """Paths of layers whose weights the module around them reads, as kernels do, and may miss what LoRA adds."""
-    for path, module in model.named_modules():
-        try:
-            code = inspect.getsource(inspect.unwrap(type(module).forward))
-        except (OSError, TypeError):  # of a session, or compiled
-            continue
-        for name in set(re.findall(r"self\.(\w+)\.weight\b(?!\.(?:dtype|device|shape))", code)):
-            yield f"{path}.{name}".lstrip(".")
-
-
-def _adaptable(name: str, module: nn.Module, blocks: Sequence[str], conv1d: type[nn.Module]) -> bool:
-    """Whether LoRA updates a layer by default."""
-    inside = any(name.startswith(f"{path}.") or name == path for path in blocks)
-    kinds = (nn.Linear, conv1d, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    plain = any(type(module).forward is kind.forward for kind in kinds)  # a subclass may do more, as some routers do
-    return inside and plain and getattr(module, "groups", 1) == 1
 
 
 def hold_statistics(model: nn.Module, weights: Sequence[nn.Parameter]) -> None:

@@ -145,6 +145,8 @@ S = TypeVar("S", bound=Selector)
 def within(selector: S, limits: Mapping[str, Sequence[Any]]) -> S:
     """Return a selector whose constraints, and those of the selectors inside of it, hold a network's limits too.
 
+    A sampler that is named has rules of its own, and is left alone.
+
     Args:
         selector: a selector.
         limits: what `Backbone.limits` returned.
@@ -152,7 +154,7 @@ def within(selector: S, limits: Mapping[str, Sequence[Any]]) -> S:
     Raises:
         UserError: its settings leave no room for them.
     """
-    if not limits:
+    if not limits or getattr(selector, "sampler", None) is not None:
         return selector
 
     def limited(name: str, value: Any) -> Any:

@@ -29,6 +29,8 @@ def find_layers(model: nn.Module) -> str:
     ]
     # A layer may hold lists too, of experts say: those inside of another list are not meant.
     outer = [path for path in lists if not any(path.startswith(f"{other}.") for other in lists)]
+    # And a decoder may hold towers for images or sounds, deeper inside.
+    outer = [path for path in outer if path.count(".") == min(other.count(".") for other in outer)]
     if len(outer) != 1:
         found = ", ".join(outer) or "none"
         raise UserError(

@@ -62,7 +62,8 @@ def _without(kinds: Sequence[str]) -> tuple[dict[int, list[int]], list[list[int]
     ends = {i for kind in some for i in (kinds.index(kind), depth - 1 - kinds[::-1].index(kind))}
     alone = {i: [j for j in range(depth) if j != i] for i in sorted({0, depth - 1} | ends)}
     apart = [[i for i in range(depth) if kinds[i] != kind] for kind in some]
-    return alone, [list(range(0, depth, 2)), list(range(1, depth, 2)), *filter(None, apart)]
+    parts = (range(0, depth, 2), range(1, depth, 2), range(depth // 3, depth), range(depth - depth // 3))
+    return alone, [*map(list, parts), *filter(None, apart)]
 
 
 def _beside(fixed: Sequence[int], depth: int) -> list[list[int]]:

@@ -44,8 +44,8 @@ def corrected(model: nn.Module, path: str, kept: Sequence[int]) -> str:
     """Correct config, layers and packed weights once the list of layers is short.
 
     Lists in the config with one entry per layer are filtered, and lists and tables of layer indices renumbered. Weights
-    outside of the layers that hold a part for each are sliced. Then the config is compared with the layers, see
-    `verify`.
+    outside of the layers that hold a part for each are sliced. Then the layers are compared with those that the config
+    builds.
 
     Args:
         model: the network.
@@ -65,8 +65,10 @@ def corrected(model: nn.Module, path: str, kept: Sequence[int]) -> str:
     config.num_hidden_layers = len(kept)
     for key, value in edits.items():
         setattr(config, key, value)
-    _slice(model, path, depth, kept)
-    return verify(model, path) and _count_anew(model, path, depth, kept)
+    fresh = _fresh(model)
+    if not isinstance(fresh, str):
+        _slice(model, fresh, path, depth, kept)
+    return _difference(model, path, fresh) and _count_anew(model, path, depth, kept)
 
 
 def try_out(model: nn.Module, kept: Sequence[int]) -> None:
@@ -112,10 +114,10 @@ def _count_anew(model: nn.Module, path: str, depth: int, kept: Sequence[int]) ->
         if counts and key != config.attribute_map.get("num_hidden_layers", "num_hidden_layers"):
             for left in {sum(i < value for i in kept), sum(i >= depth - value for i in kept)}:
                 setattr(config, key, left)
-                if not verify(model, path):
+                if not _difference(model, path, _fresh(model)):
                     return ""
             setattr(config, key, value)
-    return verify(model, path)
+    return _difference(model, path, _fresh(model))
 
 
 _RULE = r"period|offset|interval|step|freq|pattern|every"
@@ -164,14 +166,11 @@ def _are_indices(value: Sequence[Any], depth: int) -> bool:
     return all(map(_is_int, value)) and sorted(set(value)) == list(value) and 0 <= value[0] <= value[-1] < depth
 
 
-def _slice(model: nn.Module, path: str, depth: int, kept: Sequence[int]) -> None:
+def _slice(model: nn.Module, fresh: nn.Module, path: str, depth: int, kept: Sequence[int]) -> None:
     """Cut the parts of removed layers out of weights that hold one for each layer, such as per-layer embeddings.
 
     They are known by their shape, which the shortened config makes smaller in one dimension, by these parts.
     """
-    fresh = _fresh(model)
-    if isinstance(fresh, str):
-        return  # told by `verify`
     built = dict(fresh.named_parameters())
     for name, weight in list(model.named_parameters()):
         wanted = built[name].shape if name in built and not name.startswith(f"{path}.") else weight.shape
@@ -187,20 +186,23 @@ def _slice(model: nn.Module, path: str, depth: int, kept: Sequence[int]) -> None
 
 
 def _fresh(model: nn.Module) -> Any:
-    """The untrained network of a model's config on the meta device; what transformers has against it, as text."""
+    """The untrained network of a model's config on the meta device: no memory, no random numbers.
+
+    If transformers refuses the config, why.
+    """
     try:
         return construct(model.config.to_dict())  # type: ignore[union-attr, operator]
     except Exception as e:  # of any family's constructor
         return f"transformers refuses it ({type(e).__name__}: {first_line(e)})"
 
 
-def verify(model: nn.Module, path: str) -> str:
-    """Return what differs between a model's layers and those that its config builds; empty if nothing does.
+def _difference(model: nn.Module, path: str, fresh: Any) -> str:
+    """What differs between a model's layers and those of a fresh one of its config; empty if nothing does.
 
-    Built on the meta device: no memory, no random numbers. It compares the shapes of all weights, and for the
-    layers the types of their modules and every plain setting in them, such as windows, rotary switches and scales.
+    It compares the shapes of all weights, and for the layers the types of their modules and every plain setting in
+    them, such as windows, rotary switches and scales.
     """
-    if isinstance(fresh := _fresh(model), str):
+    if isinstance(fresh, str):
         return fresh
     remove_branches(fresh, removed_branches(model))
     shapes, built = ({name: tuple(t.shape) for name, t in m.state_dict().items()} for m in (model, fresh))
