@@ -60,6 +60,15 @@ def test_patterns_have_room_for_what_must_stay_alone() -> None:
         search(limited(**PAIRS), TRAINER)
 
 
+@pytest.mark.parametrize("kind", [tiny.Search, tiny.FirstN])
+def test_budgets_of_costs_have_no_room_for_a_period(kind: type[tiny.Selector]) -> None:
+    selector = kind(budget="0.6x")
+    if kind is tiny.FirstN:
+        assert {0, 2} <= set(selector(limited(**FIRST), TRAINER).kept)
+    with pytest.raises(tiny.UserError, match=r"only masks of the constraints period .*budget of costs .*give keep"):
+        selector(limited(**PAIRS), TRAINER)
+
+
 def test_a_choice_that_is_given_is_not_constrained() -> None:
     keep = tiny.Keep([1, 3])
     assert keep(limited(**FIRST), TRAINER).kept == (1, 3)

@@ -25,15 +25,12 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         for module in model.modules()
         for name, buffer in module._buffers.items()
     ]
-    kept = [(module, name, value) for module in model.modules() for name, value in _tensors(module)]
     try:
         for p, _, _ in flags:
             p.grad = None
-        yield
+        with _forgetting(model):
+            yield
     finally:
-        for module, name, value in kept:
-            if isinstance(vars(module).get(name), Tensor):
-                vars(module)[name] = value
         with torch.no_grad():
             for module, name, buffer, copy in buffers:
                 now = module._buffers.get(name)
@@ -47,9 +44,20 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _tensors(module: nn.Module) -> list[tuple[str, Tensor | None]]:
-    """Attributes of a module that are a tensor, or may become one."""
-    return [(name, value) for name, value in vars(module).items() if value is None or isinstance(value, Tensor)]
+@contextmanager
+def _forgetting(model: nn.Module) -> Iterator[None]:
+    """Restore attributes that are tensors, or None and become one."""
+    kept = [(module, name, v) for module in model.modules() for name, v in vars(module).items() if _may_be_tensor(v)]
+    try:
+        yield
+    finally:
+        for module, name, value in kept:
+            if isinstance(vars(module).get(name), Tensor):
+                vars(module)[name] = value
+
+
+def _may_be_tensor(value: object) -> bool:
+    return value is None or isinstance(value, Tensor)
 
 
 @contextmanager

@@ -96,7 +96,13 @@ class Rules(Settings):
         return replace(self, **{name: default})
 
     def with_limits(self, limits: Mapping[str, Sequence[Any]]) -> Rules:
-        """Return these rules and those of a network: what it protects, and the period of its kinds of blocks."""
+        """Return these rules and those of a network: what it protects, and the period of its kinds of blocks.
+
+        Raises:
+            UserError: there is a period, and costs, which do not count blocks.
+        """
+        if "period" in limits and self.costs is not None:
+            raise UserError("a budget of costs does not go with a period; give keep")
         protect = tuple(sorted({*self.protect, *limits.get("protect", ())}))
         ours, theirs = tuple(self.period or ()), tuple(limits.get("period", ()))
         if ours and theirs and ours != theirs:

@@ -194,11 +194,12 @@ def prepared(selector: S, task: Task, trainer: Trainer, run: RunFolder | None) -
     """
     check_arguments(task=(task, Task), trainer=(trainer, Trainer), run=(run, RunFolder | None))
     trainer.to_device(task.teacher)
-    selector = within(selector, task.backbone.limits(task.teacher))
+    limits = task.backbone.limits(task.teacher)
     budgets = selector.cost_budgets()
     if not budgets:
-        check_removal(task, selector.preview(task.blocks).kept)
-        return selector, {}
+        how = within(selector, limits)
+        check_removal(task, how.preview(task.blocks).kept)
+        return how, {}
 
     def work() -> dict[str, NetworkCosts]:
         found = measure(budgets, task, trainer, run.path if run else None)
@@ -208,7 +209,7 @@ def prepared(selector: S, task: Task, trainer: Trainer, run: RunFolder | None) -
 
     costs = on_main_process(work)
     said = list(dict.fromkeys(budget.describe(costs[budget.name]) for budget in budgets))
-    how = selector.bound(costs)
+    how = within(selector.bound(costs), limits)
     check_removal(task, how.preview(task.blocks).kept)
     return how, {"budget": said, "costs": {name: asdict(found) for name, found in costs.items()}}
 

@@ -112,7 +112,7 @@ def _failure(model: nn.Module) -> str:
 
 
 def _kinds(layers: Any) -> list[str]:
-    """A name for what each layer is, the same for those that are alike: letters, in the order of their appearance."""
+    """A name for what each layer is, the same for those that are alike: k0, k1 and so on as they appear."""
     found = [(described(layer), [(name, tuple(t.shape)) for name, t in layer.state_dict().items()]) for layer in layers]
     kinds: list[Any] = []
     for entry in found:
