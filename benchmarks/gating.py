@@ -28,7 +28,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from tinyfusion_core import Frozen, Full, Gates, GroupedSampler, LoRA, Rng
-from tinyfusion_core.protocols.blocks.call import named_batch_dims
+from tinyfusion_core.protocols.blocks.batch import named_batch_dims
 from tinyfusion_dit.model import DiT
 
 DEPTH, WIDTH, HEADS, TOKENS, BATCH = 12, 384, 6, 256, 32

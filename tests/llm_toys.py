@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 import tinyfusion_core as tiny
@@ -82,6 +83,26 @@ def tokenizer(path: Path) -> Path:
     made = PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="</s>", bos_token="<s>", pad_token="<pad>")
     made.save_pretrained(path)
     return path
+
+
+def recipe_of(model: Path, work: Path) -> str:
+    """A recipe that prunes a model of a folder with the defaults, on words of a tokenizer of its own."""
+    words = tokenizer(work / "words")  # beside a config of another family transformers takes it for that family's
+    names = [work / f"{name}.txt" for name in "ab"]
+    for name in names:
+        name.write_text(" ".join(f"w{3 + i % 90}" for i in range(200)))
+    data = {"tokenizer": str(words), "files": list(map(str, names)), "context": 12, "cache": str(work / "cache")}
+    content = {
+        "backbone": {"class_path": "CausalLM", "init_args": {"model": str(model), "context": 12}},
+        "loss": "NextToken",
+        "data": {"class_path": "TextTokens", "init_args": data},
+        "trainer": {"precision": "fp32", "batch_size": 2, "seed": 0},
+        "search": {"class_path": "Search", "init_args": {"keep": 4, "steps": 2}},
+        "recover": {"steps": 2},
+        "evaluate": [],
+    }
+    (work / "recipe.yaml").write_text(yaml.safe_dump(content))
+    return str(work / "recipe.yaml")
 
 
 def task_of(path: Path, **more: object) -> tiny.Task:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinyfusion_core.protocols.blocks.call import named_batch_dims
+from tinyfusion_core.protocols.blocks.batch import named_batch_dims
 from tinyfusion_core.protocols.blocks.paths import expand
 from tinyfusion_core.protocols.blocks.streams import FIRST, Stream, Streams
 from tinyfusion_core.pruning.gating import Gates

@@ -16,21 +16,15 @@ from tinyfusion_core.errors import UserError, first_line, need, require
 from tinyfusion_core.pipeline.planning.memory import gigabytes
 from tinyfusion_core.protocols.backbone import Backbone
 from tinyfusion_core.protocols.blocks.branches import REMOVED, Branch, removed_branches
+from tinyfusion_core.protocols.blocks.streams import Unneeded
 from tinyfusion_core.protocols.data import Lookup
 from tinyfusion_core.runtime.files import digest, sha256
 from tinyfusion_core.runtime.seeding import generator
 from tinyfusion_llm.converters import CLIENTS, clients
-from tinyfusion_llm.layers import (
-    as_plain,
-    close_ranks,
-    config_of,
-    construct,
-    find_branches,
-    find_layers,
-    randomised,
-    shorten,
-    try_out,
-)
+from tinyfusion_llm.layers.building import as_plain, config_of, construct, randomised, steady
+from tinyfusion_llm.layers.finding import close_ranks, find_branches, find_layers
+from tinyfusion_llm.layers.limits import limits
+from tinyfusion_llm.layers.shortening import shorten, try_out
 from tinyfusion_llm.loss import IGNORED
 from tinyfusion_llm.pretrained import (
     as_json,
@@ -64,11 +58,8 @@ class CausalLM(Backbone):
         licence: licence of the checkpoint, for the model card.
     """
 
-    unneeded: ClassVar[Sequence[int | str]] = (
-        1,
-        2,
-        3,
-    )  # attention weights and the like, which the decoder only collects
+    # What the decoder only collects, such as attention weights; but ZAYA's router and GLM's indices go on.
+    unneeded: ClassVar[Unneeded] = {1: ("prev_router_hidden_states", "prev_topk_indices"), 2: (), 3: ()}
     library: ClassVar[str] = "transformers"
     loading: ClassVar[str] = (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
@@ -153,6 +144,10 @@ class CausalLM(Backbone):
         ((path, indices),) = kept.items()
         shorten(model, path, indices)
         try_out(model, indices)
+
+    @override
+    def limits(self, model: nn.Module) -> Mapping[str, Sequence[Any]]:
+        return {} if self.units else limits(as_json(model.config))
 
     @override
     def clients(self, model: nn.Module, student: nn.Module, kept: Sequence[int]) -> Mapping[str, str]:
@@ -292,7 +287,7 @@ class CausalLM(Backbone):
             config = reader.from_pretrained(self.model, **self._where())
             ask_to_dequantise(config, self.model)
         check_kind(config, self.model)
-        return config
+        return steady(config)
 
 
 def _evaluating(model: Any) -> nn.Module:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from tinyfusion_llm.layers import find_layers, text_config
+from tinyfusion_llm.layers.finding import find_layers, text_config
 from tinyfusion_llm.pretrained import as_json
 
 WINDOW, WHOLE = "sliding_attention", "full_attention"

@@ -18,7 +18,7 @@ from tinyfusion_core.errors import UserError, require
 from tinyfusion_core.protocols.backbone import Batch
 from tinyfusion_core.protocols.loss import LossAdapter, has_values
 from tinyfusion_core.runtime.seeding import Rng
-from tinyfusion_llm.layers import find_layers
+from tinyfusion_llm.layers.finding import find_layers
 
 IGNORED = -100
 """The label of tokens that no loss counts."""

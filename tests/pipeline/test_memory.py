@@ -11,7 +11,7 @@ import tinyfusion_core as tiny
 from tinyfusion_core.cli import main
 from tinyfusion_core.pipeline.planning.activations import saved_by
 from tinyfusion_core.pipeline.planning.memory import Setup, parse_bytes, search_needs, training_needs
-from tinyfusion_core.protocols.blocks.call import named_batch_dims
+from tinyfusion_core.protocols.blocks.batch import named_batch_dims
 from tinyfusion_core.protocols.blocks.paths import list_lengths
 from tinyfusion_dit import DiT, GaussianDiffusion
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from golden_data import assert_close_rel, load, weights
-from tinyfusion_core.protocols.blocks.call import probed_batch_dims
+from tinyfusion_core.protocols.blocks.batch import probed_batch_dims
 from tinyfusion_core.pruning.gating import Gates
 from tinyfusion_core.samplers.grouped import GroupedSampler
 from tinyfusion_dit.model import DiT

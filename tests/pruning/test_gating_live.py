@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tinyfusion_core.protocols.blocks.call import probed_batch_dims
+from tinyfusion_core.protocols.blocks.batch import probed_batch_dims
 from tinyfusion_core.protocols.blocks.paths import expand
 from tinyfusion_core.protocols.blocks.streams import Stream
 from tinyfusion_core.pruning.gating import Gates

@@ -128,3 +128,25 @@ def test_an_exception_while_lora_wraps_the_layers_leaves_the_network(model: nn.M
     with pytest.raises(Stop):
         tiny.Search(keep=3, steps=2)(wrapped(model), TRAINER)
     assert len(calls) == 3 and changes(modes, modes_of(model)) == [] and values_of(model).keys() == values.keys()
+
+
+class Remembering(Normed):
+    """Keeps its last output, as recurrent layers do, with the graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = super().forward(x)
+        return self.last
+
+
+def test_what_layers_remember_of_a_search_does_not_stay() -> None:
+    x = torch.randn(64, 8)
+    model = Stack(Remembering)
+    loss = lambda network, batch: network(batch["x"]).square().mean(1)  # noqa: E731
+    task = tiny.wrap(model, blocks="layers.*", loss_fn=loss, data={"x": x})
+    decision = tiny.Search(keep=4, steps=2)(task, TRAINER)
+    assert [layer.last for layer in model.layers] == [None] * 6
+    assert len(tiny.prune(task, decision).layers) == 4  # copies it

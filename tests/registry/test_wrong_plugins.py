@@ -148,7 +148,7 @@ def test_what_hooks_brought_is_wrong(
 
 
 def test_the_gates_refuse_a_block_that_changes_its_stream() -> None:
-    from tinyfusion_core.protocols.blocks.call import named_batch_dims
+    from tinyfusion_core.protocols.blocks.batch import named_batch_dims
 
     net = torch.nn.Sequential(torch.nn.Linear(4, 3))
     with tiny.Gates(net, ["0"], named_batch_dims({"input": 0})) as gates:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import golden_data
 import tinyfusion_core as tiny
 from golden_data import assert_close_rel, weights
-from tinyfusion_core.pruning.block_outputs import captured
+from tinyfusion_core.protocols.blocks.outputs import captured
 from tinyfusion_core.pruning.removal import remove_blocks
 from tinyfusion_core.runtime.seeding import Rng
 from tinyfusion_core.samplers.grouped import GroupedSampler

@@ -16,7 +16,7 @@ from ..parsing.weights import load_strict, read_weights
 from ..runtime.files import NEUTRAL, save_tensors
 from .blocks.branches import REMOVED, Branch, Removed, remove_branches, removed_branches
 from .blocks.paths import expand, list_of
-from .blocks.streams import FIRST, Streams
+from .blocks.streams import FIRST, Streams, Unneeded
 from .data import Lookup
 
 Batch = Mapping[str, Tensor]
@@ -39,8 +39,9 @@ class Backbone(Settings, ABC):
     #: Residual streams of a block, in no particular order; by block list where lists differ.
     streams: ClassVar[Streams] = FIRST
     #: Outputs of a block, by index or key, that are no stream and that nobody needs, such as attention weights.
-    #: They are None while blocks are gated: a block then runs for some of the samples only.
-    unneeded: ClassVar[Sequence[int | str]] = ()
+    #: They are None while blocks are gated: a block then runs for some of the samples only. A mapping says by which
+    #: arguments the next block may be given them; if it takes one of these, a skipped block hands on what it was given.
+    unneeded: ClassVar[Unneeded] = ()
     #: Block arguments that carry the batch, as name -> batch dimension. None: found by comparing two batch sizes.
     batched: ClassVar[Mapping[str, int] | None] = None
     #: For the model card of a saved folder: the library that reads it, and how.
@@ -122,6 +123,20 @@ class Backbone(Settings, ABC):
             model: the whole network, on any device, `meta` too.
             student: it without the other blocks.
             kept: indices of the kept blocks.
+        """
+        return {}
+
+    def limits(self, model: nn.Module) -> Mapping[str, Sequence[Any]]:
+        """Return the constraints that every mask has to obey, or what is left could not be saved: by default none.
+
+        They go into the constraints of every search. By name, as in a recipe: blocks to `protect`, or the `period` of
+        their kinds.
+
+        Args:
+            model: the whole network, on any device, `meta` too.
+
+        Raises:
+            UserError: none of its blocks can go.
         """
         return {}
 

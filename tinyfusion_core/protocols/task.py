@@ -15,7 +15,8 @@ from ..errors import UserError, first_line
 from ..parsing.settings import Settings
 from ..runtime.seeding import Rng
 from .backbone import Backbone, owner
-from .blocks.call import BatchDim, named_batch_dims, probed_batch_dims, watched_streams
+from .blocks.batch import BatchDim, named_batch_dims, probed_batch_dims
+from .blocks.call import not_the_batch, watched_streams
 from .blocks.paths import list_lengths
 from .blocks.streams import Streams
 from .data import DataSource, FeatureSpace, Samples, Tensors, as_samples
@@ -116,6 +117,8 @@ def check_loss_fits(backbone: Backbone, loss: LossAdapter, model: nn.Module) -> 
             for passage in seen:
                 if passage.before[0] != passage.after[0]:
                     raise UserError(f"{owner(backbone)}: blocks: {passage}")
+                if (found := passage.before[0][0]) != 2:
+                    raise UserError(f"{owner(backbone)}: blocks: {not_the_batch(passage.path, found, 2)}")
             if all(isinstance(leaf, Tensor) for leaf in tree_leaves(prediction)):
                 # The loss on zeros of the prediction's shape: the meta device cannot look values up in tables.
                 prediction, on_meta = tree_map(lambda x: torch.zeros(x.shape), prediction), inputs

@@ -7,13 +7,14 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Restore a network when the context closes: buffers, training flags, gradients, and what requires a gradient.
 
+    Also what modules keep of a forward pass as a plain attribute, such as the last state of a recurrent layer.
     Everything is told apart by identity, not by name, so that modules may be wrapped meanwhile. Values of parameters
     are not restored, see `WeightUpdate`. There are no gradients at first.
     """
@@ -27,7 +28,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     try:
         for p, _, _ in flags:
             p.grad = None
-        yield
+        with _forgetting(model):
+            yield
     finally:
         with torch.no_grad():
             for module, name, buffer, copy in buffers:
@@ -40,6 +42,22 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             p.grad = grad
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def _forgetting(model: nn.Module) -> Iterator[None]:
+    """Restore attributes that are tensors, or None and become one."""
+    kept = [(module, name, v) for module in model.modules() for name, v in vars(module).items() if _may_be_tensor(v)]
+    try:
+        yield
+    finally:
+        for module, name, value in kept:
+            if isinstance(vars(module).get(name), Tensor):
+                vars(module)[name] = value
+
+
+def _may_be_tensor(value: object) -> bool:
+    return value is None or isinstance(value, Tensor)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing_extensions import override
 from ..errors import UserError
 from .backbone import Backbone, Batch
 from .blocks.branches import Branch
-from .blocks.streams import FIRST, Streams
+from .blocks.streams import FIRST, Streams, Unneeded
 from .data import Samples, as_samples
 from .loss import LossAdapter, Prediction
 from .task import Task
@@ -27,7 +27,7 @@ def wrap(
     data: Samples | Mapping[str, Tensor],
     held_out: Samples | Mapping[str, Tensor] | None = None,
     streams: Streams = FIRST,
-    unneeded: Sequence[int | str] = (),
+    unneeded: Unneeded = (),
     batched: Mapping[str, int] | None = None,
     branches: Mapping[str, Branch] = MappingProxyType({}),
     after_prune: Callable[[nn.Module, Mapping[str, Sequence[int]]], object] = lambda model, kept: None,
@@ -45,7 +45,7 @@ def wrap(
             items are mappings, or tuples that become columns "0", "1", ...; or samples read by lists of indices.
         held_out: data for criteria and measurements; by default `data`.
         streams: what a skipped block hands on; by default its first argument, as its first output.
-        unneeded: outputs of a block that are no stream and that nobody needs, see `Backbone.unneeded`.
+        unneeded: outputs of a block that are no stream: nobody needs them, or the next block, see `Backbone.unneeded`.
         batched: arguments of blocks that carry the batch, see `Backbone.batched`; by default found by trial.
         branches: residual branches inside of a block, by name and in execution order, that go each by itself; by
             default whole blocks go.
@@ -97,7 +97,7 @@ class _Wrapped(Backbone):
     data: Samples
     repair: Callable[[nn.Module, Mapping[str, Sequence[int]]], object]
     streams: Streams = FIRST  # type: ignore[misc]  # of this network, not of a family
-    unneeded: Sequence[int | str] = ()  # type: ignore[misc]
+    unneeded: Unneeded = ()  # type: ignore[misc]
     batched: Mapping[str, int] | None = None  # type: ignore[misc]
     inside: Mapping[str, Branch]
 

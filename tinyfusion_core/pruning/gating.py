@@ -21,8 +21,9 @@ from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from ..errors import UserError
-from ..protocols.blocks.call import BatchDim, Call, in_the_form_of, is_plain, items_of, positional_names
-from ..protocols.blocks.streams import FIRST, Streams, streams_of
+from ..protocols.blocks.batch import BatchDim
+from ..protocols.blocks.call import Call, in_the_form_of, is_plain, items_of, not_the_batch, positional_names
+from ..protocols.blocks.streams import FIRST, Streams, Unneeded, streams_of
 from ..protocols.undisturbed import replaced_forward
 
 Recall = Callable[[int, bool, Call, Callable[[], Any]], Any]
@@ -47,7 +48,7 @@ class Gates:
         blocks: paths of the blocks, in the order of the mask's columns.
         batch_dim: which arguments carry the batch; see `probed_batch_dims` and `named_batch_dims`.
         streams: the blocks' residual streams, by block list where they differ.
-        unneeded: outputs of blocks that are None where only some of the samples ran; see `Backbone.unneeded`.
+        unneeded: outputs of blocks that are no stream: None, or handed on; see `Backbone.unneeded`.
 
     Attributes:
         recall: answers the calls of blocks where there are no gradients; see `Prefixes`. It takes every sample to have
@@ -60,13 +61,16 @@ class Gates:
         blocks: Sequence[str],
         batch_dim: BatchDim,
         streams: Streams = FIRST,
-        unneeded: Sequence[int | str] = (),
+        unneeded: Unneeded = (),
     ) -> None:
         self.blocks = list(blocks)
         self._modules = [model.get_submodule(path) for path in blocks]
         self._batch_dim = batch_dim
         self._streams = [list(streams_of(streams, path)) for path in blocks]
         self._unneeded = set(unneeded)
+        given = [positional_names(module.forward) for module in self._modules]
+        handed_on = unneeded.items() if isinstance(unneeded, Mapping) else ()
+        self._carried = [{i: name for i, some in handed_on for name in some if name in names} for names in given]
         self._mask: Tensor | None = None
         self._weights: Tensor | None = None
         self.recall: Recall | None = None
@@ -157,8 +161,12 @@ class Gates:
         items = self._items(j, output)
         self._check_items(j, items, inputs, partly=len(run) < len(mask))
         weight = None if self._weights is None else self._weights[:, j]
-        for stream, x in zip(self._streams[j], inputs, strict=True):
-            i = stream.item
+        entered = {stream.item: x for stream, x in zip(self._streams[j], inputs, strict=True)}
+        for i, name in self._carried[j].items():
+            if isinstance(item := items.get(i), Tensor):  # the first block is given none
+                given = call.given(name)
+                entered[i] = item.new_zeros(len(mask), *item.shape[1:]) if given is None else given
+        for i, x in entered.items():
             items[i] = _Merge.apply(x, items[i], value[i] if value else None, mask, kept, run, rest, weight)
         return in_the_form_of(output, items)
 
@@ -176,7 +184,7 @@ class Gates:
         """A block's output with the streams of no rows; None if more than streams and plain values is in it."""
         streams, items = {stream.item for stream in self._streams[j]}, items_of(output) or {}
         for i, item in items.items():
-            if i in streams and isinstance(item, Tensor):
+            if i in streams | self._carried[j].keys() and isinstance(item, Tensor):
                 items[i] = item.new_empty(0, *item.shape[1:])
             elif i in self._unneeded:
                 items[i] = None
@@ -185,10 +193,10 @@ class Gates:
         return in_the_form_of(output, items) if streams <= items.keys() else None
 
     def _inputs(self, j: int, call: Call, num_rows: int) -> list[Tensor]:
-        """What a skipped block gives: the incoming streams. Raises ValueError unless they have so many samples."""
+        """What a skipped block gives: the incoming streams. Raises UserError unless they have so many samples."""
         inputs = [call.stream(stream, self.blocks[j]) for stream in self._streams[j]]
         if inputs[0].shape[0] != num_rows:
-            raise ValueError(f"block '{self.blocks[j]}' got {inputs[0].shape[0]} samples, the mask has {num_rows} rows")
+            raise UserError(not_the_batch(self.blocks[j], inputs[0].shape[0], num_rows))
         return [torch.zeros_like(x) if s.added else x for s, x in zip(self._streams[j], inputs, strict=True)]
 
     def _check_items(self, j: int, items: Mapping[int | str, Any], inputs: Sequence[Tensor], partly: bool) -> None:
@@ -207,7 +215,8 @@ class Gates:
                     "sample, so it cannot be skipped; leave it out of 'blocks'"
                 )
         for i, item in items.items():
-            if partly and i not in declared and any(isinstance(leaf, Tensor) for leaf in tree_leaves(item)):
+            told = i in declared or i in self._carried[j]
+            if partly and not told and any(isinstance(leaf, Tensor) for leaf in tree_leaves(item)):
                 raise UserError(
                     f"block '{self.blocks[j]}' returns a tensor at {i!r} that is no declared stream; name it "
                     "in 'streams', or in 'unneeded' if the network does without it"
@@ -219,7 +228,8 @@ class Gates:
         if items is None:
             kind = type(output).__name__
             raise UserError(f"block '{self.blocks[j]}' returns a {kind}; gating takes a tensor, a tuple or a mapping")
-        return {i: None if i in self._unneeded else item for i, item in items.items()}
+        dropped = self._unneeded - self._carried[j].keys()
+        return {i: None if i in dropped else item for i, item in items.items()}
 
 
 def _split(mask: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,6 +17,7 @@ from typing_extensions import override
 from ..errors import UserError, need, require
 from ..parsing.settings import Settings
 from ..protocols.undisturbed import undisturbed
+from .lora_layers import adaptable, uncalled
 
 
 class WeightUpdate(Settings, ABC):
@@ -75,8 +76,8 @@ class LoRA(WeightUpdate):
         rank: rank of each update.
         alpha: numerator of the update's scale.
         targets: regular expression that a module's full path must match; default: every linear layer and every
-            convolution that is not grouped inside the blocks. `nn.MultiheadAttention` is left alone: it uses the
-            weights of its layers without calling them.
+            convolution that is not grouped inside the blocks. `nn.MultiheadAttention` and layers of state spaces are
+            left alone whose weights are used without calling them.
     """
 
     rank: int = 8
@@ -135,12 +136,10 @@ class LoRA(WeightUpdate):
 
     def _targets(self, model: nn.Module, blocks: Sequence[str]) -> str:
         """Return a regular expression of the layers to adapt."""
-        # A linear layer, of GPT-2.
-        conv1d = need("transformers.pytorch_utils", "tinyfusion[lora]", "update: LoRA").Conv1D
         layers = {name: module for name, module in model.named_modules() if not list(module.children())}
-        parts = _uncalled(model)
+        parts = uncalled(model)
         if self.targets is None:
-            names = [name for name in layers if name not in parts and _adaptable(name, layers[name], blocks, conv1d)]
+            names = adaptable(model, blocks)
             targets, key = "|".join(map(re.escape, names)), "update"
             advice = "LoRA finds no linear layer and no ungrouped convolution inside the blocks; use update: Full"
             if parts:
@@ -262,19 +261,6 @@ def _check_pattern(pattern: str) -> None:
         re.compile(pattern)
     except re.error as e:
         raise UserError(f"update.targets: '{pattern}' is no regular expression ({e})") from None
-
-
-def _uncalled(model: nn.Module) -> list[str]:
-    """Paths of torch's attention, which uses the weights of its output layer without calling it, and of that layer."""
-    attention = [name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
-    return [*attention, *(f"{name}.out_proj" for name in attention)]
-
-
-def _adaptable(name: str, module: nn.Module, blocks: Sequence[str], conv1d: type[nn.Module]) -> bool:
-    """Whether LoRA updates a layer by default."""
-    inside = any(name.startswith(f"{path}.") or name == path for path in blocks)
-    linear = isinstance(module, nn.Linear | conv1d)
-    return inside and (linear or (isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups == 1))
 
 
 def hold_statistics(model: nn.Module, weights: Sequence[nn.Parameter]) -> None:

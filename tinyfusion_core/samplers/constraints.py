@@ -95,6 +95,22 @@ class Rules(Settings):
         default: Any = next(f.default for f in fields(self) if f.name == name)
         return replace(self, **{name: default})
 
+    def with_limits(self, limits: Mapping[str, Sequence[Any]]) -> Rules:
+        """Return these rules and those of a network: what it protects, and the period of its kinds of blocks.
+
+        Raises:
+            UserError: there is a period, and costs, which do not count blocks.
+        """
+        if "period" in limits and self.costs is not None:
+            raise UserError("a budget of costs does not go with a period; give keep")
+        protect = tuple(sorted({*self.protect, *limits.get("protect", ())}))
+        ours, theirs = tuple(self.period or ()), tuple(limits.get("period", ()))
+        if ours and theirs and ours != theirs:
+            length = math.lcm(len(ours), len(theirs))
+            both = tuple(f"{ours[i % len(ours)]} {theirs[i % len(theirs)]}" for i in range(length))
+            return replace(self, protect=protect, period=both)
+        return replace(self, protect=protect, period=ours or theirs or None)
+
 
 def check_said(owner: str, constraints: Rules | None, ways: Mapping[str, object]) -> None:
     """Check that the kept blocks are limited in exactly one way: by one setting, or by costs with a budget.

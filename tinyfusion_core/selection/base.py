@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from dataclasses import asdict, dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
+from ..errors import UserError
 from ..parsing.settings import Settings, check_arguments
 from ..protocols.blocks.paths import block_lists
 from ..protocols.task import Task
@@ -14,6 +15,7 @@ from ..pruning.decision import Decision
 from ..pruning.removal import check_removal
 from ..runtime.distributed import on_main_process
 from ..runtime.run_folder import RunFolder
+from ..samplers.constraints import Rules
 from ..samplers.demands import Budget, Spending
 from ..training.recover import Recover
 from ..training.trainer import Trainer
@@ -140,10 +142,43 @@ class Selector(Settings, ABC):
 S = TypeVar("S", bound=Selector)
 
 
+def within(selector: S, limits: Mapping[str, Sequence[Any]]) -> S:
+    """Return a selector whose constraints, and those of the selectors inside of it, hold a network's limits too.
+
+    A sampler that is named has rules of its own, and is left alone.
+
+    Args:
+        selector: a selector.
+        limits: what `Backbone.limits` returned.
+
+    Raises:
+        UserError: its settings leave no room for them.
+    """
+    if not limits or getattr(selector, "sampler", None) is not None:
+        return selector
+
+    def limited(name: str, value: Any) -> Any:
+        if name == "constraints":
+            return (value or Rules()).with_limits(limits)
+        if isinstance(value, Selector):
+            return within(value, limits)
+        several = isinstance(value, list | tuple) and any(isinstance(item, Selector) for item in value)
+        return [limited("", item) for item in value] if several else value
+
+    settings = [f.name for f in fields(cast(Any, selector)) if f.init]
+    try:
+        found: S = replace(cast(Any, selector), **{name: limited(name, getattr(selector, name)) for name in settings})
+        return found
+    except UserError as e:
+        told = ", ".join(f"{name} {list(value)}" for name, value in limits.items())
+        raise UserError(f"search: the network's config expresses only masks of the constraints {told}; {e}") from None
+
+
 def prepared(selector: S, task: Task, trainer: Trainer, run: RunFolder | None) -> tuple[S, dict[str, Any]]:
     """Make a selector ready for a task: bind it to what the network costs, if it has budgets of costs.
 
-    Before anything is spent, a choice as it may come out is tried; see `check_removal`.
+    It obeys the limits of the network. Before anything is spent, a choice as it may come out is tried; see
+    `check_removal`.
 
     Args:
         selector: a selector, with or without such budgets.
@@ -159,10 +194,12 @@ def prepared(selector: S, task: Task, trainer: Trainer, run: RunFolder | None) -
     """
     check_arguments(task=(task, Task), trainer=(trainer, Trainer), run=(run, RunFolder | None))
     trainer.to_device(task.teacher)
+    limits = task.backbone.limits(task.teacher)
     budgets = selector.cost_budgets()
     if not budgets:
-        check_removal(task, selector.preview(task.blocks).kept)
-        return selector, {}
+        how = within(selector, limits)
+        check_removal(task, how.preview(task.blocks).kept)
+        return how, {}
 
     def work() -> dict[str, NetworkCosts]:
         found = measure(budgets, task, trainer, run.path if run else None)
@@ -172,7 +209,7 @@ def prepared(selector: S, task: Task, trainer: Trainer, run: RunFolder | None) -
 
     costs = on_main_process(work)
     said = list(dict.fromkeys(budget.describe(costs[budget.name]) for budget in budgets))
-    how = selector.bound(costs)
+    how = within(selector.bound(costs), limits)
     check_removal(task, how.preview(task.blocks).kept)
     return how, {"budget": said, "costs": {name: asdict(found) for name, found in costs.items()}}
 

@@ -119,7 +119,10 @@ class Shallowest(Selector):
         Raises:
             UserError: no depth is predicted to recover within the loss, or there are too few steps.
         """
-        prepared(self, task, trainer, run)
+        how, _ = prepared(self, task, trainer, run)
+        return how._decide(task, trainer, run)
+
+    def _decide(self, task: Task, trainer: Trainer, run: RunFolder | None) -> Decision:
         depths = self.depths(task.blocks)
         share = self.steps // len(depths).bit_length()  # as many as a bisection visits at most
         if share < 12:

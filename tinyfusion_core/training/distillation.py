@@ -14,10 +14,10 @@ from typing_extensions import override
 from ..errors import UserError, require
 from ..parsing.settings import Settings
 from ..protocols.backbone import Batch
+from ..protocols.blocks.outputs import captured
 from ..protocols.blocks.paths import block_lists
 from ..protocols.loss import LossAdapter, Prediction
 from ..protocols.task import Task
-from ..pruning.block_outputs import captured
 from ..pruning.decision import Decision
 from ..runtime.files import NEUTRAL
 from ..runtime.seeding import Rng

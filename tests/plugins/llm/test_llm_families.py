@@ -13,15 +13,16 @@ from transformers import AutoModelForCausalLM
 
 import tinyfusion_core as tiny
 from llm_toys import FAMILIES, TOKENS, VOCABULARY, decide, folder, logits, settings, task_of
+from marks import slow_but
 from tinyfusion_core.pruning.gating import Gates
 from tinyfusion_llm import CausalLM, NextToken
-from tinyfusion_llm.layers import find_layers
+from tinyfusion_llm.layers.finding import find_layers
 
 pytestmark = [pytest.mark.numerics, pytest.mark.filterwarnings("ignore")]  # of transformers
 KEPT = (0, 2, 3, 5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_but(FAMILIES, "llama", "gemma2", "deepseek_v3", "smollm3", "qwen3_next"))
 def test_a_pruned_family_is_a_plain_checkpoint(family: str, tmp_path: Path) -> None:
     task = task_of(folder(tmp_path / "full", family))
     plain, inputs = logits(task.teacher), task.loss.prepare({"tokens": TOKENS, "labels": TOKENS}, tiny.Rng(0, "test"))

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from ...errors import UserError, first_line
 from ...protocols.backbone import Backbone, Batch
-from ...protocols.blocks.call import BatchDim, named_batch_dims, probed_batch_dims
+from ...protocols.blocks.batch import BatchDim, named_batch_dims, probed_batch_dims
 from ...protocols.blocks.paths import list_lengths
 from ...protocols.loss import LossAdapter
 from ...protocols.task import Task

@@ -24,7 +24,7 @@ def build_on_meta(backbone: Backbone) -> nn.Module:
     """
     config, whose = backbone.config(), backbone.origin or owner(backbone)
     for key, value in _numbers(config, ""):
-        if re.search(r"depth|layers|blocks", key) and value > MAX_DEPTH:
+        if re.search(r"(?:^|_)(?:depth|layers|blocks)(?:_|$)", key.rpartition(".")[2]) and value > MAX_DEPTH:
             raise UserError(f"{whose}: {key} is {value:,}; expected at most {MAX_DEPTH:,}")
     with torch.device("meta"):
         return constructed(backbone, config, whose)

@@ -23,7 +23,7 @@ from ...pruning.weight_update import of_stage
 from ...runtime.stages import EVALUATE, SEARCH, Stage
 from ...runtime.trackers import check_trackers
 from ...samplers.demands import Spending
-from ...selection.base import Selector
+from ...selection.base import Selector, within
 from ...selection.budget import measure
 from ...selection.search import Search
 from ...training.recover import Recover
@@ -146,7 +146,9 @@ def _search(plan: Plan, recipe: Recipe, stage: Stage, model: nn.Module) -> tuple
     costs = measure(budgets, Task.without_data(recipe.backbone, recipe.loss, model), recipe.trainer)
     for said in dict.fromkeys(budget.describe(costs[budget.name]) for budget in budgets):
         plan.rows.append((f"{prefix}budget", said))
-    selector: Selector = stage.settings.bound(costs)
+    limits = recipe.backbone.limits(model)
+    plan.rows += [(f"{prefix}limits", f"{name} {list(v)}, or nothing could save it") for name, v in limits.items()]
+    selector: Selector = within(stage.settings.bound(costs), limits)
     decision, keeps = selector.preview(blocks), selector.keeps(blocks)
     how_many = f"{len(decision.kept)} of {len(blocks)} {what}"
     if isinstance(keeps, Spending):

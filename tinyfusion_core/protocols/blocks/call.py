@@ -1,4 +1,4 @@
-"""One call of a block: which arguments carry the batch, and running it for some of the samples."""
+"""One call of a block, and running it for some of the samples."""
 
 from __future__ import annotations
 
@@ -15,9 +15,6 @@ from torch.utils._pytree import TreeSpec, tree_flatten_with_path, tree_unflatten
 
 from ...errors import UserError
 from .streams import Stream, Streams, streams_of
-
-BatchDim = Callable[[str, str], "int | None"]
-"""(block path, argument) -> the argument's batch dimension, or None if all samples share it."""
 
 
 class Call:
@@ -43,7 +40,7 @@ class Call:
         batch_dim: Callable[[str], int | None],
     ) -> None:
         self.plain, self.names, self.args, self.kwargs = plain, names, args, kwargs
-        named, self.spec = _leaves(names, args, kwargs)
+        named, self.spec = leaves_of(names, args, kwargs)
         self.leaves, self.leaf_names = list(named.values()), list(named)
         self.changed: set[str] = set()
         self.dims = [batch_dim(name) if isinstance(v, Tensor) else None for name, v in named.items()]
@@ -76,6 +73,10 @@ class Call:
             )
         return x
 
+    def given(self, name: str) -> Any:
+        """Return an argument, or a part of one, by its name; None if it was not given."""
+        return dict(zip(self.leaf_names, self.leaves, strict=True)).get(name)
+
     def signature(self) -> tuple[Hashable, ...] | None:
         """Return what calls have in common whose outputs have one form, whatever the samples.
 
@@ -100,16 +101,24 @@ class Call:
         Returns:
             The block's output for these rows.
         """
-        sizes = [v.shape[d] for v, d in zip(self.leaves, self.dims, strict=True) if d is not None]
-        if sizes and len(rows) == sizes[0]:
+        # An argument may hold several entries for each sample, such as one for each head.
+        size = min((v.shape[d] for v, d in zip(self.leaves, self.dims, strict=True) if d is not None), default=-1)
+        if len(rows) == size:
             some, args, kwargs = self.leaves, self.args, self.kwargs
         else:
-            some = [v if d is None else v.index_select(d, rows) for v, d in zip(self.leaves, self.dims, strict=True)]
+            some = [v if d is None else _select(v, d, rows, size) for v, d in zip(self.leaves, self.dims, strict=True)]
             args, kwargs = tree_unflatten(some, self.spec)
         before = [version(v) for v in some]
         output = self.plain(*args, **kwargs)
         self.changed.update(n for n, v, old in zip(self.leaf_names, some, before, strict=True) if version(v) != old)
         return output
+
+
+def _select(x: Tensor, dim: int, rows: Tensor, size: int) -> Tensor:
+    """The entries of some samples along the batch dimension, of `size` samples with one or several entries each."""
+    if x.shape[dim] == size:
+        return x.index_select(dim, rows)
+    return torch.unflatten(x, dim, (size, -1)).index_select(dim, rows).flatten(dim, dim + 1)
 
 
 def version(leaf: Any) -> int:
@@ -148,6 +157,14 @@ class Passage:
             f"block '{self.path}' makes {after} of a stream of {before}, so it cannot be skipped; leave it out of "
             "'blocks', or correct 'streams'"
         )
+
+
+def not_the_batch(path: str, found: int, batch: int) -> str:
+    """Say that the first dimension of a block's stream is not that of the samples."""
+    return (
+        f"block '{path}' is given {found} along the first dimension of its stream, for {batch} samples; a block can be "
+        "skipped for some of them only where that dimension is the batch"
+    )
 
 
 def entering(
@@ -203,80 +220,14 @@ def watched_streams(model: nn.Module, blocks: Sequence[str], streams: Streams) -
             hook.remove()
 
 
-def named_batch_dims(names: Mapping[str, int]) -> BatchDim:
-    """Return the batch dimensions that a plugin declares, by argument (`x`) or part of one (`rotary.0`).
-
-    Arguments that are not named are shared by all samples.
-    """
-    return lambda path, leaf: names.get(leaf, names.get(leaf.partition(".")[0]))
-
-
-def probed_batch_dims(model: nn.Module, blocks: Sequence[str], run: Callable[[int], object]) -> BatchDim:
-    """Find the batch dimensions by running the model at two batch sizes and comparing shapes.
-
-    One size would not do: 16 tokens and a batch of 16 look alike.
-
-    Args:
-        model: the network.
-        blocks: paths of the blocks.
-        run: runs the model on that many samples.
-
-    Raises:
-        UserError: a dimension grows with the batch but is not one entry per sample.
-    """
-    sizes = (2, 3)
-    seen: dict[int, dict[tuple[str, str], torch.Size]] = {}
-    for size in sizes:
-        shapes = seen[size] = {}
-        hooks = [_record_shapes(model.get_submodule(path), path, shapes) for path in blocks]
-        try:
-            with torch.no_grad():
-                run(size)
-        finally:
-            for hook in hooks:
-                hook.remove()
-    first, second = (seen[size] for size in sizes)
-    dims: dict[tuple[str, str], int | None] = {}
-    for key, shape in first.items():
-        other = second.get(key, shape)
-        changed = [d for d, (a, b) in enumerate(zip(shape, other, strict=False)) if a != b]
-        if len(shape) != len(other) or len(changed) > 1 or any((shape[d], other[d]) != sizes for d in changed):
-            raise UserError(
-                f"block '{key[0]}', argument '{key[1]}': {list(shape)} for a batch of 2 and {list(other)} for 3 "
-                "is not one entry per sample; name the batch arguments in 'batched'"
-            )
-        dims[key] = changed[0] if changed else None
-
-    def batch_dim(path: str, leaf: str) -> int | None:
-        try:
-            return dims[path, leaf]
-        except KeyError:
-            raise UserError(
-                f"block '{path}' was called with an argument '{leaf}' that did not occur while probing; "
-                "name the batch arguments in 'batched'"
-            ) from None
-
-    return batch_dim
-
-
-def _record_shapes(block: nn.Module, path: str, shapes: dict[tuple[str, str], torch.Size]) -> Any:
-    names = positional_names(block.forward)
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        leaves, _ = _leaves(names, args, kwargs)
-        shapes.update({(path, name): v.shape for name, v in leaves.items() if isinstance(v, Tensor)})
-
-    return block.register_forward_pre_hook(hook, with_kwargs=True)
-
-
 def positional_names(function: Callable[..., Any]) -> list[str]:
     """Return the names of the positional parameters of a function, in order."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return [name for name, p in inspect.signature(function).parameters.items() if p.kind in kinds]
 
 
-def _leaves(names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], TreeSpec]:
-    """The leaves of a call by name (`x`, `rotary.0`), the same whether passed by position or by name."""
+def leaves_of(names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], TreeSpec]:
+    """Return the leaves of a call by name (`x`, `rotary.0`), the same whether passed by position or by name."""
     paths, spec = tree_flatten_with_path((args, kwargs))
     named: dict[str, Any] = {}
     for path, leaf in paths:

@@ -42,6 +42,9 @@ class Stream:
 Streams = Sequence[Stream] | Mapping[str, Sequence[Stream]]
 """The residual streams of all blocks, or of every block list by its path."""
 
+Unneeded = Sequence[int | str] | Mapping[int | str, Sequence[str]]
+"""Outputs of a block that are no stream; or with the names of arguments in which the next block may be given each."""
+
 FIRST: Streams = (Stream(),)
 """One stream: the first argument of a block, and its output."""
 

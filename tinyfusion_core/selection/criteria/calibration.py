@@ -15,8 +15,9 @@ from typing_extensions import override
 
 from ...dataloading.order import order_of
 from ...errors import UserError, require
+from ...protocols.blocks.batch import BatchDim
 from ...protocols.blocks.branches import Removed
-from ...protocols.blocks.call import BatchDim, positional_names
+from ...protocols.blocks.call import positional_names
 from ...protocols.blocks.paths import block_of
 from ...protocols.blocks.streams import streams_of
 from ...protocols.task import Task

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
+from ...protocols.blocks.outputs import captured
 from ...protocols.task import Task
-from ...pruning.block_outputs import captured
 from ...pruning.decision import Decision
 from ...pruning.prune import load_pretrained, save_network
 from ...pruning.removal import in_blocks

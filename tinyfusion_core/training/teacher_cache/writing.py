@@ -16,9 +16,9 @@ from ...dataloading.shards import METADATA, Shard, read_shard, write_shard
 from ...errors import UserError, require
 from ...parsing.records import read_as
 from ...protocols.backbone import Batch
+from ...protocols.blocks.outputs import captured
 from ...protocols.task import Task
 from ...protocols.undisturbed import evaluating
-from ...pruning.block_outputs import captured
 from ...runtime.distributed import batches, complete_sharded, on_main_process
 from ...runtime.files import check_space, write_json
 from ...runtime.locking import check_free, owned

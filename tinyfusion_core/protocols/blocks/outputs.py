@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import UserError
-from ..protocols.blocks.streams import Streams, streams_of
+from ...errors import UserError
+from .streams import Streams, streams_of
 
 
 @contextmanager

@@ -1,0 +1,1 @@
+"""The layers of a transformers decoder: finding, building and removing them."""

@@ -1,0 +1,121 @@
+"""Which masks a transformers config can express, found out before a search: rules for its constraints."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from tinyfusion_core.errors import UserError, first_line
+from tinyfusion_llm.layers.building import Settings, construct
+from tinyfusion_llm.layers.finding import find_layers, text_config
+from tinyfusion_llm.layers.shortening import corrected, described
+
+
+def limits(config: Settings) -> Mapping[str, Sequence[Any]]:
+    """Return the rules that a mask must obey for the config to express the remaining layers, as constraints name them.
+
+    The layers of most families are alike, or a list in the config tells them apart; then there are none. Where layers
+    follow from their positions, those that stay must repeat the `period`; or some must stay (`protect`), such as a last
+    layer that has something of its own. Found by shortening the network on the meta device, not by names.
+
+    Args:
+        config: the whole network's.
+
+    Raises:
+        UserError: it cannot express any choice but the whole network.
+    """
+    return _limits(json.dumps(dict(config), sort_keys=True))
+
+
+@lru_cache(maxsize=8)
+def _limits(config: str) -> Mapping[str, Sequence[Any]]:
+    model = construct(json.loads(config))
+    path = find_layers(model)
+    problem = partial(_problem, model, path)
+    kinds = _kinds(model.get_submodule(path).children())
+    alone, together = _without(kinds)
+    if len(set(kinds)) == 1 and not problem(alone[0]):
+        return {}
+    fixed = [i for i, kept in alone.items() if problem(kept)]
+    if not fixed and not any(map(problem, together)):
+        return {}
+    if fixed and not any(map(problem, _beside(fixed, len(kinds)))):
+        return {"protect": fixed}
+    period, repeated = _repeated(kinds)
+    if not (found := list(filter(None, map(problem, repeated)))):
+        return {"period": period}
+    raise UserError(
+        f"backbone: no layer of a '{text_config(model).model_type}' can go, since its config could not express the "
+        f"others: {found[0]}"
+    )
+
+
+def _without(kinds: Sequence[str]) -> tuple[dict[int, list[int]], list[list[int]]]:
+    """Masks to try: without one layer, by its index, the first and last of each kind; and without many."""
+    depth, some = len(kinds), sorted(set(kinds))[:_KINDS]
+    ends = {i for kind in some for i in (kinds.index(kind), depth - 1 - kinds[::-1].index(kind))}
+    alone = {i: [j for j in range(depth) if j != i] for i in sorted({0, depth - 1} | ends)}
+    apart = [[i for i in range(depth) if kinds[i] != kind] for kind in some]
+    parts = (range(0, depth, 2), range(1, depth, 2), range(depth // 3, depth), range(depth - depth // 3))
+    return alone, [*map(list, parts), *filter(None, apart)]
+
+
+def _beside(fixed: Sequence[int], depth: int) -> list[list[int]]:
+    """Masks to try that keep some layers, and of the others one, half or nearly all."""
+    free = [i for i in range(depth) if i not in fixed]
+    parts = (free[:1], free[-1:], free[::2], free[1::2], free[:-1], free[1:])
+    return [sorted({*fixed, *part}) for part in parts if part]
+
+
+def _repeated(kinds: Sequence[str]) -> tuple[list[str], list[list[int]]]:
+    """The shortest period of the kinds, which may be all of them, and masks that repeat it, to try."""
+    depth = len(kinds)
+    period = next(n for n in range(1, depth + 1) if kinds[n:] == kinds[:-n] or n == depth)
+    masks = (range(depth - 1), range(max(1, depth - 2)), range(period, depth))
+    return list(kinds[:period]), [list(mask) for mask in masks if mask]
+
+
+_KINDS = 4
+"""Kinds of layers that are looked at one by one; more are rare, and every look takes a second of a large network."""
+
+
+def _problem(model: nn.Module, path: str, kept: Sequence[int]) -> str:
+    """Why the layers that are kept are no network of the config; empty if they are."""
+    shorter = copy.deepcopy(model)
+    layers: Any = shorter.get_submodule(path)
+    for i in reversed([i for i in range(len(layers)) if i not in set(kept)]):
+        del layers[i]
+    if problem := corrected(shorter, path, kept):
+        return problem
+    failure = _failure(shorter)
+    return "" if not failure or _failure(model) else f"it does not run ({failure})"
+
+
+def _failure(model: nn.Module) -> str:
+    """Why a network on the meta device does not run; also empty if that device lacks one of its operations."""
+    tokens = torch.zeros(1, 2, dtype=torch.long, device="meta")
+    mask = torch.ones(1, 1, 2, 2, dtype=torch.bool, device="meta")  # where there is none, values are looked at
+    try:
+        with torch.random.fork_rng(), torch.no_grad():
+            model.eval()(input_ids=tokens, attention_mask=mask, use_cache=False)
+    except (LookupError, TypeError, ValueError) as e:
+        return f"{type(e).__name__}: {first_line(e)}"
+    except (NotImplementedError, RuntimeError):
+        pass
+    return ""
+
+
+def _kinds(layers: Any) -> list[str]:
+    """A name for what each layer is, the same for those that are alike: k0, k1 and so on as they appear."""
+    found = [(described(layer), [(name, tuple(t.shape)) for name, t in layer.state_dict().items()]) for layer in layers]
+    kinds: list[Any] = []
+    for entry in found:
+        if entry not in kinds:
+            kinds.append(entry)
+    return [f"k{kinds.index(entry)}" for entry in found]
