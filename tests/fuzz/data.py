@@ -27,6 +27,8 @@ SOURCES: dict[str, dict[str, Any]] = {
     "shards": {"class_path": "Latents", "init_args": {"folder": "shards", **LATENT}},
     "arrays": {"class_path": "Latents", "init_args": {"folder": "arrays", **LATENT}},
     "files": {"class_path": "LatentFolders", "init_args": {"features": "files/x", "labels": "files/y", **LATENT}},
+    "listed": {"class_path": "ListedMoments", "init_args": {"folder": "listed", "scale": 1.0, **LATENT}},
+    "tensors": {"class_path": "LatentTensors", "init_args": {"folder": "tensors", **LATENT}},
     "text": {
         "class_path": "TextTokens",
         "init_args": {"tokenizer": "llm", "files": ["text"], "context": 8, "cache": "own/cache"},
@@ -49,6 +51,17 @@ def prepare(base: Path) -> None:
     for i in range(12):
         np.save(base / "files" / "x" / f"{i}.npy", x[i].numpy())
         np.save(base / "files" / "y" / f"{i}.npy", y[i : i + 1].numpy())
+        (base / "listed" / f"{i % 2}").mkdir(parents=True, exist_ok=True)
+        np.save(base / "listed" / f"{i % 2}" / f"{i}.npy", torch.cat([x[i], x[i].abs()]).numpy())
+    labels = [[f"{i % 2}/{i}.npy", int(y[i])] for i in range(12)]
+    (base / "listed" / "dataset.json").write_text(json.dumps({"labels": labels}))
+    (base / "tensors").mkdir()
+    for i in (0, 1):
+        columns = {"latents": x[i::2], "latents_flip": x[i::2].flip(-1), "labels": y[i::2]}
+        save_file(
+            {name: column.contiguous() for name, column in columns.items()}, base / "tensors" / f"{i}.safetensors"
+        )
+    torch.save({"mean": torch.zeros(1, 4, 1, 1), "std": torch.ones(1, 4, 1, 1)}, base / "tensors" / "latents_stats.pt")
     for name in ("a.txt", "b.txt"):
         (base / "text" / name).write_text("w5 w6 w7 w8 \n" * 50)
     (base / "text" / "c.jsonl").write_text("".join(json.dumps({"text": f"w{i} w9 " * 9}) + "\n" for i in range(9)))

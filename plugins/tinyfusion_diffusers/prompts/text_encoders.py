@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinyfusion_core.errors import MissingFileError, UserError, first_line
+from tinyfusion_core.errors import MissingFileError, UserError, first_line, need
 from tinyfusion_core.parsing.records import check_folder
 from tinyfusion_core.parsing.weights import fingerprint
 from tinyfusion_core.runtime.files import digest
@@ -176,6 +176,7 @@ def load_text_encoders(where: str, length: int | None, dtype: torch.dtype, devic
 def _pipeline_class(where: str) -> tuple[Mapping[str, Any], Any]:
     """What model_index.json says, and the pipeline's class. Raises UserError if it encodes no prompts."""
     library = diffusers("encode-prompts")
+    need("transformers", "tinyfusion[diffusers]", "encode-prompts")
     if Path(where).is_dir():
         for folder in (Path(where), *sorted(path for path in Path(where).iterdir() if path.is_dir())):
             check_folder(folder)
