@@ -35,9 +35,9 @@ class Refit(Start):
 
     That layer is the block's last linear one whose output is added to the stream, times a gate or not. It is followed
     by a linear map and a shift, which become part of its weight and bias, so that the network keeps its layers. Both
-    are found by ridge regression of what the student's stream lacks, gap after gap in the order of execution; nothing
-    is trained. Without gates and for one gap it is ReplaceMe (arXiv:2505.02819), the least squares of its section 3.
-    A gap at the beginning of a block list is made up for by the block behind it.
+    are found by ridge regression of what the student's stream lacks, one after another in the order of execution;
+    nothing is trained. The last block of each list is refitted too: it makes up for what was left, and for a gap at the
+    beginning. These are the least squares of ReplaceMe (arXiv:2505.02819), on the student's activations and under gates.
 
     Args:
         samples: how many training samples to fit to; all if there are fewer.
