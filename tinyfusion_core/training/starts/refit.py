@@ -37,7 +37,7 @@ class Refit(Start):
     by a linear map and a shift, which become part of its weight and bias, so that the network keeps its layers. Both
     are found by ridge regression of what the student's stream lacks, one after another in the order of execution;
     nothing is trained. The last block of each list is refitted too: it makes up for what was left, and for a gap at the
-    beginning. These are the least squares of ReplaceMe (arXiv:2505.02819), on the student's activations and under gates.
+    beginning. It is the least squares of ReplaceMe (arXiv:2505.02819), on the student's activations and under gates.
 
     Args:
         samples: how many training samples to fit to; all if there are fewer.
