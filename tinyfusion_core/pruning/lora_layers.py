@@ -40,8 +40,13 @@ def adaptable(model: nn.Module, blocks: Sequence[str]) -> list[str]:
 
 
 def _read(model: nn.Module) -> Iterator[str]:
-    """Paths of layers whose weights the module around them reads, as kernels do, and may miss what LoRA adds."""
+    """Paths of layers whose weights the module around them reads, as kernels do, and may miss what LoRA adds.
+
+    Those of torch itself do so only where nothing learns.
+    """
     for path, module in model.named_modules():
+        if type(module).__module__.startswith("torch."):
+            continue
         try:
             code = inspect.getsource(inspect.unwrap(type(module).forward))
         except (OSError, TypeError):  # of a session, or compiled
