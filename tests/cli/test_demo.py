@@ -47,7 +47,7 @@ TYPED = {
     "demo --run": ["--run-dir"],
     "show tinyfusion_c": ["tinyfusion_core"],
     "completion ": ["bash", "zsh"],
-    "": [*(command.name for command in COMMANDS), "encode", "sample"],
+    "": [*(command.name for command in COMMANDS), "encode-prompts", "encode", "sample"],
 }
 
 

@@ -17,6 +17,7 @@ from tinyfusion_core.parsing.settings import Settings, fits
 from tinyfusion_core.pipeline.schema import PLAIN
 from tinyfusion_core.registry.registry import registry
 from tinyfusion_dit import DiT
+from tinyfusion_images import Digits
 
 CLASSES = [cls for kind in registry().classes.values() for cls in kind.values() if issubclass(cls, Settings)]
 SETTINGS = [cls for cls in {*CLASSES, *PLAIN} if is_dataclass(cls) and cls.__module__.startswith("tinyfusion_")]
@@ -39,6 +40,7 @@ def test_no_number_is_absurd(cls: type[Any]) -> None:
     hints = get_type_hints(cls)
     needed = {f.name: "x" for f in fields(cls) if f.default is f.default_factory is MISSING}
     needed |= {"search": tiny.Search(keep=4)} if "search" in needed else {}
+    needed |= {"data": {"digits": Digits()}} if "data" in needed else {}
     for field in fields(cls):
         takes = [number for number in (0.5, 1) if fits(number, hints[field.name]) and field.name not in UNLIMITED]
         for number in (10**18 if takes == [1] else 1e300, 10**400) if takes else ():

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.functional import conv2d, group_norm, interpolate, pad, silu
 
 from tinyfusion_core.errors import MissingFileError, UserError
-from tinyfusion_images.encoding.autoencoder import check_autoencoder, decode, fingerprint, load_autoencoder
+from tinyfusion_core.parsing.weights import fingerprint
+from tinyfusion_images.encoding.autoencoder import check_autoencoder, decode, load_autoencoder
 
 pytestmark = pytest.mark.numerics
 
