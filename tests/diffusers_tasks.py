@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,15 @@ def published(task: tiny.Task) -> Any:
     plain = diffusers.DiTTransformer2DModel.from_config(task.teacher.config)
     plain.load_state_dict(task.teacher.state_dict())
     return plain.eval()
+
+
+def taught(task: tiny.Task, batch_size: int) -> tuple[tiny.Task, dict[str, Tensor]]:
+    """The task with a teacher that knows its objective, as a run demands, and the batch that it was taught."""
+    batch = {name: column.repeat(4, *[1] * (column.ndim - 1)) for name, column in task.train.columns.items()}
+    batch["x"] *= 0.45
+    task = replace(task, train=Tensors(batch), model=task.teacher)
+    tiny.Recover(steps=80, lr=1e-2, ema=0)(task, task.teacher, None, tiny.Trainer(batch_size=batch_size))
+    return task, batch
 
 
 def saved(task: tiny.Task, folder: Path) -> Path:

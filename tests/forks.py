@@ -92,3 +92,14 @@ def wait(processes: Sequence[ForkServerProcess], seconds: float = 240) -> list[i
     for process in processes:
         process.join(max(0.0, deadline - time.monotonic()))
     return [process.exitcode for process in processes]
+
+
+def kill_when(process: ForkServerProcess, there: Callable[[], object]) -> None:
+    """Kill a process once something is there; it must not end by itself before."""
+    deadline = time.monotonic() + 120
+    while not there():
+        assert process.is_alive()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.kill()
+    process.join()

@@ -114,7 +114,7 @@ def test_the_layer_is_found_whose_output_is_added(way: str, layer: str | None, d
         if layer is not None:
             told = {"gated": block.float().gate(c.float()), "scaled": torch.full((3, 6), 0.25)}
             expected = told.get(way, torch.ones(3, 6))
-            gate = call.gate(layer)
+            gate = call.gate(layer, call.without(layer))
             assert gate is not None
             torch.testing.assert_close(gate, expected, rtol=1e-3, atol=1e-4)
 

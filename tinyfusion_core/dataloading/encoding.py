@@ -89,6 +89,8 @@ class Encoding(ABC):
 
     Args:
         out: the folder.
+        shard_size: examples in a shard.
+        batch_size: examples encoded at once.
     """
 
     command: ClassVar[str]
@@ -97,6 +99,8 @@ class Encoding(ABC):
     """What the folder is."""
 
     out: Path
+    shard_size: int
+    batch_size: int
 
     @property
     @abstractmethod
@@ -107,11 +111,6 @@ class Encoding(ABC):
     @abstractmethod
     def order(self) -> list[int]:
         """The examples by index, in the order of their rows."""
-
-    @property
-    @abstractmethod
-    def sizes(self) -> tuple[int, int]:
-        """Examples in a shard, and examples encoded at once."""
 
     @abstractmethod
     def bytes_per_example(self) -> int:
@@ -206,14 +205,14 @@ class Encoding(ABC):
 
     @cached_property
     def _parts(self) -> list[Part]:
-        order, size = self.order, self.sizes[0]
-        ranges = batches(len(order), size)
+        order = self.order
+        ranges = batches(len(order), self.shard_size)
         names = (f"{i:05d}-of-{len(ranges):05d}.safetensors" for i in range(len(ranges)))
         return [Part(name, order[rows.start : rows.stop]) for name, rows in zip(names, ranges, strict=True)]
 
     def _encode(self, parts: Sequence[Part]) -> None:
         """Make these shards."""
-        size, total = self.sizes[1], sum(len(part.items) for part in parts)
+        size, total = self.batch_size, sum(len(part.items) for part in parts)
         pieces = [[part.items[rows.start : rows.stop] for rows in batches(len(part.items), size)] for part in parts]
         made = self.encode(list(chain(*pieces)))
         with stop_requests() as stop, track(self.command, total, main=rank_and_world_size()[0] == 0) as progress:

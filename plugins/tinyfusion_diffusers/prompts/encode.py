@@ -77,9 +77,8 @@ class EncodePrompts(Settings):
         """
         device = device_of_this_process()
         read = read_prompts(prompts, self.field)
-        return _Encoding(
-            out, self, read, load_text_encoders(self.model, self.text_length, self.torch_dtype, device)
-        ).run()
+        encoders = load_text_encoders(self.model, self.text_length, self.torch_dtype, device)
+        return _Encoding(out, self.shard_size, self.batch_size, self, read, encoders).run()
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -118,11 +117,6 @@ class _Encoding(Encoding):
     @override
     def order(self) -> list[int]:
         return list(range(len(self.prompts)))
-
-    @property
-    @override
-    def sizes(self) -> tuple[int, int]:
-        return self.how.shard_size, self.how.batch_size
 
     @override
     def bytes_per_example(self) -> int:

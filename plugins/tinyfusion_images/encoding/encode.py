@@ -88,7 +88,8 @@ class Encode(Settings):
                 damaged.
             Interrupted: a signal arrived; finished shards are kept.
         """
-        return _Encoding(out, self, list_images(images), device_of_this_process()).run()
+        sizes = self.shard_size, self.batch_size
+        return _Encoding(out, *sizes, self, list_images(images), device_of_this_process()).run()
 
 
 @dataclass
@@ -139,11 +140,6 @@ class _Encoding(Encoding):
         num = len(self.folder.files)
         drawn: list[int] = torch.randperm(num, generator=generator("encode", self.how.seed, "order", num)).tolist()
         return drawn
-
-    @property
-    @override
-    def sizes(self) -> tuple[int, int]:
-        return self.how.shard_size, self.how.batch_size
 
     @override
     def bytes_per_example(self) -> int:

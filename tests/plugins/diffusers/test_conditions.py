@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,8 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 import tinyfusion_core as tiny
 from diffusers_families import CONDITIONED, FAMILIES
-from diffusers_tasks import check_samples, make, sampled, saved
+from diffusers_tasks import check_samples, make, sampled, saved, taught
 from tinyfusion_core.cli import main
-from tinyfusion_core.protocols.data import Tensors
 from tinyfusion_core.pruning.gating import Gates
 from tinyfusion_core.runtime.seeding import Rng, generator
 from tinyfusion_diffusers import DiffusersTransformer
@@ -158,11 +156,7 @@ def test_gates_and_search(name: str) -> None:
 
 def test_a_run_from_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     task, inputs = conditioned("Wan 2.1 from images")
-    batch = {name: column.repeat(4, *[1] * (column.ndim - 1)) for name, column in task.train.columns.items()}
-    batch["x"] *= 0.45
-    # A teacher has to know its objective.
-    task = replace(task, train=Tensors(batch), model=task.teacher)
-    tiny.Recover(steps=80, lr=1e-2, ema=0)(task, task.teacher, None, tiny.Trainer(batch_size=9))
+    task, batch = taught(task, 9)
     folder, data = saved(task, tmp_path / "wan"), tmp_path / "data"
     data.mkdir()
     np.save(data / "x.npy", batch.pop("x").numpy())

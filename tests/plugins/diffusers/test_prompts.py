@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import diffusers_prompts as tiny_pipelines
-from forks import command, start, wait
+from forks import command, kill_when, start, wait
 from tinyfusion_core.cli import main
 from tinyfusion_core.errors import Interrupted, UserError
 from tinyfusion_diffusers.prompts.encode import EncodePrompts
@@ -179,13 +178,7 @@ def test_two_processes_and_a_kill_make_what_one_makes(flux: Path, tmp_path: Path
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert main([*map(str, words), "--out", str(whole)]) == 0
     (process,) = start(command(*words, "--out", killed), tmp_path / "killed.txt")
-    deadline = time.monotonic() + 120
-    while not list(killed.glob("0*.json")):
-        assert process.is_alive()
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    process.kill()
-    process.join()
+    kill_when(process, lambda: list(killed.glob("0*.json")))
     assert 0 < len(list(killed.glob("*.safetensors"))) < 40
     log = tmp_path / "log.txt"
     assert wait(start(command(*words, "--out", killed), log, processes=2)) == [0, 0], log.read_text()[-3000:]

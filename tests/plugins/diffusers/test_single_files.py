@@ -18,10 +18,9 @@ from safetensors.torch import load_file, save_file
 
 import tinyfusion_core as tiny
 from diffusers_families import FAMILIES
-from diffusers_tasks import make, saved
+from diffusers_tasks import make, saved, taught
 from tinyfusion_core.cli import main
 from tinyfusion_core.protocols.checkpoint_backbone import randomise
-from tinyfusion_core.protocols.data import Tensors
 from tinyfusion_core.runtime.seeding import generator
 from tinyfusion_diffusers import DiffusersTransformer
 from tinyfusion_diffusers.original import NAMES, converter, renamed
@@ -136,11 +135,7 @@ def test_flux_of_the_published_width() -> None:
 
 def test_an_export_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     task, _ = make("SD3Transformer2DModel")
-    batch = {name: column.repeat(4, *[1] * (column.ndim - 1)) for name, column in task.train.columns.items()}
-    batch["x"] *= 0.45
-    # A teacher has to know its objective.
-    task = replace(task, train=Tensors(batch), model=task.teacher)
-    tiny.Recover(steps=80, lr=1e-2, ema=0)(task, task.teacher, None, tiny.Trainer(batch_size=12))
+    task, batch = taught(task, 12)
     folder, data = saved(task, tmp_path / "sd3"), tmp_path / "data"
     data.mkdir()
     save_file(batch, data / "all.safetensors")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from forks import command, start, wait
+from forks import command, kill_when, start, wait
 from small_run import run
 from tinyfusion_core.cli import main
 from tinyfusion_core.errors import Interrupted, UserError
@@ -144,13 +143,7 @@ def test_two_processes_and_a_kill_make_what_one_makes(tiny_vae: Path, images: Pa
     assert main(["encode", *words, "--out", str(whole)]) == 0
 
     (process,) = start(command("encode", *words, "--out", killed), tmp_path / "killed.txt")
-    deadline = time.monotonic() + 120
-    while not list(killed.glob("0*.json")):
-        assert process.is_alive()
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    process.kill()
-    process.join()
+    kill_when(process, lambda: list(killed.glob("0*.json")))
     assert process.exitcode == -signal.SIGKILL
     kept = {path.name: path.stat().st_mtime_ns for path in killed.glob("*.safetensors")}
     assert 0 < len(kept) < NUM

@@ -86,17 +86,26 @@ class BlockCall:
             self.block.forward(*self.args, **self.kwargs)
         return by_token(found[0])
 
-    def gate(self, layer: str) -> Tensor | None:
+    def without(self, layer: str) -> Tensor:
+        """Return the streams behind the block, (batch, tokens, channels), if a layer gives zeros.
+
+        Args:
+            layer: path of the layer in the block.
+        """
+        return self.given(layer, torch.zeros(self.behind.shape[-1], device=self.behind.device))
+
+    def gate(self, layer: str, without: Tensor) -> Tensor | None:
         """Return what a layer's output is multiplied by before it is added to the streams.
 
         Args:
             layer: path of the layer in the block.
+            without: what `without` returned for it, (batch, tokens, channels).
 
         Returns:
             (batch, channels), exactly 1 where there is none; None if it differs between the tokens of a sample.
         """
-        ones = torch.ones(self.behind.shape[-1], device=self.behind.device)
-        gate = (self.given(layer, LARGE * ones) - self.given(layer, 0 * ones)) / LARGE
+        large = torch.full((without.shape[-1],), LARGE, device=without.device)
+        gate = (self.given(layer, large) - without) / LARGE
         if not bool(((gate - gate[:, :1]).abs() <= SAME * gate.abs().amax().clamp(min=1)).all()):
             return None
         first = gate[:, 0]
@@ -136,8 +145,8 @@ def _layer_for(call: BlockCall) -> str | None:
     plain = call.behind
     direction = torch.randn(plain.shape[-1], generator=torch.Generator().manual_seed(0)).to(plain.device)
     for layer in reversed(_layers_of(call.block, plain.shape[-1])):
-        without = call.given(layer, torch.zeros_like(direction))
-        gate = call.gate(layer)
+        without = call.without(layer)
+        gate = call.gate(layer, without)
         if gate is None or not bool(gate.any()):
             continue
         size = (plain - without).square().mean().sqrt()  # as large as what it gives
@@ -148,8 +157,8 @@ def _layer_for(call: BlockCall) -> str | None:
 
 def _is_added(call: BlockCall, layer: str) -> bool:
     """Whether what a layer gives is what is added, token by token."""
-    given, gate = call.of_layer(layer), call.gate(layer)
-    lacking = call.behind - call.given(layer, torch.zeros_like(given[0, 0]))
+    given, without = call.of_layer(layer), call.without(layer)
+    gate, lacking = call.gate(layer, without), call.behind - without
     return gate is not None and given.shape == lacking.shape and _alike(lacking, gate[:, None] * given)
 
 

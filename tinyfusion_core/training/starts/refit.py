@@ -149,7 +149,7 @@ def _layers_of(call: BlockCall, path: str) -> dict[str, Sequence[Stream]]:
 
 def _add(fit: LeastSquares, call: BlockCall, layer: str, lacking: Tensor) -> None:
     """Add the samples of a batch: what the layer gives, and what the streams behind it lack."""
-    given, gate = call.of_layer(layer), call.gate(layer)
+    given, gate = call.of_layer(layer), call.gate(layer, call.without(layer))
     assert gate is not None  # else it would not have been found
     if _linear(call.block, layer).bias is not None:
         given = torch.cat([given, torch.ones_like(given[..., :1])], dim=-1)
