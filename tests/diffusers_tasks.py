@@ -13,6 +13,7 @@ from torch import Tensor
 
 import tinyfusion_core as tiny
 from diffusers_families import FAMILIES
+from tinyfusion_core.protocols.blocks.streams import streams_of
 from tinyfusion_core.protocols.data import Tensors
 from tinyfusion_core.runtime.seeding import Rng, generator
 from tinyfusion_diffusers import calling
@@ -32,6 +33,35 @@ def make(name: str, **changes: Any) -> tuple[tiny.Task, dict[str, Tensor]]:
     data = Tensors(batch)
     task = tiny.Task(backbone=backbone, loss=loss, train=data, held_out=data)
     return task, loss.prepare(batch, Rng(0, "test"))
+
+
+def dense(task: tiny.Task, mask: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+    """The published formula by forward hooks, for every stream of a block."""
+    hooks = []
+    for j, path in enumerate(task.blocks):
+        block, streams = task.teacher.get_submodule(path), streams_of(task.backbone.streams, path)
+
+        def hook(module, args, kwargs, output, gate=mask[:, j], streams=streams):
+            after = list(output) if isinstance(output, tuple) else [output]
+            told = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+            for stream in streams:
+                x = told[stream.argument]
+                i = stream.output or 0
+                m = gate.view(-1, *[1] * (x.ndim - 1))
+                after[i] = after[i] * m + x * (1 - m)
+            return tuple(after) if isinstance(output, tuple) else after[0]
+
+        hooks.append(block.register_forward_hook(hook, with_kwargs=True))
+    try:
+        return task.loss.predict(task.teacher, inputs)
+    finally:
+        for h in hooks:
+            h.remove()
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    """Largest difference, beside the largest value; gradients that are zero but for rounding do not count."""
+    return float((a - b).abs().max()) / max(1e-4, float(b.abs().max()))
 
 
 def published(task: tiny.Task) -> Any:
@@ -77,8 +107,9 @@ def sampled(
     told = {name: value for name, value in told.items() if name in takes}
     if "negative_prompt" in takes and takes["negative_prompt"].default == "":  # without guidance it is never looked at
         told["negative_prompt"] = None
-    out = pipe(**told, **options, num_inference_steps=PIPELINE_STEPS, output_type="latent")
-    return calling.unpack(type(model), next(iter(out.__dict__.values())), batch["x"])
+    out = pipe(**{**told, **options}, num_inference_steps=PIPELINE_STEPS, output_type="latent")
+    found: Tensor = next(iter(out.__dict__.values()))
+    return found if found.shape == batch["x"].shape else calling.unpack(type(model), found, batch["x"])
 
 
 def check_samples(found: Tensor, x: Tensor, start: Tensor) -> None:

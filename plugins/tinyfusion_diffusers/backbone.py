@@ -40,7 +40,7 @@ from tinyfusion_diffusers.structure import (
     check_copies,
     completed,
     construct,
-    free_blocks,
+    lists_of,
     network_class,
     prepared,
     settings,
@@ -70,6 +70,8 @@ class DiffusersTransformer(Backbone):
         latent: height and width of the latents, for a video frames, height and width; default that of the network's
             config.
         text_length: tokens of a prompt, as in the data; default that of the network's config, else 77.
+        lists: paths of the lists whose blocks may go, and the arguments that these blocks return, in this order. By
+            default both are found: the lists that the config can say shorter, and what the blocks' source returns.
         gradient_checkpointing: recompute blocks in the backward pass instead of storing their activations.
         licence: licence of the checkpoint, for the model card.
     """
@@ -88,6 +90,7 @@ class DiffusersTransformer(Backbone):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     latent: list[int] | None = None
     text_length: int | None = None
+    lists: dict[str, list[str]] = field(default_factory=dict, metadata={NEUTRAL: {}})
     gradient_checkpointing: bool = False
     licence: str = "unknown"
     _random: str | None = None  # a config as JSON, set by `random`, which has no checkpoint
@@ -136,12 +139,12 @@ class DiffusersTransformer(Backbone):
     @cached_property
     @override
     def streams(self) -> Mapping[str, Sequence[Stream]]:  # type: ignore[override]  # not every network has the same
-        with torch.device("meta"):
-            return streams_by_list(construct(self.config()))
+        return streams_by_list(self.config(), self.lists)
 
     @override
     def blocks(self, model: nn.Module) -> Sequence[str]:
-        return free_blocks(model)
+        found = lists_of(settings(model), tuple(self.lists))
+        return [f"{path}.{i}" for path, told in found.items() for i in told.free]
 
     @override
     def after_prune(self, model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:

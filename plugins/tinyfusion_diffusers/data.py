@@ -18,8 +18,8 @@ from tinyfusion_core.runtime.files import NEUTRAL
 from tinyfusion_core.runtime.seeding import generator
 from tinyfusion_diffusers.arrays import Column, EncodedSamples, columns_in
 
-PROMPTS = ("text", "mask", "pooled")
-NAMES = ("x", "x_std", "condition", "y", *PROMPTS, "image")
+PROMPTS = ("text", "mask", "pooled", "text_2", "mask_2")
+NAMES = ("x", "x_std", "condition", "control", "y", *PROMPTS, "image")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +30,9 @@ class EncodedPrompts(DataSource):
     network takes them, scaled and shifted as its pipeline does; `text` (N, L, D), `mask` (N, L), `pooled` (N, D), `y`
     (N,), those that the network takes; `x_std` like `x`, if `x` are means. Networks that make videos of images, fill
     or edit take `condition` (N, ...), the channels that the pipeline puts beside the noisy latents; Wan 2.1 besides
-    `image` (N, T, D), the embeddings of the image. A `.npy` file has the name of its tensor; a safetensors file may
-    hold several. Only the rows of a batch are read.
+    `image` (N, T, D), the embeddings of the image; Wan VACE `control` (N, ...), the latents that steer it. Where there
+    is a second text encoder, `text_2` and `mask_2` are of it. A `.npy` file has the name of its tensor; a safetensors
+    file may hold several. Only the rows of a batch are read.
 
     The folder may also be what `tinyfusion encode` has made, and `prompts` what `tinyfusion encode-prompts` has. Rows
     belong together in their order: the first prompt to the first image, and to its mirrored copy.

@@ -17,6 +17,7 @@ from tinyfusion_core.protocols.backbone import Batch
 from tinyfusion_core.protocols.loss import LossAdapter
 from tinyfusion_core.runtime.seeding import Rng
 from tinyfusion_diffusers import calling
+from tinyfusion_diffusers.calls.flows import flow_of
 from tinyfusion_diffusers.library import diffusers
 from tinyfusion_diffusers.structure import settings
 
@@ -176,12 +177,12 @@ class RectifiedFlow(_Denoising):
 
     @override
     def predict(self, model: nn.Module, inputs: Batch) -> Tensor:
-        flow = calling.flow_of(model, self.scale)
+        flow = flow_of(model, self.scale)
         t = inputs["t"]
         # Sana's pipeline multiplies the time by what its config says.
         most = flow.most * settings(model).get("timestep_scale", 1.0)
         velocity = self._run(model, inputs["x_t"], (1 - t if flow.reverse else t) * most, inputs)
-        return -velocity if flow.reverse else velocity
+        return -velocity if flow.negative else velocity
 
 
 def _beside(values: Tensor, x: Tensor) -> Tensor:

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from tinyfusion_core.errors import UserError
 
 TEXT_WIDTHS = (
-    "joint_attention_dim", "caption_channels", "text_dim", "text_embed_dim", "cap_feat_dim", "cross_attention_dim",
+    "joint_attention_dim", "caption_channels", "text_dim", "text_embed_dim", "cap_feat_dim", "context_in_dim",
+    "in_text_dim", "text_hidden_dim", "cross_attention_input_dim",
+    "cross_attention_dim",
 )  # fmt: skip
 """Config keys for the width of `text`, best first."""
 TEXT_LENGTH = 77
@@ -24,14 +26,63 @@ IMAGE_TOKENS = 257
 """Tokens of an image for Wan 2.1: CLIP ViT-H/14 cuts 224 pixels into 16 x 16, and adds one."""
 
 
+GIVEN = {
+    "class_labels": "y",
+    "encoder_hidden_states": "text",
+    "cap_feats": "text",
+    "encoder_attention_mask": "mask",
+    "encoder_hidden_states_mask": "mask",
+    "encoder_mask": "mask",
+    "pooled_projections": "pooled",
+    "encoder_hidden_states_image": "image",
+    "control_hidden_states": "control",
+    "encoder_hidden_states_2": "text_2",
+    "encoder_attention_mask_2": "mask_2",
+}
+"""Arguments of a forward, and the data they take."""
+OWN: Mapping[str, Mapping[str, str]] = {"PRXTransformer2DModel": {"attention_mask": "mask"}}
+"""The same, of arguments that are something else for others."""
+TEXT_WIDTHS_2 = ("text_embed_2_dim",)
+"""Config keys for the width of `text_2`."""
+
+
 def parameters(cls: type[nn.Module]) -> Mapping[str, inspect.Parameter]:
     """Return the arguments of a network's forward."""
     return inspect.signature(cls.forward).parameters
 
 
+def given(cls: type[nn.Module]) -> dict[str, str]:
+    """Return the arguments of a network's forward that the data have, and what they are called there."""
+    return {k: v for k, v in {**GIVEN, **OWN.get(cls.__name__, {})}.items() if k in parameters(cls)}
+
+
 def takes_patches(cls: type[nn.Module]) -> bool:
-    """Return whether the network takes squares of 2 x 2 latents as tokens, which are packed outside it."""
-    return bool({"img_ids", "img_shapes"} & parameters(cls).keys())
+    """Return whether the network takes squares of latents as tokens, which are packed outside it.
+
+    Such networks are told the positions of their tokens, along several axes.
+    """
+    if "axes_dims_rope" not in inspect.signature(cls.__init__).parameters:
+        return False
+    return bool({"img_ids", "img_shapes", "position_ids"} & parameters(cls).keys())
+
+
+def square(cls: type[nn.Module]) -> int:
+    """Return the side of the square of latents that is one token of a network that takes patches.
+
+    Positions of four axes are Flux 2's, whose latents are squares of the autoencoder's already.
+    """
+    axes = inspect.signature(cls.__init__).parameters.get("axes_dims_rope")
+    return 1 if axes is not None and len(axes.default) == 4 else 2
+
+
+def takes_lists(cls: type[nn.Module]) -> bool:
+    """Return whether the network takes lists of images and of texts, one entry for each sample."""
+    return "cap_feats" in parameters(cls)
+
+
+def channels_last(cls: type[nn.Module]) -> bool:
+    """Return whether the network takes its channels behind frames, height and width."""
+    return "visual_rope_pos" in parameters(cls)
 
 
 def takes_voxels(cls: type[nn.Module]) -> bool:
@@ -46,7 +97,7 @@ def takes_image(config: Mapping[str, Any]) -> bool:
 
 def frames_first(config: Mapping[str, Any]) -> bool:
     """Return whether latents of a video are (frames, channels, height, width) rather than (channels, frames, ...)."""
-    return "sample_frames" in config
+    return "temporal_compression_ratio" in config
 
 
 def beside(config: Mapping[str, Any], x: Tensor, condition: Tensor) -> Tensor:
@@ -62,9 +113,11 @@ def channels(config: Mapping[str, Any], cls: type[nn.Module]) -> tuple[int, int]
 
     DiT and PixArt give more than they take: a variance too.
     """
-    taken, squares = int(config["in_channels"]), 4 if takes_patches(cls) else 1
-    given = (config.get("out_channels") or taken) * (config["patch_size"] ** 2 if takes_patches(cls) else 1)
-    noisy = min(taken, int(given))
+    if channels_last(cls):
+        return config["in_visual_dim"], config["in_visual_dim"] + 1 if config["visual_cond"] else 0
+    taken, squares = int(config["in_channels"]), square(cls) ** 2 if takes_patches(cls) else 1
+    out = (config.get("out_channels") or taken) * (config.get("patch_size", 1) ** 2 if takes_patches(cls) else 1)
+    noisy = min(taken, int(out))
     return noisy // squares, (taken - noisy) // squares
 
 
@@ -95,7 +148,7 @@ def example(
 def _example(
     config: Mapping[str, Any], cls: type[nn.Module], num_rows: int, latent: Sequence[int] | None, tokens: int | None
 ) -> dict[str, Tensor]:
-    takes, (noisy, condition) = parameters(cls), channels(config, cls)
+    named, (noisy, condition) = set(given(cls).values()), channels(config, cls)
     size = _size(config, cls, latent)
 
     def latents(number: int) -> Tensor:
@@ -105,20 +158,33 @@ def _example(
     batch = {"x": latents(noisy)}
     if condition:
         batch["condition"] = latents(condition)
-    if "class_labels" in takes:
+    if "y" in named and config.get("num_embeds_ada_norm"):
         batch["y"] = torch.arange(num_rows) % config["num_embeds_ada_norm"]
-    length = _text_length(config, cls, tokens)
-    if "encoder_hidden_states" in takes:
-        key = next((key for key in TEXT_WIDTHS if config.get(key)), TEXT_WIDTHS[0])
-        batch["text"] = torch.zeros(num_rows, length, config[key])
-    if {"encoder_attention_mask", "encoder_hidden_states_mask"} & takes.keys():
-        # Of different lengths, so that whoever looks at shapes sees the masks that real prompts bring.
-        lengths = torch.tensor([length if i == 0 else max(1, length // 2) for i in range(num_rows)])
-        batch["mask"] = torch.arange(length) < lengths[:, None]
-    if "pooled_projections" in takes:
-        batch["pooled"] = torch.zeros(num_rows, config["pooled_projection_dim"])
-    if "encoder_hidden_states_image" in takes and takes_image(config):
+    batch |= _texts(config, cls, num_rows, _text_length(config, cls, tokens))
+    if "control" in named:
+        batch["control"] = latents(config["vace_in_channels"])
+    if "pooled" in named and (width := config.get("pooled_projection_dim", config.get("in_text_dim2"))):
+        batch["pooled"] = torch.zeros(num_rows, width)
+    if "image" in named and takes_image(config):
         batch["image"] = torch.zeros(num_rows, config.get("pos_embed_seq_len") or IMAGE_TOKENS, config["image_dim"])
+    return batch
+
+
+def _texts(config: Mapping[str, Any], cls: type[nn.Module], num_rows: int, length: int) -> dict[str, Tensor]:
+    """The prompts that a network takes, and which of their tokens count."""
+    named, batch = set(given(cls).values()), {}
+    # Some take several layers of the text encoder: of every token (Krea 2), or one text for each (Fibo 2).
+    layers = [config["num_text_layers"]] if "num_text_layers" in config else []
+    texts = [1 + len(config["injection_layer_ids"])] if "injection_layer_ids" in config else []
+    for column, widths in {"text": TEXT_WIDTHS, "text_2": TEXT_WIDTHS_2}.items():
+        key = next((key for key in widths if config.get(key)), None)
+        if column not in named or (key is None and column != "text"):
+            continue
+        batch[column] = torch.zeros(num_rows, *texts, length, *layers, config[key or widths[0]])
+        if (mask := column.replace("text", "mask")) in named or takes_lists(cls):
+            # Of different lengths, so that whoever looks at shapes sees the masks that real prompts bring.
+            lengths = torch.tensor([length if i == 0 else max(1, length // 2) for i in range(num_rows)])
+            batch[mask] = torch.arange(length) < lengths[:, None]
     return batch
 
 
@@ -147,10 +213,10 @@ def _size(config: Mapping[str, Any], cls: type[nn.Module], latent: Sequence[int]
 
 def _patch(config: Mapping[str, Any], cls: type[nn.Module]) -> tuple[int, ...]:
     """The patch that becomes one token: (height, width), for a video (frames, height, width)."""
-    side = 2 if takes_patches(cls) else config.get("patch_size", 1)
+    side = square(cls) if takes_patches(cls) else config.get("patch_size") or 1
     if isinstance(side, (list, tuple)):
         return tuple(side)
-    video = takes_voxels(cls) or frames_first(config)
+    video = "3D" in cls.__name__
     return (config.get("patch_size_t") or 1, side, side) if video else (side, side)
 
 

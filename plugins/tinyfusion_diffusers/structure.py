@@ -1,4 +1,4 @@
-"""Finds the blocks of a diffusers transformer and their streams, and corrects the network after pruning."""
+"""Builds the transformers of diffusers, finds their blocks, and corrects the network after pruning."""
 
 from __future__ import annotations
 
@@ -11,104 +11,68 @@ from torch import nn
 
 from tinyfusion_core.errors import UserError, nearest
 from tinyfusion_core.protocols.blocks.streams import Stream
+from tinyfusion_diffusers.blocks.lists import BlockList, block_lists, module_lists, shortened
+from tinyfusion_diffusers.blocks.streams import streams_in, streams_of_block
 from tinyfusion_diffusers.library import diffusers
 
-DEPTHS: Mapping[str, Sequence[str]] = {
-    "transformer_blocks": ("num_layers",),
-    "joint_transformer_blocks": ("num_mmdit_layers",),
-    "single_transformer_blocks": ("num_single_layers", "num_single_dit_layers"),
-    "blocks": ("num_layers",),
-    "layers": ("num_layers", "n_layers"),
-}
-"""Names of block lists, and the config keys for their length. Other lists (refiners, connectors) are never pruned:
-Lumina 2 has one depth for both of its refiners.
-"""
 
-DECLARED: Mapping[str, tuple[Stream, ...]] = {
-    "AuraFlowJointTransformerBlock": (Stream("hidden_states", 1), Stream("encoder_hidden_states", 0)),
-}
-"""Streams of blocks that diffusers' registry does not know and that return several tensors."""
+def lists_of(config: Mapping[str, Any], names: Sequence[str] = ()) -> dict[str, BlockList]:
+    """Return the block lists of which single blocks can go, by path, in the order in which a network declares them.
 
+    Args:
+        config: config of the whole network.
+        names: paths of the lists to look at; by default those that the network holds itself.
 
-def block_lists(model: nn.Module) -> dict[str, list[Any]]:
-    """Return the lists of blocks by path, in the order in which a network declares them."""
-    found = {path: child for path, child in model.named_children() if path in DEPTHS}
-    return {path: list(child) for path, child in found.items() if isinstance(child, nn.ModuleList) and len(child)}
-
-
-def free_blocks(model: nn.Module) -> list[str]:
-    """Return the paths of the blocks that can be removed: all but the last one of SD3, which drops the text stream.
-
-    No other block could take its place.
+    Raises:
+        UserError: there is none, or a list holds blocks of several classes.
     """
-    return [
-        f"{path}.{i}"
-        for path, blocks in block_lists(model).items()
-        for i, block in enumerate(blocks)
-        if not getattr(block, "context_pre_only", False)
-    ]
+    full = completed(config)
+    name = full["_class_name"]
+    with torch.device("meta"):
+        model = construct(full)
+    for path in names:
+        if not isinstance(dict(model.named_modules()).get(path), nn.ModuleList):
+            raise UserError(
+                f"backbone.lists: {name} has no list of modules '{path}'{nearest(path, module_lists(model))}"
+            )
+    if any("skip" in inspect.signature(blocks[0].forward).parameters for blocks in module_lists(model).values()):
+        raise UserError(
+            f"backbone: {name} joins the blocks of its first half to those of the second by long skips: a block "
+            "cannot go without its partner, which gates that decide on single blocks cannot say. "
+            "Choose a model without long skips"
+        )
+    seen = block_lists(construct, full, names)
+    found = {path: told for path, told in seen.items() if told.free}
+    if not found:
+        whys = "; ".join(f"'{path}': {told.why}" for path, told in seen.items()) or "there is none"
+        raise UserError(f"backbone: {name} has no list whose config can say it one block shorter ({whys})")
+    return found
 
 
-def streams_by_list(model: nn.Module) -> dict[str, tuple[Stream, ...]]:
+def streams_by_list(config: Mapping[str, Any], named: Mapping[str, Sequence[str]]) -> dict[str, tuple[Stream, ...]]:
     """Return the residual streams of every block list.
 
+    Args:
+        config: config of the whole network.
+        named: paths of the lists, and the arguments that their blocks return, in this order; empty: both are found.
+
     Raises:
-        UserError: the network has no block list, or its config cannot express the removal of a block.
+        UserError: the network has no such lists, or what their blocks hand on is not known.
     """
-    name, config = type(model).__name__, settings(model)
+    found = lists_of(config, tuple(named))
+    with torch.device("meta"):
+        model = construct(config)
     streams = {}
-    for path, blocks in block_lists(model).items():
-        key = depth_key(path, config)
-        if key is None or config[key] != len(blocks):
+    for path, told in found.items():
+        blocks = [model.get_submodule(f"{path}.{i}") for i in told.free]
+        kinds = {streams_in(named[path]) if named.get(path) else streams_of_block(block) for block in blocks}
+        if len(kinds) > 1:
             raise UserError(
-                f"backbone: {name} has {len(blocks)} blocks in '{path}', and no entry of its config says so "
-                f"(looked for {', '.join(DEPTHS[path])}); its depth cannot be changed"
+                f"backbone: the blocks in '{path}' of {type(model).__name__} hand on different things; they cannot be "
+                "gated alike"
             )
-        if len({type(block) for block in blocks}) > 1:
-            raise UserError(f"backbone: '{path}' of {name} holds blocks of several classes; they cannot be gated alike")
-        if "skip" in inspect.signature(blocks[0].forward).parameters:
-            raise UserError(
-                f"backbone: {name} joins the blocks of its first half to those of the second by long skips: a block "
-                "cannot go without its partner, which gates that decide on single blocks cannot say. "
-                "Choose a model without long skips"
-            )
-        streams[path] = streams_of_block(blocks[0])
-    if not streams:
-        raise UserError(f"backbone: {name} has no block list of a known name ({', '.join(DEPTHS)})")
+        (streams[path],) = kinds
     return streams
-
-
-def streams_of_block(block: nn.Module) -> tuple[Stream, ...]:
-    """Return the residual streams of a block: from diffusers' own registry, else `DECLARED`, else its single tensor.
-
-    Raises:
-        UserError: it returns several tensors, and neither names its streams.
-    """
-    # Private, and pinned by a test: what diffusers' own caching hooks go by.
-    from diffusers.hooks._helpers import TransformerBlockRegistry
-
-    TransformerBlockRegistry._register()  # type: ignore[no-untyped-call]
-    kind = type(block)
-    known = TransformerBlockRegistry._registry.get(kind)
-    if known is not None:
-        hidden = Stream(known.hidden_states_argument_name, known.return_hidden_states_index)
-        if known.return_encoder_hidden_states_index is None:
-            return (hidden,)
-        return hidden, Stream(known.encoder_hidden_states_argument_name, known.return_encoder_hidden_states_index)
-    if kind.__name__ in DECLARED:
-        return DECLARED[kind.__name__]
-    signature = inspect.signature(kind.forward)
-    if "hidden_states" not in signature.parameters or "tuple" in str(signature.return_annotation).lower():
-        raise UserError(
-            f"backbone: diffusers {diffusers().__version__} does not register {kind.__name__}, and it is no block "
-            "that takes `hidden_states` and gives one tensor; its streams are not known"
-        )
-    return (Stream("hidden_states"),)
-
-
-def depth_key(path: str, config: Mapping[str, Any]) -> str | None:
-    """Return the config key that holds the length of a block list."""
-    return next((key for key in DEPTHS[path] if key in config), None)
 
 
 def shorten(model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
@@ -118,18 +82,11 @@ def shorten(model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
         UserError: the config cannot express what is left.
     """
     config = settings(model)
-    edits: dict[str, Any] = {}
-    for path, indices in kept.items():
-        key = depth_key(path, config)
-        assert key is not None  # streams_by_list has seen it
-        edits[key] = len(indices)
-        for name, value in config.items():
-            # Layers named by their index, such as SD3.5's dual_attention_layers.
-            if name.endswith("_layers") and isinstance(value, (list, tuple)):
-                edits[name] = type(value)(j for j, i in enumerate(indices) if i in value)
+    keys = {path: found.key for path, found in lists_of(config, tuple(kept)).items()}
+    fewer, edits = shortened(config, kept, keys)
     model.register_to_config(**edits)  # type: ignore[operator]
     with torch.device("meta"):
-        fresh = construct(settings(model))
+        fresh = construct(fewer)
     ours, theirs = ({name: t.shape for name, t in m.state_dict().items()} for m in (model, fresh))
     if ours != theirs:
         different = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
@@ -176,7 +133,7 @@ def construct(config: Mapping[str, Any]) -> nn.Module:
     """Build the untrained transformer of a diffusers config.
 
     Raises:
-        UserError: diffusers has no such network, or its blocks cannot be removed.
+        UserError: diffusers has no such network.
     """
     cls, full = network_class(config), completed(config)
     try:
@@ -185,7 +142,6 @@ def construct(config: Mapping[str, Any]) -> nn.Module:
         raise UserError(
             f"backbone: {cls.__name__} of diffusers {diffusers().__version__} refuses its config: {e}"
         ) from None
-    streams_by_list(model)
     return prepared(model)
 
 
@@ -197,7 +153,7 @@ def prepared(model: nn.Module) -> nn.Module:
     """
     from diffusers.models.embeddings import LabelEmbedding
 
-    for blocks in block_lists(model).values():
+    for blocks in module_lists(model).values():
         if (shared := _conditioner(blocks)) is not None:
             for block in blocks:
                 block.norm1.emb = shared
@@ -213,7 +169,7 @@ def check_copies(model: nn.Module, where: str) -> None:
     Raises:
         UserError: they differ.
     """
-    for path, blocks in block_lists(model).items():
+    for path, blocks in module_lists(model).items():
         if (first := _conditioner(blocks)) is None:
             continue
         expected = first.state_dict()
@@ -238,7 +194,7 @@ def settings(model: nn.Module) -> dict[str, Any]:
     return {"_class_name": class_of(model).__name__, **{k: v for k, v in config.items() if not k.startswith("_")}}
 
 
-def _conditioner(blocks: Sequence[Any]) -> Any:
+def _conditioner(blocks: Any) -> Any:
     """The embedder of the first of some blocks, if they have one."""
     embedder = getattr(getattr(blocks[0], "norm1", None), "emb", None)
     return embedder if isinstance(embedder, nn.Module) else None

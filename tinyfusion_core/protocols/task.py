@@ -126,6 +126,8 @@ def check_loss_fits(backbone: Backbone, loss: LossAdapter, model: nn.Module) -> 
     except NotImplementedError:
         return  # an operation without a meta kernel: the run itself will tell
     except RuntimeError as e:
+        if "meta tensors" in str(e) or "'meta'" in str(e):
+            return  # it looks at values, or casts by device: the run itself will tell
         raise UserError(
             f"loss: {owner(loss)} does not fit the network ({first_line(e)}); compare their options"
         ) from None

@@ -18,9 +18,8 @@ from tinyfusion_core.parsing.records import check_folder
 from tinyfusion_core.parsing.weights import fingerprint
 from tinyfusion_core.runtime.files import digest
 from tinyfusion_diffusers.backbone import DiffusersTransformer
-from tinyfusion_diffusers.calling import GIVEN
 from tinyfusion_diffusers.library import diffusers
-from tinyfusion_diffusers.shapes import parameters
+from tinyfusion_diffusers.shapes import given
 from tinyfusion_diffusers.structure import class_of, construct, settings
 
 GUIDANCE, LENGTH = "do_classifier_free_guidance", "max_sequence_length"
@@ -110,7 +109,7 @@ class TextEncoders:
     @cached_property
     def _wanted(self) -> set[str]:
         """The columns that the transformer takes."""
-        return {GIVEN[name] for name in parameters(class_of(self.pipeline.transformer)) if name in GIVEN}
+        return set(given(class_of(self.pipeline.transformer)).values())
 
     def _named(self, found: Sequence[Any], rows: int, which: int) -> dict[str, Tensor]:
         """The columns in what was returned, told by their shapes: those of the prompts, or of the negative prompts."""

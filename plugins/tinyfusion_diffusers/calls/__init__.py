@@ -1,0 +1,1 @@
+"""What transformers of diffusers are told beside the latents: times, positions, sizes."""
