@@ -189,7 +189,7 @@ def test_wrong_data(tmp_path: Path) -> None:
     wrong("'pooled' has shape [9, 2], 'x' has 10 rows", num_held_out=1)
     (tmp_path / "pooled.npy").unlink()
     np.save(tmp_path / "prompt.npy", np.zeros((10, 2)))
-    wrong("holds 'prompt'; expected x, x_std, condition, y, text, mask, pooled, image", num_held_out=1)
+    wrong("holds 'prompt'; expected x, x_std, condition, control, y, text, mask", num_held_out=1)
     (tmp_path / "prompt.npy").unlink()
     np.save(tmp_path / "text.npy", np.zeros((10, 2)))
     wrong("'text' is in rest.safetensors too", num_held_out=1)

@@ -111,7 +111,7 @@ def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
 
     refused("prompts has 21 rows, .*latents 20 images, .* encode the prompts in the order of", prompts=str(prompts))
     refused("prompts: .*'x' is in .*; keep one of them", prompts=str(latents(tmp_path / "more")))
-    refused("no text, mask, pooled in .*nowhere", MissingFileError, prompts=str(tmp_path / "nowhere"))
+    refused("no text, mask, pooled, text_2, mask_2 in .*nowhere", MissingFileError, prompts=str(tmp_path / "nowhere"))
     refused("num_held_out is 20; expected 1 to 19", num_held_out=20)
     refused("mix is 0; expected at least 1", mix=0)
     (tmp_path / "unfinished").mkdir()
