@@ -73,14 +73,8 @@ def run(model: nn.Module, x: Tensor, timestep: Tensor, inputs: Batch, guidance: 
         call["guidance"] = torch.full((len(x),), scale, dtype=torch.float32, device=x.device)
     try:
         out = model(pack(cls, fed.to(dtype)), **call)
-    except (
-        ArithmeticError,
-        AssertionError,
-        AttributeError,
-        LookupError,
-        TypeError,
-        ValueError,
-    ) as e:  # networks that want more than their signatures say
+    # Networks that want more than their signatures say.
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as e:
         raise UserError(
             f"loss: {cls.__name__} cannot be called with latents {list(x.shape)} and {', '.join(call)} ({e}); "
             "docs/diffusers.md lists the networks that are known"

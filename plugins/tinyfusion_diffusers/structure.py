@@ -24,7 +24,7 @@ def lists_of(config: Mapping[str, Any], names: Sequence[str] = ()) -> dict[str, 
         names: paths of the lists to look at; by default those that the network holds itself.
 
     Raises:
-        UserError: there is none, or a list holds blocks of several classes.
+        UserError: there is none, or not all of those named are; or blocks are joined by long skips.
     """
     full = completed(config)
     name = full["_class_name"]
@@ -43,8 +43,8 @@ def lists_of(config: Mapping[str, Any], names: Sequence[str] = ()) -> dict[str, 
         )
     seen = block_lists(construct, full, names)
     found = {path: told for path, told in seen.items() if told.free}
-    if not found:
-        whys = "; ".join(f"'{path}': {told.why}" for path, told in seen.items()) or "there is none"
+    if not found or len(found) < len(names):
+        whys = "; ".join(f"'{path}': {told.why}" for path, told in seen.items() if not told.free) or "there is none"
         raise UserError(f"backbone: {name} has no list whose config can say it one block shorter ({whys})")
     return found
 

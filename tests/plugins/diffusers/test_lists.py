@@ -103,3 +103,8 @@ def test_lists_that_are_not_there_are_refused() -> None:
     )
     with pytest.raises(tiny.UserError, match="no list of modules 'block'; did you mean 'blocks'"):
         _ = wrong.streams
+
+
+def test_a_list_that_cannot_be_shorter_is_not_left_out_in_silence() -> None:
+    with pytest.raises(tiny.UserError, match="one block shorter .'vace_blocks': with "):
+        lists_of(config("WanVACETransformer3DModel"), ("blocks", "vace_blocks"))
