@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ import yaml
 
 import tinyfusion_core as tiny
 from comparisons import FIRST_AND_LAST, LOSS, RECOVER, TRAINER, task
+from pieces import note
+from places import TESTS
 from small_run import RECIPE
 from tinyfusion_core.cli import main
 from tinyfusion_core.cli.compare import some_workers
@@ -146,37 +147,36 @@ def test_slurm_that_is_not_there_and_what_it_does_not_know(tmp_path: Path) -> No
         list(SlurmWorkers(2, {"minutes": 3}, cluster="local").run(print, [1], tmp_path))
 
 
-def note(folder: Path, piece: int) -> None:
-    """Leave a file for each time that a piece is done; 1 dies the first time, 3 is refused."""
-    if piece == 3:
-        raise UserError("data.files: no 3")
-    begun = folder / f"{piece} begun"
-    if piece == 1 and not begun.exists():
-        begun.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-    (folder / str(piece)).write_text(str(os.getpid()))
-
-
 HERE = [RayWorkers(2), SlurmWorkers(2, {"timeout_min": 5}, cluster="local")]
 NAMES = ["ray", "submitit"]
 
 
+@pytest.fixture
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")])))
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("importable")
 @pytest.mark.parametrize("workers", HERE, ids=NAMES)
 def test_processes_do_the_pieces_and_tell_what_was_wrong(workers: Workers, tmp_path: Path) -> None:
     assert sorted(workers.run(partial(note, tmp_path), [0, 2, 4], tmp_path / "logs")) == [0, 2, 4]
     assert str(os.getpid()) not in {(tmp_path / name).read_text() for name in "024"}
-    with pytest.raises(UserError, match="^data.files: no 3$"):
+    with pytest.raises(UserError, match="^no third piece$"):
         list(workers.run(partial(note, tmp_path), [3], tmp_path / "logs"))
+    with pytest.raises(Exception, match="(?s)note.*ZeroDivisionError"):  # with its traceback
+        list(workers.run(partial(note, tmp_path), [5], tmp_path / "logs"))
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("importable")
 def test_a_piece_whose_process_died_is_begun_again_by_ray(tmp_path: Path) -> None:
     assert sorted(RayWorkers(2).run(partial(note, tmp_path), [0, 1], tmp_path)) == [0, 1]
     assert (tmp_path / "1").exists()
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("importable")
 def test_a_job_that_died_is_told_with_its_log(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"half-way; {tmp_path / 'logs'} has what it printed. The same command goes on"):
         list(HERE[1].run(partial(note, tmp_path), [1], tmp_path / "logs"))

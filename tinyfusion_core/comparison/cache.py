@@ -106,21 +106,21 @@ class ResultCache:
         kept, scores = tuple(made.pop("kept")), made.pop("scores")
         return Entry(name, seed, kept, scores=None if scores is None else tuple(scores), **made)
 
-    def lacks(self, entry: Entry, selector: Selector | None = None) -> bool:
-        """Return whether a result has to be computed.
+    def hand_out(
+        self, elsewhere: Elsewhere | None, entries: Sequence[Entry], selectors: Mapping[str, Selector]
+    ) -> None:
+        """Have what is missing computed elsewhere, and show how much of it is there.
 
         Args:
-            entry: with the selector, its choice is meant; otherwise the recovery, of a candidate's with all metrics.
-            selector: the candidate.
+            elsewhere: computes it; None: nothing is done, and each result is computed when it is asked for.
+            entries: without blocks, a choice is meant; otherwise a recovery, of a candidate's with all metrics.
+            selectors: the candidates by name.
         """
-        if selector is not None:
-            return not self._known("decision", self._choice(selector, entry.seed)[1])[1]
-        trainer = replace(self.trainer.with_batch_size(self.recovery.batch_size), seed=entry.seed)
-        needs = list(self.figures.values()) if entry.method else []
-        return _misses(self._known("healing", self._key_of_recovery(entry.kept, trainer))[1], needs)
-
-    def hand_out(self, elsewhere: Elsewhere, lacking: Sequence[Entry]) -> None:
-        """Have results computed elsewhere, and show how many of them are there."""
+        if elsewhere is None:
+            return
+        # Of equal recoveries the last one: candidates, which want all metrics, come after random subsets.
+        distinct = {(e.kept or e.method, e.seed): e for e in entries}
+        lacking = [e for e in distinct.values() if self._lacks(e, selectors)]
         if not lacking:
             return
         what = f"{'recoveries' if lacking[0].kept else 'choices'} by workers"
@@ -130,6 +130,13 @@ class ResultCache:
                 done.advance()
                 now = {"part": "", "what": what, "done": done.done, "total": done.total}
                 write_json(self.folder / RESULT_CACHE / NOW, now)
+
+    def _lacks(self, entry: Entry, selectors: Mapping[str, Selector]) -> bool:
+        if not entry.kept:
+            return not self._known("decision", self._choice(selectors[entry.method], entry.seed)[1])[1]
+        trainer = replace(self.trainer.with_batch_size(self.recovery.batch_size), seed=entry.seed)
+        needs = list(self.figures.values()) if entry.method else []
+        return _misses(self._known("healing", self._key_of_recovery(entry.kept, trainer))[1], needs)
 
     def calibrate(self, kept: Sequence[int]) -> float | None:
         """Return the held-out loss of the network with only these blocks, without recovery; None if not finite."""

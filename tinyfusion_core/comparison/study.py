@@ -144,16 +144,13 @@ class Comparison(Settings):
             cache = self._cache(task, recover, trainer, folder, progress, evaluate)
             teacher = cache.calibrate(range(len(task.blocks)))
             choices = [Entry(name, seed, ()) for seed in seeds for name in selectors]
-            if elsewhere is not None:
-                cache.hand_out(elsewhere, [e for e in choices if cache.lacks(e, selectors[e.method])])
+            cache.hand_out(elsewhere, choices, selectors)
             decided = [cache.decide(e.method, selectors[e.method], e.seed) for e in choices]
             for entry in decided:
                 if problem := candidates.outside(entry.kept, task.blocks):
                     raise UserError(f"{self.view}: with seed {entry.seed} {entry.method} keeps {problem}")
             masks = [Entry("", seed, kept) for seed in seeds[:num_seeds] for kept in subsets]
-            if elsewhere is not None:
-                distinct = {(e.kept, e.seed): e for e in (*masks, *decided)}  # of equal ones that with all metrics
-                cache.hand_out(elsewhere, [e for e in distinct.values() if cache.lacks(e)])
+            cache.hand_out(elsewhere, [*masks, *decided], selectors)
             results = ComparisonResults(
                 view=self.view,
                 blocks=tuple(task.blocks),

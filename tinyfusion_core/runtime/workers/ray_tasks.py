@@ -52,6 +52,8 @@ class RayWorkers(Workers):
                 if (message := ray.get(done)) is not None:
                     raise UserError(message)
                 yield waiting.pop(done)
+        except ray.exceptions.RayTaskError:
+            raise  # a fault of the work, with its traceback
         except ray.exceptions.RayError as e:  # of a process, a machine or the cluster
             raise UserError(f"--workers: Ray gave up: {first_line(e)}. The same command goes on where it was") from e
         finally:

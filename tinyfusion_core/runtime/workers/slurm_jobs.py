@@ -42,6 +42,8 @@ class SlurmWorkers(Workers):
                 if (message := job.result()) is not None:
                     raise UserError(message)
                 yield jobs[job]
+        except submitit.core.utils.FailedJobError:
+            raise  # a fault of the work, with its traceback
         except submitit.core.utils.UncompletedJobError as e:
             raise UserError(
                 f"--workers slurm: a job has ended half-way; {logs} has what it printed. The same command goes on "
