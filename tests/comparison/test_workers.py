@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from tinyfusion_core.cli import main
 from tinyfusion_core.cli.compare import some_workers
 from tinyfusion_core.comparison.results import Entry
 from tinyfusion_core.comparison.study import Audit, Compare
-from tinyfusion_core.errors import UserError
+from tinyfusion_core.errors import Interrupted, UserError
 from tinyfusion_core.evaluation.metrics import Metric, Models
 from tinyfusion_core.pipeline.compare import compare_recipe
 from tinyfusion_core.runtime.files import write_json
@@ -173,6 +174,19 @@ def test_processes_do_the_pieces_and_tell_what_was_wrong(workers: Workers, tmp_p
 def test_a_piece_whose_process_died_is_begun_again_by_ray(tmp_path: Path) -> None:
     assert sorted(RayWorkers(2).run(partial(note, tmp_path), [0, 1], tmp_path)) == [0, 1]
     assert (tmp_path / "1").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("importable")
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_and_leaves_handlers_as_they_were(signum: int, tmp_path: Path) -> None:
+    before = signal.getsignal(signum)
+    with pytest.raises(Interrupted, match=signal.Signals(signum).name) as stopped:
+        for _ in RayWorkers(1).run(partial(note, tmp_path), range(1000, 2000), tmp_path):
+            os.kill(os.getpid(), signum)
+    assert stopped.value.signum == signum
+    assert len(list(tmp_path.iterdir())) < 1000
+    assert signal.getsignal(signum) is before
 
 
 @pytest.mark.slow

@@ -123,12 +123,12 @@ class ResultCache:
         lacking = [e for e in distinct.values() if self._lacks(e, selectors)]
         if not lacking:
             return
-        what = f"{'recoveries' if lacking[0].kept else 'choices'} by workers"
-        self.progress.tell(what)
+        what = "recoveries" if lacking[0].kept else "choices"
+        self.progress.tell("by workers")
         with track(what, len(lacking)) as done:
             for _ in elsewhere(lacking):
                 done.advance()
-                now = {"part": "", "what": what, "done": done.done, "total": done.total}
+                now = {"part": "", "what": f"{what} by workers", "done": done.done, "total": done.total}
                 write_json(self.folder / RESULT_CACHE / NOW, now)
 
     def _lacks(self, entry: Entry, selectors: Mapping[str, Selector]) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 from typing_extensions import override
 
 from ...errors import UserError, first_line, need
+from ..signals import handlers_kept, stop_requests
 from .base import P, Workers, attempt
 
 TRIES = 3
@@ -35,11 +36,11 @@ class RayWorkers(Workers):
         ray = need("ray", "tinyfusion[ray]", "--workers")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would tell its makers
         how: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
+        if self.address is None:
+            how |= {"num_cpus": self.number, "include_dashboard": False}
         try:
-            if self.address is None:
-                ray.init("local", num_cpus=self.number, include_dashboard=False, **how)
-            else:
-                ray.init(self.address, **how)
+            with handlers_kept():
+                ray.init(self.address or "local", **how)
         except (ConnectionError, RuntimeError, ValueError) as e:
             raise UserError(f"--workers {self.address or self.number}: Ray does not answer: {first_line(e)}") from e
         try:
@@ -47,11 +48,12 @@ class RayWorkers(Workers):
             share = min(1.0, gpus / (self.number or 1))
             task = ray.remote(num_cpus=1, num_gpus=share, max_retries=TRIES)(attempt)
             waiting = {task.remote(work, piece): piece for piece in pieces}
-            while waiting:
-                (done, *_), _ = ray.wait(list(waiting))
-                if (message := ray.get(done)) is not None:
-                    raise UserError(message)
-                yield waiting.pop(done)
+            with stop_requests() as asked:  # an exception in a handler would end Ray's wait as one of Ray's
+                while waiting and not asked:
+                    for done in ray.wait(list(waiting), timeout=1)[0]:
+                        if (message := ray.get(done)) is not None:
+                            raise UserError(message)
+                        yield waiting.pop(done)
         except ray.exceptions.RayTaskError:
             raise  # a fault of the work, with its traceback
         except ray.exceptions.RayError as e:  # of a process, a machine or the cluster
