@@ -28,7 +28,7 @@ class RelationalKD(FeatureKD):
         taps: pairs of (student block, teacher block), counted from 0; by default derived from the decision.
     """
 
-    beta: tuple[float, float] = (1e-1, 0.0)
+    beta: tuple[float, float] = (1.0, 0.0)
 
     @override
     def compare(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
@@ -54,7 +54,7 @@ class AttentionKD(FeatureKD):
         taps: pairs of (student block, teacher block), counted from 0; by default derived from the decision.
     """
 
-    beta: tuple[float, float] = (1e-1, 0.0)
+    beta: tuple[float, float] = (1.0, 0.0)
 
     @override
     def compare(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
