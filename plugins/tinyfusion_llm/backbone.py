@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from tinyfusion_core.errors import UserError, first_line, need, require
-from tinyfusion_core.pipeline.planning.memory import gigabytes
+from tinyfusion_core.pipeline.planning.amounts import gigabytes
 from tinyfusion_core.protocols.backbone import Backbone
 from tinyfusion_core.protocols.blocks.branches import REMOVED, Branch, removed_branches
 from tinyfusion_core.protocols.blocks.streams import Unneeded

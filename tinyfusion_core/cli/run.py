@@ -96,7 +96,7 @@ class Validate(Command):
         from rich.table import Table
 
         from ..errors import UserError, require
-        from ..pipeline.planning.memory import parse_bytes
+        from ..pipeline.planning.amounts import parse_bytes
         from ..pipeline.planning.plan import Hardware, make_plan
         from ..pipeline.recipe import load_recipe
         from .printing import print_table

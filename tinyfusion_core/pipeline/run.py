@@ -135,11 +135,11 @@ def _prepared(recipe: Recipe, folder: RunFolder, command: str, restart_from: str
     task = make_task(recipe)
     if recipe.train is None:
         _ = task.teacher  # a wrong checkpoint
-    for stage in recipe.stages():
-        if (cache := cache_of(stage)) is not None:
-            open_cache(cache, task)
-        if isinstance(how := stage.settings, Recover) and how.start is not None and recipe.train is None:
-            how.start.check(task)
+        trainings = [how for stage in recipe.stages() for how in _trainings(stage) if isinstance(how, Recover)]
+        for start in {repr(how.start): how.start for how in trainings if how.start}.values():
+            start.check(task)
+    for cache in filter(None, map(cache_of, recipe.stages())):
+        open_cache(cache, task)
     return task
 
 

@@ -22,7 +22,8 @@ from ..runtime.files import NEUTRAL
 from ..runtime.run_folder import RunFolder
 from ..runtime.seeding import seed_of
 from .depths import at_every_depth
-from .distillation import Distilled, OutputKD
+from .distillation import OutputKD
+from .distilling.distilled import Distilled
 from .loop import Fit
 from .objective import (
     Ema,
@@ -57,7 +58,7 @@ class Recover(Settings):
     """Fine-tune with the task's own loss, or with a distillation loss.
 
     Args:
-        kd: distillation from the teacher: `OutputKD` or `MaskedKD`; null is plain fine-tuning.
+        kd: distillation from the teacher: `OutputKD`, `MaskedKD` or others; null is plain fine-tuning.
         steps: optimizer updates.
         batch_size: samples per update; default the trainer's.
         lr: learning rate at the start.
@@ -75,7 +76,7 @@ class Recover(Settings):
             every weight.
         depths: smaller numbers of blocks at which the student is to work too, each with some of the next one's: every
             step also trains the shallowest and one of the others. `tinyfusion slice` writes them.
-        start: what changes the weights before: `Refit` makes up for each gap in closed form. With it `steps` may be 0.
+        start: what makes up for gaps before the first step: `Refit` or `Fuse`. With it `steps` may be 0.
     """
 
     kd: OutputKD | None = None
@@ -198,7 +199,8 @@ class Recover(Settings):
         self.check_trainer(trainer)
         trainer.to_device(student).train()
         if self.start is not None and decision is not None:
-            self.start(task, student, decision, trainer, stage)
+            data, _, _ = training_samples(task, trainer, self.validation, None)  # not on those that will judge
+            self.start(replace(task, train=data, model=task.teacher), student, decision, trainer, stage)
         if self.steps == 0:
             return student.eval()
         with ExitStack() as stack:

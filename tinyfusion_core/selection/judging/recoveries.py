@@ -68,7 +68,7 @@ class ShortRecoveries:
         self.main = rank_and_world_size()[0] == 0
         self.quiet = self.trainer.quiet()
         rest, self.judged = set_apart(self.task.train, self.samples, self.trainer.seed, "race")
-        self.trained = replace(self.task, train=rest)
+        self.trained = replace(self.task, train=rest, model=self.task.teacher)
         if len(self.judged) < 2:
             found = len(self.task.train)
             raise UserError(f"search: a race needs at least 4 training samples, to judge on some; there are {found}")
