@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -38,17 +39,10 @@ from .objective import (
     warmed,
 )
 from .starts.base import Start
+from .starts.fresh import check_fresh
+from .steps.optimizers import NamedOptimizer
 from .trainer import Trainer
 from .validation import Validation, training_samples
-
-NOT_FRESH = {
-    "kd": "has no teacher to learn from; distillation goes with recover",
-    "update": "has to learn every weight; leave it out",
-    "gap_lr": "has no gaps; leave it out",
-    "depths": "has no order in which its blocks would go; leave it out",
-    "start": "begins with random weights; leave it out",
-}
-"""Options for a pruned network, and why another cannot have them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +71,8 @@ class Recover(Settings):
         start: what changes the weights before: `Refit` makes up for each gap in closed form. With it `steps` may be 0.
         horizon: updates that the schedule, the warm-up and the default of `ema` are laid out over; those after them
             are as the last of these. Default: `steps`. `tinyfusion run --extend` sets it to the steps there were.
+        optimizer: what moves the weights: a class of `torch.optim`, as `Muon`, or `class_path` and `init_args`; default
+            AdamW. One of matrices alone gets those of the blocks, and AdamW the rest.
     """
 
     kd: OutputKD | None = None
@@ -95,6 +91,7 @@ class Recover(Settings):
     depths: Sequence[int] = field(default=(), metadata={NEUTRAL: []})
     start: Start | None = field(default=None, metadata={NEUTRAL: None})
     horizon: int | None = field(default=None, metadata={NEUTRAL: None})
+    optimizer: str | dict[str, Any] | None = field(default=None, metadata={NEUTRAL: None})
 
     def __post_init__(self) -> None:
         stage = "(of recover or train)"
@@ -114,29 +111,21 @@ class Recover(Settings):
         require(self.weight_decay >= 0, f"weight_decay {stage}", self.weight_decay, "0 or more")
         falls = self.schedule != "cosine" or 0 <= self.lr_final <= self.lr
         require(falls, f"lr_final {stage}", self.lr_final, f"a rate from 0 to lr, which is {self.lr}")
+        if self.optimizer is not None:
+            NamedOptimizer(self.optimizer)
 
     def with_steps(self, steps: int) -> Recover:
         """Return this recovery laid out over another number of steps, for which an average gets the default decay."""
         return replace(self, steps=steps, horizon=None, ema=None if self.ema else self.ema)
 
-    def check_fresh(self) -> None:
-        """Check that a fresh network can be trained this way.
-
-        Raises:
-            UserError: these settings are for a pruned network.
-        """
-        for name, why in NOT_FRESH.items():
-            if (value := getattr(self, name)) and value != 1:
-                raise UserError(f"train.{name}: a fresh network {why}")
-        if self.validation is not None and self.validation.relative:
-            raise UserError("train.validation.until: a fresh network has no teacher; give a loss")
-
     def check_trainer(self, trainer: Trainer) -> None:
         """Check that these settings go with a trainer.
 
         Raises:
-            UserError: sharded networks are to be judged, or trained at several depths.
+            UserError: sharded networks are to be judged, trained at several depths, or by whole matrices.
         """
+        if self.optimizer and trainer.shards() and not NamedOptimizer(self.optimizer).goes_by_element():
+            raise UserError("recover.optimizer: sees whole matrices, which trainer.sharding: fsdp cuts; take ddp")
         for key in ("validation", "depths"):
             if getattr(self, key) and trainer.shards():
                 raise UserError(f"recover.{key}: does not go with trainer.sharding: fsdp; take ddp, or leave it out")
@@ -180,8 +169,8 @@ class Recover(Settings):
             stage: name of the stage, used in random streams and log lines.
             loss_fn: (student, teacher, inputs) -> losses, (batch,), in the place of `kd`. The inputs are what the
                 task's loss prepares; the teacher is in eval mode, and nothing of it is trained.
-            optimizer: parameter groups, with `lr` and `weight_decay` -> the optimizer; default AdamW. Its learning
-                rates are those at the start of the schedule.
+            optimizer: parameter groups, with `lr` and `weight_decay` -> the optimizer, in the place of the one that the
+                settings name. Its learning rates are those at the start of the schedule.
             scheduler: (optimizer, `horizon`) -> what sets the learning rates after every update, in the place of
                 `schedule`, `lr_final` and `warmup`.
 
@@ -216,6 +205,9 @@ class Recover(Settings):
             near_gaps = [objective.blocks[i] for i in near]
             groups = parameter_groups(weights, near_gaps, self.lr, self.gap_lr, self.weight_decay)
             made_by = {name: own[name] for name in ("optimizer", "scheduler") if own[name] is not None}
+            if self.optimizer is not None and optimizer is None:
+                inside = [p for block in objective.blocks for p in block.parameters()]
+                made_by["optimizer"] = partial(NamedOptimizer(self.optimizer), inside=inside)
             self._fit(task, student, decision, trainer, run, stage, objective, {"groups": groups, **made_by})
         return student.eval()
 
@@ -228,7 +220,7 @@ class Recover(Settings):
         if loss_fn is not None and self.depths:
             raise UserError("loss_fn returns losses, and at several depths predictions are compared; leave depths out")
         if decision is None:
-            self.check_fresh()
+            check_fresh(self)
             return
         decision.check_fits(task.blocks, "the task's network")
         if (depth := len(task.backbone.unit_paths(student))) != len(decision.kept):

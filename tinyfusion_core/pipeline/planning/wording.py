@@ -11,6 +11,7 @@ from ...protocols.backbone import config_of
 from ...protocols.blocks.paths import list_lengths
 from ...selection.search import Search
 from ...training.recover import Recover
+from ...training.steps.optimizers import NamedOptimizer
 from ..recipe import Recipe
 
 
@@ -21,6 +22,7 @@ def training_text(recipe: Recipe, stage: Recover) -> str:
         return f"{start}, and no training"
     kd = "" if stage.kd is None else f", {type(stage.kd).__name__}"
     kd += "" if stage.update is None else f", moves {type(stage.update).__name__}"
+    kd += "" if stage.optimizer is None else f", by {NamedOptimizer(stage.optimizer).cls.__name__}"
     judged = "" if stage.validation is None else f", judged every {stage.validation.every:,} steps"
     over = "" if stage.horizon is None else f" over {stage.horizon:,} steps"
     begin = f"{start}, then " if start else ""
