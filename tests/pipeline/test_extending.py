@@ -111,6 +111,8 @@ def test_a_run_goes_on_after_its_end_and_after_a_kill(
     err = capsys.readouterr().err
     assert "recover.horizon: 12 -> None" in err
     assert err.rstrip().endswith(f"--run-dir {folder} --extend")
+    assert run(recipe, folder, *flags, "--evaluate=[]", "--restart-from=evaluate") == 0
+    assert "recover extended after 12 steps" in (folder / "report.html").read_text()
     # What begins anew was not extended.
     assert run(recipe, folder, "--recover.steps=4", "--restart-from=recover") == 0
     assert "extended" not in json.loads((folder / "run.json").read_text())

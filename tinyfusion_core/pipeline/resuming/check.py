@@ -62,7 +62,7 @@ def extended(recipe: Recipe, folder: RunFolder) -> Recipe:
     before = folder.record()["settings"]
     for stage in recipe.stages():
         steps, horizon = (before.get(f"{stage.section}.{name}") for name in ("steps", "horizon"))
-        if stage.name == RECOVER and stage.settings is not None and steps is not None:
+        if stage.name == RECOVER and stage.settings is not None and isinstance(steps, int):
             grows = stage.settings.steps > steps
             if stage.settings.horizon is None and (grows or horizon):
                 recipe = recipe.with_horizon(stage, horizon or steps)
@@ -125,7 +125,7 @@ def check_resume(recipe: Recipe, folder: RunFolder, asked: Asked) -> Resume:
         raise UserError(f"--restart-from: no stage '{restart_from}'{nearest(restart_from, keys)}")
     first = keys.index(restart_from) if restart_from else len(keys)
     changes, extends = _changes(recipe, before, now, keys), None
-    if extend and (changes or "extended" not in folder.record()):  # else it has begun before, and goes on
+    if extend and _is_extended_now(recipe, folder, changes):
         stage, _ = extends = _extension(recipe, folder, changes)
         first, changes = _behind(stage, stages, first), {k: v for k, v in changes.items() if k != stage.key}
     if changes:
@@ -154,6 +154,12 @@ def _changes(recipe: Recipe, before: Mapping[str, Any], now: Mapping[str, Any], 
         if before.get(name) != now.get(name):
             found[decided_by(recipe, name, keys)][name] = before.get(name), now.get(name)
     return {key: changes for key, changes in found.items() if changes}
+
+
+def _is_extended_now(recipe: Recipe, folder: RunFolder, changes: Changes) -> bool:
+    """Whether `--extend` is to add steps; if not, they were added before, and the run goes on."""
+    grows = any(_more_steps(stage, changes.get(stage.key, {})) for stage in recipe.stages())
+    return grows or "extended" not in folder.record()
 
 
 def _extension(recipe: Recipe, folder: RunFolder, changes: Changes) -> tuple[Stage, int]:
@@ -190,7 +196,7 @@ def _more_steps(stage: Stage, changes: Mapping[str, tuple[Any, Any]]) -> bool:
     keys = f"{stage.section}.steps", f"{stage.section}.horizon"
     (old, new), (horizon, now) = changes.get(keys[0], (0, 1)), changes.get(keys[1], (None, None))
     alone = bool(changes) and changes.keys() <= {*keys} and now in (None, horizon or old)
-    return alone and stage.name == RECOVER and None not in (old, new) and new > old
+    return alone and stage.name == RECOVER and isinstance(old, int) and isinstance(new, int) and new > old
 
 
 def _behind(stage: Stage, stages: Sequence[Stage], first: int) -> int:
