@@ -45,10 +45,10 @@ def check_separate(model: nn.Module) -> None:
         packed, beside = (read(each, position_ids=positions) for each in (tokens, other))
     except (TypeError, ValueError, RuntimeError) as e:
         raise _refusal(model, f"does not take positions: {first_line(e)}") from None
-    rounding = (joined - alone).abs().max()
-    if (packed - beside).abs().max() > LEAK * rounding:
+    effect = (joined - alone).abs().max()
+    if (packed - beside).abs().max() > LEAK * effect:
         raise _refusal(model, "hands on what it has read of one to the next")
-    if (packed - alone).abs().max() > ERROR * rounding:
+    if (packed - alone).abs().max() > ERROR * effect:
         raise _refusal(model, "does not begin anew with each")
 
 
