@@ -150,9 +150,23 @@ TRAINING = [
     Mutation(
         "schedules end after the last step",
         "training/objective.py",
-        "step / max(1, self.steps - 1)",
-        "step / max(1, self.steps)",
+        "step / max(1, (self.horizon or self.steps) - 1)",
+        "step / max(1, self.horizon or self.steps)",
         (TRAINED + "test_the_learning_rate_follows_its_schedule",),
+    ),
+    Mutation(
+        "a schedule rises again after its horizon",
+        "training/objective.py",
+        "return min(1.0, step / max(1, (self.horizon or self.steps) - 1))",
+        "return step / max(1, (self.horizon or self.steps) - 1)",
+        ("pipeline/test_extending.py::test_beyond_the_horizon_all_stays_as_it_ended",),
+    ),
+    Mutation(
+        "more steps make the average longer",
+        "training/objective.py",
+        "1 - 10 / (horizon or steps)",
+        "1 - 10 / steps",
+        ("pipeline/test_extending.py::test_more_steps_are_what_all_at_once_are",),
     ),
     Mutation(
         "the average weighs the present by its decay",

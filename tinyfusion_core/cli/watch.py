@@ -20,8 +20,8 @@ from ..parsing.records import beside, check_regular, read_as
 from ..pruning.record import DECISION, decision_of
 from ..reporting.results import duration, results_table
 from ..runtime.progress import plain_console
-from ..runtime.run_folder import COMPARISON_RESULTS, NOW, RESULT_CACHE, RUN_RECORD, Now, RunFolder
-from ..runtime.stages import EVALUATE, SEARCH, Stage, log_line
+from ..runtime.run_folder import COMPARISON_RESULTS, NOW, RESULT_CACHE, RUN_RECORD, RunFolder
+from ..runtime.stages import EVALUATE, SEARCH, Now, Stage, log_line
 from .printing import print_table, print_tables
 
 LEVELS = "▁▂▃▄▅▆▇█"

@@ -28,6 +28,7 @@ from ...selection.base import Selector, within
 from ...selection.budget import measure
 from ...selection.search import Search
 from ...training.recover import Recover
+from ...training.starts.fresh import check_fresh
 from ...training.teacher_cache.samples import read_metadata
 from ..recipe import Recipe
 from .amounts import gigabytes
@@ -210,7 +211,7 @@ def _train(
         table = ", ".join(f"{student} ↔ {teacher}" for student, teacher in taps)
         plan.rows.append((f"{prefix}taps", f"student ↔ teacher: {table}{_given(decision)}"))
     if decision is None:
-        how.check_fresh()
+        check_fresh(how)
     elif how.kd is not None and how.kd.cache is not None:
         plan.rows.append((f"{prefix}teacher cache", cache_text(recipe, stage, how.kd, decision)))
     with how.moving(model, recipe.backbone.block_paths(model), stage.key):
@@ -284,9 +285,8 @@ def _checkpoint(plan: Plan, recipe: Recipe) -> None:
 
 
 def _data(plan: Plan, recipe: Recipe) -> None:
-    train, held_out = recipe.data.train(), recipe.data.held_out()
-    counts = f"{len(train):,} to train on, {len(held_out):,} held out"
-    plan.rows.append(("data", f"{type(recipe.data).__name__}, {counts}"))
+    train, held_out, kind = recipe.data.train(), recipe.data.held_out(), type(recipe.data).__name__
+    plan.rows.append(("data", f"{kind}, {len(train):,} to train on, {len(held_out):,} held out"))
     columns = columns_of(recipe.backbone, recipe.on_meta, recipe.data.conditions)
     checked(train, columns, "training").__getitems__([0])
     if recipe.train is None:  # what a checkpoint was trained on; a fresh network learns from what there is

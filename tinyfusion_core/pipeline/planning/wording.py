@@ -13,6 +13,7 @@ from ...protocols.task import Task
 from ...pruning.decision import Decision
 from ...selection.search import Search
 from ...training.recover import Recover
+from ...training.steps.optimizers import NamedOptimizer
 from ..recipe import Recipe
 
 
@@ -35,9 +36,11 @@ def training_text(recipe: Recipe, stage: Recover, teacher: nn.Module | None, dec
         return f"{start}, and no training"
     kd = "" if stage.kd is None else f", {type(stage.kd).__name__}"
     kd += "" if stage.update is None else f", moves {type(stage.update).__name__}"
+    kd += "" if stage.optimizer is None else f", by {NamedOptimizer(stage.optimizer).cls.__name__}"
     judged = "" if stage.validation is None else f", judged every {stage.validation.every:,} steps"
+    over = "" if stage.horizon is None else f" over {stage.horizon:,} steps"
     begin = f"{start}, then " if start else ""
-    return f"{begin}{budget_text(recipe, stage)}, {stage.schedule} schedule from {stage.lr:g}{kd}{judged}"
+    return f"{begin}{budget_text(recipe, stage)}, {stage.schedule} schedule from {stage.lr:g}{over}{kd}{judged}"
 
 
 def size_text(recipe: Recipe, model: nn.Module) -> str:

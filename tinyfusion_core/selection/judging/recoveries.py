@@ -19,8 +19,8 @@ from ...pruning.decision import Decision
 from ...pruning.prune import prune
 from ...runtime.distributed import local_share, map_alone, on_main_process, rank_and_world_size
 from ...runtime.files import digest, save_tensors, write_json
-from ...runtime.run_folder import NOW, Now, RunFolder
-from ...runtime.stages import SEARCH
+from ...runtime.run_folder import NOW, RunFolder
+from ...runtime.stages import SEARCH, Now
 from ...training.recover import Recover
 from ...training.trainer import Trainer
 from ..criteria.calibration import Calibration
