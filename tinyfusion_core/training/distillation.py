@@ -171,7 +171,8 @@ class MaskedKD(FeatureKD):
     `sigma` standard deviations of the mean of its sample (over tokens and channels).
 
     Args:
-        alpha_kd: weight of the distance to the teacher's prediction, as the objective defines it, or two.
+        alpha_kd: weight of the distance to the teacher's prediction, as the objective defines it; of a pair, the weight
+            at the first and at the last step, linear in between.
         alpha_gt: weight of the training loss, or two.
         cache: the teacher's predictions, written beforehand; its `blocks` must hold those that the taps name.
         beta: weight of the feature loss at the first and at the last step, linear in between.
