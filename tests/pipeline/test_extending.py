@@ -118,6 +118,7 @@ def test_a_run_goes_on_after_its_end_and_after_a_kill(
     assert "extended" not in json.loads((folder / "run.json").read_text())
 
 
+@pytest.mark.slow
 def test_it_can_be_extended_again_and_by_two_processes(short: Path, tmp_path: Path) -> None:
     recipe, folder = short / "small.yaml", shutil.copytree(short / "run", tmp_path / "run")
     assert run(recipe, folder, "--recover.steps=16", "--extend") == 0
@@ -178,6 +179,7 @@ def test_what_its_validation_has_ended_stays_ended(
     assert "recover was ended at step 4 by its validation or a callback" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_of_several_rounds_the_last_goes_on_and_others_by_request(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

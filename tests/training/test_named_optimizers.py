@@ -119,6 +119,7 @@ def test_shards_are_updated_as_the_whole_or_refused() -> None:
     assert not any(NamedOptimizer(name).goes_by_element() for name in ("Muon", "Adafactor"))
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_and_shards_refuse_what_needs_whole_matrices(tmp_path: Path) -> None:
     search = {"class_path": "Keep", "init_args": {"blocks": [0, 1, 6, 7]}}
     path = tmp_path / "small.yaml"
