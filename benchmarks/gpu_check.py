@@ -27,7 +27,8 @@ import yaml
 
 import tinyfusion_core as tiny
 from tinyfusion_core.pipeline.planning.activations import saved_by
-from tinyfusion_core.pipeline.planning.memory import Setup, gigabytes, training_needs
+from tinyfusion_core.pipeline.planning.amounts import gigabytes
+from tinyfusion_core.pipeline.planning.memory import Setup, training_needs
 from tinyfusion_core.protocols.blocks.paths import list_lengths
 from tinyfusion_core.pruning.decision import versions
 from tinyfusion_core.selection.search import Search

@@ -1,10 +1,11 @@
-"""What a start is worth: the same student, recovered from the pruned weights and from refitted ones.
+"""What a start is worth: the same student, recovered from the pruned weights and from those that starts make of them.
 
-    python benchmarks/starts.py RECIPE STEPS [SEEDS]
+    python benchmarks/starts.py RECIPE STEPS [SEEDS] [STARTS]
     python benchmarks/starts.py ranks RECIPE KEEP
 
 The recipe's search decides once, with its own seed. The student is recovered as the recipe says, by every number of
-STEPS (`0,100,1000`), from what pruning left and from `Refit`, with as many seeds. 0 steps is the start itself.
+STEPS (`0,100,1000`), from what pruning left and from what starts make of it (`pruned,Refit,Fuse`), with as many seeds.
+0 steps is the start itself.
 
 `ranks` asks how well a short recovery tells which masks recover, from either start: of all masks of KEEP blocks, or of
 70 random ones, the losses after 0 and 10 steps are compared with those after 200.
@@ -26,7 +27,10 @@ import tinyfusion_core as tiny
 from tinyfusion_core.comparison.statistics import spearman
 from tinyfusion_core.pipeline.run import make_task
 
-STARTS: dict[str, tiny.Start | None] = {"pruned": None, "refitted": tiny.Refit()}
+
+def starts(names: str) -> dict[str, tiny.Start | None]:
+    """Starts by their names, with commas between them; `pruned` is none."""
+    return {name: None if name == "pruned" else getattr(tiny, name)() for name in names.split(",")}
 
 
 def recovered(
@@ -55,7 +59,7 @@ def print_ranks(recipe: tiny.Recipe, task: tiny.Task, keep: int) -> None:
 
     long = losses(200, None)
     print(f"{len(masks)} masks\n\n| steps | begins | correlation | rank of its best |\n|---|---|---|---|")
-    for steps, (name, start) in product((0, 10), STARTS.items()):
+    for steps, (name, start) in product((0, 10), starts("pruned,Refit").items()):
         found = losses(steps, start)
         rank = sorted(long).index(long[found.index(min(found))]) + 1
         print(f"| {steps} | {name} | {spearman(found, long):.2f} | {rank} |", flush=True)
@@ -68,15 +72,15 @@ def main() -> None:
         print_ranks(recipe, make_task(recipe), int(sys.argv[3]))
         return
     recipe = tiny.load_recipe(Path(sys.argv[1]), ["--trainer.progress", "false"])
-    steps, seeds = [int(n) for n in sys.argv[2].split(",")], int((*sys.argv, "2")[3])
+    steps, seeds, names = [*sys.argv[2:], *("2", "pruned,Refit,Fuse")[len(sys.argv) - 3 :]]
     task = make_task(recipe)
     decision = recipe.search(task, recipe.trainer)
     print(
         f"keeps {' '.join(map(str, decision.kept))}\n\n| steps | begins | held-out loss | seconds |\n|---|---|---|---|"
     )
-    for num in steps:
-        for name, start in STARTS.items():
-            found = [recovered(recipe, task, decision, num, start, seed) for seed in range(seeds)]
+    for num in map(int, steps.split(",")):
+        for name, start in starts(names).items():
+            found = [recovered(recipe, task, decision, num, start, seed) for seed in range(int(seeds))]
             losses, seconds = ", ".join(f"{loss:.4f}" for loss, _ in found), median(spent for _, spent in found)
             print(f"| {num:,} | {name} | {losses} | {seconds:.1f} |", flush=True)
 

@@ -83,11 +83,15 @@ from .selection.quality import Shallowest as Shallowest
 from .selection.race import Race as Race
 from .selection.search import Search as Search
 from .selection.successive_halving import Finals as Finals
+from .training.distillation import FeatureKD as FeatureKD
 from .training.distillation import MaskedKD as MaskedKD
 from .training.distillation import OutputKD as OutputKD
 from .training.distillation import derive_taps as derive_taps
+from .training.distilling.kinds import AttentionKD as AttentionKD
+from .training.distilling.kinds import RelationalKD as RelationalKD
 from .training.recover import Recover as Recover
 from .training.starts.base import Start as Start
+from .training.starts.fuse import Fuse as Fuse
 from .training.starts.refit import Refit as Refit
 from .training.steps.callbacks import Callback as Callback
 from .training.steps.callbacks import Moment as Moment

@@ -91,16 +91,18 @@ def tinyfusion_register_weight_updates() -> list[type[WeightUpdate]]:
 def tinyfusion_register_distillations() -> list[type[OutputKD]]:
     """Distillation losses."""
     from .training.distillation import MaskedKD, OutputKD
+    from .training.distilling.kinds import AttentionKD, RelationalKD
 
-    return [OutputKD, MaskedKD]
+    return [OutputKD, MaskedKD, RelationalKD, AttentionKD]
 
 
 @hookimpl
 def tinyfusion_register_starts() -> list[type[Start]]:
     """What a recovery begins with."""
+    from .training.starts.fuse import Fuse
     from .training.starts.refit import Refit
 
-    return [Refit]
+    return [Fuse, Refit]
 
 
 @hookimpl

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -13,12 +12,11 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from tinyfusion_core.errors import UserError, first_line, need, require
-from tinyfusion_core.pipeline.planning.memory import gigabytes
 from tinyfusion_core.protocols.backbone import Backbone
 from tinyfusion_core.protocols.blocks.branches import REMOVED, Branch, removed_branches
 from tinyfusion_core.protocols.blocks.streams import Unneeded
 from tinyfusion_core.protocols.data import Lookup
-from tinyfusion_core.runtime.files import digest, sha256
+from tinyfusion_core.runtime.files import NEUTRAL, digest, sha256
 from tinyfusion_core.runtime.seeding import generator
 from tinyfusion_llm.converters import CLIENTS, clients
 from tinyfusion_llm.layers.building import as_plain, config_of, construct, randomised, steady
@@ -35,9 +33,11 @@ from tinyfusion_llm.pretrained import (
     encoding_of,
     explained,
     load_tokenizer,
+    tell_size,
     transformers,
     vocabulary_size,
 )
+from tinyfusion_llm.separate import check_separate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +53,7 @@ class CausalLM(Backbone):
         gguf_file: name of a GGUF file in it, to read instead; it is expanded to `dtype`.
         dtype: dtype of the weights; `auto` is that of the checkpoint. Full-precision training needs float32.
         context: tokens per example, as in the data's option of that name; affects only FLOPs and latency.
+        separate: tokens see their own document alone, as the data's option of that name says; the model is tried first.
         network: the model's config, to plan where the model is not available, or to train a fresh one. With a
             model, its entries must agree with the model's.
         licence: licence of the checkpoint, for the model card.
@@ -72,6 +73,7 @@ class CausalLM(Backbone):
     gguf_file: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     context: int = 512
+    separate: bool = field(default=False, metadata={NEUTRAL: False})
     network: dict[str, Any] | None = None
     licence: str = "unknown"
     _random_seed: int | None = None  # set by `tiny`, which has no checkpoint
@@ -88,13 +90,14 @@ class CausalLM(Backbone):
         """Load the model, or make the random one of `tiny`. Draws nothing from the global generator.
 
         Raises:
-            UserError: no such model, not a decoder-only one, or weights that do not fit its config.
+            UserError: no such model, not a decoder-only one, weights that do not fit its config, or one that cannot
+                `separate` documents.
         """
-        if self.model is None:
-            return self._random()
-        model = self._read(strict=False)
+        model = self._random() if self.model is None else self._read(strict=False)
         check_causal(model)
         find_layers(model)
+        if self.separate:
+            check_separate(model.eval())
         return _evaluating(model)
 
     @override
@@ -157,15 +160,21 @@ class CausalLM(Backbone):
 
     @override
     def example(self, num_rows: int) -> dict[str, Tensor]:
-        """Return token ids `tokens`, (batch, context), and `labels`, the same."""
+        """Return token ids `tokens`, (batch, context), `labels`, the same, and `positions`, of two documents."""
         tokens = torch.arange(num_rows * self.context).view(num_rows, -1) % min(100, vocabulary_size(self.config()))
-        return {"tokens": tokens, "labels": tokens.clone()}
+        places = (torch.arange(self.context) % -(-self.context // 2)).expand(num_rows, -1)
+        return {"tokens": tokens, "labels": tokens.clone(), **({"positions": places.clone()} if self.separate else {})}
 
     @override
     def lookups(self, model: nn.Module) -> Mapping[str, Lookup]:
         size = int(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
         remedy = "take the model's own tokenizer"
-        return {"tokens": Lookup(size, "tokens", remedy), "labels": Lookup(size, "tokens", remedy, ignored=IGNORED)}
+        found = {"tokens": Lookup(size, "tokens", remedy), "labels": Lookup(size, "tokens", remedy, ignored=IGNORED)}
+        if not self.separate:
+            return {**found, "positions": Lookup(0, "documents to keep apart", "set backbone.separate, as in data")}
+        if self.model is None:  # it will be trained before it is built
+            check_separate(_evaluating(randomised(self.network or {}, generator(0, "documents apart"))))
+        return found
 
     @classmethod
     @override
@@ -253,13 +262,7 @@ class CausalLM(Backbone):
         # Of quantised weights transformers gives the config's dtype to those alone that it dequantises.
         plain = as_plain(model, model.config.dtype if encoding else model.dtype)
         if encoding:
-            files = sum(path.stat().st_size for path in Path(self.model).glob("*.safetensors"))
-            warnings.warn(
-                f"backbone.model: the weights in {self.model} are {encoding}: "
-                f"{gigabytes(plain.num_parameters() * plain.dtype.itemsize)}"
-                f"{f' from {gigabytes(files)}' if files else ''}; students are saved in that dtype",
-                stacklevel=3,
-            )
+            tell_size(plain, self.model, encoding)
         return plain
 
     def _random(self) -> nn.Module:

@@ -76,13 +76,16 @@ class NextToken(LossAdapter):
         """Shift the labels; nothing here is random.
 
         Args:
-            batch: `tokens` (batch, tokens) and `labels` (batch, tokens): the token itself where it counts, else -100.
+            batch: `tokens` (batch, tokens) and `labels` (batch, tokens): the token itself where it counts, else -100;
+                of separate documents also `positions` (batch, tokens).
             rng: not drawn from.
 
         Returns:
-            `tokens` (batch, tokens), and `targets` (batch, tokens - 1): the label of the token that follows.
+            `tokens` (batch, tokens), and `targets` (batch, tokens - 1): the label of the token that follows; and the
+            `positions`, if there are any.
         """
-        return {"tokens": batch["tokens"], "targets": batch["labels"][:, 1:]}
+        positions = {name: batch[name] for name in ("positions",) if name in batch}
+        return {"tokens": batch["tokens"], "targets": batch["labels"][:, 1:], **positions}
 
     @override
     def prepare_clean(self, batch: Batch, rng: Rng) -> dict[str, Tensor]:
@@ -102,10 +105,13 @@ class NextToken(LossAdapter):
                 int(tokens.max()) < size, "data.tokenizer: a token", int(tokens.max()), f"below {size}, the model's"
             )
         # Transformers looks at values to find a mask; where there are none it is given.
-        mask = {"attention_mask": tokens.new_ones(len(tokens), 1, tokens.shape[1], tokens.shape[1], dtype=torch.bool)}
+        mask = tokens.new_ones(len(tokens), 1, tokens.shape[1], tokens.shape[1], dtype=torch.bool)
+        given = {} if has_values(tokens) else {"attention_mask": mask}
+        if "positions" in inputs:  # where they begin anew, transformers keeps what is before out of sight
+            given["position_ids"] = inputs["positions"]
         try:
             with _watched(model) as outputs, nullcontext() if has_values(tokens) else _OneProduct():
-                model(input_ids=tokens, use_cache=False, logits_to_keep=1, **({} if has_values(tokens) else mask))
+                model(input_ids=tokens, use_cache=False, logits_to_keep=1, **given)
         except (RuntimeError, ValueError, TypeError) as e:
             if has_values(tokens):
                 raise

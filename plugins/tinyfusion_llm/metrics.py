@@ -70,8 +70,9 @@ class Perplexity(Metric):
             """Sum of the cross-entropy over the tokens of some windows, and how many they are."""
             # Of the first window everything counts, then what lies beyond the window before.
             some = [(firsts[i], firsts[i - 1] + window if i else 0) for i in numbers]
-            batch = _stack([_from(rows, first, window, end) for first, end in some])
-            inputs = loss.prepare({k: t.to(device) for k, t in batch.items()}, Rng(0, "perplexity"))
+            read = [_from(rows, first, window, end) for first, end in some]
+            batch = {name: torch.stack([each[name] for each in read]).to(device) for name in read[0]}
+            inputs = loss.prepare(batch, Rng(0, "perplexity"))
             counted = (inputs["targets"] != IGNORED).sum(1)
             with torch.no_grad(), trainer.accelerator.autocast():
                 means = loss.loss(loss.predict(model, inputs), inputs)
@@ -86,14 +87,10 @@ class Perplexity(Metric):
         return [Measurement("perplexity", values, better="lower", note=note)]
 
 
-def _from(rows: Rows, first: int, window: int, end: int) -> tuple[Tensor, Tensor]:
-    tokens, labels = rows.span(first, first + window)
-    labels[: max(0, end - first)] = IGNORED
-    return tokens, labels
-
-
-def _stack(pairs: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    return {"tokens": torch.stack([t for t, _ in pairs]), "labels": torch.stack([labels for _, labels in pairs])}
+def _from(rows: Rows, first: int, window: int, end: int) -> dict[str, Tensor]:
+    read = rows.span(first, first + window)
+    read["labels"][: max(0, end - first)] = IGNORED
+    return read
 
 
 @dataclass(frozen=True)

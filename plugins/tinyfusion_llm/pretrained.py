@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 
 from tinyfusion_core.errors import MissingFileError, UserError, first_line, need
 from tinyfusion_core.parsing.records import check_folder
+from tinyfusion_core.pipeline.planning.amounts import gigabytes
 
 
 def transformers(key: str = "backbone: CausalLM") -> Any:
@@ -213,3 +215,19 @@ def vocabulary_size(config: Mapping[str, Any]) -> int:
     """Return the number of tokens; 100 if a config does not say."""
     sizes = [config, config.get("text_config") or {}]
     return int(next((part["vocab_size"] for part in sizes if "vocab_size" in part), 100))
+
+
+def tell_size(model: Any, name: str, encoding: str) -> None:
+    """Warn how large the weights of a model are, whose files hold them encoded.
+
+    Args:
+        model: the model, dequantised.
+        name: its folder or hub id.
+        encoding: what its files hold.
+    """
+    files = sum(path.stat().st_size for path in Path(name).glob("*.safetensors"))
+    size = gigabytes(model.num_parameters() * model.dtype.itemsize) + (f" from {gigabytes(files)}" if files else "")
+    warnings.warn(
+        f"backbone.model: the weights in {name} are {encoding}: {size}; students are saved in that dtype",
+        stacklevel=4,
+    )

@@ -46,6 +46,7 @@ class Rows:
         context: T.
         pack: whether samples continue across pieces; otherwise each piece is a sample, padded.
         most: largest number of samples; None: no limit.
+        separate: whether samples say where documents begin; see `TextTokens`.
     """
 
     corpus: Corpus
@@ -54,18 +55,21 @@ class Rows:
     context: int
     pack: bool
     most: int | None = None
+    separate: bool = False
 
     def __len__(self) -> int:
         num = int(self.lengths.sum()) // self.context if self.pack else len(self.lengths)
         return num if self.most is None else min(num, self.most)
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        """Return `tokens` and `labels` of these samples, each (rows, context)."""
+        """Return `tokens`, `labels` and, of separate documents, `positions` of these samples, each (rows, context)."""
         rows = [self._row(i) for i in indices]
-        return {"tokens": torch.stack([t for t, _ in rows]), "labels": torch.stack([labels for _, labels in rows])}
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
     def extremes(self, name: str) -> Sequence[tuple[int, str]]:
-        """Return the largest token id of the corpus, and which text it is in."""
+        """Return the largest token id of the corpus, or position in a document, and which text it is in."""
+        if name == "positions" and self.separate:
+            return [(min(int(self.lengths.max()), self.context) - 1, self.corpus.name)]
         largest = max(self.corpus.largest, 0 if self.pack else self.corpus.filler)
         return [(largest, self.corpus.name)] if name == "tokens" else []
 
@@ -73,28 +77,34 @@ class Rows:
         """Return which text a sample is from, and which of its samples it is."""
         return f"{self.corpus.name} (sample {index})"
 
-    def span(self, first: int, last: int) -> tuple[Tensor, Tensor]:
-        """Return tokens and labels at positions [first, last) of the packed text, each (last - first,)."""
+    def span(self, first: int, last: int) -> dict[str, Tensor]:
+        """Return what is at [first, last) of the packed text, each (last - first,).
+
+        Returns:
+            `tokens`, `labels` and, of separate documents, `positions`: from 0 in each, also in the first one's part.
+        """
         where = np.arange(first, last)
         piece = np.searchsorted(self._ends, where, side="right")
-        at = self.starts[piece] + where - (self._ends[piece] - self.lengths[piece])
+        begins = self._ends[piece] - self.lengths[piece]
+        at = self.starts[piece] + where - begins
         tokens = torch.from_numpy(self.corpus.tokens[at].astype(np.int64))
         labels = tokens.clone()
         if self.corpus.counted is not None:
             labels[torch.from_numpy(self.corpus.counted[at] == 0)] = IGNORED
-        return tokens, labels
+        if not self.separate:
+            return {"tokens": tokens, "labels": labels}
+        positions = torch.from_numpy(where - np.maximum(begins, first))
+        labels[positions == 0] = IGNORED  # nothing before it can tell
+        return {"tokens": tokens, "labels": labels, "positions": positions}
 
     @cached_property
     def _ends(self) -> Any:
         return np.cumsum(self.lengths)
 
-    def _row(self, i: int) -> tuple[Tensor, Tensor]:
+    def _row(self, i: int) -> dict[str, Tensor]:
         if self.pack:
             return self.span(i * self.context, (i + 1) * self.context)
         first = int(self._ends[i] - self.lengths[i])
-        tokens, labels = self.span(first, int(self._ends[i]))
-        short = self.context - len(tokens)
-        return (
-            torch.cat([tokens, tokens.new_full((short,), self.corpus.filler)]),
-            torch.cat([labels, labels.new_full((short,), IGNORED)]),
-        )
+        row = self.span(first, int(self._ends[i]))
+        short, padding = self.context - len(row["tokens"]), {"tokens": self.corpus.filler, "labels": IGNORED}
+        return {name: torch.cat([t, t.new_full((short,), padding[name])]) for name, t in row.items()}

@@ -42,6 +42,8 @@ class Document(NamedTuple):
 class TextTokens(DataSource):
     """Documents as samples of T = `context` tokens: `tokens` (T,), and `labels` (T,) with -100 where no loss counts.
 
+    With `separate` there is `positions` (T,) too, the place of each token in its document.
+
     A document is a text file, a line of a JSONL file (both in UTF-8), or a row of a Parquet file or of a data set of
     the library `datasets`. Each ends with the tokenizer's end-of-text token, a chat as its template ends it. Documents
     are held out whole.
@@ -59,6 +61,8 @@ class TextTokens(DataSource):
         context: tokens per sample.
         pack: cut samples from all documents in a seeded order, one after the other: nothing is padded, and a sample may
             contain the end of the previous document. false gives every document samples of its own, padded at the end.
+        separate: tokens of a packed sample see their own document alone, and positions begin anew with each. Set
+            `backbone.separate` too. No loss counts a document's first token.
         held_out_fraction: fraction of the documents that no stage trains on.
         held_out_files: documents to hold out, instead of a fraction of `files`.
         max_held_out: largest number of samples to evaluate on, the first in the held-out documents' order; null takes
@@ -77,6 +81,7 @@ class TextTokens(DataSource):
     chat_field: str | None = field(default=None, metadata={NEUTRAL: None})
     context: int = 512
     pack: bool = True
+    separate: bool = field(default=False, metadata={NEUTRAL: False})
     held_out_fraction: float = 0.1
     held_out_files: list[str] | None = None
     max_held_out: int | None = None
@@ -88,6 +93,8 @@ class TextTokens(DataSource):
             raise UserError("data: give files or dataset, one of the two")
         if self.chat_field is not None and self.prompt_field is not None:
             raise UserError("data.prompt_field: a chat has turns instead of a prompt; give it or chat_field, not both")
+        if self.separate and not self.pack:
+            raise UserError("data.separate: without pack every document has samples of its own; leave one of them out")
         require(self.context >= 2, "data.context", self.context, "at least 2 tokens")
         fraction, most = self.held_out_fraction, self.max_held_out
         require(0 < fraction < 1, "data.held_out_fraction", fraction, "a number between 0 and 1")
@@ -129,7 +136,7 @@ class TextTokens(DataSource):
             # One token alone predicts nothing.
             starts, ends = np.array([c for c in cuts if c[1] - c[0] > 1], dtype=np.int64).reshape(-1, 2).T
         most = self.max_held_out if part == "held out" else None
-        rows = Rows(corpus, starts, ends - starts, self.context, self.pack, most)
+        rows = Rows(corpus, starts, ends - starts, self.context, self.pack, most, self.separate)
         if not len(rows):
             raise UserError(
                 f"data: the {len(documents)} documents to {part.replace('held out', 'hold out')} have "

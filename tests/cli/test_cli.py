@@ -175,6 +175,15 @@ def test_whoever_reads_what_is_printed_may_stop_reading() -> None:
     assert error == ""
 
 
+def test_an_interruption_that_says_nothing_is_told_all_the_same(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tinyfusion_core.cli.results.Show.__call__", stopped)
+    assert main(["show", "runs/mine"]) == 130
+    assert capsys.readouterr().err == "interrupted. Go on with:\n  tinyfusion show runs/mine\n"
+
+
 def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["--version"])

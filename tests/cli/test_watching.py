@@ -19,7 +19,7 @@ import tinyfusion_core as tiny
 from small_run import RECIPE
 from tinyfusion_core.cli import main
 from tinyfusion_core.cli.watch import TAIL_BYTES, Tail, View, num_steps, shown_stages, sparkline
-from tinyfusion_core.pipeline.resume_check import take_run_folder
+from tinyfusion_core.pipeline.resuming.check import Asked, take_run_folder
 from tinyfusion_core.runtime.files import write_json
 
 
@@ -42,7 +42,7 @@ def test_a_run_is_shown_while_it_stands_and_when_it_is_done(
     assert main(["watch", str(folder.path), "--once"]) == 2
     assert "no recipe.yaml" in capsys.readouterr().err
     made = tiny.load_recipe(recipe)
-    take_run_folder(made, folder, "tinyfusion run", None)
+    take_run_folder(made, folder, Asked("tinyfusion run"))
     decision = tiny.Keep([0, 3, 5, 6]).preview([f"blocks.{i}" for i in range(8)])
     decision.save(folder / "decision.json")
     folder.finish("search", "key", 75.0)

@@ -88,7 +88,7 @@ GATES_AND_REMOVAL = [
     ),
     Mutation(
         "where nobody keeps a block only one sample gives a gradient",
-        GATING,
+        "protocols/blocks/rows.py",
         "(dropped[:1], dropped[1:])",
         "(dropped[:1], dropped[:0])",
         (GATES + "test_gradients_equal_the_dense_formula",),

@@ -11,7 +11,7 @@ MUTATIONS = [
     Mutation(
         "entrants are trained on what judges them",
         RECOVERIES,
-        "replace(self.task, train=rest)",
+        "replace(self.task, train=rest, model=self.task.teacher)",
         "self.task",
         (TESTS + "test_a_race_judges_by_samples_that_it_did_not_train_on",),
     ),

@@ -13,8 +13,52 @@ DEPTHS = "training/depths.py"
 AT_DEPTHS = "training/test_depths.py::"
 REFIT = "training/starts/refit.py"
 REFITTED = "training/test_refit.py::"
+FUSE = "training/starts/fuse.py"
+FUSED = "training/test_fuse.py::"
 
 MAKING_UP_FOR_GAPS = [
+    Mutation(
+        "a fused block becomes what the teacher's is, not the end of its gap",
+        FUSE,
+        "theirs[max(decision.kept[own], *dropped)]",
+        "theirs[decision.kept[own]]",
+        (FUSED + "test_what_linear_blocks_did_is_done_by_those_beside_them",),
+    ),
+    Mutation(
+        "what was learned of dropped blocks is not kept",
+        FUSE,
+        "block.get_parameter(name).copy_(weight)",
+        "block.get_parameter(name)",
+        (FUSED + "test_what_linear_blocks_did_is_done_by_those_beside_them",),
+    ),
+    Mutation(
+        "coefficients begin at random",
+        FUSE,
+        "torch.zeros(len(other), rank",
+        "torch.ones(len(other), rank",
+        (FUSED + "test_without_coefficients_it_is_the_pruned_network_bit_for_bit",),
+    ),
+    Mutation(
+        "finalists begin anew in every round",
+        "selection/successive_halving.py",
+        "self.recovery if number == 1 else replace(self.recovery, start=None)",
+        "self.recovery",
+        ("selection/test_finals.py::test_finalists_begin_as_the_recovery_will",),
+    ),
+    Mutation(
+        "a start is fitted to what judges the recovery",
+        "training/recover.py",
+        "replace(task, train=data, model=task.teacher)",
+        "task",
+        (REFITTED + "test_it_is_not_fitted_to_the_samples_that_judge",),
+    ),
+    Mutation(
+        "relations are not seen from the mean token",
+        "training/distilling/losses.py",
+        "tokens - tokens.mean(1, keepdim=True)",
+        "tokens",
+        ("training/test_features.py::test_relations_are_cosines_from_the_mean_token",),
+    ),
     Mutation(
         "the shift is left out",
         REFIT,

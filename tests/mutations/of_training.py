@@ -5,6 +5,8 @@ from __future__ import annotations
 from mutations.mutation import Mutation
 
 DISTILLATION = "training/distillation.py"
+OBJECTIVE = "training/distilling/distilled.py"
+FEATURES = "training/distilling/losses.py"
 DISTILLED = "training/test_distill.py::"
 TRAINED = "training/test_trainer.py::"
 UPDATE = "training/steps/update.py"
@@ -18,28 +20,28 @@ STREAMS = "runtime/test_random_streams.py::test_the_same_key_draws_the_same_numb
 LEARNING_FROM_A_TEACHER = [
     Mutation(
         "the teacher has a graph",
-        DISTILLATION,
+        OBJECTIVE,
         "with torch.no_grad(), captured(teacher,",
         "with captured(teacher,",
         (DISTILLED + "test_the_teacher_runs_once_a_step_without_graph_in_eval_mode_on_the_same_inputs",),
     ),
     Mutation(
         "the weights of teacher and data are swapped",
-        DISTILLATION,
-        'self.kd.alpha_kd * terms["kd"] + self.kd.alpha_gt * terms["gt"]',
-        'self.kd.alpha_gt * terms["kd"] + self.kd.alpha_kd * terms["gt"]',
+        OBJECTIVE,
+        'self.weights["kd"] * terms["kd"] + self.weights["gt"] * terms["gt"]',
+        'self.weights["gt"] * terms["kd"] + self.weights["kd"] * terms["gt"]',
         (DISTILLED + "test_teacher_and_data_have_each_a_weight",),
     ),
     Mutation(
         "masked features are averaged over all",
-        DISTILLATION,
+        FEATURES,
         "/ keep.sum(1).clamp(min=1)",
         "/ keep.shape[1]",
         (DISTILLED + "test_the_two_masks_differ_where_one_side_alone_is_extreme",),
     ),
     Mutation(
         "extremes are those of the whole batch",
-        DISTILLATION,
+        FEATURES,
         "(x - x.mean(1, keepdim=True)).abs() < sigma * x.std(1, keepdim=True)",
         "(x - x.mean()).abs() < sigma * x.std()",
         (DISTILLED + "test_the_two_masks_differ_where_one_side_alone_is_extreme",),
@@ -60,9 +62,9 @@ LEARNING_FROM_A_TEACHER = [
     ),
     Mutation(
         "the weight of the features stays",
-        DISTILLATION,
-        "self.beta = first + (last - first) * progress",
-        "self.beta = first",
+        OBJECTIVE,
+        "first + (last - first) * progress for",
+        "first for",
         (DISTILLED + "test_beta_falls_with_the_steps_and_the_terms_are_logged",),
     ),
 ]
@@ -148,9 +150,23 @@ TRAINING = [
     Mutation(
         "schedules end after the last step",
         "training/objective.py",
-        "step / max(1, self.steps - 1)",
-        "step / max(1, self.steps)",
+        "step / max(1, (self.horizon or self.steps) - 1)",
+        "step / max(1, self.horizon or self.steps)",
         (TRAINED + "test_the_learning_rate_follows_its_schedule",),
+    ),
+    Mutation(
+        "a schedule rises again after its horizon",
+        "training/objective.py",
+        "return min(1.0, step / max(1, (self.horizon or self.steps) - 1))",
+        "return step / max(1, (self.horizon or self.steps) - 1)",
+        ("pipeline/test_extending.py::test_beyond_the_horizon_all_stays_as_it_ended",),
+    ),
+    Mutation(
+        "more steps make the average longer",
+        "training/objective.py",
+        "1 - 10 / (horizon or steps)",
+        "1 - 10 / steps",
+        ("pipeline/test_extending.py::test_more_steps_are_what_all_at_once_are",),
     ),
     Mutation(
         "the average weighs the present by its decay",

@@ -10,9 +10,11 @@ import torch
 import tinyfusion_core as tiny
 from tinyfusion_core.cli import main
 from tinyfusion_core.pipeline.planning.activations import saved_by
-from tinyfusion_core.pipeline.planning.memory import Setup, parse_bytes, search_needs, training_needs
+from tinyfusion_core.pipeline.planning.amounts import parse_bytes
+from tinyfusion_core.pipeline.planning.memory import Setup, search_needs, training_needs
 from tinyfusion_core.protocols.blocks.batch import named_batch_dims
 from tinyfusion_core.protocols.blocks.paths import list_lengths
+from tinyfusion_core.pruning.removal import remove_blocks
 from tinyfusion_dit import DiT, GaussianDiffusion
 
 BACKBONE = DiT(input_size=8, patch_size=2, hidden_size=64, depth=4, num_heads=4, num_classes=10)
@@ -78,6 +80,33 @@ def test_distillation_counts_its_teacher_and_what_is_compared() -> None:
     assert plain.teacher == plain.ema == distilled.ema == 0
     assert distilled.teacher == sum(4 * t.numel() for t in (*teacher.parameters(), *teacher.buffers()))
     assert distilled.activations.whole > plain.activations.whole
+
+
+@pytest.mark.parametrize(
+    ("start", "said", "held"),
+    [
+        # Of 16 samples 65 x 65 matrices, twice, and three times those of 64 channels and one; doubles.
+        (tiny.Refit(samples=16), "Refit to 16 samples", 8 * (2 * 16 * 65**2 + 3 * 65**3)),
+        # Into the first block two: 64 -> 192, 64 -> 64, 64 -> 256 and back, 64 -> 384; singles.
+        (
+            tiny.Fuse(rank=2, steps=7),
+            "Fuse by 7 steps a gap (7 if blocks 0, 3 stay)",
+            2 * 4 * (8 * (256 + 128 + 320 + 320 + 448) + 3 * 64 * (192 + 64 + 256 + 256 + 384)),
+        ),
+    ],
+)
+def test_a_start_holds_both_networks_and_its_own(start: tiny.Start, said: str, held: int) -> None:
+    model, recover = planned(), tiny.Recover(steps=1, start=start)
+    decision = tiny.Decision(blocks=tuple(BACKBONE.block_paths(model)), kept=(0, 3), method="Keep")
+    assert start.planned(tiny.Task.without_data(BACKBONE, LOSS, model), decision) == (said, held)
+    student = planned()
+    remove_blocks(BACKBONE, student, ["blocks.1", "blocks.2"])
+    setup = Setup(batch_size=ROWS, precision="fp32")
+    needs = training_needs(BACKBONE, LOSS, student, recover, setup, teacher=model, decision=decision)
+    weights = sum(t.numel() * 4 for m in (student, model) for t in (*m.parameters(), *m.buffers()))
+    assert needs.start == weights + held
+    assert needs.total(False) == max(needs.start, needs.parameters * 2 + needs.gradients * 3 + needs.activations.whole)
+    assert "before that its start, beside its passes up to" in needs.describe(setup)
 
 
 def test_sharding_divides_all_but_what_is_gathered() -> None:

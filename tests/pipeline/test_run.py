@@ -59,6 +59,7 @@ def test_a_run_leaves_everything_that_it_made(recipe: Path, tmp_path: Path, caps
         "student/model.safetensors", "student/config.json", "student/decision.json", "student/README.md",
         "samples.safetensors", "report.html", "figures/dynamics.svg", "figures/marginals.svg",
         "figures/loss_search.svg", "figures/loss_recover.svg",
+        "checkpoints/recover/manifest.json", "checkpoints/recover/00000012.pt",  # for --extend
         "figures/samples_teacher.png", "figures/samples_pruned.png", "figures/samples_recovered.png",
     }  # fmt: skip
     decision = tiny.Decision.load(folder / "decision.json")
@@ -137,10 +138,10 @@ def test_ctrl_c_saves_says_how_to_go_on_and_goes_on(recipe: Path, tmp_path: Path
 
 
 def offered(err: str) -> list[list[str]]:
-    """The two commands that a refusal offers, as arguments."""
+    """The two commands that a refusal offers in any case, as arguments."""
     lines = [line.strip() for line in err.splitlines() if line.startswith("  tinyfusion run")]
-    assert len(lines) == 2
-    return [shlex.split(line)[1:] for line in lines]
+    assert len(lines) == 2 + ("--extend" in lines[-1])
+    return [shlex.split(line)[1:] for line in lines[:2]]
 
 
 SHORT = ["--search.steps=4", "--recover.steps=4"]

@@ -8,7 +8,7 @@ import pytest
 
 import tinyfusion_core as tiny
 from places import ROOT
-from tinyfusion_core.pipeline.resume_check import stage_keys
+from tinyfusion_core.pipeline.resuming.fingerprint import stage_keys
 from tinyfusion_core.runtime.stages import stages_of
 
 KEYS = {

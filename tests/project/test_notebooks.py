@@ -55,6 +55,7 @@ def follow(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
         assert differences(printed.out, cell.output) == "", printed.err
 
 
+@pytest.mark.slow
 @pytest.mark.numerics
 @pytest.mark.filterwarnings("ignore:a search of")
 @pytest.mark.parametrize("page", ["vit", "first-plugin"])

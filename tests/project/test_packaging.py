@@ -113,8 +113,8 @@ def test_a_message_on_a_missing_package_names_the_extra_that_brings_it() -> None
     assert set(OPTIONAL) - {"pyarrow"} <= found  # pyarrow is needed by two names, in one line
 
 
-def test_all_has_every_extra_of_ours_but_the_heaviest() -> None:
-    extras = set(PROJECT["project"]["optional-dependencies"]) - {"dev", "all", "lm-eval"}
+def test_all_has_every_extra_of_ours_but_the_heaviest_and_engines() -> None:
+    extras = set(PROJECT["project"]["optional-dependencies"]) - {"dev", "all", "lm-eval", "ray", "slurm"}
     assert {package for name in extras for package in extra(name)} == extra("all")
     assert extra("all") <= extra("dev")
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 import tinyfusion_core as tiny
 from planted_search import TRAINER, WORKING, task
+from small_run import RECIPE
 from tinyfusion_core.cli import main
 from toys import Match, planted_data
 
@@ -122,3 +124,24 @@ def test_the_batch_of_a_final_is_checked_before_the_search(recipe, capsys) -> No
     assert main(["run", str(recipe), "--run-dir", str(recipe.parent / "run"), *flags]) == 2
     assert "10 over 1 process(es) is 10 samples for each, which cannot be split" in capsys.readouterr().err
     assert not (recipe.parent / "run").exists()
+
+
+@dataclass(frozen=True)
+class Noted(tiny.Start):
+    stages: list[str] = field(default_factory=list)
+
+    def __call__(self, task, student, decision, trainer, stage) -> None:
+        assert len(decision.kept) == len(student.blocks)
+        self.stages.append(stage)
+
+
+def test_finalists_begin_as_the_recovery_will(tmp_path: Path) -> None:
+    finals = {"class_path": "Finals", "init_args": {"search": {"keep": 4, "steps": 2}}}
+    recipe = {**RECIPE, "search": finals, "recover": {"steps": 5, "start": "Refit"}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    search = tiny.load_recipe(tmp_path / "recipe.yaml").search
+    assert isinstance(search, tiny.Finals) and search.start == tiny.Refit()
+    blind = tiny.Search(keep=4, steps=1, update=tiny.Frozen())
+    noted = Noted()
+    tiny.Finals(search=blind, masks=3, steps=1, samples=8, start=noted)(task(), TRAINER)
+    assert noted.stages == ["finals 1"] * 3  # the second round goes on with two of them

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 import tinyfusion_core as tiny
 from planted_search import TRAINER, WORKING, task
+from small_run import RECIPE
 from tinyfusion_core.reporting.figures import draw_quality
 from tinyfusion_core.selection.quality import predicted_losses
 from toys import Match
@@ -103,3 +105,11 @@ def test_its_figure_is_drawn(tmp_path: Path) -> None:
     found = shallowest("1.0001x")(noisy(), TRAINER).provenance["quality"]
     draw_quality(found, (4, 1.00005), tmp_path / "quality.png")
     assert (tmp_path / "quality.png").stat().st_size > 5000
+
+
+def test_its_short_recoveries_begin_as_the_recovery_will(tmp_path: Path) -> None:
+    short = {"class_path": "Shallowest", "init_args": {"loss": "1.05x"}}
+    recipe = {**RECIPE, "search": short, "recover": {"steps": 5, "start": "Refit"}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    search = tiny.load_recipe(tmp_path / "recipe.yaml").search
+    assert [how.start for how in search.trainings()] == [tiny.Refit()]

@@ -31,7 +31,8 @@ SAMPLERS = [
 ]
 UPDATES = [tiny.Frozen, tiny.LoRA, tiny.Full, tiny.LastBlocks(blocks=2), tiny.Matching(".*weight")]
 DISTILLATIONS = [tiny.OutputKD, tiny.MaskedKD, tiny.MaskedKD(sigma=1.0, mask="separate", taps=[(0, 1)])]
-STARTS = [tiny.Refit, tiny.Refit(samples=5, batch_size=2, ridge=1.0)]
+DISTILLATIONS += [tiny.OutputKD(alpha_kd=(0.9, 0.0)), tiny.RelationalKD, tiny.AttentionKD(beta=(0.1, 0.1))]
+STARTS = [tiny.Refit, tiny.Refit(samples=5, batch_size=2, ridge=1.0), tiny.Fuse(rank=2, steps=3, lr=1e-2)]
 SEARCHES = [
     *(SEARCH, tiny.Search(pattern=[2, 4], steps=3), tiny.Search(keep=5, steps=3, start=tiny.Uniform(keep=5))),
     tiny.Finals(search=SEARCH, masks=2, steps=1, samples=8),

@@ -16,7 +16,7 @@ from tinyfusion_core.cli import main
 from tinyfusion_core.pipeline.slices import slice_of
 from tinyfusion_core.runtime.files import write_text
 from tinyfusion_core.training.depths import at_every_depth
-from tinyfusion_core.training.distillation import Distilled
+from tinyfusion_core.training.distilling.distilled import Distilled
 from tinyfusion_core.training.objective import PlainLoss
 from toys import Match, Planted, StopAt, planted_data
 

@@ -19,7 +19,8 @@ from tinyfusion_core.pruning.removal import remove_blocks
 from tinyfusion_core.runtime.seeding import Rng
 from tinyfusion_core.samplers.grouped import GroupedSampler
 from tinyfusion_core.samplers.patterns import split_groups
-from tinyfusion_core.training.distillation import Distilled, feature_loss
+from tinyfusion_core.training.distilling.distilled import Distilled
+from tinyfusion_core.training.distilling.losses import feature_loss
 from tinyfusion_dit import DiT, GaussianDiffusion
 from tinyfusion_dit.model import DiT as Network
 from tinyfusion_dit.process import Process, linear_betas

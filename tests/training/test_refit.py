@@ -3,38 +3,28 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import yaml
 from torch import Tensor, nn
 
 import tinyfusion_core as tiny
 from diffusers_tasks import make
 from llm_toys import folder
 from llm_toys import task_of as language_task
-from small_run import RECIPE, digits_task, run
+from small_run import digits_task, run
+from starting import TRAINER, loss_of, recipe_at, started
 from tinyfusion_core.protocols.blocks.streams import Stream
 from tinyfusion_core.training.starts.least_squares import LeastSquares
 from tinyfusion_core.training.starts.output_layer import BlockCall, output_layers
 from toys import LinearNet, learning_back
 
 pytestmark = pytest.mark.numerics
-TRAINER = tiny.Trainer(batch_size=32, precision="fp32", seed=0, progress=False)
 SMALL = tiny.Refit(samples=64, batch_size=16)
-
-
-def started(task: tiny.Task, kept: list[int], start: tiny.Start = SMALL) -> nn.Module:
-    decision = tiny.Keep(kept)(task, TRAINER)
-    return tiny.Recover(steps=0, start=start)(task, tiny.prune(task, decision), decision, TRAINER)
-
-
-def loss_of(task: tiny.Task, model: nn.Module) -> float:
-    (found,) = tiny.HeldOutLoss(draws=1)(task, {"student": model}, TRAINER)
-    return float(found.values["student"] or 0)
 
 
 @pytest.mark.parametrize("num_gates", [1, 4])
@@ -147,7 +137,7 @@ def test_branches_are_made_up_for_in_their_blocks() -> None:
                      train=task.train, held_out=task.held_out)  # fmt: skip
     kept = [i for i in range(16) if i not in (2, 5, 13)]  # two attentions, and a feed-forward network
     deleted = tiny.prune(task, tiny.Keep(kept)(task, TRAINER))
-    assert loss_of(task, started(task, kept)) < 0.9 * loss_of(task, deleted)
+    assert loss_of(task, started(task, kept, SMALL)) < 0.9 * loss_of(task, deleted)
 
 
 @pytest.mark.parametrize("family", ["SD3Transformer2DModel", "FluxTransformer2DModel", "PixArtTransformer2DModel"])
@@ -176,13 +166,6 @@ def test_language_models_begin_nearer_to_their_teacher(tmp_path: Path) -> None:
 def test_a_network_with_norms_behind_is_refused_before_its_search(tmp_path: Path) -> None:
     with pytest.raises(tiny.UserError, match=r"start: Refit needs a linear layer .*'model\.layers\.0' has none"):
         tiny.Refit().check(language_task(folder(tmp_path / "model", "gemma2")))
-
-
-def recipe_at(folder: Path, **recover: Any) -> Path:
-    path = folder / "recipe.yaml"
-    search = {"class_path": "Keep", "init_args": {"blocks": [0, 1, 3, 6]}}
-    path.write_text(yaml.safe_dump({**RECIPE, "search": search, "recover": recover}))
-    return path
 
 
 def test_a_run_without_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -224,3 +207,22 @@ def test_a_fresh_network_has_nothing_to_make_up_for() -> None:
     task = digits_task()
     with pytest.raises(tiny.UserError, match="start: a fresh network begins with random weights"):
         tiny.Recover(steps=1, start=SMALL)(task, copy.deepcopy(task.teacher), None, TRAINER)
+
+
+@dataclass(frozen=True)
+class Noted(tiny.Start):
+    """Notes what it is given."""
+
+    given: list[tiny.Task] = field(default_factory=list)
+
+    def __call__(self, task: tiny.Task, *_: object) -> None:
+        self.given.append(task)
+
+
+def test_it_is_not_fitted_to_the_samples_that_judge() -> None:
+    task, noted = digits_task(), Noted()
+    decision = tiny.Keep([0, 1, 3, 6])(task, TRAINER)
+    how = tiny.Recover(steps=1, start=noted, validation=tiny.Validation(every=1, samples=100))
+    how(task, tiny.prune(task, decision), decision, TRAINER)
+    assert len(noted.given[0].train) == len(task.train) - 100
+    assert noted.given[0].teacher is task.teacher

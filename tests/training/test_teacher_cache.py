@@ -20,7 +20,7 @@ from tinyfusion_core.cli import main
 from tinyfusion_core.errors import MissingFileError, UserError
 from tinyfusion_core.protocols.data import Tensors
 from tinyfusion_core.runtime.seeding import Rng, generator
-from tinyfusion_core.training.distillation import Distilled
+from tinyfusion_core.training.distilling.distilled import Distilled
 from tinyfusion_core.training.teacher_cache import writing
 from tinyfusion_core.training.teacher_cache.samples import CachedSamples, open_cache, read_metadata
 from tinyfusion_llm import CausalLM, NextToken

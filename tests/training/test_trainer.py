@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import forks
 import tinyfusion_core as tiny
-from places import TESTS
 from tinyfusion_core.pruning.removal import remove_blocks
 from tinyfusion_core.training.objective import cosine, ema_decay
 from toys import Match, Planted, StopAt, planted_data
@@ -129,10 +128,9 @@ def test_dropout_resumes_bit_for_bit_too(tmp_path: Path) -> None:
         assert torch.equal(a, b)
 
 
-def test_bf16_runs_and_keeps_weights_and_gates_in_float32() -> None:
+def test_bf16_runs_and_keeps_weights_and_gates_in_float32(tmp_path: Path) -> None:
     # In a process of its own: accelerate holds one precision for each process.
     code = """
-import sys; sys.path.insert(0, sys.argv[1])
 import torch, tinyfusion_core as tiny
 from toys import Match, Planted, planted_data
 task = tiny.Task(backbone=Planted(), loss=Match(), train=planted_data(), held_out=planted_data(16))
@@ -141,7 +139,9 @@ decision = search(task, tiny.Trainer(batch_size=16, precision="bf16"))
 assert list(decision.kept) == [1, 3, 4, 7], decision
 assert {p.dtype for p in task.teacher.parameters()} == {torch.float32}
 """
-    subprocess.run([sys.executable, "-c", code, str(TESTS)], check=True, timeout=120)
+    (tmp_path / "in_bf16.py").write_text(code)
+    started = forks.start(partial(forks.script, tmp_path / "in_bf16.py"), tmp_path / "log")
+    assert forks.wait(started) == [0], (tmp_path / "log").read_text()
 
 
 def test_a_batch_that_cannot_be_split_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:

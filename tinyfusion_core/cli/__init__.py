@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as e:
         if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
             again = shlex.join(["tinyfusion", *_to_go_on(arguments)])
-            print(f"{e or 'interrupted'}. Go on with:\n  {again}", file=sys.stderr)
+            print(f"{str(e) or 'interrupted'}. Go on with:\n  {again}", file=sys.stderr)
         return 128 + e.signum if isinstance(e, Interrupted) else INTERRUPTED
     except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

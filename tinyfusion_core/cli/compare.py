@@ -3,12 +3,41 @@
 from __future__ import annotations
 
 import shlex
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from dataclasses import asdict
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ..protocols.command import FOR_PROGRAMS, Command, a_count, a_path
+
+if TYPE_CHECKING:
+    from ..runtime.workers.base import Workers
+
+WORKERS = "NUMBER on this machine, a Ray cluster (auto, ray://HOST:PORT), or slurm:NUMBER,KEY=VALUE,... (of submitit)"
+
+
+def some_workers(text: str) -> Workers:
+    """Return the workers that were typed; as `type=` of an argument."""
+    from ..parsing.yaml12 import load_yaml
+    from ..runtime.workers.ray_tasks import RayWorkers
+    from ..runtime.workers.slurm_jobs import SlurmWorkers
+
+    kind, _, rest = text.partition(":")
+    if kind == "slurm":
+        number, *settings = rest.split(",")
+        pairs = [setting.split("=", 1) for setting in settings]
+        if not all(len(pair) == 2 and pair[0] for pair in pairs):
+            raise ArgumentTypeError(f"'{text}': after slurm:NUMBER come KEY=VALUE, separated by commas")
+        return SlurmWorkers(_some(number), {key: load_yaml(value) for key, value in pairs})
+    if text == "auto" or kind == "ray" or (":" in text):
+        return RayWorkers(address=text)
+    return RayWorkers(_some(text))
+
+
+def _some(text: str) -> int:
+    if not text.isascii() or not text.isdecimal() or not 1 <= int(text[:6]) <= 100_000:
+        raise ArgumentTypeError(f"'{text}' is no number of workers; give {WORKERS}")
+    return int(text)
 
 
 class Compare(Command):
@@ -22,6 +51,7 @@ class Compare(Command):
         """A recipe, whose keys can be overridden, and the folder of the results."""
         parser.add_argument("recipe", type=a_path)
         parser.add_argument("--run-dir", type=a_path, help=f"default: runs/NAME_OF_THE_RECIPE-{self.name}")
+        parser.add_argument("--workers", type=some_workers, metavar="HOW", help=f"let others compute it: {WORKERS}")
         parser.add_argument("--json", action="store_true", help=FOR_PROGRAMS)
 
     def __call__(self, options: Namespace) -> int:
@@ -35,7 +65,7 @@ class Compare(Command):
         run_dir = options.run_dir or Path("runs") / f"{options.recipe.stem}-{self.name}"
         command = shlex.join(["tinyfusion", self.name, str(options.recipe), *options.overrides])
         recipe = load_recipe(options.recipe, options.overrides)
-        results, report = compare_recipe(recipe, self.name, run_dir, command)
+        results, report = compare_recipe(recipe, self.name, run_dir, command, options.workers)
         if not recipe.trainer.accelerator.is_main_process:
             return 0
         if options.json:

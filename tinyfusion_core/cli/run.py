@@ -57,6 +57,9 @@ def _add_folder_and_stage(parser: ArgumentParser) -> None:
         metavar="STAGE",
         help="forget this stage (train, search, recover, evaluate; ROUND.search ...) and the later ones, then run",
     )
+    parser.add_argument(
+        "--extend", action="store_true", help="go on with a recovery that has ended, to the recover.steps of now"
+    )
 
 
 def _run(path: Path, options: Namespace, typed: Sequence[str]) -> int:
@@ -70,7 +73,7 @@ def _run(path: Path, options: Namespace, typed: Sequence[str]) -> int:
     run_dir = options.run_dir or Path("runs") / path.stem
     command = shlex.join(["tinyfusion", *typed, *options.overrides])
     recipe = load_recipe(path, options.overrides)
-    report = run_recipe(recipe, run_dir, command, options.restart_from)
+    report = run_recipe(recipe, run_dir, command, options.restart_from, extend=options.extend)
     if not recipe.trainer.accelerator.is_main_process:
         return 0
     print_table(results_table(RunFolder(run_dir)))
@@ -96,7 +99,7 @@ class Validate(Command):
         from rich.table import Table
 
         from ..errors import UserError, require
-        from ..pipeline.planning.memory import parse_bytes
+        from ..pipeline.planning.amounts import parse_bytes
         from ..pipeline.planning.plan import Hardware, make_plan
         from ..pipeline.recipe import load_recipe
         from .printing import print_table

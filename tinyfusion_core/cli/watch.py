@@ -20,8 +20,8 @@ from ..parsing.records import beside, check_regular, read_as
 from ..pruning.record import DECISION, decision_of
 from ..reporting.results import duration, results_table
 from ..runtime.progress import plain_console
-from ..runtime.run_folder import COMPARISON_RESULTS, NOW, RESULT_CACHE, RUN_RECORD, Now, RunFolder
-from ..runtime.stages import EVALUATE, SEARCH, Stage, log_line
+from ..runtime.run_folder import COMPARISON_RESULTS, NOW, RESULT_CACHE, RUN_RECORD, RunFolder
+from ..runtime.stages import EVALUATE, SEARCH, Now, Stage, log_line
 from .printing import print_table, print_tables
 
 LEVELS = "▁▂▃▄▅▆▇█"
@@ -165,6 +165,8 @@ class View:
         }
         yield Text(", ".join(f"{count} {what}" for what, count in counts.items()) + " done")
         yield from self._parts(cache, ())
+        for path in sorted(cache.glob(f"*/{NOW}")):  # of workers
+            yield from self._parts(path.parent, next(reversed(self._tail(path.parent).entries.values()), ()))
 
     def _parts(self, folder: Path, own: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
         """Work of several parts, whose `now.json` is in a folder; what it logs elsewhere are the run's own entries."""
@@ -172,7 +174,8 @@ class View:
             now = read_as(folder / NOW, Now, "delete it; what is running goes on without it")
         except MissingFileError:  # it has not begun, or has just finished
             return
-        yield _bar(now["done"], now["total"], "")
+        if now["total"]:
+            yield _bar(now["done"], now["total"], "")
         yield Text(now["what"])
         if now["part"]:
             own = next(reversed(self._tail(folder / now["part"]).entries.values()), ())

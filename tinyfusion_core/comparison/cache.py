@@ -5,46 +5,33 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any
 
 from torch import nn
 
 from ..errors import Diverged, UserError
 from ..evaluation.evaluate import measure
 from ..evaluation.metrics import HeldOutLoss, Metric
-from ..parsing.records import read_as, shaped
 from ..protocols.backbone import config_of
 from ..protocols.task import Task
 from ..pruning.decision import Decision
 from ..pruning.prune import prune
 from ..runtime.distributed import map_alone, on_main_process, rank_and_world_size
 from ..runtime.files import digest, write_json
-from ..runtime.progress import Tracker
+from ..runtime.progress import Tracker, track
 from ..runtime.run_folder import NOW, RESULT_CACHE, RunFolder
 from ..selection.base import Decisive, Selector
 from ..training.recover import Recover
 from ..training.trainer import Trainer
 from .keys import data_key, described, features_key, stage_key, weights_key
 from .legacy_keys import then
-from .results import Entry
+from .results import Entry, read_cached
 
-AGAIN = "delete it to compute that again"
-NEEDED = {"decision": ("kept", "scores", "seconds", "evaluations"), "calibration": ("loss",), "healing": ("loss",)}
-"""What a result of each kind has for certain."""
-
-
-class CachedResult(TypedDict):
-    """A result, of whichever kind, and what decides it."""
-
-    of: dict[str, Any]
-    kept: NotRequired[list[int]]
-    scores: NotRequired[list[float | None] | None]
-    seconds: NotRequired[float]
-    evaluations: NotRequired[int]
-    loss: NotRequired[float | None]
+Elsewhere = Callable[[Sequence[Entry]], Iterator[Entry]]
+"""Has other processes compute results, in any order, and yields each when it is there."""
 
 
 class ResultCache:
@@ -58,6 +45,7 @@ class ResultCache:
         progress: advances with every result that is asked for.
         held_out: how the losses are measured.
         metrics: what else to measure of the candidates' networks, by the name of its column.
+        helps: whether results are for another process, which says how far the whole is.
     """
 
     def __init__(
@@ -69,8 +57,9 @@ class ResultCache:
         progress: Tracker,
         held_out: HeldOutLoss,
         metrics: Mapping[str, Metric],
+        helps: bool = False,
     ) -> None:
-        self.task, self.recovery, self.folder, self.progress = task, recovery, folder, progress
+        self.task, self.recovery, self.folder, self.progress, self.helps = task, recovery, folder, progress, helps
         self.trainer = trainer.quiet()  # hundreds of short trainings, whose logs go when they are done
         self.held_out, self.metrics = held_out, metrics
         self.accelerator, self.main = trainer.accelerator, trainer.accelerator.is_main_process
@@ -98,7 +87,7 @@ class ResultCache:
         Raises:
             UserError: the candidate cannot decide; names it.
         """
-        trainer = replace(self.trainer, seed=seed)
+        trainer, key = self._choice(selector, seed)
 
         def work(folder: RunFolder) -> dict[str, Any]:
             start = time.monotonic()
@@ -112,11 +101,42 @@ class ResultCache:
             scores = None if scores is None else [_finite(s) for s in scores]
             return {"kept": list(decision.kept), "scores": scores, "seconds": seconds, "evaluations": cost}
 
-        key = {**self.training, **stage_key(selector, selector.decisive(trainer)), **selector.inputs()}
         made = self._cached("decision", key, f"{name}, seed {seed}: choosing", work)
         self.progress.advance()
         kept, scores = tuple(made.pop("kept")), made.pop("scores")
         return Entry(name, seed, kept, scores=None if scores is None else tuple(scores), **made)
+
+    def hand_out(
+        self, elsewhere: Elsewhere | None, entries: Sequence[Entry], selectors: Mapping[str, Selector]
+    ) -> None:
+        """Have what is missing computed elsewhere, and show how much of it is there.
+
+        Args:
+            elsewhere: computes it; None: nothing is done, and each result is computed when it is asked for.
+            entries: without blocks, a choice is meant; otherwise a recovery, of a candidate's with all metrics.
+            selectors: the candidates by name.
+        """
+        if elsewhere is None:
+            return
+        # Of equal recoveries the last one: candidates, which want all metrics, come after random subsets.
+        distinct = {(e.kept or e.method, e.seed): e for e in entries}
+        lacking = [e for e in distinct.values() if self._lacks(e, selectors)]
+        if not lacking:
+            return
+        what = "recoveries" if lacking[0].kept else "choices"
+        self.progress.tell("by workers")
+        with track(what, len(lacking)) as done:
+            for _ in elsewhere(lacking):
+                done.advance()
+                now = {"part": "", "what": f"{what} by workers", "done": done.done, "total": done.total}
+                write_json(self.folder / RESULT_CACHE / NOW, now)
+
+    def _lacks(self, entry: Entry, selectors: Mapping[str, Selector]) -> bool:
+        if not entry.kept:
+            return not self._known("decision", self._choice(selectors[entry.method], entry.seed)[1])[1]
+        trainer = replace(self.trainer.with_batch_size(self.recovery.batch_size), seed=entry.seed)
+        needs = list(self.figures.values()) if entry.method else []
+        return _misses(self._known("healing", self._key_of_recovery(entry.kept, trainer))[1], needs)
 
     def calibrate(self, kept: Sequence[int]) -> float | None:
         """Return the held-out loss of the network with only these blocks, without recovery; None if not finite."""
@@ -173,13 +193,7 @@ class ResultCache:
                 figures[name] = found[0].values["recovered"] if found else None
             return figures
 
-        key = {
-            **{f"training {k}": v for k, v in self.training.items()},
-            **self.measuring,
-            **stage_key(self.recovery, Decisive(trainer, but=("batch_size",))),
-            "patience": trainer.max_skipped,  # decides what has diverged
-            "kept": list(entry.kept),
-        }
+        key = self._key_of_recovery(entry.kept, trainer)
         what = f"{entry.method or 'random subset'}, seed {entry.seed}: recovering"
         figures = self._cached("healing", key, what, work, needs=list(figures_of.values()))
         metrics = {column: figures[new if new in figures else old] for column, (new, old) in figures_of.items()}
@@ -196,8 +210,6 @@ class ResultCache:
     ) -> dict[str, Any]:
         """Return a cached result, or compute it in a folder of its own, where checkpoints survive a kill.
 
-        A result that was begun or finished under its old key keeps that name.
-
         Args:
             kind: first part of the file name.
             key: everything that decides the content.
@@ -205,31 +217,50 @@ class ResultCache:
             work: computes it.
             needs: pairs of names; if neither of a pair is in the file, it is computed again.
         """
-        folder, depth = self.folder / RESULT_CACHE, len(self.task.blocks)
-
-        def named() -> str:
-            new, old = (f"{kind}-{digest(k)[:24]}" for k in (key, then(key)))
-            there = (name for name in (new, old) if (folder / f"{name}.json").exists() or (folder / name).exists())
-            return next(there, new)
-
-        name = on_main_process(named)  # the others may describe it otherwise
+        folder = self.folder / RESULT_CACHE
+        name, before = on_main_process(lambda: self._known(kind, key))  # the others may describe it otherwise
         path, scratch = folder / f"{name}.json", RunFolder(folder / name)
-        before = on_main_process(lambda: read_cached(kind, path, depth) if path.exists() else {})
         made: dict[str, Any] = {}
-        if not before or any(before.keys().isdisjoint(names) for names in needs):
+        if _misses(before, needs):
             self.progress.tell(what)
             if self.main:  # for those who watch
-                now = {"part": name, "what": what, "done": self.progress.done, "total": self.progress.total}
-                write_json(folder / NOW, now)
+                part, where = ("", scratch.path) if self.helps else (name, folder)
+                now = {"part": part, "what": what, "done": self.progress.done, "total": self.progress.total}
+                write_json(where / NOW, now)
             made = work(scratch)
 
         def keep() -> dict[str, Any]:
             if made:
                 write_json(path, {**before, **made, "of": dict(key)})
             shutil.rmtree(scratch.path, ignore_errors=True)
-            return {name: value for name, value in read_cached(kind, path, depth).items() if name != "of"}
+            return {name: value for name, value in self._read(kind, path).items() if name != "of"}
 
         return on_main_process(keep)
+
+    def _known(self, kind: str, key: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+        """The name of a result, that of its old key if it was begun so, and its content, if there is any."""
+        folder = self.folder / RESULT_CACHE
+        new, old = (f"{kind}-{digest(k)[:24]}" for k in (key, then(key)))
+        there = (name for name in (new, old) if (folder / f"{name}.json").exists() or (folder / name).exists())
+        path = folder / f"{(name := next(there, new))}.json"
+        return name, self._read(kind, path) if path.exists() else {}
+
+    def _read(self, kind: str, path: Path) -> dict[str, Any]:
+        return read_cached(kind, path, len(self.task.blocks))
+
+    def _choice(self, selector: Selector, seed: int) -> tuple[Trainer, dict[str, Any]]:
+        """The trainer of a candidate's choice, and all that decides it."""
+        trainer = replace(self.trainer, seed=seed)
+        return trainer, {**self.training, **stage_key(selector, selector.decisive(trainer)), **selector.inputs()}
+
+    def _key_of_recovery(self, kept: Sequence[int], trainer: Trainer) -> dict[str, Any]:
+        return {
+            **{f"training {k}": v for k, v in self.training.items()},
+            **self.measuring,
+            **stage_key(self.recovery, Decisive(trainer, but=("batch_size",))),
+            "patience": trainer.max_skipped,  # decides what has diverged
+            "kept": list(kept),
+        }
 
     def _decision(self, kept: Sequence[int]) -> Decision:
         """Without groups, so that taps, and with them the recovery, follow from the kept blocks alone."""
@@ -240,29 +271,10 @@ class ResultCache:
         return _finite(self.held_out(self.task, {"model": model}, self.trainer)[0].values["model"])
 
 
+def _misses(content: Mapping[str, Any], needs: Sequence[tuple[str, str]]) -> bool:
+    """Whether there is no content, or both names of something needed are missing in it."""
+    return not content or any(content.keys().isdisjoint(names) for names in needs)
+
+
 def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
-
-
-def read_cached(kind: str, path: Path, num_blocks: int) -> dict[str, Any]:
-    """Read the file of a result.
-
-    Args:
-        kind: a key of `NEEDED`.
-        path: the file.
-        num_blocks: how many blocks the network has.
-
-    Raises:
-        UserError: it is damaged.
-    """
-    content: dict[str, Any] = dict(read_as(path, CachedResult, AGAIN))
-    if missing := [name for name in NEEDED[kind] if name not in content]:
-        raise UserError(f"{path}: {missing[0]!r} is missing; {AGAIN}")
-    for name in content.keys() - CachedResult.__annotations__.keys():  # metrics, by the hash of how they were measured
-        shaped(content[name], float | None, f"{path}: {name!r}", AGAIN)  # type: ignore[arg-type]  # a type all the same
-    kept, scores, blocks = content.get("kept"), content.get("scores"), range(num_blocks)
-    if kind == "decision" and not (kept and kept == sorted(set(kept)) and set(kept) <= set(blocks)):
-        raise UserError(f"{path}: 'kept' is {kept!r:.60}; expected some of 0 to {num_blocks - 1}, ascending; {AGAIN}")
-    if scores is not None and len(scores) != num_blocks:
-        raise UserError(f"{path}: 'scores' has {len(scores)}; expected one for each of {num_blocks} blocks; {AGAIN}")
-    return content

@@ -9,14 +9,28 @@ from typing import Any, Literal, NotRequired, Self, TypedDict
 
 from ..errors import UserError
 from ..evaluation import DISTANCE
-from ..parsing.records import read_as
+from ..parsing.records import read_as, shaped
 from ..runtime.files import write_json
 from ..samplers.demands import Budget, budget_text
 
 FORMAT_VERSION = 1
 AGAIN = "delete it and give the command again, which computes nothing twice"
+ANEW = "delete it to compute that again"
 FILE_NAMES = {"entries": "trials", "recovered": "healed", DISTANCE: "frechet"}
 """Attributes and metrics whose names in files differ."""
+NEEDED = {"decision": ("kept", "scores", "seconds", "evaluations"), "calibration": ("loss",), "healing": ("loss",)}
+"""What a result of each kind has for certain."""
+
+
+class CachedResult(TypedDict):
+    """A result, of whichever kind, and what decides it."""
+
+    of: dict[str, Any]
+    kept: NotRequired[list[int]]
+    scores: NotRequired[list[float | None] | None]
+    seconds: NotRequired[float]
+    evaluations: NotRequired[int]
+    loss: NotRequired[float | None]
 
 
 class _Trial(TypedDict):
@@ -195,3 +209,27 @@ def from_files(data: Mapping[str, Any]) -> dict[str, Any]:
 
 def _tuples(value: Any) -> Any:
     return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+
+
+def read_cached(kind: str, path: Path, num_blocks: int) -> dict[str, Any]:
+    """Read the file of a result.
+
+    Args:
+        kind: a key of `NEEDED`.
+        path: the file.
+        num_blocks: how many blocks the network has.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    content: dict[str, Any] = dict(read_as(path, CachedResult, ANEW))
+    if missing := [name for name in NEEDED[kind] if name not in content]:
+        raise UserError(f"{path}: {missing[0]!r} is missing; {ANEW}")
+    for name in content.keys() - CachedResult.__annotations__.keys():  # metrics, by the hash of how they were measured
+        shaped(content[name], float | None, f"{path}: {name!r}", ANEW)  # type: ignore[arg-type]  # a type all the same
+    kept, scores, blocks = content.get("kept"), content.get("scores"), range(num_blocks)
+    if kind == "decision" and not (kept and kept == sorted(set(kept)) and set(kept) <= set(blocks)):
+        raise UserError(f"{path}: 'kept' is {kept!r:.60}; expected some of 0 to {num_blocks - 1}, ascending; {ANEW}")
+    if scores is not None and len(scores) != num_blocks:
+        raise UserError(f"{path}: 'scores' has {len(scores)}; expected one for each of {num_blocks} blocks; {ANEW}")
+    return content

@@ -6,7 +6,7 @@ Finished results are never computed again (see `cache.py`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ from ..protocols.task import Task
 from ..runtime.distributed import on_main_process
 from ..runtime.files import FORMERLY, write_json
 from ..runtime.locking import check_free, owned
+from ..runtime.progress import Tracker, track
 from ..runtime.run_folder import COMPARISON, COMPARISON_RESULTS, NOW, RESULT_CACHE, RUN_RECORD, RunFolder, is_comparison
 from ..runtime.seeding import generator
 from ..samplers.compiled import compile_constraints
@@ -29,7 +30,7 @@ from ..selection.budget import CostBudget, measure, save_costs
 from ..selection.costs import NetworkCosts
 from ..training.recover import Recover
 from ..training.trainer import Trainer
-from .cache import ResultCache
+from .cache import Elsewhere, ResultCache
 from .candidates import Candidates, line_up
 from .results import AGAIN, ComparisonResults, Entry, Viewed
 from .statistics import RANDOM
@@ -99,6 +100,7 @@ class Comparison(Settings):
         run_dir: Path | str,
         search: Selector | None = None,
         evaluate: Sequence[Metric] = (),
+        elsewhere: Elsewhere | None = None,
     ) -> ComparisonResults:
         """Compute the results that are missing, and return all.
 
@@ -110,6 +112,8 @@ class Comparison(Settings):
             search: without candidates: the search to compare every criterion with.
             evaluate: a `HeldOutLoss` with options of its own and, for `compare`, further metrics of the candidates; of
                 a metric with several measurements the first is used (see `Metric.column`).
+            elsewhere: lets other processes compute results, which they keep in the same folder (see `worker`). By
+                default this process does, or all of those that were started together.
 
         Raises:
             UserError: candidates do not fit the network or differ in their budget (all of them are named); one cannot
@@ -118,9 +122,7 @@ class Comparison(Settings):
         """
         folder = RunFolder(run_dir)
         self._check_folder(folder)
-        costs: dict[str, NetworkCosts] = {}
-        if budgets := self.cost_budgets(search):
-            costs = on_main_process(lambda: measure(budgets, task, trainer, folder.path))
+        costs = self._costs(search, task, trainer, folder)
         candidates = self.candidates_for(search, task.blocks, costs)
         selectors = candidates.selectors
         seeds = tuple(trainer.seed + i for i in range(self.seeds))
@@ -139,15 +141,16 @@ class Comparison(Settings):
             on_main_process(take)
             on_main_process(lambda: save_costs(costs, task, trainer, folder.path))
             progress = stack.enter_context(trainer.track(self.view, work))
-            held_out = next((m for m in evaluate if isinstance(m, HeldOutLoss)), HeldOutLoss())
-            cache = ResultCache(
-                task, self.recovery(recover), trainer, folder, progress, held_out, self._columns(evaluate)
-            )
+            cache = self._cache(task, recover, trainer, folder, progress, evaluate)
             teacher = cache.calibrate(range(len(task.blocks)))
-            decided = [cache.decide(name, s, seed) for seed in seeds for name, s in selectors.items()]
+            choices = [Entry(name, seed, ()) for seed in seeds for name in selectors]
+            cache.hand_out(elsewhere, choices, selectors)
+            decided = [cache.decide(e.method, selectors[e.method], e.seed) for e in choices]
             for entry in decided:
                 if problem := candidates.outside(entry.kept, task.blocks):
                     raise UserError(f"{self.view}: with seed {entry.seed} {entry.method} keeps {problem}")
+            masks = [Entry("", seed, kept) for seed in seeds[:num_seeds] for kept in subsets]
+            cache.hand_out(elsewhere, [*masks, *decided], selectors)
             results = ComparisonResults(
                 view=self.view,
                 blocks=tuple(task.blocks),
@@ -158,12 +161,59 @@ class Comparison(Settings):
                 teacher=teacher,
                 learned=tuple(name for name, s in selectors.items() if s.learned() is not None),
                 entries=cache.recover(decided, full=True),
-                masks=cache.recover([Entry("", seed, kept) for seed in seeds[:num_seeds] for kept in subsets]),
+                masks=cache.recover(masks),
                 left_out=candidates.left_out,
-                note=f"draws for each of {len(task.held_out)} held-out samples: {held_out.draws}",
+                note=f"draws for each of {len(task.held_out)} held-out samples: {cache.held_out.draws}",
             )
             on_main_process(lambda: results.save(folder / COMPARISON_RESULTS))
         return results
+
+    def worker(
+        self,
+        task: Task,
+        recover: Recover,
+        trainer: Trainer,
+        run_dir: Path | str,
+        search: Selector | None = None,
+        evaluate: Sequence[Metric] = (),
+    ) -> Callable[[Entry], None]:
+        """Return what computes a result for another process, with the arguments of its call.
+
+        It takes an entry as `elsewhere` hands it out: without blocks they are chosen, otherwise it is recovered.
+        """
+        folder = RunFolder(run_dir)
+        candidates = self.candidates_for(search, task.blocks, self._costs(search, task, trainer, folder))
+        with track(self.view, 0, main=False) as unseen:
+            cache = self._cache(task, recover, trainer, folder, unseen, evaluate, helps=True)
+
+        def compute(entry: Entry) -> None:
+            if entry.kept:
+                cache.recover([entry], full=entry.method != "")
+            else:
+                cache.decide(entry.method, candidates.selectors[entry.method], entry.seed)
+
+        return compute
+
+    def _cache(
+        self,
+        task: Task,
+        recover: Recover,
+        trainer: Trainer,
+        folder: RunFolder,
+        progress: Tracker,
+        evaluate: Sequence[Metric],
+        helps: bool = False,
+    ) -> ResultCache:
+        held_out = next((m for m in evaluate if isinstance(m, HeldOutLoss)), HeldOutLoss())
+        columns = self._columns(evaluate)
+        return ResultCache(task, self.recovery(recover), trainer, folder, progress, held_out, columns, helps)
+
+    def _costs(
+        self, search: Selector | None, task: Task, trainer: Trainer, folder: RunFolder
+    ) -> dict[str, NetworkCosts]:
+        """What the network costs, by name of the budgets; as it was measured before, if it was."""
+        budgets = self.cost_budgets(search)
+        return on_main_process(lambda: measure(budgets, task, trainer, folder.path)) if budgets else {}
 
     def _check_folder(self, folder: RunFolder) -> None:
         """Raise UserError if the folder holds something that this would overwrite."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 from pathlib import Path
 
 from ..comparison.figures import draw_choices, draw_kept, draw_scatter
-from ..comparison.results import ComparisonResults
+from ..comparison.results import ComparisonResults, Entry
 from ..comparison.statistics import Summary, guides, reference, summaries
 from ..comparison.study import Audit, Compare, Comparison
 from ..comparison.tables import table_csv, tables, trials_csv
@@ -15,16 +17,19 @@ from ..errors import UserError, about_a_recipe
 from ..evaluation.evaluate import check_teacher
 from ..parsing.records import read_text
 from ..reporting.page import Figures, Picture, render_page
-from ..runtime.distributed import on_main_process
+from ..runtime.distributed import on_main_process, rank_and_world_size
 from ..runtime.files import write_text
 from ..runtime.run_folder import COMPARISON_RESULTS
+from ..runtime.workers.base import Workers
 from .planning.plan import make_comparison_plan
-from .recipe import Recipe
+from .recipe import Recipe, load_recipe
 from .run import keep_what_is_loaded, make_task
 
 
 @about_a_recipe()
-def compare_recipe(recipe: Recipe, view: str, run_dir: Path | str, command: str = "") -> tuple[ComparisonResults, Path]:
+def compare_recipe(
+    recipe: Recipe, view: str, run_dir: Path | str, command: str = "", workers: Workers | None = None
+) -> tuple[ComparisonResults, Path]:
     """Run a recipe's `compare` or `audit` section, resuming what is there.
 
     Args:
@@ -32,29 +37,75 @@ def compare_recipe(recipe: Recipe, view: str, run_dir: Path | str, command: str 
         view: the section to run; without it its defaults are used.
         run_dir: where results are kept and the report is written.
         command: what the user typed, for the record.
+        workers: compute the results instead of this process, which waits for them.
 
     Returns:
         The results, and the path of the report.
 
     Raises:
-        UserError: the plan has problems, or candidates do not fit or differ in their budget.
+        UserError: the plan has problems, candidates do not fit or differ in their budget, or workers were given to
+            several processes.
         Interrupted: a signal arrived; the same call resumes.
     """
-    stage: Comparison = recipe.compare or Compare() if view == "compare" else recipe.audit or Audit()
+    stage = _stage(recipe, view)
     plan = make_comparison_plan(recipe, stage)
     if plan.problems or plan.missing:
         raise UserError("\n".join(plan.problems + plan.missing))
     assert recipe.recover is not None  # else the plan has a problem
+    if workers is not None and rank_and_world_size()[1] > 1:
+        raise UserError("--workers starts processes of its own: start the command once, without torchrun or accelerate")
     task = make_task(recipe)
     check_teacher(task, recipe.trainer)
     keep_what_is_loaded()
-    results = stage(task, recipe.recover, recipe.trainer, run_dir, recipe.search, recipe.evaluate)
+
+    def elsewhere(entries: Sequence[Entry]) -> Iterator[Entry]:
+        assert workers is not None
+        folder = Path(run_dir).resolve()
+        recipe.save(folder)  # the workers read it
+        yield from workers.run(partial(compute, str(folder), view, str(Path.cwd())), entries, folder / "workers")
+
+    results = stage(
+        task,
+        recipe.recover,
+        recipe.trainer,
+        run_dir,
+        recipe.search,
+        recipe.evaluate,
+        elsewhere if workers is not None else None,
+    )
 
     def keep() -> Path:
         recipe.save(Path(run_dir))
         return write_comparison(run_dir, command)
 
     return results, on_main_process(keep)
+
+
+@about_a_recipe()
+def compute(run_dir: str, view: str, working_folder: str, entry: Entry) -> None:
+    """Compute one result of a comparison, as a worker.
+
+    Args:
+        run_dir: the comparison's folder, which has the recipe.
+        view: the section of the recipe.
+        working_folder: relative paths in the recipe begin here.
+        entry: which result; see `Comparison.worker`.
+    """
+    os.chdir(working_folder)
+    _worker(run_dir, view)(entry)
+
+
+@cache
+def _worker(run_dir: str, view: str) -> Callable[[Entry], None]:
+    """What computes results; made once in a process."""
+    recipe = load_recipe(Path(run_dir) / "recipe.yaml")
+    assert recipe.recover is not None  # else the comparison would not have begun
+    stage, task = _stage(recipe, view), make_task(recipe)
+    return stage.worker(task, recipe.recover, recipe.trainer, run_dir, recipe.search, recipe.evaluate)
+
+
+def _stage(recipe: Recipe, view: str) -> Comparison:
+    return recipe.compare or Compare() if view == "compare" else recipe.audit or Audit()
 
 
 def write_comparison(run_dir: Path | str, command: str = "") -> Path:

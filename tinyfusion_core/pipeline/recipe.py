@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,17 @@ class Recipe:
         write_text(folder / "recipe.yaml", dump_yaml(dict(self.settings)))
         for file in self.plugins:
             write_atomic(folder / file.name, lambda out, file=file: out.write(file.content))  # type: ignore[misc]
+
+    def with_horizon(self, stage: Stage, horizon: int) -> Recipe:
+        """Return the recipe with another `horizon` of one of its recoveries."""
+        settings = copy.deepcopy(dict(self.settings))
+        (settings["rounds"][stage.round] if stage.round else settings)["recover"]["horizon"] = horizon
+        how = replace(stage.settings, horizon=horizon)
+        if not stage.round:
+            return replace(self, settings=settings, recover=how)
+        rounds = self.each_round()
+        rounds[stage.round] = replace(rounds[stage.round], recover=how)
+        return replace(self, settings=settings, rounds=rounds)
 
     def each_round(self) -> dict[str, Round]:
         """Return the rounds by name; a single search is one round with an empty name."""

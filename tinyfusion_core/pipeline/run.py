@@ -35,27 +35,32 @@ from ..selection.base import Selector
 from ..selection.search import Search
 from ..training.recover import Recover
 from ..training.teacher_cache.samples import open_cache, size_of
-from ..training.teacher_cache.settings import TeacherCache
 from ..training.teacher_cache.writing import write_cache
+from .planning.cached_teacher import cache_of
 from .planning.plan import make_plan
 from .recipe import Recipe
-from .resume_check import check_resume, stage_keys, take_run_folder
+from .resuming.check import Asked, check_resume, extended, take_run_folder
+from .resuming.fingerprint import stage_keys
 from .slices import shallower
 
 
 @about_a_recipe()
 def run_recipe(
-    recipe: Recipe, run_dir: Path | str, command: str = "tinyfusion run", restart_from: str | None = None
+    recipe: Recipe,
+    run_dir: Path | str,
+    command: str = "tinyfusion run",
+    restart_from: str | None = None,
+    *,
+    extend: bool = False,
 ) -> Path:
-    """Run a recipe, resuming what is there.
-
-    With several processes all of them train and evaluate, and only the main one writes and reports.
+    """Run a recipe, resuming what is there. All processes train and evaluate, and the main one writes and reports.
 
     Args:
         recipe: the recipe.
         run_dir: the run folder. Stages that finished there with the same settings are not run again.
         command: what the user typed, for messages that say how to resume.
         restart_from: delete this stage and the later ones first.
+        extend: go on with a recovery that is to have more steps than it had, as though it had never stopped.
 
     Returns:
         The path of the report.
@@ -64,9 +69,10 @@ def run_recipe(
         UserError: the plan has problems, or the folder holds a run with other settings, or what is no run.
         Interrupted: a signal arrived; the same command resumes.
     """
-    folder = RunFolder(run_dir)
+    folder, asked = RunFolder(run_dir), Asked(command, restart_from, extend)
     _ = recipe.trainer.accelerator  # from here on the processes know of each other
-    task = on_every_rank(lambda: _prepared(recipe, folder, command, restart_from))
+    recipe = on_every_rank(lambda: extended(recipe, folder)) if extend else recipe
+    task = on_every_rank(lambda: _prepared(recipe, folder, asked))
     if _to_be_searched(recipe, folder):
         check_teacher(task, recipe.trainer)
     keep_what_is_loaded()
@@ -74,7 +80,7 @@ def run_recipe(
 
         def take() -> None:
             stack.enter_context(owned(folder.path, RUN))
-            take_run_folder(recipe, folder, command, restart_from)
+            take_run_folder(recipe, folder, asked)
 
         on_main_process(take)
         run = _Run(recipe, task, folder)
@@ -85,7 +91,7 @@ def run_recipe(
 
 
 def cache_teacher(recipe: Recipe) -> str:
-    """Write the teacher's predictions that the recipe's recovery learns from, or what is missing of them.
+    """Write what is missing of the teacher's predictions that the recipe's recovery learns from.
 
     Returns:
         The folder, and how much is in it, in words.
@@ -105,12 +111,6 @@ def cache_teacher(recipe: Recipe) -> str:
     return f"{cache.folder}: {size_of(made, Path(cache.folder))}"
 
 
-def cache_of(stage: Stage) -> TeacherCache | None:
-    """Return the cache that a stage learns from; None if it has none."""
-    how = stage.settings
-    return how.kd.cache if isinstance(how, Recover) and how.kd is not None else None
-
-
 def keep_what_is_loaded() -> None:
     """Leave what is imported and loaded by now out of later garbage collections.
 
@@ -121,7 +121,7 @@ def keep_what_is_loaded() -> None:
     gc.freeze()
 
 
-def _prepared(recipe: Recipe, folder: RunFolder, command: str, restart_from: str | None) -> Task:
+def _prepared(recipe: Recipe, folder: RunFolder, asked: Asked) -> Task:
     """Check everything that can be wrong, before anything is written."""
     plan = make_plan(recipe)
     if plan.problems or plan.missing:
@@ -131,15 +131,15 @@ def _prepared(recipe: Recipe, folder: RunFolder, command: str, restart_from: str
             recipe.trainer.with_batch_size(training.batch_size).split(recipe.trainer.accelerator.num_processes)
             if isinstance(training, Recover):
                 training.check_trainer(recipe.trainer)
-    check_resume(recipe, folder, command, restart_from)
+    check_resume(recipe, folder, asked)
     task = make_task(recipe)
     if recipe.train is None:
         _ = task.teacher  # a wrong checkpoint
-    for stage in recipe.stages():
-        if (cache := cache_of(stage)) is not None:
-            open_cache(cache, task)
-        if isinstance(how := stage.settings, Recover) and how.start is not None and recipe.train is None:
-            how.start.check(task)
+        trainings = [how for stage in recipe.stages() for how in _trainings(stage) if isinstance(how, Recover)]
+        for start in {repr(how.start): how.start for how in trainings if how.start}.values():
+            start.check(task)
+    for cache in filter(None, map(cache_of, recipe.stages())):
+        open_cache(cache, task)
     return task
 
 
@@ -225,7 +225,8 @@ class _Run:
             start = time.monotonic()
             result = work.run(stage)
             spent = time.monotonic() - start
-            on_main_process(lambda: folder.finish(stage.name, self.keys[stage.key], folder.spent(spent, stage.name)))
+            spent, keep = folder.spent(spent, stage.name), stage.name == RECOVER and self.recipe.trainer.keep_state
+            on_main_process(lambda: folder.finish(stage.name, self.keys[stage.key], spent, keep))
         work.use(stage, result)
 
     def _train(self, stage: Stage) -> nn.Module:

@@ -23,6 +23,7 @@ from typing_extensions import override
 from ..errors import UserError
 from ..protocols.blocks.batch import BatchDim
 from ..protocols.blocks.call import Call, in_the_form_of, is_plain, items_of, not_the_batch, positional_names
+from ..protocols.blocks.rows import Rows, moved, split_rows
 from ..protocols.blocks.streams import FIRST, Streams, Unneeded, streams_of
 from ..protocols.undisturbed import replaced_forward
 
@@ -74,7 +75,7 @@ class Gates:
         self._mask: Tensor | None = None
         self._weights: Tensor | None = None
         self.recall: Recall | None = None
-        self._rows: list[tuple[Tensor, ...]] = []
+        self._rows: Sequence[Rows] = []
         self._forms: dict[tuple[int, Hashable], Any] = {}
         self._open = ExitStack()
 
@@ -112,10 +113,8 @@ class Gates:
             if not bool(((hard == 0) | (hard == 1)).all()):
                 raise ValueError("mask must hold zeros and ones only")
             used = torch.ones_like(hard) if weights is None else weights.cpu()
-            self._rows = [
-                tuple(rows.to(mask.device) for rows in _split(*columns))
-                for columns in zip(hard.unbind(1), used.unbind(1), strict=True)
-            ]
+            rows = [split_rows(*columns) for columns in zip(hard.unbind(1), used.unbind(1), strict=True)]
+            self._rows = moved(rows, mask.device)
         self._mask, self._weights = mask, weights
 
     def __enter__(self) -> Gates:
@@ -230,17 +229,6 @@ class Gates:
             raise UserError(f"block '{self.blocks[j]}' returns a {kind}; gating takes a tensor, a tuple or a mapping")
         dropped = self._unneeded - self._carried[j].keys()
         return {i: None if i in dropped else item for i, item in items.items()}
-
-
-def _split(mask: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """For one block: the kept rows, the rows to run with the graph, and the other rows whose values are needed.
-
-    Attention code cannot take zero samples, and every parameter needs a gradient on every process: if nothing is
-    kept, the first dropped row is run with the graph.
-    """
-    kept, dropped = mask.nonzero().flatten(), (mask == 0).nonzero().flatten()
-    run, rest = (kept, dropped) if len(kept) else (dropped[:1], dropped[1:])
-    return kept, run, rest[weight[rest] > 0]
 
 
 class _Merge(torch.autograd.Function):

@@ -50,7 +50,7 @@ def write_report(folder: RunFolder, exhibits: Sequence[Figures] = ()) -> Path:
         command=record.get("command", ""),
         recipe=read_text(folder / "recipe.yaml"),
         brand="tinyfusion",
-        facts=_facts(folder, decisions),
+        facts=_facts(folder, decisions, record),
         verdict=verdict(decisions, measurements(folder)),
         strips=strips,
         numbered=any(confidence for rows in strips.values() for row in rows for _, confidence in row.groups),
@@ -131,7 +131,7 @@ def _draw_training(folder: RunFolder) -> list[Figures]:
     return [Figures("Training", caption, list(map(Picture, paths)))]
 
 
-def _facts(folder: RunFolder, decisions: Mapping[str, Decision]) -> list[str]:
+def _facts(folder: RunFolder, decisions: Mapping[str, Decision], record: RunRecord) -> list[str]:
     """The summary of a run under its title."""
     stages = dict(folder.finished())
     for name in filter(None, decisions):
@@ -141,6 +141,8 @@ def _facts(folder: RunFolder, decisions: Mapping[str, Decision]) -> list[str]:
     facts = []
     if stages:
         facts.append(f"{duration(total)} in all ({times})")
+    for stage, ends in record.get("extended", {}).items():
+        facts.append(f"{stage.replace('.', ' ')} extended after {' and '.join(f'{steps:,}' for steps in ends)} steps")
     return facts + faults_of(folder)
 
 

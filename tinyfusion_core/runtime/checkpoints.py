@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from ..errors import UserError
 from ..parsing.records import read_as
@@ -14,14 +14,24 @@ from .files import sha256, write_atomic, write_json
 MANIFEST = "manifest.json"
 
 
-class _Checkpoint(TypedDict):
+class Saved(TypedDict):
+    """What the manifest says of a checkpoint.
+
+    Attributes:
+        file: its file in the folder.
+        step: optimizer updates done.
+        sha256: of the file.
+        finished: whether the training had stopped by then, before its last step or at it.
+    """
+
     file: str
     step: int
     sha256: str
+    finished: NotRequired[bool]
 
 
 class _Manifest(TypedDict):
-    checkpoints: list[_Checkpoint]
+    checkpoints: list[Saved]
 
 
 class Checkpoints:
@@ -57,13 +67,23 @@ class Checkpoints:
         write_atomic(file, lambda target: torch.save(dict(state), target))
         # Later steps are there when the newest checkpoint was damaged: they have been made again.
         before = [entry for entry in self._entries() if entry["step"] < step]
-        newest = _Checkpoint(file=file.name, step=step, sha256=sha256(file))
-        entries = [*before, newest][-keep:]
+        newest = Saved(file=file.name, step=step, sha256=sha256(file), finished=bool(state.get("finished")))
+        self._keep([*before, newest][-keep:])
+        return file
+
+    def last(self) -> Saved | None:
+        """Return what the manifest says of the newest checkpoint, whose file may be damaged; None if there is none."""
+        return next(reversed(self._entries()), None)
+
+    def keep_last(self) -> None:
+        """Delete all but the newest."""
+        self._keep(self._entries()[-1:])
+
+    def _keep(self, entries: Sequence[Saved]) -> None:
         write_json(self.path / MANIFEST, {"format_version": 1, "checkpoints": entries})
         for other in self.path.iterdir():
             if other.is_file() and other.name not in (MANIFEST, *(entry["file"] for entry in entries)):
                 other.unlink()
-        return file
 
     def newest(self) -> str | None:
         """Return the file name of the newest undamaged checkpoint, or None if none was saved.
@@ -105,7 +125,7 @@ class Checkpoints:
             raise UserError(f"{self.path / name}: no checkpoint; delete {self.path} to begin the stage again") from e
         return state
 
-    def _entries(self) -> list[_Checkpoint]:
+    def _entries(self) -> list[Saved]:
         manifest, fix = self.path / MANIFEST, f"delete {self.path} to begin the stage again"
         if not manifest.exists():
             return []

@@ -36,34 +36,18 @@ class RunRecord(TypedDict):
 
     settings: dict[str, Any]
     command: NotRequired[str]
+    extended: NotRequired[dict[str, list[int]]]
     versions: NotRequired[dict[str, str]]
     hardware: NotRequired[dict[str, Any]]
-
-
-class Now(TypedDict):
-    """What a comparison or a stage of several parts is computing, as `now.json` has it.
-
-    Attributes:
-        part: the folder beside the file that it is logged in; empty: the run's own log.
-        what: what it is.
-        done: how much of all is done.
-        total: how much there is.
-        steps: steps of what is logged meanwhile.
-    """
-
-    part: str
-    what: str
-    done: int
-    total: int
-    steps: NotRequired[int | None]
 
 
 class RunFolder:
     """The folder of one run.
 
     It holds `recipe.yaml` (resolved), `metrics.jsonl` (one line per logged step), `decision.json`, `student/`,
-    `metrics.json` (final metrics), `report.html`, `figures/`, and `checkpoints/` while a stage runs. With progressive
-    pruning it contains one such folder for each round, with the results of that round's search and recovery.
+    `metrics.json` (final metrics), `report.html`, `figures/`, and `checkpoints/`: those of the stage that runs, and the
+    last one of a recovery. With progressive pruning it contains one such folder for each round, with the results of
+    that round's search and recovery.
 
     Args:
         path: the folder.
@@ -192,21 +176,29 @@ class RunFolder:
         """
         return read_as(self / RUN_RECORD, RunRecord, "restore it, or take another run folder")
 
-    def finish(self, stage: str, key: str, seconds: float) -> None:
+    def finish(self, stage: str, key: str, seconds: float, keep_state: bool = False) -> None:
         """Record a stage as finished and delete its checkpoints.
 
         Args:
             stage: name of the stage.
             key: hash of everything that decides its result.
             seconds: time it took.
+            keep_state: keep the last checkpoint, if there is one, from which the stage can be extended.
         """
         write_json(self / "stages.json", {**self.finished(), stage: {"key": key, "seconds": round(seconds, 1)}})
-        self.drop_checkpoints(stage)
+        if keep_state and self.checkpoints(stage).last() is not None:
+            self.checkpoints(stage).keep_last()
+        else:
+            self.drop_checkpoints(stage)
+
+    def reopen(self, stage: str) -> None:
+        """Take back that a stage has finished; what it left stays."""
+        if stage in (finished := self.finished()):
+            write_json(self / "stages.json", {k: v for k, v in finished.items() if k != stage})
 
     def restart(self, stage: str, exhibits: Collection[str] = ()) -> None:
         """Delete a stage's record, log and results, files of these names included, so that it runs again."""
-        if stage in (finished := self.finished()):
-            write_json(self / "stages.json", {k: v for k, v in finished.items() if k != stage})
+        self.reopen(stage)
         for name in (*OUTPUTS[stage], *exhibits):
             if (self / name).is_dir():
                 shutil.rmtree(self / name)

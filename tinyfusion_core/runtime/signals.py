@@ -12,6 +12,7 @@ from types import FrameType
 
 from ..errors import Interrupted
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 FORWARDED = 2.0
 """Seconds within which a repeated signal counts as the same one: launchers forward what they received."""
 
@@ -52,6 +53,16 @@ def stop_requests() -> Iterator[list[int]]:
 
 
 @contextmanager
+def handlers_kept() -> Iterator[None]:
+    """Put back, at the end, the handlers that a library replaces meanwhile; outside the main thread it cannot."""
+    before = {signum: signal.getsignal(signum) for signum in SIGNALS}
+    yield
+    if threading.current_thread() is threading.main_thread():
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+@contextmanager
 def _on_signal(act: Callable[[int], None]) -> Iterator[None]:
     """Call `act` on SIGINT and SIGTERM; does nothing outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
@@ -65,7 +76,7 @@ def _on_signal(act: Callable[[int], None]) -> Iterator[None]:
             last = time.monotonic()
             act(signum)
 
-    before = {signum: signal.signal(signum, handle) for signum in (signal.SIGINT, signal.SIGTERM)}
+    before = {signum: signal.signal(signum, handle) for signum in SIGNALS}
     try:
         yield
     finally:

@@ -41,6 +41,11 @@ class Stage:
         return f"{self.round}.{self.name}" if self.round else self.name
 
     @property
+    def section(self) -> str:
+        """Its section of a recipe: `search`, or `rounds.d14.search`."""
+        return f"rounds.{self.key}" if self.round else self.key
+
+    @property
     def title(self) -> str:
         """The name shown to users: `search`, or `d14 search`."""
         return self.key.replace(".", " ")
@@ -65,6 +70,24 @@ class Finished(TypedDict):
 
     key: str
     seconds: float
+
+
+class Now(TypedDict):
+    """What a comparison or a stage of several parts is computing, as `now.json` has it.
+
+    Attributes:
+        part: the folder beside the file that it is logged in; empty: the run's own log.
+        what: what it is.
+        done: how much of all is done.
+        total: how much there is.
+        steps: steps of what is logged meanwhile.
+    """
+
+    part: str
+    what: str
+    done: int
+    total: int
+    steps: NotRequired[int | None]
 
 
 class LogLine(TypedDict):

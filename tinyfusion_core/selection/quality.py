@@ -14,10 +14,12 @@ from typing_extensions import override
 from ..errors import UserError, require
 from ..protocols.task import Task
 from ..pruning.decision import Decision, provenance
+from ..runtime.files import NEUTRAL
 from ..runtime.run_folder import RunFolder
 from ..runtime.seeding import generator
 from ..samplers.constraints import Rules
 from ..training.recover import Recover
+from ..training.starts.base import Start
 from ..training.trainer import Trainer
 from ..training.validation import parse_loss
 from .base import FOLLOWS, Selector, prepared
@@ -48,6 +50,7 @@ class Shallowest(Selector):
         sure: how probable a depth must be within the loss.
         protect: indices of blocks that must be kept.
         constraints: further rules for masks.
+        start: what the short recoveries begin with. Default the recipe's `recover.start`, or nothing.
     """
 
     loss: str | float
@@ -59,6 +62,7 @@ class Shallowest(Selector):
     sure: float = 0.5
     protect: Sequence[int] = field(default_factory=tuple)
     constraints: Rules | None = None
+    start: Start | None = field(default=None, metadata={FOLLOWS: "start", NEUTRAL: None})
 
     def __post_init__(self) -> None:
         require(0 < self.sure < 1, "search.sure", self.sure, "a probability between 0 and 1")
@@ -79,7 +83,7 @@ class Shallowest(Selector):
         """The race at one depth."""
         of: dict[str, Any] = {"keep": keep, "protect": self.protect, "constraints": self.constraints}
         criteria = [criterion(**of) for criterion in CRITERIA]
-        of |= {"lr": self.lr, "batch_size": self.batch_size, "samples": self.samples}
+        of |= {"lr": self.lr, "batch_size": self.batch_size, "samples": self.samples, "start": self.start}
         return Race(**of, steps=steps, rounds=2, proposers=criteria)
 
     def depths(self, blocks: Sequence[str]) -> list[int]:

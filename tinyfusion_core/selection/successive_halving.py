@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
@@ -15,11 +15,13 @@ from ..errors import Diverged, UserError, require
 from ..protocols.task import Task
 from ..pruning.decision import Decision
 from ..pruning.prune import prune
+from ..runtime.files import NEUTRAL
 from ..runtime.run_folder import RunFolder
 from ..samplers.demands import Budget, Spending
 from ..training.recover import Recover
+from ..training.starts.base import Start
 from ..training.trainer import Trainer
-from .base import Selector, prepared
+from .base import FOLLOWS, Selector, prepared
 from .budget import CostBudget
 from .costs import NetworkCosts
 from .criteria.calibration import Calibration
@@ -43,6 +45,7 @@ class Finals(Selector):
         lr: learning rate of the recovery.
         batch_size: samples per update; default the trainer's.
         samples: training samples on which a recovered network is judged.
+        start: what the first round begins with. Default the recipe's `recover.start`, or nothing.
     """
 
     search: Search
@@ -52,6 +55,7 @@ class Finals(Selector):
     lr: float = 1e-3
     batch_size: int | None = None
     samples: int = 256
+    start: Start | None = field(default=None, metadata={FOLLOWS: "start", NEUTRAL: None})
 
     def __post_init__(self) -> None:
         for name in ("masks", "steps", "samples"):
@@ -61,8 +65,9 @@ class Finals(Selector):
 
     @property
     def recovery(self) -> Recover:
-        """The recovery of a finalist in each round."""
-        return Recover(steps=self.steps, batch_size=self.batch_size, lr=self.lr, schedule="constant", ema=0.0)
+        """The recovery of a finalist in the first round; the others go on from there."""
+        how = Recover(steps=self.steps, batch_size=self.batch_size, lr=self.lr, schedule="constant", ema=0.0)
+        return replace(how, start=self.start)
 
     @override
     def inputs(self) -> dict[str, str]:
@@ -119,7 +124,8 @@ class Finals(Selector):
             with quiet.track(f"finals, round {number}", len(students)) as progress:
                 for kept, student in students.items():
                     part = None if run is None else run.part("search", f"finals {number} of {folder_name(kept)}")
-                    losses[kept], looked_at = self._recover(task, student, quiet, part, number)
+                    made = replace(decision, kept=kept)
+                    losses[kept], looked_at = self._recover(task, student, made, quiet, part, number)
                     evaluations += looked_at
                     progress.advance()
             best = [kept for kept in sorted(losses, key=losses.__getitem__) if math.isfinite(losses[kept])]
@@ -144,12 +150,13 @@ class Finals(Selector):
         )
 
     def _recover(
-        self, task: Task, student: nn.Module, trainer: Trainer, part: RunFolder | None, number: int
+        self, task: Task, student: nn.Module, decision: Decision, trainer: Trainer, part: RunFolder | None, number: int
     ) -> tuple[float, int]:
         """Train a finalist further. Returns its loss, infinite if not finite, and the number of samples used."""
         recovered = Calibration(replace(task, model=student), trainer, self.samples, 64, "finals")
         try:
-            self.recovery(task, student, None, trainer, part, stage=f"finals {number}")
+            recovery = self.recovery if number == 1 else replace(self.recovery, start=None)
+            recovery(task, student, decision, trainer, part, stage=f"finals {number}")
             (loss,) = recovered.losses(torch.ones(1, len(recovered.task.blocks)))
         except Diverged:
             loss = math.inf

@@ -19,7 +19,7 @@ from ..protocols.task import Task
 from ..pruning.decision import Decision
 from ..pruning.gating import Gates
 from ..runtime.seeding import Rng
-from .distillation import Distilled
+from .distilling.distilled import Distilled
 from .objective import Objective
 from .teacher_cache.settings import PREFIX
 

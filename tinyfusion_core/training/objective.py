@@ -156,15 +156,17 @@ class Optimization:
     Args:
         groups: parameter groups; each has its own `lr` and may have its own `weight_decay`.
         steps: optimizer updates.
+        horizon: updates that schedules are laid out over, beyond which they stay as they end; None: all.
         schedule: factor on every learning rate, as a function of the progress from 0 to 1.
         optimizer: makes the optimizer of the groups.
-        scheduler: makes what sets the learning rates in place of `schedule`, of the optimizer and the steps.
+        scheduler: makes what sets the learning rates in place of `schedule`, of the optimizer and the horizon.
         clip: largest norm of the gradient over all groups.
         ema: average to keep.
     """
 
     groups: Sequence[Mapping[str, Any]]
     steps: int
+    horizon: int | None = None
     schedule: Callable[[float], float] = lambda progress: 1.0
     optimizer: MakeOptimizer = _adamw
     scheduler: MakeScheduler | None = None
@@ -185,14 +187,14 @@ class Optimization:
             group["base_lr"] = group["lr"]
         if self.scheduler is None:
             return made, None
-        scheduler = self.scheduler(made, self.steps)
+        scheduler = self.scheduler(made, self.horizon or self.steps)
         fits = isinstance(scheduler, LRScheduler) and not isinstance(scheduler, ReduceLROnPlateau)
         _check_made("scheduler", scheduler, fits, "an LRScheduler of torch that goes by the step alone")
         return made, scheduler
 
     def progress(self, step: int) -> float:
-        """Return the progress of a step: 0 for the first, 1 for the last."""
-        return step / max(1, self.steps - 1)
+        """Return the progress of a step: 0 for the first, 1 for the last of the horizon and all after it."""
+        return min(1.0, step / max(1, (self.horizon or self.steps) - 1))
 
 
 def _check_made(factory: str, made: object, fits: bool, expected: str) -> None:
@@ -239,22 +241,22 @@ def warmed(schedule: Callable[[float], float], steps: int, warmup: float) -> Cal
     return factor if num else schedule
 
 
-def ema_decay(stage: str, steps: int, given: float | None = None) -> float:
+def ema_decay(stage: str, steps: int, given: float | None = None, horizon: int | None = None) -> float:
     """Return the decay of a stage's average: by default over about a tenth of its steps, 0.999 for 10,000.
 
     Args:
-        stage: name of the stage, for a warning if the given average reaches further back than the stage is long.
+        stage: name of the stage, for a warning if the average reaches further back than the stage is long.
         steps: optimizer updates of the stage.
         given: the decay in its settings.
+        horizon: the steps that the default is of; None: all.
     """
-    if given is None:
-        return max(0.0, 1 - 10 / steps)
-    if (reach := 1 / (1 - given)) > steps:
+    decay = max(0.0, 1 - 10 / (horizon or steps)) if given is None else given
+    if (reach := 1 / (1 - decay)) > steps:
         warnings.warn(
             worded(
-                f"{stage}.ema: {given} averages over the last {reach:,.0f} steps, and there are {steps:,}: the result "
-                "lags behind; leave it out"
+                f"{stage}.ema: {decay:.9g} averages over the last {reach:,.0f} steps, and there are {steps:,}: the "
+                f"result lags behind; {'leave it out' if horizon is None else 'give a smaller one'}"
             ),
             stacklevel=2,
         )
-    return given
+    return decay

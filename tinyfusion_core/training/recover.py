@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -12,7 +13,6 @@ from torch import nn
 
 from ..errors import UserError, require
 from ..parsing.settings import Settings, check_arguments
-from ..protocols.data import Samples
 from ..protocols.task import Task
 from ..protocols.undisturbed import evaluating
 from ..pruning.decision import Decision
@@ -22,7 +22,8 @@ from ..runtime.files import NEUTRAL
 from ..runtime.run_folder import RunFolder
 from ..runtime.seeding import seed_of
 from .depths import at_every_depth
-from .distillation import Distilled, OutputKD
+from .distillation import OutputKD
+from .distilling.distilled import Distilled
 from .loop import Fit
 from .objective import (
     Ema,
@@ -39,17 +40,10 @@ from .objective import (
     warmed,
 )
 from .starts.base import Start
+from .starts.fresh import check_fresh
+from .steps.optimizers import NamedOptimizer
 from .trainer import Trainer
-from .validation import Validation, Validator, mean_loss, training_samples
-
-NOT_FRESH = {
-    "kd": "has no teacher to learn from; distillation goes with recover",
-    "update": "has to learn every weight; leave it out",
-    "gap_lr": "has no gaps; leave it out",
-    "depths": "has no order in which its blocks would go; leave it out",
-    "start": "begins with random weights; leave it out",
-}
-"""Options for a pruned network, and why another cannot have them."""
+from .validation import Validation, training_samples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +51,7 @@ class Recover(Settings):
     """Fine-tune with the task's own loss, or with a distillation loss.
 
     Args:
-        kd: distillation from the teacher: `OutputKD` or `MaskedKD`; null is plain fine-tuning.
+        kd: distillation from the teacher: `OutputKD`, `MaskedKD` or others; null is plain fine-tuning.
         steps: optimizer updates.
         batch_size: samples per update; default the trainer's.
         lr: learning rate at the start.
@@ -75,7 +69,11 @@ class Recover(Settings):
             every weight.
         depths: smaller numbers of blocks at which the student is to work too, each with some of the next one's: every
             step also trains the shallowest and one of the others. `tinyfusion slice` writes them.
-        start: what changes the weights before: `Refit` makes up for each gap in closed form. With it `steps` may be 0.
+        start: what makes up for gaps before the first step: `Refit` or `Fuse`. With it `steps` may be 0.
+        horizon: updates that the schedule, the warm-up and the default of `ema` are laid out over; those after them
+            are as the last of these. Default: `steps`. `tinyfusion run --extend` sets it to the steps there were.
+        optimizer: what moves the weights: a class of `torch.optim`, as `Muon`, or `class_path` and `init_args`; default
+            AdamW. One of matrices alone gets those of the blocks, and AdamW the rest.
     """
 
     kd: OutputKD | None = None
@@ -93,11 +91,14 @@ class Recover(Settings):
     update: WeightUpdate | None = field(default=None, metadata={NEUTRAL: None})
     depths: Sequence[int] = field(default=(), metadata={NEUTRAL: []})
     start: Start | None = field(default=None, metadata={NEUTRAL: None})
+    horizon: int | None = field(default=None, metadata={NEUTRAL: None})
+    optimizer: str | dict[str, Any] | None = field(default=None, metadata={NEUTRAL: None})
 
     def __post_init__(self) -> None:
         stage = "(of recover or train)"
         some = self.steps >= (0 if self.start else 1)
         require(some, f"steps {stage}", self.steps, "at least 1, or 0 with start; null leaves the stage out")
+        require(self.horizon is None or self.horizon >= 1, f"horizon {stage}", self.horizon, "at least 1 step, or null")
         require(self.batch_size is None or self.batch_size >= 1, f"batch_size {stage}", self.batch_size, "at least 1")
         require(self.lr > 0, f"lr {stage}", self.lr, "a rate above 0")
         require(self.ema is None or 0 <= self.ema < 1, f"ema {stage}", self.ema, "a decay from 0 to below 1")
@@ -111,29 +112,21 @@ class Recover(Settings):
         require(self.weight_decay >= 0, f"weight_decay {stage}", self.weight_decay, "0 or more")
         falls = self.schedule != "cosine" or 0 <= self.lr_final <= self.lr
         require(falls, f"lr_final {stage}", self.lr_final, f"a rate from 0 to lr, which is {self.lr}")
+        if self.optimizer is not None:
+            NamedOptimizer(self.optimizer)
 
     def with_steps(self, steps: int) -> Recover:
-        """Return this recovery with another number of steps; its average, if any, gets the default decay for them."""
-        return replace(self, steps=steps, ema=None if self.ema else self.ema)
-
-    def check_fresh(self) -> None:
-        """Check that a fresh network can be trained this way.
-
-        Raises:
-            UserError: these settings are for a pruned network.
-        """
-        for name, why in NOT_FRESH.items():
-            if (value := getattr(self, name)) and value != 1:
-                raise UserError(f"train.{name}: a fresh network {why}")
-        if self.validation is not None and self.validation.relative:
-            raise UserError("train.validation.until: a fresh network has no teacher; give a loss")
+        """Return this recovery laid out over another number of steps, for which an average gets the default decay."""
+        return replace(self, steps=steps, horizon=None, ema=None if self.ema else self.ema)
 
     def check_trainer(self, trainer: Trainer) -> None:
         """Check that these settings go with a trainer.
 
         Raises:
-            UserError: sharded networks are to be judged, or trained at several depths.
+            UserError: sharded networks are to be judged, trained at several depths, or by whole matrices.
         """
+        if self.optimizer and trainer.shards() and not NamedOptimizer(self.optimizer).goes_by_element():
+            raise UserError("recover.optimizer: sees whole matrices, which trainer.sharding: fsdp cuts; take ddp")
         for key in ("validation", "depths"):
             if getattr(self, key) and trainer.shards():
                 raise UserError(f"recover.{key}: does not go with trainer.sharding: fsdp; take ddp, or leave it out")
@@ -177,9 +170,9 @@ class Recover(Settings):
             stage: name of the stage, used in random streams and log lines.
             loss_fn: (student, teacher, inputs) -> losses, (batch,), in the place of `kd`. The inputs are what the
                 task's loss prepares; the teacher is in eval mode, and nothing of it is trained.
-            optimizer: parameter groups, with `lr` and `weight_decay` -> the optimizer; default AdamW. Its learning
-                rates are those at the start of the schedule.
-            scheduler: (optimizer, steps) -> what sets the learning rates after every update, in the place of
+            optimizer: parameter groups, with `lr` and `weight_decay` -> the optimizer, in the place of the one that the
+                settings name. Its learning rates are those at the start of the schedule.
+            scheduler: (optimizer, `horizon`) -> what sets the learning rates after every update, in the place of
                 `schedule`, `lr_final` and `warmup`.
 
         Returns:
@@ -198,7 +191,8 @@ class Recover(Settings):
         self.check_trainer(trainer)
         trainer.to_device(student).train()
         if self.start is not None and decision is not None:
-            self.start(task, student, decision, trainer, stage)
+            data, _, _ = training_samples(task, trainer, self.validation, None)  # not on those that will judge
+            self.start(replace(task, train=data, model=task.teacher), student, decision, trainer, stage)
         if self.steps == 0:
             return student.eval()
         with ExitStack() as stack:
@@ -213,6 +207,9 @@ class Recover(Settings):
             near_gaps = [objective.blocks[i] for i in near]
             groups = parameter_groups(weights, near_gaps, self.lr, self.gap_lr, self.weight_decay)
             made_by = {name: own[name] for name in ("optimizer", "scheduler") if own[name] is not None}
+            if self.optimizer is not None and optimizer is None:
+                inside = [p for block in objective.blocks for p in block.parameters()]
+                made_by["optimizer"] = partial(NamedOptimizer(self.optimizer), inside=inside)
             self._fit(task, student, decision, trainer, run, stage, objective, {"groups": groups, **made_by})
         return student.eval()
 
@@ -225,7 +222,7 @@ class Recover(Settings):
         if loss_fn is not None and self.depths:
             raise UserError("loss_fn returns losses, and at several depths predictions are compared; leave depths out")
         if decision is None:
-            self.check_fresh()
+            check_fresh(self)
             return
         decision.check_fits(task.blocks, "the task's network")
         if (depth := len(task.backbone.unit_paths(student))) != len(decision.kept):
@@ -245,12 +242,10 @@ class Recover(Settings):
         """Train the student, by what the optimization takes; its weights become their average, if there is one."""
         cache = self.kd.cache if self.kd else None
         data, prepare, apart = training_samples(task, trainer, self.validation, cache)
-        decay = ema_decay(stage, self.steps, self.ema)
+        decay = ema_decay(stage, self.steps, self.ema, self.horizon)
         ema = Ema(student, decay) if decay else None
         averaged = ema.average.module if ema else None  # copied before the blocks' forward is taken over
-        schedule = cosine(self.lr_final / self.lr) if self.schedule == "cosine" else lambda progress: 1.0
-        schedule = warmed(schedule, self.steps, self.warmup)
-        optimization = Optimization(steps=self.steps, schedule=schedule, clip=self.clip, ema=ema, **optimizing)
+        optimization = self._optimization(ema, optimizing)
         frozen = objective.frozen_modules()
         # Of several depths what the gates enclose: inside of what is recomputed no mask may change.
         own = [student.get_submodule(p) for p in task.backbone.unit_paths(student)] if self.depths else objective.blocks
@@ -259,23 +254,20 @@ class Recover(Settings):
         with evaluating(*(n for n, _ in frozen)), trainer.transformed(blocks), several as objective:
             for network, _ in frozen:
                 network.requires_grad_(False)  # until it has left its evaluation
-            validator = self._validator(task, averaged or student, apart, trainer)
+            validator = None
+            if self.validation is not None and apart is not None:
+                validator = self.validation.validator(averaged or student, task, apart, trainer)
             Fit(trainer, stage, objective, data, prepare, optimization, run, validator).run()
         if validator is not None:
             validator.load_best(student)
         elif averaged is not None:
             student.load_state_dict(averaged.state_dict())
 
-    def _validator(self, task: Task, model: nn.Module, apart: Samples | None, trainer: Trainer) -> Validator | None:
-        """What judges the training, on the samples that were set apart; None if nothing does."""
-        if self.validation is None or apart is None:
-            return None
-        teacher = 1.0
-        if self.validation.relative:
-            before = next(task.teacher.parameters()).device
-            teacher = mean_loss(task, trainer.to_device(task.teacher), apart, trainer)
-            task.teacher.to(before)
-        return Validator(self.validation, model, task, apart, trainer, self.validation.limit(teacher))
+    def _optimization(self, ema: Ema | None, optimizing: Mapping[str, Any]) -> Optimization:
+        schedule = cosine(self.lr_final / self.lr) if self.schedule == "cosine" else lambda progress: 1.0
+        schedule = warmed(schedule, self.horizon or self.steps, self.warmup)
+        settings = {"steps": self.steps, "horizon": self.horizon, "clip": self.clip, **optimizing}
+        return Optimization(schedule=schedule, ema=ema, **settings)
 
     def _objective(
         self,

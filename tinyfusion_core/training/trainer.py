@@ -29,6 +29,7 @@ NUMERICALLY_NEUTRAL = (
     "checkpoint_every",
     "checkpoint_minutes",
     "keep_checkpoints",
+    "keep_state",
     "max_skipped",
     "max_bad_samples",
     "micro_batch_size",
@@ -58,6 +59,8 @@ class Trainer(Settings):
         checkpoint_every: steps between two checkpoints.
         checkpoint_minutes: a checkpoint is also saved after this many minutes.
         keep_checkpoints: how many checkpoints of a stage are kept; if the newest is damaged, the one before it is used.
+        keep_state: keep the last checkpoint of a recovery that has ended, so that `tinyfusion run --extend` can go on.
+            With every weight in motion it is four times as large as the student.
         max_skipped: stop after this many steps in a row with a loss or gradient that is not finite.
         max_bad_samples: unreadable training samples that are tolerated, counted over a stage each time one is met; each
             is substituted by another, the same for any number of processes. One more stops the run.
@@ -84,6 +87,7 @@ class Trainer(Settings):
     checkpoint_every: int = 500
     checkpoint_minutes: float = 15.0
     keep_checkpoints: int = 2
+    keep_state: bool = True
     max_skipped: int = 10
     max_bad_samples: int = 0
     micro_batch_size: int | None = None

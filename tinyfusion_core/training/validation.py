@@ -61,6 +61,22 @@ class Validation(Settings):
         """
         return None if self.until is None else parse_loss(self.until, teacher, "until, validation (of recover)")
 
+    def validator(self, model: nn.Module, task: Task, samples: Samples, trainer: Trainer) -> Validator:
+        """Return what judges a training so. The teacher is judged first, if `until` is a multiple of its loss.
+
+        Args:
+            model: what is judged: the network in training, or the average of its weights.
+            task: the objective and the teacher.
+            samples: the samples that judge.
+            trainer: device, precision and seed.
+        """
+        teacher = 1.0
+        if self.relative:
+            before = next(task.teacher.parameters()).device
+            teacher = mean_loss(task, trainer.to_device(task.teacher), samples, trainer)
+            task.teacher.to(before)
+        return Validator(self, model, task, samples, trainer, self.limit(teacher))
+
 
 @dataclass
 class Validator:

@@ -154,6 +154,7 @@ def test_gates_and_search(name: str) -> None:
         task.loss.predict(model, lacking)
 
 
+@pytest.mark.slow
 def test_a_run_from_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     task, inputs = conditioned("Wan 2.1 from images")
     task, batch = taught(task, 9)

@@ -122,6 +122,7 @@ def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
     refused("x.npy: holds 'x'; expected text, mask, pooled", prompts=str(tmp_path / "x"))
 
 
+@pytest.mark.slow
 def test_from_pictures_and_captions_to_a_student(
     tiny_vae: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

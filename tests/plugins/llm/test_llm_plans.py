@@ -54,7 +54,7 @@ def test_operations_do_not_depend_on_the_dtype(family: str, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("family", "more"),
     [
-        ("mamba2", {**SPACE, "num_heads": 4, "head_dim": 16}),
+        pytest.param("mamba2", {**SPACE, "num_heads": 4, "head_dim": 16}, marks=pytest.mark.slow),
         pytest.param(
             "falcon_h1",
             {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4, "head_dim": 8},

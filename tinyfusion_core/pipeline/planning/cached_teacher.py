@@ -13,6 +13,7 @@ from ...pruning.decision import Decision
 from ...runtime.seeding import Rng
 from ...runtime.stages import Stage
 from ...training.distillation import OutputKD
+from ...training.recover import Recover
 from ...training.teacher_cache.samples import (
     check_of_recovery,
     check_whole,
@@ -20,7 +21,14 @@ from ...training.teacher_cache.samples import (
     settings_made_of,
     size_of,
 )
+from ...training.teacher_cache.settings import TeacherCache
 from ..recipe import Recipe
+
+
+def cache_of(stage: Stage) -> TeacherCache | None:
+    """Return the cache that a stage learns from; None if it has none."""
+    how = stage.settings
+    return how.kd.cache if isinstance(how, Recover) and how.kd is not None else None
 
 
 def cache_text(recipe: Recipe, stage: Stage, kd: OutputKD, decision: Decision) -> str:

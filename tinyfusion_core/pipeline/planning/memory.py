@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
-from ...errors import UserError, first_line
+from ...errors import first_line
 from ...protocols.backbone import Backbone, Batch
 from ...protocols.blocks.batch import BatchDim, named_batch_dims, probed_batch_dims
 from ...protocols.blocks.paths import list_lengths
@@ -28,12 +27,13 @@ from ...pruning.gating import Gates
 from ...pruning.weight_update import of_stage
 from ...runtime.seeding import Rng
 from ...selection.search import Search
-from ...training.distillation import Distilled
+from ...training.distilling.distilled import Distilled
 from ...training.recover import Recover
 from ...training.teacher_cache.settings import PREFIX
 from ...training.teacher_cache.writing import kept_of
 from ...training.trainer import Trainer
 from .activations import Saved, saved_by
+from .amounts import gigabytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +91,7 @@ class Needs:
         ema: the averaged copy.
         teacher: weights of the teacher.
         communication: DDP's buckets, or what FSDP has gathered at one time.
+        start: what is there at most while the start of a recovery works, before the rest is; its passes do not count.
         activations: saved activations; None if they cannot be counted.
         dense: for a search, the activations of the dense formula instead.
         rows: samples per forward pass and device.
@@ -103,6 +104,7 @@ class Needs:
     ema: int = 0
     teacher: int = 0
     communication: int = 0
+    start: int = 0
     activations: Saved | None = None
     dense: Saved | None = None
     rows: int = 1
@@ -111,7 +113,7 @@ class Needs:
     def total(self, checkpointing: bool) -> int:
         """Return the sum, without temporary buffers of kernels, fragmentation and the driver's context."""
         fixed = self.parameters + self.gradients + self.optimizer + self.ema + self.teacher + self.communication
-        return fixed + (_chosen(self.activations, checkpointing) if self.activations else 0)
+        return max(self.start, fixed + (_chosen(self.activations, checkpointing) if self.activations else 0))
 
     def describe(self, setup: Setup) -> str:
         """Return one line for the plan."""
@@ -129,6 +131,8 @@ class Needs:
             parts.append(
                 f"activations {gigabytes(_chosen(self.activations, setup.checkpointing))} ({', '.join(others)})"
             )
+        if self.start:
+            parts.append(f"before that its start, beside its passes up to {gigabytes(self.start)}")
         where = f"each of {setup.devices} devices ({setup.sharding})" if setup.devices > 1 else "1 device"
         total = gigabytes(self.total(setup.checkpointing))
         return f"{total} on {where}, {self.rows} samples at once: {', '.join(parts)}"
@@ -208,6 +212,10 @@ def training_needs(
         if recover.ema != 0:
             needs = replace(needs, ema=needs.parameters)
         forward: Callable[[], Any] = lambda: loss.losses(network, _fake(inputs, setup.rows)).mean()  # noqa: E731
+        if recover.start is not None and teacher is not None and decision is not None:
+            held = recover.start.planned(Task.without_data(backbone, loss, teacher), decision)[1]
+            both = (t for model in (student, teacher) for t in (*model.parameters(), *model.buffers()))
+            needs = replace(needs, start=_bytes(both) + held)
         if recover.kd is not None and teacher is not None and decision is not None:
             task, stored = Task.without_data(backbone, loss, _faked(teacher)), {}
             if (cache := recover.kd.cache) is not None:
@@ -229,26 +237,6 @@ def training_needs(
         share = 1 + (shallowest + max(others, default=0)) / len(backbone.unit_paths(student))
         activations = Saved(round(share * activations.whole), round(share * activations.checkpointed))
     return replace(needs, activations=activations, rows=setup.rows)
-
-
-def parse_bytes(text: str) -> float:
-    """Parse `24GB` or `40 GiB`.
-
-    Raises:
-        UserError: it is no amount, or has no unit.
-    """
-    units = {"MB": 1e6, "GB": 1e9, "TB": 1e12, "MiB": 2.0**20, "GiB": 2.0**30, "TiB": 2.0**40}
-    found = re.fullmatch(r"\s*([0-9]+\.?[0-9]*)\s*([A-Za-z]*)\s*", text)
-    if found is not None and not found[2]:
-        raise UserError(f"--memory: '{text}' lacks a unit; {found[1]}GB? (known: {', '.join(units)})")
-    if found is None or found[2] not in units or float(found[1]) <= 0:
-        raise UserError(f"--memory: '{text}' is no amount of memory; expected one as 24GB or 40GiB")
-    return float(found[1]) * units[found[2]]
-
-
-def gigabytes(size: float) -> str:
-    """Format bytes for people: `1.94 GB`, `23.1 MB`."""
-    return f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"
 
 
 def _spread(setup: Setup, model: nn.Module, blocks: Sequence[str]) -> Needs:

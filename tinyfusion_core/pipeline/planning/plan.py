@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -27,11 +28,13 @@ from ...selection.base import Selector, within
 from ...selection.budget import measure
 from ...selection.search import Search
 from ...training.recover import Recover
+from ...training.starts.fresh import check_fresh
 from ...training.teacher_cache.samples import read_metadata
 from ..recipe import Recipe
+from .amounts import gigabytes
 from .cached_teacher import cache_text, check_kept
 from .depths import depths_text
-from .memory import Needs, Setup, gigabytes, search_needs, training_needs
+from .memory import Needs, Setup, search_needs, training_needs
 from .wording import budget_text, num_rows, size_text, training_text
 
 
@@ -78,7 +81,8 @@ def make_plan(recipe: Recipe, comparisons: bool = False, hardware: Hardware | No
         hardware: also plan how much memory every stage needs on it, which takes seconds.
     """
     stages = [stage for stage in (recipe.compare, recipe.audit) if stage is not None and comparisons]
-    parts: list[Part] = [_network, _stages, _checkpoint, _data, _metrics, _trackers]
+    trackers: Part = lambda plan, recipe: check_trackers(recipe.trainer.trackers)  # noqa: E731
+    parts: list[Part] = [_network, _stages, _checkpoint, _data, _metrics, trackers]
     return _make(Plan(hardware), recipe, [*parts, *(partial(_comparison, s) for s in stages)])
 
 
@@ -178,17 +182,18 @@ def _search(plan: Plan, recipe: Recipe, stage: Stage, model: nn.Module) -> tuple
     if clients := recipe.backbone.clients(model, pruned, decision.kept):
         stay = f"if {word_for(blocks)} {', '.join(map(str, decision.kept))} stay: "
         plan.rows.append((f"{prefix}other tools", stay + describe_clients(clients)))
-    _choosing(plan, recipe, stage, selector, pruned)
-    return in_blocks(recipe.backbone, model, decision)[0], pruned
+    whole, _ = in_blocks(recipe.backbone, model, decision)
+    _choosing(plan, recipe, stage, selector, pruned, teacher=model, decision=whole)
+    return whole, pruned
 
 
-def _choosing(plan: Plan, recipe: Recipe, stage: Stage, selector: Selector, pruned: nn.Module) -> None:
-    """Plan the short recoveries of a selector, and what all of its trainings come to."""
+def _choosing(plan: Plan, recipe: Recipe, stage: Stage, selector: Selector, pruned: nn.Module, **of: Any) -> None:
+    """Plan the short recoveries of a selector, and what all of its trainings come to; `of` says how it was pruned."""
     prefix, blocks, trainings = _prefix(stage), recipe.backbone.unit_paths(recipe.on_meta), selector.trainings()
     for short in (part for part in trainings if isinstance(part, Recover)):
-        what, needed = f"{prefix}short recoveries", partial(training_needs, recipe.backbone, recipe.loss, pruned, short)
-        plan.rows.append((what, training_text(recipe, short)))
-        _memory(plan, recipe, what, short, needed)
+        what = f"{prefix}short recoveries"
+        plan.rows.append((what, training_text(recipe, short, **of)))
+        _memory(plan, recipe, what, short, partial(training_needs, recipe.backbone, recipe.loss, pruned, short, **of))
     if len(trainings) > 1:
         rows = sum(num_rows(recipe, blocks, part) for part in trainings)
         recovery = recipe.each_round()[stage.round].recover
@@ -201,12 +206,12 @@ def _train(
 ) -> None:
     """Plan the training of a pruned network, or, without a teacher, of a fresh one."""
     prefix, how = _prefix(stage), stage.settings
-    plan.rows.append((f"{prefix}{stage.name}", training_text(recipe, how)))
+    plan.rows.append((f"{prefix}{stage.name}", training_text(recipe, how, teacher, decision)))
     if how.kd is not None and decision is not None and (taps := how.kd.taps_for(decision)):
         table = ", ".join(f"{student} ↔ {teacher}" for student, teacher in taps)
         plan.rows.append((f"{prefix}taps", f"student ↔ teacher: {table}{_given(decision)}"))
     if decision is None:
-        how.check_fresh()
+        check_fresh(how)
     elif how.kd is not None and how.kd.cache is not None:
         plan.rows.append((f"{prefix}teacher cache", cache_text(recipe, stage, how.kd, decision)))
     with how.moving(model, recipe.backbone.block_paths(model), stage.key):
@@ -280,9 +285,8 @@ def _checkpoint(plan: Plan, recipe: Recipe) -> None:
 
 
 def _data(plan: Plan, recipe: Recipe) -> None:
-    train, held_out = recipe.data.train(), recipe.data.held_out()
-    counts = f"{len(train):,} to train on, {len(held_out):,} held out"
-    plan.rows.append(("data", f"{type(recipe.data).__name__}, {counts}"))
+    train, held_out, kind = recipe.data.train(), recipe.data.held_out(), type(recipe.data).__name__
+    plan.rows.append(("data", f"{kind}, {len(train):,} to train on, {len(held_out):,} held out"))
     columns = columns_of(recipe.backbone, recipe.on_meta, recipe.data.conditions)
     checked(train, columns, "training").__getitems__([0])
     if recipe.train is None:  # what a checkpoint was trained on; a fresh network learns from what there is
@@ -294,7 +298,3 @@ def _data(plan: Plan, recipe: Recipe) -> None:
 def _metrics(plan: Plan, recipe: Recipe) -> None:
     for metric in recipe.evaluate:
         _collect(plan, partial(metric.check, recipe.data))
-
-
-def _trackers(plan: Plan, recipe: Recipe) -> None:
-    check_trackers(recipe.trainer.trackers)

@@ -9,21 +9,38 @@ from torch import nn
 from ...evaluation.metrics import count_flops
 from ...protocols.backbone import config_of
 from ...protocols.blocks.paths import list_lengths
+from ...protocols.task import Task
+from ...pruning.decision import Decision
 from ...selection.search import Search
 from ...training.recover import Recover
+from ...training.steps.optimizers import NamedOptimizer
 from ..recipe import Recipe
 
 
-def training_text(recipe: Recipe, stage: Recover) -> str:
-    """Return the start, steps, samples, schedule, distillation and what moves."""
-    start = "" if stage.start is None else type(stage.start).__name__
+def training_text(recipe: Recipe, stage: Recover, teacher: nn.Module | None, decision: Decision | None) -> str:
+    """Return the start, steps, samples, schedule, distillation and what moves.
+
+    Args:
+        recipe: the recipe.
+        stage: the training.
+        teacher: the network that was pruned, on the meta device; None for a fresh one.
+        decision: a possible one, in whole blocks.
+
+    Raises:
+        UserError: the network cannot be started as the training says.
+    """
+    start = ""
+    if stage.start is not None and teacher is not None and decision is not None:
+        start, _ = stage.start.planned(Task.without_data(recipe.backbone, recipe.loss, teacher), decision)
     if stage.steps == 0:
         return f"{start}, and no training"
     kd = "" if stage.kd is None else f", {type(stage.kd).__name__}"
     kd += "" if stage.update is None else f", moves {type(stage.update).__name__}"
+    kd += "" if stage.optimizer is None else f", by {NamedOptimizer(stage.optimizer).cls.__name__}"
     judged = "" if stage.validation is None else f", judged every {stage.validation.every:,} steps"
+    over = "" if stage.horizon is None else f" over {stage.horizon:,} steps"
     begin = f"{start}, then " if start else ""
-    return f"{begin}{budget_text(recipe, stage)}, {stage.schedule} schedule from {stage.lr:g}{kd}{judged}"
+    return f"{begin}{budget_text(recipe, stage)}, {stage.schedule} schedule from {stage.lr:g}{over}{kd}{judged}"
 
 
 def size_text(recipe: Recipe, model: nn.Module) -> str:

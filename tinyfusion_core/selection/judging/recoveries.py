@@ -19,8 +19,8 @@ from ...pruning.decision import Decision
 from ...pruning.prune import prune
 from ...runtime.distributed import local_share, map_alone, on_main_process, rank_and_world_size
 from ...runtime.files import digest, save_tensors, write_json
-from ...runtime.run_folder import NOW, Now, RunFolder
-from ...runtime.stages import SEARCH
+from ...runtime.run_folder import NOW, RunFolder
+from ...runtime.stages import SEARCH, Now
 from ...training.recover import Recover
 from ...training.trainer import Trainer
 from ..criteria.calibration import Calibration
@@ -68,7 +68,7 @@ class ShortRecoveries:
         self.main = rank_and_world_size()[0] == 0
         self.quiet = self.trainer.quiet()
         rest, self.judged = set_apart(self.task.train, self.samples, self.trainer.seed, "race")
-        self.trained = replace(self.task, train=rest)
+        self.trained = replace(self.task, train=rest, model=self.task.teacher)
         if len(self.judged) < 2:
             found = len(self.task.train)
             raise UserError(f"search: a race needs at least 4 training samples, to judge on some; there are {found}")

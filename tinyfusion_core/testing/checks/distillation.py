@@ -7,7 +7,8 @@ from typing import Any
 
 from ...pruning.decision import Decision
 from ...pruning.prune import prune
-from ...training.distillation import Distilled, OutputKD
+from ...training.distillation import OutputKD
+from ...training.distilling.distilled import Distilled
 from ..assertions import expect, expect_same
 from ..small_network import changes, modes_of, small_task, values_of
 from ..subject import fixed_rng, made

@@ -23,6 +23,18 @@ class Start(Settings, ABC):
         """
         return
 
+    def planned(self, task: Task, decision: Decision) -> tuple[str, int]:
+        """Return what it does, in words, and how many bytes it holds beside student and teacher; by default its name.
+
+        Args:
+            task: the teacher, on the meta device, and its objective. It has no data.
+            decision: a possible one, in whole blocks.
+
+        Raises:
+            UserError: the network cannot be started this way.
+        """
+        return type(self).__name__, 0
+
     @abstractmethod
     def __call__(self, task: Task, student: nn.Module, decision: Decision, trainer: Trainer, stage: str) -> None:
         """Change a student in place: the values of its weights, and nothing else.

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from ...dataloading.order import order_of
 from ...errors import UserError, require
-from ...protocols.backbone import Batch
-from ...protocols.blocks.streams import Stream, streams_of
+from ...protocols.blocks.outputs import captured
+from ...protocols.blocks.streams import Stream
 from ...protocols.task import Task
 from ...protocols.undisturbed import evaluating
 from ...pruning.decision import Decision
@@ -25,8 +24,9 @@ from ...runtime.seeding import Rng
 from ..distillation import derive_taps
 from ..trainer import Trainer
 from .base import Start
-from .least_squares import LeastSquares
+from .least_squares import TOGETHER, LeastSquares
 from .output_layer import BlockCall, output_layers
+from .reaching import call_of, device_of, when_called
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ class Refit(Start):
     @override
     def check(self, task: Task) -> None:
         model, backbone = task.teacher, task.backbone
-        example = {name: t.to(_device(model)) for name, t in backbone.example(2).items()}
+        example = {name: t.to(device_of(model)) for name, t in backbone.example(2).items()}
         inputs = task.loss.prepare(example, Rng(0, "refit"))
         with torch.random.fork_rng(), torch.no_grad(), evaluating(model), ExitStack() as hooks:
             for path in backbone.block_paths(model):
@@ -66,18 +66,33 @@ class Refit(Start):
                 def look(call: BlockCall, path: str = path) -> None:
                     _layers_of(call.exact(), path)
 
-                hooks.callback(_when_called(task, model, path, look).remove)
+                hooks.callback(when_called(backbone, model, path, look).remove)
             task.loss.predict(model, inputs)
 
     @override
+    def planned(self, task: Task, decision: Decision) -> tuple[str, int]:
+        paths = task.backbone.block_paths(task.teacher)
+        inputs = task.loss.prepare(task.backbone.example(1), Rng(0, "plan"))
+        on_meta = {name: t.to("meta") for name, t in inputs.items()}
+        unknown = suppress(NotImplementedError)  # an operation without a meta kernel
+        with torch.no_grad(), captured(task.teacher, paths, task.backbone.streams) as outputs, unknown:
+            task.loss.predict(task.teacher, on_meta)
+        held = [0]
+        for widths in ([t.shape[-1] + 1 for t in streams] for streams in outputs if streams):
+            # As under gates: a matrix for each sample, twice when they are solved, and those that are solved together.
+            solved = max(min(w**3, max(TOGETHER, w**2)) for w in widths)
+            held.append(sum(2 * self.samples * w**2 for w in widths) + 3 * solved)
+        return f"Refit to {self.samples:,} samples", 8 * max(held)  # in double precision
+
+    @override
     def __call__(self, task: Task, student: nn.Module, decision: Decision, trainer: Trainer, stage: str) -> None:
-        backbone, teacher, before = task.backbone, task.teacher, _device(task.teacher)
+        backbone, teacher, before = task.backbone, task.teacher, device_of(task.teacher)
         whole, _ = in_blocks(backbone, teacher, decision)
         taps = derive_taps(whole if backbone.units else replace(whole, choices=()))  # one at the end of every gap
         ours, theirs = backbone.block_paths(student), backbone.block_paths(teacher)
         num = min(self.samples, len(task.train))
         order, parts = order_of(task.train, trainer.seed, f"{stage} refit", num), batches(num, self.batch_size)
-        teacher.to(_device(student))
+        teacher.to(device_of(student))
         with (
             torch.random.fork_rng(),
             torch.no_grad(),
@@ -89,10 +104,12 @@ class Refit(Start):
                 fits: dict[str, LeastSquares] = {}
                 for rows in parts:
                     batch = task.train.__getitems__([order[i] for i in rows])
-                    on_device = {name: t.to(_device(student)) for name, t in batch.items()}
+                    on_device = {name: t.to(device_of(student)) for name, t in batch.items()}
                     rng = Rng(trainer.seed, f"{stage} refit", first=rows.start, strata=num)
                     inputs = task.loss.prepare(on_device, rng)
-                    wanted, call = _call(task, teacher, theirs[end], inputs), _call(task, student, ours[own], inputs)
+                    run = partial(task.loss.predict, inputs=inputs)
+                    wanted = call_of(backbone, teacher, theirs[end], partial(run, teacher))
+                    call = call_of(backbone, student, ours[own], partial(run, student))
                     exact = call.exact()
                     layers = layers or _layers_of(exact, ours[own])
                     for layer, streams in layers.items():
@@ -103,37 +120,6 @@ class Refit(Start):
                 for layer, fit in fits.items():
                     _follow(_linear(student, f"{ours[own]}.{layer}"), fit.solve(self.ridge))
         teacher.to(before)
-
-
-class _Reached(Exception):
-    """Ends a forward pass at the block that was asked for."""
-
-
-def _call(task: Task, model: nn.Module, path: str, inputs: Batch) -> BlockCall:
-    """The call of a block on these inputs; what comes behind it is not run."""
-    found: list[BlockCall] = []
-
-    def keep(call: BlockCall) -> None:
-        found.append(call)
-        raise _Reached
-
-    hook = _when_called(task, model, path, keep)
-    try:
-        with suppress(_Reached):
-            task.loss.predict(model, inputs)
-    finally:
-        hook.remove()
-    return found[0]
-
-
-def _when_called(task: Task, model: nn.Module, path: str, do: Callable[[BlockCall], None]) -> RemovableHandle:
-    """Do something with a block's call when it has been called."""
-    streams = streams_of(task.backbone.streams, path)
-
-    def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        do(BlockCall(block, args, kwargs, output, streams))
-
-    return model.get_submodule(path).register_forward_hook(hook, with_kwargs=True)
 
 
 def _layers_of(call: BlockCall, path: str) -> dict[str, Sequence[Stream]]:
@@ -171,7 +157,3 @@ def _linear(block: nn.Module, path: str) -> nn.Linear:
     layer = block.get_submodule(path)
     assert isinstance(layer, nn.Linear)
     return layer
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device

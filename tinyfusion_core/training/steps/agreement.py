@@ -23,13 +23,16 @@ def fingerprint(tensors: Iterable[Tensor]) -> Tensor:
         tensors: of any shape, dtype and device.
 
     Returns:
-        (3,) whole numbers below 65536, float32 on the CPU.
+        (3,) whole numbers below 65536, float32 on the device of the first tensor: nothing waits for it.
     """
-    total = 0
+    total: Tensor | None = None
     for position, t in enumerate(tensors, 1):
         bits = t.detach().contiguous().view(_BITS[t.element_size()])
-        total += position * int(bits.sum(dtype=torch.int64))
-    return torch.tensor([float(total >> shift & 0xFFFF) for shift in (0, 16, 32)])
+        part = position * bits.sum(dtype=torch.int64)  # wraps around, which leaves the lower bits as they are
+        total = part if total is None else total + part.to(total.device)
+    if total is None:
+        return torch.zeros(3)
+    return torch.stack([total >> shift & 0xFFFF for shift in (0, 16, 32)]).float()
 
 
 def check_ranks_agree(accelerator: Accelerator, tensors: Iterable[Tensor], what: str) -> None:

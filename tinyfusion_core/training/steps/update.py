@@ -14,6 +14,7 @@ from ...protocols.backbone import Batch
 from ...runtime.seeding import Rng, seed_forward, seed_of
 from ..objective import Objective, Optimization
 from ..trainer import Trainer
+from .optimizers import Joined
 
 if TYPE_CHECKING:
     from ..fsdp import ShardedNetworks
@@ -76,7 +77,7 @@ class Update:
 
     Attributes:
         scheduler: what sets the learning rates, if it is not the schedule.
-        made_with: the names of the optimizer's class and the scheduler's.
+        made_with: the names of the classes of the optimizers and the scheduler.
         rates: the learning rates of the step.
     """
 
@@ -96,7 +97,8 @@ class Update:
         groups = [{**group, "params": present(group["params"])} for group in optimization.groups if group["params"]]
         self.parameters = [p for group in groups for p in group["params"]]
         accelerator, (made, self.scheduler) = trainer.accelerator, optimization.make(groups)
-        self.made_with = [type(part).__name__ for part in (made, self.scheduler) if part is not None]
+        optimizers = made.parts if isinstance(made, Joined) else [made]
+        self.made_with = [type(part).__name__ for part in (*optimizers, self.scheduler) if part is not None]
         self.optimizer = accelerator.prepare_optimizer(made, device_placement=False)
         # In accelerate's evaluation mode a module is not wrapped in DDP.
         self._module = accelerator.prepare_model(

@@ -1,0 +1,1 @@
+"""Whether a run may begin or go on in a folder."""

@@ -1,0 +1,1 @@
+"""What distillation compares, and what it minimises."""

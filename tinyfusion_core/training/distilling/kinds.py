@@ -1,0 +1,61 @@
+"""Distillation by what tokens have in common, and by which of them are strong."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from typing_extensions import override
+
+from ...errors import UserError
+from ..distillation import FeatureKD
+from .losses import attention_loss, relation_loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class RelationalKD(FeatureKD):
+    """Also match how alike the tokens of a sample are to each other behind the teacher's blocks.
+
+    The feature loss is the mean over taps of the mean squared difference of cosines between tokens, seen from their
+    mean (after arXiv:1907.09682, with the tokens of a sample in the place of the samples of a batch). So it does not
+    depend on how a batch is divided. It takes a square of the tokens for each sample and tap.
+
+    Args:
+        alpha_kd: weight of the distance to the teacher's prediction, as the objective defines it, or two.
+        alpha_gt: weight of the training loss, or two.
+        cache: the teacher's predictions, written beforehand; its `blocks` must hold those that the taps name.
+        beta: weight of the feature loss at the first and at the last step, linear in between.
+        taps: pairs of (student block, teacher block), counted from 0; by default derived from the decision.
+    """
+
+    beta: tuple[float, float] = (1.0, 0.0)
+
+    @override
+    def compare(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
+        if student[0, ..., 0].numel() < 2:
+            raise UserError(
+                "recover.kd: RelationalKD compares the tokens of a sample, and here each has one; take MaskedKD"
+            )
+        return {"feature": relation_loss(student, teacher)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionKD(FeatureKD):
+    """Also match which tokens are strong behind the teacher's blocks: attention transfer.
+
+    The feature loss is the mean over taps of the squared distance between maps of squared activations, one number for
+    each token, divided by their norm (arXiv:1612.03928, activation-based).
+
+    Args:
+        alpha_kd: weight of the distance to the teacher's prediction, as the objective defines it, or two.
+        alpha_gt: weight of the training loss, or two.
+        cache: the teacher's predictions, written beforehand; its `blocks` must hold those that the taps name.
+        beta: weight of the feature loss at the first and at the last step, linear in between.
+        taps: pairs of (student block, teacher block), counted from 0; by default derived from the decision.
+    """
+
+    beta: tuple[float, float] = (1.0, 0.0)
+
+    @override
+    def compare(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
+        return {"feature": attention_loss(student, teacher)}
