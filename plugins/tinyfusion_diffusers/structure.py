@@ -65,6 +65,9 @@ def streams_by_list(config: Mapping[str, Any], named: Mapping[str, Sequence[str]
     streams = {}
     for path, told in found.items():
         blocks = [model.get_submodule(f"{path}.{i}") for i in told.free]
+        takes = inspect.signature(blocks[0].forward).parameters
+        for name in (name for name in named.get(path, ()) if name not in takes):
+            raise UserError(f"backbone.lists: the blocks in '{path}' take no '{name}'{nearest(name, list(takes))}")
         kinds = {streams_in(named[path]) if named.get(path) else streams_of_block(block) for block in blocks}
         if len(kinds) > 1:
             raise UserError(

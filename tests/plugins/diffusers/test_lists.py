@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -103,6 +104,8 @@ def test_lists_that_are_not_there_are_refused() -> None:
     )
     with pytest.raises(tiny.UserError, match="no list of modules 'block'; did you mean 'blocks'"):
         _ = wrong.streams
+    with pytest.raises(tiny.UserError, match="the blocks in 'blocks' take no 'hidden'; did you mean 'hidden_states'"):
+        _ = replace(wrong, lists={"blocks": ["hidden"]}).streams
 
 
 def test_a_list_that_cannot_be_shorter_is_not_left_out_in_silence() -> None:
