@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from marks import slow_but
 from pages import examples, text
 from places import ROOT
 from tinyfusion_core.registry import registry as plugins
@@ -35,7 +36,7 @@ def test_every_name_has_an_example(page: str) -> None:
             assert re.search(rf"\b{name}\b", shown), name
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", slow_but(PAGES, *(page for page in PAGES if page != "search")))
 @pytest.mark.filterwarnings("ignore:a search of")
 def test_examples_run_and_print_what_they_say(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -221,6 +221,7 @@ def test_a_student_recovers_and_is_loaded_as_it_was(kd: tiny.OutputKD | None, tm
     assert "16 → 9 branches" in (tmp_path / "student" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_of_two_rounds_in_branches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = {**RECIPE, "backbone": {"class_path": "DiT", "init_args": {"checkpoint": "digits", "units": [*UNITS]}}}
     recover = {"steps": 4, "kd": "MaskedKD"}

@@ -133,6 +133,7 @@ def test_flux_of_the_published_width() -> None:
     )
 
 
+@pytest.mark.slow
 def test_an_export_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     task, _ = make("SD3Transformer2DModel")
     task, batch = taught(task, 12)

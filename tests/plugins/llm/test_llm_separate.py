@@ -158,6 +158,7 @@ def test_others_are_not(family: str, dtype: torch.dtype) -> None:
     check_separate(randomised(settings(family), torch.Generator().manual_seed(0)).eval().to(dtype))
 
 
+@pytest.mark.slow
 def test_a_recipe_says_it_twice_and_is_told_when_it_does_not(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
