@@ -8,8 +8,6 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-import tempfile
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ import tinyfusion_core as tiny
 from diffusers_families import FAMILIES
 from diffusers_tasks import dense, relative
 from places import ROOT
+from sweeps import swept
 from tinyfusion_core.pipeline.planning.plan import make_plan
 from tinyfusion_core.protocols.data import Tensors
 from tinyfusion_core.protocols.loss import LossAdapter
@@ -355,17 +354,7 @@ def page(found: dict[str, Found]) -> str:
 
 def main() -> None:
     """Write the page, and name what is neither right nor refused."""
-    found: dict[str, Found] = {}
-    faults = []
-    for name in sys.argv[1:] or CLASSES:
-        with tempfile.TemporaryDirectory() as work, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                found[name] = examine(name, Path(work))
-                print(found[name].row(name), flush=True)
-            except Exception as e:
-                faults.append(f"{name}: {type(e).__name__}: {e}")
-                print(faults[-1], flush=True)
+    found, faults = swept(sys.argv[1:] or CLASSES, examine)
     if not sys.argv[1:]:
         PAGE.write_text(page(found))
     sys.exit("\n".join(faults) or None)

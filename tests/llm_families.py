@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import re
 import sys
-import tempfile
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 import tinyfusion_core as tiny
 from llm_toys import COMMON, EXPERTS, LATENT, TOKENS, decide, folder, logits, recipe_of, task_of
 from places import ROOT
+from sweeps import swept
 from tinyfusion_core.pipeline.planning.plan import make_plan
 from tinyfusion_core.pruning.gating import Gates
 from tinyfusion_core.samplers.constraints import Rules, build
@@ -289,18 +288,7 @@ def page(found: dict[str, Found]) -> str:
 
 def main() -> None:
     """Write the page, and name what is neither right nor refused."""
-    found: dict[str, Found] = {}
-    faults = []
-    for family in FAMILIES:
-        with tempfile.TemporaryDirectory() as work, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch.manual_seed(0)
-            try:
-                found[family] = examine(family, Path(work))
-                print(found[family].row(family), flush=True)
-            except Exception as e:
-                faults.append(f"{family}: {type(e).__name__}: {e}")
-                print(faults[-1], flush=True)
+    found, faults = swept(FAMILIES, examine)
     PAGE.write_text(page(found))
     sys.exit("\n".join(faults) or None)
 

@@ -29,7 +29,7 @@ def some_workers(text: str) -> Workers:
         if not all(len(pair) == 2 and pair[0] for pair in pairs):
             raise ArgumentTypeError(f"'{text}': after slurm:NUMBER come KEY=VALUE, separated by commas")
         return SlurmWorkers(_some(number), {key: load_yaml(value) for key, value in pairs})
-    if text == "auto" or kind == "ray" or (":" in text):
+    if text == "auto" or ":" in text:
         return RayWorkers(address=text)
     return RayWorkers(_some(text))
 

@@ -21,7 +21,8 @@ class RelationalKD(FeatureKD):
     depend on how a batch is divided. It takes a square of the tokens for each sample and tap.
 
     Args:
-        alpha_kd: weight of the distance to the teacher's prediction, as the objective defines it, or two.
+        alpha_kd: weight of the distance to the teacher's prediction, as the objective defines it; of a pair, the weight
+            at the first and at the last step, linear in between.
         alpha_gt: weight of the training loss, or two.
         cache: the teacher's predictions, written beforehand; its `blocks` must hold those that the taps name.
         beta: weight of the feature loss at the first and at the last step, linear in between.
@@ -47,7 +48,8 @@ class AttentionKD(FeatureKD):
     each token, divided by their norm (arXiv:1612.03928, activation-based).
 
     Args:
-        alpha_kd: weight of the distance to the teacher's prediction, as the objective defines it, or two.
+        alpha_kd: weight of the distance to the teacher's prediction, as the objective defines it; of a pair, the weight
+            at the first and at the last step, linear in between.
         alpha_gt: weight of the training loss, or two.
         cache: the teacher's predictions, written beforehand; its `blocks` must hold those that the taps name.
         beta: weight of the feature loss at the first and at the last step, linear in between.
