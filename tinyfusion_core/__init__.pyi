@@ -92,6 +92,7 @@ from .training.distilling.kinds import RelationalKD as RelationalKD
 from .training.recover import Recover as Recover
 from .training.starts.base import Start as Start
 from .training.starts.fuse import Fuse as Fuse
+from .training.starts.inherit import Inherit as Inherit
 from .training.starts.refit import Refit as Refit
 from .training.steps.callbacks import Callback as Callback
 from .training.steps.callbacks import Moment as Moment

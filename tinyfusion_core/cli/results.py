@@ -91,7 +91,7 @@ class Export(Command):
             "--to",
             required=True,
             metavar="FORMAT",
-            help=f"transformers, diffusers, single-file, mergekit, llama.cpp, peft, indices, {LORA}",
+            help=f"transformers, diffusers, single-file, adapter, mergekit, llama.cpp, peft, indices, {LORA}",
         )
         parser.add_argument(
             "--adapter", type=a_path, help=f"for --to {LORA}: a LoRA of the teacher, to go on the student"

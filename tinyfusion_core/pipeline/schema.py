@@ -151,7 +151,8 @@ def _follow(value: Any, recovery: Mapping[str, Any], selectors: Mapping[str, typ
     if is_dataclass(cls):
         for field in fields(cls):
             if (option := field.metadata.get(FOLLOWS)) is not None:
-                value["init_args"].setdefault(field.name, recovery.get(option, getattr(Recover, option)))
+                said = option(recovery) if callable(option) else recovery.get(option, getattr(Recover, option))
+                value["init_args"].setdefault(field.name, said)
 
 
 def known(base: type[Any]) -> dict[str, type[Any]]:

@@ -19,6 +19,7 @@ from ...training.recover import Recover
 from ...training.teacher_cache.samples import read_metadata
 from ..recipe import Recipe
 from .cached_teacher import check_kept
+from .of_search import check_inherited
 from .training import Plan, plan_training
 
 
@@ -62,6 +63,7 @@ def plan_comparison(stage: Comparison, plan: Plan, recipe: Recipe) -> None:
 
 
 def _check(recipe: Recipe, recover: Recover, decision: Decision) -> None:
+    check_inherited(recover, None)
     if recover.depths:
         raise UserError(f"depths is {list(recover.depths)}; expected [], since students of one depth are compared")
     if recover.kd is not None and recover.kd.cache is not None:

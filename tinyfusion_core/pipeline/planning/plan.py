@@ -27,8 +27,8 @@ from ...selection.budget import measure
 from ...training.recover import Recover
 from ..recipe import Recipe
 from .comparisons import plan_comparison
-from .depths import depths_text
 from .memory import search_needs, training_needs
+from .of_search import from_search
 from .training import Hardware, Plan, given, plan_memory, plan_training, prefix_of
 from .wording import budget_text, num_rows, size_text, training_text
 
@@ -94,9 +94,9 @@ def _stages(plan: Plan, recipe: Recipe) -> None:
             if stage.name == SEARCH:
                 teacher, selector, (decision, model) = model, stage.settings, _search(plan, recipe, stage, model)
             elif stage.name != EVALUATE and stage.settings is not None:
-                if selector is not None and stage.settings.depths:
-                    told = depths_text(stage.settings.depths, selector, recipe.backbone.unit_paths(model))
-                    plan.rows.append((f"{prefix_of(stage)}depths", told))
+                if selector is not None:
+                    taken = from_search(stage.settings, selector, recipe.backbone.unit_paths(model))
+                    plan.rows += [(f"{prefix_of(stage)}{what}", said) for what, said in taken]
                 plan_training(plan, recipe, stage, model, teacher, decision, prefix_of(stage))
         except UserError as e:
             raise type(e)(f"rounds.{stage.round}: {e}" if stage.round else str(e)) from e
