@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from starting import TRAINER
 from tinyfusion_core.cli import main
 from tinyfusion_core.pipeline.low_rank import adapter_files, factors_of
 from tinyfusion_core.pruning.weight_update import LoRA
+from tinyfusion_dit import DiT, GaussianDiffusion
+from tinyfusion_mar import MAR, MaskedTokenDiffusion
+from tinyfusion_sit import FlowMatching, SiT
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of peft and transformers
 KEEP = {"class_path": "Keep", "init_args": {"blocks": [0, 1, 3, 6]}}
@@ -129,14 +133,14 @@ def test_layers_with_kernels_and_narrow_ones(tmp_path: Path) -> None:
     assert furthest(made.merge_and_unload(), student) < 1e-6
 
 
-def test_what_a_student_has_more_in_branches(tmp_path: Path) -> None:
-    from dataclasses import replace
-
+@pytest.mark.parametrize("of", [SiT, MAR, DiT])
+def test_networks_of_ours_are_plain_to_peft(of: type[Any], tmp_path: Path) -> None:
     from peft import PeftModel
 
-    task = digits_task()
-    task = replace(task, backbone=replace(task.backbone, units=("attention", "mlp")))
-    kept = tuple(i for i in range(16) if i not in (1, 3, 9))
+    backbone = replace(of.tiny(), units=("attention", "mlp")) if of is DiT else of.tiny()  # branches of one
+    loss = {DiT: GaussianDiffusion, SiT: FlowMatching, MAR: MaskedTokenDiffusion}[of]()
+    task = tiny.Task.without_data(backbone, loss, backbone.build())
+    kept = tuple(i for i in range(len(task.blocks)) if i not in (1, 2, len(task.blocks) - 1))
     decision = tiny.Decision(tuple(task.blocks), kept, "Keep")
     student = adapted(task, decision)
     place = written(task, student, decision, tmp_path / "adapter")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -70,8 +71,7 @@ def export_run(folder: RunFolder, to: str, out: Path | None = None) -> str:
     for decision in decisions:
         kept = [kept[i] for i in decision.kept]
     if to == ADAPTER:
-        whole = decisions[0] if len(decisions) == 1 else Decision(blocks, tuple(kept), decisions[-1].method)
-        return str(_write_adapter(recipe, folder, last, whole, out))
+        return str(_write_adapter(recipe, folder, last, decisions, kept, out))
     with torch.device("meta"):
         student = constructed(recipe.backbone, read_record(last)["network"], str(last))
     _check_whole(recipe, student, to)
@@ -135,16 +135,20 @@ def _write(recipe: Recipe, student: nn.Module, to: str, out: Path | None, folder
     return target
 
 
-def _write_adapter(recipe: Recipe, folder: RunFolder, last: Path, decision: Decision, out: Path | None) -> Path:
+def _write_adapter(
+    recipe: Recipe, folder: RunFolder, last: Path, decisions: Sequence[Decision], kept: Sequence[int], out: Path | None
+) -> Path:
     """Write what the student saved in `last` has more than its sliced teacher, for whoever has the teacher."""
-    rank = rank_of(recipe)
+    rank, (first, *later) = rank_of(recipe), decisions
+    if later:
+        first = Decision(first.blocks, tuple(kept), later[-1].method, provenance=first.provenance)
     if out is not None:
         check_free(out, EXPORT)
     target, trained = out or folder / "export" / ADAPTER, folder / "teacher"
     teacher = load_pretrained(trained) if recipe.train else recipe.backbone.build()
     task = Task.without_data(recipe.backbone, recipe.loss, teacher)
     task = replace(task, origin=origin(trained)) if recipe.train else task
-    files = adapter_files(task, load_pretrained(last), decision, rank)
+    files = adapter_files(task, load_pretrained(last), first, rank)
     write_json(target / MARK, {"format_version": 1, "library": ADAPTER})
     for name, write in files.items():
         write(target / name)
