@@ -53,7 +53,7 @@ def recovered(
             shutil.copy(searched / UPDATE, place)
         if steps or start:
             how = replace(recipe.recover, steps=steps, ema=None, start=start)
-            how(task, student, decision, trainer, tiny.RunFolder(place))
+            how(task, student, decision, trainer, tiny.RunFolder(place) if searched else None)
     spent = time.perf_counter() - begun
     metric = next((m for m in recipe.evaluate if isinstance(m, tiny.HeldOutLoss)), tiny.HeldOutLoss())
     (loss,) = metric(task, {"student": trainer.to_device(student)}, recipe.trainer)
@@ -87,10 +87,8 @@ def main() -> None:
     ours = next((i for i, flag in enumerate(sys.argv) if flag.startswith("--")), len(sys.argv))
     recipe = tiny.load_recipe(Path(sys.argv[1]), ["--trainer.progress", "false", *sys.argv[ours:]])
     steps, seeds, names = [*sys.argv[2:ours], *("2", "pruned,Refit,Fuse")[ours - 3 :]]
-    inherits = "Inherit" in names.split(",")
-    search = replace(recipe.search, keep_update=True) if inherits else recipe.search
-    task = make_task(recipe)
-    folder = TemporaryDirectory()
+    search = replace(recipe.search, keep_update=True) if "Inherit" in names.split(",") else recipe.search
+    task, folder = make_task(recipe), TemporaryDirectory()
     decision = search(task, recipe.trainer, tiny.RunFolder(folder.name))
     print(
         f"keeps {' '.join(map(str, decision.kept))}\n\n| steps | begins | held-out loss | seconds |\n|---|---|---|---|"

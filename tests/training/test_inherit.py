@@ -180,6 +180,8 @@ def test_what_is_not_what_the_search_left(tmp_path: Path) -> None:
         START(task, tiny.prune(task, decision), decision, trainer, place)
 
     begin()
+    with pytest.raises(tiny.UserError, match="keep_update: the weights are kept in a run folder; give it as run"):
+        SEARCH(task, trainer)
     with pytest.raises(tiny.UserError, match="Inherit reads what the search has left in its run folder"):
         begin(place=None)
     other = tuple(i for i in range(8) if i not in decision.kept)

@@ -172,7 +172,7 @@ def _factors(difference: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     some = min(rank, *difference.shape)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        u, s, v = torch.svd_lowrank(difference, q=min(some + 8, *difference.shape), niter=4)
+        u, s, v = torch.svd_lowrank(difference, q=min(some + 8, *difference.shape))
     half = s[:some].sqrt()
     a, b = torch.zeros(rank, difference.shape[1]), torch.zeros(difference.shape[0], rank)
     a[:some], b[:, :some] = (half * v[:, :some]).T, half * u[:, :some]

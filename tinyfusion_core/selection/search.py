@@ -222,10 +222,12 @@ class Search(Selector):
             UserError: the pattern does not fit the network, or the loss was not finite for too long.
             Interrupted: a signal arrived; the same call with the same run folder resumes.
         """
+        if self.keep_update and run is None:
+            raise UserError("search.keep_update: the weights are kept in a run folder; give it as run")
         how, costs = prepared(self, task, trainer, run)
         learned = how.learn(task, trainer, run)
         decision = how.decide(learned, task, trainer)
-        if self.keep_update and run is not None:
+        if run is not None and self.keep_update:
             on_main_process(lambda: leave(learned.weights, task, decision, run))
         where = {**decision.provenance, **costs}
         return Proposals(replace(decision, provenance=where), learned.sampler.best(num))
