@@ -19,7 +19,7 @@ from llm_toys import TOKENS, decide, folder, task_of
 from small_run import RECIPE, digits_task, run
 from starting import TRAINER
 from tinyfusion_core.cli import main
-from tinyfusion_core.pipeline.low_rank import adapter_files, factors_of
+from tinyfusion_core.pipeline.exporting.low_rank import adapter_files, factors_of
 from tinyfusion_core.pruning.weight_update import LoRA
 from tinyfusion_dit import DiT, GaussianDiffusion
 from tinyfusion_mar import MAR, MaskedTokenDiffusion

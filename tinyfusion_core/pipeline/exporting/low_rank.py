@@ -12,18 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError, need
-from ..protocols.task import Task
-from ..pruning.decision import Decision
-from ..pruning.prune import model_card
-from ..pruning.record import DECISION
-from ..pruning.removal import without
-from ..pruning.weight_update import LoRA, WeightUpdate
-from ..runtime.files import save_tensors, write_json, write_text
-from ..selection.search import Search
-from ..training.starts.inherit import Inherit
+from ...errors import UserError, need
+from ...protocols.task import Task
+from ...pruning.decision import Decision
+from ...pruning.prune import model_card
+from ...pruning.record import DECISION
+from ...pruning.removal import without
+from ...pruning.weight_update import LoRA, WeightUpdate
+from ...runtime.files import save_tensors, write_json, write_text
+from ...selection.search import Search
+from ...training.starts.inherit import Inherit
+from ..recipe import Recipe
 from .adapters import CONFIG, WEIGHTS
-from .recipe import Recipe
 
 INSTEAD = "export the student itself: --to transformers or diffusers"
 LORA_FILE = "pytorch_lora_weights.safetensors"

@@ -10,22 +10,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import UserError, nearest
-from ..parsing.records import read_as, read_text
-from ..protocols.backbone import constructed
-from ..protocols.blocks.branches import removed_branches
-from ..protocols.blocks.paths import list_lengths
-from ..protocols.task import Task
-from ..pruning.decision import Decision
-from ..pruning.interop_formats import TEXTS, describe_clients
-from ..pruning.prune import load_pretrained, origin
-from ..pruning.read_back import weights_in, write_checked
-from ..pruning.record import decision_of, read_record
-from ..runtime.files import write_json, write_text
-from ..runtime.locking import FolderKind, check_free, check_replaceable
-from ..runtime.run_folder import RunFolder
+from ...errors import UserError, nearest
+from ...parsing.records import read_as, read_text
+from ...protocols.backbone import constructed
+from ...protocols.blocks.branches import removed_branches
+from ...protocols.blocks.paths import list_lengths
+from ...protocols.task import Task
+from ...pruning.decision import Decision
+from ...pruning.interop_formats import TEXTS, describe_clients
+from ...pruning.prune import load_pretrained, origin
+from ...pruning.read_back import weights_in, write_checked
+from ...pruning.record import decision_of, read_record
+from ...runtime.files import write_json, write_text
+from ...runtime.locking import FolderKind, check_free, check_replaceable
+from ...runtime.run_folder import RunFolder
+from ..recipe import Recipe, load_recipe
 from .low_rank import adapter_files, rank_of
-from .recipe import Recipe, load_recipe
 
 FOLDERS = ("transformers", "diffusers", "single-file")
 """What a backbone may write: folders of libraries, and a file with the names that the publisher gave the weights."""
