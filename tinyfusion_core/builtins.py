@@ -64,10 +64,11 @@ def tinyfusion_register_selectors() -> list[type[Selector]]:
 
 @hookimpl
 def tinyfusion_register_data() -> list[type[DataSource]]:
-    """Data sets made of others."""
+    """Data sets made of others, and what a network has made."""
+    from .dataloading.generated import Generated
     from .dataloading.mixture import Mixture
 
-    return [Mixture]
+    return [Mixture, Generated]
 
 
 @hookimpl

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from tinyfusion_core.errors import MissingFileError, UserError, require
-from tinyfusion_core.evaluation.generation import sample_rows
+from tinyfusion_core.evaluation.generation import balanced_labels, sample_rows
 from tinyfusion_core.evaluation.metrics import Measurement, Metric, Models
 from tinyfusion_core.parsing.weights import read_weights
 from tinyfusion_core.protocols.data import DataSource
@@ -24,7 +24,7 @@ from tinyfusion_core.runtime.files import save_tensors
 from tinyfusion_core.training.trainer import Trainer
 from tinyfusion_images.image_sets import ImageSet, open_images, rgb
 from tinyfusion_images.inception import INCEPTION, INCEPTION_FILE, FeatureNetwork, fetch_inception, inception_weights
-from tinyfusion_images.pictures import balanced_labels, can_be_shown, has_pictures, pictures
+from tinyfusion_images.pictures import has_pictures, pictures, shown_by
 
 MOST_IN_SUBSET = 1000
 """Images in a subset of the KID, if there are as many."""
@@ -77,7 +77,7 @@ class Fidelity(Metric):
     @override
     def check(self, data: DataSource) -> None:
         missing = []
-        if not can_be_shown(data):
+        if shown_by(data) is None:
             missing.append(
                 f"{KEY} compares pictures, and data: {type(data).__name__} as configured does not decode any"
             )

@@ -6,16 +6,17 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeGuard, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
+from tinyfusion_core.dataloading.mixture import Mixture
 from tinyfusion_core.errors import UserError
-from tinyfusion_core.evaluation.generation import generate, training_conditions
+from tinyfusion_core.evaluation.generation import generate
 from tinyfusion_core.evaluation.metrics import Measurement, Metric, Models
 from tinyfusion_core.parsing.weights import read_weights
 from tinyfusion_core.protocols.data import DataSource
@@ -57,15 +58,17 @@ class Shown(Protocol):
         ...
 
 
-def can_be_shown(data: DataSource | None) -> TypeGuard[Shown]:
-    """Return whether a data source can show its examples as images; reads no file."""
-    return isinstance(data, Shown) and bool(getattr(data, "has_pixels", True))
+def shown_by(data: DataSource | None) -> Shown | None:
+    """Return what shows examples as images, of a mixture its first part; None if it cannot. Reads no file."""
+    while isinstance(data, Mixture):
+        data = next(iter(data.parts.values()))
+    return data if isinstance(data, Shown) and bool(getattr(data, "has_pixels", True)) else None
 
 
 def has_pictures(task: Task) -> bool:
     """Return whether the task's examples can be shown as images."""
-    x = task.backbone.example(1).get("x")
-    return x is not None and can_be_shown(task.data) and task.data.pixels(x) is not None
+    x, data = task.backbone.example(1).get("x"), shown_by(task.data)
+    return x is not None and data is not None and data.pixels(x) is not None
 
 
 def pictures(task: Task, x: Tensor) -> Tensor:
@@ -81,19 +84,11 @@ def pictures(task: Task, x: Tensor) -> Tensor:
     Raises:
         UserError: the data cannot be shown.
     """
-    pixels = task.data.pixels(x) if can_be_shown(task.data) else None
+    data = shown_by(task.data)
+    pixels = None if data is None else data.pixels(x)
     if pixels is None:
         raise UserError(f"data: {type(task.data).__name__} cannot show its examples as pictures")
     return (255 * pixels.nan_to_num()).round().to(torch.uint8).cpu()
-
-
-def balanced_labels(task: Task, model: nn.Module, indices: Sequence[int]) -> Tensor:
-    """Return the labels of the samples with these indices, (n,): every class in turn.
-
-    If the network does not say how many classes it has, the conditions of the training samples, in order, (n, ...).
-    """
-    num = task.backbone.num_labels(model)
-    return training_conditions(task, indices) if num is None else torch.tensor([i % num for i in indices])
 
 
 def by_label(images: Tensor, labels: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any, NotRequired, TypedDict
 from torch import Tensor, nn
 
 from tinyfusion_core.errors import UserError, require
-from tinyfusion_core.evaluation.generation import generate, sample_rows
+from tinyfusion_core.evaluation.generation import balanced_labels, generate, sample_rows
 from tinyfusion_core.parsing.records import read_json, shaped
 from tinyfusion_core.parsing.weights import read_weights
 from tinyfusion_core.pipeline.recipe import load_recipe
@@ -28,7 +28,7 @@ from tinyfusion_core.runtime.locking import FolderKind, check_replaceable, owned
 from tinyfusion_core.runtime.run_folder import RunFolder
 from tinyfusion_core.training.trainer import Trainer
 from tinyfusion_images.image_sets import rgb, write_archive, write_png
-from tinyfusion_images.pictures import balanced_labels, by_label, draw_grid, has_pictures, is_grid, pictures
+from tinyfusion_images.pictures import by_label, draw_grid, has_pictures, is_grid, pictures
 
 FORMAT_VERSION = 1
 

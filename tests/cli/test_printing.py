@@ -134,7 +134,7 @@ def test_costs_are_printed_as_json(recipe: Path, capsys: pytest.CaptureFixture[s
     assert sum(part["parameters"] for part in parts) == sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("command", ["run", "validate", "compare", "audit", "costs", "cache-teacher"])
+@pytest.mark.parametrize("command", ["run", "validate", "compare", "audit", "costs", "cache-teacher", "generate-data"])
 def test_the_help_names_the_common_keys(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([command, "--help"])

@@ -82,6 +82,12 @@ def test_rows_come_in_the_order_asked_for() -> None:
     assert sorted(i for step in order.steps(0, 3, 0, 8) for i in step) == list(range(24))
 
 
+def test_a_part_of_no_weight_is_only_held_out() -> None:
+    judged = mixed({"few": 0, "many": 2})
+    assert values(judged.train()) == [*range(100, 120)]
+    assert values(judged.held_out()) == [0, -100, -101]
+
+
 def test_it_says_where_a_sample_comes_from() -> None:
     told = Told({"x": torch.arange(3)})
     samples = mixture.Mixed({"a": told, "b": tiny.Tensors({"x": torch.arange(2)})}, [6, 2], 0)
@@ -94,8 +100,10 @@ def test_it_says_where_a_sample_comes_from() -> None:
 def test_what_does_not_mix_is_refused() -> None:
     with pytest.raises(tiny.UserError, match="^weights: many is not in both"):
         mixed({"few": 1})
-    with pytest.raises(tiny.UserError, match="^weights.few is 0; expected above 0"):
-        mixed({"few": 0, "many": 1})
+    with pytest.raises(tiny.UserError, match="^weights.few is -1; expected 0 or more"):
+        mixed({"few": -1, "many": 1})
+    with pytest.raises(tiny.UserError, match="^weights is .*; expected at least one above 0"):
+        mixed({"few": 0, "many": 0})
     with pytest.raises(tiny.UserError, match="^parts is {}; expected at least one"):
         tiny.Mixture(parts={})
     other = tiny.Mixture(parts={"a": Numbers(), "b": Numbers(name="z")}).train()

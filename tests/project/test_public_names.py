@@ -42,6 +42,8 @@ ALWAYS = [
     "Full",
     "Fuse",
     "Gates",
+    "GenerateData",
+    "Generated",
     "Greedy",
     "GroupedSampler",
     "GumbelTopK",

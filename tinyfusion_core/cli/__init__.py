@@ -19,13 +19,14 @@ from .compare import Audit, Budgets, Compare, Costs
 from .completion import Completion
 from .plugins import CheckPlugin, Keys, NewPlugin, Plugins
 from .results import Export, Show, Slice, Watch
-from .run import CacheTeacher, Demo, Run, Validate
+from .run import CacheTeacher, Demo, GenerateDataCommand, Run, Validate
 
 COMMANDS: tuple[type[Command], ...] = (
     Demo,
     Run,
     Validate,
     CacheTeacher,
+    GenerateDataCommand,
     Compare,
     Audit,
     Costs,

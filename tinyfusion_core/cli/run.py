@@ -1,9 +1,9 @@
-"""`tinyfusion run`, `demo`, `validate` and `cache-teacher`: run a recipe, plan it, or make what it learns from."""
+"""`tinyfusion run`, `demo`, `validate`, `cache-teacher`, `generate-data`: run a recipe, or make what it learns from."""
 
 from __future__ import annotations
 
 import shlex
-from argparse import ArgumentParser, Namespace
+from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -142,4 +142,41 @@ class CacheTeacher(Command):
         said = cache_teacher(recipe)
         if rank_and_world_size()[0] == 0:
             print(said)
+        return 0
+
+
+class GenerateDataCommand(Command):
+    """Make training data with a recipe's teacher."""
+
+    name = "generate-data"
+    help = "make training data with a recipe's teacher, for recipes with data: Generated"
+    takes_overrides = True
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        """A recipe, whose keys can be overridden, the folder, and the options of `GenerateData`."""
+        parser.add_argument("recipe", type=a_path)
+        parser.add_argument("--out", type=a_path, required=True, help="the folder of the data")
+        parser.add_argument("--samples", type=a_count, required=True, help="how many samples")
+        for option, kind, text in (
+            ("--seed", int, "of all that is random in them (default: 0)"),
+            ("--dtype", str, "of numbers with a point: float32 (default), float16, bfloat16"),
+            ("--shard-size", a_count, "samples in a shard (default: 512)"),
+            ("--batch-size", a_count, "samples at once (default: 64)"),
+        ):
+            parser.add_argument(option, type=kind, default=SUPPRESS, help=text)
+
+    def __call__(self, options: Namespace) -> int:
+        """Make what is missing; the main process prints how much there is."""
+        from ..evaluation.generated_data import GenerateData
+        from ..pipeline.recipe import load_recipe
+        from ..pipeline.teaching.generating import generate_data
+        from ..runtime.distributed import rank_and_world_size
+
+        recipe = load_recipe(options.recipe, options.overrides)
+        _ = recipe.trainer.accelerator  # from here on the processes know of each other
+        own = ("command", "debug", "recipe", "out", "overrides")
+        given = {name: value for name, value in vars(options).items() if name not in own}
+        made = generate_data(recipe, GenerateData(**given), options.out)
+        if rank_and_world_size()[0] == 0:
+            print(f"{options.out}: {options.samples:,} samples in {len(made['shards']):,} shards, all verified")
         return 0

@@ -29,7 +29,8 @@ class Mixture(DataSource):
 
     Args:
         parts: data sets by name; their samples have the same columns.
-        weights: share of each part, in any unit; by default the parts' sizes.
+        weights: share of each part, in any unit; by default the parts' sizes. 0 leaves only the held-out samples of
+            a part.
         seed: seed of the choice, where an epoch of ten million samples does not reach all of a part.
     """
 
@@ -44,7 +45,8 @@ class Mixture(DataSource):
         if odd := sorted(self.parts.keys() ^ self.weights.keys()):
             raise UserError(f"data.weights: {odd[0]} is not in both parts and weights; give every part a weight")
         for name, weight in self.weights.items():
-            require(weight > 0, f"data.weights.{name}", weight, "above 0; leave out what is not wanted")
+            require(weight >= 0, f"data.weights.{name}", weight, "0 or more")
+        require(any(self.weights.values()), "data.weights", self.weights, "at least one above 0")
 
     @property
     def conditions(self) -> str:  # type: ignore[override]  # that of its parts
@@ -58,10 +60,12 @@ class Mixture(DataSource):
 
     @override
     def train(self) -> Samples:
-        samples = {name: part.train() for name, part in self.parts.items()}
+        samples = {name: p.train() for name, p in self.parts.items() if self.weights is None or self.weights[name]}
         sizes = {name: len(of) for name, of in samples.items()}
         if empty := [name for name, size in sizes.items() if not size]:
             raise UserError(f"data.parts.{empty[0]}: holds no training sample; leave it out")
+        if len(samples) == 1:
+            return next(iter(samples.values()))  # which may have shards, and an order of them
         weights = self.weights or sizes
         total = sum(weights.values())
         shares = {name: weights[name] / total for name in samples}
@@ -70,7 +74,10 @@ class Mixture(DataSource):
 
     @override
     def held_out(self) -> Samples:
-        samples = {name: part.held_out() for name, part in self.parts.items()}
+        found = {name: part.held_out() for name, part in self.parts.items()}
+        samples = {name: of for name, of in found.items() if len(of)}
+        if not samples:
+            raise UserError("data.parts: none of them holds a sample out; set num_held_out of one, or add real data")
         return Mixed(samples, [len(of) for of in samples.values()], self.seed)
 
     @override

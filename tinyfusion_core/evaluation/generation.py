@@ -26,6 +26,15 @@ def training_conditions(task: Task, indices: Sequence[int]) -> Tensor:
     return found[task.conditions]
 
 
+def balanced_labels(task: Task, model: nn.Module, indices: Sequence[int]) -> Tensor:
+    """Return the labels of the samples with these indices, (n,): every class in turn.
+
+    If the network does not say how many classes it has, the conditions of the training samples, in order, (n, ...).
+    """
+    num = task.backbone.num_labels(model)
+    return training_conditions(task, indices) if num is None else torch.tensor([i % num for i in indices])
+
+
 def sample_rows(task: Task, model: nn.Module, trainer: Trainer, rows: range, conditions: Tensor) -> Tensor:
     """Generate the examples with these indices.
 

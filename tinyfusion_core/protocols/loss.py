@@ -161,6 +161,11 @@ class LossAdapter(Settings, ABC):
         """Whether `sample` can generate examples."""
         return type(self).sample is not LossAdapter.sample
 
+    @property
+    def makes_data(self) -> bool:
+        """Whether `generated` can make training samples."""
+        return self.generates or type(self).generated is not LossAdapter.generated
+
     @classmethod
     def tiny(cls) -> Self:
         """Return an instance that fits the tiny networks of the backbones it is for; for the conformance checks."""
@@ -182,3 +187,24 @@ class LossAdapter(Settings, ABC):
             UserError: this objective cannot generate.
         """
         raise UserError(f"{type(self).__name__} cannot generate samples")
+
+    def generated(self, model: nn.Module, batch: Batch, conditions: str, rng: Rng) -> dict[str, Tensor]:
+        """Return training samples that a network makes, in the place of those of a batch.
+
+        By default `x` is what `sample` generates for their conditions.
+
+        Args:
+            model: the network, in eval mode.
+            batch: tensors by name in the shapes of the data, each (batch, ...), on the device of the model. Only
+                conditions, and what a text begins with, have to be real.
+            conditions: name of the column with the conditions of generation.
+            rng: the streams to draw from, by row alone.
+
+        Returns:
+            Tensors by name as the data would have them, each (batch, ...).
+
+        Raises:
+            UserError: this objective cannot generate.
+        """
+        told = batch[conditions]
+        return {"x": self.sample(model, batch["x"], told, rng), conditions: told}

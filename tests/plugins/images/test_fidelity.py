@@ -17,7 +17,7 @@ import tinyfusion_core as tiny
 from shared_work import TRAINER, OnlyHere, ToyFeatures
 from small_run import digits_task
 from tinyfusion_core.errors import MissingFileError
-from tinyfusion_core.evaluation.generation import sample_rows
+from tinyfusion_core.evaluation.generation import balanced_labels, sample_rows
 from tinyfusion_core.runtime.distributed import batches
 from tinyfusion_core.runtime.files import save_tensors
 from tinyfusion_dit import GaussianDiffusion
@@ -25,7 +25,7 @@ from tinyfusion_images import Digits, fidelity
 from tinyfusion_images.fidelity import Fidelity
 from tinyfusion_images.image_sets import open_images, rgb, write_archive, write_png
 from tinyfusion_images.inception import INCEPTION, INCEPTION_FILE, FeatureNetwork, inception_weights
-from tinyfusion_images.pictures import balanced_labels, pictures
+from tinyfusion_images.pictures import pictures
 
 TOY = Fidelity(num_samples=24, batch_size=10, num_reference=30, features="toy")
 

@@ -36,6 +36,11 @@ class OldData(tiny.DataSource):
         return Digits().pixels(x)
 
 
+@dataclass(frozen=True)
+class Hidden(OldData):
+    has_pixels = False
+
+
 class OldLoss(GaussianDiffusion):
     """Calls conditions labels, as objectives did before."""
 
@@ -59,11 +64,14 @@ def test_plugins_of_before_are_shown_as_ever(tmp_path: Path) -> None:
     assert all(torch.equal(old[name], now[name]) for name in now)
 
 
-def test_data_that_cannot_be_shown_leave_nothing(tmp_path: Path) -> None:
-    @dataclass(frozen=True)
-    class Hidden(OldData):
-        has_pixels = False
+def test_a_mixture_is_shown_by_its_first_part(tmp_path: Path) -> None:
+    mixed = tiny.Mixture(parts={"inner": tiny.Mixture(parts={"digits": OldData()}), "hidden": Hidden()})
+    found = shown(replace(digits_task(), data=mixed), tmp_path / "mixed")
+    expected = shown(digits_task(), tmp_path / "digits")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
+
+def test_data_that_cannot_be_shown_leave_nothing(tmp_path: Path) -> None:
     for data in (None, Hidden()):
         task = replace(digits_task(), data=data)
         assert not has_pictures(task)

@@ -1,0 +1,1 @@
+"""What a recipe's teacher makes for others to learn from."""
