@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,9 @@ from typing_extensions import override
 from tinyfusion_core.errors import UserError, require
 from tinyfusion_core.protocols.backbone import Batch
 from tinyfusion_core.protocols.loss import LossAdapter, has_values
+from tinyfusion_core.runtime.files import NEUTRAL
 from tinyfusion_core.runtime.seeding import Rng
+from tinyfusion_llm.generation.continuing import continued, drawn
 from tinyfusion_llm.layers.finding import find_layers
 
 IGNORED = -100
@@ -60,16 +62,30 @@ class NextToken(LossAdapter):
         top_k: compare the teacher's most probable tokens and the rest as one, instead of the whole vocabulary: a lower
             bound of the divergence that keeps k numbers per token for the backward pass; null compares all.
         chunk: tokens whose logits are in memory at a time, over all samples of the batch.
+        prompt_tokens: tokens of a text without a prompt that `tinyfusion generate-data` keeps, and continues.
+        sampling_temperature: temperature of the continuation's tokens.
+        top_p: they are drawn from the most probable ones that have this probability together.
     """
 
     temperature: float = 1.0
     top_k: int | None = None
     chunk: int = 1024
+    prompt_tokens: int = field(default=16, metadata={NEUTRAL: 16})
+    sampling_temperature: float = field(default=1.0, metadata={NEUTRAL: 1.0})
+    top_p: float = field(default=1.0, metadata={NEUTRAL: 1.0})
 
     def __post_init__(self) -> None:
         require(self.temperature > 0, "loss.temperature", self.temperature, "a number above 0")
         require(self.top_k is None or self.top_k >= 1, "loss.top_k", self.top_k, "at least 1, or null")
         require(self.chunk >= 1, "loss.chunk", self.chunk, "at least 1 token")
+        require(self.prompt_tokens >= 1, "loss.prompt_tokens", self.prompt_tokens, "at least 1 token")
+        sampling = self.sampling_temperature
+        require(sampling > 0, "loss.sampling_temperature", sampling, "a number above 0")
+        require(0 < self.top_p <= 1, "loss.top_p", self.top_p, "a probability above 0")
+
+    @override
+    def sampling_options(self) -> frozenset[str]:
+        return frozenset({"prompt_tokens", "sampling_temperature", "top_p"})
 
     @override
     def prepare(self, batch: Batch, rng: Rng) -> dict[str, Tensor]:
@@ -167,6 +183,35 @@ class NextToken(LossAdapter):
     @override
     def kept(self, columns: Batch, like: Hidden) -> MostProbable:
         return MostProbable(columns["log_p"], columns["tokens"])
+
+    @override
+    def generated(self, model: Any, batch: Batch, conditions: str, rng: Rng) -> dict[str, Tensor]:
+        """Return the texts of a batch, continued by a network up to its end-of-text token or the end of the sample.
+
+        The tokens that no loss counts at the beginning of a text are its prompt; where all count, `prompt_tokens` are.
+
+        Args:
+            model: the network, in eval mode.
+            batch: `tokens` and `labels`, (batch, tokens); of separate documents also `positions`, (batch, tokens).
+            conditions: not looked at.
+            rng: streams "token <number>", for each of the new ones.
+
+        Returns:
+            The same tensors of the same shape; behind the end of a text no loss counts.
+        """
+        tokens, labels = batch["tokens"], batch["labels"]
+        uncounted = ((labels != IGNORED).cumsum(1) == 0).sum(1)
+        # The first one of a separate document never counts.
+        kept = uncounted.where(uncounted > 1, self.prompt_tokens).clamp(max=tokens.shape[1])
+
+        def draw(number: int, logits: Tensor) -> Tensor:
+            u = rng.uniform(f"token {number}", len(logits)).to(logits.device)
+            return drawn(logits / self.sampling_temperature, u, self.top_p)
+
+        made, written = continued(model, tokens, kept, draw)
+        places = torch.arange(tokens.shape[1], device=tokens.device).repeat(len(tokens), 1)
+        labels = labels.where(places < kept[:, None], made.masked_fill(~written, IGNORED))
+        return {"tokens": made, "labels": labels, **({"positions": places} if "positions" in batch else {})}
 
     def _log_p(self, hidden: Hidden, states: Tensor) -> Tensor:
         """(B, t, vocabulary) log-probabilities of the next tokens at the temperature, of states (B, t, D)."""

@@ -1,0 +1,74 @@
+"""Texts continued by a language model, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tinyfusion_llm.pretrained import transformers
+
+
+def continued(model: Any, tokens: Tensor, kept: Tensor, draw: Callable[[int, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Continue texts, by the library's own `generate`: every family has its caches there.
+
+    Nothing of the model's generation config but its special tokens is used: its temperature or penalties for repetition
+    would be another distribution than the one that it predicts.
+
+    Args:
+        model: the network, in eval mode.
+        tokens: (batch, T) texts.
+        kept: (batch,) how many tokens of each are kept, at least 1.
+        draw: the number of a new token, counted from 0, and logits (batch, vocabulary) -> tokens (batch,).
+
+    Returns:
+        Texts (batch, T), and which of their tokens belong to them (batch, T): those up to an end-of-text token. The
+        others are filled in.
+    """
+    length, width = tokens.shape[1], int(kept.max())
+    if int(kept.min()) == length:
+        return tokens, torch.ones_like(tokens, dtype=torch.bool)
+    own = model.generation_config
+    ends = own.eos_token_id if own.eos_token_id is not None else model.config.eos_token_id
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    filler = next((number for number in (own.pad_token_id, *ends) if number is not None), 0)
+    # Beginnings of unequal length end at the same place.
+    place = torch.arange(width, device=tokens.device) - (width - kept[:, None])
+    given = tokens.gather(1, place.clamp(min=0)).where(place >= 0, filler)
+
+    def forced(so_far: Tensor, logits: Tensor) -> Tensor:
+        chosen = draw(so_far.shape[1] - width, logits)
+        return torch.full_like(logits, -torch.inf).scatter(1, chosen[:, None], 0.0)
+
+    model.generation_config = transformers("loss: NextToken").GenerationConfig(
+        max_new_tokens=length - int(kept.min()), eos_token_id=ends or None, pad_token_id=filler
+    )
+    try:
+        made = model.generate(given, attention_mask=(place >= 0).long(), logits_processor=[forced])
+    finally:
+        model.generation_config = own
+    new = torch.arange(length, device=tokens.device) - kept[:, None]
+    at = (width + new).clamp(min=0)
+    found = made.gather(1, at.clamp(max=made.shape[1] - 1)).where(new >= 0, tokens)
+    ended = torch.isin(found, torch.tensor(ends, device=tokens.device, dtype=found.dtype)) & (new >= 0)
+    written = (ended.cumsum(1) - ended.long()) == 0
+    return found.where(written, filler), written
+
+
+def drawn(logits: Tensor, u: Tensor, top_p: float) -> Tensor:
+    """Draw a token for each row, (batch,), of the most probable ones that have `top_p` together (arXiv:1904.09751).
+
+    Args:
+        logits: (batch, vocabulary).
+        u: (batch,) uniform numbers in [0, 1).
+        top_p: above 0; 1 draws of all.
+    """
+    p = logits.double().softmax(-1)
+    if top_p < 1:
+        largest = p.sort(dim=-1, descending=True).values
+        num = ((largest.cumsum(-1) - largest) < top_p).sum(-1, keepdim=True)
+        p = p.masked_fill(p < largest.gather(-1, num - 1), 0)
+    below = p.cumsum(-1)
+    return (below <= u[:, None] * below[:, -1:]).sum(-1)
