@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -15,6 +17,7 @@ from typing_extensions import override
 from tinyfusion_core.errors import UserError, nearest, require
 from tinyfusion_core.protocols.backbone import Batch
 from tinyfusion_core.protocols.loss import LossAdapter
+from tinyfusion_core.runtime.files import NEUTRAL
 from tinyfusion_core.runtime.seeding import Rng
 from tinyfusion_diffusers import calling
 from tinyfusion_diffusers.calls.flows import flow_of
@@ -30,14 +33,51 @@ class _Denoising(LossAdapter):
         label_drop: probability of replacing a class label by the null class. Prompts are embedded beforehand: to drop
             them too, put the embedding of the empty prompt in some of the rows.
         guidance: the scale that a guidance-distilled network is given; null for networks that take none.
+        sampling_steps: network calls for a sample that `tinyfusion generate-data` makes.
     """
 
     label_drop: float = 0.0
     guidance: float | None = None
+    sampling_steps: int = field(default=50, metadata={NEUTRAL: 50})
 
     def __post_init__(self) -> None:
         require(0 <= self.label_drop <= 1, "loss.label_drop", self.label_drop, "a probability")
         require(self.guidance is None or self.guidance >= 0, "loss.guidance", self.guidance, "a scale, or null")
+        require(self.sampling_steps >= 1, "loss.sampling_steps", self.sampling_steps, "at least 1")
+
+    @override
+    def sampling_options(self) -> frozenset[str]:
+        return frozenset({"sampling_steps"})
+
+    @abstractmethod
+    def _denoised(self, x: Tensor, run: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Samples from noise, (batch, ...).
+
+        Args:
+            x: (batch, ...) noise.
+            run: noisy samples, and their times (batch,) as `prepare` gives them -> the prediction, in the shape of `x`.
+        """
+
+    @override
+    def generated(self, model: nn.Module, batch: Batch, conditions: str, rng: Rng) -> dict[str, Tensor]:
+        """Return latents that a network makes for the conditions of a batch, without guidance between two of them.
+
+        Args:
+            model: the network, in eval mode.
+            batch: `x` (batch, ...), of which only the shape counts, and the conditions, as in `prepare`.
+            conditions: not looked at: all of them are given.
+            rng: stream "noise".
+
+        Returns:
+            The conditions and `x`, all of the same shape as in the batch.
+        """
+        told = {name: value for name, value in batch.items() if name not in ("x", "x_std")}
+
+        def run(x: Tensor, t: Tensor) -> Tensor:
+            found: Tensor = self.predict(model, {**told, "x_t": x, "t": t})
+            return found[:, : x.shape[1]].to(x)
+
+        return {**told, "x": self._denoised(rng.normal("noise", batch["x"]), run)}
 
     @abstractmethod
     def _place(self, x: Tensor, noise: Tensor, rng: Rng) -> dict[str, Tensor]:
@@ -108,6 +148,13 @@ class ScheduledDiffusion(_Denoising):
     @cached_property
     def _process(self) -> tuple[Tensor, str]:
         """(T,) A, the cumulative product of 1 - beta, and what is predicted."""
+        made = self._scheduler
+        kind = self.prediction or made.config.get("prediction_type", "epsilon")
+        require(kind in ("epsilon", "v_prediction"), "loss.prediction", kind, "epsilon or v_prediction")
+        return made.alphas_cumprod.double(), kind
+
+    @cached_property
+    def _scheduler(self) -> Any:
         library = diffusers()
         cls = getattr(library, self.scheduler, None)
         if cls is None or not self.scheduler.endswith("Scheduler"):
@@ -122,9 +169,7 @@ class ScheduledDiffusion(_Denoising):
             raise UserError(f"loss.settings: {self.scheduler} refuses them: {e}") from None
         if not isinstance(getattr(made, "alphas_cumprod", None), Tensor):
             raise UserError(f"loss.scheduler: {self.scheduler} has no alphas_cumprod; for a flow use RectifiedFlow")
-        kind = self.prediction or made.config.get("prediction_type", "epsilon")
-        require(kind in ("epsilon", "v_prediction"), "loss.prediction", kind, "epsilon or v_prediction")
-        return made.alphas_cumprod.double(), kind
+        return made
 
     @override
     def _place(self, x: Tensor, noise: Tensor, rng: Rng) -> dict[str, Tensor]:
@@ -137,6 +182,17 @@ class ScheduledDiffusion(_Denoising):
     @override
     def predict(self, model: nn.Module, inputs: Batch) -> Tensor:
         return self._run(model, inputs["x_t"], inputs["t"], inputs)
+
+    @override
+    def _denoised(self, x: Tensor, run: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        made, kind = self._scheduler, self._process[1]
+        # Others draw noise for whole batches, so that a sample would depend on its neighbours.
+        cls = type(made) if "DDIM" in self.scheduler else diffusers().DDIMScheduler
+        scheduler = cls.from_config(made.config, prediction_type=kind)
+        scheduler.set_timesteps(self.sampling_steps)
+        for t in scheduler.timesteps:
+            x = scheduler.step(run(x, t.to(x.device).expand(len(x))), t, x, return_dict=False)[0]
+        return x
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +227,7 @@ class RectifiedFlow(_Denoising):
         if self.time == "logit_normal":
             normal = math.sqrt(2) * torch.erfinv(2 * t - 1)  # of a uniform number, which may be stratified
             t = torch.sigmoid(self.mean + self.std * normal)
-        t = self.shift * t / (1 + (self.shift - 1) * t)
+        t = self._shifted(t)
         along = _beside(t, x)
         return {"x_t": (1 - along) * x + along * noise, "target": noise - x, "t": t.to(x)}
 
@@ -183,6 +239,16 @@ class RectifiedFlow(_Denoising):
         most = flow.most * settings(model).get("timestep_scale", 1.0)
         velocity = self._run(model, inputs["x_t"], (1 - t if flow.reverse else t) * most, inputs)
         return -velocity if flow.negative else velocity
+
+    @override
+    def _denoised(self, x: Tensor, run: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        times = self._shifted(torch.linspace(1, 0, self.sampling_steps + 1, dtype=torch.float64)).tolist()
+        for now, later in pairwise(times):
+            x = x + (later - now) * run(x, x.new_full((len(x),), now))
+        return x
+
+    def _shifted(self, t: Tensor) -> Tensor:
+        return self.shift * t / (1 + (self.shift - 1) * t)
 
 
 def _beside(values: Tensor, x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ The packing of tokens, their positions, how time is counted, masks, guidance and
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from typing import Any
 
@@ -14,9 +15,10 @@ import torch
 from torch import Tensor
 
 from diffusers_families import FAMILIES
-from diffusers_tasks import check_samples, sampled
+from diffusers_tasks import PIPELINE_STEPS, check_samples, sampled
 from tinyfusion_core.protocols.loss import LossAdapter
-from tinyfusion_core.runtime.seeding import generator
+from tinyfusion_core.runtime.seeding import Rng, generator
+from tinyfusion_diffusers import RectifiedFlow
 
 pytestmark = [pytest.mark.numerics, pytest.mark.filterwarnings("ignore")]  # of other libraries
 
@@ -99,3 +101,62 @@ def test_scheduled_processes(name: str) -> None:
             out = loss.predict(model, {**batch, "x_t": x, "t": t.expand(ROWS)})
             x = scheduler.step(out[:, : x.shape[1]], t, x, return_dict=False)[0]
     check_samples(found, x, batch["x"])
+
+
+class Given(Rng):
+    """Draws what it is given."""
+
+    def normal(self, purpose: str, like: Tensor) -> Tensor:
+        assert purpose == "noise"
+        return like
+
+
+def generated(model: Any, loss: Any, batch: dict[str, Tensor]) -> Tensor:
+    """What `tinyfusion generate-data` makes, from the noise that the batch has in the place of latents."""
+    with torch.no_grad():
+        made = replace(loss, sampling_steps=PIPELINE_STEPS).generated(model, batch, "y", Given(0, "test"))
+    assert made.keys() == batch.keys()
+    assert all(torch.equal(t, batch[name]) for name, t in made.items() if name != "x")
+    return made["x"]
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_flows_make_data(name: str) -> None:
+    model, loss, batch = network(name, {})
+    pipeline, options = FLOWS[name]
+    loss = replace(loss, shift=1.0)
+    made = generated(model, loss, batch)
+    times = [1 - i / PIPELINE_STEPS for i in range(PIPELINE_STEPS)]
+    if "sigmas" in inspect.signature(getattr(diffusers, pipeline).__call__).parameters:
+        given = {**options, "sigmas": times}
+        check_samples(
+            sampled(model, batch, pipeline, diffusers.FlowMatchEulerDiscreteScheduler(), given), made, batch["x"]
+        )
+    x = batch["x"]
+    with torch.no_grad():
+        for t in times:
+            x = x - loss.predict(model, {**batch, "x_t": x, "t": torch.full((ROWS,), t)}) / PIPELINE_STEPS
+    check_samples(x, made, batch["x"])
+
+
+@pytest.mark.parametrize("name", SCHEDULED)
+def test_scheduled_processes_make_data(name: str) -> None:
+    pipeline, changes, options = SCHEDULED[name]
+    model, loss, batch = network(name.split()[0], changes)
+    scheduler = getattr(diffusers, loss.scheduler)(**loss.settings)
+    scheduler = diffusers.DDIMScheduler.from_config(scheduler.config) if "DDPM" in loss.scheduler else scheduler
+    found = sampled(model, batch, pipeline, scheduler, options)
+    check_samples(found, generated(model, loss, batch), batch["x"])
+
+
+def test_a_shift_moves_the_steps() -> None:
+    loss = RectifiedFlow(shift=3.0, sampling_steps=4)
+    asked = []
+
+    def run(x: Tensor, t: Tensor) -> Tensor:
+        asked.append(float(t[0]))
+        return torch.ones_like(x)
+
+    made = loss._denoised(torch.zeros(2, 1), run)
+    assert asked == pytest.approx([1, 0.9, 0.75, 0.5])
+    torch.testing.assert_close(made, -torch.ones(2, 1))
