@@ -18,6 +18,7 @@ from tinyfusion_core.errors import UserError, require
 from tinyfusion_core.protocols.backbone import Batch
 from tinyfusion_core.protocols.loss import LossAdapter, has_values
 from tinyfusion_core.runtime.seeding import Rng
+from tinyfusion_llm.images.columns import model_inputs
 from tinyfusion_llm.layers.finding import find_layers
 
 IGNORED = -100
@@ -77,15 +78,15 @@ class NextToken(LossAdapter):
 
         Args:
             batch: `tokens` (batch, tokens) and `labels` (batch, tokens): the token itself where it counts, else -100;
-                of separate documents also `positions` (batch, tokens).
+                of separate documents also `positions` (batch, tokens), and with images what `ImageText` has of them.
             rng: not drawn from.
 
         Returns:
-            `tokens` (batch, tokens), and `targets` (batch, tokens - 1): the label of the token that follows; and the
-            `positions`, if there are any.
+            `tokens` (batch, tokens), and `targets` (batch, tokens - 1): the label of the token that follows; and all
+            others as they are.
         """
-        positions = {name: batch[name] for name in ("positions",) if name in batch}
-        return {"tokens": batch["tokens"], "targets": batch["labels"][:, 1:], **positions}
+        others = {name: column for name, column in batch.items() if name != "labels"}
+        return {**others, "targets": batch["labels"][:, 1:]}
 
     @override
     def prepare_clean(self, batch: Batch, rng: Rng) -> dict[str, Tensor]:
@@ -107,6 +108,8 @@ class NextToken(LossAdapter):
         # Transformers looks at values to find a mask; where there are none it is given.
         mask = tokens.new_ones(len(tokens), 1, tokens.shape[1], tokens.shape[1], dtype=torch.bool)
         given = {} if has_values(tokens) else {"attention_mask": mask}
+        if has_values(tokens):  # plans are of the text alone: towers for images look at values
+            given |= model_inputs(inputs, next(model.parameters()).dtype)
         if "positions" in inputs:  # where they begin anew, transformers keeps what is before out of sight
             given["position_ids"] = inputs["positions"]
         try:
@@ -116,7 +119,8 @@ class NextToken(LossAdapter):
             if has_values(tokens):
                 raise
             raise NotImplementedError(f"{type(model).__name__}: {e}") from e
-        below, output = outputs[-1]  # the outermost one returns last
+        # The outermost one that ends before the head returns last.
+        below, output = next(found for found in reversed(outputs) if "last_hidden_state" in found[1])
         return Hidden(output[0], lambda states: _head(model, below, type(output), states))
 
     @override
