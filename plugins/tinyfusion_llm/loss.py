@@ -105,11 +105,11 @@ class NextToken(LossAdapter):
             require(
                 int(tokens.max()) < size, "data.tokenizer: a token", int(tokens.max()), f"below {size}, the model's"
             )
-        # Transformers looks at values to find a mask; where there are none it is given.
-        mask = tokens.new_ones(len(tokens), 1, tokens.shape[1], tokens.shape[1], dtype=torch.bool)
-        given = {} if has_values(tokens) else {"attention_mask": mask}
-        if has_values(tokens):  # plans are of the text alone: towers for images look at values
-            given |= model_inputs(inputs, next(model.parameters()).dtype)
+        if has_values(tokens):
+            given = model_inputs(inputs, next(model.parameters()).dtype)
+        else:  # Transformers looks at values to find a mask, so it is given; so do towers, and images are left out.
+            size = tokens.shape[1]
+            given = {"attention_mask": tokens.new_ones(len(tokens), 1, size, size, dtype=torch.bool)}
         if "positions" in inputs:  # where they begin anew, transformers keeps what is before out of sight
             given["position_ids"] = inputs["positions"]
         try:
