@@ -16,7 +16,7 @@ from .evaluation.metrics import Metric as Metric
 from .evaluation.retention import Retention as Retention
 from .pipeline.budgets import budgets_of as budgets_of
 from .pipeline.compare import write_comparison as write_comparison
-from .pipeline.export import export_run as export_run
+from .pipeline.exporting.export import export_run as export_run
 from .pipeline.recipe import load_recipe as load_recipe
 from .pipeline.run import run_recipe as run_recipe
 from .protocols.backbone import Backbone as Backbone
@@ -92,6 +92,7 @@ from .training.distilling.kinds import RelationalKD as RelationalKD
 from .training.recover import Recover as Recover
 from .training.starts.base import Start as Start
 from .training.starts.fuse import Fuse as Fuse
+from .training.starts.inherit import Inherit as Inherit
 from .training.starts.refit import Refit as Refit
 from .training.steps.callbacks import Callback as Callback
 from .training.steps.callbacks import Moment as Moment

@@ -100,9 +100,10 @@ def tinyfusion_register_distillations() -> list[type[OutputKD]]:
 def tinyfusion_register_starts() -> list[type[Start]]:
     """What a recovery begins with."""
     from .training.starts.fuse import Fuse
+    from .training.starts.inherit import Inherit
     from .training.starts.refit import Refit
 
-    return [Fuse, Refit]
+    return [Fuse, Inherit, Refit]
 
 
 @hookimpl

@@ -126,6 +126,7 @@ def test_a_third_party_plugin_is_found_and_a_broken_one_costs_a_warning(tmp_path
     assert found["dit"]["error"] is found["images"]["error"] is None  # the mistakes of others are not theirs
 
 
+@pytest.mark.slow
 def test_two_plugins_with_one_name_are_both_named(tmp_path: Path) -> None:
     install(tmp_path, "otherdigits", PLUGIN.format(name="Digits"))
     done = plugins_with(tmp_path)

@@ -130,6 +130,7 @@ def test_a_recipe_that_cannot_be_compared_is_told_why(comparing: Path, tmp_path:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_run_does_not_mind_what_its_comparisons_say_and_validate_shows_it(comparing: Path) -> None:
     def problems(*flags: str) -> list[str]:
         recipe = tiny.load_recipe(comparing, flags)

@@ -8,7 +8,7 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,11 +45,15 @@ class Depth(Metric):
         return [tiny.Measurement("depth", counts, "", "lower")]
 
 
+OTHER = replace(RECOVER, lr=1e-2, batch_size=4)
+
+
 def untimed(folder: Path) -> dict[str, Any]:
     """What a comparison has found, without how long it took."""
     found = json.loads((folder / "findings.json").read_text())
     for trial in (*found["trials"], *found["masks"]):
         trial.pop("seconds", None)
+        trial.pop("recovery_seconds", None)
     return found
 
 
@@ -58,8 +62,9 @@ def untimed(folder: Path) -> dict[str, Any]:
     [
         (Compare(candidates={**FIRST_AND_LAST, "again": FIRST_AND_LAST["first"]}, seeds=2, random=3), 6, 2 * 2 + 3),
         (Audit(candidates=FIRST_AND_LAST, seeds=1, masks=4, steps=2), 2, 2 + 4),
+        (Compare(candidates=FIRST_AND_LAST, seeds=2, random=1, recoveries={"a": RECOVER, "b": OTHER}), 8, 8 + 1),
     ],
-    ids=["compare", "audit"],
+    ids=["compare", "audit", "recoveries"],
 )
 def test_what_others_compute_is_what_one_process_computes(
     study: Compare | Audit, choices: int, recoveries: int, tmp_path: Path, worked: Counter[str]

@@ -203,7 +203,7 @@ AT_SEVERAL_DEPTHS = [
     ),
     Mutation(
         "keys of removed blocks stay in an adapter",
-        "pipeline/adapters.py",
+        "pipeline/exporting/adapters.py",
         "if (new := moves[block]) is None or any(",
         "if (new := moves[block] or block) is None or any(",
         ("pipeline/test_adapters.py::test_how_keys_are_renamed",),

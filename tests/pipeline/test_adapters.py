@@ -18,7 +18,7 @@ from diffusers_tasks import make
 from llm_toys import TOKENS, decide, folder, task_of
 from small_run import RECIPE, run
 from tinyfusion_core.cli import main
-from tinyfusion_core.pipeline.adapters import move_adapter, moved, moves_of
+from tinyfusion_core.pipeline.exporting.adapters import move_adapter, moved, moves_of
 from tinyfusion_core.runtime.files import write_text
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of peft and transformers

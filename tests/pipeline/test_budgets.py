@@ -66,6 +66,7 @@ def test_the_command_prunes_a_runs_teacher_to_several_budgets(
     assert "9" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_teacher_that_the_run_has_trained_is_pruned_too(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

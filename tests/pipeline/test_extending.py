@@ -74,6 +74,7 @@ def student(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "student" / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_after_its_end_and_after_a_kill(
     short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,6 +21,7 @@ def survive(recipe: Path, folder: Path, processes: int, number: int, command: st
     assert len(kills(folder, processes, number, 7, [command, str(recipe), *flags])) == number
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_bit_for_bit(recipe: Path, tmp_path: Path) -> None:
     short = ["--search.steps=12", "--recover.steps=12", "--trainer.checkpoint_every=3", "--recover.kd=MaskedKD"]
     survive(recipe, tmp_path / "kills", 1, 1, "run", short)

@@ -159,7 +159,7 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("flag", "named", "stage"),
     [
-        ("--recover.steps=8", "recover.steps: 4 -> 8", "recover"),
+        pytest.param("--recover.steps=8", "recover.steps: 4 -> 8", "recover", marks=pytest.mark.slow),
         pytest.param("--trainer.seed=9", "trainer.seed: 3 -> 9", "search", marks=pytest.mark.slow),
         pytest.param("--loss.label_drop=0.2", "loss.label_drop: 0.1 -> 0.2", "search", marks=pytest.mark.slow),
         ("--recover=null", "recover.steps: 4 -> None", "recover"),
@@ -232,6 +232,7 @@ def test_a_recovery_that_diverged_is_an_error_with_advice(recipe: Path, tmp_path
     assert not (tmp_path / "run" / "metrics.json").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work_and_one_of_them_writes(recipe: Path, short: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     ranks = start(command("run", recipe, "--run-dir", tmp_path / "two", *SHORT), log, processes=2)
@@ -284,6 +285,7 @@ def test_a_network_trained_from_scratch_is_pruned_in_the_same_run(recipe: Path, 
     assert source["sha256"] == json.loads((tmp_path / "run" / "teacher" / "config.json").read_text())["sha256"][WEIGHTS]
 
 
+@pytest.mark.slow
 def test_latents_and_a_training_checkpoint_from_search_to_student(recipe: Path, tmp_path: Path, capsys) -> None:
     # What a user of the full-size recipe has, in small: four channels, a learned variance, moments, EMA weights.
     sizes = {"input_size": 8, "patch_size": 2, "hidden_size": 16, "depth": 4, "num_heads": 2, "num_classes": 10}

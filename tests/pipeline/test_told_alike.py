@@ -57,7 +57,8 @@ def test_the_decision_of_a_student_that_is_not_whole_is_the_runs(finished: Path,
     assert decision_of(run) == found
 
 
-@pytest.mark.parametrize("draws", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("draws", [1, 3])
 def test_the_held_out_loss_of_budgets_is_that_of_the_table(draws: int, recipe: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     how = f"--evaluate=[{{class_path: HeldOutLoss, init_args: {{draws: {draws}, batch_size: 100}}}}]"

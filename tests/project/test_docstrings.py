@@ -14,7 +14,7 @@ from places import ROOT
 MODULES = [path for top in ("tinyfusion_core", "plugins") for path in sorted((ROOT / top).rglob("*.py"))]
 FIRST = (
     r"\.\.\.|batch|2?B|[nNKTG]|rows|masks|samples|processes|num_blocks|images|grid \* grid|1 \+ terms|\d|last - first"
-    r"|channels"
+    r"|channels|rank"
 )
 SHAPE = re.compile(
     rf"\((?:{FIRST})(?: or \d)?,[^()]*\)"  # (batch, tokens, channels), (batch,), (..., channels)

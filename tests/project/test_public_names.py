@@ -46,6 +46,7 @@ ALWAYS = [
     "GroupedSampler",
     "GumbelTopK",
     "HeldOutLoss",
+    "Inherit",
     "InputOutputMSE",
     "Interrupted",
     "Keep",

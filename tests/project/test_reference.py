@@ -36,7 +36,7 @@ def test_every_name_has_an_example(page: str) -> None:
             assert re.search(rf"\b{name}\b", shown), name
 
 
-@pytest.mark.parametrize("page", slow_but(PAGES, *(page for page in PAGES if page != "search")))
+@pytest.mark.parametrize("page", slow_but(PAGES, "network"))
 @pytest.mark.filterwarnings("ignore:a search of")
 def test_examples_run_and_print_what_they_say(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

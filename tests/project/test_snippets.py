@@ -14,7 +14,7 @@ import tinyfusion_core as tiny
 from places import ROOT
 from tinyfusion_core.cli import parse
 from tinyfusion_core.cli.results import LORA
-from tinyfusion_core.pipeline.export import FORMATS
+from tinyfusion_core.pipeline.exporting.export import FORMATS
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "RESULTS.md"]
 OF_A_PLUGIN = "backbone: MyBackbone"

@@ -109,8 +109,11 @@ def test_paths_say_what_they_are() -> None:
     "selector",
     [
         tiny.Search(keep=4, steps=150, update=tiny.Frozen()),
-        tiny.Search(
-            pattern={"blocks.*.mix": [2, 4], "blocks.*.map": [2, 4]}, steps=200, lr_gates=0.05, update=tiny.Frozen()
+        pytest.param(
+            tiny.Search(
+                pattern={"blocks.*.mix": [2, 4], "blocks.*.map": [2, 4]}, steps=200, lr_gates=0.05, update=tiny.Frozen()
+            ),
+            marks=pytest.mark.slow,
         ),
         tiny.Greedy(keep=4),
         tiny.LeaveOneOut(keep=4),

@@ -58,6 +58,7 @@ def test_the_words_of_a_new_plugin(tmp_path: Path) -> None:
     assert (folder / "tests" / "test_tiny_unet2.py").exists()
 
 
+@pytest.mark.slow
 def test_check_plugin_takes_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mine.py").write_text(EXAMPLE)
     assert main(["check-plugin", str(tmp_path / "mine.py")]) == 0

@@ -125,6 +125,7 @@ def test_every_hook_brings_its_classes_under_their_names(kind: str, tmp_path: Pa
 # A plugin that is one file
 
 
+@pytest.mark.slow
 def test_a_recipe_runs_with_a_file_beside_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     home, away = tmp_path / "home", tmp_path / "run"
     home.mkdir()

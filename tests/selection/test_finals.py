@@ -130,7 +130,7 @@ def test_the_batch_of_a_final_is_checked_before_the_search(recipe, capsys) -> No
 class Noted(tiny.Start):
     stages: list[str] = field(default_factory=list)
 
-    def __call__(self, task, student, decision, trainer, stage) -> None:
+    def __call__(self, task, student, decision, trainer, stage, run=None) -> None:
         assert len(decision.kept) == len(student.blocks)
         self.stages.append(stage)
 

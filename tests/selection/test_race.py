@@ -50,6 +50,7 @@ def test_what_recovers_best_wins_whoever_proposed_it() -> None:
     assert all(entry["behind"] > 2 * entry["standard_error"] > 0 for entry in first[1:])
 
 
+@pytest.mark.slow
 def test_neighbours_of_the_leader_are_tried_and_followed() -> None:
     """Nobody proposes the right mask: it is two exchanges away, and each of them recovers better."""
     decision = racing(WRONG, tiny.Keep([0, 2, 4, 7]), steps=700)(task(), TRAINER)
@@ -139,6 +140,7 @@ class Diverging(Match):
         return out * float("nan") if model.training and len(model.blocks) < 8 else out
 
 
+@pytest.mark.slow
 def test_every_round_is_longer_than_the_one_before() -> None:
     """Whatever the neighbours have left: a shorter recovery would have the last word."""
     for steps in (100, 130, 157):

@@ -167,6 +167,7 @@ def test_a_search_records_what_it_cost_and_where_it_stopped() -> None:
     assert 0.6 <= decision.confidence < 0.95  # as sure as it was there, not as at the last step's scaling
 
 
+@pytest.mark.slow
 def test_a_search_that_stops_early_resumes_to_the_same_stop(tmp_path) -> None:
     how = tiny.Search(keep=4, steps=400, confident=0.8, ema=0.5, update=tiny.LoRA(rank=2), warmup=0.02)
     trainer = replace(TRAINER, checkpoint_every=8)

@@ -271,6 +271,7 @@ def test_a_broken_plugin_is_caught(name: str) -> None:
         run_check(check, (backbone, loss))
 
 
+@pytest.mark.slow
 def test_a_heavy_import_is_caught(tmp_path: Path) -> None:
     path = tmp_path / "heavy_plugin.py"
     path.write_text("import matplotlib\nimport toys\n\nclass Heavy(toys.Planted):\n    pass\n")

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import tinyfusion_core as tiny
+from marks import slow_but
 from small_run import RECIPE, digits_task, run
 from tinyfusion_core.cli import main
 from tinyfusion_core.pipeline.slices import slice_of
@@ -144,7 +145,7 @@ def test_a_recovery_at_several_depths_resumes_bit_for_bit(tmp_path: Path) -> Non
         assert torch.equal(one, two)
 
 
-@pytest.mark.parametrize("units", [(), ("attention", "mlp")])
+@pytest.mark.parametrize("units", slow_but([(), ("attention", "mlp")], ()))
 def test_a_run_is_sliced(units: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe: dict[str, Any] = json.loads(json.dumps(RECIPE))
     recipe["backbone"]["init_args"]["units"] = [*units]

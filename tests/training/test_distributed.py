@@ -202,7 +202,7 @@ def test_a_whole_run_on_two_processes(tmp_path: Path, sharding: str) -> None:
     recipe["backbone"] = {"class_path": "DiT", "init_args": {**sizes, "num_classes": 10, "learn_sigma": False}}
     recipe["train"] = {"steps": 8, "lr": 1e-3}
     recipe["search"]["steps"] = recipe["recover"]["steps"] = 8
-    recipe["recover"]["kd"] = "MaskedKD"
+    recipe["recover"] |= {"kd": "MaskedKD", "start": "Inherit"}
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(recipe))
     command = ("run", tmp_path / "small.yaml", "--run-dir")
     done = torchrun(

@@ -153,6 +153,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_step(tmp_path: Path, monkeypatch:
     assert_equal(recovered(run), whole)
 
 
+@pytest.mark.slow
 def test_signals_outside_of_the_training_loop(recipe: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
     def send(signum: int, where: Any, name: str) -> Callable[..., Any]:
         """Send the signal when some function is called the next time."""

@@ -19,7 +19,7 @@ from places import TESTS
     ("program", "processes"),
     [
         ("accelerate_script.py", 1),
-        ("accelerate_script.py", 2),
+        pytest.param("accelerate_script.py", 2, marks=pytest.mark.slow),
         pytest.param(
             "lightning_script.py",
             1,

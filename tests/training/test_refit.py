@@ -176,6 +176,7 @@ def test_a_run_without_training(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "recover" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_recovery_from_there_resumes_bit_for_bit(tmp_path: Path) -> None:
     recipe = recipe_at(tmp_path, steps=8, start={"class_path": "Refit", "init_args": {"samples": 32}})
     assert run(recipe, tmp_path / "whole") == 0

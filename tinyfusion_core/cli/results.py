@@ -91,7 +91,7 @@ class Export(Command):
             "--to",
             required=True,
             metavar="FORMAT",
-            help=f"transformers, diffusers, single-file, mergekit, llama.cpp, peft, indices, {LORA}",
+            help=f"transformers, diffusers, single-file, adapter, mergekit, llama.cpp, peft, indices, {LORA}",
         )
         parser.add_argument(
             "--adapter", type=a_path, help=f"for --to {LORA}: a LoRA of the teacher, to go on the student"
@@ -101,8 +101,8 @@ class Export(Command):
     def __call__(self, options: Namespace) -> int:
         """Print the exported text, or the path that was written."""
         from ..errors import UserError
-        from ..pipeline.adapters import export_adapter
-        from ..pipeline.export import export_run
+        from ..pipeline.exporting.adapters import export_adapter
+        from ..pipeline.exporting.export import export_run
         from ..runtime.run_folder import existing_run
 
         if (options.to == LORA) != (options.adapter is not None):

@@ -100,7 +100,8 @@ class Validate(Command):
 
         from ..errors import UserError, require
         from ..pipeline.planning.amounts import parse_bytes
-        from ..pipeline.planning.plan import Hardware, make_plan
+        from ..pipeline.planning.plan import make_plan
+        from ..pipeline.planning.training import Hardware
         from ..pipeline.recipe import load_recipe
         from .printing import print_table
 

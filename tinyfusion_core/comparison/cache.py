@@ -39,7 +39,7 @@ class ResultCache:
 
     Args:
         task: what to prune.
-        recovery: how every subset is recovered.
+        recoveries: how subsets are recovered, by the name that an entry says.
         trainer: how to train; its seed is ignored.
         folder: holds `cells/`, the folder of the files.
         progress: advances with every result that is asked for.
@@ -51,7 +51,7 @@ class ResultCache:
     def __init__(
         self,
         task: Task,
-        recovery: Recover,
+        recoveries: Mapping[str, Recover],
         trainer: Trainer,
         folder: RunFolder,
         progress: Tracker,
@@ -59,7 +59,8 @@ class ResultCache:
         metrics: Mapping[str, Metric],
         helps: bool = False,
     ) -> None:
-        self.task, self.recovery, self.folder, self.progress, self.helps = task, recovery, folder, progress, helps
+        self.task, self.folder, self.progress, self.helps = task, folder, progress, helps
+        self.recoveries = recoveries
         self.trainer = trainer.quiet()  # hundreds of short trainings, whose logs go when they are done
         self.held_out, self.metrics = held_out, metrics
         self.accelerator, self.main = trainer.accelerator, trainer.accelerator.is_main_process
@@ -81,30 +82,30 @@ class ResultCache:
         self.figures = {column: (digest(key), digest(then(key))) for column, key in keys.items()}
         """Names of the metrics' values in a file: now, and in files of earlier versions."""
 
-    def decide(self, name: str, selector: Selector, seed: int) -> Entry:
-        """Let a candidate choose blocks. The entry has no losses yet.
+    def decide(self, entry: Entry, selector: Selector) -> Entry:
+        """Let a candidate choose the blocks of an entry, which has no losses yet.
 
         Raises:
             UserError: the candidate cannot decide; names it.
         """
-        trainer, key = self._choice(selector, seed)
+        trainer, key = self._choice(selector, entry.seed)
 
         def work(folder: RunFolder) -> dict[str, Any]:
             start = time.monotonic()
             try:
                 decision = selector(self.task, trainer, folder)
             except UserError as e:
-                raise type(e)(f"candidate '{name}', seed {seed}: {e}") from e  # another process's stays one
+                raise type(e)(f"candidate '{entry.method}', seed {entry.seed}: {e}") from e  # another's stays one
             seconds = folder.spent(time.monotonic() - start)
             cost = decision.provenance.get("evaluations", 0)
             scores = decision.provenance.get("scores")
             scores = None if scores is None else [_finite(s) for s in scores]
             return {"kept": list(decision.kept), "scores": scores, "seconds": seconds, "evaluations": cost}
 
-        made = self._cached("decision", key, f"{name}, seed {seed}: choosing", work)
+        made = self._cached("decision", key, f"{entry.method}, seed {entry.seed}: choosing", work)
         self.progress.advance()
         kept, scores = tuple(made.pop("kept")), made.pop("scores")
-        return Entry(name, seed, kept, scores=None if scores is None else tuple(scores), **made)
+        return replace(entry, kept=kept, scores=None if scores is None else tuple(scores), **made)
 
     def hand_out(
         self, elsewhere: Elsewhere | None, entries: Sequence[Entry], selectors: Mapping[str, Selector]
@@ -119,7 +120,7 @@ class ResultCache:
         if elsewhere is None:
             return
         # Of equal recoveries the last one: candidates, which want all metrics, come after random subsets.
-        distinct = {(e.kept or e.method, e.seed): e for e in entries}
+        distinct = {(e.kept or e.method, e.seed, e.recovery): e for e in entries}
         lacking = [e for e in distinct.values() if self._lacks(e, selectors)]
         if not lacking:
             return
@@ -134,9 +135,8 @@ class ResultCache:
     def _lacks(self, entry: Entry, selectors: Mapping[str, Selector]) -> bool:
         if not entry.kept:
             return not self._known("decision", self._choice(selectors[entry.method], entry.seed)[1])[1]
-        trainer = replace(self.trainer.with_batch_size(self.recovery.batch_size), seed=entry.seed)
         needs = list(self.figures.values()) if entry.method else []
-        return _misses(self._known("healing", self._key_of_recovery(entry.kept, trainer))[1], needs)
+        return _misses(self._known("healing", self._key_of_recovery(entry))[1], needs)
 
     def calibrate(self, kept: Sequence[int]) -> float | None:
         """Return the held-out loss of the network with only these blocks, without recovery; None if not finite."""
@@ -153,27 +153,25 @@ class ResultCache:
 
         Without further metrics, each is recovered by one of several processes: a latency would be that beside others.
         """
-        distinct = {(entry.kept, entry.seed): entry for entry in entries}
-        trainer = self.trainer.with_batch_size(self.recovery.batch_size)
-        alone = None if full and self.figures else trainer.each_alone(len(distinct))
+        distinct = {(entry.kept, entry.seed, entry.recovery): entry for entry in entries}
+        together = full and self.figures
+        alone = {e.recovery: None if together else self._trainer(e).each_alone(len(distinct)) for e in entries}
         done, share = self.progress.done, 1
 
         def work(entry: Entry) -> Entry:
-            found = self._recovered(entry, alone or trainer, full)
+            found = self._recovered(entry, alone[entry.recovery] or self._trainer(entry), full)
             self.progress.advance(min(share, done + len(entries) - self.progress.done))
             return found
 
-        if alone is None:
+        if not any(alone.values()):
             return tuple(work(entry) for entry in entries)
         share = rank_and_world_size()[1]  # meanwhile the others have done as much
-        map_alone(list(dict.fromkeys(kept for kept, _ in distinct)), self.calibrate)
+        map_alone(list(dict.fromkeys(kept for kept, _, _ in distinct)), self.calibrate)
         found = dict(zip(distinct, map_alone(list(distinct.values()), work), strict=True))
         self.progress.advance(done + len(entries) - self.progress.done)
-        told = ((entry, found[entry.kept, entry.seed]) for entry in entries)
-        return tuple(
-            replace(entry, calibration=one.calibration, recovered=one.recovered, metrics=one.metrics)
-            for entry, one in told
-        )
+        chosen = ("method", "scores", "seconds", "evaluations")
+        told = ((entry, found[entry.kept, entry.seed, entry.recovery]) for entry in entries)
+        return tuple(replace(one, **{name: getattr(entry, name) for name in chosen}) for entry, one in told)
 
     def _recovered(self, entry: Entry, trainer: Trainer, full: bool) -> Entry:
         calibration = self.calibrate(entry.kept)
@@ -181,24 +179,26 @@ class ResultCache:
         figures_of = self.figures if full else {}
 
         def work(folder: RunFolder) -> dict[str, Any]:
-            decision = self._decision(entry.kept)
+            decision, recovery, start = self._decision(entry.kept), self.recoveries[entry.recovery], time.monotonic()
             try:
-                student = self.recovery(self.task, prune(self.task, decision), decision, trainer, folder)
+                student = recovery(self.task, prune(self.task, decision), decision, trainer, folder)
             except Diverged:
                 return {"loss": None, **{name: None for name, _ in figures_of.values()}}
-            figures = {"loss": self._loss(student)}
+            seconds = folder.spent(time.monotonic() - start)
+            figures = {"seconds": seconds, "loss": self._loss(student)}
             for column, (name, _) in figures_of.items():
                 where, plain = folder / "evaluation" / name, replace(self.trainer, seed=entry.seed)
                 found = measure(self.metrics[column], self.task, {"recovered": student}, plain, where)
                 figures[name] = found[0].values["recovered"] if found else None
             return figures
 
-        key = self._key_of_recovery(entry.kept, trainer)
+        key = self._key_of_recovery(entry)
         what = f"{entry.method or 'random subset'}, seed {entry.seed}: recovering"
         figures = self._cached("healing", key, what, work, needs=list(figures_of.values()))
         metrics = {column: figures[new if new in figures else old] for column, (new, old) in figures_of.items()}
         known = {column: value for column, value in metrics.items() if value is not None}
-        return replace(entry, calibration=calibration, recovered=figures["loss"], metrics=known)
+        took = figures.get("seconds")
+        return replace(entry, calibration=calibration, recovered=figures["loss"], metrics=known, recovery_seconds=took)
 
     def _cached(
         self,
@@ -253,13 +253,18 @@ class ResultCache:
         trainer = replace(self.trainer, seed=seed)
         return trainer, {**self.training, **stage_key(selector, selector.decisive(trainer)), **selector.inputs()}
 
-    def _key_of_recovery(self, kept: Sequence[int], trainer: Trainer) -> dict[str, Any]:
+    def _trainer(self, entry: Entry) -> Trainer:
+        """The trainer of its recovery."""
+        return replace(self.trainer.with_batch_size(self.recoveries[entry.recovery].batch_size), seed=entry.seed)
+
+    def _key_of_recovery(self, entry: Entry) -> dict[str, Any]:
+        trainer = self._trainer(entry)
         return {
             **{f"training {k}": v for k, v in self.training.items()},
             **self.measuring,
-            **stage_key(self.recovery, Decisive(trainer, but=("batch_size",))),
+            **stage_key(self.recoveries[entry.recovery], Decisive(trainer, but=("batch_size",))),
             "patience": trainer.max_skipped,  # decides what has diverged
-            "kept": list(kept),
+            "kept": list(entry.kept),
         }
 
     def _decision(self, kept: Sequence[int]) -> Decision:

@@ -1,9 +1,9 @@
-"""What is compared: selectors with one budget."""
+"""What is compared: selectors with one budget, and the recoveries of what each of them chooses."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import UserError
@@ -27,16 +27,18 @@ class Candidates:
     """What is compared.
 
     Attributes:
-        selectors: searches and criteria by name.
+        selectors: searches and criteria, by the name of the candidate.
         budget: how many blocks each of them keeps, or what the blocks may cost.
         measured: a budget of measured costs as a sentence; else empty.
         left_out: criteria that are not available at this budget, with the reason.
+        recoveries: the name of its recovery for every candidate that has one of its own.
     """
 
     selectors: Mapping[str, Selector]
     budget: Budget | Spending
     measured: str = ""
     left_out: Mapping[str, str] = field(default_factory=dict)
+    recoveries: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def recorded(self) -> Budget | str:
@@ -52,6 +54,21 @@ class Candidates:
     def settings(self) -> dict[str, Any]:
         """Settings that give a criterion this budget."""
         return _settings(self.budget)
+
+    def each_recovered(self, recoveries: Collection[str]) -> Candidates:
+        """Return every selector with every one of these recoveries; without any, the candidates as they are.
+
+        A pair has both names, or that of the recovery alone where there is one selector.
+        """
+        names = {
+            recovery if len(self.selectors) == 1 else f"{selector} + {recovery}": (selector, recovery)
+            for selector in self.selectors
+            for recovery in recoveries
+        }
+        if not names:
+            return self
+        selectors = {name: self.selectors[selector] for name, (selector, _) in names.items()}
+        return replace(self, selectors=selectors, recoveries={name: recovery for name, (_, recovery) in names.items()})
 
     def outside(self, kept: Sequence[int], blocks: Sequence[str]) -> str:
         """Return what is wrong with kept blocks that do not fit the budget; empty if they fit."""

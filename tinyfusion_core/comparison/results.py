@@ -11,6 +11,8 @@ from ..errors import UserError
 from ..evaluation import DISTANCE
 from ..parsing.records import read_as, shaped
 from ..runtime.files import write_json
+from ..runtime.locking import check_free
+from ..runtime.run_folder import COMPARISON, COMPARISON_RESULTS, RUN_RECORD
 from ..samplers.demands import Budget, budget_text
 
 FORMAT_VERSION = 1
@@ -44,10 +46,12 @@ class _Trial(TypedDict):
     scores: NotRequired[list[float | None] | None]
     seconds: NotRequired[float]
     evaluations: NotRequired[int]
+    recovery: NotRequired[str]
+    recovery_seconds: NotRequired[float | None]
 
 
 class Viewed(TypedDict):
-    """Whose results they are."""
+    """Of which command the results are."""
 
     format_version: Literal[1]
     view: Literal["compare", "audit"]
@@ -65,6 +69,7 @@ class _Findings(Viewed):
     masks: list[_Trial]
     left_out: NotRequired[dict[str, str]]
     note: NotRequired[str]
+    recoveries: NotRequired[dict[str, int]]
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,8 @@ class Entry:
         scores: what the candidate gave each block, if it scores blocks; higher ones are kept, None is not finite.
         seconds: time that the choice took.
         evaluations: samples that the network was run on for it.
+        recovery: name of the recovery among those that are compared; empty: the recipe's.
+        recovery_seconds: time that the recovery took; None if nobody has measured it.
     """
 
     method: str
@@ -92,13 +99,16 @@ class Entry:
     scores: tuple[float | None, ...] | None = None
     seconds: float = 0.0
     evaluations: int = 0
+    recovery: str = ""
+    recovery_seconds: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as in `findings.json`. Metrics that format_version 1 has no name for are only added if present."""
+        """Return it as in `findings.json`. What format_version 1 had no name for at first is only added if present."""
         others = dict(self.metrics)
         own = {DISTANCE: others.pop(DISTANCE, None)}
         made = in_files({f.name: own if f.name == "metrics" else getattr(self, f.name) for f in fields(self)})
-        return {**made, "metrics": others} if others else made
+        later = {name: made.pop(name) for name in ("recovery", "recovery_seconds")}
+        return {**made, **({"metrics": others} if others else {}), **{k: v for k, v in later.items() if v}}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
@@ -127,6 +137,7 @@ class ComparisonResults:
         masks: results of the random subsets.
         left_out: criteria that are not available at this budget, and why.
         note: how the loss was measured.
+        recoveries: steps of each recovery that the candidates have, by name; empty: all have the recipe's.
     """
 
     view: str
@@ -141,11 +152,16 @@ class ComparisonResults:
     masks: tuple[Entry, ...]
     left_out: Mapping[str, str] = field(default_factory=dict)
     note: str = ""
+    recoveries: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def kept(self) -> str:
         """What is kept, formatted for a sentence."""
         return self.budget if isinstance(self.budget, str) else f"{budget_text(self.budget)} blocks"
+
+    def steps_of(self, recovery: str) -> int:
+        """Return the steps of a recovery that is compared, or of the recipe's, which has no name."""
+        return self.recoveries.get(recovery, self.steps)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -182,6 +198,21 @@ def _check(path: Path, results: ComparisonResults) -> None:
             raise UserError(f"{path}: 'kept' is {list(entry.kept)}; expected some of {len(blocks)} blocks; {AGAIN}")
         if entry.scores is not None and len(entry.scores) != len(blocks):
             raise UserError(f"{path}: 'scores' has {len(entry.scores)}; expected one for each block; {AGAIN}")
+
+
+def check_folder(folder: Path, view: str) -> None:
+    """Check that the command `view` may write its results here.
+
+    Raises:
+        UserError: the folder holds a run, the results of another command, or other files.
+    """
+    what = "a run" if (folder / RUN_RECORD).exists() else ""
+    found = folder / COMPARISON_RESULTS
+    if found.exists() and (other := read_as(found, Viewed, AGAIN)["view"]) != view:
+        what = f"the results of another command ({other})"
+    if what:
+        raise UserError(f"{folder}: holds {what}; choose another --run-dir")
+    check_free(folder, COMPARISON)
 
 
 def in_files(figures: Mapping[str, Any], missing: Any = None) -> dict[str, Any]:

@@ -44,6 +44,8 @@ class Summary:
         to_best: recovered loss minus that of the best random subset.
         seconds: time that the choice takes.
         evaluations: samples that the network is run on for it.
+        recovery: name of its recovery among those that are compared; empty: the recipe's.
+        recovery_seconds: time that a recovery takes.
     """
 
     name: str
@@ -56,6 +58,12 @@ class Summary:
     to_best: MeanStd = MeanStd(None)
     seconds: MeanStd = MeanStd(None)
     evaluations: MeanStd = MeanStd(None)
+    recovery: str = ""
+    recovery_seconds: MeanStd = MeanStd(None)
+
+    def same_as(self, other: Summary) -> bool:
+        """Whether the other keeps the same blocks with every seed, and recovers them alike."""
+        return (self.kept, self.recovery) == (other.kept, other.recovery)
 
 
 def summaries(results: ComparisonResults) -> list[Summary]:
@@ -83,6 +91,8 @@ def _summary(results: ComparisonResults, name: str) -> Summary:
         to_best=_mean(to_best),
         seconds=_mean(e.seconds for e in entries),
         evaluations=_mean(e.evaluations for e in entries),
+        recovery=entries[0].recovery,
+        recovery_seconds=_mean(e.recovery_seconds for e in entries),
     )
 
 

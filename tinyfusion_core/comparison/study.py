@@ -1,4 +1,4 @@
-"""Compares selectors under the same budget, data and recovery, with random subsets as reference.
+"""Compares selectors, or recoveries, under the same budget and data, with random subsets as reference.
 
 `Compare` and `Audit` are two views of the same cached results: decisions, losses right after pruning, recoveries.
 Finished results are never computed again (see `cache.py`).
@@ -15,14 +15,13 @@ from typing_extensions import override
 
 from ..errors import UserError, require
 from ..evaluation.metrics import HeldOutLoss, Metric
-from ..parsing.records import read_as
 from ..parsing.settings import Settings
 from ..protocols.task import Task
 from ..runtime.distributed import on_main_process
 from ..runtime.files import FORMERLY, write_json
-from ..runtime.locking import check_free, owned
+from ..runtime.locking import owned
 from ..runtime.progress import Tracker, track
-from ..runtime.run_folder import COMPARISON, COMPARISON_RESULTS, NOW, RESULT_CACHE, RUN_RECORD, RunFolder, is_comparison
+from ..runtime.run_folder import COMPARISON, COMPARISON_RESULTS, NOW, RESULT_CACHE, RunFolder, is_comparison
 from ..runtime.seeding import generator
 from ..samplers.compiled import compile_constraints
 from ..selection.base import Selector
@@ -32,7 +31,7 @@ from ..training.recover import Recover
 from ..training.trainer import Trainer
 from .cache import Elsewhere, ResultCache
 from .candidates import Candidates, line_up
-from .results import AGAIN, ComparisonResults, Entry, Viewed
+from .results import ComparisonResults, Entry, check_folder
 from .statistics import RANDOM
 
 
@@ -60,8 +59,12 @@ class Comparison(Settings):
         raise NotImplementedError  # under ABC, jsonargparse would write sections as class_path and init_args
 
     def recovery(self, recover: Recover) -> Recover:
-        """Return the recovery of every subset."""
+        """Return the recovery of every subset that has no other one."""
         return recover
+
+    def other_recoveries(self) -> Mapping[str, Recover]:
+        """Return the recoveries of the candidates by name; without any they have that of all subsets."""
+        return {}
 
     def cost_budgets(self, search: Selector | None) -> list[CostBudget]:
         """Return the cost budgets of the candidates; see `Selector.cost_budgets`."""
@@ -81,8 +84,9 @@ class Comparison(Settings):
         Raises:
             UserError: candidates do not fit or differ in their budget (all of them are named), or there are none.
         """
-        selectors, costs = self._given(search), costs or {}
-        return line_up(self.view, selectors, blocks, costs, every=self.candidates is None)
+        selectors, costs, recoveries = self._given(search), costs or {}, self.other_recoveries()
+        every = self.candidates is None and not recoveries
+        return line_up(self.view, selectors, blocks, costs, every).each_recovered(recoveries)
 
     def _given(self, search: Selector | None) -> dict[str, Selector]:
         """The candidates of the recipe, by name."""
@@ -117,16 +121,15 @@ class Comparison(Settings):
 
         Raises:
             UserError: candidates do not fit the network or differ in their budget (all of them are named); one cannot
-                decide, or not as previewed; or the folder holds a run, the other view's results or other files.
+                decide, or not as previewed; or the folder holds something else.
             Interrupted: a signal arrived; the same call resumes.
         """
         folder = RunFolder(run_dir)
-        self._check_folder(folder)
+        check_folder(folder.path, self.view)
         costs = self._costs(search, task, trainer, folder)
         candidates = self.candidates_for(search, task.blocks, costs)
         selectors = candidates.selectors
-        seeds = tuple(trainer.seed + i for i in range(self.seeds))
-        num_random, num_seeds = self.reference()
+        seeds, (num_random, num_seeds) = tuple(trainer.seed + i for i in range(self.seeds)), self.reference()
         allowed = compile_constraints(task.blocks, self.view, **candidates.settings)
         subsets = allowed.distinct(num_random, generator(trainer.seed, "comparison", "random subsets"))
         work = 2 * len(selectors) * len(seeds) + len(subsets) * num_seeds
@@ -143,9 +146,10 @@ class Comparison(Settings):
             progress = stack.enter_context(trainer.track(self.view, work))
             cache = self._cache(task, recover, trainer, folder, progress, evaluate)
             teacher = cache.calibrate(range(len(task.blocks)))
-            choices = [Entry(name, seed, ()) for seed in seeds for name in selectors]
+            pairs = [(name, candidates.recoveries.get(name, "")) for name in selectors]
+            choices = [Entry(name, seed, (), recovery=recovery) for seed in seeds for name, recovery in pairs]
             cache.hand_out(elsewhere, choices, selectors)
-            decided = [cache.decide(e.method, selectors[e.method], e.seed) for e in choices]
+            decided = [cache.decide(e, selectors[e.method]) for e in choices]
             for entry in decided:
                 if problem := candidates.outside(entry.kept, task.blocks):
                     raise UserError(f"{self.view}: with seed {entry.seed} {entry.method} keeps {problem}")
@@ -156,7 +160,7 @@ class Comparison(Settings):
                 blocks=tuple(task.blocks),
                 budget=candidates.recorded,
                 num_masks=allowed.num_masks,
-                steps=cache.recovery.steps,
+                steps=self.recovery(recover).steps,
                 seeds=seeds,
                 teacher=teacher,
                 learned=tuple(name for name, s in selectors.items() if s.learned() is not None),
@@ -164,6 +168,7 @@ class Comparison(Settings):
                 masks=cache.recover(masks),
                 left_out=candidates.left_out,
                 note=f"draws for each of {len(task.held_out)} held-out samples: {cache.held_out.draws}",
+                recoveries={name: how.steps for name, how in self.other_recoveries().items()},
             )
             on_main_process(lambda: results.save(folder / COMPARISON_RESULTS))
         return results
@@ -190,7 +195,7 @@ class Comparison(Settings):
             if entry.kept:
                 cache.recover([entry], full=entry.method != "")
             else:
-                cache.decide(entry.method, candidates.selectors[entry.method], entry.seed)
+                cache.decide(entry, candidates.selectors[entry.method])
 
         return compute
 
@@ -205,8 +210,8 @@ class Comparison(Settings):
         helps: bool = False,
     ) -> ResultCache:
         held_out = next((m for m in evaluate if isinstance(m, HeldOutLoss)), HeldOutLoss())
-        columns = self._columns(evaluate)
-        return ResultCache(task, self.recovery(recover), trainer, folder, progress, held_out, columns, helps)
+        columns, recoveries = self._columns(evaluate), {"": self.recovery(recover), **self.other_recoveries()}
+        return ResultCache(task, recoveries, trainer, folder, progress, held_out, columns, helps)
 
     def _costs(
         self, search: Selector | None, task: Task, trainer: Trainer, folder: RunFolder
@@ -214,16 +219,6 @@ class Comparison(Settings):
         """What the network costs, by name of the budgets; as it was measured before, if it was."""
         budgets = self.cost_budgets(search)
         return on_main_process(lambda: measure(budgets, task, trainer, folder.path)) if budgets else {}
-
-    def _check_folder(self, folder: RunFolder) -> None:
-        """Raise UserError if the folder holds something that this would overwrite."""
-        what = "a run" if (folder / RUN_RECORD).exists() else ""
-        found = folder / COMPARISON_RESULTS
-        if found.exists() and (view := read_as(found, Viewed, AGAIN)["view"]) != self.view:
-            what = f"the results of another command ({view})"
-        if what:
-            raise UserError(f"{folder.path}: holds {what}; choose another --run-dir")
-        check_free(folder.path, COMPARISON)
 
     def _columns(self, evaluate: Sequence[Metric]) -> dict[str, Metric]:
         """The metrics to measure besides the held-out loss, by column name; equal names are numbered."""
@@ -245,13 +240,22 @@ class Compare(Comparison):
             every criterion.
         seeds: how often each candidate decides and recovers: with the trainer's seed, the next one, and so on.
         random: random subsets to recover, with the first seed.
+        recoveries: by name, instead of the recipe's: each recovers what every candidate chooses, or the recipe's search
+            alone. In a recipe they say what differs from `recover`, which random subsets keep.
     """
 
     random: int = 16
+    recoveries: dict[str, Recover] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.random >= 0, "compare.random", self.random, "0 or more")
+        named = self.recoveries is None or all(name.strip() for name in self.recoveries or [""])
+        require(named, "compare.recoveries", list(self.recoveries or {}), "one or more by name, or null")
+
+    @override
+    def other_recoveries(self) -> Mapping[str, Recover]:
+        return self.recoveries or {}
 
     @override
     def reference(self) -> tuple[int, int]:

@@ -76,12 +76,14 @@ def _compared(results: ComparisonResults) -> TextTable:
                 _percent(summary.better) if candidate and results.masks else "",
                 f"{summary.seconds.mean:.2g}" if summary.seconds.mean is not None else "",
                 f"{summary.evaluations.mean:,.0f}" if summary.evaluations.mean is not None else "",
+                *([f"{took:.3g}" if (took := summary.recovery_seconds.mean) else ""] if results.recoveries else []),
             )
         )
     columns = ("", "kept blocks", "calibration loss", "recovered loss", *results.columns, "better than random")
+    recovered = ("recovery seconds",) if results.recoveries else ()
     return TextTable(
         title=f"{_task(results)}, {_recovery(results)}",
-        columns=(*columns, "seconds", "samples"),
+        columns=(*columns, "seconds", "samples", *recovered),
         rows=tuple(body),
         notes=(
             *_common_notes(results),
@@ -144,7 +146,9 @@ def _task(results: ComparisonResults) -> str:
 
 def _recovery(results: ComparisonResults) -> str:
     num = len(results.seeds)
-    return f"{results.steps:,} recovery steps, {num} seed{'s' if num > 1 else ''}"
+    found = [results.steps_of(e.recovery) for e in results.entries]
+    steps = " to ".join(f"{n:,}" for n in sorted({min(found), max(found)}))
+    return f"{steps} recovery steps, {num} seed{'s' if num > 1 else ''}"
 
 
 def _count(results: ComparisonResults) -> int:
@@ -166,6 +170,10 @@ def _common_notes(results: ComparisonResults) -> list[str]:
             f"better than random: share of {which} within the budget that recover worse; they were recovered with "
             f"{seeds}, and the ± in their own row is over the subsets"
         )
+    if results.masks and results.recoveries:
+        notes.append("random subsets have the recipe's recovery")
+    if len(set(results.recoveries.values())) > 1:
+        notes.append(f"recovery steps: {', '.join(f'{name} {n:,}' for name, n in results.recoveries.items())}")
     notes += [f"{name} left out: {why}" for name, why in results.left_out.items()]
     return notes
 

@@ -13,7 +13,8 @@ def comparison_title(results: ComparisonResults) -> str:
     """Return what was compared: `8 → 4 blocks: 7 choices beside 20 random subsets`."""
     count, masks = len(dict.fromkeys(e.method for e in results.entries)), len(reference(results, results.seeds[0]))
     beside = f" beside {masks} random subset{'s' if masks > 1 else ''}" if masks else ""
-    return f"{len(results.blocks)} → {results.kept}: {count} way{'s' if count > 1 else ''} to choose{beside}"
+    what = f"{count} way{'s' if count > 1 else ''} to {'choose and recover' if results.recoveries else 'choose'}"
+    return f"{len(results.blocks)} → {results.kept}: {what}{beside}"
 
 
 def comparison_verdict(results: ComparisonResults) -> dict[str, str]:
@@ -26,7 +27,7 @@ def comparison_verdict(results: ComparisonResults) -> dict[str, str]:
     if masks:
         found["Against chance"] = _against_chance(ranked, masks)
     searches = [s for s in ranked if s.name in results.learned]
-    if searches and ranked[0].name not in results.learned:
+    if searches and not results.recoveries and ranked[0].name not in results.learned:
         first = searches[0]
         found["The search"] = f"{first.name} comes in place {ranked.index(first) + 1}, at {first.recovered.text()}."
     return found
@@ -34,16 +35,17 @@ def comparison_verdict(results: ComparisonResults) -> dict[str, str]:
 
 def _best(ranked: Sequence[Summary], results: ComparisonResults) -> str:
     best, teacher = ranked[0], results.teacher
-    same = [s.name for s in ranked[1:] if s.kept == best.kept]
+    same = [s.name for s in ranked[1:] if s.same_as(best)]
     too = f" ({', '.join(same)} cho{'se' if len(same) > 1 else 'oses'} the same blocks)" if same else ""
-    text = f"{best.name}{too}: held-out loss {best.recovered.text()} after {results.steps:,} steps of recovery"
+    steps = f"{results.steps_of(best.recovery):,} steps of recovery"
+    text = f"{best.name}{too}: held-out loss {best.recovered.text()} after {steps}"
     return f"{text}; the teacher's is {teacher:.4g}." if teacher is not None else f"{text}."
 
 
 def _lead(ranked: Sequence[Summary], results: ComparisonResults) -> str:
-    """How far the next choice of other blocks is behind, against the spread over the seeds."""
+    """How far the next one, of other blocks or another recovery, is behind, against the spread over the seeds."""
     best = ranked[0]
-    other = next((s for s in ranked[1:] if s.kept != best.kept), None)
+    other = next((s for s in ranked[1:] if not s.same_as(best)), None)
     if other is None:
         return "Nothing to tell apart: no choice of other blocks has recovered."
     gap = (other.recovered.mean or 0.0) - (best.recovered.mean or 0.0)

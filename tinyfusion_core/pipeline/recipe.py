@@ -31,8 +31,9 @@ from ..runtime.stages import Stage, stages_of
 from ..selection.base import Selector
 from ..training.recover import Recover
 from ..training.trainer import Trainer
+from .misfits import misfits
 from .planning.on_meta import build_on_meta
-from .schema import KEYS, SECTIONS, Round, checked, follow_recovery, misfits, schema, yaml12_numbers
+from .schema import KEYS, SECTIONS, Round, checked, follow_recovery, schema, yaml12_numbers
 
 _REFUSALS = (UserError, ArgumentError, ValueError, TypeError)
 RESERVED = ("teacher", "student", "figures", "checkpoints", "evaluation")
@@ -136,7 +137,7 @@ def load_recipe(path: Path | str, flags: Sequence[str] = ()) -> Recipe:
     problems += [f"the key '{key}' is missing" for key in ("backbone", "loss", "data") if known and key not in raw]
     objects, settings = _parsed(sections, problems)
     if problems:
-        raise UserError("\n".join(f"{path}: {problem}" for problem in problems))
+        raise UserError("\n".join(f"{path}: {problem}" for problem in dict.fromkeys(problems)))
     if files:
         settings = {"plugins": [file.name for file in files], **settings}
     return Recipe(**{name: getattr(objects, name) for name in SECTIONS}, settings=settings, plugins=files)
@@ -147,7 +148,7 @@ def _parsed(sections: Mapping[str, Any], problems: list[str]) -> tuple[Any, dict
     parser = schema()
     with yaml12_numbers():
         try:
-            config = parser.parse_object(dict(sections))
+            config = parser.parse_object(copy.deepcopy(dict(sections)))  # the parser changes what it is given
             objects = parser.instantiate(config)
         except _REFUSALS as e:
             each = [problem for name in sections for problem in _refusals(parser, {name: sections[name]})]
@@ -162,7 +163,7 @@ def _refusals(parser: ArgumentParser, section: dict[str, Any]) -> Iterator[str]:
     while wrong:
         wrong = False
         try:
-            parser.instantiate(parser.parse_object(section))
+            parser.instantiate(parser.parse_object(copy.deepcopy(section)))
         except _REFUSALS as e:
             key, message = _root_message(e)
             name, *path = key.split(".")

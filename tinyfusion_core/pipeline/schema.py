@@ -8,7 +8,6 @@ import typing
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
-from pkgutil import resolve_name
 from typing import Any
 
 from jsonargparse import ArgumentParser, _loaders_dumpers, set_parsing_settings
@@ -17,7 +16,7 @@ from ..comparison.legacy_keys import PATHS
 from ..comparison.study import Audit, Compare
 from ..errors import UserError, nearest
 from ..evaluation.metrics import Metric
-from ..parsing.settings import PYTHON, Settings, spelled, stands_for
+from ..parsing.settings import PYTHON, Settings, spelled
 from ..parsing.yaml12 import Loader
 from ..protocols.backbone import Backbone
 from ..protocols.data import DataSource
@@ -129,28 +128,31 @@ def checked(raw: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
 
 
 def follow_recovery(sections: Mapping[str, Any]) -> None:
-    """Set what selectors take from the recovery beside them, where the recipe does not say it.
+    """Set what selectors and compared recoveries take from the recovery beside them, where the recipe does not say it.
 
     Args:
         sections: checked sections of a recipe; changed in place.
     """
-    for part in (
-        {key: value for key, value in sections.items() if key != "rounds"},
-        *sections.get("rounds", {}).values(),
-    ):
+    selectors = {_path(cls): cls for cls in known(Selector).values()}
+    whole = {key: value for key, value in sections.items() if key != "rounds"}
+    for part in (whole, *sections.get("rounds", {}).values()):
         if recovery := part.get("recover"):
             for selects in ("search", "compare", "audit"):
-                _follow(part.get(selects), recovery)
+                _follow(part.get(selects), recovery, selectors)
+            compared = (part.get("compare") or {}).get("recoveries") or {}
+            for name, changed in compared.items() if isinstance(compared, dict) else ():
+                compared[name] = {**recovery, **changed} if isinstance(changed, dict) else changed
 
 
-def _follow(value: Any, recovery: Mapping[str, Any]) -> None:
+def _follow(value: Any, recovery: Mapping[str, Any], selectors: Mapping[str, type[Any]]) -> None:
     for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        _follow(item, recovery)
-    path = value.get("class_path") if isinstance(value, dict) else None
-    if isinstance(path, str) and is_dataclass(cls := resolve_name(path)):
+        _follow(item, recovery, selectors)
+    cls = selectors.get(str(value.get("class_path"))) if isinstance(value, dict) else None
+    if is_dataclass(cls):
         for field in fields(cls):
             if (option := field.metadata.get(FOLLOWS)) is not None:
-                value["init_args"].setdefault(field.name, recovery.get(option, getattr(Recover, option)))
+                said = option(recovery) if callable(option) else recovery.get(option, getattr(Recover, option))
+                value["init_args"].setdefault(field.name, said)
 
 
 def known(base: type[Any]) -> dict[str, type[Any]]:
@@ -165,7 +167,7 @@ def _checked(key: str, value: Any, kind: Any, problems: list[str], default: Any 
         items = [_checked(f"{key}[{i}]", v, item_of(kind), problems) for i, v in enumerate(value)]
         return [item for item in items if item is not WRONG]
     if typing.get_origin(kind) is dict and isinstance(value, dict):
-        entries = {k: _checked(f"{key}.{k}", v, item_of(kind), problems) for k, v in value.items()}
+        entries = {k: _checked_value(f"{key}.{k}", v, item_of(kind), problems) for k, v in value.items()}
         return {k: entry for k, entry in entries.items() if entry is not WRONG}
     if value is None or not inspect.isclass(kind) or kind not in (*PLAIN, *POLYMORPHIC):
         return value
@@ -182,7 +184,7 @@ def _checked_object(key: str, value: Any, kind: type[Any], problems: list[str], 
     except UserError as e:
         problems.append(str(e))
         return WRONG
-    path = {} if kind in PLAIN else {"class_path": f"{cls.__module__}.{cls.__qualname__}"}
+    path = {} if kind in PLAIN else {"class_path": _path(cls)}
     lacking = [name for name in _needed(cls) if name not in arguments]
     problems += [f"{key}.{name}: missing" for name in lacking]
     arguments = _checked_arguments(key, arguments, cls, problems)
@@ -213,6 +215,10 @@ def _usual(arguments: Mapping[str, Any], kind: type[Any], default: Any) -> str |
     return "Search" if kind is Search else type(default).__name__ if isinstance(default, kind) else None
 
 
+def _path(cls: type[Any]) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
 def _class(key: str, path: str, kind: type[Any]) -> type[Any]:
     name = path.rpartition(".")[2]
     cls = known(kind).get(name)
@@ -233,37 +239,17 @@ def _checked_arguments(key: str, arguments: Mapping[Any, Any], cls: type[Any], p
         hint = hints.get(name, Any)
         if name not in known:
             problems.append(f"{key}.{name}: {_unknown(str(name), cls, known)}")
-        elif value is None and hint is not Any and type(None) not in typing.get_args(hint):
-            problems.append(f"{key}.{name}: null is not allowed; expected {spelled(hint, yaml=True)}")
-        elif (found := _checked(f"{key}.{name}", value, hint, problems, known[name].default)) is not WRONG:
+        elif (found := _checked_value(f"{key}.{name}", value, hint, problems, known[name].default)) is not WRONG:
             out[name] = found
     return out
 
 
-def misfits(key: str, value: Any, kind: Any, path: Sequence[str]) -> Iterator[str]:
-    """Yield what is said of values that are not what their annotations say.
-
-    Args:
-        key: where the value stands in the recipe.
-        value: a section of `checked`, or a part of one.
-        kind: its annotation.
-        path: where the wrong values are in it; indices of lists are left out.
-    """
-    inner = without_none(kind)
-    if not path:
-        if not stands_for(value, kind):
-            yield f"{key} is {value!r:.200}; expected {spelled(kind, yaml=True)}"
-    elif isinstance(value, list):
-        for i, item in enumerate(value):
-            yield from misfits(f"{key}[{i}]", item, item_of(inner), path)
-    elif isinstance(value, dict):
-        if typing.get_origin(inner) is dict:
-            arguments, hint = value, item_of(inner)
-        else:
-            cls = resolve_name(value["class_path"]) if "class_path" in value else inner
-            arguments, hint = value.get("init_args", value), typing.get_type_hints(cls.__init__).get(path[0], Any)
-        if path[0] in arguments:
-            yield from misfits(f"{key}.{path[0]}", arguments[path[0]], hint, path[1:])
+def _checked_value(key: str, value: Any, hint: Any, problems: list[str], default: Any = None) -> Any:
+    """As `_checked`, of a value that is null only where its annotation says so."""
+    if value is None and hint is not Any and type(None) not in typing.get_args(hint):
+        problems.append(f"{key}: null is not allowed; expected {spelled(hint, yaml=True)}")
+        return WRONG
+    return _checked(key, value, hint, problems, default)
 
 
 def _needed(cls: type[Any]) -> list[str]:

@@ -56,7 +56,8 @@ def save_pretrained(student: nn.Module, task: Task, decision: Decision, folder: 
     check_arguments(student=(student, nn.Module), task=(task, Task), decision=(decision, Decision))
     folder = Path(folder)
     save_network(student, task, folder, decision)
-    write_text(folder / "README.md", _model_card(student, task, decision))
+    usage = f"```python\n{task.backbone.loading}\n```"
+    write_text(folder / "README.md", model_card(student, task, decision, task.backbone.library, usage))
     return folder
 
 
@@ -153,12 +154,21 @@ def push_to_hub(folder: Path | str, repo_id: str, private: bool = True) -> str:
     return str(api.upload_folder(repo_id=repo_id, folder_path=str(folder)).commit_url)
 
 
-def _model_card(student: nn.Module, task: Task, decision: Decision) -> str:
+def model_card(student: nn.Module, task: Task, decision: Decision, library: str, usage: str) -> str:
+    """Return the model card of a student, or of what it is made with.
+
+    Args:
+        student: the pruned network.
+        task: what it was pruned from.
+        decision: which blocks were kept.
+        library: what reads it.
+        usage: its last part: how it is read.
+    """
     backbone, source = task.backbone, task.source
     # Of what a source says of itself nothing is taken as markup: neither as YAML nor as lines of the page.
     licence = " ".join(str(source.get("licence", "unknown")).split())
     checkpoint = " ".join(str(source.get("checkpoint", "a network trained in the same run")).replace("`", "'").split())
-    front = {"license": licence, "library_name": backbone.library, "tags": ["pruned", "depth-pruning", "tinyfusion"]}
+    front = {"license": licence, "library_name": library, "tags": ["pruned", "depth-pruning", "tinyfusion"]}
     matter = yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=math.inf, default_flow_style=None)
     parameters = sum(p.numel() for p in student.parameters())
     weights = f"- weights of the source checkpoint: {source['weights']}\n" if "weights" in source else ""
@@ -179,7 +189,5 @@ The licence is that of the source checkpoint: **{licence}**.
 - removed {what}: {", ".join(names[i] for i in decision.removed)}
 - sha256 of the source checkpoint: {source.get("sha256", "none")}
 {weights}{runs}
-```python
-{backbone.loading}
-```
+{usage}
 """

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
 
@@ -54,6 +54,33 @@ def of_stage(update: AbstractContextManager[list[nn.Parameter]], stage: str) -> 
         except UserError as e:
             raise UserError(f"{stage}.{e}") from None
         yield weights
+
+
+@contextmanager
+def taken_along(
+    update: WeightUpdate, model: nn.Module, blocks: Sequence[str], values: dict[str, Tensor]
+) -> Iterator[list[nn.Parameter]]:
+    """As `applied`, but take along what the update has made of the weights, before they are what they were.
+
+    Args:
+        update: one that can be merged.
+        model: the network.
+        blocks: paths of its blocks.
+        values: is filled with the weights that have changed, of any shape, by name, on the CPU.
+    """
+    # Now: meanwhile modules may be replaced.
+    original = {name: (p, p.detach().to("cpu", copy=True)) for name, p in model.named_parameters()}
+    with undisturbed(model):
+        try:
+            with update.merged(model, blocks) as weights:
+                yield weights
+            for name, (p, before) in original.items():
+                if not torch.equal(now := p.detach().cpu(), before):
+                    values[name] = now.clone()
+        finally:
+            with torch.no_grad():
+                for p, before in original.values():
+                    p.copy_(before)
 
 
 @dataclass(frozen=True)

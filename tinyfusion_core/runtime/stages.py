@@ -11,9 +11,11 @@ from ..errors import UserError
 from ..parsing.records import shaped
 
 TRAIN, SEARCH, RECOVER, EVALUATE = "train", "search", "recover", "evaluate"
+UPDATE = "weight_update.safetensors"
+"""What a search has made of the weights that stay, if the recovery begins with them."""
 OUTPUTS = {
     TRAIN: ("teacher",),
-    SEARCH: ("decision.json", "costs.json"),
+    SEARCH: ("decision.json", "costs.json", UPDATE),
     RECOVER: ("student",),
     EVALUATE: ("metrics.json", "evaluation", "figures", "report.html"),
 }

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 FOLLOWS = "follows"
-"""Metadata key of a field: the option of the recipe's `recover` that is its default."""
+"""Metadata key of a field: the option of the recipe's `recover` that is its default, or a function of all of them."""
 
 
 @dataclass(frozen=True)

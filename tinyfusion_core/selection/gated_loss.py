@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,6 +22,23 @@ from ..training.objective import Objective
 
 LONG, HARDLY = 100, 1e-3
 """Steps after which a search should have moved the probability of some block by so much."""
+
+
+@dataclass(frozen=True)
+class Learned:
+    """The result of a search, before the decision.
+
+    Attributes:
+        sampler: the distribution, with the averaged gate logits.
+        num_steps: steps that it took.
+        evaluations: samples that the network was run on, including those of its start.
+        weights: what the update has made of the weights, of any shape, by name, if that is kept.
+    """
+
+    sampler: BlockSampler
+    num_steps: int
+    evaluations: int
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def value_weights(mask: Tensor, share: float, rng: Rng) -> Tensor | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
+from torch import Tensor
 from typing_extensions import override
 
 from ..errors import UserError, require
@@ -16,7 +17,8 @@ from ..protocols.task import Task
 from ..protocols.undisturbed import undisturbed
 from ..pruning.decision import Decision, provenance
 from ..pruning.gating import Gates
-from ..pruning.weight_update import LoRA, WeightUpdate, of_stage
+from ..pruning.weight_update import LoRA, WeightUpdate, of_stage, taken_along
+from ..runtime.distributed import on_main_process
 from ..runtime.run_folder import RunFolder
 from ..runtime.seeding import seed_of
 from ..samplers.base import BlockSampler
@@ -28,26 +30,12 @@ from ..samplers.subset import ScoreFunction
 from ..training.loop import Fit
 from ..training.objective import Ema, Optimization, ema_decay
 from ..training.recover import Recover
+from ..training.starts.inherit import Inherit, leave
 from ..training.trainer import Trainer
-from .base import Decisive, Proposals, Selector, prepared
+from .base import FOLLOWS, Decisive, Proposals, Selector, prepared
 from .budget import CostBudget, check_bound, parse_budget
 from .costs import NetworkCosts
-from .gated_loss import GatedLoss, check_learned, search_mode
-
-
-@dataclass(frozen=True)
-class Learned:
-    """The result of a search, before the decision.
-
-    Attributes:
-        sampler: the distribution, with the averaged gate logits.
-        num_steps: steps that it took.
-        evaluations: samples that the network was run on, including those of its start.
-    """
-
-    sampler: BlockSampler
-    num_steps: int
-    evaluations: int
+from .gated_loss import GatedLoss, Learned, check_learned, search_mode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +73,8 @@ class Search(Selector):
         dropped_values: fraction of the samples that drop a block and still run it, because a pathwise gradient needs
             its value; weighted to keep the gradient's mean. Less is faster and noisier; a score function needs none.
         confident: stop when the decision's confidence reaches this value, after the warm-up.
+        keep_update: whether the run folder keeps what the weight update has made of the weights that stay, for a
+            recovery with `start: Inherit`; in a recipe that start sets it.
     """
 
     pattern: Pattern | int | None = None
@@ -108,6 +98,7 @@ class Search(Selector):
     protect: Sequence[int] | None = field(default=None, metadata={"neutral": None})
     constraints: Rules | None = field(default=None, metadata={"neutral": None})
     budget: str | float | dict[str, str | float] | None = field(default=None, metadata={"neutral": None})
+    keep_update: bool = field(default=False, metadata={FOLLOWS: Inherit.is_start_of, "neutral": False})
 
     def __post_init__(self) -> None:
         ways = {"pattern": self.pattern, "keep": self.keep, "budget": self.budget, "sampler": self.sampler}
@@ -126,6 +117,8 @@ class Search(Selector):
                 )
         if self.pattern is None and self._shorthand():
             raise UserError(f"search.{next(iter(self._shorthand()))} goes with pattern; set it in the sampler")
+        if self.keep_update and type(self.update).merged is WeightUpdate.merged:
+            raise UserError(f"search.update: {type(self.update).__name__} leaves nothing for recover.start: Inherit")
         for key, holds, expected in self._limits():
             require(holds, f"search.{key}", getattr(self, key), expected)
         if self.start is None and tuple(self.prior) != (1.0, 1.0):
@@ -229,9 +222,13 @@ class Search(Selector):
             UserError: the pattern does not fit the network, or the loss was not finite for too long.
             Interrupted: a signal arrived; the same call with the same run folder resumes.
         """
+        if self.keep_update and run is None:
+            raise UserError("search.keep_update: the weights are kept in a run folder; give it as run")
         how, costs = prepared(self, task, trainer, run)
         learned = how.learn(task, trainer, run)
         decision = how.decide(learned, task, trainer)
+        if run is not None and self.keep_update:
+            on_main_process(lambda: leave(learned.weights, task, decision, run))
         where = {**decision.provenance, **costs}
         return Proposals(replace(decision, provenance=where), learned.sampler.best(num))
 
@@ -247,7 +244,7 @@ class Search(Selector):
         trainer = trainer.with_batch_size(self.batch_size)
         rate = min(1e-3, 1 / self.steps) if self.lr is None else self.lr
         model = trainer.to_device(task.teacher)
-        sampler, evaluations = self.make_sampler(task.lists), 0
+        sampler, evaluations, kept = self.make_sampler(task.lists), 0, dict[str, Tensor]()
         if self.start is not None:
             first = self.start(task, trainer.quiet(), run and run.part("search", "start"))
             sampler.set_prior(first.kept, self.prior)
@@ -258,7 +255,10 @@ class Search(Selector):
         assert isinstance(averaged, BlockSampler)
         with torch.random.fork_rng(), undisturbed(model), ExitStack() as stack:
             torch.manual_seed(seed_of(trainer.seed, "search", "update"))  # LoRA draws its initial values
-            update = self.update.applied(model, task.backbone.block_paths(model))
+            paths = task.backbone.block_paths(model)
+            update = (
+                taken_along(self.update, model, paths, kept) if self.keep_update else self.update.applied(model, paths)
+            )
             weights = stack.enter_context(of_stage(update, "search"))
             # Only now: LoRA replaces a branch that is one linear layer.
             blocks, dims = [model.get_submodule(path) for path in task.blocks], task.batch_dim(model)
@@ -284,7 +284,7 @@ class Search(Selector):
         if objective.num_steps == self.steps:  # else it stopped early, and is as sure as it was there
             averaged.anneal(1.0)
         evaluations += objective.num_steps * trainer.batch_size * sampler.masks_per_sample
-        return Learned(averaged.cpu(), objective.num_steps, evaluations)
+        return Learned(averaged.cpu(), objective.num_steps, evaluations, kept)
 
     def _decision(self, sampler: BlockSampler, blocks: Sequence[str], record: Mapping[str, Any]) -> Decision:
         """The decision of a distribution over masks."""

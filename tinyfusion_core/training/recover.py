@@ -69,7 +69,8 @@ class Recover(Settings):
             every weight.
         depths: smaller numbers of blocks at which the student is to work too, each with some of the next one's: every
             step also trains the shallowest and one of the others. `tinyfusion slice` writes them.
-        start: what makes up for gaps before the first step: `Refit` or `Fuse`. With it `steps` may be 0.
+        start: what makes up for gaps before the first step: `Refit` or `Fuse`; or `Inherit`, the weights that the
+            search has trained. With it `steps` may be 0.
         horizon: updates that the schedule, the warm-up and the default of `ema` are laid out over; those after them
             are as the last of these. Default: `steps`. `tinyfusion run --extend` sets it to the steps there were.
         optimizer: what moves the weights: a class of `torch.optim`, as `Muon`, or `class_path` and `init_args`; default
@@ -192,7 +193,7 @@ class Recover(Settings):
         trainer.to_device(student).train()
         if self.start is not None and decision is not None:
             data, _, _ = training_samples(task, trainer, self.validation, None)  # not on those that will judge
-            self.start(replace(task, train=data, model=task.teacher), student, decision, trainer, stage)
+            self.start(replace(task, train=data, model=task.teacher), student, decision, trainer, stage, run)
         if self.steps == 0:
             return student.eval()
         with ExitStack() as stack:

@@ -310,6 +310,7 @@ def test_a_picture_is_averaged_before_it_is_scaled() -> None:
     assert abs(crop.astype(float) - 127.5).max() <= 1
 
 
+@pytest.mark.slow
 def test_a_run_on_encoded_images_from_its_teacher_to_pictures(
     recipe: Path, tiny_vae: Path, images: Path, tmp_path: Path
 ) -> None:

@@ -108,6 +108,7 @@ def test_llama_cpp_counts_layers(
         assert expected in found and bool(expected) == bool(found), found
 
 
+@pytest.mark.slow
 def test_a_constraint_keeps_a_search_to_what_llama_cpp_can_express(tmp_path: Path) -> None:
     folder(tmp_path, "gemma2")
     blocks = [f"model.layers.{i}" for i in range(6)]

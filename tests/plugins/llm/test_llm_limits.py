@@ -64,6 +64,7 @@ def test_a_family_that_can_lose_no_layer_is_refused_when_the_plan_is_made(
         tiny.Greedy(keep=4)(task_of(path), tiny.Trainer(precision="fp32", batch_size=2))
 
 
+@pytest.mark.slow
 def test_the_plan_shows_limits_and_patterns_are_told_what_to_do(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

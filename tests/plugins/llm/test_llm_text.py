@@ -227,6 +227,7 @@ evaluate: [{{class_path: HeldOutLoss, init_args: {{draws: 1}}}}, Perplexity]
 """
 
 
+@pytest.mark.slow
 def test_a_run_from_text_to_a_folder_for_everybody(
     model: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 from ...parsing.settings import Settings
 from ...protocols.task import Task
 from ...pruning.decision import Decision
+from ...runtime.run_folder import RunFolder
 from ..trainer import Trainer
 
 
@@ -36,7 +37,15 @@ class Start(Settings, ABC):
         return type(self).__name__, 0
 
     @abstractmethod
-    def __call__(self, task: Task, student: nn.Module, decision: Decision, trainer: Trainer, stage: str) -> None:
+    def __call__(
+        self,
+        task: Task,
+        student: nn.Module,
+        decision: Decision,
+        trainer: Trainer,
+        stage: str,
+        run: RunFolder | None = None,
+    ) -> None:
         """Change a student in place: the values of its weights, and nothing else.
 
         Every process calls it and must get the same weights.
@@ -47,6 +56,7 @@ class Start(Settings, ABC):
             decision: how it was pruned from the teacher.
             trainer: precision and seed.
             stage: name of the stage, used in random streams.
+            run: the folder of the recovery, with what its search has left.
 
         Raises:
             UserError: the network cannot be started this way.

@@ -18,6 +18,7 @@ from ...protocols.blocks.paths import block_lists
 from ...protocols.task import Task
 from ...protocols.undisturbed import evaluating
 from ...pruning.decision import Decision
+from ...runtime.run_folder import RunFolder
 from ...runtime.seeding import Rng, generator
 from ..distilling.distilled import Predicting
 from ..distilling.losses import feature_loss
@@ -81,7 +82,15 @@ class Fuse(Start):
         return f"Fuse by {self.steps:,} steps a gap ({self.steps * len(folds):,} if blocks {stay} stay)", max(held)
 
     @override
-    def __call__(self, task: Task, student: nn.Module, decision: Decision, trainer: Trainer, stage: str) -> None:
+    def __call__(
+        self,
+        task: Task,
+        student: nn.Module,
+        decision: Decision,
+        trainer: Trainer,
+        stage: str,
+        run: RunFolder | None = None,
+    ) -> None:
         self.check(task)
         before = {network: device_of(network) for network in (student, task.teacher)}
         # The networks are run whole: what is trained is small, and each process has all of it.

@@ -20,6 +20,7 @@ from ...protocols.undisturbed import evaluating
 from ...pruning.decision import Decision
 from ...pruning.removal import in_blocks
 from ...runtime.distributed import batches
+from ...runtime.run_folder import RunFolder
 from ...runtime.seeding import Rng
 from ..distillation import derive_taps
 from ..trainer import Trainer
@@ -85,7 +86,15 @@ class Refit(Start):
         return f"Refit to {self.samples:,} samples", 8 * max(held)  # in double precision
 
     @override
-    def __call__(self, task: Task, student: nn.Module, decision: Decision, trainer: Trainer, stage: str) -> None:
+    def __call__(
+        self,
+        task: Task,
+        student: nn.Module,
+        decision: Decision,
+        trainer: Trainer,
+        stage: str,
+        run: RunFolder | None = None,
+    ) -> None:
         backbone, teacher, before = task.backbone, task.teacher, device_of(task.teacher)
         whole, _ = in_blocks(backbone, teacher, decision)
         taps = derive_taps(whole if backbone.units else replace(whole, choices=()))  # one at the end of every gap
@@ -107,9 +116,9 @@ class Refit(Start):
                     on_device = {name: t.to(device_of(student)) for name, t in batch.items()}
                     rng = Rng(trainer.seed, f"{stage} refit", first=rows.start, strata=num)
                     inputs = task.loss.prepare(on_device, rng)
-                    run = partial(task.loss.predict, inputs=inputs)
-                    wanted = call_of(backbone, teacher, theirs[end], partial(run, teacher))
-                    call = call_of(backbone, student, ours[own], partial(run, student))
+                    predict = partial(task.loss.predict, inputs=inputs)
+                    wanted = call_of(backbone, teacher, theirs[end], partial(predict, teacher))
+                    call = call_of(backbone, student, ours[own], partial(predict, student))
                     exact = call.exact()
                     layers = layers or _layers_of(exact, ours[own])
                     for layer, streams in layers.items():

@@ -13,17 +13,17 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ..errors import UserError, first_line
-from ..parsing.records import check_regular, read_as
-from ..protocols.backbone import Backbone
-from ..protocols.blocks.paths import block_lists, block_of
-from ..pruning.decision import Decision
-from ..pruning.record import decision_of
-from ..pruning.removal import in_blocks, remove_blocks
-from ..runtime.files import save_tensors, write_json
-from ..runtime.locking import check_replaceable
-from ..runtime.run_folder import RunFolder
-from .recipe import load_recipe
+from ...errors import UserError, first_line
+from ...parsing.records import check_regular, read_as
+from ...protocols.backbone import Backbone
+from ...protocols.blocks.paths import block_lists, block_of
+from ...pruning.decision import Decision
+from ...pruning.record import decision_of
+from ...pruning.removal import in_blocks, remove_blocks
+from ...runtime.files import save_tensors, write_json
+from ...runtime.locking import check_replaceable
+from ...runtime.run_folder import RunFolder
+from ..recipe import load_recipe
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 """The files of an adapter that peft has saved as a folder."""

@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..errors import UserError, nearest
-from ..parsing.records import read_as, read_text
-from ..protocols.backbone import constructed
-from ..protocols.blocks.branches import removed_branches
-from ..protocols.blocks.paths import list_lengths
-from ..protocols.task import Task
-from ..pruning.interop_formats import TEXTS, describe_clients
-from ..pruning.prune import load_pretrained, origin
-from ..pruning.read_back import weights_in, write_checked
-from ..pruning.record import decision_of, read_record
-from ..runtime.files import write_json, write_text
-from ..runtime.locking import FolderKind, check_free, check_replaceable
-from ..runtime.run_folder import RunFolder
-from .recipe import Recipe, load_recipe
+from ...errors import UserError, nearest
+from ...parsing.records import read_as, read_text
+from ...protocols.backbone import constructed
+from ...protocols.blocks.branches import removed_branches
+from ...protocols.blocks.paths import list_lengths
+from ...protocols.task import Task
+from ...pruning.decision import Decision
+from ...pruning.interop_formats import TEXTS, describe_clients
+from ...pruning.prune import load_pretrained, origin
+from ...pruning.read_back import weights_in, write_checked
+from ...pruning.record import decision_of, read_record
+from ...runtime.files import write_json, write_text
+from ...runtime.locking import FolderKind, check_free, check_replaceable
+from ...runtime.run_folder import RunFolder
+from ..recipe import Recipe, load_recipe
+from .low_rank import adapter_files, rank_of
 
 FOLDERS = ("transformers", "diffusers", "single-file")
 """What a backbone may write: folders of libraries, and a file with the names that the publisher gave the weights."""
+ADAPTER = "adapter"
+"""What a recovery by LoRA has added to the sliced teacher."""
 MARK = "tinyfusion_export.json"
 """File that tells an exported folder, so that it may be written again."""
 EXPORT = FolderKind(
@@ -35,7 +41,7 @@ EXPORT = FolderKind(
     ),
     lambda folder, path: False,
 )
-FORMATS = (*FOLDERS, *TEXTS)
+FORMATS = (*FOLDERS, ADAPTER, *TEXTS)
 
 
 def export_run(folder: RunFolder, to: str, out: Path | None = None) -> str:
@@ -64,6 +70,8 @@ def export_run(folder: RunFolder, to: str, out: Path | None = None) -> str:
     blocks, kept = decisions[0].blocks, list(range(len(decisions[0].blocks)))
     for decision in decisions:
         kept = [kept[i] for i in decision.kept]
+    if to == ADAPTER:
+        return str(_write_adapter(recipe, folder, last, decisions, kept, out))
     with torch.device("meta"):
         student = constructed(recipe.backbone, read_record(last)["network"], str(last))
     _check_whole(recipe, student, to)
@@ -124,4 +132,24 @@ def _write(recipe: Recipe, student: nn.Module, to: str, out: Path | None, folder
             if not there:
                 target.rmdir()
         raise
+    return target
+
+
+def _write_adapter(
+    recipe: Recipe, folder: RunFolder, last: Path, decisions: Sequence[Decision], kept: Sequence[int], out: Path | None
+) -> Path:
+    """Write what the student saved in `last` has more than its sliced teacher, for whoever has the teacher."""
+    rank, (first, *later) = rank_of(recipe), decisions
+    if later:
+        first = Decision(first.blocks, tuple(kept), later[-1].method, provenance=first.provenance)
+    if out is not None:
+        check_free(out, EXPORT)
+    target, trained = out or folder / "export" / ADAPTER, folder / "teacher"
+    teacher = load_pretrained(trained) if recipe.train else recipe.backbone.build()
+    task = Task.without_data(recipe.backbone, recipe.loss, teacher)
+    task = replace(task, origin=origin(trained)) if recipe.train else task
+    files = adapter_files(task, load_pretrained(last), first, rank)
+    write_json(target / MARK, {"format_version": 1, "library": ADAPTER})
+    for name, write in files.items():
+        write(target / name)
     return target

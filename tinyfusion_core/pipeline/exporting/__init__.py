@@ -1,0 +1,1 @@
+"""Hand what a run has made to other software."""
