@@ -1,4 +1,4 @@
-"""Decoder-only language models of Hugging Face transformers: one backbone for all families."""
+"""Decoder-only language models of Hugging Face transformers, also of images: one backbone for all families."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from tinyfusion_core.protocols.data import DataSource
 from tinyfusion_core.protocols.loss import LossAdapter
 from tinyfusion_core.registry.hooks import hookimpl
 from tinyfusion_llm.backbone import CausalLM
+from tinyfusion_llm.images.source import ImageText
 from tinyfusion_llm.loss import NextToken
 from tinyfusion_llm.metrics import Generation, LmEval, Perplexity
 from tinyfusion_llm.text import TextTokens
 
-__all__ = ["CausalLM", "Generation", "LmEval", "NextToken", "Perplexity", "TextTokens"]
+__all__ = ["CausalLM", "Generation", "ImageText", "LmEval", "NextToken", "Perplexity", "TextTokens"]
 
 
 @hookimpl
@@ -29,8 +30,8 @@ def tinyfusion_register_losses() -> list[type[LossAdapter]]:
 
 @hookimpl
 def tinyfusion_register_data() -> list[type[DataSource]]:
-    """Tokenized text."""
-    return [TextTokens]
+    """Tokenized text, and images with text."""
+    return [TextTokens, ImageText]
 
 
 @hookimpl

@@ -27,11 +27,13 @@ from tinyfusion_llm.loss import IGNORED
 from tinyfusion_llm.pretrained import (
     as_json,
     ask_to_dequantise,
+    auto_class,
     check_causal,
     check_keys,
     check_kind,
     encoding_of,
     explained,
+    load_processor,
     load_tokenizer,
     tell_size,
     transformers,
@@ -42,10 +44,10 @@ from tinyfusion_llm.separate import check_separate
 
 @dataclass(frozen=True, kw_only=True)
 class CausalLM(Backbone):
-    """A decoder-only language model that `AutoModelForCausalLM` of transformers loads.
+    """A decoder-only model that `AutoModelForCausalLM` or `AutoModelForImageTextToText` of transformers loads.
 
-    A student is saved as such a model with fewer layers: config, weights, generation config and tokenizer, in the
-    dtype in which it was loaded.
+    A student is saved as such a model with fewer layers: configs, weights, tokenizer and processor, in the dtype in
+    which it was loaded. Of one that reads images, the layers of the text's decoder can go.
 
     Args:
         model: a folder, or the id of a model on the Hugging Face hub; its weights must be safetensors or GGUF.
@@ -65,7 +67,8 @@ class CausalLM(Backbone):
     loading: ClassVar[str] = (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")'
+        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")\n'
+        "# One that reads images: AutoModelForImageTextToText and AutoProcessor"
     )
 
     model: str | None = None
@@ -205,7 +208,7 @@ class CausalLM(Backbone):
 
     @override
     def save(self, model: nn.Module, folder: Path) -> list[str]:
-        """Write a transformers folder: config, weights named as in its checkpoints, generation config, tokenizer.
+        """Write a transformers folder: configs, weights named as in its checkpoints, tokenizer, processor.
 
         Of a model that lacks branches inside its layers transformers would draw them at random: its weights are written
         as any network's, for `tinyfusion_core.load_pretrained` alone.
@@ -215,9 +218,9 @@ class CausalLM(Backbone):
             super().save(model, folder)
         else:
             model.save_pretrained(folder)  # type: ignore[operator]
-        tokenizer = self.tokenizer()
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+        readers = () if self.model is None else (self.tokenizer(), load_processor(self.model, self.revision, False))
+        for reader in filter(None, readers):
+            reader.save_pretrained(folder)
         written = sorted(path for path in folder.iterdir() if path.is_file())
         for path in written:
             path.chmod(0o644)  # transformers keeps weights to their owner
@@ -239,15 +242,13 @@ class CausalLM(Backbone):
 
     def _read(self, strict: bool) -> Any:
         """The pretrained model. Raises UserError if its weights do not fit its config, see `check_keys`."""
-        from transformers import AutoModelForCausalLM
-
         assert self.model is not None
         config = self._pretrained_config()
         self._agreed(config)
         encoding = encoding_of(config, self.dtype)
         given: dict[str, Any] = {} if self.gguf_file else {"config": config, "use_safetensors": True}
         with torch.random.fork_rng(), explained(self.model):
-            found: Any = AutoModelForCausalLM.from_pretrained(
+            found: Any = auto_class(config).from_pretrained(
                 self.model,
                 **self._where(),
                 **given,

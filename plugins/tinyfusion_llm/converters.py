@@ -56,6 +56,8 @@ def clients(model: nn.Module, student: nn.Module, kept: Sequence[int]) -> dict[s
         student: it without the other layers.
         kept: indices of the kept layers.
     """
+    if text_config(model) is not model.config:
+        return dict.fromkeys(CLIENTS, "not tried on a decoder beside which there are other networks, as for images")
     before, after = (_settings(network) for network in (model, student))
     depth = len(student.get_submodule(find_layers(student)))  # type: ignore[arg-type]
     lists = _lists(before, after, len(model.get_submodule(find_layers(model))), kept)  # type: ignore[arg-type]

@@ -19,7 +19,8 @@ from tinyfusion_core.protocols.backbone import Batch
 from tinyfusion_core.protocols.loss import LossAdapter, has_values
 from tinyfusion_core.runtime.files import NEUTRAL
 from tinyfusion_core.runtime.seeding import Rng
-from tinyfusion_llm.generation.continuing import continued, drawn
+from tinyfusion_llm.generation.continuing import continued, drawn, prompt_lengths
+from tinyfusion_llm.images.columns import model_inputs
 from tinyfusion_llm.layers.finding import find_layers
 
 IGNORED = -100
@@ -93,15 +94,15 @@ class NextToken(LossAdapter):
 
         Args:
             batch: `tokens` (batch, tokens) and `labels` (batch, tokens): the token itself where it counts, else -100;
-                of separate documents also `positions` (batch, tokens).
+                of separate documents also `positions` (batch, tokens), and with images what `ImageText` has of them.
             rng: not drawn from.
 
         Returns:
-            `tokens` (batch, tokens), and `targets` (batch, tokens - 1): the label of the token that follows; and the
-            `positions`, if there are any.
+            `tokens` (batch, tokens), and `targets` (batch, tokens - 1): the label of the token that follows; and all
+            others as they are.
         """
-        positions = {name: batch[name] for name in ("positions",) if name in batch}
-        return {"tokens": batch["tokens"], "targets": batch["labels"][:, 1:], **positions}
+        others = {name: column for name, column in batch.items() if name != "labels"}
+        return {**others, "targets": batch["labels"][:, 1:]}
 
     @override
     def prepare_clean(self, batch: Batch, rng: Rng) -> dict[str, Tensor]:
@@ -120,9 +121,11 @@ class NextToken(LossAdapter):
             require(
                 int(tokens.max()) < size, "data.tokenizer: a token", int(tokens.max()), f"below {size}, the model's"
             )
-        # Transformers looks at values to find a mask; where there are none it is given.
-        mask = tokens.new_ones(len(tokens), 1, tokens.shape[1], tokens.shape[1], dtype=torch.bool)
-        given = {} if has_values(tokens) else {"attention_mask": mask}
+        if has_values(tokens):
+            given = model_inputs(inputs, next(model.parameters()).dtype)
+        else:  # Transformers looks at values to find a mask, so it is given; so do towers, and images are left out.
+            size = tokens.shape[1]
+            given = {"attention_mask": tokens.new_ones(len(tokens), 1, size, size, dtype=torch.bool)}
         if "positions" in inputs:  # where they begin anew, transformers keeps what is before out of sight
             given["position_ids"] = inputs["positions"]
         try:
@@ -132,7 +135,8 @@ class NextToken(LossAdapter):
             if has_values(tokens):
                 raise
             raise NotImplementedError(f"{type(model).__name__}: {e}") from e
-        below, output = outputs[-1]  # the outermost one returns last
+        # The outermost one that ends before the head returns last.
+        below, output = next(found for found in reversed(outputs) if "last_hidden_state" in found[1])
         return Hidden(output[0], lambda states: _head(model, below, type(output), states))
 
     @override
@@ -198,11 +202,12 @@ class NextToken(LossAdapter):
 
         Returns:
             The same tensors of the same shape; behind the end of a text no loss counts.
+
+        Raises:
+            UserError: there are other columns, as those of images.
         """
         tokens, labels = batch["tokens"], batch["labels"]
-        uncounted = ((labels != IGNORED).cumsum(1) == 0).sum(1)
-        # The first one of a separate document never counts.
-        kept = uncounted.where(uncounted > 1, self.prompt_tokens).clamp(max=tokens.shape[1])
+        kept = prompt_lengths(batch, labels != IGNORED, self.prompt_tokens)
 
         def draw(number: int, logits: Tensor) -> Tensor:
             u = rng.uniform(f"token {number}", len(logits)).to(logits.device)

@@ -62,6 +62,38 @@ def load_tokenizer(name: str, revision: str | None, gguf_file: str | None, requi
         ) from None
 
 
+def load_processor(name: str, revision: str | None, required: bool = True) -> Any:
+    """Load what makes the inputs of a model that reads images.
+
+    Args:
+        name: folder or hub id.
+        revision: branch, tag or commit on the hub.
+        required: whether a missing one is an error.
+
+    Returns:
+        The processor; None if it is missing and not required.
+
+    Raises:
+        UserError: it is missing or damaged, or takes no images, though required.
+    """
+    reader = transformers("data.processor").AutoProcessor
+    if Path(name).is_dir():
+        check_folder(Path(name))
+    try:
+        made = reader.from_pretrained(name, revision=revision or "main")
+        reason = "" if hasattr(made, "image_processor") else f"{type(made).__name__} takes no images"
+    except Exception as e:  # damaged files make the readers fail in any way they can
+        reason = first_line(e)
+    if not reason:
+        return made
+    if not required:
+        return None
+    raise MissingFileError(
+        f"data.processor: no processor of images and text in '{name}' ({reason}); expected what AutoProcessor of "
+        "transformers reads. Copy the original model's processor and tokenizer files there"
+    )
+
+
 class explained:  # noqa: N801  # a context, like those of contextlib
     """Turn errors of transformers about a model into messages that say what to do."""
 
@@ -97,8 +129,6 @@ def check_kind(config: Any, name: str) -> None:
     Raises:
         UserError: it is not, or does.
     """
-    from transformers import AutoModelForCausalLM
-
     if kernels := list(_kernels(config)):
         raise UserError(
             f"backbone.model: the config of '{name}' names a kernel of the hub, '{kernels[0]}', whose code would be "
@@ -108,11 +138,28 @@ def check_kind(config: Any, name: str) -> None:
         raise UserError(
             f"backbone.model: '{name}' ({config.model_type}) is an encoder-decoder; expected a decoder-only model"
         )
-    if type(config) not in AutoModelForCausalLM._model_mapping:
+    if auto_class(config) is None:
         raise UserError(
-            f"backbone.model: '{name}' ({config.model_type}) is not a decoder-only language model; "
-            "AutoModelForCausalLM of transformers has none for it"
+            f"backbone.model: '{name}' ({config.model_type}) is not a decoder-only language model; neither "
+            "AutoModelForCausalLM nor AutoModelForImageTextToText of transformers has one for it"
         )
+
+
+def auto_class(config: Any) -> Any:
+    """Return the class of transformers that loads the network of a config, for text or for images and text.
+
+    Where both do, as for Llama 4, it is the one of the network that `architectures` names; else the one for text.
+    None if there is none.
+
+    Args:
+        config: of transformers.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    autos: Any = (AutoModelForCausalLM, AutoModelForImageTextToText)
+    made = {auto: auto._model_mapping[type(config)].__name__ for auto in autos if type(config) in auto._model_mapping}
+    named = (auto for auto, name in made.items() if name in (config.architectures or ()))
+    return next(named, next(iter(made), None))
 
 
 def _kernels(config: Any) -> Iterator[str]:
@@ -190,11 +237,15 @@ def check_causal(model: Any) -> None:
     """Check that no token sees later ones: BERT and similar models load as causal models too.
 
     Raises:
-        UserError: predictions depend on later tokens.
+        UserError: predictions depend on later tokens, or on more than tokens.
     """
     tokens = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]]) % vocabulary_size(as_json(model.config))
-    with torch.no_grad():
-        logits = model.eval()(input_ids=tokens, use_cache=False).logits[:, :3].float()
+    try:
+        with torch.no_grad():
+            logits = model.eval()(input_ids=tokens, use_cache=False).logits[:, :3].float()
+    except (TypeError, ValueError) as e:
+        kind = type(model).__name__
+        raise UserError(f"backbone.model: {kind} does not read text alone ({first_line(e)}); expected a decoder") from e
     rounding = max(1e-5, 4 * torch.finfo(model.dtype).eps)
     if (logits[0] - logits[1]).abs().max() > rounding * logits.abs().max():
         raise UserError(

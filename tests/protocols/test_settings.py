@@ -41,6 +41,7 @@ def test_no_number_is_absurd(cls: type[Any]) -> None:
     needed = {f.name: "x" for f in fields(cls) if f.default is f.default_factory is MISSING}
     needed |= {"search": tiny.Search(keep=4)} if "search" in needed else {}
     needed |= {"data": {"digits": Digits()}} if "data" in needed else {}
+    needed |= {"files": ["x"]} if "files" in needed else {}
     for field in fields(cls):
         takes = [number for number in (0.5, 1) if fits(number, hints[field.name]) and field.name not in UNLIMITED]
         for number in (10**18 if takes == [1] else 1e300, 10**400) if takes else ():

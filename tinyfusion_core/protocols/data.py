@@ -56,6 +56,18 @@ class Traceable(Samples, Protocol):
         ...
 
 
+@runtime_checkable
+class Varied(Samples, Protocol):
+    """Samples with columns that the backbone's example lacks and the network takes, such as images."""
+
+    def fullest(self, num_rows: int) -> dict[str, Tensor]:
+        """Return a batch of one sample that has all of them, repeated: tensors by name, each (rows, ...).
+
+        Blocks are called with it to find which of their arguments carry the batch.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Lookup:
     """A table of a network in which the values of a column are looked up.

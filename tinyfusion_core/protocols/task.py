@@ -19,7 +19,7 @@ from .blocks.batch import BatchDim, named_batch_dims, probed_batch_dims
 from .blocks.call import not_the_batch, watched_streams
 from .blocks.paths import list_lengths
 from .blocks.streams import Streams
-from .data import DataSource, FeatureSpace, Samples, Tensors, as_samples
+from .data import DataSource, FeatureSpace, Samples, Tensors, Varied, as_samples
 from .loss import LossAdapter
 from .undisturbed import evaluating
 
@@ -93,10 +93,16 @@ class Task(Settings):
         if self.backbone.batched is not None:
             return named_batch_dims(self.backbone.batched)
         device = next(model.parameters()).device
+        sources, samples = [self.backbone.example], self.train
+        while hasattr(samples, "samples"):  # checked when they are read, or a part of others
+            samples = samples.samples
+        if isinstance(samples, Varied):
+            sources.append(samples.fullest)
 
         def run(num_rows: int) -> None:
-            batch = {name: t.to(device) for name, t in self.backbone.example(num_rows).items()}
-            self.loss.predict(model, self.loss.prepare(batch, Rng(0, "probe")))
+            for source in sources:
+                batch = {name: t.to(device) for name, t in source(num_rows).items()}
+                self.loss.predict(model, self.loss.prepare(batch, Rng(0, "probe")))
 
         with torch.random.fork_rng(), evaluating(model):
             return probed_batch_dims(model, self.blocks, run)

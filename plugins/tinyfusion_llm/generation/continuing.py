@@ -8,7 +8,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tinyfusion_core.errors import require
+from tinyfusion_core.protocols.backbone import Batch
 from tinyfusion_llm.pretrained import transformers
+
+
+def prompt_lengths(batch: Batch, counted: Tensor, usual: int) -> Tensor:
+    """Return how many of its first tokens each text keeps, (batch,): those that no loss counts.
+
+    Args:
+        batch: `tokens` (batch, T), and what else the data have.
+        counted: (batch, T), whether a loss counts a token.
+        usual: how many are kept where all count.
+
+    Raises:
+        UserError: the data have other columns than those of text, as images have.
+    """
+    further = sorted(batch.keys() - {"tokens", "labels", "positions"})
+    require(not further, "data: columns beside the text", further, "none, since texts alone are continued")
+    uncounted = (counted.cumsum(1) == 0).sum(1)
+    # The first one of a separate document never counts.
+    return uncounted.where(uncounted > 1, usual).clamp(max=counted.shape[1])
 
 
 def continued(model: Any, tokens: Tensor, kept: Tensor, draw: Callable[[int, Tensor], Tensor]) -> tuple[Tensor, Tensor]:

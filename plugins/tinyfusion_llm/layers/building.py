@@ -7,18 +7,16 @@ from typing import Any
 
 import torch
 
-from tinyfusion_llm.pretrained import as_json, transformers
+from tinyfusion_llm.pretrained import as_json, auto_class, transformers
 
 Settings = Mapping[str, Any]
 
 
 def construct(config: Settings, device: str = "meta") -> Any:
     """Build the untrained network of a config given as a dict."""
-    from transformers import AutoModelForCausalLM
-
     made = config_of(config)
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(made, dtype=made.dtype)  # type: ignore[no-untyped-call]
+        return auto_class(made).from_config(made, dtype=made.dtype)
 
 
 def randomised(config: Settings, rng: torch.Generator) -> Any:

@@ -45,6 +45,21 @@ def text_config(model: nn.Module) -> Any:
     return model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
 
 
+def num_fed(model: nn.Module) -> int:
+    """Return how many of the first layers are given features from inside of a tower for images, by their positions.
+
+    DeepStack (Meng et al., 2024) adds them to what a layer returns. Configs list the tower's layers that they come
+    from, or pairs of one of these and a layer of the decoder.
+    """
+    known = model.config.to_dict()  # type: ignore[union-attr, operator]
+    for part in (known, *(value for value in known.values() if isinstance(value, dict))):
+        for key, sources in part.items():
+            if str(key).startswith("deepstack") and isinstance(sources, (list, tuple)):
+                pairs = [source for source in sources if isinstance(source, (list, tuple))]
+                return max((into + 1 for _, into in pairs), default=len(sources))
+    return 0
+
+
 def find_branches(model: nn.Module) -> dict[str, Branch]:
     """Return the attention and the feed-forward network of a layer, by the names that transformers gives them.
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from tinyfusion_core.errors import UserError, first_line
 from tinyfusion_llm.layers.building import Settings, construct
-from tinyfusion_llm.layers.finding import find_layers, text_config
+from tinyfusion_llm.layers.finding import find_layers, num_fed, text_config
 from tinyfusion_llm.layers.shortening import corrected, described
 
 
@@ -42,7 +42,7 @@ def _limits(config: str) -> Mapping[str, Sequence[Any]]:
     alone, together = _without(kinds)
     if len(set(kinds)) == 1 and not problem(alone[0]):
         return {}
-    fixed = [i for i, kept in alone.items() if problem(kept)]
+    fixed = sorted({*range(num_fed(model)), *(i for i, kept in alone.items() if problem(kept))})
     if not fixed and not any(map(problem, together)):
         return {}
     if fixed and not any(map(problem, _beside(fixed, len(kinds)))):

@@ -14,7 +14,7 @@ from tinyfusion_core.errors import UserError, first_line
 from tinyfusion_core.protocols.blocks.branches import remove_branches, removed_branches
 from tinyfusion_core.protocols.undisturbed import evaluating
 from tinyfusion_llm.layers.building import Settings, construct
-from tinyfusion_llm.layers.finding import SLOTS, close_ranks, text_config
+from tinyfusion_llm.layers.finding import SLOTS, close_ranks, num_fed, text_config
 
 
 def shorten(model: nn.Module, path: str, kept: Sequence[int]) -> None:
@@ -57,6 +57,8 @@ def corrected(model: nn.Module, path: str, kept: Sequence[int]) -> str:
     """
     layers, config = model.get_submodule(path), text_config(model)
     depth = config.num_hidden_layers
+    if list(kept[: (fed := num_fed(model))]) != list(range(fed)):
+        return f"features of images are given to the layers before {fed}, which must stay"
     for position, layer in enumerate(layers.children()):
         for module in layer.modules():
             for name in SLOTS & vars(module).keys():

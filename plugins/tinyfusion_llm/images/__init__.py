@@ -1,0 +1,1 @@
+"""Images beside text: as data, and as columns of a batch."""
