@@ -61,12 +61,14 @@ def test_what_is_said_of_them(tmp_path: Path) -> None:
     (table,) = tables(found)
     assert table.title == "8 → 4 blocks, 12 to 24 recovery steps, 2 seeds"
     assert table.columns[-1] == "recovery seconds" and all(float(row[-1]) > 0 for row in table.rows[:3])
-    assert "recovery steps: as it is 12, better 12, longer 24" in table.notes
+    assert "recovery steps: 12, but 24 of longer" in table.notes
     assert any("random subsets have the recipe's recovery" in note for note in table.notes)
     verdict = comparison_verdict(found)
     best, second, *_ = summaries(found)
     assert verdict["Best"].startswith(f"{best.name}: held-out loss {best.recovered.text()} after")
     assert f"{second.name} is next" in verdict["How clearly"]  # though it keeps the same blocks
+    tiny.write_comparison(tmp_path)
+    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["choices.svg"]  # the others show nothing
 
 
 @pytest.fixture

@@ -172,8 +172,8 @@ def _common_notes(results: ComparisonResults) -> list[str]:
         )
     if results.masks and results.recoveries:
         notes.append("random subsets have the recipe's recovery")
-    if len(set(results.recoveries.values())) > 1:
-        notes.append(f"recovery steps: {', '.join(f'{name} {n:,}' for name, n in results.recoveries.items())}")
+    if others := [f"{n:,} of {name}" for name, n in results.recoveries.items() if n != results.steps]:
+        notes.append(f"recovery steps: {results.steps:,}, but {'; '.join(others)}")
     notes += [f"{name} left out: {why}" for name, why in results.left_out.items()]
     return notes
 

@@ -137,8 +137,11 @@ def write_comparison(run_dir: Path | str, command: str = "") -> Path:
 def _draw(results: ComparisonResults, figures: Path) -> list[Figures]:
     """Draw the figures for which there are results."""
     candidates, points = [s for s in summaries(results) if s.kept], _points(results)
+    fall = _where_choices_fall(results, candidates, points, figures / "choices.svg")
+    if results.recoveries and len({s.kept for s in candidates}) == 1:  # one choice, and what each makes of it
+        return fall
     return [
-        *_where_choices_fall(results, candidates, points, figures / "choices.svg"),
+        *fall,
         *_whether_a_guide(results, candidates, points, figures / "scatter.svg"),
         _which_blocks_stay(candidates, len(results.blocks), figures / "kept.svg"),
     ]
