@@ -96,7 +96,7 @@ def test_a_recipe_says_what_differs(comparing: Path, tmp_path: Path, capsys: pyt
 
 
 WRONG = {
-    "none": ("={}", r"compare\.recoveries is \[\]; expected one or more by name"),
+    "none": ("={}", r"compare\.recoveries is \[\]; expected one or more"),
     "no mapping": ("=[]", r"compare\.recoveries is \[\]; expected a mapping of names to Recover"),
     "null": (".shorter=null", r"compare\.recoveries\.shorter: null is not allowed"),
     "a number": (".shorter=3", r"compare\.recoveries\.shorter: got 3; expected a mapping with keys among kd"),

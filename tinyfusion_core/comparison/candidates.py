@@ -59,12 +59,19 @@ class Candidates:
         """Return every selector with every one of these recoveries; without any, the candidates as they are.
 
         A pair has both names, or that of the recovery alone where there is one selector.
+
+        Raises:
+            UserError: two pairs would have the same name.
         """
         names = {
             recovery if len(self.selectors) == 1 else f"{selector} + {recovery}": (selector, recovery)
             for selector in self.selectors
             for recovery in recoveries
         }
+        if len(names) < len(self.selectors) * len(recoveries):
+            raise UserError(
+                "compare: two pairs of a candidate and a recovery have the same name; leave '+' out of names"
+            )
         if not names:
             return self
         selectors = {name: self.selectors[selector] for name, (selector, _) in names.items()}

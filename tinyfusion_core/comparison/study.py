@@ -250,8 +250,8 @@ class Compare(Comparison):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.random >= 0, "compare.random", self.random, "0 or more")
-        named = self.recoveries is None or all(name.strip() for name in self.recoveries or [""])
-        require(named, "compare.recoveries", list(self.recoveries or {}), "one or more by name, or null")
+        fit = self.recoveries is None or (self.recoveries and not {"", RANDOM} & {n.strip() for n in self.recoveries})
+        require(bool(fit), "compare.recoveries", list(self.recoveries or {}), f"one or more, none '{RANDOM}', or null")
 
     @override
     def other_recoveries(self) -> Mapping[str, Recover]:

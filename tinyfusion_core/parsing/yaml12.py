@@ -63,6 +63,13 @@ class Loader(yaml.SafeLoader):
     # A table of its own, not the parent's with more: what 1.1 alone takes for a number or a date stays a text.
     yaml_implicit_resolvers: dict[Any, Any] = {"<": [(f"{_TAG}merge", re.compile(r"<<\Z"))]}
 
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Make a mapping whose keys are all different; those that are merged in may be among them."""
+        own = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.tag != f"{_TAG}merge"]
+        if twice := [key for key in own if own.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"the key '{twice[0]}' is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
     def number(self, node: yaml.ScalarNode) -> int | float:
         """Make an integer or float of a scalar that is one by its looks or by its tag."""
         text = node.value

@@ -227,9 +227,8 @@ class Search(Selector):
         how, costs = prepared(self, task, trainer, run)
         learned = how.learn(task, trainer, run)
         decision = how.decide(learned, task, trainer)
-        if run is not None and self.keep_update:
-            on_main_process(lambda: leave(learned.weights, task, decision, run))
-        where = {**decision.provenance, **costs}
+        left = on_main_process(lambda: leave(learned.weights, task, decision, run)) if run and self.keep_update else {}
+        where = {**decision.provenance, **costs, **left}
         return Proposals(replace(decision, provenance=where), learned.sampler.best(num))
 
     def decide(self, learned: Learned, task: Task, trainer: Trainer) -> Decision:

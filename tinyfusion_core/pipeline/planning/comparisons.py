@@ -48,7 +48,8 @@ def plan_comparison(stage: Comparison, plan: Plan, recipe: Recipe) -> None:
     limits = recipe.backbone.limits(model)
     decisions = {name: within(s, limits).preview(blocks) for name, s in found.selectors.items()}
     seeds = f"{stage.seeds} seed{'s' if stage.seeds > 1 else ''}"
-    plan.rows.append((stage.view, f"{len(found.selectors)} candidates that keep {found.said}, {seeds}"))
+    ways = "ways to choose and recover" if found.recoveries else "candidates"
+    plan.rows.append((stage.view, f"{len(found.selectors)} {ways} that keep {found.said}, {seeds}"))
     recoveries = {"": recipe.recover, **stage.other_recoveries()}
     for name, decision in decisions.items():
         recovery = found.recoveries.get(name, "")

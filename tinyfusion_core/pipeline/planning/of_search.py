@@ -41,18 +41,19 @@ def check_inherited(how: Recover, selector: Selector | None) -> None:
 
     Args:
         how: the recovery.
-        selector: what decides; None if several do.
+        selector: what decides; None in a comparison.
 
     Raises:
         UserError: the selector will have left none.
     """
     if not isinstance(how.start, Inherit):
         return
+    if selector is None:
+        raise UserError("recover.start: Inherit is for a run, since a comparison keeps nothing of what searches train")
     if not isinstance(selector, Search):
-        who = "several selectors train" if selector is None else f"{type(selector).__name__} trains"
         raise UserError(
-            f"recover.start: Inherit begins with what a search has trained, and {who} nothing that the student could "
-            "begin with; take search: {class_path: Search}, or leave start out"
+            f"recover.start: Inherit begins with what a search has trained, and {type(selector).__name__} trains "
+            "nothing that the student could begin with; take search: {class_path: Search}, or leave start out"
         )
     if not selector.keep_update:
         raise UserError("search.keep_update is false, and recover.start: Inherit needs what the search has trained")

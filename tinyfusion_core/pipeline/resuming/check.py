@@ -12,10 +12,11 @@ import torch
 from ...errors import UserError, nearest
 from ...evaluation.evaluate import known_exhibits
 from ...pruning.decision import versions
+from ...pruning.record import decision_of
 from ...runtime.files import write_json
 from ...runtime.locking import check_free
 from ...runtime.run_folder import RUN, RUN_RECORD, RunFolder
-from ...runtime.stages import EVALUATE, RECOVER, Stage, stages_of
+from ...runtime.stages import EVALUATE, RECOVER, SEARCH, Stage, stages_of
 from ..recipe import Recipe
 from .fingerprint import decided_by, path_of, run_fingerprint
 
@@ -135,7 +136,17 @@ def check_resume(recipe: Recipe, folder: RunFolder, asked: Asked) -> Resume:
         if first > stages.index(named):
             raise UserError(_refusal(folder, changes, command, named))
         first = min(first, earliest)
+    _check_left(recipe, folder, [*stages[first:], *([extends[0]] if extends else [])])
     return Resume(now, stages[first:], extends)
+
+
+def _check_left(recipe: Recipe, folder: RunFolder, again: Sequence[Stage]) -> None:
+    """Check that recoveries find what their search has left, where the recovery is run and the search is not."""
+    for stage in recipe.stages():
+        there, search = folder.round(stage.round).finished(), Stage(SEARCH, stage.round)
+        begins = stage.name == RECOVER and (stage in again or RECOVER not in there)
+        if begins and SEARCH in there and search not in again and stage.settings is not None and stage.settings.start:
+            stage.settings.start.check_left(folder.round(stage.round), decision_of(folder, stage.round))
 
 
 def _settings_before(folder: RunFolder) -> dict[str, Any]:

@@ -24,6 +24,18 @@ class Start(Settings, ABC):
         """
         return
 
+    def check_left(self, run: RunFolder, decision: Decision) -> None:
+        """Check what a finished search has left, before a recovery is begun anew. By default nothing.
+
+        Args:
+            run: the folder of the search.
+            decision: of the search.
+
+        Raises:
+            UserError: it is missing or damaged.
+        """
+        return
+
     def planned(self, task: Task, decision: Decision) -> tuple[str, int]:
         """Return what it does, in words, and how many bytes it holds beside student and teacher; by default its name.
 

@@ -17,7 +17,7 @@ from ...errors import UserError, first_line
 from ...protocols.task import Task
 from ...pruning.decision import Decision
 from ...pruning.removal import without
-from ...runtime.files import save_tensors
+from ...runtime.files import save_tensors, sha256
 from ...runtime.run_folder import RunFolder
 from ...runtime.stages import UPDATE
 from ..trainer import Trainer
@@ -25,6 +25,8 @@ from .base import Start
 
 KEPT = "kept"
 """Entry of the file's metadata: which blocks its weights are of."""
+HASH = "weight_update_sha256"
+"""Entry of the decision's provenance: the hash of the file."""
 FIX = "restore it, or let the search decide again"
 
 
@@ -46,6 +48,10 @@ class Inherit(Start):
         return isinstance(start, Mapping) and start.get("class_path") == f"{cls.__module__}.{cls.__name__}"
 
     @override
+    def check_left(self, run: RunFolder, decision: Decision) -> None:
+        _read(run, decision)
+
+    @override
     def __call__(
         self,
         task: Task,
@@ -65,8 +71,8 @@ class Inherit(Start):
                 weights[name].copy_(value)
 
 
-def leave(values: Mapping[str, Tensor], task: Task, decision: Decision, run: RunFolder) -> None:
-    """Write what a search has made of the weights that stay, for `Inherit`.
+def leave(values: Mapping[str, Tensor], task: Task, decision: Decision, run: RunFolder) -> dict[str, str]:
+    """Write what a search has made of the weights that stay, for `Inherit`. Returns how the decision knows them again.
 
     Args:
         values: the weights that have changed, of any shape, by their names in the teacher.
@@ -83,6 +89,7 @@ def leave(values: Mapping[str, Tensor], task: Task, decision: Decision, run: Run
     student = without(task, decision.removed, shared=chain(model.parameters(), model.buffers()))
     staying = {name: changed[id(p)] for name, p in student.named_parameters() if id(p) in changed}
     save_tensors(run / UPDATE, staying, {KEPT: json.dumps(decision.kept)})
+    return {HASH: sha256(run / UPDATE)}
 
 
 def _read(run: RunFolder, decision: Decision) -> dict[str, Tensor]:
@@ -95,6 +102,8 @@ def _read(run: RunFolder, decision: Decision) -> dict[str, Tensor]:
             kept, values = json.loads(file.metadata()[KEPT]), {name: file.get_tensor(name) for name in [*file.keys()]}
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"{path}: not what a search has left ({first_line(e)}); {FIX}") from None
+    if decision.provenance.get(HASH, found := sha256(path)) != found:
+        raise UserError(f"{path}: is not what the search has left for this decision; {FIX}")
     if kept != list(decision.kept):
         raise UserError(f"{path}: is of a student with blocks {kept}, this one has {list(decision.kept)}; {FIX}")
     return values
