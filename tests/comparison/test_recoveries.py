@@ -98,6 +98,16 @@ def test_a_recipe_says_what_differs(comparing: Path, tmp_path: Path, capsys: pyt
 WRONG = {
     "none": ("={}", r"compare\.recoveries is \[\]; expected one or more"),
     "no mapping": ("=[]", r"compare\.recoveries is \[\]; expected a mapping of names to Recover"),
+    "a reference": (".random subsets={}", r"compare\.recoveries is .*; expected one or more, none 'random subsets'"),
+    "a number as a name": ("={1: {}}", r"compare\.recoveries: the name 1 is no text; put it in quotes"),
+    "a refused value": (".shorter.steps=-1", r"compare\.recoveries\.shorter: steps \(of recover or train\) is -1"),
+    "all": ("={a: null}", r"(?s)\A(?!.*is \[\]).*recoveries\.a: null is not allowed"),
+    "two": ("={a: {steps: 0}, b: {lr: -1}}", r"(?s)\A(?!.*is \[\]).*recoveries\.a: steps .* is 0.*\.b: lr .* is -1"),
+    "the same twice": ("={a: {steps: 1}, a: {steps: 2}}", r"the key 'a' is there twice"),
+    "weights of a search": (
+        ".shorter.start=Inherit",
+        r"recoveries\.shorter: .*a comparison keeps nothing of what searches",
+    ),
     "null": (".shorter=null", r"compare\.recoveries\.shorter: null is not allowed"),
     "a number": (".shorter=3", r"compare\.recoveries\.shorter: got 3; expected a mapping with keys among kd"),
     "a wrong value": (".shorter.steps=x", r"compare\.recoveries\.shorter\.steps is 'x'; expected a whole number"),
@@ -119,6 +129,21 @@ def test_what_cannot_be_is_said_before_anything_is_spent(
     assert main(command) == 2
     assert not worked
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_pairs_of_one_name_are_refused(tmp_path: Path) -> None:
+    candidates = {"t": FIRST, "t + r": FIRST_AND_LAST["last"]}
+    with pytest.raises(UserError, match="two pairs of a candidate and a recovery have the same name; leave '.' out"):
+        compared(tmp_path, candidates=candidates, recoveries={"r + r": RECOVER, "r": BETTER})
+
+
+def test_the_caches_of_all_are_written(comparing: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    cached = "{{class_path: OutputKD, init_args: {{cache: {{folder: {}}}}}}}"
+    flags = ["--recover.kd", cached.format("one"), "--compare.recoveries.shorter.kd", cached.format("two")]
+    flags += ["--compare.recoveries.refitted.kd", "null"]
+    assert main(["cache-teacher", str(comparing), *flags]) == 0
+    assert main(["compare", str(comparing), "--run-dir", "run", *flags]) == 0
 
 
 def test_depths_of_the_recipes_own_recovery_are_refused_too(comparing: Path) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import load, load_file, save_file
 from torch import nn
 
 import interrupted
@@ -67,7 +69,8 @@ def test_what_moves_is_what_the_update_moves(update: tiny.WeightUpdate, tmp_path
     task, folder = digits_task(), tiny.RunFolder(tmp_path)
     student, decision = started(task, folder, replace(SEARCH, update=update))
     plain = replace(SEARCH, update=update, keep_update=False)(task, TRAINER)
-    assert decision == plain
+    own = {name: value for name, value in decision.provenance.items() if name != "weight_update_sha256"}
+    assert replace(decision, provenance=own) == plain
     pruned = tiny.prune(task, decision)
     moved = {name for name, p in student.named_parameters() if not torch.equal(p, pruned.get_parameter(name))}
     layers = {n for n, m in pruned.named_modules() if n.startswith("blocks.") and isinstance(m, nn.Linear)}
@@ -168,7 +171,34 @@ def test_a_comparison_of_several_has_no_search_to_inherit_from(
 ) -> None:
     recipe = recipe_at(tmp_path, compare={"random": 1})
     assert main(["compare", str(recipe), "--run-dir", str(tmp_path / "study")]) == 2
-    assert "several selectors train nothing that the student could begin with" in capsys.readouterr().err
+    assert "a comparison keeps nothing of what searches train" in capsys.readouterr().err
+
+
+def test_a_recovery_is_begun_anew_only_with_what_the_search_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, folder = recipe_at(tmp_path), tmp_path / "run"
+    assert run(recipe, folder) == 0
+    whole = (folder / UPDATE).read_bytes()
+
+    def refused(message: str) -> None:
+        before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path != folder / UPDATE}
+        for flags in (["--restart-from", "recover"], ["--recover.steps", "14", "--extend"]):
+            capsys.readouterr()
+            assert run(recipe, folder, *flags) == 2
+            assert message in capsys.readouterr().err
+            assert {path: path.read_bytes() for path in before} == before  # the student above all
+
+    (folder / UPDATE).unlink()
+    refused("no such file, in which the search leaves what it has trained")
+    assert run(recipe, folder) == 0  # nothing is to be done
+    (folder / UPDATE).write_bytes(whole)
+    with safe_open(folder / UPDATE, "pt") as file:
+        metadata = file.metadata()
+    save_file({name: t + 1 for name, t in load(whole).items()}, folder / UPDATE, metadata=metadata)
+    refused("is not what the search has left for this decision")
+    (folder / UPDATE).write_bytes(whole)
+    assert run(recipe, folder, "--restart-from", "recover") == 0
 
 
 def test_what_is_not_what_the_search_left(tmp_path: Path) -> None:
@@ -188,6 +218,10 @@ def test_what_is_not_what_the_search_left(tmp_path: Path) -> None:
     with pytest.raises(tiny.UserError, match=rf"is of a student with blocks .*, this one has \[{other[0]}, "):
         begin(replace(decision, kept=other))
     kept = {"kept": str(list(decision.kept))}
+    save_file(dict(load_file(tmp_path / UPDATE)), tmp_path / UPDATE, metadata={**kept, "by": "another"})
+    with pytest.raises(tiny.UserError, match="is not what the search has left for this decision"):
+        begin()
+    begin = partial(begin, replace(decision, provenance={}))
     for name, shape in (("blocks.7.linear.weight", (8, 8)), ("blocks.0.linear.weight", (1,))):
         save_file({name: torch.zeros(shape)}, tmp_path / UPDATE, metadata=kept)
         with pytest.raises(tiny.UserError, match=f"of another network: {name} is not in this one; restore it"):

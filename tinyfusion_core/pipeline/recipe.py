@@ -166,9 +166,23 @@ def _refusals(parser: ArgumentParser, section: dict[str, Any]) -> Iterator[str]:
             parser.instantiate(parser.parse_object(copy.deepcopy(section)))
         except _REFUSALS as e:
             key, message = _root_message(e)
+            if not key:
+                key, message = next(_recoveries_refused(parser, section), (key, message))
             name, *path = key.split(".")
             yield from list(misfits(name, section.get(name), SECTIONS.get(name), path)) or [message]
             wrong = _remove(section, key.split("."))
+            if (compared := section.get("compare")) and compared.get("recoveries") == {}:
+                del compared["recoveries"]  # all of them were wrong, and none has not been asked for
+
+
+def _recoveries_refused(parser: ArgumentParser, section: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the keys of compared recoveries that their class refuses, which does not know them, and what it says."""
+    for name, how in ((section.get("compare") or {}).get("recoveries") or {}).items():
+        try:
+            parser.instantiate(parser.parse_object({"recover": copy.deepcopy(how)}))
+        except _REFUSALS as e:
+            key = f"compare.recoveries.{name}"
+            yield key, f"{key}: {_root_message(e)[1]}"
 
 
 def _remove(config: Any, path: list[str]) -> bool:

@@ -167,13 +167,17 @@ def _checked(key: str, value: Any, kind: Any, problems: list[str], default: Any 
         items = [_checked(f"{key}[{i}]", v, item_of(kind), problems) for i, v in enumerate(value)]
         return [item for item in items if item is not WRONG]
     if typing.get_origin(kind) is dict and isinstance(value, dict):
-        problems += [f"{key}: the name {k!r} is no text; put it in quotes" for k in value if not isinstance(k, str)]
-        entries = {k: _checked_value(f"{key}.{k}", v, item_of(kind), problems) for k, v in value.items()}
-        fit = {k: entry for k, entry in entries.items() if isinstance(k, str) and entry is not WRONG}
-        return WRONG if entries and not fit else fit
+        return _checked_entries(key, value, item_of(kind), problems)
     if value is None or not inspect.isclass(kind) or kind not in (*PLAIN, *POLYMORPHIC):
         return value
     return _checked_object(key, value, kind, problems, default)
+
+
+def _checked_entries(key: str, value: Mapping[Any, Any], kind: Any, problems: list[str]) -> Any:
+    problems += [f"{key}: the name {k!r} is no text; put it in quotes" for k in value if not isinstance(k, str)]
+    entries = {k: _checked_value(f"{key}.{k}", v, kind, problems) for k, v in value.items()}
+    fit = {k: entry for k, entry in entries.items() if isinstance(k, str) and entry is not WRONG}
+    return WRONG if entries and not fit else fit
 
 
 def _checked_object(key: str, value: Any, kind: type[Any], problems: list[str], default: Any) -> Any:

@@ -53,8 +53,10 @@ def check_free(folder: Path, kind: FolderKind) -> None:
     """Check that a command may write to a folder; changes nothing.
 
     Raises:
-        UserError: the folder holds files, and does not have the mark of the command.
+        UserError: the folder holds files, and does not have the mark of the command; or it is a file.
     """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file; choose a new or an empty folder as {kind.option}")
     if not folder.is_dir() or kind.is_ours(folder):
         return
     if (other := next(_not_ours(folder), None)) is not None:

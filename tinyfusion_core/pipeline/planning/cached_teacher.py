@@ -11,7 +11,7 @@ import torch
 from ...errors import UserError
 from ...pruning.decision import Decision
 from ...runtime.seeding import Rng
-from ...runtime.stages import Stage
+from ...runtime.stages import RECOVER, Stage
 from ...training.distillation import OutputKD
 from ...training.recover import Recover
 from ...training.teacher_cache.samples import (
@@ -29,6 +29,13 @@ def cache_of(stage: Stage) -> TeacherCache | None:
     """Return the cache that a stage learns from; None if it has none."""
     how = stage.settings
     return how.kd.cache if isinstance(how, Recover) and how.kd is not None else None
+
+
+def caches_of(recipe: Recipe) -> dict[str, TeacherCache]:
+    """Return the caches that recoveries of a recipe learn from, those that it compares among them, by their folders."""
+    compared = recipe.compare.other_recoveries().values() if recipe.compare else ()
+    stages = [*recipe.stages(), *(Stage(RECOVER, settings=how) for how in compared)]
+    return {cache.folder: cache for stage in stages if (cache := cache_of(stage)) is not None}
 
 
 def cache_text(recipe: Recipe, stage: Stage, kd: OutputKD, decision: Decision) -> str:
