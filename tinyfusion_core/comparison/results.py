@@ -170,7 +170,7 @@ class ComparisonResults:
 
     def save(self, path: Path) -> None:
         """Write `findings.json`."""
-        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "recoveries" or self.recoveries}
         own |= {name: [entry.to_json() for entry in own[name]] for name in ("entries", "masks")}
         write_json(path, {"format_version": FORMAT_VERSION, **in_files(own)})
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
 
-from tinyfusion_core.errors import MissingFileError, UserError, first_line, need, require
+from tinyfusion_core.errors import MissingFileError, UserError, first_line, require
 from tinyfusion_core.protocols.data import DataSource
 from tinyfusion_core.runtime.seeding import generator
 from tinyfusion_llm.documents import check_text, find_files, json_lines
@@ -240,9 +240,10 @@ def _written(processor: Any, num_images: int, prompt: str, text: str, where: str
 
 
 def _image(path: Path, where: str) -> Any:
-    pillow = need("PIL.Image", "pillow", "data: ImageText")
+    from PIL import Image  # which no command needs that reads no image
+
     try:
-        with pillow.open(path) as opened:
+        with Image.open(path) as opened:
             return opened.convert("RGB")
     except (OSError, ValueError) as e:
         raise UserError(f"{where}: {path} is damaged or no image ({first_line(e)}); copy it again") from None
