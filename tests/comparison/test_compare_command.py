@@ -122,7 +122,7 @@ def test_a_recipe_that_cannot_be_compared_is_told_why(comparing: Path, tmp_path:
     assert "compare.candidates.learned.stepz: unknown key" in error("--compare.candidates.learned.stepz=3")
     assert "did you mean 'Greedy'" in error("--compare.candidates.learned={class_path: Gready}")
     assert "<first> keeps 3; learned keeps 4" in error("--compare.candidates.<first>.keep=3")
-    assert "candidates (of Compare) is {1: FirstN(" in error(
+    assert "compare.candidates: the name 1 is no text; put it in quotes" in error(
         "--compare.candidates={1: {class_path: FirstN, init_args: {keep: 4}}}"
     )
     message = error("--compare.candidates={a: FirstN}")

@@ -137,6 +137,7 @@ def test_pairs_of_one_name_are_refused(tmp_path: Path) -> None:
         compared(tmp_path, candidates=candidates, recoveries={"r + r": RECOVER, "r": BETTER})
 
 
+@pytest.mark.slow
 def test_the_caches_of_all_are_written(comparing: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     cached = "{{class_path: OutputKD, init_args: {{cache: {{folder: {}}}}}}}"

@@ -206,6 +206,7 @@ def test_without_labels_the_training_samples_say_what_to_make(tmp_path: Path) ->
     assert torch.equal(rows(tmp_path / "out")["y"], task.train.__getitems__([0, 1, 2])["y"])
 
 
+@pytest.mark.slow
 def test_the_lines_of_the_page_recover_without_real_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -32,6 +32,7 @@ def close(one: Any, two: Any) -> None:
         assert one == (pytest.approx(two, rel=1e-4, abs=1e-6) if isinstance(two, float) else two)
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(finished: Path, tmp_path: Path) -> None:
     log = tmp_path / "log.txt"
     assert wait(start(partial(shared_work.main, tmp_path, finished), log, processes=2)) == [0, 0], log.read_text()

@@ -87,6 +87,7 @@ def recipe_at(folder: Path, **parts: Any) -> Path:
     return folder / "recipe.yaml"
 
 
+@pytest.mark.slow
 def test_a_recipe_needs_no_more_than_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = recipe_at(tmp_path)
     assert run(recipe, tmp_path / "whole") == 0
@@ -106,6 +107,7 @@ def test_a_recipe_needs_no_more_than_its_name(tmp_path: Path, capsys: pytest.Cap
     assert all(torch.equal(t, again[name]) for name, t in one.items())
 
 
+@pytest.mark.slow
 def test_every_round_inherits_from_its_own_search(tmp_path: Path) -> None:
     search = {"class_path": "Search", "init_args": {"pattern": [1, 2], "steps": 4, "update": "Full", "lr": 1e-2}}
     rounds = {name: {"search": search, "recover": {"steps": 0, "start": "Inherit"}} for name in ("d4", "d2")}
@@ -174,6 +176,7 @@ def test_a_comparison_of_several_has_no_search_to_inherit_from(
     assert "a comparison keeps nothing of what searches train" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_recovery_is_begun_anew_only_with_what_the_search_left(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,7 +7,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from .results import ComparisonResults, in_files
+from .results import ComparisonResults, Entry, in_files
 from .statistics import RANDOM, MeanStd, Summary, guides, reference, summaries
 
 
@@ -45,7 +45,7 @@ def unrounded(results: ComparisonResults) -> list[dict[str, object]]:
     lines = []
     for summary in summaries(results):
         line: dict[str, object] = {"candidate": summary.name, "kept": _kept(summary, results).replace("\n", "; ")}
-        figures = in_files({f.name: getattr(summary, f.name) for f in fields(summary)}, missing=MeanStd(None))
+        figures = in_files({name: getattr(summary, name) for name in _columns(Summary, results)}, MeanStd(None))
         for name, value in figures.items():
             if isinstance(value, MeanStd):
                 line |= {name: value.mean, f"{name}_sd": value.sd}
@@ -57,9 +57,15 @@ def trials_csv(results: ComparisonResults) -> str:
     """Return one line for every subset that was recovered, with its seed."""
     lines = []
     for entry in (*results.entries, *results.masks):
-        line = in_files({f.name: getattr(entry, f.name) for f in fields(entry) if f.name != "scores"})
+        line = in_files({name: getattr(entry, name) for name in _columns(Entry, results) if name != "scores"})
         lines.append({**line, "method": entry.method or RANDOM, "kept": " ".join(map(str, entry.kept))})
     return _csv(lines)
+
+
+def _columns(of: type[Summary] | type[Entry], results: ComparisonResults) -> list[str]:
+    """What a file has of each; of recoveries only if several are compared."""
+    names = [f.name for f in fields(of)]
+    return names if results.recoveries else [name for name in names if not name.startswith("recovery")]
 
 
 def _compared(results: ComparisonResults) -> TextTable:

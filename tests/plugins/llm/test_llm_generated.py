@@ -129,6 +129,7 @@ def test_wrong_options_are_refused(bad: dict[str, Any]) -> None:
         NextToken(**bad)
 
 
+@pytest.mark.slow
 def test_a_student_learns_from_its_teachers_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, out = llm_toys.folder(tmp_path / "model", "llama"), tmp_path / "made"
     path = Path(llm_toys.recipe_of(folder, tmp_path))
