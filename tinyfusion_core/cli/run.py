@@ -134,7 +134,7 @@ class CacheTeacher(Command):
     def __call__(self, options: Namespace) -> int:
         """Write what is missing; the main process prints how much there is."""
         from ..pipeline.recipe import load_recipe
-        from ..pipeline.run import cache_teacher
+        from ..pipeline.teaching.caching import cache_teacher
         from ..runtime.distributed import rank_and_world_size
 
         recipe = load_recipe(options.recipe, options.overrides)

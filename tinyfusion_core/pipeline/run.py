@@ -34,9 +34,8 @@ from ..runtime.stages import EVALUATE, RECOVER, SEARCH, TRAIN, Stage
 from ..selection.base import Selector
 from ..selection.search import Search
 from ..training.recover import Recover
-from ..training.teacher_cache.samples import open_cache, size_of
-from ..training.teacher_cache.writing import write_cache
-from .planning.cached_teacher import cache_of, caches_of
+from ..training.teacher_cache.samples import open_cache
+from .planning.cached_teacher import cache_of
 from .planning.plan import make_plan
 from .recipe import Recipe
 from .resuming.check import Asked, check_resume, extended, take_run_folder
@@ -88,26 +87,6 @@ def run_recipe(
             run.do(stage)
         on_main_process(lambda: write_report(folder, sections_of_metrics(recipe, folder)))
     return folder / "report.html"
-
-
-def cache_teacher(recipe: Recipe) -> str:
-    """Write what is missing of the teacher's predictions that the recipe's recovery, or a compared one, learns from.
-
-    Returns:
-        The folders, and how much is in each, in words.
-
-    Raises:
-        UserError: no recovery names a cache, or the cache cannot be written.
-        Interrupted: a signal arrived; the same call goes on.
-    """
-    if not (caches := caches_of(recipe)):
-        raise UserError("recover.kd.cache: no recovery of the recipe names one; set recover.kd.cache.folder")
-    if problems := make_plan(recipe).problems:
-        raise UserError("\n".join(problems))
-    task = make_task(recipe)
-    check_teacher(task, recipe.trainer)
-    made = {name: write_cache(cache, task, recipe.trainer) for name, cache in caches.items()}
-    return "\n".join(f"{name}: {size_of(found, Path(name))}" for name, found in made.items())
 
 
 def keep_what_is_loaded() -> None:
