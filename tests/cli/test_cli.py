@@ -110,6 +110,7 @@ def plugins_with(folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_a_third_party_plugin_is_found_and_a_broken_one_costs_a_warning(tmp_path: Path) -> None:
     install(tmp_path, "goodplugin", PLUGIN.format(name="Flowers"))
     install(tmp_path, "badplugin", "import a_module_that_does_not_exist")

@@ -120,6 +120,7 @@ def test_what_does_not_mix_is_refused() -> None:
         tiny.Mixture(parts={"a": Numbers(), "b": Nothing()}).train()
 
 
+@pytest.mark.slow
 def test_a_recipe_mixes(tmp_path: Path) -> None:
     both = {"parts": {"digits": "Digits", "again": "Digits"}, "weights": {"digits": 3, "again": 1}}
     recipe = {**RECIPE, "data": {"class_path": "Mixture", "init_args": both}, "recover": {"steps": 2}, "evaluate": []}

@@ -244,6 +244,7 @@ def test_two_processes_share_the_work_and_one_of_them_writes(recipe: Path, short
     assert steps[0] == steps[1]
 
 
+@pytest.mark.slow
 def test_another_checkpoint_under_the_same_name_is_noticed(recipe: Path, tmp_path: Path, capsys) -> None:
     import shutil
 

@@ -152,6 +152,7 @@ def count_of(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return ran
 
 
+@pytest.mark.slow
 def test_greedy_and_leave_one_out_run_half_of_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     task = scalars(*(1 + 0.1 * torch.randn(28)).tolist(), x=(0.5, 1, 2, 3), target=1.0)
     ran = count_of(monkeypatch)

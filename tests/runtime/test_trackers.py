@@ -95,6 +95,7 @@ def test_a_tracker_that_fails_warns_once_and_the_run_goes_on(tmp_path: Path, mon
     assert len(caught) == 1
 
 
+@pytest.mark.slow
 def test_what_is_not_installed_or_unknown_is_said_before_the_run(
     recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -52,6 +52,7 @@ def test_it_keeps_the_blocks_that_work_and_no_more() -> None:
     assert four["probability"] > 0.9 > 0.1 > three["probability"]
 
 
+@pytest.mark.slow
 def test_a_looser_quality_keeps_fewer_blocks_and_a_number_is_a_loss() -> None:
     loose = shallowest("9x")(noisy(), TRAINER)
     assert len(loose.kept) == 1

@@ -60,6 +60,7 @@ def test_keep_is_short_for_the_score_function() -> None:
         tiny.Search(keep=4, tau=(1.0, 1.0))
 
 
+@pytest.mark.slow
 def test_a_start_is_where_the_gates_begin_and_no_more(tmp_path) -> None:
     run = tiny.RunFolder(tmp_path)
     how = tiny.Search(keep=4, steps=200, update=tiny.Frozen(), start=tiny.LastN(keep=4), prior=(0.5, 0.5))

@@ -134,6 +134,7 @@ def test_two_processes_are_one_and_shards_refuse_what_needs_whole_matrices(tmp_p
     assert all(torch.allclose(t, other[name], atol=1e-4) for name, t in one.items())
 
 
+@pytest.mark.slow
 def test_a_recipe_names_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     search = {"class_path": "Keep", "init_args": {"blocks": [0, 1, 6, 7]}}
     path = tmp_path / "small.yaml"

@@ -204,6 +204,7 @@ def test_a_network_without_a_head_has_only_blocks_to_train() -> None:
         tiny.LastBlocks(blocks=0, head=False)
 
 
+@pytest.mark.slow
 def test_a_recipe_says_what_moves_plans_it_and_goes_on(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -108,7 +108,7 @@ def without(model: nn.Module, index: int) -> nn.Module:
     return shorter
 
 
-@pytest.mark.parametrize("family", slow_but(("llava", "gemma3"), "llava"))
+@pytest.mark.parametrize("family", slow_but(("llava", "gemma3")))
 def test_a_recipe_prunes_and_recovers(family: str, tmp_path: Path) -> None:
     full, rows = folder(tmp_path / "full", family), captions(tmp_path / "rows", 12)
     teach(full, rows)
