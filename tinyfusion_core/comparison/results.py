@@ -20,6 +20,8 @@ AGAIN = "delete it and give the command again, which computes nothing twice"
 ANEW = "delete it to compute that again"
 FILE_NAMES = {"entries": "trials", "recovered": "healed", DISTANCE: "frechet"}
 """Attributes and metrics whose names in files differ."""
+OF_RECOVERIES = ("recovery", "recovery_seconds")
+"""Attributes that are in files only where they say something: where several recoveries are compared."""
 NEEDED = {"decision": ("kept", "scores", "seconds", "evaluations"), "calibration": ("loss",), "healing": ("loss",)}
 """What a result of each kind has for certain."""
 
@@ -107,7 +109,7 @@ class Entry:
         others = dict(self.metrics)
         own = {DISTANCE: others.pop(DISTANCE, None)}
         made = in_files({f.name: own if f.name == "metrics" else getattr(self, f.name) for f in fields(self)})
-        later = {name: made.pop(name) for name in ("recovery", "recovery_seconds")}
+        later = {name: made.pop(name) for name in OF_RECOVERIES}
         return {**made, **({"metrics": others} if others else {}), **{k: v for k, v in later.items() if v}}
 
     @classmethod

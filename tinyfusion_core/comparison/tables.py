@@ -7,7 +7,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from .results import ComparisonResults, Entry, in_files
+from .results import OF_RECOVERIES, ComparisonResults, Entry, in_files
 from .statistics import RANDOM, MeanStd, Summary, guides, reference, summaries
 
 
@@ -64,8 +64,7 @@ def trials_csv(results: ComparisonResults) -> str:
 
 def _columns(of: type[Summary] | type[Entry], results: ComparisonResults) -> list[str]:
     """What a file has of each; of recoveries only if several are compared."""
-    names = [f.name for f in fields(of)]
-    return names if results.recoveries else [name for name in names if not name.startswith("recovery")]
+    return [f.name for f in fields(of) if results.recoveries or f.name not in OF_RECOVERIES]
 
 
 def _compared(results: ComparisonResults) -> TextTable:

@@ -94,7 +94,8 @@ class Task(Settings):
             return named_batch_dims(self.backbone.batched)
         device = next(model.parameters()).device
         sources, samples = [self.backbone.example], self.train
-        while hasattr(samples, "samples"):  # checked when they are read, or a part of others
+        # What checks samples when they are read, or is a part of others, has them as `samples`.
+        while not isinstance(samples, Varied) and hasattr(samples, "samples"):
             samples = samples.samples
         if isinstance(samples, Varied):
             sources.append(samples.fullest)
