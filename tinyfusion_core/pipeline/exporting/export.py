@@ -106,11 +106,16 @@ def _check_whole(recipe: Recipe, student: nn.Module, to: str) -> None:
         )
 
 
-def _write(recipe: Recipe, student: nn.Module, to: str, out: Path | None, folder: RunFolder) -> Path:
-    """Write a student as a folder of a library; what the backbone can load is read back and compared."""
+def _target(folder: RunFolder, to: str, out: Path | None) -> Path:
+    """The folder to write; raises UserError if it is given and holds what is not ours."""
     if out is not None:
         check_free(out, EXPORT)
-    target, backbone = out or folder / "export" / to, recipe.backbone
+    return out or folder / "export" / to
+
+
+def _write(recipe: Recipe, student: nn.Module, to: str, out: Path | None, folder: RunFolder) -> Path:
+    """Write a student as a folder of a library; what the backbone can load is read back and compared."""
+    target, backbone = _target(folder, to, out), recipe.backbone
     # A folder with our mark holds no weights but those of an earlier export.
     ours = weights_in(target) if (target / MARK).exists() else []
     there, empty = target.exists(), not any(target.glob("*"))
@@ -142,9 +147,7 @@ def _write_adapter(
     rank, (first, *later) = rank_of(recipe), decisions
     if later:
         first = Decision(first.blocks, tuple(kept), later[-1].method, provenance=first.provenance)
-    if out is not None:
-        check_free(out, EXPORT)
-    target, trained = out or folder / "export" / ADAPTER, folder / "teacher"
+    target, trained = _target(folder, ADAPTER, out), folder / "teacher"
     teacher = load_pretrained(trained) if recipe.train else recipe.backbone.build()
     task = Task.without_data(recipe.backbone, recipe.loss, teacher)
     task = replace(task, origin=origin(trained)) if recipe.train else task
