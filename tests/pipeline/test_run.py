@@ -258,6 +258,7 @@ def test_another_checkpoint_under_the_same_name_is_noticed(recipe: Path, tmp_pat
     assert "backbone.checkpoint (its content)" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_published_decision_is_applied_to_another_checkpoint(recipe: Path, tmp_path: Path, capsys) -> None:
     assert run(recipe, tmp_path / "first", "--search.steps=4", "--recover=null") == 0
     decision = tmp_path / "first" / "decision.json"
