@@ -11,9 +11,21 @@ from tinyfusion_llm.backbone import CausalLM
 from tinyfusion_llm.images.source import ImageText
 from tinyfusion_llm.loss import NextToken
 from tinyfusion_llm.metrics import Generation, LmEval, Perplexity
+from tinyfusion_llm.speech.source import SpeechText
+from tinyfusion_llm.speech.words import WordErrorRate
 from tinyfusion_llm.text import TextTokens
 
-__all__ = ["CausalLM", "Generation", "ImageText", "LmEval", "NextToken", "Perplexity", "TextTokens"]
+__all__ = [
+    "CausalLM",
+    "Generation",
+    "ImageText",
+    "LmEval",
+    "NextToken",
+    "Perplexity",
+    "SpeechText",
+    "TextTokens",
+    "WordErrorRate",
+]
 
 
 @hookimpl
@@ -30,11 +42,11 @@ def tinyfusion_register_losses() -> list[type[LossAdapter]]:
 
 @hookimpl
 def tinyfusion_register_data() -> list[type[DataSource]]:
-    """Tokenized text, and images with text."""
-    return [TextTokens, ImageText]
+    """Tokenized text, and images and recordings with text."""
+    return [TextTokens, ImageText, SpeechText]
 
 
 @hookimpl
 def tinyfusion_register_metrics() -> list[type[Metric]]:
-    """Perplexity, generation speed, lm-eval tasks."""
-    return [Perplexity, Generation, LmEval]
+    """Perplexity, generation speed, lm-eval tasks, words wrong in transcripts."""
+    return [Perplexity, Generation, LmEval, WordErrorRate]

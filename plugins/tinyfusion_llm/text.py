@@ -21,7 +21,7 @@ from tinyfusion_core.protocols.data import DataSource
 from tinyfusion_core.runtime.files import NEUTRAL, digest, sha256
 from tinyfusion_core.runtime.seeding import generator
 from tinyfusion_llm.chat import Message, check_messages, check_template, encode_chat
-from tinyfusion_llm.documents import check_text, find_files, json_lines, lines, parquet_rows
+from tinyfusion_llm.documents import check_held_out, check_text, find_files, json_lines, lines, parquet_rows
 from tinyfusion_llm.pretrained.readers import load_tokenizer
 from tinyfusion_llm.rows import Corpus, Rows
 
@@ -96,9 +96,7 @@ class TextTokens(DataSource):
         if self.separate and not self.pack:
             raise UserError("data.separate: without pack every document has samples of its own; leave one of them out")
         require(self.context >= 2, "data.context", self.context, "at least 2 tokens")
-        fraction, most = self.held_out_fraction, self.max_held_out
-        require(0 < fraction < 1, "data.held_out_fraction", fraction, "a number between 0 and 1")
-        require(most is None or most >= 1, "data.max_held_out", most, "at least 1 row, or null")
+        check_held_out(self.held_out_fraction, self.max_held_out)
 
     @override
     def train(self) -> Rows:
