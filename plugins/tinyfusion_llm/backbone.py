@@ -19,11 +19,11 @@ from tinyfusion_core.protocols.data import Lookup
 from tinyfusion_core.runtime.files import NEUTRAL, digest, sha256
 from tinyfusion_core.runtime.seeding import generator
 from tinyfusion_llm.converters import CLIENTS, clients
+from tinyfusion_llm.hidden import IGNORED
 from tinyfusion_llm.layers.building import as_plain, config_of, construct, randomised, steady
 from tinyfusion_llm.layers.finding import close_ranks, find_branches, find_layers
 from tinyfusion_llm.layers.limits import limits
 from tinyfusion_llm.layers.shortening import shorten, try_out
-from tinyfusion_llm.loss import IGNORED
 from tinyfusion_llm.pretrained import (
     as_json,
     ask_to_dequantise,

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinyfusion_llm.loss import IGNORED
+from tinyfusion_llm.hidden import IGNORED
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from tinyfusion_core.errors import MissingFileError, UserError, first_line, requ
 from tinyfusion_core.protocols.data import DataSource
 from tinyfusion_core.runtime.seeding import generator
 from tinyfusion_llm.documents import check_text, find_files, json_lines
+from tinyfusion_llm.hidden import IGNORED
 from tinyfusion_llm.images.columns import columns
-from tinyfusion_llm.loss import IGNORED
 from tinyfusion_llm.pretrained import load_processor
 
 
