@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from tinyfusion_llm.layers.finding import find_layers, text_config
-from tinyfusion_llm.pretrained import as_json
+from tinyfusion_llm.pretrained.reading import as_json
 
 WINDOW, WHOLE = "sliding_attention", "full_attention"
 MERGEKIT = (

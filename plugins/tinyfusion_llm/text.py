@@ -21,7 +21,7 @@ from tinyfusion_core.runtime.files import NEUTRAL, digest, sha256
 from tinyfusion_core.runtime.seeding import generator
 from tinyfusion_llm.chat import Message, check_messages, check_template, encode_chat
 from tinyfusion_llm.documents import check_text, find_files, json_lines, lines, parquet_rows
-from tinyfusion_llm.pretrained import load_tokenizer
+from tinyfusion_llm.pretrained.readers import load_tokenizer
 from tinyfusion_llm.rows import Corpus, Rows, read_corpus, write_corpus
 
 READING = 2

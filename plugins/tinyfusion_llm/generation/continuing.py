@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tinyfusion_core.errors import require
 from tinyfusion_core.protocols.backbone import Batch
-from tinyfusion_llm.pretrained import transformers
+from tinyfusion_llm.pretrained.reading import transformers
 
 
 def prompt_lengths(batch: Batch, counted: Tensor, usual: int) -> Tensor:

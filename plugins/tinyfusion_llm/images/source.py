@@ -19,7 +19,7 @@ from tinyfusion_core.runtime.seeding import generator
 from tinyfusion_llm.documents import check_text, find_files, json_lines
 from tinyfusion_llm.hidden import IGNORED
 from tinyfusion_llm.images.columns import columns
-from tinyfusion_llm.pretrained import load_processor
+from tinyfusion_llm.pretrained.readers import load_processor
 
 
 @dataclass(frozen=True)

@@ -7,22 +7,29 @@ from typing import Any
 
 import torch
 
-from tinyfusion_llm.pretrained import as_json, auto_class, transformers
+from tinyfusion_llm.pretrained.reading import Autos, as_json, auto_class, transformers
 
 Settings = Mapping[str, Any]
 
 
-def construct(config: Settings, device: str = "meta") -> Any:
-    """Build the untrained network of a config given as a dict."""
+def construct(config: Settings, autos: Autos, device: str = "meta") -> Any:
+    """Build the untrained network of a config given as a dict, by one of some auto classes."""
     made = config_of(config)
     with torch.device(device):
-        return auto_class(made).from_config(made, dtype=made.dtype)
+        return auto_class(made, autos).from_config(made, dtype=made.dtype)
 
 
-def randomised(config: Settings, rng: torch.Generator) -> Any:
+def construct_as(kind: type[Any], config: Settings) -> Any:
+    """Build the untrained network of a class and of a config given as a dict, on the meta device."""
+    made = config_of(config)
+    with torch.device("meta"):
+        return kind._from_config(made, dtype=made.dtype)
+
+
+def randomised(config: Settings, autos: Autos, rng: torch.Generator) -> Any:
     """Build the network of a config given as a dict, all weights random, none zero."""
-    model = construct(config).to_empty(device="cpu")
-    fresh = construct(config, "cpu")  # for the tables that are no parameters
+    model = construct(config, autos).to_empty(device="cpu")
+    fresh = construct(config, autos, "cpu")  # for the tables that are no parameters
     model.load_state_dict(fresh.state_dict())
     for (_, buffer), (_, made) in zip(model.named_buffers(), fresh.named_buffers(), strict=True):
         buffer.copy_(made)
@@ -34,7 +41,7 @@ def randomised(config: Settings, rng: torch.Generator) -> Any:
 
 def as_plain(model: Any, dtype: torch.dtype) -> Any:
     """Return a model whose weights were encoded in its files as a plain one, which can be trained and saved."""
-    plain = construct(as_json(model.config))
+    plain = construct_as(type(model), as_json(model.config))
     state = model.state_dict()
     whole = model._get_dtype_plan(dtype)  # some stay in float32
     for key, tensor in state.items():

@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 from tinyfusion_core.errors import UserError, first_line
-from tinyfusion_llm.layers.building import Settings, construct
+from tinyfusion_llm.layers.building import construct_as
 from tinyfusion_llm.layers.finding import find_layers, num_fed, text_config
 from tinyfusion_llm.layers.shortening import corrected, described
+from tinyfusion_llm.pretrained.reading import as_json
 
 
-def limits(config: Settings) -> Mapping[str, Sequence[Any]]:
+def limits(model: nn.Module) -> Mapping[str, Sequence[Any]]:
     """Return the rules that a mask must obey for the config to express the remaining layers, as constraints name them.
 
     The layers of most families are alike, or a list in the config tells them apart; then there are none. Where layers
@@ -25,17 +26,18 @@ def limits(config: Settings) -> Mapping[str, Sequence[Any]]:
     layer that has something of its own. Found by shortening the network on the meta device, not by names.
 
     Args:
-        config: the whole network's.
+        model: the whole network; only its class and its config are looked at.
 
     Raises:
         UserError: it cannot express any choice but the whole network.
     """
-    return _limits(json.dumps(dict(config), sort_keys=True))
+    kind: Any = type(model)
+    return _limits(kind, json.dumps(as_json(model.config), sort_keys=True))
 
 
 @lru_cache(maxsize=8)
-def _limits(config: str) -> Mapping[str, Sequence[Any]]:
-    model = construct(json.loads(config))
+def _limits(kind: Any, config: str) -> Mapping[str, Sequence[Any]]:
+    model = construct_as(kind, json.loads(config))
     path = find_layers(model)
     problem = partial(_problem, model, path)
     kinds = _kinds(model.get_submodule(path).children())

@@ -13,7 +13,7 @@ from torch import nn
 from tinyfusion_core.errors import UserError, first_line
 from tinyfusion_core.protocols.blocks.branches import remove_branches, removed_branches
 from tinyfusion_core.protocols.undisturbed import evaluating
-from tinyfusion_llm.layers.building import Settings, construct
+from tinyfusion_llm.layers.building import Settings, construct_as
 from tinyfusion_llm.layers.finding import SLOTS, close_ranks, num_fed, text_config
 
 
@@ -193,7 +193,7 @@ def _fresh(model: nn.Module) -> Any:
     If transformers refuses the config, why.
     """
     try:
-        return construct(model.config.to_dict())  # type: ignore[union-attr, operator]
+        return construct_as(type(model), model.config.to_dict())  # type: ignore[union-attr, operator]
     except Exception as e:  # of any family's constructor
         return f"transformers refuses it ({type(e).__name__}: {first_line(e)})"
 

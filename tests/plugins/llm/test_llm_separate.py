@@ -147,7 +147,9 @@ STATE: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", STATE)
 def test_networks_that_hand_on_a_state_are_refused(family: str, dtype: torch.dtype) -> None:
-    model = randomised(settings(family, **STATE[family]), torch.Generator().manual_seed(0)).eval().to(dtype)
+    model = (
+        randomised(settings(family, **STATE[family]), CausalLM.autos, torch.Generator().manual_seed(0)).eval().to(dtype)
+    )
     with pytest.raises(tiny.UserError, match=rf"separate: documents of a sample .* in a '{family}', which"):
         check_separate(model)
 
@@ -155,7 +157,7 @@ def test_networks_that_hand_on_a_state_are_refused(family: str, dtype: torch.dty
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "mixtral", "gpt2", "deepseek_v3"])
 def test_others_are_not(family: str, dtype: torch.dtype) -> None:
-    check_separate(randomised(settings(family), torch.Generator().manual_seed(0)).eval().to(dtype))
+    check_separate(randomised(settings(family), CausalLM.autos, torch.Generator().manual_seed(0)).eval().to(dtype))
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Configs and tokenizers of transformers, with error messages that say what to do."""
+"""Configs and weights of pretrained models of transformers, with error messages that say what to do."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from tinyfusion_core.errors import MissingFileError, UserError, first_line, need
 from tinyfusion_core.parsing.records import check_folder
@@ -26,72 +24,6 @@ def transformers(key: str = "backbone: CausalLM") -> Any:
         UserError: it is not installed.
     """
     return need("transformers", "tinyfusion[llm]", key)
-
-
-def load_tokenizer(name: str, revision: str | None, gguf_file: str | None, required: bool = True) -> Any:
-    """Load the tokenizer of a model.
-
-    Args:
-        name: folder or hub id.
-        revision: branch, tag or commit on the hub.
-        gguf_file: name of a GGUF file that holds it.
-        required: whether a missing one is an error.
-
-    Returns:
-        The tokenizer; None if it is missing and not required.
-
-    Raises:
-        UserError: it is missing though required.
-    """
-    reader = transformers("data.tokenizer").AutoTokenizer
-    if gguf_file:
-        need("gguf", "tinyfusion[gguf]", "gguf_file")
-    more = {"gguf_file": gguf_file} if gguf_file else {}
-    if Path(name).is_dir():
-        check_folder(Path(name))
-    try:
-        made = reader.from_pretrained(name, revision=revision or "main", **more)
-        made("a")  # some damage shows only then
-        return made
-    except Exception as e:  # damaged files make the readers fail in any way they can
-        if not required:
-            return None
-        raise MissingFileError(
-            f"data.tokenizer: no tokenizer in '{name}' ({first_line(e)}); expected tokenizer.json or what "
-            "AutoTokenizer of transformers reads. Copy the original model's tokenizer files there"
-        ) from None
-
-
-def load_processor(name: str, revision: str | None, required: bool = True) -> Any:
-    """Load what makes the inputs of a model that reads images.
-
-    Args:
-        name: folder or hub id.
-        revision: branch, tag or commit on the hub.
-        required: whether a missing one is an error.
-
-    Returns:
-        The processor; None if it is missing and not required.
-
-    Raises:
-        UserError: it is missing or damaged, or takes no images, though required.
-    """
-    reader = transformers("data.processor").AutoProcessor
-    if Path(name).is_dir():
-        check_folder(Path(name))
-    try:
-        made = reader.from_pretrained(name, revision=revision or "main")
-        reason = "" if hasattr(made, "image_processor") else f"{type(made).__name__} takes no images"
-    except Exception as e:  # damaged files make the readers fail in any way they can
-        reason = first_line(e)
-    if not reason:
-        return made
-    if not required:
-        return None
-    raise MissingFileError(
-        f"data.processor: no processor of images and text in '{name}' ({reason}); expected what AutoProcessor of "
-        "transformers reads. Copy the original model's processor and tokenizer files there"
-    )
 
 
 class explained:  # noqa: N801  # a context, like those of contextlib
@@ -123,8 +55,18 @@ class explained:  # noqa: N801  # a context, like those of contextlib
         raise UserError(f"backbone.model: '{self.model}' cannot be read ({first_line(error)}); {expected}") from None
 
 
-def check_kind(config: Any, name: str) -> None:
-    """Check that a config is that of a decoder-only language model, and that it names no code to fetch and run.
+Autos = tuple[str, ...]
+"""Names of those classes of transformers that load one kind of network, such as AutoModelForCausalLM."""
+
+
+def check_kind(config: Any, name: str, autos: Autos, kind: str) -> None:
+    """Check that a config is that of one kind of network, and that it names no code to fetch and run.
+
+    Args:
+        config: of transformers.
+        name: folder or hub id, for messages.
+        autos: the classes of transformers that load such networks.
+        kind: what such a network is called, for messages.
 
     Raises:
         UserError: it is not, or does.
@@ -134,30 +76,23 @@ def check_kind(config: Any, name: str) -> None:
             f"backbone.model: the config of '{name}' names a kernel of the hub, '{kernels[0]}', whose code would be "
             "run; remove it from config.json"
         )
-    if getattr(config, "is_encoder_decoder", False):
-        raise UserError(
-            f"backbone.model: '{name}' ({config.model_type}) is an encoder-decoder; expected a decoder-only model"
-        )
-    if auto_class(config) is None:
-        raise UserError(
-            f"backbone.model: '{name}' ({config.model_type}) is not a decoder-only language model; neither "
-            "AutoModelForCausalLM nor AutoModelForImageTextToText of transformers has one for it"
-        )
+    if auto_class(config, autos) is None:
+        neither = f"neither {' nor '.join(autos)} of transformers has" if len(autos) > 1 else f"{autos[0]} has not"
+        raise UserError(f"backbone.model: '{name}' ({config.model_type}) is not {kind}; {neither} one for it")
 
 
-def auto_class(config: Any) -> Any:
-    """Return the class of transformers that loads the network of a config, for text or for images and text.
+def auto_class(config: Any, autos: Autos) -> Any:
+    """Return the class of transformers that loads the network of a config.
 
-    Where both do, as for Llama 4, it is the one of the network that `architectures` names; else the one for text.
+    Where several do, as for Llama 4, it is the one of the network that `architectures` names; else the first.
     None if there is none.
 
     Args:
         config: of transformers.
+        autos: the names of the classes to choose from.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
-    autos: Any = (AutoModelForCausalLM, AutoModelForImageTextToText)
-    made = {auto: auto._model_mapping[type(config)].__name__ for auto in autos if type(config) in auto._model_mapping}
+    known = [getattr(transformers(), name) for name in autos]
+    made = {auto: auto._model_mapping[type(config)].__name__ for auto in known if type(config) in auto._model_mapping}
     named = (auto for auto, name in made.items() if name in (config.architectures or ()))
     return next(named, next(iter(made), None))
 
@@ -231,26 +166,6 @@ def check_keys(model: Any, loading: Mapping[str, Any], name: str, strict: bool) 
     if keys:
         named = ", ".join(sorted(" ".join(map(str, key)) for key in keys)[:4])
         raise UserError(f"backbone.model: the weights in {name} do not fit its config: {named}")
-
-
-def check_causal(model: Any) -> None:
-    """Check that no token sees later ones: BERT and similar models load as causal models too.
-
-    Raises:
-        UserError: predictions depend on later tokens, or on more than tokens.
-    """
-    tokens = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]]) % vocabulary_size(as_json(model.config))
-    try:
-        with torch.no_grad():
-            logits = model.eval()(input_ids=tokens, use_cache=False).logits[:, :3].float()
-    except (TypeError, ValueError) as e:
-        kind = type(model).__name__
-        raise UserError(f"backbone.model: {kind} does not read text alone ({first_line(e)}); expected a decoder") from e
-    rounding = max(1e-5, 4 * torch.finfo(model.dtype).eps)
-    if (logits[0] - logits[1]).abs().max() > rounding * logits.abs().max():
-        raise UserError(
-            f"backbone.model: {type(model).__name__} is not decoder-only: its predictions depend on later tokens"
-        )
 
 
 _OF_A_FILE = ("_name_or_path", "transformers_version", "quantization_config")
