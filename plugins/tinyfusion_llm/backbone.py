@@ -18,11 +18,11 @@ from tinyfusion_core.protocols.data import Lookup
 from tinyfusion_core.runtime.files import NEUTRAL
 from tinyfusion_core.runtime.seeding import generator
 from tinyfusion_llm.converters import CLIENTS, clients
+from tinyfusion_llm.hidden import IGNORED
 from tinyfusion_llm.layers.building import randomised
 from tinyfusion_llm.layers.finding import close_ranks, find_branches, find_layers
 from tinyfusion_llm.layers.limits import limits
 from tinyfusion_llm.layers.shortening import shorten, try_out
-from tinyfusion_llm.loss import IGNORED
 from tinyfusion_llm.pretrained.backbone import Pretrained
 from tinyfusion_llm.pretrained.reading import Autos, as_json, vocabulary_size
 from tinyfusion_llm.separate import check_separate

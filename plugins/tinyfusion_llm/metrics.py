@@ -22,7 +22,8 @@ from tinyfusion_core.runtime.distributed import batches, map_sharded
 from tinyfusion_core.runtime.seeding import Rng
 from tinyfusion_core.training.trainer import Trainer
 from tinyfusion_llm.backbone import CausalLM
-from tinyfusion_llm.loss import IGNORED, NextToken
+from tinyfusion_llm.hidden import IGNORED
+from tinyfusion_llm.loss import NextToken
 from tinyfusion_llm.rows import Rows
 from tinyfusion_llm.text import TextTokens
 

@@ -17,7 +17,7 @@ from typing_extensions import override
 from tinyfusion_core.errors import MissingFileError, UserError, first_line, need, require
 from tinyfusion_core.protocols.data import DataSource
 from tinyfusion_llm.documents import Row, check_held_out, check_text, held_apart, json_rows
-from tinyfusion_llm.loss import IGNORED
+from tinyfusion_llm.hidden import IGNORED
 from tinyfusion_llm.pretrained.readers import load_processor
 
 
