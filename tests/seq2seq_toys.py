@@ -12,16 +12,16 @@ import tinyfusion_core as tiny
 from tinyfusion_llm import EncoderDecoder, NextToken
 from tinyfusion_llm.layers.building import randomised
 
-VOCABULARY, DEPTHS = 97, (3, 4)
+VOCABULARY = 97
 SOURCE_TOKENS, TOKENS = 12, 8
 WIDTHS = {
-    "d_model": 32, "encoder_layers": 3, "decoder_layers": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48,
+    "d_model": 32, "encoder_layers": 4, "decoder_layers": 3, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48,
     "encoder_attention_heads": 4, "decoder_attention_heads": 4, "vocab_size": VOCABULARY, "pad_token_id": 0,
     "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2,
 }  # fmt: skip
 NETWORKS: dict[str, dict[str, Any]] = {
     "t5": {
-        "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 3, "num_decoder_layers": 4, "num_heads": 4,
+        "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 4, "num_decoder_layers": 3, "num_heads": 4,
         "vocab_size": VOCABULARY, "decoder_start_token_id": 0,
     },
     "bart": {**WIDTHS, "max_position_embeddings": 64},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from tinyfusion_llm.layers.edits import edits, is_int
 from tinyfusion_llm.layers.finding import SLOTS, close_ranks, num_fed, text_config
 from tinyfusion_llm.layers.inputs import short_inputs
 from tinyfusion_llm.layers.stacks import Stack
+from tinyfusion_llm.pretrained.reading import transformers
 
 
 def shorten(model: nn.Module, kept: Mapping[Stack, Sequence[int]]) -> None:
@@ -80,10 +82,11 @@ def corrected(model: nn.Module, kept: Mapping[Stack, Sequence[int]]) -> str:
     return _difference(model, paths, fresh) and _count_anew(model, kept, depths)
 
 
-def try_out(model: nn.Module, kept: Mapping[Stack, Sequence[int]]) -> None:
+def try_out(model: Any, kept: Mapping[Stack, Sequence[int]]) -> None:
     """Run a pruned network once, and once with a cache; warn if it runs without one only.
 
-    Hybrid ones that have lost all attention cannot generate. On the meta device nothing is run, see `limits`.
+    Hybrid ones that have lost all attention cannot generate, nor can a T5 whose encoder has fewer layers than its
+    decoder: `generate` counts those of the first. On the meta device nothing is run, see `limits`.
 
     Args:
         model: the network.
@@ -96,17 +99,20 @@ def try_out(model: nn.Module, kept: Mapping[Stack, Sequence[int]]) -> None:
         return
     inputs, left = short_inputs(model), " and ".join(str(list(indices)) for indices in kept.values())
     kind = f"a '{text_config(model).model_type}' of the layers {left} alone"
-    for cached in (False, True):
+    cached, remedy = partial(model, use_cache=True), "protect a layer with attention to keep one"
+    if model.config.is_encoder_decoder:  # whose own cache may have another length than that of `generate`
+        cached = partial(transformers().GenerationMixin.generate, model, max_new_tokens=1, pad_token_id=0)
+        remedy = "keep as many layers in the encoder as in the decoder"
+    for run in (partial(model, use_cache=False), cached):
         try:
             with torch.random.fork_rng(), torch.no_grad(), evaluating(model):
-                model(**inputs, use_cache=cached)
+                run(**inputs)
         except (LookupError, TypeError, ValueError) as e:
             reason = f"{type(e).__name__}: {e}"
-            if not cached:
+            if run is not cached:
                 raise UserError(f"backbone: {kind} does not run ({reason}); keep other layers") from e
             warnings.warn(
-                f"backbone: {kind} cannot generate, it runs with use_cache=False only ({reason}); protect a layer with "
-                "attention to keep one",
+                f"backbone: {kind} cannot generate, it runs with use_cache=False only ({reason}); {remedy}",
                 stacklevel=2,
             )
 
