@@ -11,12 +11,14 @@ from tinyfusion_llm.backbone import CausalLM
 from tinyfusion_llm.images.source import ImageText
 from tinyfusion_llm.loss import NextToken
 from tinyfusion_llm.metrics import Generation, LmEval, Perplexity
+from tinyfusion_llm.seq2seq.backbone import EncoderDecoder
 from tinyfusion_llm.speech.source import SpeechText
 from tinyfusion_llm.speech.words import WordErrorRate
 from tinyfusion_llm.text import TextTokens
 
 __all__ = [
     "CausalLM",
+    "EncoderDecoder",
     "Generation",
     "ImageText",
     "LmEval",
@@ -30,8 +32,8 @@ __all__ = [
 
 @hookimpl
 def tinyfusion_register_backbones() -> list[type[Backbone]]:
-    """Any causal language model."""
-    return [CausalLM]
+    """Any causal language model, any encoder-decoder."""
+    return [CausalLM, EncoderDecoder]
 
 
 @hookimpl

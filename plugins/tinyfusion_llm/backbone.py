@@ -23,6 +23,7 @@ from tinyfusion_llm.layers.building import randomised
 from tinyfusion_llm.layers.finding import close_ranks, find_branches, find_layers
 from tinyfusion_llm.layers.limits import limits
 from tinyfusion_llm.layers.shortening import shorten, try_out
+from tinyfusion_llm.layers.stacks import find_stacks
 from tinyfusion_llm.pretrained.backbone import Pretrained
 from tinyfusion_llm.pretrained.reading import Autos, as_json, vocabulary_size
 from tinyfusion_llm.separate import check_separate
@@ -63,7 +64,8 @@ class CausalLM(Pretrained):
     def check_config(cls, config: Any, name: str) -> None:
         if getattr(config, "is_encoder_decoder", False):
             raise UserError(
-                f"backbone.model: '{name}' ({config.model_type}) is an encoder-decoder; expected a decoder-only model"
+                f"backbone.model: '{name}' ({config.model_type}) is an encoder-decoder; take the backbone "
+                "EncoderDecoder, or a decoder-only model"
             )
         super().check_config(config, name)
 
@@ -84,8 +86,8 @@ class CausalLM(Pretrained):
 
     @override
     def after_prune(self, model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
-        ((path, indices),) = kept.items()
-        shorten(model, path, indices)
+        indices = {stack: kept[stack.path] for stack in find_stacks(model)}
+        shorten(model, indices)
         try_out(model, indices)
 
     @override

@@ -17,7 +17,7 @@ from typing_extensions import override
 from tinyfusion_core.errors import UserError, require
 from tinyfusion_core.protocols.backbone import Batch
 from tinyfusion_core.protocols.loss import LossAdapter, has_values
-from tinyfusion_llm.layers.finding import find_layers
+from tinyfusion_llm.layers.finding import around_layers
 
 IGNORED = -100
 """The label of tokens that no loss counts."""
@@ -159,7 +159,7 @@ def run_to_head(model: nn.Module, tokens: Tensor, given: Mapping[str, Any], to_h
 
     Args:
         model: the network.
-        tokens: (batch, tokens).
+        tokens: (batch, tokens), of an encoder-decoder those of its decoder.
         given: further arguments. Without `logits_to_keep` among them the head is given the first token alone.
         to_head: further arguments with which its head can be run.
 
@@ -172,7 +172,7 @@ def run_to_head(model: nn.Module, tokens: Tensor, given: Mapping[str, Any], to_h
     cut = "logits_to_keep" not in given
     try:
         with _watched(model, cut) as outputs, nullcontext() if has_values(tokens) else _OneProduct():
-            model(input_ids=tokens, **given)
+            model(**{_reader(model): tokens}, **given)
     except (RuntimeError, ValueError, TypeError) as e:
         if has_values(tokens):
             raise
@@ -182,23 +182,22 @@ def run_to_head(model: nn.Module, tokens: Tensor, given: Mapping[str, Any], to_h
     return Hidden(output[0], lambda states: _head(model, below, type(output), states, to_head))
 
 
+def _reader(model: Any) -> str:
+    """The argument in which a network is given the tokens that it continues."""
+    return "decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"
+
+
 def _with_rest(log_p: Tensor) -> Tensor:
     """Append the remaining probability of a distribution to the log-probabilities of some of its outcomes."""
     rest = (1 - log_p.exp().sum(-1, keepdim=True)).clamp(min=1e-7)
     return torch.cat([log_p, rest.log()], dim=-1)
 
 
-def _below(model: nn.Module) -> list[nn.Module]:
-    """The modules around the layers, one of which the model calls before its head."""
-    *parents, _ = find_layers(model).split(".")
-    return [model.get_submodule(".".join(parents[: i + 1])) for i in range(len(parents))]
-
-
 @contextmanager
 def _watched(model: nn.Module, cut: bool) -> Iterator[list[tuple[nn.Module, Any]]]:
     """The outputs of these modules, in the order in which they return; the head may be given the first token alone."""
     outputs: list[tuple[nn.Module, Any]] = []
-    modules = _below(model)
+    modules = around_layers(model)
 
     def watch(module: nn.Module, _args: Any, output: Any) -> Any:
         outputs.append((module, output))
@@ -212,13 +211,15 @@ def _watched(model: nn.Module, cut: bool) -> Iterator[list[tuple[nn.Module, Any]
         yield outputs
 
 
-def _head(model: nn.Module, below: nn.Module, kind: type[Any], states: Tensor, given: Mapping[str, Any]) -> Tensor:
+def _head(model: Any, below: nn.Module, kind: type[Any], states: Tensor, given: Mapping[str, Any]) -> Tensor:
     """Run the model with `below` returning these states: its own head, with all caps and scales it applies."""
     before = below.__dict__.get("forward")
     below.forward = lambda *args, **kwargs: kind(last_hidden_state=states)
     try:
         tokens = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)
-        logits: Tensor = model(input_ids=tokens, **given).logits
+        # Whatever an encoder has read, the decoder would have made these states of it.
+        encoded = {"encoder_outputs": (states,)} if model.config.is_encoder_decoder else {}
+        logits: Tensor = model(**{_reader(model): tokens}, **encoded, **given).logits
     finally:
         if before is None:
             del below.__dict__["forward"]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
 from tinyfusion_core.errors import require
@@ -17,6 +17,8 @@ from tinyfusion_core.runtime.seeding import Rng
 from tinyfusion_llm.generation.continuing import continued, drawn, prompt_lengths
 from tinyfusion_llm.hidden import IGNORED, Hidden, TokenLoss, run_to_head
 from tinyfusion_llm.images.columns import model_inputs
+from tinyfusion_llm.layers.finding import vocabulary_of
+from tinyfusion_llm.seq2seq.columns import encoder_inputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,18 +70,21 @@ class NextToken(TokenLoss):
         return self.prepare(batch, rng)
 
     @override
-    def predict(self, model: nn.Module, inputs: Batch) -> Hidden:
-        """Return the final hidden states, (batch, tokens, channels); the head is run for the last token only.
+    def predict(self, model: Any, inputs: Batch) -> Hidden:
+        """Return the final hidden states, (batch, tokens, channels); the head is run for one token only.
 
         Raises:
             UserError: a token id of the data is outside the model's vocabulary.
         """
         tokens = inputs["tokens"]
         if not model.training and has_values(tokens):  # once the teacher has been checked, the data are known to fit
-            size = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+            size = vocabulary_of(model)
             require(
                 int(tokens.max()) < size, "data.tokenizer: a token", int(tokens.max()), f"below {size}, the model's"
             )
+        if model.config.is_encoder_decoder:
+            read = encoder_inputs(model, inputs)
+            return run_to_head(model, tokens, {"use_cache": False, **read}, {"use_cache": False})
         if has_values(tokens):
             given = model_inputs(inputs, next(model.parameters()).dtype)
         else:  # Transformers looks at values to find a mask, so it is given; so do towers, and images are left out.

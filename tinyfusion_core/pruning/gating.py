@@ -23,6 +23,7 @@ from typing_extensions import override
 from ..errors import UserError
 from ..protocols.blocks.batch import BatchDim
 from ..protocols.blocks.call import Call, in_the_form_of, is_plain, items_of, not_the_batch, positional_names
+from ..protocols.blocks.paths import list_of
 from ..protocols.blocks.rows import Rows, moved, split_rows
 from ..protocols.blocks.streams import FIRST, Streams, Unneeded, streams_of
 from ..protocols.undisturbed import replaced_forward
@@ -162,9 +163,11 @@ class Gates:
         weight = None if self._weights is None else self._weights[:, j]
         entered = {stream.item: x for stream, x in zip(self._streams[j], inputs, strict=True)}
         for i, name in self._carried[j].items():
-            if isinstance(item := items.get(i), Tensor):  # the first block is given none
-                given = call.given(name)
+            item, given = items.get(i), call.given(name)  # the first block is given none
+            if isinstance(item, Tensor) and not self._shared(j, name, given):
                 entered[i] = item.new_zeros(len(mask), *item.shape[1:]) if given is None else given
+            elif given is not None and not len(kept):
+                items[i] = given
         for i, x in entered.items():
             items[i] = _Merge.apply(x, items[i], value[i] if value else None, mask, kept, run, rest, weight)
         return in_the_form_of(output, items)
@@ -175,21 +178,30 @@ class Gates:
         if not len(kept) and like in self._forms:
             return self._forms[like]
         output = call.run(run)
-        if like[1] is not None and not call.changed and (form := self._form(j, output)) is not None:
+        if like[1] is not None and not call.changed and (form := self._form(j, call, output)) is not None:
             self._forms[like] = form
         return output
 
-    def _form(self, j: int, output: Any) -> Any:
+    def _form(self, j: int, call: Call, output: Any) -> Any:
         """A block's output with the streams of no rows; None if more than streams and plain values is in it."""
-        streams, items = {stream.item for stream in self._streams[j]}, items_of(output) or {}
+        streams, items, carried = {stream.item for stream in self._streams[j]}, items_of(output) or {}, self._carried[j]
         for i, item in items.items():
-            if i in streams | self._carried[j].keys() and isinstance(item, Tensor):
+            if i in streams | carried.keys() and isinstance(item, Tensor):
+                if i in carried and call.given(carried[i]) is None and self._shared(j, carried[i], None):
+                    return None  # it makes this for all samples
                 items[i] = item.new_empty(0, *item.shape[1:])
             elif i in self._unneeded:
                 items[i] = None
             elif not is_plain(item):
                 return None
         return in_the_form_of(output, items) if streams <= items.keys() else None
+
+    def _shared(self, j: int, name: str, given: Any) -> bool:
+        """Whether what a block hands on under this name is one for all samples, as who is given it shows."""
+        k = j if given is not None else j + 1
+        if k == len(self.blocks) or list_of(self.blocks[k]) != list_of(self.blocks[j]):
+            return True  # nobody is given it
+        return name in self._carried[k].values() and self._batch_dim(self.blocks[k], name) is None
 
     def _inputs(self, j: int, call: Call, num_rows: int) -> list[Tensor]:
         """What a skipped block gives: the incoming streams. Raises UserError unless they have so many samples."""

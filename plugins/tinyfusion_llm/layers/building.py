@@ -29,6 +29,7 @@ def construct_as(kind: type[Any], config: Settings) -> Any:
 def randomised(config: Settings, autos: Autos, rng: torch.Generator) -> Any:
     """Build the network of a config given as a dict, all weights random, none zero."""
     model = construct(config, autos).to_empty(device="cpu")
+    model.tie_weights()  # which moving has untied
     fresh = construct(config, autos, "cpu")  # for the tables that are no parameters
     model.load_state_dict(fresh.state_dict())
     for (_, buffer), (_, made) in zip(model.named_buffers(), fresh.named_buffers(), strict=True):
