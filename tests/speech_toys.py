@@ -1,4 +1,4 @@
-"""A small Whisper that hears one second, as a folder that users would have, and tones with their names to be heard."""
+"""A small Whisper that hears one second, as a folder that users would have, and tones that it hears."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from transformers import (
 )
 from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
+from tinyfusion_llm import SpeechText
+
 RATE = 16000
 TONES = {"red": 300, "green": 900, "blue": 2700}
 """Cycles per second of the tone that is called so."""
@@ -31,6 +33,29 @@ def processor() -> Any:
     special = ("startoftranscript", *LANGUAGES, *TASKS)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|endoftext|>", *(f"<|{name}|>" for name in special)]})
     return WhisperProcessor(WhisperFeatureExtractor(feature_size=8, chunk_length=1), tokenizer)
+
+
+def learned(path: Path, heard: list[tuple[str, str]]) -> Path:
+    """A folder with a model that has learned by heart what is said to be heard in tones."""
+    data = speech(folder(path), recordings(path.parent / "heard", heard))
+    batch = data.train().__getitems__(list(range(len(heard))))
+    model: Any = WhisperForConditionalGeneration.from_pretrained(path)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(300):
+        logits = model(batch["features"], decoder_input_ids=batch["tokens"]).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert float(loss.detach()) < 0.05
+    model.save_pretrained(path)
+    return path
+
+
+def speech(model: Path, rows: Path, **options: Any) -> SpeechText:
+    """Recordings to train on, all of them held out too."""
+    options = {"context": 32, "held_out_files": [str(rows)], **options}
+    return SpeechText(processor=str(model), files=[str(rows)], **options)
 
 
 def folder(path: Path) -> Path:

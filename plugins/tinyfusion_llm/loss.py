@@ -82,14 +82,17 @@ class NextToken(TokenLoss):
             require(
                 int(tokens.max()) < size, "data.tokenizer: a token", int(tokens.max()), f"below {size}, the model's"
             )
-        if model.config.is_encoder_decoder:
-            read = encoder_inputs(model, inputs)
-            return run_to_head(model, tokens, {"use_cache": False, **read}, {"use_cache": False})
-        if has_values(tokens):
-            given = model_inputs(inputs, next(model.parameters()).dtype)
-        else:  # Transformers looks at values to find a mask, so it is given; so do towers, and images are left out.
+        seen = None
+        if not has_values(tokens):  # Transformers looks at values to find a mask, so it is given
             size = tokens.shape[1]
-            given = {"attention_mask": tokens.new_ones(len(tokens), 1, size, size, dtype=torch.bool)}
+            seen = tokens.new_ones(len(tokens), 1, size, size, dtype=torch.bool)
+        if model.config.is_encoder_decoder:
+            given = encoder_inputs(model, inputs) | ({} if seen is None else {"decoder_attention_mask": seen})
+            return run_to_head(model, tokens, {"use_cache": False, **given}, {"use_cache": False})
+        if seen is None:
+            given = model_inputs(inputs, next(model.parameters()).dtype)
+        else:  # towers look at values too, and images are left out
+            given = {"attention_mask": seen}
         if "positions" in inputs:  # where they begin anew, transformers keeps what is before out of sight
             given["position_ids"] = inputs["positions"]
         return run_to_head(model, tokens, {"use_cache": False, "logits_to_keep": 1, **given}, {"use_cache": False})

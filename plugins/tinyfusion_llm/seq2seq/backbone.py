@@ -105,11 +105,16 @@ class EncoderDecoder(Pretrained):
     @override
     def lookups(self, model: Any) -> Mapping[str, Lookup]:
         remedy = "take the model's own tokenizer"
-        size, read = vocabulary_of(model), int(model.get_encoder().get_input_embeddings().num_embeddings)
-        return {
-            SOURCE: Lookup(read, "tokens", remedy),
+        size = vocabulary_of(model)
+        found = {
             "tokens": Lookup(size, "tokens", remedy),
             "labels": Lookup(size, "tokens", remedy, ignored=IGNORED),
+        }
+        if model.main_input_name != "input_ids":  # of what is heard there is no table
+            return found
+        return {
+            SOURCE: Lookup(int(model.get_encoder().get_input_embeddings().num_embeddings), "tokens", remedy),
+            **found,
         }
 
     @classmethod

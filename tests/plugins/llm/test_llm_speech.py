@@ -12,17 +12,11 @@ import soundfile
 import torch
 
 import tinyfusion_core as tiny
-from speech_toys import RATE, TONES, folder, processor, recordings, tone
-from tinyfusion_llm import SpeechText
+from speech_toys import RATE, TONES, folder, processor, recordings, speech, tone
 from vision_toys import folder as folder_of_images
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers
 SAME = [(name, name) for name in TONES]
-
-
-def speech(model: Path, rows: Path, **options: Any) -> SpeechText:
-    options = {"context": 16, "held_out_files": [str(rows)], **options}
-    return SpeechText(processor=str(model), files=[str(rows)], **options)
 
 
 def test_a_sample_is_what_whispers_processor_makes(tmp_path: Path) -> None:
@@ -39,8 +33,8 @@ def test_a_sample_is_what_whispers_processor_makes(tmp_path: Path) -> None:
     )
     end = own.tokenizer.eos_token_id
     text = own.tokenizer.convert_tokens_to_ids(["Ġ", *"green"])
-    assert batch["tokens"][0].tolist() == [*prompt, *text, *[end] * 6]
-    assert batch["labels"][0].tolist() == [*[-100] * 4, *text, end, *[-100] * 5]
+    assert batch["tokens"][0].tolist() == [*prompt, *text, *[end] * 22]
+    assert batch["labels"][0].tolist() == [*[-100] * 4, *text, end, *[-100] * 21]
     assert (batch["labels"] >= 0).sum(1).tolist() == [7, 5]
     assert samples.where("features", 2) == f"{rows}: row 3"
     assert samples.extremes("features") == []
@@ -91,7 +85,7 @@ def test_rows_are_held_out_as_asked(tmp_path: Path) -> None:
         ({"audio": "heard.jsonl", "text": "red"}, "row 4: .*heard.jsonl is damaged or no recording"),
         ({"audio": "long.wav", "text": "red"}, "row 4: .*long.wav has 1.5 seconds, the model hears 1; cut it"),
         ({"audio": "none.wav", "text": "red"}, "row 4: .*none.wav has 0.0 seconds"),
-        ({"audio": "00.wav", "text": "x" * 11}, "row 4: 'text' takes 17 tokens, 4 of them the prompt's; context is 16"),
+        ({"audio": "00.wav", "text": "x" * 27}, "row 4: 'text' takes 33 tokens, 4 of them the prompt's; context is 32"),
     ],
 )
 def test_a_wrong_row_is_named_before_anything_is_read(row: Any, message: str, tmp_path: Path) -> None:
