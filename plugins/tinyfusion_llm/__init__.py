@@ -12,9 +12,20 @@ from tinyfusion_llm.images.source import ImageText
 from tinyfusion_llm.loss import NextToken
 from tinyfusion_llm.metrics import Generation, LmEval, Perplexity
 from tinyfusion_llm.seq2seq.backbone import EncoderDecoder
+from tinyfusion_llm.seq2seq.pairs import TextPairs
 from tinyfusion_llm.text import TextTokens
 
-__all__ = ["CausalLM", "EncoderDecoder", "Generation", "ImageText", "LmEval", "NextToken", "Perplexity", "TextTokens"]
+__all__ = [
+    "CausalLM",
+    "EncoderDecoder",
+    "Generation",
+    "ImageText",
+    "LmEval",
+    "NextToken",
+    "Perplexity",
+    "TextPairs",
+    "TextTokens",
+]
 
 
 @hookimpl
@@ -31,8 +42,8 @@ def tinyfusion_register_losses() -> list[type[LossAdapter]]:
 
 @hookimpl
 def tinyfusion_register_data() -> list[type[DataSource]]:
-    """Tokenized text, and images with text."""
-    return [TextTokens, ImageText]
+    """Tokenized text, pairs of texts, and images with text."""
+    return [TextTokens, TextPairs, ImageText]
 
 
 @hookimpl
