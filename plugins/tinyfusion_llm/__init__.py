@@ -12,6 +12,7 @@ from tinyfusion_llm.images.source import ImageText
 from tinyfusion_llm.loss import NextToken
 from tinyfusion_llm.metrics import Generation, LmEval, Perplexity
 from tinyfusion_llm.seq2seq.backbone import EncoderDecoder
+from tinyfusion_llm.seq2seq.pairs import TextPairs
 from tinyfusion_llm.speech.source import SpeechText
 from tinyfusion_llm.speech.words import WordErrorRate
 from tinyfusion_llm.text import TextTokens
@@ -25,6 +26,7 @@ __all__ = [
     "NextToken",
     "Perplexity",
     "SpeechText",
+    "TextPairs",
     "TextTokens",
     "WordErrorRate",
 ]
@@ -44,8 +46,8 @@ def tinyfusion_register_losses() -> list[type[LossAdapter]]:
 
 @hookimpl
 def tinyfusion_register_data() -> list[type[DataSource]]:
-    """Tokenized text, and images and recordings with text."""
-    return [TextTokens, ImageText, SpeechText]
+    """Tokenized text, pairs of texts, and images and recordings with text."""
+    return [TextTokens, TextPairs, ImageText, SpeechText]
 
 
 @hookimpl

@@ -27,6 +27,7 @@ from tinyfusion_llm.layers.stacks import find_stacks
 from tinyfusion_llm.pretrained.backbone import Pretrained
 from tinyfusion_llm.pretrained.reading import Autos, as_json, vocabulary_size
 from tinyfusion_llm.separate import check_separate
+from tinyfusion_llm.seq2seq.columns import SOURCE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +113,7 @@ class CausalLM(Pretrained):
         size = int(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
         remedy = "take the model's own tokenizer"
         found = {"tokens": Lookup(size, "tokens", remedy), "labels": Lookup(size, "tokens", remedy, ignored=IGNORED)}
+        found[SOURCE] = Lookup(0, "texts for an encoder", "take the backbone EncoderDecoder, or the data TextTokens")
         if not self.separate:
             return {**found, "positions": Lookup(0, "documents to keep apart", "set backbone.separate, as in data")}
         if self.model is None:  # it will be trained before it is built

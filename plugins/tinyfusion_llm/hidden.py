@@ -18,6 +18,7 @@ from tinyfusion_core.errors import UserError, require
 from tinyfusion_core.protocols.backbone import Batch
 from tinyfusion_core.protocols.loss import LossAdapter, has_values
 from tinyfusion_llm.layers.finding import around_layers
+from tinyfusion_llm.pretrained.reading import transformers
 
 IGNORED = -100
 """The label of tokens that no loss counts."""
@@ -167,6 +168,7 @@ def run_to_head(model: nn.Module, tokens: Tensor, given: Mapping[str, Any], to_h
         Hidden states (batch, tokens, channels), and the head.
 
     Raises:
+        UserError: no part of it returns hidden states.
         NotImplementedError: it looks at values, of which `tokens` has none.
     """
     cut = "logits_to_keep" not in given
@@ -178,7 +180,13 @@ def run_to_head(model: nn.Module, tokens: Tensor, given: Mapping[str, Any], to_h
             raise
         raise NotImplementedError(f"{type(model).__name__}: {e}") from e
     # The outermost one that ends before the head returns last.
-    below, output = next(found for found in reversed(outputs) if "last_hidden_state" in found[1])
+    ended = [found for found in outputs if "last_hidden_state" in found[1]]
+    if not ended:
+        raise UserError(
+            f"backbone.model: no part of a {type(model).__name__} returns hidden states before its head, which losses "
+            "are computed from"
+        )
+    below, output = ended[-1]
     return Hidden(output[0], lambda states: _head(model, below, type(output), states, to_head))
 
 
@@ -218,7 +226,8 @@ def _head(model: Any, below: nn.Module, kind: type[Any], states: Tensor, given: 
     try:
         tokens = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)
         # Whatever an encoder has read, the decoder would have made these states of it.
-        encoded = {"encoder_outputs": (states,)} if model.config.is_encoder_decoder else {}
+        read = transformers("loss").modeling_outputs.BaseModelOutput(last_hidden_state=states)
+        encoded = {"encoder_outputs": read} if model.config.is_encoder_decoder else {}
         logits: Tensor = model(**{_reader(model): tokens}, **encoded, **given).logits
     finally:
         if before is None:

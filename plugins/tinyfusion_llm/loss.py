@@ -18,7 +18,7 @@ from tinyfusion_llm.generation.continuing import continued, drawn, prompt_length
 from tinyfusion_llm.hidden import IGNORED, Hidden, TokenLoss, run_to_head
 from tinyfusion_llm.images.columns import model_inputs
 from tinyfusion_llm.layers.finding import vocabulary_of
-from tinyfusion_llm.seq2seq.columns import encoder_inputs
+from tinyfusion_llm.seq2seq.columns import ENCODED, encoder_inputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,17 +82,14 @@ class NextToken(TokenLoss):
             require(
                 int(tokens.max()) < size, "data.tokenizer: a token", int(tokens.max()), f"below {size}, the model's"
             )
-        seen = None
-        if not has_values(tokens):  # Transformers looks at values to find a mask, so it is given
-            size = tokens.shape[1]
-            seen = tokens.new_ones(len(tokens), 1, size, size, dtype=torch.bool)
         if model.config.is_encoder_decoder:
-            given = encoder_inputs(model, inputs) | ({} if seen is None else {"decoder_attention_mask": seen})
-            return run_to_head(model, tokens, {"use_cache": False, **given}, {"use_cache": False})
-        if seen is None:
+            read = encoder_inputs(model, inputs)
+            return run_to_head(model, tokens, {"use_cache": False, **read}, {"use_cache": False})
+        if has_values(tokens):
             given = model_inputs(inputs, next(model.parameters()).dtype)
-        else:  # towers look at values too, and images are left out
-            given = {"attention_mask": seen}
+        else:  # Transformers looks at values to find a mask, so it is given; so do towers, and images are left out.
+            size = tokens.shape[1]
+            given = {"attention_mask": tokens.new_ones(len(tokens), 1, size, size, dtype=torch.bool)}
         if "positions" in inputs:  # where they begin anew, transformers keeps what is before out of sight
             given["position_ids"] = inputs["positions"]
         return run_to_head(model, tokens, {"use_cache": False, "logits_to_keep": 1, **given}, {"use_cache": False})
@@ -102,10 +99,13 @@ class NextToken(TokenLoss):
         """Return the texts of a batch, continued by a network up to its end-of-text token or the end of the sample.
 
         The tokens that no loss counts at the beginning of a text are its prompt; where all count, `prompt_tokens` are.
+        Of an encoder-decoder the targets are written anew: sequence-level distillation (Kim and Rush, 2016,
+        arXiv:1606.07947).
 
         Args:
             model: the network, in eval mode.
-            batch: `tokens` and `labels`, (batch, tokens); of separate documents also `positions`, (batch, tokens).
+            batch: `tokens` and `labels`, (batch, tokens); of separate documents also `positions`, (batch, tokens); of
+                an encoder-decoder what its encoder reads.
             conditions: not looked at.
             rng: streams "token <number>", for each of the new ones.
 
@@ -115,14 +115,16 @@ class NextToken(TokenLoss):
         Raises:
             UserError: there are other columns, as those of images.
         """
-        tokens, labels = batch["tokens"], batch["labels"]
-        kept = prompt_lengths(batch, labels != IGNORED, self.prompt_tokens)
+        tokens, labels, read, encoded = batch["tokens"], batch["labels"], {}, None
+        if model.config.is_encoder_decoder:
+            encoded, read = encoder_inputs(model, batch), {n: batch[n] for n in ENCODED if n in batch}
+        kept = prompt_lengths(batch, labels != IGNORED, 1 if read else self.prompt_tokens, read)
 
         def draw(number: int, logits: Tensor) -> Tensor:
             u = rng.uniform(f"token {number}", len(logits)).to(logits.device)
             return drawn(logits / self.sampling_temperature, u, self.top_p)
 
-        made, written = continued(model, tokens, kept, draw)
+        made, written = continued(model, tokens, kept, draw, encoded)
         places = torch.arange(tokens.shape[1], device=tokens.device).repeat(len(tokens), 1)
         labels = labels.where(places < kept[:, None], made.masked_fill(~written, IGNORED))
-        return {"tokens": made, "labels": labels, **({"positions": places} if "positions" in batch else {})}
+        return {**read, "tokens": made, "labels": labels, **({"positions": places} if "positions" in batch else {})}

@@ -143,7 +143,7 @@ def test_what_all_samples_share_is_handed_on_as_it_is() -> None:
     expected = torch.cat([net(x[i : i + 1], masks[i]) for i in range(5)])
     weights = torch.autograd.grad(expected.square().sum(), list(net.parameters()))
     mask = masks.clone().requires_grad_()
-    with Gates(net, PATHS, dims, unneeded={1: ("bias",)}) as gates:
+    with Gates(net, PATHS, dims, unneeded={1: ("bias",), 2: ("bias",)}) as gates:  # nothing is returned at 2
         for some in (masks, mask):
             gates.mask = some
             found = net(x)

@@ -164,10 +164,10 @@ class Gates:
         entered = {stream.item: x for stream, x in zip(self._streams[j], inputs, strict=True)}
         for i, name in self._carried[j].items():
             item, given = items.get(i), call.given(name)  # the first block is given none
-            if isinstance(item, Tensor) and not self._shared(j, name, given):
+            if isinstance(item, Tensor) and self._shared(j, name, given):
+                items[i] = item if given is None or len(kept) else given
+            elif isinstance(item, Tensor):
                 entered[i] = item.new_zeros(len(mask), *item.shape[1:]) if given is None else given
-            elif given is not None and not len(kept):
-                items[i] = given
         for i, x in entered.items():
             items[i] = _Merge.apply(x, items[i], value[i] if value else None, mask, kept, run, rest, weight)
         return in_the_form_of(output, items)

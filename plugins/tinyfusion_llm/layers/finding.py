@@ -53,9 +53,19 @@ def around_layers(model: Any) -> list[nn.Module]:
 
 
 def vocabulary_of(model: Any) -> int:
-    """Return how many tokens a model can read, of an encoder-decoder its decoder."""
-    reader = model.get_decoder() if model.config.is_encoder_decoder else model
-    return int(reader.get_input_embeddings().num_embeddings)
+    """Return how many tokens a model knows: those that it reads, of an encoder-decoder those that it writes.
+
+    Raises:
+        UserError: it writes no tokens, or several at a time.
+    """
+    if not model.config.is_encoder_decoder:
+        return int(model.get_input_embeddings().num_embeddings)
+    if (head := model.get_output_embeddings()) is None:
+        raise UserError(
+            f"backbone.model: the decoder of a '{model.config.model_type}' has no head for tokens; expected a network "
+            "that writes text"
+        )
+    return int(head.weight.shape[0])
 
 
 def path_of(model: nn.Module, inside: nn.Module) -> str:

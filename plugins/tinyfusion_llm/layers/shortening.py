@@ -61,8 +61,7 @@ def corrected(model: nn.Module, kept: Mapping[Stack, Sequence[int]]) -> str:
     Returns:
         What the config cannot express; empty if it can.
     """
-    depths = {stack: stack.depth(model) for stack in kept}
-    fed = num_fed(model)
+    depths, fed, changed = {stack: stack.depth(model) for stack in kept}, num_fed(model), []
     for stack, indices in kept.items():
         if list(indices[:fed]) != list(range(fed)):
             return f"features of images are given to the layers before {fed}, which must stay"
@@ -71,9 +70,10 @@ def corrected(model: nn.Module, kept: Mapping[Stack, Sequence[int]]) -> str:
                 for name in SLOTS & vars(module).keys():
                     setattr(module, name, position)
         config = stack.config(model)
-        changed = edits(config.to_dict(), depths[stack], indices) if stack.listed else {}
-        for key, value in {stack.key: len(indices), **changed}.items():
-            setattr(config, key, value)
+        listed = edits(config.to_dict(), depths[stack], indices) if stack.listed else {}
+        changed += [(config, key, value) for key, value in {stack.key: len(indices), **listed}.items()]
+    for config, key, value in changed:
+        setattr(config, key, value)
     paths = [stack.path for stack in kept]
     fresh = _fresh(model)
     if not isinstance(fresh, str):
@@ -101,7 +101,7 @@ def try_out(model: Any, kept: Mapping[Stack, Sequence[int]]) -> None:
     kind = f"a '{text_config(model).model_type}' of the layers {left} alone"
     cached, remedy = partial(model, use_cache=True), "protect a layer with attention to keep one"
     if model.config.is_encoder_decoder:  # whose own cache may have another length than that of `generate`
-        cached = partial(transformers().GenerationMixin.generate, model, max_new_tokens=1, pad_token_id=0)
+        cached = partial(transformers().GenerationMixin.generate, model, max_new_tokens=1, decoder_start_token_id=0)
         remedy = "keep as many layers in the encoder as in the decoder"
     for run in (partial(model, use_cache=False), cached):
         try:

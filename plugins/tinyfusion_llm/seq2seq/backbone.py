@@ -14,9 +14,11 @@ from typing_extensions import override
 from tinyfusion_core.errors import UserError, require
 from tinyfusion_core.protocols.blocks.streams import Unneeded
 from tinyfusion_core.protocols.data import Lookup
-from tinyfusion_llm.hidden import IGNORED
+from tinyfusion_core.pruning.removal import same_but_for_rounding
+from tinyfusion_llm.hidden import IGNORED, run_to_head
+from tinyfusion_llm.layers.building import class_of
 from tinyfusion_llm.layers.finding import vocabulary_of
-from tinyfusion_llm.layers.inputs import source_shape
+from tinyfusion_llm.layers.inputs import short_inputs, source_of
 from tinyfusion_llm.layers.limits import limits
 from tinyfusion_llm.layers.shortening import shorten, try_out
 from tinyfusion_llm.layers.stacks import find_stacks
@@ -38,8 +40,13 @@ class EncoderDecoder(Pretrained):
             and latency.
     """
 
-    # T5 computes the bias of positions in its first layers and hands it on.
-    unneeded: ClassVar[Unneeded] = {1: ("position_bias",), 2: ("encoder_decoder_position_bias",), 3: ()}
+    # T5 computes the bias of positions in its first layers and hands it on; LongT5 has attention weights between both.
+    # Pegasus-X has global tokens beside its own.
+    unneeded: ClassVar[Unneeded] = {
+        1: ("position_bias", "global_hidden_states"),
+        **dict.fromkeys((2, 3), ("encoder_decoder_position_bias",)),
+        4: (),
+    }
     loading: ClassVar[str] = (
         "from transformers import AutoModelForSeq2SeqLM, AutoTokenizer\n\n"
         'model = AutoModelForSeq2SeqLM.from_pretrained("path/to/this/folder")\n'
@@ -67,8 +74,22 @@ class EncoderDecoder(Pretrained):
             )
 
     @override
-    def check_model(self, model: nn.Module) -> None:
+    def check_model(self, model: Any) -> None:
         find_stacks(model)
+        given = short_inputs(model)
+        tokens = given.pop("decoder_input_ids")
+        with torch.no_grad(), torch.random.fork_rng():
+            found = run_to_head(model, tokens, {"use_cache": False, **given}, {"use_cache": False})
+            whole = model(decoder_input_ids=tokens, use_cache=False, **given).logits
+            try:
+                same = same_but_for_rounding([found.head(found.states)], [whole])
+            except (LookupError, AttributeError, TypeError, ValueError, RuntimeError):  # of any family's head
+                same = False
+        if not same:
+            raise UserError(
+                f"backbone.model: the head of a '{model.config.model_type}' reads more than its decoder's last hidden "
+                "states; expected one that these alone decide"
+            )
 
     @override
     def blocks(self, model: nn.Module) -> Sequence[str]:
@@ -90,32 +111,25 @@ class EncoderDecoder(Pretrained):
 
         Beside it are `tokens` and `labels`, (batch, context). The last of the source is padding.
         """
-        with torch.device("meta"):
-            model = self.construct(self.config())
-        shape = source_shape(model, self.source_context)
-        tokens = torch.arange(num_rows * self.context).view(num_rows, -1) % min(100, vocabulary_of(model))
+        config = self.config()
+        source = source_of(class_of(config, self.autos), config, self.source_context)
+        tokens = _counted(num_rows, self.context) % min(100, source.vocabulary)
         found = {"tokens": tokens, "labels": tokens.clone()}
-        if model.main_input_name != "input_ids":
-            return {FEATURES: (torch.arange(num_rows * math.prod(shape)) % 100 / 100).view(num_rows, *shape), **found}
-        source = torch.arange(num_rows * self.source_context).view(num_rows, -1) % min(100, vocabulary_of(model))
-        mask = torch.ones_like(source)
+        if source.name != "input_ids":
+            return {FEATURES: (_counted(num_rows, *source.shape) % 100 / 100), **found}
+        read = _counted(num_rows, self.source_context) % min(100, source.vocabulary)
+        mask = torch.ones_like(read)
         mask[:, -1] = 0
-        return {SOURCE: source, MASK: mask, **found}
+        return {SOURCE: read, MASK: mask, **found}
 
     @override
     def lookups(self, model: Any) -> Mapping[str, Lookup]:
         remedy = "take the model's own tokenizer"
         size = vocabulary_of(model)
-        found = {
-            "tokens": Lookup(size, "tokens", remedy),
-            "labels": Lookup(size, "tokens", remedy, ignored=IGNORED),
-        }
-        if model.main_input_name != "input_ids":  # of what is heard there is no table
-            return found
-        return {
-            SOURCE: Lookup(int(model.get_encoder().get_input_embeddings().num_embeddings), "tokens", remedy),
-            **found,
-        }
+        found = {"tokens": Lookup(size, "tokens", remedy), "labels": Lookup(size, "tokens", remedy, ignored=IGNORED)}
+        if model.main_input_name == "input_ids":
+            found[SOURCE] = Lookup(int(model.get_input_embeddings().num_embeddings), "tokens", remedy)
+        return found
 
     @classmethod
     @override
@@ -125,3 +139,7 @@ class EncoderDecoder(Pretrained):
             "num_heads": 4, "vocab_size": 97, "decoder_start_token_id": 0,
         }  # fmt: skip
         return cls(network=network, source_context=12, context=8, _random_seed=0)
+
+
+def _counted(*shape: int) -> Tensor:
+    return torch.arange(math.prod(shape)).view(shape)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tinyfusion_core.errors import UserError
@@ -12,6 +13,9 @@ from tinyfusion_core.protocols.loss import has_values
 
 SOURCE, FEATURES, MASK = "source", "features", "source_mask"
 """Columns: token ids (batch, S); or a waveform or features (batch, ...); which of them the encoder sees (batch, S)."""
+
+ENCODED = (SOURCE, FEATURES, MASK)
+"""All of them."""
 
 
 def encoder_inputs(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -22,7 +26,8 @@ def encoder_inputs(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]
         batch: its columns, each (batch, ...), among others.
 
     Returns:
-        By name, each (batch, ...). Where there are no values there is no mask, in which transformers looks for padding.
+        By name, each (batch, ...). Where there are no values transformers cannot look for padding: it is given a mask
+        for the decoder, and none for the encoder.
 
     Raises:
         UserError: there is no such column.
@@ -37,6 +42,9 @@ def encoder_inputs(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]
         )
     read = batch[column]
     given = {name: read.to(model.dtype) if read.is_floating_point() else read}
-    if MASK in batch and has_values(read):
+    if not has_values(read):
+        tokens = batch["tokens"]
+        given["decoder_attention_mask"] = tokens.new_ones(len(tokens), 1, *2 * tokens.shape[1:], dtype=torch.bool)
+    elif MASK in batch:
         given["attention_mask"] = batch[MASK]
     return given

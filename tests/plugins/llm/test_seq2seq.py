@@ -13,7 +13,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq
 import tinyfusion_core as tiny
 from seq2seq_toys import LISTS, NETWORKS, batch, decide, folder, states, task_of
 from tinyfusion_core.pruning.gating import Gates
-from tinyfusion_llm import EncoderDecoder
+from tinyfusion_llm import EncoderDecoder, NextToken
 
 pytestmark = [pytest.mark.numerics, pytest.mark.filterwarnings("ignore")]  # of transformers
 KEPT = (0, 2, 3, 4, 6)
@@ -160,3 +160,35 @@ def test_data_without_what_the_encoder_reads_are_refused(tmp_path: Path) -> None
         tiny.UserError, match=r"no column 'source', which the encoder of a 'bart' reads \(found: features"
     ):
         task.loss.predict(task.teacher, inputs)
+
+
+def test_memory_and_operations_of_speech_are_counted(tmp_path: Path) -> None:
+    for family in NETWORKS:
+        backbone = EncoderDecoder(model=str(folder(tmp_path / family, family)), source_context=12, context=8)
+        with torch.device("meta"):
+            model = backbone.construct(backbone.config())
+        inputs = {name: t.to("meta") for name, t in NextToken().prepare(backbone.example(2), tiny.Rng(0, "x")).items()}
+        assert NextToken().predict(model, inputs).states.shape == (2, 8, 32)
+
+
+def test_a_head_that_reads_more_than_states_is_refused() -> None:
+    network = {
+        "model_type": "prophetnet", "hidden_size": 32, "num_encoder_layers": 2, "num_decoder_layers": 2,
+        "num_encoder_attention_heads": 2, "num_decoder_attention_heads": 2, "encoder_ffn_dim": 32, "vocab_size": 97,
+        "decoder_ffn_dim": 32,
+    }  # fmt: skip
+    with pytest.raises(
+        tiny.UserError, match="the head of a 'prophetnet' reads more than its decoder's last hidden states"
+    ):
+        EncoderDecoder(network=network, _random_seed=0).build()
+
+
+def test_layers_that_skip_themselves_at_random_do_not(tmp_path: Path) -> None:
+    task = task_of(folder(tmp_path, "bart", encoder_layerdrop=0.5, decoder_layerdrop=0.5, dropout=0.0))
+    assert task.teacher.config.encoder_layerdrop == task.teacher.model.decoder.layerdrop == 0  # type: ignore[union-attr]
+
+
+def test_conformance_of_the_tiny_one() -> None:
+    model = EncoderDecoder.tiny().build()
+    assert all((p != 0).all() for p in model.parameters())
+    assert model.shared.weight is model.lm_head.weight  # type: ignore[union-attr]
