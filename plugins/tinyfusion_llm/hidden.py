@@ -174,8 +174,8 @@ def run_to_head(model: nn.Module, tokens: Tensor, given: Mapping[str, Any], to_h
     cut = "logits_to_keep" not in given
     try:
         with _watched(model, cut) as outputs, nullcontext() if has_values(tokens) else _OneProduct():
-            model(**{_reader(model): tokens}, **given)
-    except (RuntimeError, ValueError, TypeError) as e:
+            model(**{reader_of(model): tokens}, **given)
+    except (RuntimeError, ValueError, TypeError, AssertionError) as e:
         if has_values(tokens):
             raise
         raise NotImplementedError(f"{type(model).__name__}: {e}") from e
@@ -190,8 +190,8 @@ def run_to_head(model: nn.Module, tokens: Tensor, given: Mapping[str, Any], to_h
     return Hidden(output[0], lambda states: _head(model, below, type(output), states, to_head))
 
 
-def _reader(model: Any) -> str:
-    """The argument in which a network is given the tokens that it continues."""
+def reader_of(model: Any) -> str:
+    """Return the argument in which a network is given the tokens that it continues."""
     return "decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"
 
 
@@ -228,7 +228,7 @@ def _head(model: Any, below: nn.Module, kind: type[Any], states: Tensor, given: 
         # Whatever an encoder has read, the decoder would have made these states of it.
         read = transformers("loss").modeling_outputs.BaseModelOutput(last_hidden_state=states)
         encoded = {"encoder_outputs": read} if model.config.is_encoder_decoder else {}
-        logits: Tensor = model(**{_reader(model): tokens}, **encoded, **given).logits
+        logits: Tensor = model(**{reader_of(model): tokens}, **encoded, **given).logits
     finally:
         if before is None:
             del below.__dict__["forward"]

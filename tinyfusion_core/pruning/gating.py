@@ -1,14 +1,13 @@
 """Run a model under a sampled block mask, one mask per sample, exactly and sparsely.
 
-The dense formula `x + m * (f(x) - x)` evaluates every block for every sample with a graph. For a hard 0/1
-mask its gradients need far less: the gradient to the mask is `<dL/dy, f(x) - x>` for every sample, and the
-gradient to the input and to f's weights goes through f only where the block is kept. So kept samples run
-with a graph, dropped ones without, and a small autograd function merges both.
+The dense formula `x + m * (f(x) - x)` evaluates every block for every sample with a graph. For a hard 0/1 mask its
+gradients need far less: that to the mask is `<dL/dy, f(x) - x>` for every sample, and those to the input and to f's
+weights go through f only where the block is kept. So kept samples run with a graph, dropped ones without.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
@@ -53,8 +52,7 @@ class Gates:
         unneeded: outputs of blocks that are no stream: None, or handed on; see `Backbone.unneeded`.
 
     Attributes:
-        recall: answers the calls of blocks where there are no gradients; see `Prefixes`. It takes every sample to have
-            the same mask.
+        recall: answers calls of blocks without gradients, where all samples have the same mask; see `Prefixes`.
     """
 
     def __init__(
@@ -155,19 +153,12 @@ class Gates:
                 value = self._items(j, call.run(rest))
         if call.changed:
             changed = ", ".join(sorted(call.changed))
-            raise UserError(
-                f"block '{self.blocks[j]}' changes its input in place ({changed}), which gating cannot undo"
-            )
+            raise UserError(f"block '{self.blocks[j]}' changes its input in place ({changed}), which no gate can undo")
         items = self._items(j, output)
         self._check_items(j, items, inputs, partly=len(run) < len(mask))
         weight = None if self._weights is None else self._weights[:, j]
         entered = {stream.item: x for stream, x in zip(self._streams[j], inputs, strict=True)}
-        for i, name in self._carried[j].items():
-            item, given = items.get(i), call.given(name)  # the first block is given none
-            if isinstance(item, Tensor) and self._shared(j, name, given):
-                items[i] = item if given is None or len(kept) else given
-            elif isinstance(item, Tensor):
-                entered[i] = item.new_zeros(len(mask), *item.shape[1:]) if given is None else given
+        entered |= dict(self._handed_on(j, call, items, len(mask), nobody=not len(kept)))
         for i, x in entered.items():
             items[i] = _Merge.apply(x, items[i], value[i] if value else None, mask, kept, run, rest, weight)
         return in_the_form_of(output, items)
@@ -188,13 +179,22 @@ class Gates:
         for i, item in items.items():
             if i in streams | carried.keys() and isinstance(item, Tensor):
                 if i in carried and call.given(carried[i]) is None and self._shared(j, carried[i], None):
-                    return None  # it makes this for all samples
+                    return None  # it makes this for all
                 items[i] = item.new_empty(0, *item.shape[1:])
             elif i in self._unneeded:
                 items[i] = None
             elif not is_plain(item):
                 return None
         return in_the_form_of(output, items) if streams <= items.keys() else None
+
+    def _handed_on(self, j: int, call: Call, items: Any, num_rows: int, nobody: bool) -> Iterator[tuple[Any, Tensor]]:
+        """What a skipped block hands on beside its streams; what all samples share is put into its output."""
+        for i, name in self._carried[j].items():
+            item, given = items.get(i), call.given(name)  # the first block is given none
+            if isinstance(item, Tensor) and self._shared(j, name, given):
+                items[i] = given if nobody and given is not None else item
+            elif isinstance(item, Tensor):
+                yield i, item.new_zeros(num_rows, *item.shape[1:]) if given is None else given
 
     def _shared(self, j: int, name: str, given: Any) -> bool:
         """Whether what a block hands on under this name is one for all samples, as who is given it shows."""

@@ -39,7 +39,7 @@ class Source(NamedTuple):
 
 
 def short_inputs(model: Any) -> dict[str, Tensor]:
-    """Return arguments of a network for one short sample, on its device: tokens, and what its encoder reads.
+    """Return arguments of a network for one short sample, each (batch, ...), on its device.
 
     On the meta device a decoder is given its mask, since where there is none, values are looked at.
     """

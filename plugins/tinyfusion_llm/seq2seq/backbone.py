@@ -15,6 +15,7 @@ from tinyfusion_core.errors import UserError, require
 from tinyfusion_core.protocols.blocks.streams import Unneeded
 from tinyfusion_core.protocols.data import Lookup
 from tinyfusion_core.pruning.removal import same_but_for_rounding
+from tinyfusion_llm.converters import CLIENTS
 from tinyfusion_llm.hidden import IGNORED, run_to_head
 from tinyfusion_llm.layers.building import class_of
 from tinyfusion_llm.layers.finding import vocabulary_of
@@ -106,6 +107,10 @@ class EncoderDecoder(Pretrained):
         return limits(model)
 
     @override
+    def clients(self, model: nn.Module, student: nn.Module, kept: Sequence[int]) -> Mapping[str, str]:
+        return dict.fromkeys(CLIENTS, "it knows one list of layers, that of a decoder")
+
+    @override
     def example(self, num_rows: int) -> dict[str, Tensor]:
         """Return what the encoder reads: ids `source` and `source_mask`, (batch, source_context), or `features`.
 
@@ -135,8 +140,9 @@ class EncoderDecoder(Pretrained):
     @override
     def tiny(cls) -> EncoderDecoder:
         network = {
-            "model_type": "t5", "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 3, "num_decoder_layers": 4,
-            "num_heads": 4, "vocab_size": 97, "decoder_start_token_id": 0,
+            "model_type": "bart", "d_model": 32, "encoder_layers": 4, "decoder_layers": 3, "vocab_size": 97,
+            "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48,
+            "max_position_embeddings": 64, "decoder_start_token_id": 2,
         }  # fmt: skip
         return cls(network=network, source_context=12, context=8, _random_seed=0)
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq
 import tinyfusion_core as tiny
 from seq2seq_toys import LISTS, NETWORKS, batch, decide, folder, states, task_of
 from tinyfusion_core.pruning.gating import Gates
-from tinyfusion_llm import EncoderDecoder, NextToken
+from tinyfusion_llm import EncoderDecoder, Generation, NextToken
 
 pytestmark = [pytest.mark.numerics, pytest.mark.filterwarnings("ignore")]  # of transformers
 KEPT = (0, 2, 3, 4, 6)
@@ -188,7 +188,30 @@ def test_layers_that_skip_themselves_at_random_do_not(tmp_path: Path) -> None:
     assert task.teacher.config.encoder_layerdrop == task.teacher.model.decoder.layerdrop == 0  # type: ignore[union-attr]
 
 
-def test_conformance_of_the_tiny_one() -> None:
+def test_tied_weights_of_the_tiny_one_stay_tied() -> None:
     model = EncoderDecoder.tiny().build()
     assert all((p != 0).all() for p in model.parameters())
-    assert model.shared.weight is model.lm_head.weight  # type: ignore[union-attr]
+    assert model.model.shared.weight is model.lm_head.weight  # type: ignore[union-attr]
+
+
+def test_generation_is_timed_with_the_encoder_as_prefill(family: str, tmp_path: Path) -> None:
+    task = task_of(folder(tmp_path, family), speech(family))
+    models = {"teacher": task.teacher, "student": tiny.prune(task, decide(task, (0, 1, 2, 3, 4)))}
+    trainer = tiny.Trainer(precision="fp32", batch_size=2)
+    found = {m.name: m for m in Generation(prompt=10, new_tokens=4, rounds=1, batch_size=2)(task, models, trainer)}
+    assert set(found) == {"prefill", "decode", "memory"} and all(
+        v > 0 for m in found.values() for v in m.values.values()
+    )
+    # Keys and values of each decoder layer, 32 channels of 4 bytes: those of 5 tokens and of the 10 that were encoded.
+    cached = 2 * 32 * 4 * 2 * (5 + 10)
+    layer = sum(p.numel() for p in task.teacher.get_submodule(task.blocks[-1]).parameters()) * 4
+    saved = (found["memory"].values["teacher"] - found["memory"].values["student"]) * 2**20
+    assert saved == pytest.approx(2 * (layer + cached), rel=1e-6)
+
+
+def test_tools_for_decoders_are_given_no_decision(tmp_path: Path) -> None:
+    task = task_of(folder(tmp_path, "bart"))
+    found = task.backbone.clients(task.teacher, tiny.prune(task, decide(task, KEPT)), KEPT)
+    assert set(found) >= {"mergekit", "peft", "llama.cpp"} and all(
+        "one list of layers" in why for why in found.values()
+    )
