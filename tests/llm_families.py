@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -21,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 import tinyfusion_core as tiny
 from llm_toys import COMMON, EXPERTS, LATENT, TOKENS, decide, folder, logits, recipe_of, task_of
 from places import ROOT
-from sweeps import swept
+from sweeps import page, swept
 from tinyfusion_core.pipeline.planning.plan import make_plan
 from tinyfusion_core.pruning.gating import Gates
 from tinyfusion_core.samplers.constraints import Rules, build
@@ -99,7 +98,7 @@ MORE: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def _sized(known: dict[str, Any], renamed: dict[str, Any]) -> dict[str, Any]:
+def sized(known: dict[str, Any], renamed: dict[str, Any]) -> dict[str, Any]:
     """Those sizes that a config has, and in the configs inside of it."""
     sizes = {
         key: value
@@ -109,7 +108,7 @@ def _sized(known: dict[str, Any], renamed: dict[str, Any]) -> dict[str, Any]:
     if "qk_rope_head_dim" in known:  # heads are of two parts
         sizes |= {"head_dim": LATENT["qk_rope_head_dim"], **LATENT}
     inner = {key: value for key, value in known.items() if isinstance(value, dict) and "model_type" in value}
-    return sizes | {key: _sized(value, renamed) for key, value in inner.items()}
+    return sizes | {key: sized(value, renamed) for key, value in inner.items()}
 
 
 def settings(family: str) -> dict[str, Any]:
@@ -119,7 +118,7 @@ def settings(family: str) -> dict[str, Any]:
     renamed = {kind.attribute_map.get(key, key): value for key, value in SIZES.items()}
     common = {} if "text_config" in known else COMMON
     decoder = {"is_decoder": True} if "type_vocab_size" in known else {}
-    return {"model_type": family, **common, **_sized(known, renamed), **decoder, **MORE.get(family, {})}
+    return {"model_type": family, **common, **sized(known, renamed), **decoder, **MORE.get(family, {})}
 
 
 FAMILIES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
@@ -162,14 +161,14 @@ def examine(family: str, work: Path) -> Found:
         path = folder(work / "full", family, **settings(family))
         AutoModelForCausalLM.from_pretrained(path).eval()(input_ids=TOKENS, use_cache=False)
     except Exception as e:  # of any family's code
-        return Found(unbuilt=_one_line(e))
+        return Found(unbuilt=one_line(e))
     task = task_of(path)
     try:
         for problem in make_plan(tiny.load_recipe(recipe_of(path, work))).problems:
             raise tiny.UserError(problem)
         decision = tiny.Search(keep=4, steps=3)(task, TRAINER)
     except tiny.UserError as e:
-        return Found(refused=_one_line(e, work))
+        return Found(refused=one_line(e, work))
     limits = task.backbone.limits(task.teacher)
     masks = masks_within(limits)
     assert decision.kept in masks
@@ -223,13 +222,14 @@ def _notes(teacher: nn.Module, student: nn.Module) -> Iterator[str]:
     """What of generation holds for neither the whole model nor the student; for the first alone is a fault."""
     checks: dict[str, Callable[[Any], bool]] = {"the same with a cache": _cached, "left padding": _padded}
     for name, check in checks.items():
-        ours, theirs = (_holds(check, model) for model in (student, teacher))
+        ours, theirs = (holds(check, model) for model in (student, teacher))
         assert ours or not theirs, f"generation: {name}"
         if not ours:
             yield f"not {name}, nor does the whole model"
 
 
-def _holds(check: Callable[[Any], bool], model: Any) -> bool:
+def holds(check: Callable[[Any], bool], model: Any) -> bool:
+    """Whether a check of a model neither fails nor says no."""
     try:
         return check(model)
     except Exception:  # of any family's code
@@ -250,7 +250,8 @@ def _padded(model: Any) -> bool:
     return torch.equal(model.generate(padded, attention_mask=mask, **OPTIONS)[:, 3:], plain)
 
 
-def _one_line(error: Exception, work: Path | None = None) -> str:
+def one_line(error: Exception, work: Path | None = None) -> str:
+    """What an error says, as a cell of a table."""
     text = re.sub(r"\s+", " ", str(error)).replace("|", "\\|").replace("<", "&lt;")
     if work is not None:
         text = text.replace(str(work / "full"), "the folder")
@@ -272,24 +273,10 @@ This page is generated: `python tests/llm_families.py`.
 """
 
 
-def page(found: dict[str, Found]) -> str:
-    """The page of these families."""
-    parts = {
-        "Work": ("masks | but", [f.row(n) for n, f in found.items() if not f.refused and not f.unbuilt]),
-        "Are refused before anything is spent": ("why", [f.row(n) for n, f in found.items() if f.refused]),
-        "Have no small model": ("what transformers says", [f.row(n) for n, f in found.items() if f.unbuilt]),
-    }
-    text = HEAD.format(version=transformers.__version__)
-    for title, (columns, rows) in parts.items():
-        ruler = "|---" * (columns.count("|") + 3)
-        text += f"\n## {title}: {len(rows)}\n\n| family | class | {columns} |\n{ruler}|\n" + "\n".join(rows) + "\n"
-    return text
-
-
 def main() -> None:
     """Write the page, and name what is neither right nor refused."""
     found, faults = swept(FAMILIES, examine)
-    PAGE.write_text(page(found))
+    PAGE.write_text(page(HEAD, "masks | but", found))
     sys.exit("\n".join(faults) or None)
 
 

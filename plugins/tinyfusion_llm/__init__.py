@@ -11,15 +11,31 @@ from tinyfusion_llm.backbone import CausalLM
 from tinyfusion_llm.images.source import ImageText
 from tinyfusion_llm.loss import NextToken
 from tinyfusion_llm.metrics import Generation, LmEval, Perplexity
+from tinyfusion_llm.seq2seq.backbone import EncoderDecoder
+from tinyfusion_llm.seq2seq.pairs import TextPairs
+from tinyfusion_llm.speech.source import SpeechText
+from tinyfusion_llm.speech.words import WordErrorRate
 from tinyfusion_llm.text import TextTokens
 
-__all__ = ["CausalLM", "Generation", "ImageText", "LmEval", "NextToken", "Perplexity", "TextTokens"]
+__all__ = [
+    "CausalLM",
+    "EncoderDecoder",
+    "Generation",
+    "ImageText",
+    "LmEval",
+    "NextToken",
+    "Perplexity",
+    "SpeechText",
+    "TextPairs",
+    "TextTokens",
+    "WordErrorRate",
+]
 
 
 @hookimpl
 def tinyfusion_register_backbones() -> list[type[Backbone]]:
-    """Any causal language model."""
-    return [CausalLM]
+    """Any causal language model, any encoder-decoder."""
+    return [CausalLM, EncoderDecoder]
 
 
 @hookimpl
@@ -30,11 +46,11 @@ def tinyfusion_register_losses() -> list[type[LossAdapter]]:
 
 @hookimpl
 def tinyfusion_register_data() -> list[type[DataSource]]:
-    """Tokenized text, and images with text."""
-    return [TextTokens, ImageText]
+    """Tokenized text, pairs of texts, and images and recordings with text."""
+    return [TextTokens, TextPairs, ImageText, SpeechText]
 
 
 @hookimpl
 def tinyfusion_register_metrics() -> list[type[Metric]]:
-    """Perplexity, generation speed, lm-eval tasks."""
-    return [Perplexity, Generation, LmEval]
+    """Perplexity, generation speed, lm-eval tasks, words wrong in transcripts."""
+    return [Perplexity, Generation, LmEval, WordErrorRate]

@@ -18,14 +18,16 @@ from tinyfusion_core.protocols.data import Lookup
 from tinyfusion_core.runtime.files import NEUTRAL
 from tinyfusion_core.runtime.seeding import generator
 from tinyfusion_llm.converters import CLIENTS, clients
+from tinyfusion_llm.hidden import IGNORED
 from tinyfusion_llm.layers.building import randomised
 from tinyfusion_llm.layers.finding import close_ranks, find_branches, find_layers
 from tinyfusion_llm.layers.limits import limits
 from tinyfusion_llm.layers.shortening import shorten, try_out
-from tinyfusion_llm.loss import IGNORED
+from tinyfusion_llm.layers.stacks import find_stacks
 from tinyfusion_llm.pretrained.backbone import Pretrained
 from tinyfusion_llm.pretrained.reading import Autos, as_json, vocabulary_size
 from tinyfusion_llm.separate import check_separate
+from tinyfusion_llm.seq2seq.columns import SOURCE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +65,8 @@ class CausalLM(Pretrained):
     def check_config(cls, config: Any, name: str) -> None:
         if getattr(config, "is_encoder_decoder", False):
             raise UserError(
-                f"backbone.model: '{name}' ({config.model_type}) is an encoder-decoder; expected a decoder-only model"
+                f"backbone.model: '{name}' ({config.model_type}) is an encoder-decoder; take the backbone "
+                "EncoderDecoder, or a decoder-only model"
             )
         super().check_config(config, name)
 
@@ -84,8 +87,8 @@ class CausalLM(Pretrained):
 
     @override
     def after_prune(self, model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
-        ((path, indices),) = kept.items()
-        shorten(model, path, indices)
+        indices = {stack: kept[stack.path] for stack in find_stacks(model)}
+        shorten(model, indices)
         try_out(model, indices)
 
     @override
@@ -110,6 +113,7 @@ class CausalLM(Pretrained):
         size = int(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
         remedy = "take the model's own tokenizer"
         found = {"tokens": Lookup(size, "tokens", remedy), "labels": Lookup(size, "tokens", remedy, ignored=IGNORED)}
+        found[SOURCE] = Lookup(0, "texts for an encoder", "take the backbone EncoderDecoder, or the data TextTokens")
         if not self.separate:
             return {**found, "positions": Lookup(0, "documents to keep apart", "set backbone.separate, as in data")}
         if self.model is None:  # it will be trained before it is built

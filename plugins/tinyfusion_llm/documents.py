@@ -4,13 +4,31 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
-from tinyfusion_core.errors import MissingFileError, UserError, first_line, need
+import torch
+
+from tinyfusion_core.errors import MissingFileError, UserError, first_line, need, require
+from tinyfusion_core.runtime.seeding import generator
 
 KINDS = (".txt", ".md", ".jsonl", ".parquet")
+T = TypeVar("T")
+
+
+class Row(NamedTuple):
+    """A row of a JSONL file.
+
+    Attributes:
+        values: what it holds; empty if it is no mapping.
+        file: the file, beside which others that it names are looked for.
+        where: the row, for messages.
+    """
+
+    values: Mapping[str, Any]
+    file: Path
+    where: str
 
 
 def find_files(names: Sequence[str]) -> list[Path]:
@@ -58,6 +76,63 @@ def json_lines(path: Path) -> Iterator[Any]:
             yield json.loads(line)
         except (ValueError, RecursionError) as e:
             raise UserError(f"{path}: line {number} is no JSON ({e})") from None
+
+
+def json_rows(names: Sequence[str], holding: str) -> Iterator[Row]:
+    """Yield the rows of JSONL files.
+
+    Args:
+        names: the files, and folders that are searched for them.
+        holding: what rows should hold, for messages.
+
+    Raises:
+        UserError: there is no row, or `json_lines` refuses a file.
+    """
+    empty = True
+    for path in (path for path in find_files(names) if path.suffix == ".jsonl"):
+        for number, values in enumerate(json_lines(path), 1):
+            empty = False
+            yield Row(values if isinstance(values, dict) else {}, path, f"{path}: row {number}")
+    if empty:
+        raise UserError(f"data.files: no row of a .jsonl file in {', '.join(names)}; give rows with {holding}")
+
+
+def check_held_out(fraction: float, most: int | None) -> None:
+    """Check what a data source is told of the rows to hold out.
+
+    Args:
+        fraction: its option `held_out_fraction`.
+        most: its option `max_held_out`.
+
+    Raises:
+        UserError: one is out of its range.
+    """
+    require(0 < fraction < 1, "data.held_out_fraction", fraction, "a number between 0 and 1")
+    require(most is None or most >= 1, "data.max_held_out", most, "at least 1 row, or null")
+
+
+def held_apart(
+    rows: Sequence[T], held_out: Sequence[T] | None, fraction: float, most: int | None, order: tuple[int, str]
+) -> tuple[list[T], list[T]]:
+    """Return rows to train on, mixed, and rows to hold out.
+
+    Args:
+        rows: all rows of `data.files`, at least one.
+        held_out: further rows to hold out; None takes a fraction of the others instead.
+        fraction: this fraction.
+        most: the first so many are held out; None takes all.
+        order: seed and name of the order.
+
+    Raises:
+        UserError: there is but one row to be both.
+    """
+    mixed = [rows[i] for i in torch.randperm(len(rows), generator=generator(*order)).tolist()]
+    if held_out is None:
+        if len(mixed) < 2:
+            raise UserError("data.files: they hold one row; give more, or held_out_files")
+        num = min(len(mixed) - 1, max(1, round(fraction * len(mixed))))
+        held_out, mixed = mixed[:num], mixed[num:]
+    return mixed, list(held_out[:most])
 
 
 def parquet_rows(path: Path) -> Iterator[Any]:

@@ -22,7 +22,10 @@ from tinyfusion_core.runtime.distributed import batches, map_sharded
 from tinyfusion_core.runtime.seeding import Rng
 from tinyfusion_core.training.trainer import Trainer
 from tinyfusion_llm.backbone import CausalLM
-from tinyfusion_llm.loss import IGNORED, NextToken
+from tinyfusion_llm.hidden import IGNORED, reader_of
+from tinyfusion_llm.layers.inputs import source_of
+from tinyfusion_llm.loss import NextToken
+from tinyfusion_llm.pretrained.reading import as_json
 from tinyfusion_llm.rows import Rows
 from tinyfusion_llm.text import TextTokens
 
@@ -97,6 +100,8 @@ def _from(rows: Rows, first: int, window: int, end: int) -> dict[str, Tensor]:
 class Generation(Metric):
     """Tokens per second of prefill and of decoding with a key-value cache; and the memory.
 
+    Of an encoder-decoder the encoder reads the prompt, and of some, such as Whisper, the config says how long it is.
+
     Args:
         prompt: tokens of the prompt.
         new_tokens: tokens to generate.
@@ -148,12 +153,19 @@ class Generation(Metric):
     def _turn(self, model: Any, device: torch.device) -> tuple[float, float, int]:
         """Seconds of prefill, seconds of decoding, bytes of the weights and the cache."""
         tokens = torch.arange(self.batch_size * self.prompt, device=device).view(self.batch_size, -1) % 50
+        reader, given = reader_of(model), {"logits_to_keep": 1}
+        if encoded := model.config.is_encoder_decoder:
+            source = source_of(type(model), as_json(model.config), self.prompt)
+            features = torch.zeros(self.batch_size, *source.shape, dtype=model.dtype, device=device)
+            prompt, tokens = tokens if source.name == "input_ids" else features, tokens[:, :1]
         start = _now(device)
-        output = model(input_ids=tokens, use_cache=True, logits_to_keep=1)
+        if encoded:
+            given = {"encoder_outputs": model.get_encoder()(**{source.name: prompt})}
+        output = model(**{reader: tokens}, **given, use_cache=True)
         read = _now(device)
         for _ in range(self.new_tokens):
-            following = output.logits[:, -1:].argmax(-1)
-            output = model(input_ids=following, past_key_values=output.past_key_values, use_cache=True)
+            tokens = output.logits[:, -1:].argmax(-1)
+            output = model(**{reader: tokens}, **given, past_key_values=output.past_key_values, use_cache=True)
         done = _now(device)
         return read - start, done - read, _bytes(model) + _cache_bytes(output.past_key_values)
 
@@ -169,7 +181,8 @@ def _bytes(model: nn.Module) -> int:
 
 
 def _cache_bytes(cache: Any) -> int:
-    tensors = [t for layer in cache.layers for t in vars(layer).values() if isinstance(t, Tensor)]
+    parts = [cache] if hasattr(cache, "layers") else [cache.self_attention_cache, cache.cross_attention_cache]
+    tensors = [t for part in parts for layer in part.layers for t in vars(layer).values() if isinstance(t, Tensor)]
     return sum(t.numel() * t.element_size() for t in tensors)
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+import tempfile
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tinyfusion_llm.loss import IGNORED
+from tinyfusion_core.errors import UserError
+from tinyfusion_llm.hidden import IGNORED
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,7 @@ class Corpus:
         filler: token id for padding.
         largest: the largest token id in it.
         name: what the text is and whose tokens these are, for messages.
+        folder: where they lie; its name is a hash of all that they were made of.
     """
 
     tokens: Any
@@ -33,6 +38,66 @@ class Corpus:
     filler: int
     largest: int
     name: str
+    folder: Path
+
+
+def write_corpus(documents: Iterable[tuple[Sequence[int], Sequence[int]]], folder: Path) -> None:
+    """Write documents to a folder, which appears when it is complete.
+
+    Args:
+        documents: the tokens of each, and ones for those that count.
+        folder: where to.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    bounds, largest = [0], 0
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".making"))
+    try:
+        with (made / "tokens").open("wb") as tokens, (made / "counted").open("wb") as counted:
+            for ids, ones in documents:
+                _write(tokens, ids, np.uint32)
+                _write(counted, ones, np.uint8)
+                largest = max(largest, *ids)
+                bounds.append(bounds[-1] + len(ids))
+        with (made / "bounds").open("wb") as file:
+            _write(file, bounds, np.int64)
+        with (made / "largest").open("wb") as file:
+            _write(file, [largest], np.int64)
+        made.chmod(0o755)
+        if not folder.is_dir():  # another process may have been faster
+            made.rename(folder)
+    except OSError as e:
+        if not folder.is_dir():
+            raise UserError(f"data.cache: {folder.parent} cannot be written ({e}); free space or name another") from e
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def read_corpus(folder: Path, filler: int, name: str, all_count: bool) -> Corpus:
+    """Return what `write_corpus` wrote.
+
+    Args:
+        folder: where it lies.
+        filler: token id for padding.
+        name: what the text is, for messages.
+        all_count: whether all tokens count.
+
+    Raises:
+        UserError: it holds no text.
+    """
+    bounds = np.fromfile(folder / "bounds", dtype=np.int64)
+    if len(bounds) < 2:
+        raise UserError(f"data: {name} holds no text")
+    counted = None if all_count else np.memmap(folder / "counted", dtype=np.uint8, mode="r")
+    tokens = np.memmap(folder / "tokens", dtype=np.uint32, mode="r")
+    largest = int(np.fromfile(folder / "largest", dtype=np.int64)[0])
+    return Corpus(tokens, counted, bounds, filler, largest, name, folder)
+
+
+def _write(file: BinaryIO, numbers: Sequence[int], kind: Any) -> None:
+    file.write(np.asarray(numbers, dtype=kind).tobytes())
 
 
 @dataclass(frozen=True)

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from typing_extensions import override
 
 from tinyfusion_core.errors import UserError, need, require
-from tinyfusion_core.protocols.data import DataSource
+from tinyfusion_core.protocols.data import DataSource, Samples
 from tinyfusion_core.runtime.files import NEUTRAL, digest, sha256
 from tinyfusion_core.runtime.seeding import generator
 from tinyfusion_llm.chat import Message, check_messages, check_template, encode_chat
-from tinyfusion_llm.documents import check_text, find_files, json_lines, lines, parquet_rows
+from tinyfusion_llm.documents import check_held_out, check_text, find_files, json_lines, lines, parquet_rows
 from tinyfusion_llm.pretrained.readers import load_tokenizer
-from tinyfusion_llm.rows import Corpus, Rows
+from tinyfusion_llm.rows import Corpus, Rows, read_corpus, write_corpus
 
 READING = 2
 """Version of how files become documents; caches of another are made anew."""
@@ -39,30 +38,19 @@ class Document(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextTokens(DataSource):
-    """Documents as samples of T = `context` tokens: `tokens` (T,), and `labels` (T,) with -100 where no loss counts.
-
-    With `separate` there is `positions` (T,) too, the place of each token in its document.
+class TextSource(DataSource):
+    """Documents as tokens: tokenized once, some of the documents held out.
 
     A document is a text file, a line of a JSONL file (both in UTF-8), or a row of a Parquet file or of a data set of
-    the library `datasets`. Each ends with the tokenizer's end-of-text token, a chat as its template ends it. Documents
-    are held out whole.
+    the library `datasets`. Documents are held out whole.
 
     Args:
         tokenizer: folder or hub id of a model that has one.
-        gguf_file: name of a GGUF file in it that holds the tokenizer.
         files: `.txt`, `.md`, `.jsonl` and `.parquet` files, and folders that are searched for them.
         dataset: instead of files: an argument of `datasets.load_dataset`, a name or `name:configuration`.
         split: split of the data set.
         text_field: key or column of the text.
-        prompt_field: key or column of a prompt, which precedes the text and is not counted in any loss.
-        chat_field: instead of a text: key or column of a conversation, a list of turns with `role` and `content`. It is
-            written by the tokenizer's chat template, and the losses count what the role `assistant` says.
         context: tokens per sample.
-        pack: cut samples from all documents in a seeded order, one after the other: nothing is padded, and a sample may
-            contain the end of the previous document. false gives every document samples of its own, padded at the end.
-        separate: tokens of a packed sample see their own document alone, and positions begin anew with each. Set
-            `backbone.separate` too. No loss counts a document's first token.
         held_out_fraction: fraction of the documents that no stage trains on.
         held_out_files: documents to hold out, instead of a fraction of `files`.
         max_held_out: largest number of samples to evaluate on, the first in the held-out documents' order; null takes
@@ -72,16 +60,11 @@ class TextTokens(DataSource):
     """
 
     tokenizer: str
-    gguf_file: str | None = None
     files: list[str] | None = None
     dataset: str | None = None
     split: str = "train"
     text_field: str = "text"
-    prompt_field: str | None = None
-    chat_field: str | None = field(default=None, metadata={NEUTRAL: None})
     context: int = 512
-    pack: bool = True
-    separate: bool = field(default=False, metadata={NEUTRAL: False})
     held_out_fraction: float = 0.1
     held_out_files: list[str] | None = None
     max_held_out: int | None = None
@@ -91,25 +74,39 @@ class TextTokens(DataSource):
     def __post_init__(self) -> None:
         if (self.files is None) == (self.dataset is None):
             raise UserError("data: give files or dataset, one of the two")
-        if self.chat_field is not None and self.prompt_field is not None:
-            raise UserError("data.prompt_field: a chat has turns instead of a prompt; give it or chat_field, not both")
-        if self.separate and not self.pack:
-            raise UserError("data.separate: without pack every document has samples of its own; leave one of them out")
         require(self.context >= 2, "data.context", self.context, "at least 2 tokens")
-        fraction, most = self.held_out_fraction, self.max_held_out
-        require(0 < fraction < 1, "data.held_out_fraction", fraction, "a number between 0 and 1")
-        require(most is None or most >= 1, "data.max_held_out", most, "at least 1 row, or null")
+        check_held_out(self.held_out_fraction, self.max_held_out)
+
+    @abstractmethod
+    def _rows(self, corpus: Corpus, documents: Any, part: str) -> Samples:
+        """Samples of some documents: of the part `train` or `held out`."""
+
+    @abstractmethod
+    def _encoded(self, tokenizer: Any, some: Sequence[Document]) -> Iterator[tuple[list[int], list[int]]]:
+        """Tokens of documents, and ones for those that count."""
+
+    @abstractmethod
+    def _encoding(self, tokenizer: Any) -> list[Any]:
+        """What the tokens depend on beside files and tokenizer."""
+
+    @property
+    def _all_count(self) -> bool:
+        """Whether all tokens of all documents count."""
+        return True
+
+    def _tokenizer(self) -> Any:
+        return load_tokenizer(self.tokenizer, None, None)
 
     @override
-    def train(self) -> Rows:
+    def train(self) -> Samples:
         return self._parts[0]
 
     @override
-    def held_out(self) -> Rows:
+    def held_out(self) -> Samples:
         return self._parts[1]
 
     @cached_property
-    def _parts(self) -> tuple[Rows, Rows]:
+    def _parts(self) -> tuple[Samples, Samples]:
         corpus = self._corpus(self.files)
         num = len(corpus.bounds) - 1
         order = torch.randperm(num, generator=generator(self.seed, "documents")).numpy()
@@ -128,6 +125,95 @@ class TextTokens(DataSource):
     def _named(self) -> str:
         return self.dataset or ", ".join(self.files or [])
 
+    def _corpus(self, files: Sequence[str] | None) -> Corpus:
+        """The tokens of some files or of the data set, from the cache if possible."""
+        found = None if files is None else find_files(files)
+        tokenizer = self._tokenizer()
+        of: Any = [self.dataset, self.split] if found is None else {str(path): sha256(path) for path in found}
+        key = digest([of, *self._encoding(tokenizer), _identity(tokenizer), READING])[:32]
+        base = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "tinyfusion", "tokens")
+        folder = Path(self.cache or base).expanduser() / key
+        if not folder.is_dir():
+            write_corpus(self._all_encoded(tokenizer, self._documents(found)), folder)
+        name = f"{self.dataset or ', '.join(files or [])} with the data.tokenizer {self.tokenizer}"
+        return read_corpus(folder, _filler(tokenizer), name, self._all_count)
+
+    def _all_encoded(self, tokenizer: Any, documents: Iterator[Document]) -> Iterator[tuple[list[int], list[int]]]:
+        while some := list(islice(documents, 64)):
+            yield from self._encoded(tokenizer, some)
+
+    def _documents(self, files: Sequence[Path] | None) -> Iterator[Document]:
+        """Every non-empty document."""
+        if files is None:
+            datasets = need("datasets", "tinyfusion[text]", "data.dataset")
+            name, _, configuration = (self.dataset or "").partition(":")
+            rows = datasets.load_dataset(name, configuration or None, split=self.split)
+            yield from self._fields(rows, f"data.dataset {self.dataset}")
+        for path in files or []:
+            if path.suffix == ".parquet":
+                yield from self._fields(parquet_rows(path), str(path))
+            elif path.suffix == ".jsonl":
+                yield from self._fields(json_lines(path), str(path))
+            else:
+                yield from self._plain(path)
+
+    def _plain(self, path: Path) -> Iterator[Document]:
+        """The document of a file of text."""
+        if text := "".join(lines(path)).strip():
+            yield Document(text)
+
+    def _fields(self, rows: Any, where: str) -> Iterator[Document]:
+        """The documents of rows with fields."""
+        for number, row in enumerate(rows, 1):
+            if (text := self._text(row, self.text_field, f"{where}: row {number}")).strip():
+                yield Document(text)
+
+    def _text(self, row: Any, name: str, where: str) -> str:
+        """A text of a row."""
+        if not isinstance(row, dict) or not isinstance(row.get(name), str):
+            found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+            raise UserError(f"{where} has no text '{name}' (found: {found}); set {self._fields_for(row)}")
+        text: str = row[name]
+        check_text(text, f"{where}: '{name}'")
+        return text
+
+    def _fields_for(self, row: Any) -> str:
+        """The settings that say where a row has its text."""
+        return "data.text_field"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextTokens(TextSource):
+    """Documents as samples of T = `context` tokens: `tokens` (T,), and `labels` (T,) with -100 where no loss counts.
+
+    With `separate` there is `positions` (T,) too, the place of each token in its document. Each document ends with the
+    tokenizer's end-of-text token, a chat as its template ends it. See `TextSource` for what a document is.
+
+    Args:
+        gguf_file: name of a GGUF file in `tokenizer` that holds it.
+        prompt_field: key or column of a prompt, which precedes the text and is not counted in any loss.
+        chat_field: instead of a text: key or column of a conversation, a list of turns with `role` and `content`. It is
+            written by the tokenizer's chat template, and the losses count what the role `assistant` says.
+        pack: cut samples from all documents in a seeded order, one after the other: nothing is padded, and a sample may
+            contain the end of the previous document. false gives every document samples of its own, padded at the end.
+        separate: tokens of a packed sample see their own document alone, and positions begin anew with each. Set
+            `backbone.separate` too. No loss counts a document's first token.
+    """
+
+    gguf_file: str | None = None
+    prompt_field: str | None = None
+    chat_field: str | None = field(default=None, metadata={NEUTRAL: None})
+    pack: bool = True
+    separate: bool = field(default=False, metadata={NEUTRAL: False})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.chat_field is not None and self.prompt_field is not None:
+            raise UserError("data.prompt_field: a chat has turns instead of a prompt; give it or chat_field, not both")
+        if self.separate and not self.pack:
+            raise UserError("data.separate: without pack every document has samples of its own; leave one of them out")
+
+    @override
     def _rows(self, corpus: Corpus, documents: Any, part: str) -> Rows:
         starts, ends = corpus.bounds[documents], corpus.bounds[documents + 1]
         if not self.pack:
@@ -145,110 +231,57 @@ class TextTokens(DataSource):
             )
         return rows
 
-    def _corpus(self, files: Sequence[str] | None) -> Corpus:
-        """The tokens of some files or of the data set, from the cache if possible."""
-        found = None if files is None else find_files(files)
-        tokenizer = load_tokenizer(self.tokenizer, None, self.gguf_file)
-        if found is None:
-            of: Any = [self.dataset, self.split]
-        else:
-            of = {str(path): sha256(path) for path in found}
-        fields: list[Any] = [self.text_field, self.prompt_field]
+    @property
+    @override
+    def _all_count(self) -> bool:
+        return self.prompt_field is None and self.chat_field is None
+
+    @override
+    def _tokenizer(self) -> Any:
+        return load_tokenizer(self.tokenizer, None, self.gguf_file)
+
+    @override
+    def _encoding(self, tokenizer: Any) -> list[Any]:
         if self.chat_field is not None:
-            fields = [self.chat_field, check_template(tokenizer, self.tokenizer)]
-        key = digest([of, *fields, _identity(tokenizer), READING])[:32]
-        base = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "tinyfusion", "tokens")
-        folder = Path(self.cache or base).expanduser() / key
-        if not folder.is_dir():
-            self._tokenise(tokenizer, self._documents(found), folder)
-        bounds = np.fromfile(folder / "bounds", dtype=np.int64)
-        if len(bounds) < 2:
-            raise UserError(f"data: {self._named} holds no text")
-        all_count = self.prompt_field is None and self.chat_field is None
-        counted = None if all_count else np.memmap(folder / "counted", dtype=np.uint8, mode="r")
-        tokens = np.memmap(folder / "tokens", dtype=np.uint32, mode="r")
-        largest = int(np.fromfile(folder / "largest", dtype=np.int64)[0])
-        name = f"{self.dataset or ', '.join(files or [])} with the data.tokenizer {self.tokenizer}"
-        return Corpus(tokens, counted, bounds, _filler(tokenizer), largest, name)
+            return [self.chat_field, check_template(tokenizer, self.tokenizer)]
+        return [self.text_field, self.prompt_field]
 
-    def _tokenise(self, tokenizer: Any, documents: Iterator[Document], folder: Path) -> None:
-        """Write tokens, which of them count, and where documents begin; the folder appears when it is complete."""
-        bounds, largest = [0], 0
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".making"))
-        try:
-            with (made / "tokens").open("wb") as tokens, (made / "counted").open("wb") as counted:
-                while some := list(islice(documents, 64)):
-                    for ids, ones in self._encoded(tokenizer, some):
-                        _write(tokens, ids, np.uint32)
-                        _write(counted, ones, np.uint8)
-                        largest = max(largest, *ids)
-                        bounds.append(bounds[-1] + len(ids))
-            with (made / "bounds").open("wb") as file:
-                _write(file, bounds, np.int64)
-            with (made / "largest").open("wb") as file:
-                _write(file, [largest], np.int64)
-            made.chmod(0o755)
-            if not folder.is_dir():  # another process may have been faster
-                made.rename(folder)
-        except OSError as e:
-            if not folder.is_dir():
-                raise UserError(
-                    f"data.cache: {folder.parent} cannot be written ({e}); free space or name another"
-                ) from e
-        finally:
-            shutil.rmtree(made, ignore_errors=True)
-
+    @override
     def _encoded(self, tokenizer: Any, some: Sequence[Document]) -> Iterator[tuple[list[int], list[int]]]:
-        """Tokens of documents, and ones for those that count."""
         if self.chat_field is not None:
             yield from (encode_chat(tokenizer, document.messages, document.where) for document in some)
             return
         end = tokenizer.eos_token_id
-        prompts = _encode(tokenizer, [document.prompt for document in some], special=True)
-        texts = _encode(tokenizer, [document.text for document in some], special=self.prompt_field is None)
+        prompts = encode(tokenizer, [document.prompt for document in some], special=True)
+        texts = encode(tokenizer, [document.text for document in some], special=self.prompt_field is None)
         for prompt, text in zip(prompts if self.prompt_field else [[]] * len(some), texts, strict=True):
             text = [*text, *([end] if end is not None and text[-1:] != [end] else [])]
             yield [*prompt, *text], [0] * len(prompt) + [1] * len(text)
 
-    def _documents(self, files: Sequence[Path] | None) -> Iterator[Document]:
-        """Every non-empty document."""
-        if files is None:
-            datasets = need("datasets", "tinyfusion[text]", "data.dataset")
-            name, _, configuration = (self.dataset or "").partition(":")
-            rows = datasets.load_dataset(name, configuration or None, split=self.split)
-            yield from self._fields(rows, f"data.dataset {self.dataset}")
-        for path in files or []:
-            if path.suffix == ".parquet":
-                yield from self._fields(parquet_rows(path), str(path))
-            elif path.suffix == ".jsonl":
-                yield from self._fields(json_lines(path), str(path))
-            elif self.chat_field is not None:
-                raise UserError(f"{path}: text is no conversation; with data.chat_field give .jsonl or .parquet files")
-            elif text := "".join(lines(path)).strip():
-                yield Document(text)
+    @override
+    def _plain(self, path: Path) -> Iterator[Document]:
+        if self.chat_field is not None:
+            raise UserError(f"{path}: text is no conversation; with data.chat_field give .jsonl or .parquet files")
+        return super()._plain(path)
 
+    @override
     def _fields(self, rows: Any, where: str) -> Iterator[Document]:
         for number, row in enumerate(rows, 1):
+            place = f"{where}: row {number}"
             if self.chat_field is not None:
-                place = f"{where}: row {number}"
                 turns = row.get(self.chat_field) if isinstance(row, dict) else None
-                messages = check_messages(turns, f"{place}: '{self.chat_field}'")
-                yield Document(messages=messages, where=place)
-                continue
-            for name in filter(None, (self.text_field, self.prompt_field)):
-                if not isinstance(row, dict) or not isinstance(row.get(name), str):
-                    found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-                    advice = "set data.text_field or data.prompt_field"
-                    if isinstance(row, dict) and isinstance(row.get("messages"), list):
-                        advice = "set data.chat_field: messages"
-                    raise UserError(f"{where}: row {number} has no text '{name}' (found: {found}); {advice}")
-                check_text(row[name], f"{where}: row {number}: '{name}'")
-            if row[self.text_field].strip():
-                yield Document(row[self.text_field], row[self.prompt_field] if self.prompt_field else "")
+                yield Document(messages=check_messages(turns, f"{place}: '{self.chat_field}'"), where=place)
+            elif (text := self._text(row, self.text_field, place)).strip():
+                yield Document(text, self._text(row, self.prompt_field, place) if self.prompt_field else "")
+
+    @override
+    def _fields_for(self, row: Any) -> str:
+        chat = isinstance(row, dict) and isinstance(row.get("messages"), list)
+        return "data.chat_field: messages" if chat else "data.text_field or data.prompt_field"
 
 
-def _encode(tokenizer: Any, texts: Sequence[str], special: bool) -> list[list[int]]:
+def encode(tokenizer: Any, texts: Sequence[str], special: bool) -> list[list[int]]:
+    """Return the token ids of texts, with the tokenizer's special tokens or without."""
     encoded: list[list[int]] = tokenizer(list(texts), add_special_tokens=special, verbose=False)["input_ids"]
     return encoded
 
@@ -261,7 +294,3 @@ def _identity(tokenizer: Any) -> str:
 def _filler(tokenizer: Any) -> int:
     numbers = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return next(number for number in numbers if number is not None)
-
-
-def _write(file: BinaryIO, numbers: Sequence[int], kind: Any) -> None:
-    file.write(np.asarray(numbers, dtype=kind).tobytes())

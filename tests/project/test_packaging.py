@@ -78,7 +78,9 @@ def extra(name: str) -> set[str]:
 
 
 CORE = {package_of(line) for line in PROJECT["project"]["dependencies"]} | {"yaml", "PIL"}
-OPTIONAL = ("diffusers", "timm", "transformers", "peft", "datasets", "gguf", "lm_eval", "pyarrow")
+OPTIONAL = (
+    "diffusers", "timm", "transformers", "peft", "datasets", "gguf", "lm_eval", "pyarrow", "jiwer", "soundfile",
+)  # fmt: skip
 
 
 def test_every_import_is_a_declared_dependency() -> None:

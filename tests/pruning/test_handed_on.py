@@ -105,3 +105,56 @@ def test_lora_adapts_the_layers_that_are_called_and_plain() -> None:
         adapted = {name.rpartition(".lora_A")[0] for name, _ in net.named_parameters() if ".lora_A" in name}
         assert adapted == {"0.0.called"}
         net[0][0](torch.ones(2, 4)).sum().backward()
+
+
+class Biased(nn.Module):
+    """The first block makes a bias for all samples, which the others are given and hand on."""
+
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        self.inner, self.make = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH) if first else None
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if bias is None:
+            bias = x.new_zeros(1, WIDTH) if self.make is None else self.make(x.new_ones(1, WIDTH))
+        return x + torch.tanh(self.inner(x) + bias), bias
+
+
+class BiasedNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Biased(i == 0) for i in range(4))
+
+    def forward(self, x: Tensor, alone: Tensor | None = None) -> Tensor:
+        """(B, width) samples, and the blocks that run; without the first there is no bias."""
+        bias = None
+        for block, kept in zip(self.blocks, [True] * 4 if alone is None else alone.bool().tolist(), strict=True):
+            if kept:
+                x, bias = block(x, bias)
+        return x
+
+
+def test_what_all_samples_share_is_handed_on_as_it_is() -> None:
+    net = BiasedNet().double()
+    x = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(0)).double()
+    dims = probed_batch_dims(net, PATHS, lambda n: net(x[:n]))
+    assert dims("blocks.1", "bias") is None
+    masks = torch.tensor([[1.0, 0, 1, 0], [1, 1, 0, 1], [1, 1, 1, 1], [1, 0, 0, 0], [1, 0, 0, 1]]).double()
+    expected = torch.cat([net(x[i : i + 1], masks[i]) for i in range(5)])
+    weights = torch.autograd.grad(expected.square().sum(), list(net.parameters()))
+    mask = masks.clone().requires_grad_()
+    with Gates(net, PATHS, dims, unneeded={1: ("bias",), 2: ("bias",)}) as gates:  # nothing is returned at 2
+        for some in (masks, mask):
+            gates.mask = some
+            found = net(x)
+            assert torch.allclose(found, expected)
+            grads = torch.autograd.grad(found.square().sum(), [*net.parameters(), *([mask] if some is mask else [])])
+            assert all(map(torch.allclose, grads, weights))
+        with torch.no_grad():
+            for row in masks:
+                gates.mask = row.repeat(5, 1)
+                assert torch.allclose(net(x), net(x, row))
+            gates.mask = torch.tensor([[0.0, 1, 1, 0]]).double().repeat(5, 1)
+            for _ in range(2):  # the second time nothing of the first block is run
+                bias = net.blocks[0].make(x.new_ones(1, WIDTH))
+                assert torch.allclose(net(x), net.blocks[2](net.blocks[1](x, bias)[0], bias)[0])

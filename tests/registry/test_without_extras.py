@@ -18,7 +18,7 @@ WITHOUT = """
 import sys
 from importlib.machinery import PathFinder
 
-AWAY = {"diffusers", "transformers", "timm", "peft", "datasets", "gguf", "pyarrow"}
+AWAY = {"diffusers", "transformers", "timm", "peft", "datasets", "gguf", "pyarrow", "soundfile", "jiwer"}
 
 class Without(PathFinder):
     @classmethod

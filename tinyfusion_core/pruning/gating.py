@@ -1,14 +1,13 @@
 """Run a model under a sampled block mask, one mask per sample, exactly and sparsely.
 
-The dense formula `x + m * (f(x) - x)` evaluates every block for every sample with a graph. For a hard 0/1
-mask its gradients need far less: the gradient to the mask is `<dL/dy, f(x) - x>` for every sample, and the
-gradient to the input and to f's weights goes through f only where the block is kept. So kept samples run
-with a graph, dropped ones without, and a small autograd function merges both.
+The dense formula `x + m * (f(x) - x)` evaluates every block for every sample with a graph. For a hard 0/1 mask its
+gradients need far less: that to the mask is `<dL/dy, f(x) - x>` for every sample, and those to the input and to f's
+weights go through f only where the block is kept. So kept samples run with a graph, dropped ones without.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
@@ -23,6 +22,7 @@ from typing_extensions import override
 from ..errors import UserError
 from ..protocols.blocks.batch import BatchDim
 from ..protocols.blocks.call import Call, in_the_form_of, is_plain, items_of, not_the_batch, positional_names
+from ..protocols.blocks.paths import list_of
 from ..protocols.blocks.rows import Rows, moved, split_rows
 from ..protocols.blocks.streams import FIRST, Streams, Unneeded, streams_of
 from ..protocols.undisturbed import replaced_forward
@@ -52,8 +52,7 @@ class Gates:
         unneeded: outputs of blocks that are no stream: None, or handed on; see `Backbone.unneeded`.
 
     Attributes:
-        recall: answers the calls of blocks where there are no gradients; see `Prefixes`. It takes every sample to have
-            the same mask.
+        recall: answers calls of blocks without gradients, where all samples have the same mask; see `Prefixes`.
     """
 
     def __init__(
@@ -154,17 +153,12 @@ class Gates:
                 value = self._items(j, call.run(rest))
         if call.changed:
             changed = ", ".join(sorted(call.changed))
-            raise UserError(
-                f"block '{self.blocks[j]}' changes its input in place ({changed}), which gating cannot undo"
-            )
+            raise UserError(f"block '{self.blocks[j]}' changes its input in place ({changed}), which no gate can undo")
         items = self._items(j, output)
         self._check_items(j, items, inputs, partly=len(run) < len(mask))
         weight = None if self._weights is None else self._weights[:, j]
         entered = {stream.item: x for stream, x in zip(self._streams[j], inputs, strict=True)}
-        for i, name in self._carried[j].items():
-            if isinstance(item := items.get(i), Tensor):  # the first block is given none
-                given = call.given(name)
-                entered[i] = item.new_zeros(len(mask), *item.shape[1:]) if given is None else given
+        entered |= dict(self._handed_on(j, call, items, len(mask), nobody=not len(kept)))
         for i, x in entered.items():
             items[i] = _Merge.apply(x, items[i], value[i] if value else None, mask, kept, run, rest, weight)
         return in_the_form_of(output, items)
@@ -175,21 +169,39 @@ class Gates:
         if not len(kept) and like in self._forms:
             return self._forms[like]
         output = call.run(run)
-        if like[1] is not None and not call.changed and (form := self._form(j, output)) is not None:
+        if like[1] is not None and not call.changed and (form := self._form(j, call, output)) is not None:
             self._forms[like] = form
         return output
 
-    def _form(self, j: int, output: Any) -> Any:
+    def _form(self, j: int, call: Call, output: Any) -> Any:
         """A block's output with the streams of no rows; None if more than streams and plain values is in it."""
-        streams, items = {stream.item for stream in self._streams[j]}, items_of(output) or {}
+        streams, items, carried = {stream.item for stream in self._streams[j]}, items_of(output) or {}, self._carried[j]
         for i, item in items.items():
-            if i in streams | self._carried[j].keys() and isinstance(item, Tensor):
+            if i in streams | carried.keys() and isinstance(item, Tensor):
+                if i in carried and call.given(carried[i]) is None and self._shared(j, carried[i], None):
+                    return None  # it makes this for all
                 items[i] = item.new_empty(0, *item.shape[1:])
             elif i in self._unneeded:
                 items[i] = None
             elif not is_plain(item):
                 return None
         return in_the_form_of(output, items) if streams <= items.keys() else None
+
+    def _handed_on(self, j: int, call: Call, items: Any, num_rows: int, nobody: bool) -> Iterator[tuple[Any, Tensor]]:
+        """What a skipped block hands on beside its streams; what all samples share is put into its output."""
+        for i, name in self._carried[j].items():
+            item, given = items.get(i), call.given(name)  # the first block is given none
+            if isinstance(item, Tensor) and self._shared(j, name, given):
+                items[i] = given if nobody and given is not None else item
+            elif isinstance(item, Tensor):
+                yield i, item.new_zeros(num_rows, *item.shape[1:]) if given is None else given
+
+    def _shared(self, j: int, name: str, given: Any) -> bool:
+        """Whether what a block hands on under this name is one for all samples, as who is given it shows."""
+        k = j if given is not None else j + 1
+        if k == len(self.blocks) or list_of(self.blocks[k]) != list_of(self.blocks[j]):
+            return True  # nobody is given it
+        return name in self._carried[k].values() and self._batch_dim(self.blocks[k], name) is None
 
     def _inputs(self, j: int, call: Call, num_rows: int) -> list[Tensor]:
         """What a skipped block gives: the incoming streams. Raises UserError unless they have so many samples."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,10 +15,9 @@ from typing_extensions import override
 
 from tinyfusion_core.errors import MissingFileError, UserError, first_line, require
 from tinyfusion_core.protocols.data import DataSource
-from tinyfusion_core.runtime.seeding import generator
-from tinyfusion_llm.documents import check_text, find_files, json_lines
+from tinyfusion_llm.documents import check_held_out, check_text, held_apart, json_rows
+from tinyfusion_llm.hidden import IGNORED
 from tinyfusion_llm.images.columns import columns
-from tinyfusion_llm.loss import IGNORED
 from tinyfusion_llm.pretrained.readers import load_processor
 
 
@@ -150,9 +149,7 @@ class ImageText(DataSource):
 
     def __post_init__(self) -> None:
         require(self.context >= 2, "data.context", self.context, "at least 2 tokens")
-        fraction, most = self.held_out_fraction, self.max_held_out
-        require(0 < fraction < 1, "data.held_out_fraction", fraction, "a number between 0 and 1")
-        require(most is None or most >= 1, "data.max_held_out", most, "at least 1 row, or null")
+        check_held_out(self.held_out_fraction, self.max_held_out)
 
     @override
     def train(self) -> ImageRows:
@@ -164,36 +161,18 @@ class ImageText(DataSource):
 
     @cached_property
     def _parts(self) -> tuple[ImageRows, ImageRows]:
-        processor = load_processor(self.processor, None)
-        examples = list(self._examples(processor, self.files))
-        order = torch.randperm(len(examples), generator=generator(self.seed, "images and text")).tolist()
-        mixed = [examples[i] for i in order]
-        if self.held_out_files is not None:
-            held_out = list(self._examples(processor, self.held_out_files))
-        else:
-            if len(mixed) < 2:
-                raise UserError(f"data.files: {', '.join(self.files)} hold one row; give more, or held_out_files")
-            num = min(len(mixed) - 1, max(1, round(self.held_out_fraction * len(mixed))))
-            held_out, mixed = mixed[:num], mixed[num:]
-        parts = (
-            ImageRows(mixed, processor, self.context),
-            ImageRows(held_out[: self.max_held_out], processor, self.context),
-        )
+        processor = load_processor(self.processor, None, reads="images")
+        examples, held_out = self._examples(processor, self.files), self.held_out_files
+        others = None if held_out is None else self._examples(processor, held_out)
+        order = (self.seed, "images and text")
+        first, second = held_apart(examples, others, self.held_out_fraction, self.max_held_out, order)
+        parts = ImageRows(first, processor, self.context), ImageRows(second, processor, self.context)
         for rows in parts:
             rows.fullest(1)  # what does not fit at all shows before anything is spent
         return parts
 
-    def _examples(self, processor: Any, names: Sequence[str]) -> Iterator[Example]:
-        files = [path for path in find_files(names) if path.suffix == ".jsonl"]
-        empty = True
-        for path in files:
-            for number, row in enumerate(json_lines(path), 1):
-                empty = False
-                yield self._example(processor, row if isinstance(row, dict) else {}, path, f"{path}: row {number}")
-        if empty:
-            raise UserError(
-                f"data.files: no row of a .jsonl file in {', '.join(names)}; give rows with images and text"
-            )
+    def _examples(self, processor: Any, names: Sequence[str]) -> list[Example]:
+        return [self._example(processor, *row) for row in json_rows(names, "images and text")]
 
     def _example(self, processor: Any, row: Mapping[str, Any], path: Path, where: str) -> Example:
         prompt, text = row.get(self.prompt_field, ""), row.get(self.text_field)

@@ -19,6 +19,12 @@ def construct(config: Settings, autos: Autos, device: str = "meta") -> Any:
         return auto_class(made, autos).from_config(made, dtype=made.dtype)
 
 
+def class_of(config: Settings, autos: Autos) -> Any:
+    """Return the class of the network of a config given as a dict, by one of some auto classes."""
+    made = config_of(config)
+    return auto_class(made, autos)._model_mapping[type(made)]
+
+
 def construct_as(kind: type[Any], config: Settings) -> Any:
     """Build the untrained network of a class and of a config given as a dict, on the meta device."""
     made = config_of(config)
@@ -29,6 +35,7 @@ def construct_as(kind: type[Any], config: Settings) -> Any:
 def randomised(config: Settings, autos: Autos, rng: torch.Generator) -> Any:
     """Build the network of a config given as a dict, all weights random, none zero."""
     model = construct(config, autos).to_empty(device="cpu")
+    model.tie_weights()  # which moving has untied
     fresh = construct(config, autos, "cpu")  # for the tables that are no parameters
     model.load_state_dict(fresh.state_dict())
     for (_, buffer), (_, made) in zip(model.named_buffers(), fresh.named_buffers(), strict=True):
@@ -65,9 +72,17 @@ def config_of(settings: Settings) -> Any:
 
 
 def steady(config: Any) -> Any:
-    """Turn off what changes weights while a network runs, by the positions of layers: what float16 needs in RWKV."""
+    """Turn off what a network does to its layers by itself while it runs, by their positions or at random.
+
+    RWKV changes weights for float16; others skip layers in training (LayerDrop, arXiv:1909.11556), unknown to gates.
+    """
     if hasattr(config, "rescale_every"):
         config.rescale_every = 0
+    for key, value in vars(config).items():
+        if key.endswith("layerdrop"):
+            setattr(config, key, 0.0)
+        elif hasattr(value, "model_type"):
+            steady(value)
     return config
 
 

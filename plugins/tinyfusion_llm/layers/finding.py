@@ -21,7 +21,7 @@ def find_layers(model: nn.Module) -> str:
     if not next(decoder.children(), None):  # a head of that name
         decoder = model.base_model
     depth = text_config(model).num_hidden_layers
-    start = next(name for name, module in model.named_modules() if module is decoder)
+    start = path_of(model, decoder)
     lists = [
         f"{start}.{name}".strip(".")
         for name, module in decoder.named_modules()
@@ -38,6 +38,40 @@ def find_layers(model: nn.Module) -> str:
             f"found: {found}; depth pruning needs a decoder whose blocks are one ModuleList"
         )
     return outer[0]
+
+
+def around_layers(model: Any) -> list[nn.Module]:
+    """Return the modules around the layers, one of which the model calls before its head; the outermost first.
+
+    Of an encoder-decoder those around the decoder's layers.
+    """
+    if model.config.is_encoder_decoder:
+        parents = path_of(model, model.get_decoder()).split(".")
+    else:
+        *parents, _ = find_layers(model).split(".")
+    return [model.get_submodule(".".join(parents[: i + 1])) for i in range(len(parents))]
+
+
+def vocabulary_of(model: Any) -> int:
+    """Return how many tokens a model knows: those that it reads, of an encoder-decoder those that it writes.
+
+    Raises:
+        UserError: it writes no tokens, or several at a time.
+    """
+    if not model.config.is_encoder_decoder:
+        return int(model.get_input_embeddings().num_embeddings)
+    if (head := model.get_output_embeddings()) is None:
+        raise UserError(
+            f"backbone.model: the decoder of a '{model.config.model_type}' has no head for tokens; expected a network "
+            "that writes text"
+        )
+    return int(head.weight.shape[0])
+
+
+def path_of(model: nn.Module, inside: nn.Module) -> str:
+    """Return the path of a module of a network."""
+    found: str = next(name for name, module in model.named_modules() if module is inside)
+    return found
 
 
 def text_config(model: nn.Module) -> Any:

@@ -13,8 +13,10 @@ from torch import nn
 
 from tinyfusion_core.errors import UserError, first_line
 from tinyfusion_llm.layers.building import construct_as
-from tinyfusion_llm.layers.finding import find_layers, num_fed, text_config
+from tinyfusion_llm.layers.finding import num_fed, text_config
+from tinyfusion_llm.layers.inputs import short_inputs
 from tinyfusion_llm.layers.shortening import corrected, described
+from tinyfusion_llm.layers.stacks import Stack, find_stacks
 from tinyfusion_llm.pretrained.reading import as_json
 
 
@@ -38,9 +40,32 @@ def limits(model: nn.Module) -> Mapping[str, Sequence[Any]]:
 @lru_cache(maxsize=8)
 def _limits(kind: Any, config: str) -> Mapping[str, Sequence[Any]]:
     model = construct_as(kind, json.loads(config))
-    path = find_layers(model)
-    problem = partial(_problem, model, path)
-    kinds = _kinds(model.get_submodule(path).children())
+    stacks = find_stacks(model)
+    if len(stacks) == 1:
+        return _rules(model, stacks[0])
+    found: list[int] = []
+    first, problem = 0, None
+    for stack in stacks:
+        depth = stack.depth(model)
+        try:
+            rules = _rules(model, stack)
+        except UserError as e:
+            rules, problem = {"protect": range(depth)}, e
+        # A period is one of the whole network, so of two lists one that has some stays as it is.
+        found += [first + i for i in (range(depth) if "period" in rules else rules.get("protect", ()))]
+        first += depth
+    if len(found) < first:
+        return {"protect": found} if found else {}
+    raise problem or UserError(
+        f"backbone: no layer of a '{model.config.model_type}' can go: what the layers of encoder and decoder are "
+        "follows from their positions, in periods, which are known to masks of one list alone"
+    )
+
+
+def _rules(model: nn.Module, stack: Stack) -> Mapping[str, Sequence[Any]]:
+    """The rules for the layers of one list. Raises UserError if none of them can go."""
+    problem = partial(_problem, model, stack)
+    kinds = _kinds(model.get_submodule(stack.path).children())
     alone, together = _without(kinds)
     if len(set(kinds)) == 1 and not problem(alone[0]):
         return {}
@@ -87,13 +112,13 @@ _KINDS = 4
 """Kinds of layers that are looked at one by one; more are rare, and every look takes a second of a large network."""
 
 
-def _problem(model: nn.Module, path: str, kept: Sequence[int]) -> str:
+def _problem(model: nn.Module, stack: Stack, kept: Sequence[int]) -> str:
     """Why the layers that are kept are no network of the config; empty if they are."""
     shorter = copy.deepcopy(model)
-    layers: Any = shorter.get_submodule(path)
+    layers: Any = shorter.get_submodule(stack.path)
     for i in reversed([i for i in range(len(layers)) if i not in set(kept)]):
         del layers[i]
-    if problem := corrected(shorter, path, kept):
+    if problem := corrected(shorter, {stack: kept}):
         return problem
     failure = _failure(shorter)
     return "" if not failure or _failure(model) else f"it does not run ({failure})"
@@ -101,14 +126,12 @@ def _problem(model: nn.Module, path: str, kept: Sequence[int]) -> str:
 
 def _failure(model: nn.Module) -> str:
     """Why a network on the meta device does not run; also empty if that device lacks one of its operations."""
-    tokens = torch.zeros(1, 2, dtype=torch.long, device="meta")
-    mask = torch.ones(1, 1, 2, 2, dtype=torch.bool, device="meta")  # where there is none, values are looked at
     try:
         with torch.random.fork_rng(), torch.no_grad():
-            model.eval()(input_ids=tokens, attention_mask=mask, use_cache=False)
+            model.eval()(**short_inputs(model), use_cache=False)
     except (LookupError, TypeError, ValueError) as e:
         return f"{type(e).__name__}: {first_line(e)}"
-    except (NotImplementedError, RuntimeError):
+    except (NotImplementedError, RuntimeError, AssertionError):
         pass
     return ""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tinyfusion_core.errors import MissingFileError, first_line, need
 from tinyfusion_core.parsing.records import check_folder
@@ -44,26 +44,35 @@ def load_tokenizer(name: str, revision: str | None, gguf_file: str | None, requi
         ) from None
 
 
-def load_processor(name: str, revision: str | None, required: bool = True) -> Any:
-    """Load what makes the inputs of a model that reads images.
+READERS = {"images": "image_processor", "audio": "feature_extractor"}
+"""What a processor has that takes them."""
+
+
+def load_processor(
+    name: str, revision: str | None, required: bool = True, reads: Literal["images", "audio"] | None = None
+) -> Any:
+    """Load what makes the inputs of a model that reads images or hears audio.
 
     Args:
         name: folder or hub id.
         revision: branch, tag or commit on the hub.
         required: whether a missing one is an error.
+        reads: which of them it has to take; None for either.
 
     Returns:
         The processor; None if it is missing and not required.
 
     Raises:
-        UserError: it is missing or damaged, or takes no images, though required.
+        UserError: it is missing or damaged, or takes no such inputs, though required.
     """
     reader = transformers("data.processor").AutoProcessor
+    what = reads or "images or audio"
     if Path(name).is_dir():
         check_folder(Path(name))
     try:
         made = reader.from_pretrained(name, revision=revision or "main")
-        reason = "" if hasattr(made, "image_processor") else f"{type(made).__name__} takes no images"
+        takes = any(hasattr(made, part) for kind, part in READERS.items() if reads in (kind, None))
+        reason = "" if takes else f"{type(made).__name__} takes no {what}"
     except Exception as e:  # damaged files make the readers fail in any way they can
         reason = first_line(e)
     if not reason:
@@ -71,6 +80,6 @@ def load_processor(name: str, revision: str | None, required: bool = True) -> An
     if not required:
         return None
     raise MissingFileError(
-        f"data.processor: no processor of images and text in '{name}' ({reason}); expected what AutoProcessor of "
+        f"data.processor: no processor of {what} and text in '{name}' ({reason}); expected what AutoProcessor of "
         "transformers reads. Copy the original model's processor and tokenizer files there"
     )

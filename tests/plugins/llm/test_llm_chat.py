@@ -11,7 +11,7 @@ import pytest
 import llm_toys
 import tinyfusion_core as tiny
 from tinyfusion_llm import TextTokens
-from tinyfusion_llm.loss import IGNORED
+from tinyfusion_llm.hidden import IGNORED
 
 PLAIN = (
     "{% for m in messages %}{{ '<s> ' + ('w10 ' if m.role == 'user' else 'w11 ') + m.content + ' </s> ' }}{% endfor %}"

@@ -16,7 +16,7 @@ from llm_toys import TOKENS, VOCABULARY
 from tinyfusion_core.cli import main
 from tinyfusion_llm import NextToken
 from tinyfusion_llm.generation.continuing import drawn
-from tinyfusion_llm.loss import IGNORED
+from tinyfusion_llm.hidden import IGNORED
 
 
 @pytest.fixture(scope="module")

@@ -18,9 +18,9 @@ from marks import slow_but
 from tinyfusion_core.cli import main
 from tinyfusion_llm import CausalLM
 from tinyfusion_llm.layers.building import construct
-from tinyfusion_llm.layers.finding import find_layers
 from tinyfusion_llm.layers.limits import limits
 from tinyfusion_llm.layers.shortening import corrected
+from tinyfusion_llm.layers.stacks import find_stacks
 
 pytestmark = [pytest.mark.numerics, pytest.mark.filterwarnings("ignore")]  # of transformers
 LIMITS: dict[str, dict[str, Any]] = {
@@ -39,10 +39,11 @@ LIMITS: dict[str, dict[str, Any]] = {
 
 def sayable(model: Any, kept: tuple[int, ...]) -> bool:
     shorter = copy.deepcopy(model)
-    layers = shorter.get_submodule(find_layers(model))
+    (stack,) = find_stacks(model)
+    layers = shorter.get_submodule(stack.path)
     for i in sorted({*range(6)} - {*kept}, reverse=True):
         del layers[i]
-    return not corrected(shorter, find_layers(model), kept)
+    return not corrected(shorter, {stack: kept})
 
 
 @pytest.mark.parametrize("family", slow_but(LIMITS, "jamba", "rwkv", "gpt_neox_japanese"))

@@ -17,7 +17,7 @@ from llm_toys import VOCABULARY, folder, tokenizer
 from tinyfusion_core.cli import main
 from tinyfusion_core.runtime.seeding import generator
 from tinyfusion_llm import CausalLM, Generation, LmEval, NextToken, Perplexity, TextTokens
-from tinyfusion_llm.loss import IGNORED
+from tinyfusion_llm.hidden import IGNORED
 
 pytestmark = [pytest.mark.numerics, pytest.mark.filterwarnings("ignore")]  # of transformers
 

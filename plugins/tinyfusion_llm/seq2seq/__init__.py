@@ -1,0 +1,1 @@
+"""Encoder-decoders: two lists of layers, and what the encoder reads as columns of a batch."""

@@ -1,0 +1,1 @@
+"""Speech: recordings and what is said in them as data, and the words that a model gets wrong."""

@@ -1,0 +1,223 @@
+"""Recordings and their texts as samples, made by the model's own processor while they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from scipy.signal import resample_poly
+from torch import Tensor
+from typing_extensions import override
+
+from tinyfusion_core.errors import MissingFileError, UserError, first_line, need, require
+from tinyfusion_core.protocols.data import DataSource
+from tinyfusion_llm.documents import Row, check_held_out, check_text, held_apart, json_rows
+from tinyfusion_llm.hidden import IGNORED
+from tinyfusion_llm.pretrained.readers import load_processor
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """A recording, and what is said in it.
+
+    Attributes:
+        audio: its file.
+        text: what is said.
+        tokens: the text's tokens, between those of the prompt and the one that ends it.
+        where: the row that it is from, for messages.
+    """
+
+    audio: Path
+    text: str
+    tokens: list[int]
+    where: str
+
+
+@dataclass(frozen=True)
+class SpeechRows:
+    """Recordings as samples; see `SpeechText`.
+
+    Attributes:
+        utterances: all of them, in order.
+        processor: of transformers.
+        context: T.
+        num_prompt: how many of a text's first tokens are the prompt.
+    """
+
+    utterances: Sequence[Utterance]
+    processor: Any
+    context: int
+    num_prompt: int
+
+    def __len__(self) -> int:
+        return len(self.utterances)
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+        """Return `features` (rows, mels, frames), and `tokens` and `labels` (rows, T).
+
+        Raises:
+            UserError: a recording cannot be read.
+        """
+        some, extractor = [self.utterances[i] for i in indices], self.processor.feature_extractor
+        audio = [_samples(one, extractor.sampling_rate) for one in some]
+        features = extractor(audio, sampling_rate=extractor.sampling_rate, return_tensors="pt")["input_features"]
+        # Behind its end a text has more of the token that ends it: not all tokenizers have one for padding.
+        tokens = torch.tensor([[*one.tokens, *one.tokens[-1:] * (self.context - len(one.tokens))] for one in some])
+        place, lengths = torch.arange(self.context), torch.tensor([len(one.tokens) for one in some])
+        counted = (place >= self.num_prompt) & (place < lengths[:, None])
+        return {"features": features, "tokens": tokens, "labels": tokens.where(counted, IGNORED)}
+
+    def where(self, name: str, index: int) -> str:
+        """Return the row that a sample is from."""
+        return self.utterances[index].where
+
+    def extremes(self, name: str) -> Sequence[tuple[int, str]]:
+        """Return the largest of all tokens, and the row that has it."""
+        if name not in ("tokens", "labels"):
+            return []
+        most = max(self.utterances, key=lambda one: max(one.tokens))
+        return [(max(most.tokens), most.where)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeechText(DataSource):
+    """Recordings and their texts, for models that write what they hear, such as Whisper.
+
+    A sample has `features` (mels, frames), the log-mel spectrogram of the model's own feature extractor, padded to its
+    length; `tokens` (T,) with T = `context`, the prompt of language and task, the text and its end; and `labels` (T,),
+    the same with -100 where no loss counts, at the prompt and behind the end.
+
+    A row of a JSONL file names a recording, in any format that libsndfile reads: WAV, FLAC, OGG, MP3. Several channels
+    are averaged, and other rates than the extractor's are resampled. Recordings are read anew each time.
+
+    Args:
+        processor: folder or hub id of a model that has one.
+        files: `.jsonl` files, and folders that are searched for them.
+        audio_field: key of the recording's file, relative to the JSONL file.
+        text_field: key of the text.
+        language: language of the texts, a name or code; null for a model that knows one language alone.
+        task: whether texts are what is said, or its English translation.
+        leading_space: begin texts with a space, as the transcripts of Whisper begin in languages that have spaces.
+        context: T; tokens per text, those of prompt and end among them.
+        held_out_fraction: fraction of the rows that no stage trains on.
+        held_out_files: rows to hold out, instead of a fraction of `files`.
+        max_held_out: largest number of samples to evaluate on, the first in the held-out rows' order; null takes all.
+        seed: seed of the choice and the order of the rows.
+    """
+
+    processor: str
+    files: list[str]
+    audio_field: str = "audio"
+    text_field: str = "text"
+    language: str | None = "en"
+    task: Literal["transcribe", "translate"] = "transcribe"
+    leading_space: bool = True
+    context: int = 128
+    held_out_fraction: float = 0.1
+    held_out_files: list[str] | None = None
+    max_held_out: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.context >= 2, "data.context", self.context, "at least 2 tokens")
+        check_held_out(self.held_out_fraction, self.max_held_out)
+
+    @override
+    def train(self) -> SpeechRows:
+        return self._parts[0]
+
+    @override
+    def held_out(self) -> SpeechRows:
+        return self._parts[1]
+
+    @cached_property
+    def _parts(self) -> tuple[SpeechRows, SpeechRows]:
+        need("soundfile", "tinyfusion[speech]", "data: SpeechText")
+        processor = load_processor(self.processor, None, reads="audio")
+        prompt = self._prompted(processor.tokenizer)
+        utterances, held_out = self._read(processor, prompt, self.files), self.held_out_files
+        others = None if held_out is None else self._read(processor, prompt, held_out)
+        order = (self.seed, "speech")
+        parts = held_apart(utterances, others, self.held_out_fraction, self.max_held_out, order)
+        first, second = (SpeechRows(part, processor, self.context, prompt) for part in parts)
+        return first, second
+
+    def _prompted(self, tokenizer: Any) -> int:
+        """Make a tokenizer write the prompt of language and task before each text; returns its number of tokens."""
+        try:
+            tokenizer.language, tokenizer.task = self.language, None if self.language is None else self.task
+            tokenizer.set_prefix_tokens(predict_timestamps=False)
+        except AttributeError:
+            raise UserError(
+                f"data.processor: {type(tokenizer).__name__} in '{self.processor}' knows no prompt of language and "
+                "task; give the processor of a Whisper"
+            ) from None
+        except ValueError as e:
+            raise UserError(f"data.language: {first_line(e)}") from None
+        return len(tokenizer.prefix_tokens)
+
+    def _read(self, processor: Any, num_prompt: int, names: Sequence[str]) -> list[Utterance]:
+        """The rows of files. Raises UserError if one is not as it should be, or longer than a sample."""
+        rows = [self._checked(row, processor.feature_extractor) for row in json_rows(names, "recordings and text")]
+        before = " " if self.leading_space else ""
+        texts = [f"{before}{text.strip()}" for _, text, _ in rows]
+        found = []
+        for (audio, text, where), tokens in zip(rows, processor.tokenizer(texts)["input_ids"], strict=True):
+            require(
+                len(tokens) <= self.context,
+                f"{where}: '{self.text_field}' takes {len(tokens)} tokens, {num_prompt} of them the prompt's; "
+                "data.context", self.context, "as many at least (backbone.context must be the same), or shorter texts",
+            )  # fmt: skip
+            found.append(Utterance(audio, text, tokens, where))
+        return found
+
+    def _checked(self, row: Row, extractor: Any) -> tuple[Path, str, str]:
+        """Recording, text and place of a row."""
+        values = []
+        for key in (self.audio_field, self.text_field):
+            value = row.values.get(key)
+            if not isinstance(value, str) or not value.strip():
+                has = ", ".join(row.values) or "nothing"
+                raise UserError(f"{row.where} has no '{key}' (found: {has}); set data.audio_field, data.text_field")
+            check_text(value, f"{row.where}: '{key}'")
+            values.append(value)
+        audio = row.file.parent / values[0]
+        if not audio.is_file():
+            raise MissingFileError(f"{row.where}: no recording {audio}; files are looked for beside the JSONL file")
+        seconds, most = _seconds(audio, row.where), extractor.n_samples / extractor.sampling_rate
+        if not 0 < seconds <= most:
+            raise UserError(
+                f"{row.where}: {audio} has {seconds:.1f} seconds, the model hears {most:.0f}; cut it in pieces, or "
+                "leave the row out"
+            )
+        return audio, values[1], row.where
+
+
+def _seconds(audio: Path, where: str) -> float:
+    soundfile = need("soundfile", "tinyfusion[speech]", "data: SpeechText")
+    try:
+        return float(soundfile.info(audio).duration)
+    except soundfile.SoundFileError as e:
+        raise _damaged(audio, where, e) from None
+
+
+def _samples(one: Utterance, rate: int) -> np.ndarray:
+    """The recording at a rate, (samples,)."""
+    soundfile = need("soundfile", "tinyfusion[speech]", "data: SpeechText")
+    try:
+        channels, found = soundfile.read(one.audio, dtype="float32", always_2d=True)
+    except soundfile.SoundFileError as e:
+        raise _damaged(one.audio, one.where, e) from None
+    samples: np.ndarray = channels.mean(1)
+    if not np.isfinite(samples).all():
+        raise UserError(f"{one.where}: {one.audio} holds numbers that are not finite; leave the row out")
+    return samples if found == rate else resample_poly(samples, rate, found)
+
+
+def _damaged(audio: Path, where: str, error: Exception) -> UserError:
+    return UserError(f"{where}: {audio} is damaged or no recording ({first_line(error)}); copy it again")

@@ -1,0 +1,30 @@
+"""Every family of encoder-decoders is right or refused, and the page of families says so."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import transformers
+
+from marks import slow_but
+from seq2seq_families import FAMILIES, PAGE, examine
+
+pytestmark = [pytest.mark.numerics, pytest.mark.filterwarnings("ignore")]  # of transformers
+ROWS = {row.split()[1]: row for row in re.findall(r"^\| (?!family )\S+ \| \w+ \|.*$", PAGE.read_text(), re.MULTILINE)}
+
+
+@pytest.mark.parametrize("family", slow_but(FAMILIES, "prophetnet"))
+def test_a_family_is_what_the_page_says(family: str, tmp_path: Path) -> None:
+    row = examine(family, tmp_path).row(family)
+    if f"transformers {transformers.__version__} loads" in PAGE.read_text():  # of another version it may differ
+        assert row == ROWS[family], "run python tests/seq2seq_families.py"
+
+
+def test_the_page_lists_all_of_them() -> None:
+    if f"transformers {transformers.__version__} loads" in PAGE.read_text():
+        assert set(ROWS) == set(FAMILIES)
+    counts = [int(n) for n in re.findall(r"^## .*: (\d+)$", PAGE.read_text(), re.MULTILINE)]
+    assert sum(counts) == len(ROWS)
+    assert counts[0] >= 24
