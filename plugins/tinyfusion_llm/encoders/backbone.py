@@ -1,0 +1,207 @@
+"""Encoders of transformers as backbones; students are plain transformers folders."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from tinyfusion_core.errors import UserError, first_line, require
+from tinyfusion_core.protocols.blocks.streams import Unneeded
+from tinyfusion_core.protocols.data import Lookup
+from tinyfusion_core.protocols.undisturbed import evaluating
+from tinyfusion_llm.encoders.folder import copy_modules
+from tinyfusion_llm.hidden import IGNORED
+from tinyfusion_llm.layers.building import config_of
+from tinyfusion_llm.layers.finding import find_layers, text_config
+from tinyfusion_llm.layers.limits import limits
+from tinyfusion_llm.layers.shortening import shorten
+from tinyfusion_llm.pretrained.backbone import Pretrained
+from tinyfusion_llm.pretrained.reading import Autos, vocabulary_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoder(Pretrained):
+    """An encoder of text that transformers loads: every token sees all others, but padding.
+
+    Args:
+        context: tokens per example, as in the data's option of that name, padding among them.
+    """
+
+    unneeded: ClassVar[Unneeded] = (1, 2)  # attention weights
+
+    context: int = 128
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.context >= 2, "backbone.context", self.context, "at least 2 tokens")
+
+    @classmethod
+    @override
+    def check_config(cls, config: Any, name: str) -> None:
+        if getattr(config, "is_encoder_decoder", False):
+            raise UserError(
+                f"backbone.model: '{name}' ({config.model_type}) is an encoder-decoder; expected {cls.kind}"
+            )
+        super().check_config(config, name)
+
+    @override
+    def check_model(self, model: nn.Module) -> None:
+        find_layers(model)
+        if failure := _failure(model, self.context):
+            raise UserError(
+                f"backbone.model: {type(model).__name__} does not read {self.context} tokens ({failure}); expected an "
+                "encoder of text, and a backbone.context that it has positions for (data.context must be the same)"
+            )
+
+    @override
+    def blocks(self, model: nn.Module) -> Sequence[str]:
+        return [f"{find_layers(model)}.*"]
+
+    @override
+    def after_prune(self, model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
+        ((path, indices),) = kept.items()
+        shorten(model, path, indices)
+        if not next(model.parameters()).is_meta and (failure := _failure(model, 2)):
+            kind = text_config(model).model_type
+            raise UserError(
+                f"backbone: a '{kind}' of the layers {list(indices)} alone does not run ({failure}); keep other layers"
+            )
+
+    @override
+    def limits(self, model: nn.Module) -> Mapping[str, Sequence[Any]]:
+        return limits(model)
+
+    @override
+    def example(self, num_rows: int) -> dict[str, Tensor]:
+        """Return `tokens` and `attention`, (batch, context), the end of which is padding; and what losses need."""
+        tokens = torch.arange(num_rows * self.context).view(num_rows, -1) % min(100, vocabulary_size(self.config()))
+        attention = torch.ones_like(tokens)
+        attention[:, self.context - self.context // 4 - 1 :] = 0
+        return {"tokens": tokens, "attention": attention, **self._told(tokens, attention)}
+
+    @abstractmethod
+    def _told(self, tokens: Tensor, attention: Tensor) -> dict[str, Tensor]:
+        """What data tell of examples beside their tokens."""
+
+    @override
+    def lookups(self, model: nn.Module) -> Mapping[str, Lookup]:
+        positions = getattr(text_config(model), "max_position_embeddings", None)
+        require(
+            not isinstance(positions, int) or positions < 1 or self.context <= positions,
+            "backbone.context", self.context, f"at most {positions}, the network's positions (and data.context alike)",
+        )  # fmt: skip
+        size = int(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+        return {name: Lookup(size + more, "tokens", _REMEDY, ignored) for name, more, ignored in self._looked_up()}
+
+    def _looked_up(self) -> Sequence[tuple[str, int, int | None]]:
+        """Columns of tokens, how many ids more they may have than the network, and one that is ignored."""
+        return [("tokens", 0, None)]
+
+
+_REMEDY = "take the model's own tokenizer"
+_TINY = {
+    "model_type": "bert", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "vocab_size": 97,
+    "num_attention_heads": 4, "max_position_embeddings": 64, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedLM(Encoder):
+    """A masked language model that `AutoModelForMaskedLM` of transformers loads: BERT, RoBERTa, ModernBERT and others.
+
+    See `Encoder` and `Pretrained` for the options.
+    """
+
+    autos: ClassVar[Autos] = ("AutoModelForMaskedLM",)
+    kind: ClassVar[str] = "a masked language model"
+    loading: ClassVar[str] = (
+        "from transformers import AutoModelForMaskedLM, AutoTokenizer\n\n"
+        'model = AutoModelForMaskedLM.from_pretrained("path/to/this/folder")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")'
+    )
+
+    @override
+    def _told(self, tokens: Tensor, attention: Tensor) -> dict[str, Tensor]:
+        constant = tokens.new_ones(len(tokens))
+        labels = tokens.masked_fill(attention == 0, IGNORED)
+        return {"labels": labels, "mask_token": 3 * constant, "vocabulary": 50 * constant}
+
+    @override
+    def _looked_up(self) -> Sequence[tuple[str, int, int | None]]:
+        return [*super()._looked_up(), ("labels", 0, IGNORED), ("mask_token", 0, None), ("vocabulary", 1, None)]
+
+    @classmethod
+    @override
+    def tiny(cls) -> MaskedLM:
+        return cls(network=_TINY, context=16, _random_seed=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEncoder(Encoder):
+    """An encoder without a head that `AutoModel` of transformers loads, such as that of a sentence encoder.
+
+    A folder of sentence-transformers keeps its other files, so that this library reads the student. A pooler that the
+    network has besides is left as it is. See `Encoder` and `Pretrained` for the options.
+    """
+
+    autos: ClassVar[Autos] = ("AutoModel",)
+    kind: ClassVar[str] = "an encoder"
+    loading: ClassVar[str] = (
+        "from transformers import AutoModel, AutoTokenizer\n\n"
+        'model = AutoModel.from_pretrained("path/to/this/folder")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")\n'
+        '# With the files of sentence-transformers: SentenceTransformer("path/to/this/folder")'
+    )
+
+    @override
+    def build(self) -> nn.Module:
+        return _without_pooler(super().build())
+
+    @classmethod
+    @override
+    def construct(cls, config: Mapping[str, Any]) -> nn.Module:
+        return _without_pooler(super().construct(config))
+
+    @override
+    def save(self, model: nn.Module, folder: Path) -> list[str]:
+        """Write a transformers folder, and the files of sentence-transformers that the model came with."""
+        written = super().save(model, folder)
+        return [*written, *(copy_modules(Path(self.model), folder) if self.model else ())]
+
+    @override
+    def _told(self, tokens: Tensor, attention: Tensor) -> dict[str, Tensor]:
+        return {"embedding": torch.zeros(len(tokens), config_of(self.config()).get_text_config().hidden_size)}
+
+    @classmethod
+    @override
+    def tiny(cls) -> TextEncoder:
+        return cls(network=_TINY, context=16, _random_seed=0)
+
+
+def _without_pooler(model: nn.Module) -> nn.Module:
+    """Keep a pooler's weights as they are: no embedding comes from it, and processes would wait for its gradients."""
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] == "pooler":
+            module.requires_grad_(False)
+    return model
+
+
+def _failure(model: nn.Module, num_tokens: int) -> str:
+    """Why a network does not read so many tokens, the last of which is padding; empty if it does."""
+    device = next(model.parameters()).device
+    tokens = torch.arange(num_tokens, device=device)[None] % 50
+    attention = (torch.arange(num_tokens, device=device) < num_tokens - 1).long()[None]
+    try:
+        with torch.random.fork_rng(), torch.no_grad(), evaluating(model):
+            output = model(input_ids=tokens, attention_mask=attention)
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        return f"{type(e).__name__}: {first_line(e)}"
+    kinds = {"logits", "last_hidden_state"} & set(output)
+    return "" if any(output[kind].shape[:2] == tokens.shape for kind in kinds) else "no states of its tokens"
