@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import transformers
@@ -143,10 +143,11 @@ class Found:
     refused: str = ""
     unbuilt: str = ""
     notes: list[str] = field(default_factory=list)
+    classes: ClassVar[Mapping[str, str]] = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     def row(self, family: str) -> str:
         """Its row of the page."""
-        name = f"| {family} | {MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]} |"
+        name = f"| {family} | {self.classes[family]} |"
         if self.unbuilt or self.refused:
             return f"{name} {self.unbuilt or self.refused} |"
         return f"{name} {self.limits or 'any'} | {'; '.join(self.notes)} |"
@@ -162,25 +163,29 @@ def examine(family: str, work: Path) -> Found:
         path = folder(work / "full", family, **settings(family))
         AutoModelForCausalLM.from_pretrained(path).eval()(input_ids=TOKENS, use_cache=False)
     except Exception as e:  # of any family's code
-        return Found(unbuilt=_one_line(e))
+        return Found(unbuilt=one_line(e))
     task = task_of(path)
     try:
         for problem in make_plan(tiny.load_recipe(recipe_of(path, work))).problems:
             raise tiny.UserError(problem)
         decision = tiny.Search(keep=4, steps=3)(task, TRAINER)
     except tiny.UserError as e:
-        return Found(refused=_one_line(e, work))
+        return Found(refused=one_line(e, work))
     limits = task.backbone.limits(task.teacher)
     masks = masks_within(limits)
     assert decision.kept in masks
     chosen = KEPT if KEPT in masks else decision.kept
     students = {kept: tiny.prune(task, decide(task, kept)) for kept in {masks[0], masks[-1], chosen}}
-    _check_gates(task, students)
+    check_gates(task, students, {"tokens": TOKENS, "labels": TOKENS}, lambda prediction: prediction.states)
     again = _check_files(task, students[chosen], chosen, work / "student")
-    said = ", ".join(f"{name} {' '.join(map(str, value))}" for name, value in limits.items())
-    if len(masks) == 1:
-        said = "the first layers only"
-    return Found(limits=said, notes=list(_notes(task.teacher, again)))
+    return Found(limits=in_words(limits), notes=list(_notes(task.teacher, again)))
+
+
+def in_words(limits: Any) -> str:
+    """What the page says of limits."""
+    if len(masks_within(limits)) == 1:
+        return "the first layers only"
+    return ", ".join(f"{name} {' '.join(map(str, value))}" for name, value in limits.items())
 
 
 def masks_within(limits: Any) -> list[tuple[int, ...]]:
@@ -188,15 +193,21 @@ def masks_within(limits: Any) -> list[tuple[int, ...]]:
     return list(build(Rules(keep=4, **limits), {"layers": 6}).masks())
 
 
-def _check_gates(task: tiny.Task, students: dict[tuple[int, ...], nn.Module]) -> None:
-    """A network under one mask for each sample is the students of these masks; all gates have a gradient."""
-    inputs = task.loss.prepare({"tokens": TOKENS, "labels": TOKENS}, tiny.Rng(0, "test"))
+def check_gates(
+    task: tiny.Task, students: dict[tuple[int, ...], nn.Module], batch: dict[str, Tensor], of: Callable[[Any], Tensor]
+) -> None:
+    """A network under one mask for each sample is the students of these masks; all gates have a gradient.
+
+    Raises:
+        AssertionError: it does not hold of the tensor `of` a prediction.
+    """
+    inputs = task.loss.prepare(batch, tiny.Rng(0, "test"))
     dims, rows = task.batch_dim(task.teacher), [list(students)[i % len(students)] for i in range(3)]
     with Gates(task.teacher, task.blocks, dims, task.streams, task.backbone.unneeded) as gates:
         with torch.no_grad():
-            plain = task.loss.predict(task.teacher, inputs).states
+            plain = of(task.loss.predict(task.teacher, inputs))
             gates.mask = torch.ones(3, 6)
-            assert torch.equal(task.loss.predict(task.teacher, inputs).states, plain), "all ones"
+            assert torch.equal(of(task.loss.predict(task.teacher, inputs)), plain), "all ones"
         mask = torch.tensor([[float(i in kept) for i in range(6)] for kept in rows], requires_grad=True)
         gates.mask = mask
         prediction = task.loss.predict(task.teacher, inputs)
@@ -204,9 +215,9 @@ def _check_gates(task: tiny.Task, students: dict[tuple[int, ...], nn.Module]) ->
     assert gradient.isfinite().all() and (gradient != 0).any(0).all(), "gradient"
     for i, kept in enumerate(rows):
         with torch.no_grad():
-            alone = task.loss.predict(students[kept], inputs).states[i]
+            alone = of(task.loss.predict(students[kept], inputs))[i]
         size = alone.abs().max()
-        assert torch.allclose(alone, prediction.states[i], rtol=0, atol=1e-4 * size), f"gated is not pruned: {kept}"
+        assert torch.allclose(alone, of(prediction)[i], rtol=0, atol=1e-4 * size), f"gated is not pruned: {kept}"
 
 
 def _check_files(task: tiny.Task, student: nn.Module, kept: tuple[int, ...], path: Path) -> Any:
@@ -250,7 +261,7 @@ def _padded(model: Any) -> bool:
     return torch.equal(model.generate(padded, attention_mask=mask, **OPTIONS)[:, 3:], plain)
 
 
-def _one_line(error: Exception, work: Path | None = None) -> str:
+def one_line(error: Exception, work: Path | None = None) -> str:
     text = re.sub(r"\s+", " ", str(error)).replace("|", "\\|").replace("<", "&lt;")
     if work is not None:
         text = text.replace(str(work / "full"), "the folder")
@@ -272,14 +283,14 @@ This page is generated: `python tests/llm_families.py`.
 """
 
 
-def page(found: dict[str, Found]) -> str:
+def page(found: Mapping[str, Found], head: str = HEAD) -> str:
     """The page of these families."""
     parts = {
         "Work": ("masks | but", [f.row(n) for n, f in found.items() if not f.refused and not f.unbuilt]),
         "Are refused before anything is spent": ("why", [f.row(n) for n, f in found.items() if f.refused]),
         "Have no small model": ("what transformers says", [f.row(n) for n, f in found.items() if f.unbuilt]),
     }
-    text = HEAD.format(version=transformers.__version__)
+    text = head.format(version=transformers.__version__)
     for title, (columns, rows) in parts.items():
         ruler = "|---" * (columns.count("|") + 3)
         text += f"\n## {title}: {len(rows)}\n\n| family | class | {columns} |\n{ruler}|\n" + "\n".join(rows) + "\n"

@@ -59,6 +59,7 @@ class Encoder(Pretrained):
                 f"backbone.model: {type(model).__name__} does not read {self.context} tokens ({failure}); expected an "
                 "encoder of text, and a backbone.context that it has positions for (data.context must be the same)"
             )
+        _freeze_unreached(model)
 
     @override
     def blocks(self, model: nn.Module) -> Sequence[str]:
@@ -97,7 +98,8 @@ class Encoder(Pretrained):
             not isinstance(positions, int) or positions < 1 or self.context <= positions,
             "backbone.context", self.context, f"at most {positions}, the network's positions (and data.context alike)",
         )  # fmt: skip
-        size = int(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+        embeddings = model.get_input_embeddings()  # type: ignore[operator]
+        size = int(getattr(embeddings, "weight", embeddings).shape[0])
         return {name: Lookup(size + more, "tokens", _REMEDY, ignored) for name, more, ignored in self._looked_up()}
 
     def _looked_up(self) -> Sequence[tuple[str, int, int | None]]:
@@ -147,8 +149,8 @@ class MaskedLM(Encoder):
 class TextEncoder(Encoder):
     """An encoder without a head that `AutoModel` of transformers loads, such as that of a sentence encoder.
 
-    A folder of sentence-transformers keeps its other files, so that this library reads the student. A pooler that the
-    network has besides is left as it is. See `Encoder` and `Pretrained` for the options.
+    A folder of sentence-transformers keeps its other files, so that this library reads the student. Weights that no
+    embedding comes from, such as a pooler's, are left as they are. See `Encoder` and `Pretrained` for the options.
     """
 
     autos: ClassVar[Autos] = ("AutoModel",)
@@ -159,15 +161,6 @@ class TextEncoder(Encoder):
         'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")\n'
         '# With the files of sentence-transformers: SentenceTransformer("path/to/this/folder")'
     )
-
-    @override
-    def build(self) -> nn.Module:
-        return _without_pooler(super().build())
-
-    @classmethod
-    @override
-    def construct(cls, config: Mapping[str, Any]) -> nn.Module:
-        return _without_pooler(super().construct(config))
 
     @override
     def save(self, model: nn.Module, folder: Path) -> list[str]:
@@ -185,23 +178,40 @@ class TextEncoder(Encoder):
         return cls(network=_TINY, context=16, _random_seed=0)
 
 
-def _without_pooler(model: nn.Module) -> nn.Module:
-    """Keep a pooler's weights as they are: no embedding comes from it, and processes would wait for its gradients."""
-    for name, module in model.named_modules():
-        if name.rpartition(".")[2] == "pooler":
-            module.requires_grad_(False)
-    return model
-
-
-def _failure(model: nn.Module, num_tokens: int) -> str:
-    """Why a network does not read so many tokens, the last of which is padding; empty if it does."""
+def _run(model: nn.Module, num_tokens: int) -> Tensor:
+    """Its logits or final hidden states, of a text of so many tokens, the last of which is padding."""
     device = next(model.parameters()).device
     tokens = torch.arange(num_tokens, device=device)[None] % 50
     attention = (torch.arange(num_tokens, device=device) < num_tokens - 1).long()[None]
+    with torch.random.fork_rng(), evaluating(model):
+        found = model(input_ids=tokens, attention_mask=attention)
+    states: Tensor = found.get("logits", found.get("last_hidden_state"))
+    if states.shape[:2] != tokens.shape:
+        raise ValueError("it has no states of its tokens")
+    return states
+
+
+def _failure(model: nn.Module, num_tokens: int) -> str:
+    """Why a network does not read so many tokens; empty if it does."""
     try:
-        with torch.random.fork_rng(), torch.no_grad(), evaluating(model):
-            output = model(input_ids=tokens, attention_mask=attention)
+        with torch.no_grad():
+            _run(model, num_tokens)
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
         return f"{type(e).__name__}: {first_line(e)}"
-    kinds = {"logits", "last_hidden_state"} & set(output)
-    return "" if any(output[kind].shape[:2] == tokens.shape for kind in kinds) else "no states of its tokens"
+    return ""
+
+
+def _freeze_unreached(model: nn.Module) -> None:
+    """Keep weights as they are that no prediction reaches, such as a pooler's: processes would wait for gradients."""
+    with torch.enable_grad():
+        left: list[Any] = [_run(model, 8).grad_fn]
+    reached, seen = set(), set(left)
+    while left:
+        node = left.pop()
+        if hasattr(node, "variable"):  # a weight
+            reached.add(id(node.variable))
+        before = {earlier for earlier, _ in node.next_functions if earlier is not None} - seen
+        seen |= before
+        left.extend(before)
+    for p in model.parameters():
+        p.requires_grad_(id(p) in reached)

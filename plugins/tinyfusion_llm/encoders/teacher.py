@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +23,15 @@ from tinyfusion_llm.encoders.losses import Pooling, embedded
 
 PART, BATCH = 256, 32
 """Documents in a file, and in a batch."""
+
+
+@contextmanager
+def about_teacher() -> Iterator[None]:
+    """Let messages about a model or tokenizer name the setting that says which teacher it is."""
+    try:
+        yield
+    except UserError as e:
+        raise type(e)(re.sub(r"^(backbone\.model|data\.tokenizer): ", "data.teacher: ", str(e))) from None
 
 
 @dataclass(frozen=True)
@@ -67,7 +78,5 @@ class Embeddings:
     def _network(self) -> Any:
         # Processes that read data beside the training cannot use its device.
         there = torch.accelerator.is_available() and get_worker_info() is None
-        try:
+        with about_teacher():
             return self.teacher.build().to(torch.accelerator.current_accelerator() if there else "cpu")
-        except UserError as e:
-            raise type(e)(f"data.teacher: {str(e).removeprefix('backbone.model: ')}") from None

@@ -17,7 +17,7 @@ from tinyfusion_llm.encoders.backbone import TextEncoder
 from tinyfusion_llm.encoders.folder import check_pooling
 from tinyfusion_llm.encoders.losses import Pooling
 from tinyfusion_llm.encoders.rows import Embedded, Frame, Maskable, Pieces
-from tinyfusion_llm.encoders.teacher import Embeddings
+from tinyfusion_llm.encoders.teacher import Embeddings, about_teacher
 from tinyfusion_llm.rows import Corpus
 from tinyfusion_llm.text import Document, TextSource, encode
 
@@ -97,7 +97,8 @@ class EmbeddedText(_Framed):
         name = self.teacher or self.tokenizer
         check_pooling(Path(name), self.pooling, "data.pooling")
         teacher, reader = TextEncoder(model=name, dtype="float32", context=self.context), replace(self, tokenizer=name)
-        corpus = reader._corpus(files)
-        key = digest([corpus.folder.name, teacher.source(), self.pooling, self.context])[:32]
-        samples = reader._beginnings(corpus, np.arange(len(corpus.bounds) - 1))
+        with about_teacher():
+            corpus = reader._corpus(files)
+            key = digest([corpus.folder.name, teacher.source(), self.pooling, self.context])[:32]
+            samples = reader._beginnings(corpus, np.arange(len(corpus.bounds) - 1))
         return Embeddings(teacher, samples, self.pooling, corpus.folder.with_name(key))
