@@ -23,7 +23,7 @@ BATCH = {
     "attention": ATTENTION,
     "labels": TOKENS.masked_fill(ATTENTION == 0, IGNORED),
     "mask_token": torch.full((3,), MASK),
-    "vocabulary": torch.full((3,), VOCABULARY),
+    "last_token": torch.full((3,), VOCABULARY - 1),
     "embedding": torch.randn(3, 32, generator=torch.Generator().manual_seed(1)),
 }
 """Texts of three lengths, the first without padding."""

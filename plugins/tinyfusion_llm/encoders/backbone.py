@@ -100,11 +100,11 @@ class Encoder(Pretrained):
         )  # fmt: skip
         embeddings = model.get_input_embeddings()  # type: ignore[operator]
         size = int(getattr(embeddings, "weight", embeddings).shape[0])
-        return {name: Lookup(size + more, "tokens", _REMEDY, ignored) for name, more, ignored in self._looked_up()}
+        return {name: Lookup(size, "tokens", _REMEDY, ignored) for name, ignored in self._looked_up().items()}
 
-    def _looked_up(self) -> Sequence[tuple[str, int, int | None]]:
-        """Columns of tokens, how many ids more they may have than the network, and one that is ignored."""
-        return [("tokens", 0, None)]
+    def _looked_up(self) -> Mapping[str, int | None]:
+        """Columns of token ids, and a further value that is ignored in each."""
+        return {"tokens": None}
 
 
 _REMEDY = "take the model's own tokenizer"
@@ -133,11 +133,11 @@ class MaskedLM(Encoder):
     def _told(self, tokens: Tensor, attention: Tensor) -> dict[str, Tensor]:
         constant = tokens.new_ones(len(tokens))
         labels = tokens.masked_fill(attention == 0, IGNORED)
-        return {"labels": labels, "mask_token": 3 * constant, "vocabulary": 50 * constant}
+        return {"labels": labels, "mask_token": 3 * constant, "last_token": 50 * constant}
 
     @override
-    def _looked_up(self) -> Sequence[tuple[str, int, int | None]]:
-        return [*super()._looked_up(), ("labels", 0, IGNORED), ("mask_token", 0, None), ("vocabulary", 1, None)]
+    def _looked_up(self) -> Mapping[str, int | None]:
+        return {**super()._looked_up(), "labels": IGNORED, "mask_token": None, "last_token": None}
 
     @classmethod
     @override

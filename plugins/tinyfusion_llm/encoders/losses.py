@@ -46,7 +46,7 @@ class MaskedToken(TokenLoss):
 
         Args:
             batch: `tokens` and `attention` (batch, tokens); `labels` (batch, tokens), the token itself where it may be
-                chosen, else -100; `mask_token` (batch,), its id, and `vocabulary` (batch,), the number of ids.
+                chosen, else -100; `mask_token` (batch,), its id, and `last_token` (batch,), the largest one.
             rng: streams "masked tokens", "replaced tokens" and "random tokens".
 
         Returns:
@@ -63,7 +63,7 @@ class MaskedToken(TokenLoss):
         chosen = torch.arange(places.shape[1], device=device) < number[:, None]
         plain = tokens.gather(1, places)
         share = rng.uniform("replaced tokens", *places.shape).to(device)
-        random = rng.uniform("random tokens", *places.shape).to(device) * batch["vocabulary"][:, None]
+        random = rng.uniform("random tokens", *places.shape).to(device) * (1 + batch["last_token"][:, None])
         other = random.long().where(share < _MASKED + _RANDOM, plain)
         other = batch["mask_token"][:, None].to(plain).where(share < _MASKED, other).where(chosen, plain)
         return {
@@ -75,7 +75,7 @@ class MaskedToken(TokenLoss):
 
     @override
     def prepare_clean(self, batch: Batch, rng: Rng) -> dict[str, Tensor]:
-        """Return the tokens as they are; the first of each sample stand for those that are chosen."""
+        """Return the tokens as they are, (batch, tokens); the first of each stand for those that are chosen."""
         tokens = batch["tokens"]
         places = torch.arange(int(self._number(torch.tensor(tokens.shape[1]))), device=tokens.device)
         places = places.expand(len(tokens), -1)

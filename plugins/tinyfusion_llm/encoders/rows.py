@@ -108,21 +108,21 @@ class Maskable(Pieces):
 
     Attributes:
         mask_token: id of the mask token.
-        vocabulary: number of token ids.
+        last_token: the largest token id.
     """
 
     mask_token: int
-    vocabulary: int
+    last_token: int
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        """Return what `Pieces` do, each (rows, context), and `mask_token` and `vocabulary`, (rows,)."""
-        constants = {"mask_token": self.mask_token, "vocabulary": self.vocabulary}
+        """Return what `Pieces` do, each (rows, context), and `mask_token` and `last_token`, (rows,)."""
+        constants = {"mask_token": self.mask_token, "last_token": self.last_token}
         told = {name: torch.full((len(indices),), value) for name, value in constants.items()}
         return {**super().__getitems__(indices), **told}
 
     def extremes(self, name: str) -> Sequence[tuple[int, str]]:
         """Return the largest value of a column, and where it is from."""
-        told = {"mask_token": self.mask_token, "vocabulary": self.vocabulary}
+        told = {"mask_token": self.mask_token, "last_token": self.last_token}
         return [(told[name], self.corpus.name)] if name in told else super().extremes(name)
 
 

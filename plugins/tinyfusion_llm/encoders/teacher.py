@@ -31,7 +31,8 @@ def about_teacher() -> Iterator[None]:
     try:
         yield
     except UserError as e:
-        raise type(e)(re.sub(r"^(backbone\.model|data\.tokenizer): ", "data.teacher: ", str(e))) from None
+        reason = re.sub(r"^((backbone|data)\.)?(model|tokenizer): ", "", str(e))
+        raise type(e)(f"data.teacher: {reason}") from None
 
 
 @dataclass(frozen=True)

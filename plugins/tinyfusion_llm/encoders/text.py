@@ -46,7 +46,7 @@ class PaddedText(_Framed):
     """Documents as samples of T = `context` tokens with special tokens around them, padded, for masked models.
 
     A sample has `tokens`, `attention`, 0 at padding, and `labels`, -100 at padding and special tokens, each (T,); and
-    for whoever masks some `mask_token`, its id, and `vocabulary`, the number of ids. A longer document is several
+    for whoever masks some `mask_token`, its id, and `last_token`, the largest id. A longer document is several
     samples. See `TextSource` for the options.
     """
 
@@ -60,7 +60,7 @@ class PaddedText(_Framed):
         bounds = zip(corpus.bounds[documents].tolist(), corpus.bounds[documents + 1].tolist(), strict=True)
         cuts = [(first, min(room, end - first)) for start, end in bounds for first in range(start, end, room)]
         starts, lengths = np.array(self._some(cuts, part), dtype=np.int64).T
-        return Maskable(corpus, starts, lengths, self.context, frame, mask, len(tokenizer))
+        return Maskable(corpus, starts, lengths, self.context, frame, mask, len(tokenizer) - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
