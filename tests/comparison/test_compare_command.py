@@ -125,6 +125,14 @@ def test_a_recipe_that_cannot_be_compared_is_told_why(comparing: Path, tmp_path:
     assert "compare.candidates: the name 1 is no text; put it in quotes" in error(
         "--compare.candidates={1: {class_path: FirstN, init_args: {keep: 4}}}"
     )
+    message = error(
+        "--compare.candidates={a: {keep: 4, steps: -1}, b: {class_path: Greedy, init_args: {keep: 4, swaps: -1}}}"
+    )
+    assert (
+        "compare.candidates.a.steps is -1; expected" in message
+        and "compare.candidates.b: Greedy.swaps is -1" in message
+    )
+    assert "candidates is {}" not in message
     message = error("--compare.candidates={a: FirstN}")
     assert "FirstN: give keep or pattern or budget, one of the three" in message and "search" not in message
     assert not (tmp_path / "run").exists()

@@ -10,8 +10,8 @@ import pytest
 
 from places import ROOT
 
-SOME = [[("folders", 0, 20)], [("recipes", 0, 6), ("checkpoints", 0, 2), ("data", 0, 2), ("resumes", 0, 1)]]
-"""For each test, of each kind the first case and how many: 31 in all."""
+SOME = [[("folders", 0, 10)], [("recipes", 0, 3), ("checkpoints", 0, 1), ("data", 0, 1), ("resumes", 0, 1)]]
+"""For each test, of each kind the first case and how many: 16 in all."""
 MANY = {"folders": 10, "recipes": 8, "checkpoints": 4, "data": 4, "resumes": 4}
 """Of each kind, how many tests of a hundred cases: 3,000 in all, other ones."""
 

@@ -164,7 +164,7 @@ FRESH = {"class_path": "DiT", "init_args": {**SIZES, "num_classes": 10, "learn_s
     ("parts", "rank"),
     [
         ({}, 2),
-        ({"search": LEARNED, "recover": {**ROUND, "start": "Inherit"}}, 4),
+        pytest.param({"search": LEARNED, "recover": {**ROUND, "start": "Inherit"}}, 4, marks=pytest.mark.slow),
         pytest.param({"search": LEARNED, "recover": {"steps": 0, "start": "Inherit"}}, 3, marks=pytest.mark.slow),
         pytest.param({"backbone": FRESH, "train": {"steps": 30, "lr": 1e-2}}, 2, marks=pytest.mark.slow),
         (

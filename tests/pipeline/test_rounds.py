@@ -150,6 +150,19 @@ def test_rounds_that_cannot_be_are_one_clear_error(rounds: Path, capsys, change:
     assert message in capsys.readouterr().err
 
 
+def test_what_classes_refuse_in_rounds_is_said_of_each(rounds: Path, capsys) -> None:
+    wrong = {
+        "d4": {"search": {"keep": 4, "steps": -1}, "recover": {"steps": -2}},
+        "d2": {"search": {"keep": 2, "steps": -3}},
+    }
+    rounds.write_text(yaml.safe_dump(yaml.safe_load(rounds.read_text()) | {"rounds": wrong}, sort_keys=False))
+    assert main(["validate", str(rounds)]) == 2
+    search, recovery, later = capsys.readouterr().err.splitlines()
+    assert "rounds.d4.search.steps is -1; expected" in search
+    assert "rounds.d4.recover: steps (of recover or train) is -2" in recovery
+    assert "rounds.d2.search.steps is -3" in later
+
+
 def test_the_published_layouts_are_planned_with_their_taps() -> None:
     def plan(name: str) -> dict[str, str]:
         return dict(make_plan(tiny.load_recipe(ROOT / "recipes" / f"{name}.yaml")).rows)

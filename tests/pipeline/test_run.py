@@ -120,7 +120,7 @@ def wait_for_step(process: ForkServerProcess, run_dir: Path, stage: str, step: i
 
 
 def test_ctrl_c_saves_says_how_to_go_on_and_goes_on(recipe: Path, tmp_path: Path) -> None:
-    flags = ["--search.steps=40", "--recover.steps=40", "--trainer.checkpoint_every=1000"]
+    flags = ["--search.steps=20", "--recover.steps=20", "--trainer.checkpoint_every=1000"]
     stopped = tmp_path / "stopped"
     for stage in ("search", "recover"):
         log = tmp_path / stage
@@ -129,8 +129,8 @@ def test_ctrl_c_saves_says_how_to_go_on_and_goes_on(recipe: Path, tmp_path: Path
         os.kill(process.pid, signal.SIGINT)
         assert wait([process]) == [130]
         err = log.read_text()
-        assert f"of 40 of {stage}" in err
-        assert f"tinyfusion run {recipe} --run-dir {stopped} --search.steps=40" in err
+        assert f"of 20 of {stage}" in err
+        assert f"tinyfusion run {recipe} --run-dir {stopped} --search.steps=20" in err
         assert (stopped / "checkpoints" / stage / "manifest.json").exists()
     assert run(recipe, stopped, *flags) == 0
     assert run(recipe, tmp_path / "whole", *flags) == 0
@@ -258,6 +258,7 @@ def test_another_checkpoint_under_the_same_name_is_noticed(recipe: Path, tmp_pat
     assert "backbone.checkpoint (its content)" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_published_decision_is_applied_to_another_checkpoint(recipe: Path, tmp_path: Path, capsys) -> None:
     assert run(recipe, tmp_path / "first", "--search.steps=4", "--recover=null") == 0
     decision = tmp_path / "first" / "decision.json"

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import tinyfusion_core as tiny
 from criteria_tasks import TRAINER, Given, Plain, Product, given, scalars
+from marks import slow_but
 from tinyfusion_core.comparison.keys import described
 from tinyfusion_core.errors import UserError
 from tinyfusion_core.samplers.constraints import Rules
@@ -86,7 +87,7 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("options", slow_but(OPTIONS, OPTIONS[1], OPTIONS[4], OPTIONS[6]))
 def test_exchanges_obey_the_constraints_and_end_where_none_is_better(options: dict[str, Any]) -> None:
     better = 0
     for seed in range(3):

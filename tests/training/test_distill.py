@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import golden_data
 import tinyfusion_core as tiny
 from golden_data import assert_close_rel, weights
+from marks import slow_but
 from tinyfusion_core.protocols.blocks.outputs import captured
 from tinyfusion_core.pruning.removal import remove_blocks
 from tinyfusion_core.runtime.seeding import Rng
@@ -276,7 +277,10 @@ def test_beta_falls_with_the_steps_and_the_terms_are_logged(tmp_path: Path) -> N
     one(whole, tiny.prune(whole, decision), decision, TRAINER)
 
 
-@pytest.mark.parametrize("kd", [tiny.OutputKD(), tiny.MaskedKD(), tiny.MaskedKD(sigma=None, beta=(0.1, 0.1))])
+NO_MASK = tiny.MaskedKD(sigma=None, beta=(0.1, 0.1))
+
+
+@pytest.mark.parametrize("kd", slow_but([tiny.OutputKD(), tiny.MaskedKD(), NO_MASK], NO_MASK))
 def test_distillation_recovers(kd: tiny.OutputKD) -> None:
     decision = decided([1, 3, 4])
     whole = task()

@@ -135,6 +135,7 @@ def test_an_impossible_split_names_the_numbers() -> None:
         tiny.Trainer(micro_batch_size=0)
 
 
+@pytest.mark.slow
 def test_passes_and_recomputed_blocks_change_no_number(tmp_path: Path, alone: dict[str, Any]) -> None:
     name = "grouped, full"
     calls = []

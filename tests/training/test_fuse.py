@@ -16,6 +16,7 @@ from diffusers_tasks import make
 from forks import start, wait
 from llm_toys import folder
 from llm_toys import task_of as language_task
+from marks import slow_but
 from mixed_blocks import fused, mixed
 from small_run import digits_task
 from starting import TRAINER, loss_of, started
@@ -84,7 +85,7 @@ class Unbiased(LinearNet):
             nn.init.zeros_(layer.linear.bias)
 
 
-@pytest.mark.parametrize("kept", [[0, 2], [1, 3], [1, 2]])
+@pytest.mark.parametrize("kept", slow_but([[0, 2], [1, 3], [1, 2]], [1, 2]))
 def test_what_linear_blocks_did_is_done_by_those_beside_them(kept: list[int]) -> None:
     torch.manual_seed(0)
     task = learning_back(Unbiased().eval())
@@ -105,7 +106,10 @@ def test_the_quickstarts_student_begins_far_nearer_to_its_teacher() -> None:
     assert all(name.startswith("blocks.") and found.get_parameter(name).ndim == 2 for name in names)
 
 
-@pytest.mark.parametrize("family", ["SD3Transformer2DModel", "FluxTransformer2DModel", "PixArtTransformer2DModel"])
+STREAMED = ("SD3Transformer2DModel", "FluxTransformer2DModel", "PixArtTransformer2DModel")
+
+
+@pytest.mark.parametrize("family", slow_but(STREAMED, STREAMED[-1]))
 def test_lists_and_streams_of_diffusers(family: str) -> None:
     task, _ = make(family)
     SMALL.check(task)
@@ -134,6 +138,7 @@ def test_two_streams_count_alike() -> None:
     assert {name.split(".")[2] for name in changed(task, [0, 2], found)} == {"image", "text"}
 
 
+@pytest.mark.slow
 def test_language_models_in_bf16(tmp_path: Path) -> None:
     task = language_task(folder(tmp_path / "model", "llama"))
     task.teacher.bfloat16()

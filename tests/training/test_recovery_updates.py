@@ -72,6 +72,7 @@ def test_every_weight_is_what_was_trained_before_there_was_a_choice() -> None:
     assert all(torch.equal(v, found[1][k]) for k, v in found[0].items())
 
 
+@pytest.mark.slow
 def test_an_update_of_rank_two_repairs_damage_of_rank_two() -> None:
     torch.manual_seed(0)
     model = LinearNet().eval()

@@ -99,6 +99,9 @@ def check_fields(settings: Any) -> None:
             object.__setattr__(settings, field.name, taken)  # most of them are frozen
 
 
+_PLAIN = (bool, int, float, str, type(None))
+
+
 def check_arguments(**given: tuple[Any, Any]) -> None:
     """Check what a function was given, by name: (value, annotation).
 
@@ -123,6 +126,8 @@ def fits(value: Any, hint: Any) -> bool:
 
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     kinds = [typing.get_origin(part) or part for part in (typing.get_args(hint) if union else (hint,))]
+    if type(value) in kinds and type(value) in _PLAIN:
+        return True
     if isinstance(value, str) and Sequence in kinds and str not in kinds:
         return False  # which to Python is a sequence of texts
     try:

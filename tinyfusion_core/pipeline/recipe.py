@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser
 from torch import nn
 
 from ..comparison.study import Audit, Compare
@@ -31,11 +30,10 @@ from ..runtime.stages import Stage, stages_of
 from ..selection.base import Selector
 from ..training.recover import Recover
 from ..training.trainer import Trainer
-from .misfits import misfits
+from .misfits import REFUSALS, refusals, root_message
 from .planning.on_meta import build_on_meta
 from .schema import KEYS, SECTIONS, Round, checked, follow_recovery, schema, yaml12_numbers
 
-_REFUSALS = (UserError, ArgumentError, ValueError, TypeError)
 RESERVED = ("teacher", "student", "figures", "checkpoints", "evaluation")
 """Names in a run folder that no round can have."""
 
@@ -150,49 +148,11 @@ def _parsed(sections: Mapping[str, Any], problems: list[str]) -> tuple[Any, dict
         try:
             config = parser.parse_object(copy.deepcopy(dict(sections)))  # the parser changes what it is given
             objects = parser.instantiate(config)
-        except _REFUSALS as e:
-            each = [problem for name in sections for problem in _refusals(parser, {name: sections[name]})]
-            problems += each or [_root_message(e)[1]]
+        except REFUSALS as e:
+            each = [problem for name in sections for problem in refusals(parser, {name: sections[name]})]
+            problems += each or [root_message(e)[1]]
             return None, {}
     return objects, json.loads(json.dumps(config.as_dict()))  # tuples as the lists that YAML has
-
-
-def _refusals(parser: ArgumentParser, section: dict[str, Any]) -> Iterator[str]:
-    """Yield what the parser or a class says against a section, without what it spoke against before."""
-    wrong = True
-    while wrong:
-        wrong = False
-        try:
-            parser.instantiate(parser.parse_object(copy.deepcopy(section)))
-        except _REFUSALS as e:
-            key, message = _root_message(e)
-            if not key:
-                key, message = next(_recoveries_refused(parser, section), (key, message))
-            name, *path = key.split(".")
-            yield from list(misfits(name, section.get(name), SECTIONS.get(name), path)) or [message]
-            wrong = _remove(section, key.split("."))
-            if (compared := section.get("compare")) and compared.get("recoveries") == {}:
-                del compared["recoveries"]  # all of them were wrong, and none has not been asked for
-
-
-def _recoveries_refused(parser: ArgumentParser, section: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield the keys of compared recoveries that their class refuses, which does not know them, and what it says."""
-    for name, how in ((section.get("compare") or {}).get("recoveries") or {}).items():
-        try:
-            parser.instantiate(parser.parse_object({"recover": copy.deepcopy(how)}))
-        except _REFUSALS as e:
-            key = f"compare.recoveries.{name}"
-            yield key, f"{key}: {_root_message(e)[1]}"
-
-
-def _remove(config: Any, path: list[str]) -> bool:
-    """Remove a dotted key as the parser names it. Returns whether it was there."""
-    *parents, last = path
-    for name in parents:
-        config = config.get(name) if isinstance(config, dict) else None
-        if isinstance(config, dict) and "class_path" in config:
-            config = config.get("init_args")
-    return isinstance(config, dict) and config.pop(last, None) is not None
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -282,17 +242,3 @@ def _override(config: dict[str, Any], path: list[str], value: Any) -> None:
             inner = inner["init_args"]
         config = inner
     config[last] = value
-
-
-def _root_message(error: BaseException) -> tuple[str, str]:
-    """The key, if it is known, and the root cause: the message of a class that raised one, or the parser's line."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, UserError):
-            return "", str(cause)
-        cause = cause.__cause__ or cause.__context__
-    # The parser nests its messages; the innermost one names the value, the outer ones the way to it.
-    *_, message = re.split(r'Parser key "[^"]+":', str(error))
-    key = ".".join(re.findall(r'Parser key "([^"]+)":', str(error)))
-    line = next(line.strip() for line in [*message.splitlines(), "not valid"] if line.strip())
-    return key, f"{key}: {line}" if key else line

@@ -128,7 +128,26 @@ def _draw_training(folder: RunFolder) -> list[Figures]:
     caption = "A search's loss is that of sampled subnetworks."
     if any("kd" in entry for entries in curves.values() for entry in entries[-1:]):
         caption += " A distillation's is the weighted sum of its terms."
+    caption += "".join(_shares(stage.title, entries) for stage, entries in curves.items())
     return [Figures("Training", caption, list(map(Picture, paths)))]
+
+
+def _shares(stage: str, entries: Sequence[Mapping[str, Any]]) -> str:
+    """What part of the gradient each term of a distillation was, on average; empty if there were not several."""
+    told = [{name: entry[f"share_{name}"] for name in TERMS if f"share_{name}" in entry} for entry in entries]
+    if not (told := list(filter(None, told))):
+        return ""
+    means = {TERMS[name]: sum(shares.get(name, 0) for shares in told) / len(told) for name in TERMS}
+    parts = [f"{what} {share:.0%}" for what, share in means.items() if share]
+    return f" Of the gradient of {stage}, {', '.join(parts)}."
+
+
+TERMS = {
+    "kd": "the distance to the teacher's prediction was",
+    "gt": "the training loss",
+    "feature": "the features",
+}
+"""The terms of a distillation."""
 
 
 def _facts(folder: RunFolder, decisions: Mapping[str, Decision], record: RunRecord) -> list[str]:

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -66,10 +67,14 @@ class Subject:
         return {name: t.double() if self.wide and t.is_floating_point() else t for name, t in inputs.items()}
 
     def gates(self, model: nn.Module) -> Gates:
-        """Return gates for all blocks of a network; probing uses a new network, which is not cast."""
+        """Return gates for all blocks of a network; what probing a network of its own has shown holds for all."""
+        return Gates(model, *self._probed)
+
+    @cached_property
+    def _probed(self) -> tuple[Any, ...]:
         batch = self.batch()
         task = Task(backbone=self.backbone, loss=self.loss, train=Tensors(batch), held_out=Tensors(batch))
-        return Gates(model, task.blocks, task.batch_dim(task.teacher), task.streams, self.backbone.unneeded)
+        return task.blocks, task.batch_dim(task.teacher), task.streams, self.backbone.unneeded
 
     def network(self) -> nn.Module:
         """Return the full network."""

@@ -24,6 +24,7 @@ from ..runtime.seeding import seed_of
 from .depths import at_every_depth
 from .distillation import OutputKD
 from .distilling.distilled import Distilled
+from .distilling.shares import Shares
 from .loop import Fit
 from .objective import (
     Ema,
@@ -247,6 +248,8 @@ class Recover(Settings):
         ema = Ema(student, decay) if decay else None
         averaged = ema.average.module if ema else None  # copied before the blocks' forward is taken over
         optimization = self._optimization(ema, optimizing)
+        if isinstance(objective, Distilled) and not (trainer.shards() or self.depths):
+            objective.shares = Shares.on(data, prepare, trainer)
         frozen = objective.frozen_modules()
         # Of several depths what the gates enclose: inside of what is recomputed no mask may change.
         own = [student.get_submodule(p) for p in task.backbone.unit_paths(student)] if self.depths else objective.blocks

@@ -13,6 +13,7 @@ import torch
 import tinyfusion_core as tiny
 from diffusers_families import FAMILIES, HUNYUAN
 from diffusers_tasks import ROWS, dense, make, relative
+from marks import slow_but
 from tinyfusion_core.protocols.blocks.streams import Stream
 from tinyfusion_core.protocols.data import Tensors
 from tinyfusion_core.pruning.gating import Gates
@@ -23,12 +24,15 @@ from tinyfusion_diffusers.structure import shorten
 
 pytestmark = [pytest.mark.numerics, pytest.mark.filterwarnings("ignore")]  # of other libraries
 
+QUICK = ("DiTTransformer2DModel", "SD3Transformer2DModel", "WanTransformer3DModel")
+"""One stream and several, images and videos; those of the other families are slow tests."""
+
 
 def gated(task: tiny.Task) -> Gates:
     return Gates(task.teacher, task.blocks, task.batch_dim(task.teacher), task.backbone.streams)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", slow_but(FAMILIES, *QUICK))
 def test_identities(name: str, tmp_path: Path) -> None:
     task, inputs = make(name)
     model, num = task.teacher, len(task.blocks)
@@ -73,7 +77,7 @@ def test_identities(name: str, tmp_path: Path) -> None:
         assert torch.equal(task.loss.predict(again, inputs), pruned)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", slow_but(FAMILIES, *QUICK))
 def test_every_block_may_be_the_one_that_goes(name: str) -> None:
     task, inputs = make(name)
     for gone in (0, len(task.blocks) - 1):

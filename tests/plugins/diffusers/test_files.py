@@ -218,6 +218,7 @@ def test_the_largest_sizes_run() -> None:
         replace(cog.backbone, text_length=6).example(2)
 
 
+@pytest.mark.slow
 def test_published_videos_are_planned_by_their_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = {"_class_name": "CogVideoXTransformer3DModel"}  # CogVideoX-2b's, which are the defaults
     newer = {

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import diffusers_prompts as tiny_pipelines
 from forks import command, kill_when, start, wait
+from marks import slow_but
 from tinyfusion_core.cli import main
 from tinyfusion_core.errors import Interrupted, UserError
 from tinyfusion_diffusers.prompts.encode import EncodePrompts
@@ -79,7 +80,9 @@ def rows(folder: Path) -> dict[str, torch.Tensor]:
     return {name: torch.cat([shard[name] for shard in shards]) for name in shards[0]}
 
 
-@pytest.mark.parametrize("name", tiny_pipelines.ENCODERS)
+@pytest.mark.parametrize(
+    "name", slow_but(tiny_pipelines.ENCODERS, "FluxPipeline", "PixArtSigmaPipeline", "WanPipeline")
+)
 def test_the_files_hold_what_the_pipeline_would_be_given(name: str, tmp_path: Path) -> None:
     folder = tiny_pipelines.saved(name, tmp_path / "pipeline")
     how = EncodePrompts(model=str(folder), dtype="float32", batch_size=4, shard_size=4)

@@ -20,6 +20,7 @@ from ...runtime.seeding import Rng
 from ..distillation import FeatureKD, OutputKD, ends
 from ..objective import Objective
 from ..teacher_cache.settings import PREFIX
+from .shares import Shares
 
 
 class Distilled(Objective):
@@ -30,6 +31,9 @@ class Distilled(Objective):
         task: the objective, and the teacher.
         decision: how the student was made from the teacher, in whole blocks; see `in_blocks`.
         kd: the terms and their weights.
+
+    Attributes:
+        shares: compares the gradients of the terms whenever something is logged; None: nothing does.
 
     Raises:
         UserError: a tap is out of range.
@@ -48,6 +52,7 @@ class Distilled(Objective):
         blocks = [task.teacher.get_submodule(path) for path in theirs]
         self.predicting = [] if kd.cache else [(Predicting(task.teacher, task.loss), blocks)]
         self.weights: dict[str, float] = {}
+        self.shares: Shares | None = None
         self.before_step(0.0)
 
     @override
@@ -56,24 +61,34 @@ class Distilled(Objective):
 
     @override
     def forward(self, inputs: Batch, rng: Rng) -> tuple[Tensor, Tensor]:
+        self.prediction, terms = self.compared(inputs)
+        total = self.weights["kd"] * terms["kd"] + self.weights["gt"] * terms["gt"]
+        if "feature" in self.weights:
+            total = total + self.weights["feature"] * terms["feature"]
+        self.terms = {name: term.detach() for name, term in terms.items()}
+        return total.mean(), total.detach()
+
+    def compared(self, inputs: Batch) -> tuple[Prediction, dict[str, Tensor]]:
+        """Return the student's prediction, and the terms that have weights, each (batch,), with what else is logged.
+
+        Args:
+            inputs: prepared tensors by name, each (batch, ...).
+        """
         loss, _, streams = self.unregistered
         stored = {name.removeprefix(PREFIX): t for name, t in inputs.items() if name.startswith(PREFIX)}
         inputs = {name: t for name, t in inputs.items() if not name.startswith(PREFIX)}
         told = None if self.kd.cache else self._run_teacher(inputs)
         with captured(self.model, self.paths[0], streams) as ours:
-            prediction = self.prediction = loss.predict(self.model, inputs)
+            prediction = loss.predict(self.model, inputs)
         if told is not None:
             _check_shapes(prediction, told[0], "the student predicts", "the teacher")
         target, theirs = told or self._as_stored(stored, prediction)
         terms = {"kd": loss.distance(prediction, target, inputs), "gt": loss.loss(prediction, inputs)}
-        total = self.weights["kd"] * terms["kd"] + self.weights["gt"] * terms["gt"]
         if isinstance(self.kd, FeatureKD):
-            terms |= self._compared(self.kd, ours, theirs)
-            total = total + self.weights["feature"] * terms["feature"]
-        self.terms = {name: term.detach() for name, term in terms.items()}
-        return total.mean(), total.detach()
+            terms |= self._features(self.kd, ours, theirs)
+        return prediction, terms
 
-    def _compared(
+    def _features(
         self, kd: FeatureKD, ours: Sequence[Sequence[Tensor]], theirs: Sequence[Sequence[Tensor]]
     ) -> dict[str, Tensor]:
         """The terms of the features, each (batch,): means over taps and their streams."""
@@ -106,7 +121,9 @@ class Distilled(Objective):
     def metrics(self) -> dict[str, Any]:
         alphas = {"alpha_kd": self.kd.alpha_kd, "alpha_gt": self.kd.alpha_gt}
         moving = {name: self.weights[name[6:]] for name, weight in alphas.items() if isinstance(weight, tuple)}
-        return moving | ({"beta": self.weights["feature"]} if isinstance(self.kd, FeatureKD) else {})
+        moving |= {"beta": self.weights["feature"]} if isinstance(self.kd, FeatureKD) else {}
+        shares = self.shares.of(self.model, self.weights, self.compared) if self.shares else {}
+        return moving | {f"share_{name}": round(share, 6) for name, share in shares.items()}
 
 
 def _named(columns: Batch, prefix: str) -> dict[str, Tensor]:
