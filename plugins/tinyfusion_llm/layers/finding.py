@@ -35,7 +35,7 @@ def find_layers(model: nn.Module) -> str:
         found = ", ".join(outer) or "none"
         raise UserError(
             f"backbone: expected one list of {depth} layers in {type(model).__name__} (its num_hidden_layers), "
-            f"found: {found}; depth pruning needs a decoder whose blocks are one ModuleList"
+            f"found: {found}; depth pruning needs one ModuleList of blocks, each with weights of its own"
         )
     return outer[0]
 

@@ -1,0 +1,1 @@
+"""Encoders of transformers: masked language models and sentence encoders."""
