@@ -66,10 +66,11 @@ class Shares:
             compared: runs it, and gives the terms, not yet weighted.
         """
         trained = [p for p in model.parameters() if p.requires_grad]
-        with evaluating(model), torch.enable_grad(), self.trainer.accelerator.autocast():
-            _, terms = compared(self.inputs)
-            parts = {name: weight * terms[name].mean() for name, weight in weights.items() if weight}
-        norms = {name: _norm(part, trained) for name, part in parts.items()}
+        with evaluating(model), torch.enable_grad():  # which restores buffers: whatever needs them is inside
+            with self.trainer.accelerator.autocast():
+                _, terms = compared(self.inputs)
+                parts = {name: weight * terms[name].mean() for name, weight in weights.items() if weight}
+            norms = {name: _norm(part, trained) for name, part in parts.items()}
         total = sum(norms.values())
         if len(norms) < 2 or not 0 < total < math.inf:
             return {}
