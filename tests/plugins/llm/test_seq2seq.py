@@ -241,3 +241,8 @@ def test_pairs_for_a_decoder_alone_are_refused() -> None:
     assert CausalLM.tiny().lookups(model)["source"].size == 0
     with pytest.raises(tiny.UserError, match="'t5' .*is an encoder-decoder; take the backbone EncoderDecoder"):
         CausalLM(network={"model_type": "t5"}).construct({"model_type": "t5"})
+
+
+def test_sizes_that_a_recipe_leaves_out_are_those_of_the_library() -> None:
+    network = {"model_type": "whisper", **WIDTHS, "num_mel_bins": 8}  # of 1500 positions, two frames each
+    assert EncoderDecoder(network=network, context=4).example(1)["features"].shape == (1, 8, 3000)
