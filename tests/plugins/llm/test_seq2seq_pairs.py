@@ -126,6 +126,7 @@ def recipe(work: Path, words: Path, family: str = "t5", **more: Any) -> str:
     return str(work / "recipe.yaml")
 
 
+@pytest.mark.slow
 def test_a_recipe_from_pairs_to_a_student(words: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, out = recipe(tmp_path, words), tmp_path / "out"
     assert main(["validate", path]) == 0
