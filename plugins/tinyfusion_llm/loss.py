@@ -55,7 +55,8 @@ class NextToken(TokenLoss):
 
         Args:
             batch: `tokens` (batch, tokens) and `labels` (batch, tokens): the token itself where it counts, else -100;
-                of separate documents also `positions` (batch, tokens), and with images what `ImageText` has of them.
+                of separate documents also `positions` (batch, tokens), with images what `ImageText` has of them, and of
+                an encoder-decoder what its encoder reads.
             rng: not drawn from.
 
         Returns:

@@ -76,7 +76,7 @@ def _source_of(kind: Any, config: str, length: int) -> Source:
         name, size = whole.main_input_name, vocabulary_of(whole)
         if name == "input_ids":
             return Source(name, (length,), size)
-        for shape in _shapes(json.loads(config), length):
+        for shape in _shapes(as_json(whole.config), length):  # with the sizes that are its defaults
             read = torch.zeros(1, *shape, dtype=whole.dtype, device="meta")
             try:
                 with torch.no_grad(), torch.random.fork_rng():

@@ -85,8 +85,9 @@ def _said(whole: nn.Module, inside: str, config: Settings) -> Iterator[Stack]:
             ):
                 continue
             kept = [*range(value), value - 1]
-            for listed, more in ((True, edits(settings.to_dict(), value, kept)), (False, {})):
-                grown = _lengths(_built(whole, config, part, {**more, key: value + 1}))
+            longer_lists = edits(settings.to_dict(), value, kept)
+            for listed in (True, False) if longer_lists else (True,):  # they may be about the other list of layers
+                grown = _lengths(_built(whole, config, part, {**(longer_lists if listed else {}), key: value + 1}))
                 longer = [path for path in lengths if grown.get(path) == lengths[path] + 1]
                 if len(longer) == 1 and longer[0].startswith(f"{inside}."):
                     yield Stack(longer[0], part, key, listed)

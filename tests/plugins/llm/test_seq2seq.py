@@ -11,9 +11,10 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq
 
 import tinyfusion_core as tiny
-from seq2seq_toys import LISTS, NETWORKS, batch, decide, folder, states, task_of
+from seq2seq_toys import LISTS, NETWORKS, WIDTHS, batch, decide, folder, states, task_of
 from tinyfusion_core.pruning.gating import Gates
-from tinyfusion_llm import EncoderDecoder, Generation, NextToken
+from tinyfusion_llm import CausalLM, EncoderDecoder, Generation, NextToken
+from tinyfusion_llm.layers.stacks import find_stacks
 
 pytestmark = [pytest.mark.numerics, pytest.mark.filterwarnings("ignore")]  # of transformers
 KEPT = (0, 2, 3, 4, 6)
@@ -215,3 +216,33 @@ def test_tools_for_decoders_are_given_no_decision(tmp_path: Path) -> None:
     assert set(found) >= {"mergekit", "peft", "llama.cpp"} and all(
         "one list of layers" in why for why in found.values()
     )
+
+
+def test_a_list_by_layer_is_that_of_the_layers_that_it_is_about() -> None:
+    network = {
+        "model_type": "led", **WIDTHS, "encoder_layers": 3, "decoder_layers": 3, "attention_window": [4, 8, 16],
+        "max_encoder_position_embeddings": 64, "max_decoder_position_embeddings": 64,
+    }  # fmt: skip
+    backbone = EncoderDecoder(network=network, source_context=32, context=8, _random_seed=0)
+    assert [(stack.key, stack.listed) for stack in find_stacks(backbone.build())] == [
+        ("encoder_layers", True),
+        ("decoder_layers", False),
+    ]
+    rows = tiny.Tensors(backbone.example(2))
+    task = tiny.Task(backbone=backbone, loss=NextToken(), train=rows, held_out=rows)
+    for kept, windows in (((0, 2, 4, 5), [4, 16]), ((0, 1, 2, 3), [4, 8, 16])):
+        config: Any = tiny.prune(task, decide(task, kept)).config
+        assert config.attention_window == windows
+        assert (config.encoder_layers, config.decoder_layers) == (len(windows), len(kept) - len(windows))
+
+
+def test_pairs_for_a_decoder_alone_are_refused() -> None:
+    model = CausalLM.tiny().build()
+    assert CausalLM.tiny().lookups(model)["source"].size == 0
+    with pytest.raises(tiny.UserError, match="'t5' .*is an encoder-decoder; take the backbone EncoderDecoder"):
+        CausalLM(network={"model_type": "t5"}).construct({"model_type": "t5"})
+
+
+def test_sizes_that_a_recipe_leaves_out_are_those_of_the_library() -> None:
+    network = {"model_type": "whisper", **WIDTHS, "num_mel_bins": 8}  # of 1500 positions, two frames each
+    assert EncoderDecoder(network=network, context=4).example(1)["features"].shape == (1, 8, 3000)
