@@ -51,7 +51,7 @@ def test_they_are_the_norms_of_the_gradients() -> None:
     student.register_buffer("scale", torch.tensor(1.0))  # which the gradient needs
     student.register_forward_hook(lambda module, _, output: output * module.scale)
     objective = Distilled(student.train(), task, DECISION, kd)
-    compared = Shares.on(task.train, task.loss.prepare, interrupted.TRAINER)
+    compared = Shares.on(interrupted.TRAINER, task.train, task.loss.prepare)
     norms = {}
     for name, weight in {"kd": 0.7, "gt": 0.2, "feature": 1.0}.items():
         student.zero_grad()

@@ -248,8 +248,7 @@ class Recover(Settings):
         ema = Ema(student, decay) if decay else None
         averaged = ema.average.module if ema else None  # copied before the blocks' forward is taken over
         optimization = self._optimization(ema, optimizing)
-        if isinstance(objective, Distilled) and not (trainer.shards() or self.depths):
-            objective.shares = Shares.on(data, prepare, trainer)
+        self._compare_terms(objective, trainer, data, prepare)
         frozen = objective.frozen_modules()
         # Of several depths what the gates enclose: inside of what is recomputed no mask may change.
         own = [student.get_submodule(p) for p in task.backbone.unit_paths(student)] if self.depths else objective.blocks
@@ -266,6 +265,11 @@ class Recover(Settings):
             validator.load_best(student)
         elif averaged is not None:
             student.load_state_dict(averaged.state_dict())
+
+    def _compare_terms(self, objective: Objective, trainer: Trainer, *samples: Any) -> None:
+        """Let a distillation log what its terms do, where one whole network is in one place."""
+        if isinstance(objective, Distilled) and not (trainer.shards() or self.depths):
+            objective.shares = Shares.on(trainer, *samples)
 
     def _optimization(self, ema: Ema | None, optimizing: Mapping[str, Any]) -> Optimization:
         schedule = cosine(self.lr_final / self.lr) if self.schedule == "cosine" else lambda progress: 1.0

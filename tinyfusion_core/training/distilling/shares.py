@@ -42,13 +42,13 @@ class Shares:
     told: bool = field(default=False, init=False)
 
     @classmethod
-    def on(cls, data: Samples, prepare: Callable[[Batch, Rng], dict[str, Tensor]], trainer: Trainer) -> Shares:
+    def on(cls, trainer: Trainer, data: Samples, prepare: Callable[[Batch, Rng], dict[str, Tensor]]) -> Shares:
         """Return what compares on the first samples of some data.
 
         Args:
-            data: the samples to train on.
-            prepare: turns a batch into inputs.
             trainer: device, precision and seed.
+            data: the samples to train on.
+            prepare: turns a batch into inputs, each (batch, ...).
         """
         num = min(ROWS, trainer.micro_batch_size or ROWS, len(data))
         batch = data.__getitems__(list(range(num)))
