@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from tinyfusion_core.errors import require
+from tinyfusion_core.errors import UserError, require
 from tinyfusion_core.protocols.backbone import Batch
 from tinyfusion_core.protocols.loss import has_values
 from tinyfusion_core.runtime.files import NEUTRAL
@@ -62,7 +62,15 @@ class NextToken(TokenLoss):
         Returns:
             `tokens` (batch, tokens), and `targets` (batch, tokens - 1): the label of the token that follows; and all
             others as they are.
+
+        Raises:
+            UserError: the batch is an encoder's, which sees the tokens that follow.
         """
+        if "attention" in batch:
+            raise UserError(
+                "loss: NextToken is for networks that read a text up to a token, and an encoder sees what follows; "
+                "take MaskedToken or SentenceEmbedding"
+            )
         others = {name: column for name, column in batch.items() if name != "labels"}
         return {**others, "targets": batch["labels"][:, 1:]}
 

@@ -150,6 +150,13 @@ def test_what_cannot_be_pruned_is_refused_in_the_plan(
     assert any(re.search(message, problem) for problem in problems), problems
 
 
+@pytest.mark.parametrize("head", [True, False])
+def test_next_tokens_are_no_loss_of_an_encoder(head: bool, tmp_path: Path) -> None:
+    recipe = recipe_of(folder(tmp_path / "model", "bert", head), tmp_path, head)
+    problems = make_plan(tiny.load_recipe(recipe, ["--loss=NextToken"])).problems
+    assert any("an encoder sees what follows; take MaskedToken or" in problem for problem in problems), problems
+
+
 _COMMON = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 97, "d_model": 32}
 
 
