@@ -115,8 +115,9 @@ def check_loss_fits(backbone: Backbone, loss: LossAdapter, model: nn.Module) -> 
     Raises:
         UserError: they do not.
     """
-    inputs = loss.prepare(backbone.example(2), Rng(0, "plan"))
+    example = backbone.example(2)
     try:
+        inputs = loss.prepare(example, Rng(0, "plan"))
         with torch.no_grad():
             on_meta = {name: t.to("meta") for name, t in inputs.items()}
             with watched_streams(model, backbone.unit_paths(model), backbone.unit_streams(model)) as seen:
@@ -138,3 +139,8 @@ def check_loss_fits(backbone: Backbone, loss: LossAdapter, model: nn.Module) -> 
         raise UserError(
             f"loss: {owner(loss)} does not fit the network ({first_line(e)}); compare their options"
         ) from None
+    except (AttributeError, LookupError, TypeError, ValueError) as e:  # it is made for samples or predictions of others
+        raise UserError(
+            f"loss: {owner(loss)} does not fit {owner(backbone)} ({type(e).__name__}: {first_line(e)}), whose samples "
+            f"have {', '.join(example)}; take a loss that is made for it"
+        ) from e

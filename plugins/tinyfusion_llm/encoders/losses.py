@@ -38,7 +38,7 @@ class MaskedToken(TokenLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(0 < self.fraction <= 1, "loss.fraction", self.fraction, "a share above 0")
+        require(0 < self.fraction <= 1, "loss.fraction", self.fraction, "a share above 0, at most 1")
 
     @override
     def prepare(self, batch: Batch, rng: Rng) -> dict[str, Tensor]:

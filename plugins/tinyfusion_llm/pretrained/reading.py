@@ -77,7 +77,11 @@ def check_kind(config: Any, name: str, autos: Autos, kind: str) -> None:
             "run; remove it from config.json"
         )
     if auto_class(config, autos) is None:
-        neither = f"neither {' nor '.join(autos)} of transformers has" if len(autos) > 1 else f"{autos[0]} has not"
+        neither = (
+            f"neither {' nor '.join(autos)} of transformers has"
+            if len(autos) > 1
+            else f"{autos[0]} of transformers does not have"
+        )
         raise UserError(f"backbone.model: '{name}' ({config.model_type}) is not {kind}; {neither} one for it")
 
 

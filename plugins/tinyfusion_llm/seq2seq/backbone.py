@@ -18,6 +18,7 @@ from tinyfusion_core.pruning.removal import same_but_for_rounding
 from tinyfusion_llm.converters import CLIENTS
 from tinyfusion_llm.hidden import IGNORED, run_to_head
 from tinyfusion_llm.layers.building import class_of
+from tinyfusion_llm.layers.edits import is_int
 from tinyfusion_llm.layers.finding import vocabulary_of
 from tinyfusion_llm.layers.inputs import short_inputs, source_of
 from tinyfusion_llm.layers.limits import limits
@@ -130,6 +131,13 @@ class EncoderDecoder(Pretrained):
     @override
     def lookups(self, model: Any) -> Mapping[str, Lookup]:
         remedy = "take the model's own tokenizer"
+        for option, names in _POSITIONS.items():
+            most = next((most for name in names if is_int(most := getattr(model.config, name, None))), None)
+            reads = option == "context" or model.main_input_name == "input_ids"
+            require(
+                most is None or not reads or getattr(self, option) <= most, f"backbone.{option}", getattr(self, option),
+                f"at most {most}, the network's positions (and data.{option} alike)",
+            )  # fmt: skip
         size = vocabulary_of(model)
         found = {"tokens": Lookup(size, "tokens", remedy), "labels": Lookup(size, "tokens", remedy, ignored=IGNORED)}
         if model.main_input_name == "input_ids":
@@ -145,6 +153,13 @@ class EncoderDecoder(Pretrained):
             "max_position_embeddings": 64, "decoder_start_token_id": 2,
         }  # fmt: skip
         return cls(network=network, source_context=12, context=8, _random_seed=0)
+
+
+_POSITIONS = {
+    "context": ("max_target_positions", "max_decoder_position_embeddings", "max_position_embeddings"),
+    "source_context": ("max_encoder_position_embeddings", "max_position_embeddings"),
+}
+"""The settings that say how many positions a network has, by what must not be longer."""
 
 
 def _counted(*shape: int) -> Tensor:

@@ -190,7 +190,8 @@ class SpeechText(DataSource):
         if not audio.is_file():
             raise MissingFileError(f"{row.where}: no recording {audio}; files are looked for beside the JSONL file")
         seconds, most = _seconds(audio, row.where), extractor.n_samples / extractor.sampling_rate
-        if not 0 < seconds <= most:
+        require(seconds > 0, f"{row.where}: {audio}: its length", seconds, "at least one sample; leave the row out")
+        if seconds > most:
             raise UserError(
                 f"{row.where}: {audio} has {seconds:.1f} seconds, the model hears {most:.0f}; cut it in pieces, or "
                 "leave the row out"
@@ -201,9 +202,14 @@ class SpeechText(DataSource):
 def _seconds(audio: Path, where: str) -> float:
     soundfile = need("soundfile", "tinyfusion[speech]", "data: SpeechText")
     try:
-        return float(soundfile.info(audio).duration)
+        seconds = float(soundfile.info(audio).duration)
     except soundfile.SoundFileError as e:
         raise _damaged(audio, where, e) from None
+    with audio.open("rb") as file:
+        form, size = file.read(4), int.from_bytes(file.read(4), "little")
+    if form == b"RIFF" and audio.stat().st_size < size + 8 < 1 << 32:  # whoever writes to a pipe knows no size
+        raise UserError(f"{where}: {audio} ends before its header says, so words are missing; copy it again")
+    return seconds
 
 
 def _samples(one: Utterance, rate: int) -> np.ndarray:

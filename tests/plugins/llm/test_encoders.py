@@ -21,6 +21,7 @@ from llm_toys import decide
 from marks import slow_but
 from tinyfusion_core.cli import main
 from tinyfusion_core.pipeline.planning.plan import make_plan
+from tinyfusion_core.pipeline.planning.training import Hardware
 from tinyfusion_core.pruning.gating import Gates
 from tinyfusion_llm import MaskedLM, TextEncoder
 
@@ -130,7 +131,7 @@ def test_a_recipe_runs_up_to_a_student_that_transformers_reads(
         (True, "albert", {"embedding_size": 32}, r"one ModuleList of blocks, each with weights of its own"),
         (True, "t5", {"num_layers": 6}, r"is an encoder-decoder; expected a masked language model"),
         (False, "t5", {"num_layers": 6}, r"is an encoder-decoder; expected an encoder"),
-        (True, "llama", {}, r"is not a masked language model; AutoModelForMaskedLM has not one"),
+        (True, "llama", {}, r"is not a masked language model; AutoModelForMaskedLM of transformers does not have one"),
         (True, "bert", {"max_position_embeddings": 8}, r"backbone.context is 12; expected at most 8, the network's"),
         (True, "bert", {"vocab_size": 60}, r"network has 60 tokens, 0 to 59: take the model's own tokenizer"),
         (False, "bert", {"hidden_size": 16}, r"'embedding' of a sample is \[32\], .* takes \[16\]"),
@@ -155,6 +156,17 @@ def test_next_tokens_are_no_loss_of_an_encoder(head: bool, tmp_path: Path) -> No
     recipe = recipe_of(folder(tmp_path / "model", "bert", head), tmp_path, head)
     problems = make_plan(tiny.load_recipe(recipe, ["--loss=NextToken"])).problems
     assert any("an encoder sees what follows; take MaskedToken or" in problem for problem in problems), problems
+
+
+@pytest.mark.parametrize(
+    ("head", "loss"), [(True, "SentenceEmbedding"), (False, "MaskedToken"), (True, "FlowMatching")]
+)
+def test_a_loss_that_is_made_for_others_is_named(head: bool, loss: str, tmp_path: Path) -> None:
+    recipe = recipe_of(folder(tmp_path / "model", "bert", head), tmp_path, head)
+    (problem,) = make_plan(tiny.load_recipe(recipe, [f"--loss={loss}"]), hardware=Hardware()).problems
+    assert re.search(
+        rf"loss: {loss} \(of .* does not fit (MaskedLM|TextEncoder) .*take a loss that is made for it", problem
+    )
 
 
 _COMMON = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 97, "d_model": 32}

@@ -84,13 +84,18 @@ def test_rows_are_held_out_as_asked(tmp_path: Path) -> None:
         ({"audio": "no.wav", "text": "red"}, "row 4: no recording .*no.wav; files are looked for beside the JSONL"),
         ({"audio": "heard.jsonl", "text": "red"}, "row 4: .*heard.jsonl is damaged or no recording"),
         ({"audio": "long.wav", "text": "red"}, "row 4: .*long.wav has 1.5 seconds, the model hears 1; cut it"),
-        ({"audio": "none.wav", "text": "red"}, "row 4: .*none.wav has 0.0 seconds"),
+        ({"audio": "cut.wav", "text": "red"}, "row 4: .*cut.wav ends before its header says, so words are missing"),
+        (
+            {"audio": "none.wav", "text": "red"},
+            "row 4: .*none.wav: its length is 0.0; expected at least one sample; leave the",
+        ),
         ({"audio": "00.wav", "text": "x" * 27}, "row 4: 'text' takes 33 tokens, 4 of them the prompt's; context is 32"),
     ],
 )
 def test_a_wrong_row_is_named_before_anything_is_read(row: Any, message: str, tmp_path: Path) -> None:
     rows = recordings(tmp_path / "rows", SAME)
     soundfile.write(rows.parent / "long.wav", tone("red", seconds=1.5), RATE)
+    (rows.parent / "cut.wav").write_bytes((rows.parent / "long.wav").read_bytes()[:2000])
     soundfile.write(rows.parent / "none.wav", tone("red", seconds=0), RATE)
     rows.write_text(rows.read_text() + json.dumps(row) + "\n")
     with pytest.raises(tiny.UserError, match=message):

@@ -112,6 +112,14 @@ def test_the_gradient_of_the_gates_is_that_of_the_dense_formula(family: str, tmp
     assert torch.allclose(found, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("option", ["context", "source_context"])
+def test_no_more_tokens_than_positions(option: str, tmp_path: Path) -> None:
+    positions = {"max_position_embeddings": 16}
+    backbone = EncoderDecoder(model=str(folder(tmp_path, "bart", **positions)), **{"context": 8, option: 17})
+    with pytest.raises(tiny.UserError, match=rf"{option} is 17; expected at most 16, the network's positions"):
+        backbone.lookups(backbone.build())
+
+
 def test_the_first_layers_of_t5_stay_and_are_found_by_trial(tmp_path: Path) -> None:
     task = task_of(folder(tmp_path, "t5"))
     assert task.backbone.limits(task.teacher) == {"protect": [0, 4]}

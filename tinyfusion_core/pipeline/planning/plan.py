@@ -70,6 +70,9 @@ def _collect(plan: Plan, part: Callable[[], None]) -> None:
         found = plan.missing if isinstance(e, MissingFileError) else plan.problems
         if str(e) not in found:  # of a network that cannot be built, more than one part says so
             found.append(str(e))
+    except Exception:
+        if not plan.problems:  # what a network that does not fit its loss does to later parts says nothing new
+            raise
 
 
 def _network(plan: Plan, recipe: Recipe) -> None:
