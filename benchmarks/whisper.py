@@ -63,7 +63,7 @@ def renumber(model: Any, kept: Mapping[str, Sequence[int]]) -> None:
 
 
 def written(model: Any, data: Mapping[str, Tensor], rows: SpeechRows) -> list[str]:
-    """Greedy transcripts, normalised."""
+    """Greedy transcripts."""
     texts: list[str] = []
     for numbers in batches(len(data["states"]), 10):
         some = slice(numbers.start, numbers.stop)
@@ -75,7 +75,7 @@ def written(model: Any, data: Mapping[str, Tensor], rows: SpeechRows) -> list[st
             do_sample=False,
         )
         texts += rows.processor.tokenizer.batch_decode(made, skip_special_tokens=True)
-    return [normaliser(rows.processor.tokenizer)(text) for text in texts]
+    return texts
 
 
 def main(keep: int = 4, num_train: int = 240, num_held_out: int = 40, steps: int = 60, seeds: int = 1) -> None:
@@ -92,7 +92,7 @@ def main(keep: int = 4, num_train: int = 240, num_held_out: int = 40, steps: int
 
     def judged(name: str, network: nn.Module, note: str) -> None:
         (loss,) = tiny.HeldOutLoss(draws=1, batch_size=10)(task, {"it": network}, trainer)
-        wrong = percent_wrong(said, written(network, held_out, rows))
+        wrong = percent_wrong(said, [normalise(text) for text in written(network, held_out, rows)])
         print(f"{name}: held-out loss {loss.values['it']:.3f}, {wrong:.1f} % of the words wrong; {note}", flush=True)
 
     judged("teacher", model, f"{num_held_out} recordings")
