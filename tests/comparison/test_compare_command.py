@@ -45,9 +45,7 @@ def comparing(recipe: Path) -> Path:
     return recipe
 
 
-def test_one_command_makes_table_page_and_figures(
-    comparing: Path, tmp_path: Path, worked: Counter[str], capsys, monkeypatch
-) -> None:
+def test_one_command_makes_table_page_and_figures(comparing: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     folder = Path("runs/small-compare")
     assert main(["compare", str(comparing)]) == 0
@@ -76,7 +74,19 @@ def test_one_command_makes_table_page_and_figures(
     assert "small-compare: 8 → 4 blocks: 2 ways to choose beside 2 random subsets" in page
     assert "&lt;first&gt;" in page and "<first>" not in page
     assert shlex.join(["tinyfusion", "compare", str(comparing)]) in page
-    # Nothing is left to do; the sampling decides the distance alone, and an audit shares the decisions.
+
+
+@pytest.mark.slow
+def test_what_is_known_is_not_computed_again(
+    comparing: Path, tmp_path: Path, worked: Counter[str], capsys: pytest.CaptureFixture[str], monkeypatch
+) -> None:
+    """The sampling decides the distance alone, and an audit shares the decisions."""
+    monkeypatch.chdir(tmp_path)
+    folder = Path("runs/small-compare")
+    assert main(["compare", str(comparing)]) == 0
+    found = ComparisonResults.load(folder / "findings.json")
+    with (folder / "table.csv").open() as file:
+        table = {line["candidate"]: line for line in csv.DictReader(file)}
     worked.clear()
     capsys.readouterr()
     assert main(["compare", str(comparing), "--json"]) == 0

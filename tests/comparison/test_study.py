@@ -68,6 +68,7 @@ def test_no_more_subsets_than_there_are(tmp_path: Path) -> None:
     assert "share of all 8 subsets" in " ".join(tables(found)[0].notes)
 
 
+@pytest.mark.slow
 def test_subsets_with_a_seed_of_their_own_and_more_of_them_add_to_the_first(tmp_path: Path) -> None:
     compare = Compare(candidates=FIRST_AND_LAST, seeds=2, random=3)
     few = compare(task(), RECOVER, TRAINER, tmp_path, evaluate=LOSS)
@@ -161,6 +162,7 @@ class Imitate(toys.Match):
         return model(inputs["x"], inputs["c"])
 
 
+@pytest.mark.slow
 def test_several_block_lists(tmp_path: Path) -> None:
     source = torch.Generator().manual_seed(0)
     data = Tensors({"x": torch.randn(16, 3, 8, generator=source), "c": torch.randn(16, 8, generator=source)})

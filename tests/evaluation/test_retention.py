@@ -44,6 +44,7 @@ def test_of_the_recipes_own_data_it_is_the_held_out_loss() -> None:
     assert kept.values == loss.values
 
 
+@pytest.mark.slow
 def test_what_a_recovery_did_not_see_it_gets_worse_at() -> None:
     """The same steps on all labels and on one: on the others the second student is behind."""
     others = tiny.Retention(data={"others": Some(labels=(1, 2, 3, 4, 5, 6, 7, 8, 9))}, draws=2)

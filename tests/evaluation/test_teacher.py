@@ -64,7 +64,14 @@ def test_one_label_for_all_says_nothing() -> None:
     tiny.check_teacher(with_labels(torch.zeros_like), TRAINER)
 
 
-@pytest.mark.parametrize(("factor", "refused"), [(0.18215, True), (1.0, False), (5.49, True)])
+@pytest.mark.parametrize(
+    ("factor", "refused"),
+    [
+        (0.18215, True),
+        pytest.param(1.0, False, marks=pytest.mark.slow),
+        pytest.param(5.49, True, marks=pytest.mark.slow),
+    ],
+)
 def test_latents_have_the_spread_that_their_scale_gives_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], factor: float, refused: bool
 ) -> None:

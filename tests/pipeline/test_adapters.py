@@ -111,6 +111,7 @@ def adapter_of_digits(path: Path, blocks: int = 8, prefix: str = "blocks") -> di
     return tensors
 
 
+@pytest.mark.slow
 def test_of_a_run_of_two_rounds_in_branches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe: dict[str, Any] = json.loads(json.dumps(RECIPE))
     recipe["backbone"]["init_args"]["units"] = ["attention", "mlp"]
@@ -152,14 +153,11 @@ def test_of_a_run_of_two_rounds_in_branches(tmp_path: Path, capsys: pytest.Captu
         (lambda path: None, "lora.safetensors: no such file"),
     ],
 )
-def test_what_is_no_adapter_of_the_teacher(make_it: Any, message: str, tmp_path: Path, capsys) -> None:
-    keep = {"class_path": "Keep", "init_args": {"blocks": [0, 1, 3, 6]}}
-    content = {**RECIPE, "search": keep, "recover": None, "evaluate": []}
-    write_text(tmp_path / "recipe.yaml", json.dumps(content))
-    assert run(tmp_path / "recipe.yaml", tmp_path / "run") == 0
+def test_what_is_no_adapter_of_the_teacher(
+    make_it: Any, message: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     make_it(tmp_path / "lora.safetensors")
-    capsys.readouterr()
-    command = ["export", str(tmp_path / "run"), "--to", "lora"]
+    command = ["export", str(finished), "--to", "lora"]
     assert main([*command, "--adapter", str(tmp_path / "lora.safetensors")]) == 2
     assert message in capsys.readouterr().err
     assert main(command) == 2

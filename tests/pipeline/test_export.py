@@ -106,6 +106,7 @@ def test_a_dit_is_the_same_network_in_diffusers(tmp_path: Path) -> None:
         DiT.tiny().export(DiT.tiny().build(), "diffusers", tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_of_two_rounds_names_the_blocks_of_its_first_teacher(recipe: Path, tmp_path: Path, capsys) -> None:
     content = yaml.safe_load(recipe.read_text())
     keeps = [{"class_path": "Keep", "init_args": {"blocks": blocks}} for blocks in ([0, 2, 3, 7], [1, 3])]

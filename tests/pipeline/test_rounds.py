@@ -139,9 +139,10 @@ def test_a_changed_round_spoils_itself_and_the_later_ones(rounds: Path, made: Pa
         ({"rounds": {"d4": {}}}, "rounds.d4.search: missing"),
         ({"rounds": {}}, "expected a mapping of round names"),
         ({"rounds": {"d4": {"recover": None}}}, "search"),
-        (
+        pytest.param(
             {"rounds": {"d4": ROUNDS["d4"], "d2": {"search": {"pattern": [3, 8], "steps": 1}}}},
             "rounds.d2: search.pattern: [3, 8] does not fit 'blocks' with 4",
+            marks=pytest.mark.slow,
         ),
         ({"rounds": {"d4": ROUNDS["d4"] | {"recover": {"kd": OUT_OF_RANGE}}}}, "rounds.d4: recover.kd.taps: [4, 7]"),
     ],
@@ -165,6 +166,7 @@ def test_what_classes_refuse_in_rounds_is_said_of_each(rounds: Path, capsys) -> 
     assert "rounds.d2.search.steps is -3" in later
 
 
+@pytest.mark.slow
 def test_the_published_layouts_are_planned_with_their_taps() -> None:
     def plan(name: str) -> dict[str, str]:
         return dict(make_plan(tiny.load_recipe(ROOT / "recipes" / f"{name}.yaml")).rows)

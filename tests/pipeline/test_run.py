@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import tinyfusion_core as tiny
 from forks import command, start, wait
+from marks import slow_but
 from small_run import RECIPE, SHIPPED, run
 from tinyfusion_core.cli import main
 from tinyfusion_core.pipeline.run import make_task
@@ -119,10 +120,11 @@ def wait_for_step(process: ForkServerProcess, run_dir: Path, stage: str, step: i
     pytest.fail(f"{stage} never came to step {step}")
 
 
-def test_ctrl_c_saves_says_how_to_go_on_and_goes_on(recipe: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stages", slow_but([("search", "recover"), ("recover",)], ("recover",)), ids="-".join)
+def test_ctrl_c_saves_says_how_to_go_on_and_goes_on(stages: tuple[str, ...], recipe: Path, tmp_path: Path) -> None:
     flags = ["--search.steps=20", "--recover.steps=20", "--trainer.checkpoint_every=1000"]
     stopped = tmp_path / "stopped"
-    for stage in ("search", "recover"):
+    for stage in stages:
         log = tmp_path / stage
         (process,) = start(command("run", recipe, "--run-dir", stopped, *flags), log)
         wait_for_step(process, stopped, stage, 4)
@@ -162,7 +164,7 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.param("--recover.steps=8", "recover.steps: 4 -> 8", "recover", marks=pytest.mark.slow),
         pytest.param("--trainer.seed=9", "trainer.seed: 3 -> 9", "search", marks=pytest.mark.slow),
         pytest.param("--loss.label_drop=0.2", "loss.label_drop: 0.1 -> 0.2", "search", marks=pytest.mark.slow),
-        ("--recover=null", "recover.steps: 4 -> None", "recover"),
+        pytest.param("--recover=null", "recover.steps: 4 -> None", "recover", marks=pytest.mark.slow),
         pytest.param("--evaluate=[Latency]", "evaluate", "evaluate", marks=pytest.mark.slow),
         pytest.param("--loss.cfg_scale=2", "loss.cfg_scale: 1.0 -> 2.0", "evaluate", marks=pytest.mark.slow),
         ("--search=null --recover=null", "search: Search -> None", "evaluate"),
@@ -218,13 +220,14 @@ def test_a_decision_that_is_not_the_students_is_noticed(recipe: Path, short: Pat
     assert "not the decision that student/ was made from" in capsys.readouterr().err
 
 
-def test_two_runs_do_not_share_a_folder(recipe: Path, tmp_path: Path, capsys) -> None:
-    with owned(tmp_path / "run", RUN):
+def test_two_runs_do_not_share_a_folder(recipe: Path, short: Path, tmp_path: Path, capsys) -> None:
+    with owned(shutil.copytree(short, tmp_path / "run"), RUN):
         assert run(recipe, tmp_path / "run", *SHORT) == 2
     assert f"another tinyfusion is at work in this folder (process {os.getpid()} on " in capsys.readouterr().err
     assert run(recipe, tmp_path / "run", *SHORT) == 0
 
 
+@pytest.mark.slow
 def test_a_recovery_that_diverged_is_an_error_with_advice(recipe: Path, tmp_path: Path, capsys) -> None:
     assert run(recipe, tmp_path / "run", *SHORT, "--recover.lr=1e9") == 2
     err = capsys.readouterr().err
@@ -274,6 +277,7 @@ def test_a_published_decision_is_applied_to_another_checkpoint(recipe: Path, tmp
     assert "search.decision (its content)" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_network_trained_from_scratch_is_pruned_in_the_same_run(recipe: Path, tmp_path: Path) -> None:
     content = yaml.safe_load(recipe.read_text())
     sizes = {"input_size": 8, "patch_size": 2, "in_channels": 1, "hidden_size": 16, "depth": 4, "num_heads": 2}

@@ -29,6 +29,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_every_page_is_built_and_fetches_nothing(site: Path) -> None:
     pages = [*(ROOT / "docs").rglob("*.md"), *ROOT.glob("*.md"), ROOT / "benchmarks" / "RESULTS.md"]
     for page in pages:
@@ -46,6 +47,7 @@ def test_every_public_name_is_in_the_reference_once() -> None:
         assert kind == "command" or {*classes.values()} <= {*explained}, kind
 
 
+@pytest.mark.slow
 def test_nothing_in_the_reference_lacks_a_docstring() -> None:
     source = griffe.GriffeLoader(search_paths=[ROOT, ROOT / "plugins"])
     packages = {top: source.load(top) for top in {name.partition(".")[0] for name in NAMES}}

@@ -64,6 +64,7 @@ def test_it_is_a_candidate_of_comparisons_under_its_short_and_its_full_name(reci
     assert short == long
 
 
+@pytest.mark.slow
 def test_a_sampler_searches(recipe: Path, tmp_path: Path) -> None:
     sampler = {"class_path": "Eager", "init_args": {"rules": {"keep": 4}}}
     flags = [f"--search={json.dumps({'sampler': sampler, 'steps': 3})}", "--recover=null"]

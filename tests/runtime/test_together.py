@@ -165,6 +165,7 @@ def test_the_program_leaves_the_others_before_it_ends(monkeypatch: pytest.Monkey
     assert not dist.is_initialized()
 
 
+@pytest.mark.slow
 def test_two_processes_bear_it_alike(tmp_path: Path) -> None:
     stopped(tmp_path / "one to two")
     (tmp_path / "job.py").write_text(PROGRAM)

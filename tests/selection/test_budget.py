@@ -15,6 +15,7 @@ import yaml
 from torch import Tensor, nn
 
 import tinyfusion_core as tiny
+from marks import slow_but
 from planted_search import TRAINER
 from small_run import RECIPE, run
 from tinyfusion_core.cli import main
@@ -141,7 +142,7 @@ SELECTORS: Mapping[str, Callable[..., Selector]] = {
 
 
 @pytest.mark.parametrize("name", SELECTORS)
-@pytest.mark.parametrize("said", ["0.5x", {"flops": "0.5x"}, {"latency_ms": "0.9x"}])
+@pytest.mark.parametrize("said", slow_but(["0.5x", {"flops": "0.5x"}, {"latency_ms": "0.9x"}], "0.5x"))
 def test_every_selector_keeps_to_a_budget(name: str, said: Any, task: tiny.Task) -> None:
     decision = SELECTORS[name](budget=said)(task, TRAINER)
     (found,) = decision.provenance["costs"].values()

@@ -31,15 +31,15 @@ def limited(**limits: Sequence[Any]) -> tiny.Task:
 
 FIRST = {"protect": [0, 2]}  # which do nothing
 PAIRS = {"period": ["a", "b"]}
-SELECTORS: list[tiny.Selector] = [
+SELECTORS: list[Any] = [
     tiny.FirstN(keep=4),
     tiny.LastN(keep=4),
     tiny.LeaveOneOut(keep=4, samples=32),
     tiny.Search(keep=4, steps=3),
     tiny.Race(keep=4, steps=40, samples=16, proposers=[tiny.LastN(keep=4), tiny.FirstN(keep=4)]),
-    tiny.Race(keep=4, steps=40, samples=16),
+    pytest.param(tiny.Race(keep=4, steps=40, samples=16), marks=pytest.mark.slow),
     tiny.Finals(search=tiny.Search(keep=4, steps=3), others=[tiny.LastN(keep=4)], steps=4, masks=2, samples=16),
-    tiny.Shallowest(loss=1.0, steps=60, samples=16),
+    pytest.param(tiny.Shallowest(loss=1.0, steps=60, samples=16), marks=pytest.mark.slow),
 ]
 
 

@@ -102,6 +102,7 @@ def test_what_cannot_be_is_told() -> None:
         shallowest("1.05x", sure=1.0)
 
 
+@pytest.mark.slow
 def test_its_figure_is_drawn(tmp_path: Path) -> None:
     found = shallowest("1.0001x")(noisy(), TRAINER).provenance["quality"]
     draw_quality(found, (4, 1.00005), tmp_path / "quality.png")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import tinyfusion_core as tiny
+from marks import slow_but
 from tinyfusion_core.errors import UserError
 from tinyfusion_core.pruning.weight_update import WeightUpdate
 from tinyfusion_core.samplers.base import BlockSampler, Draw
@@ -33,7 +34,7 @@ def search(**options) -> tiny.Search:
 TRAINER = tiny.Trainer(batch_size=16, precision="fp32", seed=0)
 
 
-@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("update", slow_but(UPDATES, UPDATES[1]))
 def test_finds_the_planted_blocks(update: WeightUpdate) -> None:
     decision = search(update=update)(task(), TRAINER)
     assert list(decision.kept) == WORKING
@@ -71,6 +72,7 @@ class LeaveOneOut(GroupedSampler):
         return (advantage * draw.log_prob).mean() + loss.mean()
 
 
+@pytest.mark.slow
 def test_a_score_function_sampler_needs_no_change_to_the_search() -> None:
     def leave_one_out(lists: dict[str, int]) -> BlockSampler:
         return LeaveOneOut(lists, (4, 8), scaling=(1.0, 1.0))

@@ -44,6 +44,7 @@ def test_gates_that_leave_out_values_keep_their_mean_gradient() -> None:
     assert (estimates[0][mask == 0] == 0).any()
 
 
+@pytest.mark.slow
 def test_a_search_with_few_values_still_finds_the_blocks() -> None:
     decision = search(SAMPLERS["straight-through"], dropped_values=0.3)(task(), TRAINER)
     assert list(decision.kept) == WORKING

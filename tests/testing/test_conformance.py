@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from places import TESTS
@@ -16,10 +18,23 @@ pytestmark = pytest.mark.numerics
 
 WORKING = Planted(scales=(1, 1, 1, 1))
 PLUGINS = [plugin.name for plugin in registry().plugins if {"backbone", "loss"} & {kind for kind, _ in plugin.brings}]
+PAIRS = [pair for name in PLUGINS for pair in pairs_of(name, registry())]
+ALIKE = {"FlowMatching", "ScheduledDiffusion", "MaskedToken", "SentenceEmbedding"}
+"""Losses whose pairs share nearly all of their code with another one."""
 
 
-@parametrize_with_checks([pair for name in PLUGINS for pair in pairs_of(name, registry())])
+def is_alike(pair: Any) -> bool:
+    return isinstance(pair, tuple) and pair[1].__name__ in ALIKE
+
+
+@parametrize_with_checks([pair for pair in PAIRS if not is_alike(pair)])
 def test_built_in_plugins(check) -> None:
+    check()
+
+
+@pytest.mark.slow
+@parametrize_with_checks([pair for pair in PAIRS if is_alike(pair)])
+def test_those_much_like_another(check) -> None:
     check()
 
 
@@ -29,8 +44,7 @@ def test_a_small_one_of_ones_own(check) -> None:
 
 
 def test_every_built_in_backbone_and_loss_is_checked() -> None:
-    checked = {part for name in PLUGINS for part in pairs_of(name, registry())}
-    parts = {part for pair in checked for part in (pair if isinstance(pair, tuple) else (pair,))}
+    parts = {part for pair in PAIRS for part in (pair if isinstance(pair, tuple) else (pair,))}
     classes = registry().classes
     assert parts == {*classes["backbone"].values(), *classes["loss"].values()}
 

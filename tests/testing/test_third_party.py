@@ -34,6 +34,7 @@ def test_it_passes_its_own_tests(installed: Path) -> None:
     own_tests(installed / "source", installed / "site")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:train.ema")  # of four steps
 def test_its_recipe_trains_prunes_and_recovers(
     installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

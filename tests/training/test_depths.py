@@ -190,7 +190,12 @@ def test_a_run_is_sliced(units: tuple[str, ...], tmp_path: Path, capsys: pytest.
     ("search", "recover", "message"),
     [
         ({"class_path": "Greedy", "init_args": {"keep": 4}}, {"depths": [2]}, "recover.depths: Greedy does not say in"),
-        ({"pattern": [2, 4]}, {"depths": [2, 4]}, "recover.depths: 4 is no smaller student; this one keeps 4"),
+        pytest.param(
+            {"pattern": [2, 4]},
+            {"depths": [2, 4]},
+            "recover.depths: 4 is no smaller student; this one keeps 4",
+            marks=pytest.mark.slow,
+        ),
         (
             {"pattern": [2, 4]},
             {"depths": [0]},
@@ -204,6 +209,7 @@ def test_depths_that_cannot_be_had(search, recover, message, tmp_path: Path, cap
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_of_one_depth_is_not_sliced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_text(tmp_path / "recipe.yaml", json.dumps({**RECIPE, "search": {"pattern": [2, 4], "steps": 2}}))
     assert run(tmp_path / "recipe.yaml", tmp_path / "run") == 0

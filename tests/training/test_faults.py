@@ -105,6 +105,7 @@ class Seen(Match):
         return super().prepare(batch, rng)
 
 
+@pytest.mark.slow
 def test_an_interrupted_final_recovers_nothing_twice(tmp_path: Path) -> None:
     search = tiny.Search(keep=4, steps=10, update=tiny.Frozen())
     final = tiny.Finals(search=search, masks=3, steps=5, samples=16)

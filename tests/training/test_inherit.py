@@ -18,6 +18,7 @@ from torch import nn
 
 import interrupted
 import tinyfusion_core as tiny
+from marks import slow_but
 from small_run import RECIPE, digits_task, run
 from starting import TRAINER
 from tinyfusion_core.cli import main
@@ -27,6 +28,7 @@ from toys import Planted, StopAt
 
 SEARCH = tiny.Search(keep=4, steps=4, lr=1e-2, keep_update=True)
 START = tiny.Recover(steps=0, start=tiny.Inherit())
+UPDATES = [tiny.LoRA(rank=2), tiny.Full(), tiny.LastBlocks(blocks=8, head=False)]
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def test_the_student_has_the_weights_that_the_search_left(units: tuple[str, ...]
     assert load_file(tmp_path / UPDATE).keys() == {name for name, _ in pruned.named_parameters()} - zero
 
 
-@pytest.mark.parametrize("update", [tiny.LoRA(rank=2), tiny.Full(), tiny.LastBlocks(blocks=8, head=False)])
+@pytest.mark.parametrize("update", slow_but(UPDATES, UPDATES[0]))
 def test_what_moves_is_what_the_update_moves(update: tiny.WeightUpdate, tmp_path: Path) -> None:
     """And the search is the one that throws it away."""
     task, folder = digits_task(), tiny.RunFolder(tmp_path)
@@ -151,13 +153,18 @@ def test_a_search_that_was_stopped_leaves_what_the_whole_one_leaves(tmp_path: Pa
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ({"search": {"keep": 4, "steps": 20}}, "Race trains nothing that the student could begin with"),
+        pytest.param(
+            {"search": {"keep": 4, "steps": 20}},
+            "Race trains nothing that the student could begin with",
+            marks=pytest.mark.slow,
+        ),
         ({"search": {"class_path": "Taylor", "init_args": {"keep": 4}}}, "Taylor trains nothing"),
         ({"search": {"pattern": [2, 4], "update": "Frozen"}}, "search.update: Frozen leaves nothing for recover.start"),
         ({"search": {"pattern": [2, 4], "keep_update": False}}, "search.keep_update is false, and recover.start"),
-        (
+        pytest.param(
             {"search": {"class_path": "Finals", "init_args": {"search": {"pattern": [2, 4], "steps": 4}}}},
             "Finals trains nothing",
+            marks=pytest.mark.slow,
         ),
     ],
 )

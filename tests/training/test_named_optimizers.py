@@ -16,6 +16,7 @@ from torch.optim import SGD, AdamW, Muon
 import tinyfusion_core as tiny
 from forks import command, start, wait
 from interrupted import RECOVER, TRAINER, assert_equal, lines, task
+from marks import slow_but
 from small_run import RECIPE, run
 from tinyfusion_core.cli import main
 from tinyfusion_core.training.steps.optimizers import Joined, NamedOptimizer
@@ -70,7 +71,7 @@ def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest() -> None:
     assert all(torch.equal(p, b) for p, b in zip(weights, before, strict=True))
 
 
-@pytest.mark.parametrize("optimizer", [MUON, "torch.optim.RMSprop", "Adafactor"])
+@pytest.mark.parametrize("optimizer", slow_but([MUON, "torch.optim.RMSprop", "Adafactor"], MUON))
 def test_it_goes_on_bit_for_bit_after_a_kill_and_after_its_end(optimizer: Any, tmp_path: Path) -> None:
     more = {"schedule": "constant", "ema": 0.9}
     whole = recovered(optimizer, tmp_path / "whole", **more)

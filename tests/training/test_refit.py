@@ -109,6 +109,7 @@ def test_the_layer_is_found_whose_output_is_added(way: str, layer: str | None, d
             torch.testing.assert_close(gate, expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_quickstarts_student_begins_far_nearer_to_its_teacher() -> None:
     task = digits_task()
     before = {name: t.clone() for name, t in task.teacher.state_dict().items()}

@@ -271,6 +271,7 @@ def test_listing_the_plugin_imports_neither_diffusers_nor_its_like() -> None:
     assert done.stdout.strip() == "[]", done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_ends_in_a_folder_that_diffusers_loads(tmp_path: Path) -> None:
     task, inputs = make("FluxTransformer2DModel")
     batch = {name: column.repeat(4, *[1] * (column.ndim - 1)) for name, column in task.train.columns.items()}

@@ -21,6 +21,7 @@ def sample(finished: Path, to: Path, num: int, *flags: str) -> int:
     return main(["sample", str(finished), "--num", str(num), "--to", str(to), "--batch-size", "3", *flags])
 
 
+@pytest.mark.slow
 def test_killed_and_gone_on_with_it_is_the_same_set(finished: Path, tmp_path: Path) -> None:
     num, archive = 90, tmp_path / "set.npz"
     words = ["sample", str(finished), "--num", str(num), "--to", str(archive), "--batch-size", "3"]

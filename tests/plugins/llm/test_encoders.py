@@ -101,7 +101,7 @@ def test_sentence_transformers_reads_a_student(tmp_path: Path, monkeypatch: pyte
         assert torch.allclose(torch.from_numpy(found[row]), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("head", [True, False])
+@pytest.mark.parametrize("head", slow_but([True, False], False))
 def test_a_recipe_runs_up_to_a_student_that_transformers_reads(
     head: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ import torch
 
 import tinyfusion_core as tiny
 from llm_toys import TOKENS, decide, folder, logits, task_of, tokenizer
+from marks import slow_but
 from tinyfusion_core.protocols.blocks.branches import Removed, removed_branches
 from tinyfusion_core.pruning.gating import Gates
 
@@ -19,7 +20,7 @@ KEPT = (1, 3, 4, 5, 6, 7, 9, 11)
 """The first layer has no attention, the third and fifth no feed-forward, the fifth neither."""
 
 
-@pytest.mark.parametrize("family", IN_BRANCHES)
+@pytest.mark.parametrize("family", slow_but(IN_BRANCHES, "llama", "mixtral"))
 def test_gated_pruned_saved_and_generating(family: str, tmp_path: Path) -> None:
     more = {"tie_word_embeddings": True} if family == "llama" else {}
     task = task_of(folder(tmp_path / "full", family, **more), units=UNITS)

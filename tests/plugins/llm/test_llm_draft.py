@@ -28,6 +28,7 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_example_writes_what_the_teacher_does(models: Path) -> None:
     (example,) = examples("docs/language-models.md")
     names: dict[str, Any] = {}

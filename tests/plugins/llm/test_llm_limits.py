@@ -46,7 +46,7 @@ def sayable(model: Any, kept: tuple[int, ...]) -> bool:
     return not corrected(shorter, {stack: kept})
 
 
-@pytest.mark.parametrize("family", slow_but(LIMITS, "jamba", "rwkv", "gpt_neox_japanese"))
+@pytest.mark.parametrize("family", slow_but(LIMITS, "jamba"))
 def test_limits_are_what_the_config_can_say(family: str) -> None:
     model = construct(settings(family), CausalLM.autos)
     found = limits(model)

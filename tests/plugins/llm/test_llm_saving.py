@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import tinyfusion_core as tiny
 from llm_toys import VOCABULARY, folder
+from marks import slow_but
 from tinyfusion_llm import CausalLM, NextToken
 
 pytestmark = [pytest.mark.numerics, pytest.mark.filterwarnings("ignore")]  # of transformers
@@ -98,7 +99,7 @@ def check_student(task: tiny.Task, path: Path, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(("asked", "dtype"), [("auto", torch.bfloat16), ("float32", torch.float32)])
-@pytest.mark.parametrize("family", ["qwen3", "llama", "qwen3_moe"])
+@pytest.mark.parametrize("family", slow_but(["qwen3", "llama", "qwen3_moe"], "qwen3_moe"))
 def test_a_student_of_float8_weights_is_a_plain_one(
     family: str, asked: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:

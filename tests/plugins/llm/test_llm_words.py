@@ -83,6 +83,7 @@ def test_what_it_cannot_measure_is_said_before_anything_is_spent() -> None:
         WordErrorRate(batch_size=0)
 
 
+@pytest.mark.slow
 def test_a_recipe_prunes_recovers_and_counts_words_alike_on_two_processes(model: Path, tmp_path: Path) -> None:
     rows = recordings(tmp_path / "rows", SAID)
     content = {

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq
 
 import tinyfusion_core as tiny
+from marks import slow_but
 from seq2seq_toys import LISTS, NETWORKS, WIDTHS, batch, decide, folder, states, task_of
 from tinyfusion_core.pruning.gating import Gates
 from tinyfusion_llm import CausalLM, EncoderDecoder, Generation, NextToken
@@ -24,7 +25,7 @@ DEPTHS = {
 }
 
 
-@pytest.fixture(params=list(NETWORKS))
+@pytest.fixture(params=slow_but(NETWORKS, "t5", "whisper"))
 def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import golden_data
 from golden_data import GOLDEN, assert_close_rel, record, weights
+from marks import slow_but
 from tinyfusion_core.errors import UserError
 from tinyfusion_core.runtime.seeding import Rng
 from tinyfusion_dit.conditional import guided_network, sample_mean
@@ -133,7 +134,7 @@ def samples(sampler: str, steps: int, guided: bool, dtype: torch.dtype = torch.f
         return list(adapter.trajectory(network, tensors["in.z"].to(dtype), lambda i: noise[i]))
 
 
-@pytest.mark.parametrize("kind", ["plain", "cfg"])
+@pytest.mark.parametrize("kind", slow_but(["plain", "cfg"], "cfg"))
 def test_samplers_are_the_references(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _, tensors, _ = load_sit()
     euler = samples("euler", 10, kind == "cfg")
