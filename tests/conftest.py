@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from small_run import RECIPE, run
 
@@ -49,6 +50,15 @@ def _quick_collections() -> None:
         FROZEN["modules"] = imported
         gc.collect()
         gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick_figures(request: pytest.FixtureRequest) -> Iterator[None]:
+    """To make room for labels is a tenth of a run of seconds: it is made where figures are looked at."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not {"reporting", "comparison", "test_before_rooms.py"} & {*request.path.parts}:
+            patch.setattr(ConstrainedLayoutEngine, "execute", lambda self, figure: None)
+        yield
 
 
 @pytest.fixture

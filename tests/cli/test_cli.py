@@ -67,6 +67,7 @@ def test_plugins_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert "GaussianDiffusion" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_every_key_is_listed_with_its_type_and_meaning() -> None:
     # In a process of its own, where no test has made classes of its own.
     done = subprocess.run([sys.executable, "-m", "tinyfusion_core", "keys"], capture_output=True, text=True)
@@ -168,6 +169,7 @@ def test_counts_that_are_typed_are_moderate(command: str, number: str, capsys: p
     assert f"'{number[:40]}' is no whole number from 0 to 10,000,000" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_whoever_reads_what_is_printed_may_stop_reading() -> None:
     command = [sys.executable, "-m", "tinyfusion_core", "plugins"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

@@ -81,6 +81,7 @@ def comparing(recipe: Path) -> Path:
     return recipe
 
 
+@pytest.mark.slow
 def test_a_recipe_says_what_differs(comparing: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recoveries = tiny.load_recipe(comparing).compare.recoveries
     assert {name: (how.steps, how.lr) for name, how in recoveries.items()} == {

@@ -16,6 +16,7 @@ from torch import Tensor
 import tinyfusion_core as tiny
 from diffusers_tasks import make
 from llm_toys import TOKENS, decide, folder, task_of
+from marks import slow_but
 from small_run import RECIPE, run
 from tinyfusion_core.cli import main
 from tinyfusion_core.pipeline.exporting.adapters import move_adapter, moved, moves_of
@@ -31,7 +32,9 @@ def merged(model: Any) -> Any:
     return model.eval()
 
 
-@pytest.mark.parametrize("name", ["FluxTransformer2DModel", "SD3Transformer2DModel"])
+@pytest.mark.parametrize(
+    "name", slow_but(["FluxTransformer2DModel", "SD3Transformer2DModel"], "FluxTransformer2DModel")
+)
 def test_diffusers_loads_it_on_the_student(name: str, tmp_path: Path) -> None:
     from peft import LoraConfig
 

@@ -120,6 +120,7 @@ def test_a_run_of_two_rounds_names_the_blocks_of_its_first_teacher(recipe: Path,
     assert json.loads((tmp_path / "kept.json").read_text()) == [2, 7]
 
 
+@pytest.mark.slow
 def test_an_export_that_ends_early_leaves_no_riddle(recipe: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     content = yaml.safe_load(recipe.read_text())
     keep = {"class_path": "Keep", "init_args": {"blocks": [0, 2, 3, 7]}}

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import tinyfusion_core as tiny
 from forks import command, start, wait
 from interrupted import assert_equal, lines
+from marks import slow_but
 from small_run import RECIPE, run
 from tinyfusion_core.cli import main
 from toys import Match, Planted, planted_data
@@ -142,7 +143,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("flags", REFUSED)
+@pytest.mark.parametrize("flags", slow_but(REFUSED, "--recover.steps=8", "--recover.steps=20 --recover.lr=1e-3"))
 def test_nothing_else_is_extended(flags: str, short: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = shutil.copytree(short / "run", tmp_path / "run")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -151,6 +152,7 @@ def test_nothing_else_is_extended(flags: str, short: Path, tmp_path: Path, capsy
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_without_a_state_nothing_goes_on(short: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe, more = short / "small.yaml", ("--recover.steps=20", "--extend")
     assert run(recipe, tmp_path / "none", *more) == 2

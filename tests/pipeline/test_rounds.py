@@ -210,6 +210,7 @@ def test_rounds_in_another_order_are_another_run(rounds: Path, tmp_path: Path, c
     assert "--restart-from b.search" in err
 
 
+@pytest.mark.slow
 def test_a_round_is_restarted_by_its_own_name(rounds: Path, made: Path, tmp_path: Path, capsys) -> None:
     folder = shutil.copytree(made, tmp_path / "run")
     path = folder / "d2" / "decision.json"

@@ -78,12 +78,13 @@ def test_wrong_labels_in_one_file_are_found_when_the_plan_is_made(tmp_path: Path
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_good_labels_pass(tmp_path: Path, capsys) -> None:
     assert main(["validate", str(recipe_of(tmp_path, arrays(tmp_path / "latents", np.arange(NUM) % 10)))]) == 0
 
 
 @pytest.mark.filterwarnings("ignore:training sample")
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", slow_but([0, 1], 1))
 @pytest.mark.parametrize(
     ("make", "place"), [(files, "labels/030.npy"), (shards, "20.safetensors (row 10)")], ids=["files", "shards"]
 )

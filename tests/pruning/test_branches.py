@@ -108,7 +108,7 @@ def test_paths_say_what_they_are() -> None:
 @pytest.mark.parametrize(
     "selector",
     [
-        tiny.Search(keep=4, steps=150, update=tiny.Frozen()),
+        pytest.param(tiny.Search(keep=4, steps=150, update=tiny.Frozen()), marks=pytest.mark.slow),
         pytest.param(
             tiny.Search(
                 pattern={"blocks.*.mix": [2, 4], "blocks.*.map": [2, 4]}, steps=200, lr_gates=0.05, update=tiny.Frozen()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from criteria_tasks import TRAINER, Linear, scalars
+from marks import slow_but
 from prefix_nets import NETS, ROWS, TOKENS, WIDTH, Stack, gates_of, inputs_of, masks_of, runs
 from tinyfusion_core.pruning.gating import Gates
 from tinyfusion_core.pruning.prefixes import Prefixes
@@ -34,7 +35,7 @@ def shared(prefixes: Prefixes, net: nn.Module, masks: Tensor, inputs: tuple[Tens
 
 
 @pytest.mark.parametrize("name", NETS)
-@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("autocast", slow_but([False, True], False))
 def test_what_masks_share_changes_no_bit(name: str, autocast: bool) -> None:
     net = NETS[name]().eval()
     out = "x" if "mappings" in name else 0

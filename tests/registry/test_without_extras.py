@@ -95,6 +95,7 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_the_core_prunes_without_them(bare: dict) -> None:
     assert bare["kept"] == 2
     assert bare["parsed"] == "DiT"
@@ -102,6 +103,7 @@ def test_the_core_prunes_without_them(bare: dict) -> None:
     assert "    steps (" in bare["keys"][1]
 
 
+@pytest.mark.slow
 def test_every_plugin_is_there_and_says_what_it_lacks(bare: dict) -> None:
     code, out = bare["plugins"]
     assert code == 0
@@ -116,6 +118,7 @@ def test_every_plugin_is_there_and_says_what_it_lacks(bare: dict) -> None:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["demo", "dit", "sit", "mar", "llm", "diffusers", "encode"])
 def test_what_needs_one_is_one_message_that_names_the_extra(name: str, bare: dict) -> None:
     code, out = bare[name]
@@ -126,6 +129,7 @@ def test_what_needs_one_is_one_message_that_names_the_extra(name: str, bare: dic
     assert "Traceback" not in out
 
 
+@pytest.mark.slow
 def test_lora_names_its_own(bare: dict) -> None:
     assert bare["refused"] == ("update: LoRA needs peft (No module named 'peft'): pip install 'tinyfusion[lora]'")
 

@@ -149,6 +149,7 @@ def test_the_same_key_draws_the_same_numbers() -> None:
             assert value == then[kind], kind
 
 
+@pytest.mark.slow
 def test_random_numbers_are_drawn_for_the_same_purposes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     # What is tried before anything is spent, or after saving, came later, and draws apart from all else.
     later = ("removal", "read back")

@@ -103,6 +103,7 @@ def test_files_of_inner_selectors_count(tmp_path) -> None:
     assert final.inputs() == {"others[0].start.search.decision": hashed}
 
 
+@pytest.mark.slow
 def test_keys_inside_of_a_final_are_checked(recipe, capsys) -> None:
     final = "{class_path: Finals, init_args: {search: {keep: 4, stepz: 6}}}"
     assert main(["validate", str(recipe), f"--search={final}"]) == 2

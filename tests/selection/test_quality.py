@@ -76,6 +76,7 @@ def test_what_is_lacking_falls_as_a_power_of_the_steps() -> None:
     assert predicted_losses({16: teacher + 1}, teacher, 400, weights)[1].tolist() == pytest.approx([3.0, 2.0])
 
 
+@pytest.mark.slow
 def test_it_obeys_rules_and_its_plan_is_that_of_the_deepest_choice() -> None:
     how = shallowest("9x", protect=[5], constraints=tiny.Rules(remove=[0]))
     blocks = task().blocks

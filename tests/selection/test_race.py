@@ -59,6 +59,7 @@ def test_neighbours_of_the_leader_are_tried_and_followed() -> None:
     assert entry["of"] == ["neighbour"]
 
 
+@pytest.mark.slow
 def test_as_many_steps_as_fit_into_the_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A fake clock: a training takes 5 s and half a second for each update."""
     now = [0.0]

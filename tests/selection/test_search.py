@@ -167,6 +167,7 @@ def test_a_short_search_moves_the_weights_faster(tmp_path, given: float | None, 
     assert run.metrics("search")[0]["lr"] == [1e-2, expected]
 
 
+@pytest.mark.slow
 def test_the_gates_wait_for_the_warmup(tmp_path) -> None:
     run = tiny.RunFolder(tmp_path)
     decision = search(warmup=0.5, steps=240, update=tiny.LoRA(rank=2))(task(), TRAINER, run)

@@ -50,6 +50,7 @@ def test_a_search_with_few_values_still_finds_the_blocks() -> None:
     assert list(decision.kept) == WORKING
 
 
+@pytest.mark.slow
 def test_keep_is_short_for_the_score_function() -> None:
     short = tiny.Search(keep=4, steps=80, update=tiny.Frozen())
     sampler = short.make_sampler(LISTS)

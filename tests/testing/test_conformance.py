@@ -19,7 +19,7 @@ pytestmark = pytest.mark.numerics
 WORKING = Planted(scales=(1, 1, 1, 1))
 PLUGINS = [plugin.name for plugin in registry().plugins if {"backbone", "loss"} & {kind for kind, _ in plugin.brings}]
 PAIRS = [pair for name in PLUGINS for pair in pairs_of(name, registry())]
-ALIKE = {"FlowMatching", "ScheduledDiffusion", "MaskedToken", "SentenceEmbedding"}
+ALIKE = {"FlowMatching", "ScheduledDiffusion", "MaskedToken", "SentenceEmbedding", "MaskedTokenDiffusion"}
 """Losses whose pairs share nearly all of their code with another one."""
 
 

@@ -14,6 +14,7 @@ from torch.nn.functional import cosine_similarity
 
 import tinyfusion_core as tiny
 from interrupted import TRAINER, assert_equal
+from marks import slow_but
 from small_run import digits_task
 from tinyfusion_core.training.distilling.distilled import Distilled
 from tinyfusion_core.training.distilling.losses import attention_loss, relation_loss
@@ -96,7 +97,7 @@ def recovered(
     return tiny.Recover(steps=8, lr=1e-3, kd=kd)(task, tiny.prune(task, decision), decision, how, run).state_dict()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_but(KINDS, KINDS[0]))
 def test_weights_move_with_the_steps_and_a_killed_recovery_goes_on(kind: type[tiny.FeatureKD], tmp_path: Path) -> None:
     kd = kind(alpha_kd=(0.9, 0.1), alpha_gt=(0.1, 0.9))
     run = tiny.RunFolder(tmp_path)

@@ -119,6 +119,7 @@ def test_lists_and_streams_of_diffusers(family: str) -> None:
     assert changed(task, kept, student)
 
 
+@pytest.mark.slow
 def test_two_streams_count_alike() -> None:
     torch.manual_seed(0)
     net = DoubleNet(depth=4).eval()

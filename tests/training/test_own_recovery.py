@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, SequentialLR, Step
 import tinyfusion_core as tiny
 from interrupted import RECOVER, TRAINER, assert_equal, lines, task
 from listening import Seen, told
+from marks import slow_but
 from toys import Match, Planted, StopAt
 
 MOMENTUM = partial(SGD, momentum=0.9)
@@ -77,7 +78,7 @@ def test_it_trains_as_the_optimizer_and_the_scheduler_say(scheduled: bool) -> No
     assert not torch.allclose(found["blocks.4.linear.weight"], before, atol=1e-4)
 
 
-@pytest.mark.parametrize("scheduler", [None, cycle, halves])
+@pytest.mark.parametrize("scheduler", slow_but([None, cycle, halves], cycle))
 @pytest.mark.parametrize("optimizer", [MOMENTUM, partial(RMSprop, momentum=0.5)])
 def test_it_goes_on_bit_for_bit(
     tmp_path: Path, optimizer: Callable[..., Optimizer], scheduler: Callable[..., LRScheduler] | None

@@ -16,6 +16,7 @@ import tinyfusion_core as tiny
 from diffusers_tasks import make
 from llm_toys import folder
 from llm_toys import task_of as language_task
+from marks import slow_but
 from small_run import digits_task, run
 from starting import TRAINER, loss_of, recipe_at, started
 from tinyfusion_core.protocols.blocks.streams import Stream
@@ -141,7 +142,10 @@ def test_branches_are_made_up_for_in_their_blocks() -> None:
     assert loss_of(task, started(task, kept, SMALL)) < 0.9 * loss_of(task, deleted)
 
 
-@pytest.mark.parametrize("family", ["SD3Transformer2DModel", "FluxTransformer2DModel", "PixArtTransformer2DModel"])
+STREAMED = ("SD3Transformer2DModel", "FluxTransformer2DModel", "PixArtTransformer2DModel")
+
+
+@pytest.mark.parametrize("family", slow_but(STREAMED, "SD3Transformer2DModel"))
 def test_every_stream_of_a_diffusers_block_has_its_layer(family: str) -> None:
     task, _ = make(family)
     tiny.Refit().check(task)
@@ -169,6 +173,7 @@ def test_a_network_with_norms_behind_is_refused_before_its_search(tmp_path: Path
         tiny.Refit().check(language_task(folder(tmp_path / "model", "gemma2")))
 
 
+@pytest.mark.slow
 def test_a_run_without_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = recipe_at(tmp_path, steps=0, start="Refit")
     assert run(recipe, tmp_path / "run") == 0

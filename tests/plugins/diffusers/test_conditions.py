@@ -132,7 +132,7 @@ def test_the_objective_samples_what_the_pipeline_samples(name: str) -> None:
     check_samples(found, x, batch["x"])
 
 
-@pytest.mark.parametrize("name", slow_but(CONDITIONED, "Flux Fill", "Wan 2.1 from images"))
+@pytest.mark.parametrize("name", slow_but(CONDITIONED, "Wan 2.1 from images"))
 def test_gates_and_search(name: str) -> None:
     task, inputs = conditioned(name)
     assert torch.equal(inputs["condition"], task.train.columns["condition"])  # never noised

@@ -129,11 +129,23 @@ def test_a_recipe_runs_up_to_a_student_that_transformers_reads(
     ("head", "family", "more", "message"),
     [
         (True, "albert", {"embedding_size": 32}, r"one ModuleList of blocks, each with weights of its own"),
-        (True, "t5", {"num_layers": 6}, r"is an encoder-decoder; expected a masked language model"),
+        pytest.param(
+            True,
+            "t5",
+            {"num_layers": 6},
+            r"is an encoder-decoder; expected a masked language model",
+            marks=pytest.mark.slow,
+        ),
         (False, "t5", {"num_layers": 6}, r"is an encoder-decoder; expected an encoder"),
         (True, "llama", {}, r"is not a masked language model; AutoModelForMaskedLM of transformers does not have one"),
         (True, "bert", {"max_position_embeddings": 8}, r"backbone.context is 12; expected at most 8, the network's"),
-        (True, "bert", {"vocab_size": 60}, r"network has 60 tokens, 0 to 59: take the model's own tokenizer"),
+        pytest.param(
+            True,
+            "bert",
+            {"vocab_size": 60},
+            r"network has 60 tokens, 0 to 59: take the model's own tokenizer",
+            marks=pytest.mark.slow,
+        ),
         (False, "bert", {"hidden_size": 16}, r"'embedding' of a sample is \[32\], .* takes \[16\]"),
     ],
 )

@@ -83,6 +83,7 @@ def test_what_is_saved_is_a_plain_folder_that_writes_about_images(family: str, t
     assert torch.equal(cached, plain)
 
 
+@pytest.mark.slow
 def test_layers_that_are_given_features_of_images_stay(tmp_path: Path) -> None:
     task = task_of(folder(tmp_path / "full", "qwen3_vl"), captions(tmp_path / "rows"))
     assert num_fed(task.teacher) == 2

@@ -87,9 +87,9 @@ def test_branches_have_no_limits_of_layers() -> None:
     [
         ("gpt_neo", {}, "attention_types", [[["global", "global", "local", "local"], 1]]),
         ("qwen2_moe", {"decoder_sparse_step": 2, "mlp_only_layers": [3]}, "mlp_only_layers", [0, 1, 2]),
-        ("gemma4_text", {"global_head_dim": 16}, "per_layer_config", None),
-        ("xlstm", {}, "num_blocks", 4),
-        ("rwkv", {}, "rescale_every", 0),
+        pytest.param("gemma4_text", {"global_head_dim": 16}, "per_layer_config", None, marks=pytest.mark.slow),
+        pytest.param("xlstm", {}, "num_blocks", 4, marks=pytest.mark.slow),
+        pytest.param("rwkv", {}, "rescale_every", 0, marks=pytest.mark.slow),
     ],
 )
 def test_configs_say_what_is_left(family: str, more: dict[str, Any], key: str, expected: Any, tmp_path: Path) -> None:

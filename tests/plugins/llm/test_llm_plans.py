@@ -32,7 +32,7 @@ def recipe(tmp_path: Path, family: str, **more: Any) -> str:
     return recipe_of(folder(tmp_path / "full", family, **more), tmp_path)
 
 
-@pytest.mark.parametrize("family", slow_but(MIXTURES, "qwen3_moe"))
+@pytest.mark.parametrize("family", slow_but(MIXTURES))
 def test_mixtures_of_experts_are_planned(family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["validate", recipe(tmp_path, family, **MIXTURES[family])]) == 0
     said = capsys.readouterr().out

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import tinyfusion_core as tiny
 from llm_toys import decide, folder, recipe_of, settings, tokenizer
+from marks import slow_but
 from tinyfusion_core.cli import main
 from tinyfusion_core.pruning.gating import Gates
 from tinyfusion_llm import CausalLM, NextToken, Perplexity, TextTokens
@@ -62,7 +63,9 @@ def test_samples_say_where_documents_begin(data: TextTokens) -> None:
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gemma3_text", "qwen3_moe", "gpt2"])
+@pytest.mark.parametrize(
+    "family", slow_but(["llama", "qwen3", "mistral", "gemma3_text", "qwen3_moe", "gpt2"], "llama", "gpt2")
+)
 def test_each_document_is_read_as_though_it_stood_alone(
     family: str, attention: str, data: TextTokens, tmp_path: Path
 ) -> None:
@@ -144,7 +147,7 @@ STATE: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", slow_but([torch.float32, torch.bfloat16], torch.float32))
 @pytest.mark.parametrize("family", STATE)
 def test_networks_that_hand_on_a_state_are_refused(family: str, dtype: torch.dtype) -> None:
     model = (

@@ -13,7 +13,7 @@ from llm_families import FAMILIES, PAGE, examine
 from marks import slow_but
 
 pytestmark = [pytest.mark.numerics, pytest.mark.filterwarnings("ignore")]  # of transformers
-QUICK = ("gemma3n_text", "gpt2")
+QUICK = ("gpt2",)
 ROWS = {row.split()[1]: row for row in re.findall(r"^\| (?!family )\S+ \| \w+ \|.*$", PAGE.read_text(), re.MULTILINE)}
 
 

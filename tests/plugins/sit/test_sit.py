@@ -179,7 +179,7 @@ GAUSS_STD = 0.5
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("prediction", ["velocity", "noise", "score"])
-@pytest.mark.parametrize("sampler", ["heun", "sde"])
+@pytest.mark.parametrize("sampler", slow_but(["heun", "sde"], "sde"))
 def test_the_exact_network_of_gaussian_data_is_sampled_exactly(path: str, prediction: str, sampler: str) -> None:
     """Data N(1, 1/4): the best prediction is known, and so is what every sampler must arrive at."""
 
