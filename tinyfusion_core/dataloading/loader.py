@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import signal
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -12,9 +14,11 @@ from torch.utils.data import DataLoader
 
 from ..errors import UserError
 from ..protocols.backbone import Batch
-from ..protocols.data import Samples
+from ..protocols.data import Prefetched, Samples
 from ..runtime.seeding import seed_of
 
+AHEAD = 32
+"""How many batches after a batch the samples are that data are told of, so that they begin to read them."""
 ATTEMPTS = 8
 """How many substitutes to try for a bad sample."""
 BUGS = (TypeError, AttributeError, NameError, AssertionError, NotImplementedError)
@@ -50,7 +54,7 @@ def load_batches(data: Samples, indices: Iterable[list[int]], num_workers: int) 
     """
     loader: DataLoader[Any] = DataLoader(
         _Substituting(data),  # type: ignore[arg-type]  # read by lists of indices, see Samples
-        batch_sampler=indices,
+        batch_sampler=_requests(indices) if isinstance(data, Prefetched) else indices,
         collate_fn=_as_is,
         num_workers=num_workers,
         worker_init_fn=_leave_stopping_to_the_trainer,
@@ -80,12 +84,16 @@ class _Substituting:
         return len(self.data)
 
     def __getitems__(self, indices: list[int]) -> LoadedBatch:
-        try:
-            return LoadedBatch(self.data.__getitems__(indices))
-        except BUGS:
-            raise
-        except Exception:  # whatever a data set makes of a damaged file; rows read alone will tell which one
-            return self._substituted(indices)
+        if isinstance(indices, _Request) and isinstance(self.data, Prefetched):
+            self.data.prefetch(indices.soon)
+        for _ in range(2):  # what comes from far away may be cut short once
+            try:
+                return LoadedBatch(self.data.__getitems__(indices))
+            except BUGS:
+                raise
+            except Exception:  # whatever a data set makes of a damaged file; rows read alone will tell which one
+                continue
+        return self._substituted(indices)
 
     def _substituted(self, indices: list[int]) -> LoadedBatch:
         chosen, problems = list(indices), []
@@ -109,6 +117,26 @@ class _Substituting:
         except Exception as e:
             return str(e) if isinstance(e, UserError) else f"{type(e).__name__}: {e}"
         return None
+
+
+class _Request(list[int]):
+    """Indices of a batch, with those of samples that will be asked for later on."""
+
+    soon: list[int]
+
+
+def _requests(batches: Iterable[list[int]]) -> Iterator[_Request]:
+    """The same batches, each with the one that comes `AHEAD` batches after it; the first with all until there."""
+    later = iter(batches)
+    first = list(islice(later, AHEAD))
+    waiting, soon = deque(first), [index for batch in first for index in batch]
+    while waiting:
+        request = _Request(waiting.popleft())
+        if (batch := next(later, None)) is not None:
+            waiting.append(batch)
+            soon += batch
+        request.soon, soon = soon, []
+        yield request
 
 
 def _leave_stopping_to_the_trainer(worker: int) -> None:

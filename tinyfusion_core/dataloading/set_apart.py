@@ -8,7 +8,7 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from ..protocols.data import Samples, Sharded
+from ..protocols.data import Prefetched, Samples, Sharded
 from ..runtime.seeding import generator
 
 
@@ -29,6 +29,11 @@ class Part:
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
         """Return the named tensors of these samples of the part, each (rows, ...), one row per index."""
         return self.samples.__getitems__([self.indices[i] for i in indices])
+
+    def prefetch(self, indices: Sequence[int]) -> None:
+        """Begin to read these samples of the part, where the data set can."""
+        if isinstance(self.samples, Prefetched):
+            self.samples.prefetch([self.indices[i] for i in indices])
 
 
 class ShardedPart(Part):

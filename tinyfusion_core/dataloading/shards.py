@@ -19,6 +19,7 @@ from torch import Tensor
 from ..errors import MissingFileError, UserError
 from ..parsing.records import check_inside, check_regular, parse_json, shaped
 from ..runtime.files import write_atomic
+from .read_ahead import ReadAhead
 
 FORMAT_VERSION = 1
 METADATA = "metadata.json"
@@ -60,7 +61,7 @@ class _Listing(TypedDict):
 class ShardedSamples:
     """Consecutive rows in the shards of a folder; see `data.Sharded`.
 
-    It keeps the shards of the last batch in memory, at most two for each of the `mix`.
+    It keeps the shards of the last batch in memory, at most two for each of the `mix`, and what was read ahead.
 
     Args:
         url: the folder.
@@ -100,15 +101,14 @@ class ShardedSamples:
             raise IndexError(f"sample index out of range, there are {len(self)}")
         wanted: dict[int, tuple[list[int], list[int]]] = {}
         for place, index in enumerate(indices):
-            row = self.first + index
-            shard = bisect.bisect_right(self._ends, row)
+            shard, row = self._place(index)
             places, rows = wanted.setdefault(shard, ([], []))
             places.append(place)
-            rows.append(row - self._ends[shard] + self.shards[shard].count)
+            rows.append(row)
         out: dict[str, Tensor] = {}
         kept: dict[int, dict[str, Tensor]] = {}
         for shard, (places, rows) in wanted.items():
-            tensors = self._loaded.pop(shard, None) or read_shard(self.url, self.shards[shard])
+            tensors = self._loaded.pop(shard, None) or self._ahead.take(shard)
             if len(kept) < 2 * self.mix:
                 kept[shard] = tensors
             for name, tensor in tensors.items():
@@ -121,15 +121,33 @@ class ShardedSamples:
         self._loaded.update(kept)
         return out
 
+    def prefetch(self, indices: Sequence[int]) -> None:
+        """Begin to read the shards of these samples; at most `mix` shards are on their way."""
+        for shard in {self._place(index)[0]: None for index in indices}:
+            if shard not in self._loaded:
+                self._ahead.begin(shard)
+
     def extremes(self, name: str) -> Sequence[tuple[int, str]]:
         """Return nothing: a column is known when its shards have been read."""
         return []
 
     def where(self, name: str, index: int) -> str:
         """Return the shard of a sample, and the row in it."""
+        shard, row = self._place(index)
+        return f"{self.url}/{self.shards[shard].name} (row {row})"
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """The shard of a sample, and its row in it."""
         row = self.first + index
         shard = bisect.bisect_right(self._ends, row)
-        return f"{self.url}/{self.shards[shard].name} (row {row - self._ends[shard] + self.shards[shard].count})"
+        return shard, row - self._ends[shard] + self.shards[shard].count
+
+    def _read(self, shard: int) -> dict[str, Tensor]:
+        return read_shard(self.url, self.shards[shard])
+
+    @cached_property
+    def _ahead(self) -> ReadAhead[dict[str, Tensor]]:
+        return ReadAhead(self._read, self.mix)
 
     @cached_property
     def _ends(self) -> list[int]:

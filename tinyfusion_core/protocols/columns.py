@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..errors import UserError
 from .backbone import Backbone, owner
-from .data import Lookup, Samples, Sharded, Traceable
+from .data import Lookup, Prefetched, Samples, Sharded, Traceable
 
 LARGEST_SAMPLE = 2**30
 """Bytes of one column of a sample; videos in latent space have some tens of MB."""
@@ -161,6 +161,10 @@ class _Checked:
         batch = self.samples.__getitems__(indices)
         self.columns.check(batch, lambda name, row: self._where(name, indices[row]))
         return batch
+
+    def prefetch(self, indices: Sequence[int]) -> None:
+        if isinstance(self.samples, Prefetched):
+            self.samples.prefetch(indices)
 
     def _where(self, name: str, index: int) -> str:
         known = self.samples.where(name, index) if isinstance(self.samples, Traceable) else ""

@@ -41,6 +41,15 @@ class Sharded(Samples, Protocol):
 
 
 @runtime_checkable
+class Prefetched(Samples, Protocol):
+    """Samples that can begin to read what will be asked for."""
+
+    def prefetch(self, indices: Sequence[int]) -> None:
+        """Begin to read these samples, as far as there is room for them. Nothing is raised."""
+        ...
+
+
+@runtime_checkable
 class Traceable(Samples, Protocol):
     """Samples that know what a column holds before it is read, and where it lies."""
 

@@ -216,6 +216,10 @@ class CachedSamples:
         found = {PREFIX + name: value for name, value in self.stored.__getitems__(indices).items()}
         return {**self.draws.read(indices), **found}
 
+    def prefetch(self, indices: Sequence[int]) -> None:
+        """Begin to read what the teacher made of these rows."""
+        self.stored.prefetch(indices)
+
     def prepare(self, batch: Batch, rng: Rng) -> dict[str, Tensor]:
         """Return the inputs that the teacher had, and what it made of them: tensors by name, each (batch, ...).
 
