@@ -9,9 +9,11 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
 from setuptools import find_packages
 
 from places import ROOT
@@ -113,6 +115,14 @@ def test_a_message_on_a_missing_package_names_the_extra_that_brings_it() -> None
                     found.add(module.value.partition(".")[0])
                     assert module.value.partition(".")[0] in extra(named[1]), f"{path.name}: {module.value}"
     assert set(OPTIONAL) - {"pyarrow"} <= found  # pyarrow is needed by two names, in one line
+
+
+def test_what_is_pinned_goes_with_the_oldest_python() -> None:
+    oldest = PROJECT["project"]["requires-python"].removeprefix(">=") + ".0"  # a system's may be nearly so: 3.11.2
+    pinned = {line.partition("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+    installed = {one.name: one.metadata["Requires-Python"] or "" for one in distributions() if one.name in pinned}
+    assert len(installed) > 0.9 * len(pinned)
+    assert {name: spec for name, spec in installed.items() if not SpecifierSet(spec).contains(oldest)} == {}
 
 
 def test_all_has_every_extra_of_ours_but_the_heaviest_and_engines() -> None:
