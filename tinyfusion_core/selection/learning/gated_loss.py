@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from ..errors import UserError, worded
-from ..protocols.backbone import Batch
-from ..protocols.loss import LossAdapter
-from ..pruning.gating import Gates
-from ..runtime.distributed import all_gather_object
-from ..runtime.seeding import Rng
-from ..samplers.base import BlockSampler
-from ..training.objective import Objective
+from ...errors import UserError, worded
+from ...protocols.backbone import Batch
+from ...protocols.loss import LossAdapter
+from ...pruning.gating import Gates
+from ...runtime.distributed import all_gather_object
+from ...runtime.seeding import Rng
+from ...samplers.base import BlockSampler
+from ...training.objective import Objective
 
 LONG, HARDLY = 100, 1e-3
 """Steps after which a search should have moved the probability of some block by so much."""
@@ -157,6 +157,8 @@ class GatedLoss(Objective):
     @override
     def metrics(self) -> dict[str, Any]:
         averaged = self.unregistered[1]
+        if not any(gate.requires_grad for gate in self.gates):
+            return {}  # masks that stay as random as they are say nothing
         return {
             "decision": averaged.mode(),
             "marginals": [round(p, 5) for p in averaged.marginals().tolist()],
