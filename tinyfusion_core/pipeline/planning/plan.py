@@ -24,7 +24,6 @@ from ...runtime.trackers import check_trackers
 from ...samplers.demands import Spending
 from ...selection.base import Selector, within
 from ...selection.budget import measure
-from ...selection.search import Search
 from ...training.recover import Recover
 from ..recipe import Recipe
 from .comparisons import plan_comparison
@@ -128,9 +127,21 @@ def _search(plan: Plan, recipe: Recipe, stage: Stage, model: nn.Module) -> tuple
     elif keeps is None:
         how_many = f"as few of {len(blocks)} {what} as it finds to be enough; planned for {len(decision.kept)}"
     plan.rows.append((f"{prefix}keeps", how_many))
-    trained = next((part for part in selector.trainings() if isinstance(part, Search)), None)
-    if (search := selector.learned() or trained) is not None:
-        _search_steps(plan, recipe, prefix, search, model)
+    if (search := selector.learned()) is not None:
+        sampler = search.make_sampler(list_lengths(blocks))
+        masks = f"{sampler.num_masks:,} possible masks"
+        if groups := sampler.choices():
+            ranges = ", ".join(f"{g[0]}-{g[-1]}" for g in groups)
+            plan.rows.append((f"{prefix}groups", f"{len(groups)} ({what} {ranges}), {masks}"))
+        else:
+            plan.rows.append((f"{prefix}masks", f"any within the budget, {masks}"))
+        copies = f" under {sampler.masks_per_sample} masks each" if sampler.masks_per_sample > 1 else ""
+        how = f"{budget_text(recipe, search)}{copies}, weight update {type(search.update).__name__}"
+        plan.rows.append((f"{prefix}search", how))
+        with of_stage(search.update.applied(copy.deepcopy(model), recipe.backbone.block_paths(model)), "search"):
+            pass  # layers that it cannot adapt, or a missing package, are known before a teacher is trained
+        needs = partial(search_needs, recipe.backbone, recipe.loss, model, search)
+        plan_memory(plan, recipe, f"{prefix}search", search, needs)
     pruned = copy.deepcopy(model)
     remove_blocks(recipe.backbone, pruned, [blocks[i] for i in decision.removed])
     spread = given(decision) if len(list_lengths(blocks)) > 1 else ""  # lists whose blocks are not alike
@@ -141,25 +152,6 @@ def _search(plan: Plan, recipe: Recipe, stage: Stage, model: nn.Module) -> tuple
     whole, _ = in_blocks(recipe.backbone, model, decision)
     _choosing(plan, recipe, stage, selector, pruned, teacher=model, decision=whole)
     return whole, pruned
-
-
-def _search_steps(plan: Plan, recipe: Recipe, prefix: str, search: Search, model: nn.Module) -> None:
-    """Plan what trains under sampled masks: which masks there are, the steps, and what they need."""
-    blocks = recipe.backbone.unit_paths(model)
-    sampler = search.make_sampler(list_lengths(blocks))
-    masks = f"{sampler.num_masks:,} possible masks"
-    if groups := sampler.choices():
-        ranges = ", ".join(f"{g[0]}-{g[-1]}" for g in groups)
-        plan.rows.append((f"{prefix}groups", f"{len(groups)} ({word_for(blocks)} {ranges}), {masks}"))
-    else:
-        plan.rows.append((f"{prefix}masks", f"any within the budget, {masks}"))
-    copies = f" under {sampler.masks_per_sample} masks each" if sampler.masks_per_sample > 1 else ""
-    how = f"{budget_text(recipe, search)}{copies}, weight update {type(search.update).__name__}"
-    plan.rows.append((f"{prefix}search", how))
-    with of_stage(search.update.applied(copy.deepcopy(model), recipe.backbone.block_paths(model)), "search"):
-        pass  # layers that it cannot adapt, or a missing package, are known before a teacher is trained
-    needs = partial(search_needs, recipe.backbone, recipe.loss, model, search)
-    plan_memory(plan, recipe, f"{prefix}search", search, needs)
 
 
 def _choosing(plan: Plan, recipe: Recipe, stage: Stage, selector: Selector, pruned: nn.Module, **of: Any) -> None:

@@ -1,9 +1,10 @@
-"""Weights that are trained once for all masks, and then stand still while masks are searched."""
+"""Weights that are trained once under many masks, and then stand still while masks are searched."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from typing_extensions import override
@@ -14,10 +15,6 @@ from ...protocols.undisturbed import restored
 from ...pruning.decision import Decision, provenance
 from ...pruning.weight_update import Full, WeightUpdate
 from ...runtime.run_folder import RunFolder
-from ...samplers.base import BlockSampler
-from ...samplers.constraints import combined
-from ...samplers.grouped import GroupedSampler
-from ...samplers.subset import ExactK
 from ...training.trainer import Trainer
 from ..base import Decisive, Proposals, prepared
 from ..constrained import Constrained
@@ -29,14 +26,15 @@ from ..search import Search
 class CoTrained(Constrained):
     """Train the weights once under random masks, then search for a mask while they stand still.
 
-    Every sample of the training has a mask of its own, each as probable as any other within the budget, as for a
-    supernet (SPOS, arXiv:1904.00420). Then blocks are removed as `Greedy` does, and exchanged, by the loss of these
-    weights on the same samples. Afterwards the network has its own weights again, bit for bit. It shows what weights
-    that serve all masks recover, not what those of one mask would: let it propose in a `Race`.
+    The training is that of `Search`: its masks are random at first, and concentrate on those that lose least. Then
+    blocks are removed as `Greedy` does, and exchanged, by the loss of these weights on the same samples: a one-shot
+    search (SPOS, arXiv:1904.00420, whose masks stay uniform). Afterwards the network has its own weights again, bit for
+    bit. It shows what weights that serve many masks recover, not what those of one mask would: let it propose in a
+    `Race`.
 
     Args:
         steps: updates of the weights.
-        batch_size: samples per update; default the trainer's.
+        batch_size: samples per update, each under several masks as in `Search`; default the trainer's.
         update: which weights are trained, and how.
         lr: learning rate of the weights.
         samples: training samples that masks are compared on.
@@ -55,30 +53,16 @@ class CoTrained(Constrained):
         require(self.samples >= 1, "search.samples", self.samples, "at least 1")
         require(self.swaps >= 0, "search.swaps", self.swaps, "0 or more")
         require(self.lr > 0, "search.lr", self.lr, "a rate above 0")
-        self.trainings()  # what is wrong with the others is said there
+        self.learned()  # what is wrong with the others is said there
+
+    @override
+    def learned(self) -> Search:
+        how: dict[str, Any] = {"steps": self.steps, "batch_size": self.batch_size, "update": self.update, "lr": self.lr}
+        return Search(**self.allowed(), **how, keep_update=True)
 
     @override
     def trainings(self) -> Sequence[Search]:
-        search = Search(
-            sampler=self._uniform,
-            steps=self.steps,
-            batch_size=self.batch_size,
-            warmup=0.0,
-            update=self.update,
-            lr=self.lr,
-            keep_update=True,
-        )
-        return (search,)
-
-    def _uniform(self, lists: Mapping[str, int]) -> BlockSampler:
-        """The masks to train under. Rules across the groups of a pattern are for the choice alone."""
-        rules = combined(self.keep, self.protect, self.constraints)
-        if self.pattern is None:
-            sampler: BlockSampler = ExactK(lists, rules)
-        else:
-            assert not isinstance(self.pattern, int)  # parse_pattern refuses numbers
-            sampler = GroupedSampler(lists, self.pattern, protect=rules.protect, remove=rules.remove)
-        return sampler.requires_grad_(False)
+        return (self.learned(),)
 
     @override
     def decisive(self, trainer: Trainer) -> Decisive:
@@ -98,8 +82,7 @@ class CoTrained(Constrained):
         """
         how, costs = prepared(self, task, trainer, run)
         constraints = how.compiled(task.blocks)
-        (training,) = how.trainings()
-        learned = training.learn(task, trainer, run)
+        learned = how.learned().learn(task, trainer, run)
         greedy = Greedy(**how.allowed(), samples=self.samples, swaps=self.swaps)
         weights = {p: learned.weights[name] for name, p in task.teacher.named_parameters() if name in learned.weights}
         with restored(weights):
@@ -112,4 +95,5 @@ class CoTrained(Constrained):
         record = {"steps": learned.num_steps, **found.record(), **costs}
         record["evaluations"] = learned.evaluations + found.evaluations
         where = {**provenance(trainer.seed, task.source), **record}
-        return Proposals(how._decision(task.blocks, constraints, masks[0], where), masks[:num])
+        decision = how._decision(task.blocks, constraints, masks[0], where)
+        return Proposals(replace(decision, marginals=tuple(learned.sampler.marginals().tolist())), masks[:num])

@@ -157,8 +157,6 @@ class GatedLoss(Objective):
     @override
     def metrics(self) -> dict[str, Any]:
         averaged = self.unregistered[1]
-        if not any(gate.requires_grad for gate in self.gates):
-            return {}  # masks that stay as random as they are say nothing
         return {
             "decision": averaged.mode(),
             "marginals": [round(p, 5) for p in averaged.marginals().tolist()],
