@@ -66,7 +66,7 @@ SEARCHES = [
     ),
     Mutation(
         "a full update stays in the network",
-        "pruning/weight_update.py",
+        "protocols/undisturbed.py",
         "p.copy_(values)",
         "pass",
         (WEIGHTS + "test_the_weights_of_a_full_update_come_back_bit_for_bit",),
