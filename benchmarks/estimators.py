@@ -28,7 +28,7 @@ import tinyfusion_core as tiny
 from tinyfusion_core.comparison.results import ComparisonResults
 from tinyfusion_core.samplers.base import BlockSampler
 from tinyfusion_core.selection.base import Selector
-from tinyfusion_core.selection.gated_loss import value_weights
+from tinyfusion_core.selection.learning.gated_loss import value_weights
 from tinyfusion_dit import DiT, GaussianDiffusion
 from tinyfusion_images import Digits
 

@@ -71,10 +71,13 @@ def selectors(keep: int) -> dict[str, tiny.Selector]:
     search = tiny.Search(keep=keep, steps=300, batch_size=16)
     criteria = [kind(keep=keep) for kind in (tiny.Greedy, tiny.LeaveOneOut, tiny.Taylor, tiny.BlockInfluence)]
     half = tiny.Search(keep=keep, steps=150, batch_size=16)
+    half_cotrained = tiny.CoTrained(keep=keep, steps=150, batch_size=16)
     return {
         "score function, 300 steps": search,
         "race, 300 steps": tiny.Race(keep=keep, steps=300, proposers=[half, *criteria]),
         "race, 600 steps": tiny.Race(keep=keep, steps=600, proposers=[search, *criteria]),
+        "co-trained, 300 steps": tiny.CoTrained(keep=keep, steps=300, batch_size=16),
+        "race, 300 steps, co-trained": tiny.Race(keep=keep, steps=300, proposers=[half_cotrained, *criteria]),
         "greedy": criteria[0],
         "leave one out": criteria[1],
         "Taylor": criteria[2],

@@ -160,6 +160,8 @@ def numbers(folder: Path, trainer: tiny.Trainer, only: Collection[str] = ()) -> 
         race = tiny.Race(pattern=(2, 4), proposers=others, steps=24, samples=8)
         decision = race(task(), trainer)
         entries = [entry for entered in decision.provenance["race"] for entry in entered]
+        cotrained = tiny.CoTrained(keep=4, steps=4, lr=1e-2, samples=16)(task(), trainer)
+        found["co-trained"] = {"kept": cotrained.kept, "losses": cotrained.provenance["losses"]}
         found["race"] = {"kept": decision.kept, "losses": [entry["loss"] for entry in entries]}
     return found
 

@@ -81,6 +81,7 @@ from .selection.criteria.similarity import InputOutputMSE as InputOutputMSE
 from .selection.criteria.similarity import SpanSimilarity as SpanSimilarity
 from .selection.given import Keep as Keep
 from .selection.given import Nested as Nested
+from .selection.learning.cotrained import CoTrained as CoTrained
 from .selection.quality import Shallowest as Shallowest
 from .selection.race import Race as Race
 from .selection.search import Search as Search

@@ -33,9 +33,10 @@ def tinyfusion_register_metrics() -> list[type[Metric]]:
 
 @hookimpl
 def tinyfusion_register_selectors() -> list[type[Selector]]:
-    """Selectors: the search, the race, successive halving, and the criteria."""
+    """Selectors: the search, the race, co-trained weights, successive halving, and the criteria."""
     from .selection import given
     from .selection.criteria import positions, sensitivity, similarity
+    from .selection.learning.cotrained import CoTrained
     from .selection.quality import Shallowest
     from .selection.race import Race
     from .selection.search import Search
@@ -44,6 +45,7 @@ def tinyfusion_register_selectors() -> list[type[Selector]]:
     return [
         Search,
         Race,
+        CoTrained,
         Shallowest,
         Finals,
         given.Keep,

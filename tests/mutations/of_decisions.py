@@ -7,7 +7,7 @@ from mutations.mutation import Mutation
 SEARCH = "selection/search.py"
 SEARCHED = "selection/test_search.py::"
 OPTIONS = "selection/test_search_options.py::"
-LOSS = "selection/gated_loss.py"
+LOSS = "selection/learning/gated_loss.py"
 WEIGHTS = "pruning/test_weight_updates.py::"
 GATED = "selection/test_gated_loss.py::"
 DROPPED = "pruning/test_dropped_values.py::test_a_share_of_the_values_is_weighted_to_a_mean_of_one"
@@ -66,7 +66,7 @@ SEARCHES = [
     ),
     Mutation(
         "a full update stays in the network",
-        "pruning/weight_update.py",
+        "protocols/undisturbed.py",
         "p.copy_(values)",
         "pass",
         (WEIGHTS + "test_the_weights_of_a_full_update_come_back_bit_for_bit",),

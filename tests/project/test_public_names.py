@@ -27,6 +27,7 @@ ALWAYS = [
     "Calibration",
     "Callback",
     "CheckpointBackbone",
+    "CoTrained",
     "Compare",
     "Criterion",
     "DataSource",

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tinyfusion_core.pruning.gating import Gates
 from tinyfusion_core.runtime.seeding import Rng
-from tinyfusion_core.selection.gated_loss import value_weights
+from tinyfusion_core.selection.learning.gated_loss import value_weights
 from toys import Chain
 
 BATCH, SCALES = 6, (1.0, 0.5, 0.8, 0.0)

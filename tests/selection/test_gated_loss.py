@@ -16,7 +16,7 @@ from tinyfusion_core.samplers.base import BlockSampler, Draw
 from tinyfusion_core.samplers.constraints import Rules
 from tinyfusion_core.samplers.grouped import GroupedSampler
 from tinyfusion_core.samplers.subset import ScoreFunction
-from tinyfusion_core.selection.gated_loss import GatedLoss
+from tinyfusion_core.selection.learning.gated_loss import GatedLoss
 from toys import Chain, Match
 
 

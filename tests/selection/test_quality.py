@@ -92,7 +92,7 @@ def test_it_obeys_rules_and_its_plan_is_that_of_the_deepest_choice() -> None:
 def test_what_cannot_be_is_told() -> None:
     with pytest.raises(tiny.UserError, match=r"^loss is 0\.5: no depth .* of 8 blocks is the best"):
         shallowest(0.5, steps=60)(noisy(), TRAINER)
-    with pytest.raises(tiny.UserError, match="the teacher's is 0; give a number"):
+    with pytest.raises(tiny.UserError, match="loss is 1.05x, and the teacher's loss is 0; give a number"):
         shallowest("1.05x")(task(), TRAINER)
     with pytest.raises(tiny.UserError, match=r"^steps is 30: too few to try depths with"):
         shallowest("1.05x", steps=30)(noisy(), TRAINER)

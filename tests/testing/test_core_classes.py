@@ -36,6 +36,7 @@ STARTS = [tiny.Refit, tiny.Refit(samples=5, batch_size=2, ridge=1.0), tiny.Fuse(
 SEARCHES = [
     *(SEARCH, tiny.Search(pattern=[2, 4], steps=3), tiny.Search(keep=5, steps=3, start=tiny.Uniform(keep=5))),
     tiny.Finals(search=SEARCH, masks=2, steps=1, samples=8),
+    tiny.CoTrained(keep=5, steps=3, samples=8),
     tiny.Race(keep=2, steps=8, samples=8, rounds=1, proposers=[tiny.FirstN(keep=2), tiny.LastN(keep=2)]),
 ]
 
@@ -71,6 +72,7 @@ def test_every_class_of_the_core_is_checked() -> None:
             SEARCH,
             tiny.Finals,
             tiny.Race,
+            tiny.CoTrained,
             tiny.Shallowest,
             Nested,
         ]

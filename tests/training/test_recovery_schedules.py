@@ -14,6 +14,7 @@ import yaml
 import tinyfusion_core as tiny
 from interrupted import assert_equal, lines
 from small_run import RECIPE, run
+from tinyfusion_core.cli import main
 from tinyfusion_core.dataloading.set_apart import set_apart
 from tinyfusion_core.errors import UserError
 from tinyfusion_core.training.objective import cosine, warmed
@@ -148,6 +149,47 @@ def test_a_multiple_is_of_the_teachers_loss_on_the_same_samples(tmp_path: Path) 
     losses = judged(folder)
     assert losses[max(losses)] <= 1.05 < min([*losses.values()][:-1])
     assert max(losses) < 60
+
+
+ITS_OWN_TARGET = """
+import tinyfusion_core as tiny
+from tinyfusion_dit import GaussianDiffusion
+
+class Own(GaussianDiffusion):
+    \"\"\"The teacher has no loss, as a network that is its own target.\"\"\"
+
+    def loss(self, prediction, inputs):
+        return 0 * super().loss(prediction, inputs)
+
+    def trivial(self, prediction, inputs):
+        return None
+
+@tiny.hookimpl
+def tinyfusion_register_losses():
+    return [Own]
+"""
+
+
+@pytest.mark.parametrize("command", ["run", "compare"])
+def test_a_multiple_of_nothing_is_refused_before_the_search(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own.py").write_text(ITS_OWN_TARGET)
+    own = {**RECIPE["loss"], "class_path": "Own"}
+    search = {"class_path": "Search", "init_args": {"keep": 4, "steps": 2}}
+    recover = {"steps": 2, "validation": {"samples": 8, "until": "1.03x"}}
+    recipe = {**RECIPE, "plugins": ["own.py"], "loss": own, "search": search, "recover": recover}
+    recipe["compare"] = {"candidates": {"first": {"class_path": "FirstN", "init_args": {"keep": 4}}}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert main([command, str(tmp_path / "recipe.yaml"), "--run-dir", str(tmp_path / "run")]) == 2
+    assert (
+        "until, validation (of recover) is 1.03x, and the teacher's loss is 0; give a number" in capsys.readouterr().err
+    )
+    left = {path.name for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert not left & {"decision.json", "metrics.jsonl"} and not [n for n in left if n.startswith("decision-")]
+    with pytest.raises(UserError, match="the teacher's loss is 0"):
+        replace(JUDGED, until="1.05x").check_teacher(task_of(), TRAINER)
+    replace(JUDGED, until=0.1).check_teacher(task_of(), TRAINER)
 
 
 def test_it_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

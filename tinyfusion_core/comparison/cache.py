@@ -138,6 +138,17 @@ class ResultCache:
         needs = list(self.figures.values()) if entry.method else []
         return _misses(self._known("healing", self._key_of_recovery(entry))[1], needs)
 
+    def judge_teacher(self) -> float | None:
+        """Return the held-out loss of the teacher; None if it is not finite.
+
+        Raises:
+            UserError: a recovery is to go on until a multiple of its loss, which is 0.
+        """
+        for how in self.recoveries.values():
+            if how.validation is not None:
+                how.validation.check_teacher(self.task, self.trainer)
+        return self.calibrate(range(len(self.task.blocks)))
+
     def calibrate(self, kept: Sequence[int]) -> float | None:
         """Return the held-out loss of the network with only these blocks, without recovery; None if not finite."""
 

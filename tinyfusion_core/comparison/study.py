@@ -145,7 +145,7 @@ class Comparison(Settings):
             on_main_process(lambda: save_costs(costs, task, trainer, folder.path))
             progress = stack.enter_context(trainer.track(self.view, work))
             cache = self._cache(task, recover, trainer, folder, progress, evaluate)
-            teacher = cache.calibrate(range(len(task.blocks)))
+            teacher = cache.judge_teacher()
             pairs = [(name, candidates.recoveries.get(name, "")) for name in selectors]
             choices = [Entry(name, seed, (), recovery=recovery) for seed in seeds for name, recovery in pairs]
             cache.hand_out(elsewhere, choices, selectors)

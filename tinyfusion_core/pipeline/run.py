@@ -226,7 +226,9 @@ class _Run:
         self.models["teacher"] = self.task.teacher
 
     def _search(self, stage: Stage) -> Decision:
-        folder = self.folder.round(stage.round)
+        folder, recovery = self.folder.round(stage.round), self.recipe.each_round()[stage.round].recover
+        if recovery is not None and recovery.validation is not None:
+            recovery.validation.check_teacher(self.task, self.recipe.trainer)
         decision: Decision = stage.settings(self.task, self.recipe.trainer, folder)
         decision = replace(decision, provenance={**decision.provenance, "recipe_sha256": self.keys[stage.key]})
         on_main_process(lambda: decision.save(folder / "decision.json"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
     Also what modules keep of a forward pass as a plain attribute, such as the last state of a recurrent layer.
     Everything is told apart by identity, not by name, so that modules may be wrapped meanwhile. Values of parameters
-    are not restored, see `WeightUpdate`. There are no gradients at first.
+    are not, see `restored`. There are no gradients at first.
     """
     modes = [(module, module.training) for module in model.modules()]
     flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
@@ -42,6 +42,24 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             p.grad = grad
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def restored(weights: Iterable[nn.Parameter]) -> Iterator[list[Tensor]]:
+    """Give weights their values again when the context closes, bit for bit; yields these, on the CPU.
+
+    Args:
+        weights: parameters of any shape.
+    """
+    weights = list(weights)
+    # A network that is only planned with, on the meta device, has no values to restore.
+    original = [p.detach().to("meta" if p.is_meta else "cpu", copy=True) for p in weights]
+    try:
+        yield original
+    finally:
+        with torch.no_grad():
+            for p, values in zip(weights, original, strict=True):
+                p.copy_(values)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from ..errors import UserError, need, require
 from ..parsing.settings import Settings
-from ..protocols.undisturbed import undisturbed
+from ..protocols.undisturbed import restored, undisturbed
 from .lora_layers import adaptable, uncalled
 
 
@@ -68,19 +68,13 @@ def taken_along(
         blocks: paths of its blocks.
         values: is filled with the weights that have changed, of any shape, by name, on the CPU.
     """
-    # Now: meanwhile modules may be replaced.
-    original = {name: (p, p.detach().to("cpu", copy=True)) for name, p in model.named_parameters()}
-    with undisturbed(model):
-        try:
-            with update.merged(model, blocks) as weights:
-                yield weights
-            for name, (p, before) in original.items():
-                if not torch.equal(now := p.detach().cpu(), before):
-                    values[name] = now.clone()
-        finally:
-            with torch.no_grad():
-                for p, before in original.values():
-                    p.copy_(before)
+    named = dict(model.named_parameters())  # now: meanwhile modules may be replaced
+    with undisturbed(model), restored(named.values()) as original:
+        with update.merged(model, blocks) as weights:
+            yield weights
+        for (name, p), before in zip(named.items(), original, strict=True):
+            if not torch.equal(now := p.detach().cpu(), before):
+                values[name] = now.clone()
 
 
 @dataclass(frozen=True)
@@ -192,15 +186,8 @@ class _Direct(WeightUpdate):
     @contextmanager
     @override
     def applied(self, model: nn.Module, blocks: Sequence[str]) -> Iterator[list[nn.Parameter]]:
-        with undisturbed(model), self.merged(model, blocks) as weights:
-            # A network that is only planned with, on the meta device, has no values to restore.
-            original = [(p, p.detach().to("meta" if p.is_meta else "cpu", copy=True)) for p in weights]
-            try:
-                yield weights
-            finally:
-                with torch.no_grad():
-                    for p, values in original:
-                        p.copy_(values)
+        with undisturbed(model), self.merged(model, blocks) as weights, restored(weights):
+            yield weights
 
     @contextmanager
     @override

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
 from typing_extensions import override
@@ -64,6 +64,10 @@ class Constrained(Selector):
     @override
     def keeps(self, blocks: Sequence[str]) -> Budget | Spending:
         return self.compiled(blocks).budget
+
+    def allowed(self) -> dict[str, Any]:
+        """Return the settings that say which masks are allowed, for another selector."""
+        return {f.name: getattr(self, f.name) for f in fields(Constrained)}
 
     def compiled(self, blocks: Sequence[str]) -> Constraints:
         """Return the constraints that the decision must obey."""

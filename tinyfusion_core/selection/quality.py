@@ -133,8 +133,7 @@ class Shallowest(Selector):
             raise UserError(f"search.steps is {self.steps}: too few to try depths with; give at least 12 for each")
         recoveries = ShortRecoveries(task, trainer, run, self._race(1, 4).recovery, self.samples, 0)
         teacher = recoveries.judge(task.teacher)
-        if str(self.loss).endswith("x") and teacher.mean() <= 0:
-            raise UserError(f"search.loss is {self.loss}, and the teacher's is {teacher.mean():.3g}; give a number")
+        self.limit(float(teacher.mean()))  # what is wrong with it is said before a race
         resampled = _bootstrap(len(teacher), trainer.seed)
         tried: dict[int, dict[str, Any]] = {}
         low, high = 0, len(depths)  # the answer is in depths[low:high], or there is none

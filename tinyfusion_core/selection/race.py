@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import Self
 
 from typing_extensions import override
 
@@ -94,10 +94,8 @@ class Race(Constrained):
         """Return the proposers: those given, or the default ones for the race's own masks."""
         if self.proposers is not None:
             return self.proposers
-        same: dict[str, Any] = {"keep": self.keep, "budget": self.budget, "protect": self.protect}
-        same |= {"pattern": self.pattern, "constraints": self.constraints}
-        search = Search(**same, steps=max(1, self.steps // 2), batch_size=self.batch_size)
-        return (search, *(criterion(**same) for criterion in CRITERIA))
+        search = Search(**self.allowed(), steps=max(1, self.steps // 2), batch_size=self.batch_size)
+        return (search, *(criterion(**self.allowed()) for criterion in CRITERIA))
 
     @override
     def inputs(self) -> dict[str, str]:

@@ -35,7 +35,7 @@ from ..training.trainer import Trainer
 from .base import FOLLOWS, Decisive, Proposals, Selector, prepared
 from .budget import CostBudget, check_bound, parse_budget
 from .costs import NetworkCosts
-from .gated_loss import GatedLoss, Learned, check_learned, search_mode
+from .learning.gated_loss import GatedLoss, Learned, check_learned, search_mode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +118,8 @@ class Search(Selector):
         if self.pattern is None and self._shorthand():
             raise UserError(f"search.{next(iter(self._shorthand()))} goes with pattern; set it in the sampler")
         if self.keep_update and type(self.update).merged is WeightUpdate.merged:
-            raise UserError(f"search.update: {type(self.update).__name__} leaves nothing for recover.start: Inherit")
+            name = type(self.update).__name__
+            raise UserError(f"search.update: {name} leaves nothing for recover.start: Inherit, or to judge masks with")
         for key, holds, expected in self._limits():
             require(holds, f"search.{key}", getattr(self, key), expected)
         if self.start is None and tuple(self.prior) != (1.0, 1.0):

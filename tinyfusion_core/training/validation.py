@@ -61,6 +61,23 @@ class Validation(Settings):
         """
         return None if self.until is None else parse_loss(self.until, teacher, "until, validation (of recover)")
 
+    def check_teacher(self, task: Task, trainer: Trainer) -> None:
+        """Check that the teacher has a loss that `until` can be a multiple of, before anything is spent.
+
+        Processes share the samples: all must call it.
+
+        Args:
+            task: the objective, the teacher and the data.
+            trainer: device, precision and seed.
+
+        Raises:
+            UserError: its loss is 0, as that of a network that is its own target.
+        """
+        if self.relative:
+            _, _, apart = training_samples(task, trainer, self, None)
+            assert apart is not None  # it judges
+            self.validator(task.teacher, task, apart, trainer)
+
     def validator(self, model: nn.Module, task: Task, samples: Samples, trainer: Trainer) -> Validator:
         """Return what judges a training so. The teacher is judged first, if `until` is a multiple of its loss.
 
@@ -161,9 +178,11 @@ def parse_loss(given: str | float, teacher: float, key: str) -> float:
         key: the setting, for the message.
 
     Raises:
-        UserError: it is neither.
+        UserError: it is neither, or a multiple of nothing.
     """
     text = str(given)
+    if text.endswith("x") and teacher <= 0:
+        raise UserError(f"{key} is {given}, and the teacher's loss is {teacher:.3g}; give a number")
     try:
         value = float(text.removesuffix("x")) * (teacher if text.endswith("x") else 1.0)
     except ValueError:

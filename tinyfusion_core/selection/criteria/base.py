@@ -28,11 +28,19 @@ class CriterionResult:
         kept: indices of the kept blocks.
         evaluations: sample forward passes it took.
         provenance: scores or losses it was decided by, for the record.
+        seen: the loss of every choice of blocks that was tried on the way, if it tells; also of those that keep more
+            than they may.
     """
 
     kept: Sequence[int]
     evaluations: int = 0
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    seen: Mapping[tuple[int, ...], float] = field(default_factory=dict)
+
+    def record(self) -> dict[str, Any]:
+        """Return what a decision records of it."""
+        found: dict[str, Any] = tree_map(_recorded, {"evaluations": self.evaluations, **self.provenance})
+        return found
 
 
 class Criterion(Constrained):
@@ -50,8 +58,7 @@ class Criterion(Constrained):
         how, costs = prepared(self, task, trainer, run)
         constraints = how.compiled(task.blocks)
         result = how.decide(constraints, task, trainer)
-        found = tree_map(_recorded, {"evaluations": result.evaluations, **result.provenance})
-        where = {**provenance(trainer.seed, task.source), **found, **costs}
+        where = {**provenance(trainer.seed, task.source), **result.record(), **costs}
         return how._decision(task.blocks, constraints, result.kept, where)
 
     @abstractmethod

@@ -86,32 +86,35 @@ class Greedy(Calibrated):
         rounds = constraints.num_blocks - len(constraints.best([0.0] * constraints.num_blocks))
         removed: list[int] = []
         lowest: list[float] = []
+        seen: dict[tuple[int, ...], float] = {}
         # Every round removes a block, so that there are at most as many.
         while len(removed) < constraints.num_blocks and (candidates := constraints.removable(kept)):
             masks = [[j for j in kept if j not in unit] for unit in candidates]
             note = f", block {len(removed) + 1} of {rounds}"
             losses = calibration.losses(_rows(masks, constraints.num_blocks), note)
             lowest += calibration.finite([min(losses)])
+            seen |= _by_mask(masks, losses)
             best = losses.index(lowest[-1])
             kept = masks[best]
             removed += candidates[best]
         found: dict[str, Any] = {"removed": removed, "losses": lowest}
         if self.swaps:
-            kept, found["exchanges"] = self._exchanged(kept, lowest, constraints, calibration)
-        return CriterionResult(kept, calibration.evaluations, found)
+            kept, found["exchanges"] = self._exchanged(kept, seen, constraints, calibration)
+        return CriterionResult(kept, calibration.evaluations, found, seen)
 
     def _exchanged(
-        self, kept: list[int], losses: list[float], constraints: Constraints, calibration: Calibration
+        self, kept: list[int], seen: dict[tuple[int, ...], float], constraints: Constraints, calibration: Calibration
     ) -> tuple[list[int], list[dict[str, Any]]]:
-        """Return what is kept after the exchanges, and these; the last of the losses is that of `kept`."""
+        """Return what is kept after the exchanges, and these; `seen` has the loss of `kept`, and gets the others."""
         made: list[dict[str, Any]] = []
         while len(made) < self.swaps and (pairs := constraints.exchanges(kept)):
             masks = [sorted({*kept, *back}.difference(out)) for out, back in pairs]
             found = calibration.losses(_rows(masks, constraints.num_blocks), f", exchange {len(made) + 1}")
-            best = found.index(min(found))
-            if found[best] >= losses[-1]:
+            best, before = found.index(min(found)), seen[tuple(kept)]
+            seen |= _by_mask(masks, found)
+            if found[best] >= before:
                 break
-            kept, losses = masks[best], [found[best]]
+            kept = masks[best]
             made.append({"removed": list(pairs[best][0]), "kept": list(pairs[best][1]), "loss": found[best]})
         return kept, made
 
@@ -126,6 +129,11 @@ class Taylor(Calibrated):
         calibration = self.calibration(task, trainer)
         scores = calibration.gradients()
         return CriterionResult(constraints.best(scores), calibration.evaluations, {"scores": scores})
+
+
+def _by_mask(masks: Sequence[Sequence[int]], losses: Sequence[float]) -> dict[tuple[int, ...], float]:
+    """The losses by the kept blocks."""
+    return {tuple(kept): loss for kept, loss in zip(masks, losses, strict=True)}
 
 
 def _rows(masks: Sequence[Sequence[int]], num_blocks: int) -> Tensor:

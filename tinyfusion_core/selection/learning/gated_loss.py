@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from ..errors import UserError, worded
-from ..protocols.backbone import Batch
-from ..protocols.loss import LossAdapter
-from ..pruning.gating import Gates
-from ..runtime.distributed import all_gather_object
-from ..runtime.seeding import Rng
-from ..samplers.base import BlockSampler
-from ..training.objective import Objective
+from ...errors import UserError, worded
+from ...protocols.backbone import Batch
+from ...protocols.loss import LossAdapter
+from ...pruning.gating import Gates
+from ...runtime.distributed import all_gather_object
+from ...runtime.seeding import Rng
+from ...samplers.base import BlockSampler
+from ...training.objective import Objective
 
 LONG, HARDLY = 100, 1e-3
 """Steps after which a search should have moved the probability of some block by so much."""
