@@ -16,6 +16,7 @@ from tinyfusion_core.errors import UserError, first_line, need
 from tinyfusion_core.protocols.backbone import Backbone
 from tinyfusion_core.protocols.blocks.branches import REMOVED, removed_branches
 from tinyfusion_core.runtime.files import digest, sha256
+from tinyfusion_core.runtime.progress import quietly
 from tinyfusion_core.runtime.seeding import generator
 from tinyfusion_llm.layers.building import as_plain, config_of, construct, randomised, steady
 from tinyfusion_llm.pretrained.readers import load_processor, load_tokenizer
@@ -96,6 +97,13 @@ class Pretrained(Backbone):
         model: nn.Module = (self._random() if self.model is None else self._read(strict=False)).eval()
         self.check_model(model)
         return model
+
+    @override
+    def check_weights(self) -> None:
+        """Read the headers of a folder's files, and compare names and shapes with the network's; of GGUF nothing."""
+        if self.model is not None and Path(self.model).is_dir() and not self.gguf_file:
+            with quietly(transformers().logging):
+                self._loaded(strict=False, device_map={"": "meta"})  # which reads no number
 
     @override
     def config(self, model: nn.Module | None = None) -> dict[str, Any]:
@@ -183,7 +191,22 @@ class Pretrained(Backbone):
         return None if self.model is None else load_tokenizer(self.model, self.revision, self.gguf_file, required=False)
 
     def _read(self, strict: bool) -> Any:
-        """The pretrained model. Raises UserError if its weights do not fit its config, see `check_keys`."""
+        """The pretrained model, its weights decoded. Raises UserError as `_loaded` does."""
+        model, encoding = self._loaded(strict)
+        if not encoding and not self.gguf_file:
+            return model
+        # Of quantised weights transformers gives the config's dtype to those alone that it dequantises.
+        plain = as_plain(model, model.config.dtype if encoding else model.dtype)
+        if encoding:
+            tell_size(plain, str(self.model), encoding)
+        return plain
+
+    def _loaded(self, strict: bool, **where: Any) -> tuple[Any, str]:
+        """What transformers loads, and how its files hold the weights.
+
+        Raises:
+            UserError: files are missing or damaged, or the weights do not fit the config, see `check_keys`.
+        """
         assert self.model is not None
         config = self._pretrained_config()
         self._agreed(config)
@@ -197,16 +220,11 @@ class Pretrained(Backbone):
                 dtype=self.dtype,
                 ignore_mismatched_sizes=True,  # refused below, by name
                 output_loading_info=True,
+                **where,
             )
         model, loading = found
         check_keys(model, loading, self.model, strict)
-        if not encoding and not self.gguf_file:
-            return model
-        # Of quantised weights transformers gives the config's dtype to those alone that it dequantises.
-        plain = as_plain(model, model.config.dtype if encoding else model.dtype)
-        if encoding:
-            tell_size(plain, self.model, encoding)
-        return plain
+        return model, encoding
 
     def _random(self) -> nn.Module:
         if self._random_seed is None:

@@ -9,8 +9,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from tinyfusion_core.errors import MissingFileError, UserError, first_line, need
 from tinyfusion_core.parsing.records import check_folder
+from tinyfusion_core.parsing.weights import open_tensors
 from tinyfusion_core.pipeline.planning.amounts import gigabytes
 
 
@@ -51,6 +54,9 @@ class explained:  # noqa: N801  # a context, like those of contextlib
                 f"backbone.model: '{self.model}' is no folder, and the Hugging Face hub does not give it "
                 f"({first_line(error)}). Give a folder, or an id that you have access to (`hf auth login`)"
             ) from None
+        if isinstance(error, SafetensorError):  # which names no file
+            for path in sorted(Path(self.model).glob("*.safetensors")):
+                open_tensors(path)
         expected = "expected config.json and model.safetensors as save_pretrained of transformers writes them"
         raise UserError(f"backbone.model: '{self.model}' cannot be read ({first_line(error)}); {expected}") from None
 

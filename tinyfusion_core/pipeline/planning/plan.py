@@ -182,6 +182,7 @@ def _checkpoint(plan: Plan, recipe: Recipe) -> None:
         hint = "; set backbone.licence for the model card" if licence == "unknown" else ""
         weights = f"; weights: {source['weights']}" if "weights" in source else ""
         plan.rows.append(("checkpoint", f"{source['checkpoint']} (licence: {licence}{hint}{weights})"))
+        recipe.backbone.check_weights()
 
 
 def _data(plan: Plan, recipe: Recipe) -> None:
