@@ -27,6 +27,7 @@ from tinyfusion_llm.pretrained.reading import (
     auto_class,
     check_keys,
     check_kind,
+    check_path,
     encoding_of,
     explained,
     tell_size,
@@ -101,7 +102,10 @@ class Pretrained(Backbone):
     @override
     def check_weights(self) -> None:
         """Read the headers of a folder's files, and compare names and shapes with the network's; of GGUF nothing."""
-        if self.model is not None and Path(self.model).is_dir() and not self.gguf_file:
+        if self.model is None:
+            return
+        check_path(self.model, "backbone.model")
+        if Path(self.model).is_dir() and not self.gguf_file:
             with quietly(transformers().logging):
                 self._loaded(strict=False, device_map={"": "meta"})  # which reads no number
 

@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from tinyfusion_core.errors import MissingFileError, UserError, first_line, need
-from tinyfusion_core.parsing.records import check_folder
+from tinyfusion_core.parsing.records import beside, check_folder
 from tinyfusion_core.parsing.weights import open_tensors
 from tinyfusion_core.pipeline.planning.amounts import gigabytes
 
@@ -29,6 +29,24 @@ def transformers(key: str = "backbone: CausalLM") -> Any:
     return need("transformers", "tinyfusion[llm]", key)
 
 
+def check_path(name: str, key: str) -> None:
+    """Check that a name is no path to nothing, which would be looked for on the hub, several times.
+
+    It is a path if it begins with `.`, `~` or `/`, has more than one `/`, or lies in a folder that there is.
+
+    Args:
+        name: folder or hub id.
+        key: the setting that names it, to begin the message with.
+
+    Raises:
+        MissingFileError: there is no such folder.
+    """
+    path = Path(name)
+    nested = "/" in name and path.parent.is_dir()
+    if (nested or name.startswith((".", "~", "/")) or name.count("/") > 1) and not path.is_dir():
+        raise MissingFileError(f"{key}: no folder '{name}'{beside(path)}")
+
+
 class explained:  # noqa: N801  # a context, like those of contextlib
     """Turn errors of transformers about a model into messages that say what to do."""
 
@@ -36,6 +54,7 @@ class explained:  # noqa: N801  # a context, like those of contextlib
         self.model = model
 
     def __enter__(self) -> None:
+        check_path(self.model, "backbone.model")
         folder = Path(self.model)
         if folder.is_dir():
             check_folder(folder)

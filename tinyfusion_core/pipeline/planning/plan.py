@@ -186,6 +186,7 @@ def _checkpoint(plan: Plan, recipe: Recipe) -> None:
 
 
 def _data(plan: Plan, recipe: Recipe) -> None:
+    recipe.data.check_fits(recipe.backbone, recipe.loss)
     train, held_out, kind = recipe.data.train(), recipe.data.held_out(), type(recipe.data).__name__
     plan.rows.append(("data", f"{kind}, {len(train):,} to train on, {len(held_out):,} held out"))
     columns = columns_of(recipe.backbone, recipe.on_meta, recipe.data.conditions)
