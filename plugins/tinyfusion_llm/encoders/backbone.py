@@ -20,9 +20,7 @@ from tinyfusion_llm.encoders.folder import copy_modules
 from tinyfusion_llm.hidden import IGNORED
 from tinyfusion_llm.layers.building import config_of
 from tinyfusion_llm.layers.finding import find_layers, text_config
-from tinyfusion_llm.layers.limits import limits
 from tinyfusion_llm.layers.shortening import shorten
-from tinyfusion_llm.layers.stacks import find_stacks
 from tinyfusion_llm.pretrained.backbone import Pretrained
 from tinyfusion_llm.pretrained.reading import Autos, vocabulary_size
 
@@ -38,10 +36,6 @@ class Encoder(Pretrained):
     unneeded: ClassVar[Unneeded] = (1, 2)  # attention weights
 
     context: int = 128
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.context >= 2, "backbone.context", self.context, "at least 2 tokens")
 
     @classmethod
     @override
@@ -73,14 +67,10 @@ class Encoder(Pretrained):
 
     @override
     def after_prune(self, model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
-        shorten(model, {stack: kept[stack.path] for stack in find_stacks(model)})
+        shorten(model, kept)
         if not next(model.parameters()).is_meta and (failure := _failure(model, 2)):
             kind, left = text_config(model).model_type, " and ".join(str(list(indices)) for indices in kept.values())
             raise UserError(f"backbone: a '{kind}' of the layers {left} alone does not run ({failure}); keep others")
-
-    @override
-    def limits(self, model: nn.Module) -> Mapping[str, Sequence[Any]]:
-        return limits(model)
 
     @override
     def example(self, num_rows: int) -> dict[str, Tensor]:

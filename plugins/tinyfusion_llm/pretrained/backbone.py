@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -12,13 +12,15 @@ import torch
 from torch import nn
 from typing_extensions import override
 
-from tinyfusion_core.errors import UserError, first_line, need
+from tinyfusion_core.errors import UserError, first_line, need, require
 from tinyfusion_core.protocols.backbone import Backbone
 from tinyfusion_core.protocols.blocks.branches import REMOVED, removed_branches
 from tinyfusion_core.runtime.files import digest, sha256
 from tinyfusion_core.runtime.progress import quietly
 from tinyfusion_core.runtime.seeding import generator
 from tinyfusion_llm.layers.building import as_plain, config_of, construct, randomised, steady
+from tinyfusion_llm.layers.limits import limits
+from tinyfusion_llm.layers.shortening import shorten, try_out
 from tinyfusion_llm.pretrained.readers import load_processor, load_tokenizer
 from tinyfusion_llm.pretrained.reading import (
     Autos,
@@ -50,6 +52,7 @@ class Pretrained(Backbone):
         network: the model's config, to plan where the model is not available, or to train a fresh one. With a
             model, its entries must agree with the model's.
         licence: licence of the checkpoint, for the model card.
+        context: tokens per example, as in the data's option of that name; affects only FLOPs and latency.
     """
 
     library: ClassVar[str] = "transformers"
@@ -63,9 +66,11 @@ class Pretrained(Backbone):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     network: dict[str, Any] | None = None
     licence: str = "unknown"
+    context: int = 512
     _random_seed: int | None = None  # set by `tiny`, which has no checkpoint
 
     def __post_init__(self) -> None:
+        require(self.context >= 2, "backbone.context", self.context, "at least 2 tokens")
         if self.model is None and self.network is None:
             raise UserError("backbone: give model, a folder or hub id; or network, a config, to train a fresh one")
         if self.network is not None and "model_type" not in self.network:
@@ -142,6 +147,15 @@ class Pretrained(Backbone):
         cls.check_config(made, str(kind))
         model: nn.Module = construct(config, cls.autos, str(torch.get_default_device()))
         return model
+
+    @override
+    def after_prune(self, model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
+        shorten(model, kept)
+        try_out(model, kept)
+
+    @override
+    def limits(self, model: nn.Module) -> Mapping[str, Sequence[Any]]:
+        return limits(model)
 
     @property
     @override

@@ -14,8 +14,11 @@ from transformers import AutoModelForCausalLM
 
 import tinyfusion_core as tiny
 from llm_toys import folder, recipe_of
+from tinyfusion_core.errors import MissingFileError
 from tinyfusion_core.pipeline.planning.plan import make_plan
 from tinyfusion_llm import CausalLM
+from tinyfusion_llm.pretrained.readers import load_processor, load_tokenizer
+from tinyfusion_llm.pretrained.reading import check_path
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers
 FILE, NORM = "model.safetensors", "model.norm.weight"
@@ -88,3 +91,27 @@ def test_a_plan_names_damaged_weights(whole: Path, tmp_path: Path, capfd: pytest
     assert len(problems) == 1
     assert "model.safetensors: damaged or cut short" in problems[0]
     assert "Loading" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["./no", "~/no", "/no/such", "a/b/c", "{here}/no", "beside/no"])
+def test_a_path_to_nothing_is_not_looked_for_on_the_hub(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "beside" / "none").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    given = name.format(here=tmp_path)
+    hint = "; did you mean 'beside/none'" if name == "beside/no" else ""
+    for reads in (
+        CausalLM(model=given).config,
+        CausalLM(model=given, network={"model_type": "llama"}).check_weights,
+        lambda: load_tokenizer(given, None, None),
+        lambda: load_processor(given, None),
+    ):
+        with pytest.raises(MissingFileError, match=rf"no folder '{given}'{hint}"):
+            reads()
+
+
+@pytest.mark.parametrize("name", ["no", "some/no"])
+def test_other_names_are_ids(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    check_path(name, "backbone.model")
