@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from encoder_toys import BATCH, PARTS, folder, output, recipe_of, task_of
 from llm_families import KEPT, TRAINER, check_gates, in_words, masks_within, one_line
 from llm_toys import decide
 from places import ROOT
-from sweeps import page, swept
+from sweeps import write_page
 from tinyfusion_core.pipeline.planning.plan import make_plan
 
 FAMILIES = tuple(MODEL_FOR_MASKED_LM_MAPPING_NAMES)
@@ -133,12 +132,5 @@ This page is generated: `python tests/encoder_families.py`.
 """
 
 
-def main() -> None:
-    """Write the page, and name what is neither right nor refused."""
-    found, faults = swept(FAMILIES, examine)
-    PAGE.write_text(page(HEAD, "masks | but", found))
-    sys.exit("\n".join(faults) or None)
-
-
 if __name__ == "__main__":
-    main()
+    write_page(PAGE, HEAD, "masks | but", FAMILIES, examine)

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 import tinyfusion_core as tiny
 from llm_toys import COMMON, EXPERTS, LATENT, TOKENS, decide, folder, logits, recipe_of, task_of
 from places import ROOT
-from sweeps import page, swept
+from sweeps import write_page
 from tinyfusion_core.pipeline.planning.plan import make_plan
 from tinyfusion_core.pruning.gating import Gates
 from tinyfusion_core.samplers.constraints import Rules, build
@@ -284,12 +283,5 @@ This page is generated: `python tests/llm_families.py`.
 """
 
 
-def main() -> None:
-    """Write the page, and name what is neither right nor refused."""
-    found, faults = swept(FAMILIES, examine)
-    PAGE.write_text(page(HEAD, "masks | but", found))
-    sys.exit("\n".join(faults) or None)
-
-
 if __name__ == "__main__":
-    main()
+    write_page(PAGE, HEAD, "masks | but", FAMILIES, examine)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +22,7 @@ from transformers.models.auto.modeling_auto import (
 import tinyfusion_core as tiny
 from llm_families import SIZES, holds, one_line, sized
 from places import ROOT
-from sweeps import page, swept
+from sweeps import write_page
 from tinyfusion_core.pruning.gating import Gates
 from tinyfusion_core.samplers.constraints import Rules, build
 from tinyfusion_llm import EncoderDecoder, NextToken
@@ -202,12 +201,5 @@ This page is generated: `python tests/seq2seq_families.py`.
 """
 
 
-def main() -> None:
-    """Write the page, and name what is neither right nor refused."""
-    found, faults = swept(FAMILIES, examine)
-    PAGE.write_text(page(HEAD, "lists | masks | but", found))
-    sys.exit("\n".join(faults) or None)
-
-
 if __name__ == "__main__":
-    main()
+    write_page(PAGE, HEAD, "lists | masks | but", FAMILIES, examine)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -60,3 +61,10 @@ def page(head: str, columns: str, found: Mapping[str, Found]) -> str:
         ruler = "|---" * (names.count("|") + 3)
         text += f"\n## {title}: {len(rows)}\n\n| family | class | {names} |\n{ruler}|\n" + "\n".join(rows) + "\n"
     return text
+
+
+def write_page(path: Path, head: str, columns: str, names: Iterable[str], examine: Callable[[str, Path], F]) -> None:
+    """Write the page of what is found of families, and exit, naming what is neither right nor refused."""
+    found, faults = swept(names, examine)
+    path.write_text(page(head, columns, found))
+    sys.exit("\n".join(faults) or None)

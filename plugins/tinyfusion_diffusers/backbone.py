@@ -30,6 +30,7 @@ from tinyfusion_diffusers.checkpoints import (
     patterns,
     read_file,
     read_folder,
+    saved_dtype,
     shipped,
     weights_in,
 )
@@ -193,6 +194,14 @@ class DiffusersTransformer(Backbone):
         folder = self._folder(Path(self.model))
         files = [folder / "config.json", *weights_in(folder, self.variant)]
         return {**found, "sha256": digest({path.name: sha256(path) for path in files})}
+
+    @override
+    def check_weights(self) -> None:
+        """Read the headers of a folder's files, or of a single one, if they are safetensors."""
+        if self._file is not None:
+            saved_dtype([self._file])
+        elif self.model is not None and Path(self.model).is_dir():
+            saved_dtype(weights_in(self._folder(Path(self.model)), self.variant))
 
     @override
     def save(self, model: nn.Module, folder: Path) -> list[str]:

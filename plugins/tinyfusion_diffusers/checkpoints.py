@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from tinyfusion_core.errors import MissingFileError, UserError, first_line
 from tinyfusion_core.parsing.records import read_json
-from tinyfusion_core.parsing.weights import read_weights
+from tinyfusion_core.parsing.weights import open_tensors, read_weights
 from tinyfusion_diffusers.original import converted, converter
 from tinyfusion_diffusers.structure import completed, construct, network_class
 
@@ -95,13 +94,10 @@ def saved_dtype(paths: Iterable[Path]) -> torch.dtype:
     for path in paths:
         if path.suffix != ".safetensors":
             continue
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118  # no mapping
-                    entry = file.get_slice(name)
-                    counts[names.get(entry.get_dtype(), torch.float32)] += math.prod(entry.get_shape())
-        except (OSError, SafetensorError) as e:
-            raise UserError(f"{path}: damaged or cut short ({first_line(e)}). Copy or download it again") from None
+        with open_tensors(path) as file:
+            for name in file.keys():  # noqa: SIM118  # no mapping
+                entry = file.get_slice(name)
+                counts[names.get(entry.get_dtype(), torch.float32)] += math.prod(entry.get_shape())
     return counts.most_common(1)[0][0]
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from tinyfusion_core.errors import UserError, first_line, require
+from tinyfusion_core.errors import UserError, first_line
 from tinyfusion_core.protocols.blocks.branches import Branch
 from tinyfusion_core.protocols.blocks.streams import Unneeded
 from tinyfusion_core.protocols.data import Lookup
@@ -21,9 +21,6 @@ from tinyfusion_llm.converters import CLIENTS, clients
 from tinyfusion_llm.hidden import IGNORED
 from tinyfusion_llm.layers.building import randomised
 from tinyfusion_llm.layers.finding import close_ranks, find_branches, find_layers
-from tinyfusion_llm.layers.limits import limits
-from tinyfusion_llm.layers.shortening import shorten, try_out
-from tinyfusion_llm.layers.stacks import find_stacks
 from tinyfusion_llm.pretrained.backbone import Pretrained
 from tinyfusion_llm.pretrained.reading import Autos, as_json, vocabulary_size
 from tinyfusion_llm.separate import check_separate
@@ -38,7 +35,6 @@ class CausalLM(Pretrained):
     go.
 
     Args:
-        context: tokens per example, as in the data's option of that name; affects only FLOPs and latency.
         separate: tokens see their own document alone, as the data's option of that name says; the model is tried first.
     """
 
@@ -53,12 +49,7 @@ class CausalLM(Pretrained):
     autos: ClassVar[Autos] = ("AutoModelForCausalLM", "AutoModelForImageTextToText")
     kind: ClassVar[str] = "a decoder-only language model"
 
-    context: int = 512
     separate: bool = field(default=False, metadata={NEUTRAL: False})
-
-    def __post_init__(self) -> None:
-        require(self.context >= 2, "backbone.context", self.context, "at least 2 tokens")
-        super().__post_init__()
 
     @classmethod
     @override
@@ -86,14 +77,8 @@ class CausalLM(Pretrained):
         return find_branches(model)
 
     @override
-    def after_prune(self, model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
-        indices = {stack: kept[stack.path] for stack in find_stacks(model)}
-        shorten(model, indices)
-        try_out(model, indices)
-
-    @override
     def limits(self, model: nn.Module) -> Mapping[str, Sequence[Any]]:
-        return {} if self.units else limits(model)
+        return {} if self.units else super().limits(model)
 
     @override
     def clients(self, model: nn.Module, student: nn.Module, kept: Sequence[int]) -> Mapping[str, str]:

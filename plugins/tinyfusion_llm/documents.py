@@ -6,15 +6,11 @@ import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
-
-import torch
+from typing import Any, NamedTuple
 
 from tinyfusion_core.errors import MissingFileError, UserError, first_line, need, require
-from tinyfusion_core.runtime.seeding import generator
 
 KINDS = (".txt", ".md", ".jsonl", ".parquet")
-T = TypeVar("T")
 
 
 class Row(NamedTuple):
@@ -31,20 +27,25 @@ class Row(NamedTuple):
     where: str
 
 
-def find_files(names: Sequence[str]) -> list[Path]:
+def find_files(names: Sequence[str], key: str = "data.files") -> list[Path]:
     """Return the files, searching folders.
 
+    Args:
+        names: files and folders.
+        key: the setting that names them, to begin messages with.
+
     Raises:
-        UserError: one is missing, or a folder holds no text.
+        UserError: there are none, one is missing, or a folder holds no text.
     """
     found: list[Path] = []
+    require(len(names) > 0, key, names, f"{', '.join(KINDS)} files, or folders of them")
     for name in names:
         path = Path(name)
         if not path.exists():
-            raise MissingFileError(f"data.files: no {path}; give {', '.join(KINDS)} files or a folder of them")
+            raise MissingFileError(f"{key}: no {path}; give {', '.join(KINDS)} files or a folder of them")
         inside = sorted(p for p in path.rglob("*") if p.suffix in KINDS) if path.is_dir() else [path]
         if not inside:
-            raise UserError(f"data.files: {path} holds no {', '.join(KINDS)} file")
+            raise UserError(f"{key}: {path} holds no {', '.join(KINDS)} file")
         found += inside
     return found
 
@@ -65,74 +66,38 @@ def lines(path: Path) -> Iterator[str]:
         raise UserError(f"{path}: cannot be read ({e.strerror or e})") from None
 
 
-def json_lines(path: Path) -> Iterator[Any]:
-    """Yield the values of a JSONL file.
+def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yield the numbers of the lines of a JSONL file, from 1, and their values; blank lines are left out.
 
     Raises:
         UserError: it is not UTF-8, or a line is no JSON.
     """
     for number, line in enumerate(lines(path), 1):
         try:
-            yield json.loads(line)
+            if line.strip():
+                yield number, json.loads(line)
         except (ValueError, RecursionError) as e:
             raise UserError(f"{path}: line {number} is no JSON ({e})") from None
 
 
-def json_rows(names: Sequence[str], holding: str) -> Iterator[Row]:
+def json_rows(names: Sequence[str], holding: str, key: str) -> Iterator[Row]:
     """Yield the rows of JSONL files.
 
     Args:
         names: the files, and folders that are searched for them.
         holding: what rows should hold, for messages.
+        key: the setting that names them, to begin messages with.
 
     Raises:
         UserError: there is no row, or `json_lines` refuses a file.
     """
     empty = True
-    for path in (path for path in find_files(names) if path.suffix == ".jsonl"):
-        for number, values in enumerate(json_lines(path), 1):
+    for path in (path for path in find_files(names, key) if path.suffix == ".jsonl"):
+        for number, values in json_lines(path):
             empty = False
             yield Row(values if isinstance(values, dict) else {}, path, f"{path}: row {number}")
     if empty:
-        raise UserError(f"data.files: no row of a .jsonl file in {', '.join(names)}; give rows with {holding}")
-
-
-def check_held_out(fraction: float, most: int | None) -> None:
-    """Check what a data source is told of the rows to hold out.
-
-    Args:
-        fraction: its option `held_out_fraction`.
-        most: its option `max_held_out`.
-
-    Raises:
-        UserError: one is out of its range.
-    """
-    require(0 < fraction < 1, "data.held_out_fraction", fraction, "a number between 0 and 1")
-    require(most is None or most >= 1, "data.max_held_out", most, "at least 1 row, or null")
-
-
-def held_apart(
-    rows: Sequence[T], held_out: Sequence[T] | None, fraction: float, most: int | None, order: tuple[int, str]
-) -> tuple[list[T], list[T]]:
-    """Return rows to train on, mixed, and rows to hold out.
-
-    Args:
-        rows: all rows of `data.files`, at least one.
-        held_out: further rows to hold out; None takes a fraction of the others instead.
-        fraction: this fraction.
-        most: the first so many are held out; None takes all.
-        order: seed and name of the order.
-
-    Raises:
-        UserError: there is but one row to be both.
-    """
-    mixed = [rows[i] for i in torch.randperm(len(rows), generator=generator(*order)).tolist()]
-    if held_out is None:
-        if len(mixed) < 2:
-            raise UserError("data.files: they hold one row; give more, or held_out_files")
-        num = min(len(mixed) - 1, max(1, round(fraction * len(mixed))))
-        held_out, mixed = mixed[:num], mixed[num:]
-    return mixed, list(held_out[:most])
+        raise UserError(f"{key}: no row of a .jsonl file in {', '.join(names)}; give rows with {holding}")
 
 
 def parquet_rows(path: Path) -> Iterator[Any]:
@@ -148,6 +113,31 @@ def parquet_rows(path: Path) -> Iterator[Any]:
                 yield from batch.to_pylist()
     except (OSError, ValueError, arrow.ArrowException) as e:
         raise UserError(f"{path}: damaged, cut short or not a Parquet file ({first_line(e)}); copy it again") from None
+
+
+def text_of(row: Any, name: str, where: str, settings: str, empty: bool = True) -> str:
+    """Return a text of a row.
+
+    Args:
+        row: what the row holds.
+        name: its key or column.
+        where: the row, to begin messages with.
+        settings: those that say where a row has its texts, for the message.
+        empty: whether it may be.
+
+    Raises:
+        UserError: there is none of this name, it is no text, or empty though it may not be.
+    """
+    if not isinstance(row, Mapping) or name not in row:
+        found = (", ".join(row) or "nothing") if isinstance(row, Mapping) else type(row).__name__
+        raise UserError(f"{where} has no '{name}' (found: {found}); set {settings}")
+    text = row[name]
+    if not isinstance(text, str):
+        raise UserError(f"{where}: '{name}' is {text!r:.60}; expected a text, or set {settings}")
+    check_text(text, f"{where}: '{name}'")
+    if not empty and not text.strip():
+        raise UserError(f"{where}: '{name}' is empty, so nothing would be learned; leave the row out")
+    return text
 
 
 def check_text(text: str, where: str) -> None:

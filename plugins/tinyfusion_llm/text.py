@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import warnings
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -12,19 +13,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from typing_extensions import override
 
-from tinyfusion_core.errors import UserError, need, require
-from tinyfusion_core.protocols.data import DataSource, Samples
+from tinyfusion_core.errors import UserError, need
+from tinyfusion_core.protocols.data import Samples
 from tinyfusion_core.runtime.files import NEUTRAL, digest, sha256
-from tinyfusion_core.runtime.seeding import generator
 from tinyfusion_llm.chat import Message, check_messages, check_template, encode_chat
-from tinyfusion_llm.documents import check_held_out, check_text, find_files, json_lines, lines, parquet_rows
-from tinyfusion_llm.pretrained.readers import load_tokenizer
+from tinyfusion_llm.documents import find_files, json_lines, lines, parquet_rows, text_of
+from tinyfusion_llm.pretrained.readers import encode, filler_of, identity_of, load_tokenizer, special_of
 from tinyfusion_llm.rows import Corpus, Rows, read_corpus, write_corpus
+from tinyfusion_llm.sources.parted import PartedSource
 
-READING = 2
+READING = 3
 """Version of how files become documents; caches of another are made anew."""
 
 
@@ -38,11 +38,12 @@ class Document(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextSource(DataSource):
+class TextSource(PartedSource):
     """Documents as tokens: tokenized once, some of the documents held out.
 
     A document is a text file, a line of a JSONL file (both in UTF-8), or a row of a Parquet file or of a data set of
-    the library `datasets`. Documents are held out whole.
+    the library `datasets`. Documents are held out whole; empty ones are left out. What is spelled like a special token
+    in a text is text as any other. See `PartedSource` for the other options.
 
     Args:
         tokenizer: folder or hub id of a model that has one.
@@ -50,12 +51,6 @@ class TextSource(DataSource):
         dataset: instead of files: an argument of `datasets.load_dataset`, a name or `name:configuration`.
         split: split of the data set.
         text_field: key or column of the text.
-        context: tokens per sample.
-        held_out_fraction: fraction of the documents that no stage trains on.
-        held_out_files: documents to hold out, instead of a fraction of `files`.
-        max_held_out: largest number of samples to evaluate on, the first in the held-out documents' order; null takes
-            all.
-        seed: seed of the choice and the order of the documents.
         cache: folder of the token cache; by default `tinyfusion/tokens` in the user's cache.
     """
 
@@ -64,18 +59,12 @@ class TextSource(DataSource):
     dataset: str | None = None
     split: str = "train"
     text_field: str = "text"
-    context: int = 512
-    held_out_fraction: float = 0.1
-    held_out_files: list[str] | None = None
-    max_held_out: int | None = None
-    seed: int = 0
     cache: str | None = None
 
     def __post_init__(self) -> None:
         if (self.files is None) == (self.dataset is None):
             raise UserError("data: give files or dataset, one of the two")
-        require(self.context >= 2, "data.context", self.context, "at least 2 tokens")
-        check_held_out(self.held_out_fraction, self.max_held_out)
+        super().__post_init__()
 
     @abstractmethod
     def _rows(self, corpus: Corpus, documents: Any, part: str) -> Samples:
@@ -97,61 +86,45 @@ class TextSource(DataSource):
     def _tokenizer(self) -> Any:
         return load_tokenizer(self.tokenizer, None, None)
 
-    @override
-    def train(self) -> Samples:
-        return self._parts[0]
-
-    @override
-    def held_out(self) -> Samples:
-        return self._parts[1]
-
     @cached_property
+    @override
     def _parts(self) -> tuple[Samples, Samples]:
         corpus = self._corpus(self.files)
-        num = len(corpus.bounds) - 1
-        order = torch.randperm(num, generator=generator(self.seed, "documents")).numpy()
+        named = f"data: {self.dataset or ', '.join(self.files or [])} holds one document, and they are held out whole"
+        train, kept = self._apart(len(corpus.bounds) - 1, "documents", named)
+        other = corpus
         if self.held_out_files is not None:
-            other = self._corpus(self.held_out_files)
-            return self._rows(corpus, order, "train"), self._rows(other, np.arange(len(other.bounds) - 1), "held out")
-        if num < 2:
-            raise UserError(
-                f"data: {self._named} holds one document, and documents are held out whole; give more of them, or "
-                "held_out_files"
-            )
-        held_out = min(num - 1, max(1, round(self.held_out_fraction * num)))
-        return self._rows(corpus, order[held_out:], "train"), self._rows(corpus, order[:held_out], "held out")
+            other = self._corpus(self.held_out_files, "data.held_out_files")
+            kept = list(range(len(other.bounds) - 1))
+        return self._rows(corpus, np.array(train), "train"), self._rows(other, np.array(kept), "held out")
 
-    @property
-    def _named(self) -> str:
-        return self.dataset or ", ".join(self.files or [])
-
-    def _corpus(self, files: Sequence[str] | None) -> Corpus:
+    def _corpus(self, files: Sequence[str] | None, key: str = "data.files") -> Corpus:
         """The tokens of some files or of the data set, from the cache if possible."""
-        found = None if files is None else find_files(files)
+        found = None if files is None else find_files(files, key)
         tokenizer = self._tokenizer()
         of: Any = [self.dataset, self.split] if found is None else {str(path): sha256(path) for path in found}
-        key = digest([of, *self._encoding(tokenizer), _identity(tokenizer), READING])[:32]
+        key = digest([of, *self._encoding(tokenizer), identity_of(tokenizer), READING])[:32]
         base = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "tinyfusion", "tokens")
         folder = Path(self.cache or base).expanduser() / key
         if not folder.is_dir():
-            write_corpus(self._all_encoded(tokenizer, self._documents(found)), folder)
+            write_corpus(self._all_encoded(tokenizer, _told(self._documents(found), tokenizer)), folder)
         name = f"{self.dataset or ', '.join(files or [])} with the data.tokenizer {self.tokenizer}"
-        return read_corpus(folder, _filler(tokenizer), name, self._all_count)
+        return read_corpus(folder, filler_of(tokenizer), name, self._all_count)
 
     def _all_encoded(self, tokenizer: Any, documents: Iterator[Document]) -> Iterator[tuple[list[int], list[int]]]:
         while some := list(islice(documents, 64)):
             yield from self._encoded(tokenizer, some)
 
     def _documents(self, files: Sequence[Path] | None) -> Iterator[Document]:
-        """Every non-empty document."""
+        """Every document."""
         if files is None:
             datasets = need("datasets", "tinyfusion[text]", "data.dataset")
             name, _, configuration = (self.dataset or "").partition(":")
             rows = datasets.load_dataset(name, configuration or None, split=self.split)
-            yield from self._fields(rows, f"data.dataset {self.dataset}")
+            yield from self._fields(enumerate(rows, 1), f"data.dataset {self.dataset}")
         for path in files or []:
             if path.suffix == ".parquet":
-                yield from self._fields(parquet_rows(path), str(path))
+                yield from self._fields(enumerate(parquet_rows(path), 1), str(path))
             elif path.suffix == ".jsonl":
                 yield from self._fields(json_lines(path), str(path))
             else:
@@ -159,23 +132,16 @@ class TextSource(DataSource):
 
     def _plain(self, path: Path) -> Iterator[Document]:
         """The document of a file of text."""
-        if text := "".join(lines(path)).strip():
-            yield Document(text)
+        yield Document("".join(lines(path)).strip())
 
-    def _fields(self, rows: Any, where: str) -> Iterator[Document]:
-        """The documents of rows with fields."""
-        for number, row in enumerate(rows, 1):
-            if (text := self._text(row, self.text_field, f"{where}: row {number}")).strip():
-                yield Document(text)
+    def _fields(self, rows: Iterable[tuple[int, Any]], where: str) -> Iterator[Document]:
+        """The documents of rows with fields, which are numbered."""
+        for number, row in rows:
+            yield Document(self._text(row, self.text_field, f"{where}: row {number}"))
 
-    def _text(self, row: Any, name: str, where: str) -> str:
+    def _text(self, row: Any, name: str, where: str, empty: bool = True) -> str:
         """A text of a row."""
-        if not isinstance(row, dict) or not isinstance(row.get(name), str):
-            found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-            raise UserError(f"{where} has no text '{name}' (found: {found}); set {self._fields_for(row)}")
-        text: str = row[name]
-        check_text(text, f"{where}: '{name}'")
-        return text
+        return text_of(row, name, where, self._fields_for(row), empty)
 
     def _fields_for(self, row: Any) -> str:
         """The settings that say where a row has its text."""
@@ -265,14 +231,16 @@ class TextTokens(TextSource):
         return super()._plain(path)
 
     @override
-    def _fields(self, rows: Any, where: str) -> Iterator[Document]:
-        for number, row in enumerate(rows, 1):
+    def _fields(self, rows: Iterable[tuple[int, Any]], where: str) -> Iterator[Document]:
+        for number, row in rows:
             place = f"{where}: row {number}"
             if self.chat_field is not None:
                 turns = row.get(self.chat_field) if isinstance(row, dict) else None
                 yield Document(messages=check_messages(turns, f"{place}: '{self.chat_field}'"), where=place)
-            elif (text := self._text(row, self.text_field, place)).strip():
-                yield Document(text, self._text(row, self.prompt_field, place) if self.prompt_field else "")
+            else:
+                text = self._text(row, self.text_field, place)
+                prompt = self._text(row, self.prompt_field, place) if self.prompt_field and text.strip() else ""
+                yield Document(text, prompt)
 
     @override
     def _fields_for(self, row: Any) -> str:
@@ -280,17 +248,21 @@ class TextTokens(TextSource):
         return "data.chat_field: messages" if chat else "data.text_field or data.prompt_field"
 
 
-def encode(tokenizer: Any, texts: Sequence[str], special: bool) -> list[list[int]]:
-    """Return the token ids of texts, with the tokenizer's special tokens or without."""
-    encoded: list[list[int]] = tokenizer(list(texts), add_special_tokens=special, verbose=False)["input_ids"]
-    return encoded
-
-
-def _identity(tokenizer: Any) -> str:
-    fast = getattr(tokenizer, "backend_tokenizer", None)
-    return digest([fast.to_str() if fast is not None else tokenizer.get_vocab(), tokenizer.eos_token_id])
-
-
-def _filler(tokenizer: Any) -> int:
-    numbers = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(number for number in numbers if number is not None)
+def _told(documents: Iterator[Document], tokenizer: Any) -> Iterator[Document]:
+    """The documents that are not empty; warns in the end how many are, and how many spell special tokens."""
+    special, num_empty, spelled = special_of(tokenizer), 0, list[str]()
+    for document in documents:
+        if not document.messages and not document.text.strip():
+            num_empty += 1
+            continue
+        found = special.search(document.text) or special.search(document.prompt)
+        spelled += [found[0]] if found else []
+        yield document
+    if num_empty:
+        warnings.warn(f"data: {num_empty} documents are empty and left out", stacklevel=2)
+    if spelled:
+        warnings.warn(
+            f"data: {len(spelled)} documents hold what is spelled like a special token, such as '{spelled[0]}'; it is "
+            "read as text. Conversations, which a chat template writes, are data.chat_field",
+            stacklevel=2,
+        )

@@ -55,6 +55,22 @@ def test_an_audit_ranks_the_working_blocks_first(tmp_path: Path) -> None:
     assert {p.name for p in (tmp_path / "figures").iterdir()} == {"choices.svg", "scatter.svg", "kept.svg"}
 
 
+class Protecting(toys.Planted):
+    """A network that nothing could save without two of its blocks."""
+
+    def limits(self, model: torch.nn.Module) -> Mapping[str, Sequence[Any]]:
+        return {"protect": [5, 6]}
+
+
+def test_random_subsets_obey_the_limits_of_the_network(tmp_path: Path) -> None:
+    compare = Compare(candidates={"first": FirstN(keep=3)}, seeds=1, random=9)
+    limited = replace(task(), backbone=Protecting())
+    found = compare(limited, replace(RECOVER, steps=1), TRAINER, tmp_path, evaluate=LOSS)
+    assert found.num_masks == 6  # one block of six beside the two
+    assert len(found.masks) == 6 and all({5, 6} < set(entry.kept) for entry in found.masks)
+    assert [entry.kept for entry in found.entries] == [(0, 5, 6)]
+
+
 def test_no_more_subsets_than_there_are(tmp_path: Path) -> None:
     found = Compare(candidates={"first": FirstN(keep=7)}, seeds=1, random=9)(
         task(), replace(RECOVER, steps=1), TRAINER, tmp_path, evaluate=LOSS

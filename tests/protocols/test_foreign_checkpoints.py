@@ -284,3 +284,15 @@ def test_labels_of_a_folder_of_ours_and_what_has_no_labels(tmp_path: Path) -> No
     other = saved(weights() | {"x_embedder.proj.bias": torch.zeros(3)}, tmp_path)
     with pytest.raises(tiny.UserError, match="a checkpoint of another architecture"):
         DiT(checkpoint=other, **CONFIG | {"num_classes": 3}, new_labels=True).build()
+
+
+@pytest.mark.parametrize("name", ["folder/model.safetensors", "w.safetensors"])
+def test_a_file_that_is_cut_short_is_named_without_being_read(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    save_file(weights(), path)
+    given = path.parent if path.parent != tmp_path else path
+    DiT(checkpoint=str(given), **CONFIG).check_weights()
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(tiny.UserError, match=rf"{path.name}: damaged or cut short \(.*not fully covered"):
+        DiT(checkpoint=str(given), **CONFIG).check_weights()

@@ -53,7 +53,11 @@ def folder(tmp_path: Path) -> RunFolder:
         run.log("search", step, {"loss": 1 / step, **state})
     run.log("recover", 10, {"loss": None})
     for step in range(20, 900, 10):
-        run.log("recover", step, {"loss": 1 / step, "share_kd": 0.9, "share_gt": 0.1 if step > 450 else 0.3})
+        run.log(
+            "recover",
+            step,
+            {"loss": 1 / step, "share_kd": 0.9, "share_gt": 0.1 if step > 450 else 0.3, "share_feature": 0.004},
+        )
     figures = [
         measurement("blocks", 28, 14),
         measurement("FLOPs", None, None, note="why <not>"),
@@ -88,8 +92,8 @@ def test_the_page_is_self_contained_and_says_what_was_found(folder: RunFolder) -
     assert page.count('class="choice sure"') == 14
     assert "1 h 1 min in all" in page
     assert (
-        "Of the gradient of recover, the distance to the teacher&#39;s prediction was 90%, the training loss 20%."
-        in page
+        "Of the gradient of recover, the distance to the teacher&#39;s prediction was 90%, the training loss 20%, "
+        "the features less than 1%." in page
     )
     for name in ("dynamics.svg", "marginals.svg", "loss_search.svg", "loss_recover.svg", "samples_teacher.png"):
         assert (folder / "figures" / name).stat().st_size > 1000

@@ -50,10 +50,10 @@ class Candidates:
         """The budget, formatted for a sentence: "4 blocks"."""
         return self.recorded if isinstance(self.recorded, str) else f"{budget_text(self.recorded)} blocks"
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Settings that give a criterion this budget."""
-        return _settings(self.budget)
+    def settings(self, limits: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+        """Return settings that give a criterion this budget, within what `Backbone.limits` returned."""
+        found = _settings(self.budget)
+        return {**found, "constraints": found.get("constraints", Rules()).with_limits(limits)} if limits else found
 
     def each_recovered(self, recoveries: Collection[str]) -> Candidates:
         """Return every selector with every one of these recoveries; without any, the candidates as they are.

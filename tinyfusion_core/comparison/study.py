@@ -130,7 +130,7 @@ class Comparison(Settings):
         candidates = self.candidates_for(search, task.blocks, costs)
         selectors = candidates.selectors
         seeds, (num_random, num_seeds) = tuple(trainer.seed + i for i in range(self.seeds)), self.reference()
-        allowed = compile_constraints(task.blocks, self.view, **candidates.settings)
+        allowed = compile_constraints(task.blocks, self.view, **candidates.settings(task.backbone.limits(task.teacher)))
         subsets = allowed.distinct(num_random, generator(trainer.seed, "comparison", "random subsets"))
         work = 2 * len(selectors) * len(seeds) + len(subsets) * num_seeds
         with ExitStack() as stack:

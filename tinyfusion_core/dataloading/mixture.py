@@ -13,7 +13,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from ..errors import UserError, require
+from ..protocols.backbone import Backbone
 from ..protocols.data import DataSource, FeatureSpace, Samples, Traceable
+from ..protocols.loss import LossAdapter
 from ..runtime.seeding import generator
 
 MOST = 10_000_000
@@ -79,6 +81,11 @@ class Mixture(DataSource):
         if not samples:
             raise UserError("data.parts: none of them holds a sample out; set num_held_out of one, or add real data")
         return Mixed(samples, [len(of) for of in samples.values()], self.seed)
+
+    @override
+    def check_fits(self, backbone: Backbone, loss: LossAdapter) -> None:
+        for part in self.parts.values():
+            part.check_fits(backbone, loss)
 
     @override
     def feature_space(self) -> FeatureSpace | None:

@@ -52,8 +52,8 @@ def check_teacher(task: Task, trainer: Trainer) -> None:
         raise UserError(
             f"the teacher's loss on {num} held-out samples is {learned.mean():.4g}, "
             f"that of a network that has learned nothing {trivial.mean():.4g}: "
-            "is it the right checkpoint for this backbone, this loss (noise or velocity, its time steps) and this "
-            "data (its scale, the order of its classes)?"
+            "is it the right checkpoint for this backbone, this loss (its settings: noise or velocity, time steps, "
+            "pooling) and this data (its tokenizer, its scale, the order of its classes)?"
         )
     _check_labels(learned, others)
 

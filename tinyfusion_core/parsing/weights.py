@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..errors import MissingFileError, UserError, reason_behind
+from ..errors import MissingFileError, UserError, first_line, reason_behind
 from .records import ShardIndex, check_regular, read_as
 from .state_dicts import chosen_entry
 
@@ -64,6 +65,19 @@ def weight_files(path: Path) -> list[Path]:
             f"{path.parent / missing[0]}: no such file, but {path.name} needs it; copy the whole folder"
         )
     return [path.parent / name for name in names]
+
+
+def open_tensors(path: Path) -> Any:
+    """Open a file of safetensors. Names, shapes and dtypes are read, and whether it is whole; no number is.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    check_regular(path)
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"{path}: damaged or cut short ({first_line(e)}). Copy or download it again") from None
 
 
 def _content(path: Path) -> Any:

@@ -113,12 +113,17 @@ def _prepared(recipe: Recipe, folder: RunFolder, asked: Asked) -> Task:
     task = make_task(recipe)
     if recipe.train is None:
         _ = task.teacher  # a wrong checkpoint
-        trainings = [how for stage in recipe.stages() for how in _trainings(stage) if isinstance(how, Recover)]
-        for start in {repr(how.start): how.start for how in trainings if how.start}.values():
-            start.check(task)
+        _check_starts(recipe, task)
     for cache in filter(None, map(cache_of, recipe.stages())):
         open_cache(cache, task)
     return task
+
+
+def _check_starts(recipe: Recipe, task: Task) -> None:
+    """Check that the starts of all recoveries are for this network. Raises UserError if one is not."""
+    trainings = [how for stage in recipe.stages() for how in _trainings(stage) if isinstance(how, Recover)]
+    for start in {repr(how.start): how.start for how in trainings if how.start}.values():
+        start.check(task)
 
 
 def _trainings(stage: Stage) -> Sequence[Search | Recover]:
@@ -224,6 +229,7 @@ class _Run:
     def _use_trained(self, stage: Stage, trained: nn.Module) -> None:
         self.task = replace(self.task, model=trained, origin=origin(self.folder / "teacher"))
         self.models["teacher"] = self.task.teacher
+        _check_starts(self.recipe, self.task)  # which needs weights: before anything is searched
 
     def _search(self, stage: Stage) -> Decision:
         folder, recovery = self.folder.round(stage.round), self.recipe.each_round()[stage.round].recover

@@ -58,6 +58,16 @@ class Backbone(Settings, ABC):
             UserError: the checkpoint is missing, damaged or of another architecture.
         """
 
+    def check_weights(self) -> None:
+        """Check that the weights that `build` reads are there and fit, as far as that takes seconds.
+
+        Plans do, before anything is spent. By default nothing is checked.
+
+        Raises:
+            UserError: they are missing, damaged or of another architecture.
+        """
+        return
+
     @property
     def origin(self) -> str | None:
         """The file, folder or id that the sizes of the network come from, for messages; None: the recipe."""

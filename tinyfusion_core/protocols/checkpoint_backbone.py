@@ -17,7 +17,7 @@ from typing_extensions import override
 from ..errors import MissingFileError, UserError, nearest, require
 from ..parsing.records import beside, read_json
 from ..parsing.state_dicts import unwrapped, without_ignored
-from ..parsing.weights import load_strict, read_weights, weight_files
+from ..parsing.weights import load_strict, open_tensors, read_weights, weight_files
 from ..runtime.files import NEUTRAL, digest, sha256
 from ..runtime.seeding import generator
 from .backbone import Backbone, constructed, owner
@@ -188,6 +188,13 @@ class CheckpointBackbone(Backbone):
         if self.new_labels:
             more["new_labels"] = True
         return {"checkpoint": name, **more, "sha256": content, "licence": licence}
+
+    @override
+    def check_weights(self) -> None:
+        """Read the headers of files of safetensors."""
+        for path in weight_files(self._weights()):
+            if path.suffix == ".safetensors":
+                open_tensors(path)
 
     @classmethod
     def random(cls, **sizes: Any) -> Self:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -15,6 +15,10 @@ from torch.utils.data.sampler import RandomSampler, SequentialSampler
 
 from ..errors import UserError
 from ..parsing.settings import Settings
+
+if TYPE_CHECKING:
+    from .backbone import Backbone
+    from .loss import LossAdapter
 
 
 class Samples(Protocol):
@@ -146,6 +150,18 @@ class DataSource(Settings, ABC):
     @abstractmethod
     def held_out(self) -> Samples:
         """Return samples that no stage trains on."""
+
+    def check_fits(self, backbone: Backbone, loss: LossAdapter) -> None:
+        """Check settings that have to agree with those of a network or an objective. By default none have to.
+
+        Args:
+            backbone: of the network that is pruned.
+            loss: the objective.
+
+        Raises:
+            UserError: they do not.
+        """
+        return
 
     def feature_space(self) -> FeatureSpace | None:
         """Return the features in which generated and real examples are compared; None if there are none."""

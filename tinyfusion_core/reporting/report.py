@@ -138,7 +138,7 @@ def _shares(stage: str, entries: Sequence[Mapping[str, Any]]) -> str:
     if not (told := list(filter(None, told))):
         return ""
     means = {TERMS[name]: sum(shares.get(name, 0) for shares in told) / len(told) for name in TERMS}
-    parts = [f"{what} {share:.0%}" for what, share in means.items() if share]
+    parts = [f"{what} {f'{share:.0%}' if share >= 0.01 else 'less than 1%'}" for what, share in means.items() if share]
     return f" Of the gradient of {stage}, {', '.join(parts)}."
 
 

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -106,3 +107,23 @@ def track(name: str, total: int, done: int = 0, main: bool = True, screen: bool 
             _shown.append(tracker)
             stack.callback(_shown.clear)
         yield tracker
+
+
+@contextmanager
+def quietly(*logs: Any) -> Iterator[None]:
+    """Keep libraries of Hugging Face from showing bars and warnings while the context is open.
+
+    Args:
+        logs: their modules of that purpose, such as `transformers.utils.logging`.
+    """
+    before = [(log, log.get_verbosity(), log.is_progress_bar_enabled()) for log in logs]
+    for log in logs:
+        log.set_verbosity_error()
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log, verbosity, bar in before:
+            log.set_verbosity(verbosity)
+            if bar:
+                log.enable_progress_bar()

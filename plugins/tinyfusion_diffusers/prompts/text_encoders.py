@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +16,7 @@ from tinyfusion_core.errors import MissingFileError, UserError, first_line, need
 from tinyfusion_core.parsing.records import check_folder
 from tinyfusion_core.parsing.weights import fingerprint
 from tinyfusion_core.runtime.files import digest
+from tinyfusion_core.runtime.progress import quietly
 from tinyfusion_diffusers.backbone import DiffusersTransformer
 from tinyfusion_diffusers.library import diffusers
 from tinyfusion_diffusers.shapes import given
@@ -97,7 +97,7 @@ class TextEncoders:
         told = {**self._options, "prompt": prompts, **({GUIDANCE: guided} if GUIDANCE in self._takes else {})}
         if missing := [name for name, value in told.items() if value is inspect.Parameter.empty]:
             raise TypeError(f"it takes '{missing[0]}'")
-        with torch.no_grad(), _quietly():
+        with torch.no_grad(), quietly(*_logs()):
             found: Sequence[Any] = self.pipeline.encode_prompt(**told)
         return found
 
@@ -160,7 +160,7 @@ def load_text_encoders(where: str, length: int | None, dtype: torch.dtype, devic
         )
     given = {**{name: None for name in parts if name not in text}, "transformer": transformer}
     try:
-        with _quietly(), torch.random.fork_rng():
+        with quietly(*_logs()), torch.random.fork_rng():
             # Safetensors alone: other files may hold code.
             pipeline = cls.from_pretrained(where, **given, dtype=dtype, use_safetensors=True)
     except Exception as e:  # damaged files make the readers fail in any way they can
@@ -207,21 +207,9 @@ def _networks(pipeline: Any) -> dict[str, nn.Module]:
     return {name: part for name, part in sorted(found.items()) if isinstance(part, nn.Module)}
 
 
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Without the bars of loading, and a line for every prompt that is cut."""
+def _logs() -> list[Any]:
+    """What shows the bars of loading, and a line for every prompt that is cut."""
     from diffusers.utils import logging as of_diffusers
     from transformers.utils import logging as of_transformers
 
-    logs: list[Any] = [of_diffusers, of_transformers]
-    before = [(log, log.get_verbosity(), log.is_progress_bar_enabled()) for log in logs]
-    for log in logs:
-        log.set_verbosity_error()
-        log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for log, verbosity, bar in before:
-            log.set_verbosity(verbosity)
-            if bar:
-                log.enable_progress_bar()
+    return [of_diffusers, of_transformers]

@@ -20,9 +20,7 @@ from tinyfusion_llm.encoders.folder import copy_modules
 from tinyfusion_llm.hidden import IGNORED
 from tinyfusion_llm.layers.building import config_of
 from tinyfusion_llm.layers.finding import find_layers, text_config
-from tinyfusion_llm.layers.limits import limits
 from tinyfusion_llm.layers.shortening import shorten
-from tinyfusion_llm.layers.stacks import find_stacks
 from tinyfusion_llm.pretrained.backbone import Pretrained
 from tinyfusion_llm.pretrained.reading import Autos, vocabulary_size
 
@@ -38,10 +36,6 @@ class Encoder(Pretrained):
     unneeded: ClassVar[Unneeded] = (1, 2)  # attention weights
 
     context: int = 128
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.context >= 2, "backbone.context", self.context, "at least 2 tokens")
 
     @classmethod
     @override
@@ -60,6 +54,11 @@ class Encoder(Pretrained):
                 f"backbone.model: {type(model).__name__} does not read {self.context} tokens ({failure}); expected an "
                 "encoder of text, and a backbone.context that it has positions for (data.context must be the same)"
             )
+        if _is_causal(model):
+            name = type(model).__name__
+            raise UserError(
+                f"backbone.model: no token of {name} sees a later one, as in a decoder; expected {self.kind}"
+            )
         _freeze_unreached(model)
 
     @override
@@ -68,14 +67,10 @@ class Encoder(Pretrained):
 
     @override
     def after_prune(self, model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
-        shorten(model, {stack: kept[stack.path] for stack in find_stacks(model)})
+        shorten(model, kept)
         if not next(model.parameters()).is_meta and (failure := _failure(model, 2)):
             kind, left = text_config(model).model_type, " and ".join(str(list(indices)) for indices in kept.values())
             raise UserError(f"backbone: a '{kind}' of the layers {left} alone does not run ({failure}); keep others")
-
-    @override
-    def limits(self, model: nn.Module) -> Mapping[str, Sequence[Any]]:
-        return limits(model)
 
     @override
     def example(self, num_rows: int) -> dict[str, Tensor]:
@@ -176,10 +171,15 @@ class TextEncoder(Encoder):
         return cls(network=_TINY, context=16, _random_seed=0)
 
 
-def _run(model: nn.Module, num_tokens: int) -> Tensor:
-    """Its logits or final hidden states, of a text of so many tokens, the last of which is padding."""
+def _run(model: nn.Module, num_tokens: int, last: int | None = None) -> Tensor:
+    """Its logits or final hidden states, of a text of so many tokens, the last of which is padding.
+
+    The one before it can be set.
+    """
     device = next(model.parameters()).device
     tokens = torch.arange(num_tokens, device=device)[None] % 50
+    if last is not None:
+        tokens[:, -2] = last
     attention = (torch.arange(num_tokens, device=device) < num_tokens - 1).long()[None]
     with torch.random.fork_rng(), evaluating(model):
         found = model(input_ids=tokens, attention_mask=attention)
@@ -187,6 +187,14 @@ def _run(model: nn.Module, num_tokens: int) -> Tensor:
     if states.shape[:2] != tokens.shape:
         raise ValueError("it has no states of its tokens")
     return states
+
+
+@torch.no_grad()
+def _is_causal(model: nn.Module) -> bool:
+    """Whether no token sees a later one: what it changes there is nothing but rounding beside what it is itself."""
+    one, other = (_run(model, 8, last)[0].double() for last in (10, 11))
+    changed = (one - other).abs().amax(1)
+    return bool(changed[:6].max() <= 1e-5 * changed[6])
 
 
 def _failure(model: nn.Module, num_tokens: int) -> str:

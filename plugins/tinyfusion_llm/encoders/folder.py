@@ -67,12 +67,21 @@ def check_pooling(folder: Path, pooling: str, key: str) -> None:
     Raises:
         UserError: it pools otherwise.
     """
-    for module in _modules(folder):
+    for module in _of_kind(folder, "Pooling"):
         path = folder / module["path"] / "config.json"
-        if module["type"].rpartition(".")[2] != "Pooling" or not path.is_file():
+        if not path.is_file():
             continue
         told = read_as(path, _Pooling, _FIX)
         modes = {"cls": told.get("pooling_mode_cls_token"), "mean": told.get("pooling_mode_mean_tokens")}
         said = told.get("pooling_mode") or next((name for name, on in modes.items() if on), "otherwise")
         if said != pooling:
             raise UserError(f"{key} is '{pooling}', and {path} says '{said}'; the two must agree")
+
+
+def normalises(folder: Path) -> bool:
+    """Return whether a model's folder says that its embeddings have the length 1."""
+    return bool(_of_kind(folder, "Normalize"))
+
+
+def _of_kind(folder: Path, kind: str) -> list[_Module]:
+    return [module for module in _modules(folder) if module["type"].rpartition(".")[2] == kind]

@@ -13,8 +13,8 @@ from torch import Tensor
 from tinyfusion_core.errors import UserError
 from tinyfusion_llm.encoders.teacher import Embeddings
 from tinyfusion_llm.hidden import IGNORED
+from tinyfusion_llm.pretrained.readers import encode
 from tinyfusion_llm.rows import Corpus
-from tinyfusion_llm.text import encode
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,18 @@ import numpy as np
 from typing_extensions import override
 
 from tinyfusion_core.errors import UserError
+from tinyfusion_core.protocols.backbone import Backbone
 from tinyfusion_core.protocols.data import Samples
+from tinyfusion_core.protocols.loss import LossAdapter
 from tinyfusion_core.runtime.files import digest
 from tinyfusion_llm.encoders.backbone import TextEncoder
-from tinyfusion_llm.encoders.folder import check_pooling
-from tinyfusion_llm.encoders.losses import Pooling
+from tinyfusion_llm.encoders.folder import check_pooling, normalises
+from tinyfusion_llm.encoders.losses import Pooling, SentenceEmbedding
 from tinyfusion_llm.encoders.rows import Embedded, Frame, Maskable, Pieces
 from tinyfusion_llm.encoders.teacher import Embeddings, about_teacher
+from tinyfusion_llm.pretrained.readers import encode
 from tinyfusion_llm.rows import Corpus
-from tinyfusion_llm.text import Document, TextSource, encode
+from tinyfusion_llm.text import Document, TextSource
 
 
 class _Framed(TextSource):
@@ -79,6 +82,18 @@ class EmbeddedText(_Framed):
 
     teacher: str | None = None
     pooling: Pooling = "mean"
+
+    @override
+    def check_fits(self, backbone: Backbone, loss: LossAdapter) -> None:
+        """Check that embeddings are made alike by loss, data, and the folders of teacher and network."""
+        if not isinstance(loss, SentenceEmbedding):
+            return
+        if loss.pooling != self.pooling:
+            raise UserError(f"loss.pooling is '{loss.pooling}' and data.pooling '{self.pooling}'; the two must agree")
+        for folder in map(Path, filter(None, (self.teacher or self.tokenizer, backbone.origin))):
+            check_pooling(folder, loss.pooling, "loss.pooling")
+            if normalises(folder) and not loss.normalised:
+                raise UserError(f"loss.normalised is False, and the model in {folder} normalises; set it to true")
 
     @override
     def _rows(self, corpus: Corpus, documents: Any, part: str) -> Samples:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
 
-from tinyfusion_core.errors import MissingFileError, UserError, first_line, require
-from tinyfusion_core.protocols.data import DataSource
-from tinyfusion_llm.documents import check_held_out, check_text, held_apart, json_rows
+from tinyfusion_core.errors import UserError, first_line
+from tinyfusion_llm.documents import Row, text_of
 from tinyfusion_llm.hidden import IGNORED
 from tinyfusion_llm.images.columns import columns
-from tinyfusion_llm.pretrained.readers import load_processor
+from tinyfusion_llm.sources.parted import RowSource, file_beside
 
 
 @dataclass(frozen=True)
@@ -115,7 +113,7 @@ class ImageRows:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageText(DataSource):
+class ImageText(RowSource):
     """Images and text as samples of T = `context` tokens, by the processor of a model that reads images.
 
     A sample is a row of a JSONL file: images, a prompt that follows them, and a text, which alone counts in losses. The
@@ -124,78 +122,40 @@ class ImageText(DataSource):
     the processor's own tokens. A longer text is cut at the end. Images are read anew each time.
 
     Args:
-        processor: folder or hub id of a model that has one.
-        files: `.jsonl` files, and folders that are searched for them.
         image_field: key of the images: a list of files, or one; relative to the JSONL file. A row may have none.
         prompt_field: key of the prompt. A row may have none.
-        text_field: key of the text.
         context: tokens per sample, those of its images among them.
-        held_out_fraction: fraction of the rows that no stage trains on.
-        held_out_files: rows to hold out, instead of a fraction of `files`.
-        max_held_out: largest number of samples to evaluate on, the first in the held-out rows' order; null takes all.
-        seed: seed of the choice and the order of the rows.
     """
 
-    processor: str
-    files: list[str]
+    reads: ClassVar[Literal["images", "audio"]] = "images"
+    holding: ClassVar[str] = "images and text"
+    order: ClassVar[str] = "images and text"
+
     image_field: str = "images"
     prompt_field: str = "prompt"
-    text_field: str = "text"
-    context: int = 512
-    held_out_fraction: float = 0.1
-    held_out_files: list[str] | None = None
-    max_held_out: int | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        require(self.context >= 2, "data.context", self.context, "at least 2 tokens")
-        check_held_out(self.held_out_fraction, self.max_held_out)
 
     @override
-    def train(self) -> ImageRows:
-        return self._parts[0]
+    def _samples(self, processor: Any, examples: Sequence[Example]) -> ImageRows:
+        rows = ImageRows(examples, processor, self.context)
+        rows.fullest(1)  # what does not fit at all shows before anything is spent
+        return rows
 
     @override
-    def held_out(self) -> ImageRows:
-        return self._parts[1]
+    def _examples(self, processor: Any, rows: Iterable[Row]) -> list[Example]:
+        return [self._example(processor, row) for row in rows]
 
-    @cached_property
-    def _parts(self) -> tuple[ImageRows, ImageRows]:
-        processor = load_processor(self.processor, None, reads="images")
-        examples, held_out = self._examples(processor, self.files), self.held_out_files
-        others = None if held_out is None else self._examples(processor, held_out)
-        order = (self.seed, "images and text")
-        first, second = held_apart(examples, others, self.held_out_fraction, self.max_held_out, order)
-        parts = ImageRows(first, processor, self.context), ImageRows(second, processor, self.context)
-        for rows in parts:
-            rows.fullest(1)  # what does not fit at all shows before anything is spent
-        return parts
-
-    def _examples(self, processor: Any, names: Sequence[str]) -> list[Example]:
-        return [self._example(processor, *row) for row in json_rows(names, "images and text")]
-
-    def _example(self, processor: Any, row: Mapping[str, Any], path: Path, where: str) -> Example:
-        prompt, text = row.get(self.prompt_field, ""), row.get(self.text_field)
-        for name, value in ((self.prompt_field, prompt), (self.text_field, text)):
-            if not isinstance(value, str):
-                found = ", ".join(row) or "nothing"
-                raise UserError(
-                    f"{where} has no text '{name}' (found: {found}); set data.text_field, data.prompt_field"
-                )
-            check_text(value, f"{where}: '{name}'")
-        if not text:
-            raise UserError(f"{where}: '{self.text_field}' is empty, so nothing would be learned; leave the row out")
-        images = row.get(self.image_field, [])
+    def _example(self, processor: Any, row: Row) -> Example:
+        settings, values = "data.text_field, data.prompt_field", {self.prompt_field: "", **row.values}
+        prompt = text_of(values, self.prompt_field, row.where, settings)
+        text = text_of(row.values, self.text_field, row.where, settings, empty=False)
+        images = row.values.get(self.image_field, [])
         images = [images] if isinstance(images, str) else images
         if not isinstance(images, list) or not all(isinstance(name, str) for name in images):
             raise UserError(
-                f"{where}: '{self.image_field}' is no list of files; give their names, or set data.image_field"
+                f"{row.where}: '{self.image_field}' is no list of files; give their names, or set data.image_field"
             )
-        files = [path.parent / name for name in images]
-        for file in files:
-            if not file.is_file():
-                raise MissingFileError(f"{where}: no image {file}; files are looked for beside the JSONL file")
-        return Example(files, *_written(processor, len(files), prompt, str(text), where), where)
+        files = [file_beside(row, name, "image") for name in images]
+        return Example(files, *_written(processor, len(files), prompt, text, row.where), row.where)
 
 
 def _written(processor: Any, num_images: int, prompt: str, text: str, where: str) -> tuple[str, str]:

@@ -18,28 +18,29 @@ from tinyfusion_llm.layers.building import construct_as
 from tinyfusion_llm.layers.edits import edits, is_int
 from tinyfusion_llm.layers.finding import SLOTS, close_ranks, num_fed, text_config
 from tinyfusion_llm.layers.inputs import short_inputs
-from tinyfusion_llm.layers.stacks import Stack
+from tinyfusion_llm.layers.stacks import Stack, find_stacks
 from tinyfusion_llm.pretrained.reading import transformers
 
 
-def shorten(model: nn.Module, kept: Mapping[Stack, Sequence[int]]) -> None:
+def shorten(model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
     """Correct what a network knows of its layers after pruning, see `corrected`.
 
     Args:
         model: the network.
-        kept: its lists of layers, which are already short, and the indices of the kept layers of each.
+        kept: the paths of its lists of layers, which are already short, and the indices of the kept layers of each.
 
     Raises:
         UserError: the config cannot express the remaining layers.
     """
-    depths = {stack: stack.depth(model) for stack in kept}
-    if problem := corrected(model, kept):
+    stacks = {stack: kept[stack.path] for stack in find_stacks(model)}
+    depths = {stack: stack.depth(model) for stack in stacks}
+    if problem := corrected(model, stacks):
         settings: dict[str, Any] = {}
-        for stack in kept:
+        for stack in stacks:
             settings |= stack.config(model).to_dict()
         rules = [key for key, value in settings.items() if is_int(value) and re.search(_RULE, key)]
         named = f"; the rule is among {', '.join(rules)}" if rules else ""
-        left = " and ".join(f"{list(indices)} of {depths[stack]}" for stack, indices in kept.items())
+        left = " and ".join(f"{list(indices)} of {depths[stack]}" for stack, indices in stacks.items())
         raise UserError(
             f"backbone: the config of a '{text_config(model).model_type}' cannot express the layers {left}: "
             f"{problem}{named}. Its kinds of layers follow from their positions; keep whole periods, or other layers"
@@ -82,7 +83,7 @@ def corrected(model: nn.Module, kept: Mapping[Stack, Sequence[int]]) -> str:
     return _difference(model, paths, fresh) and _count_anew(model, kept, depths)
 
 
-def try_out(model: Any, kept: Mapping[Stack, Sequence[int]]) -> None:
+def try_out(model: Any, kept: Mapping[str, Sequence[int]]) -> None:
     """Run a pruned network once, and once with a cache; warn if it runs without one only.
 
     Hybrid ones that have lost all attention cannot generate, nor can a T5 whose encoder has fewer layers than its
@@ -90,7 +91,7 @@ def try_out(model: Any, kept: Mapping[Stack, Sequence[int]]) -> None:
 
     Args:
         model: the network.
-        kept: its lists of layers, and the indices of each one's layers in the whole network.
+        kept: the paths of its lists of layers, and the indices of each one's layers in the whole network.
 
     Raises:
         UserError: it does not run: something in it still counts on other layers.

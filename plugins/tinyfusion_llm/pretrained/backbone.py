@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -12,12 +12,15 @@ import torch
 from torch import nn
 from typing_extensions import override
 
-from tinyfusion_core.errors import UserError, first_line, need
+from tinyfusion_core.errors import UserError, first_line, need, require
 from tinyfusion_core.protocols.backbone import Backbone
 from tinyfusion_core.protocols.blocks.branches import REMOVED, removed_branches
 from tinyfusion_core.runtime.files import digest, sha256
+from tinyfusion_core.runtime.progress import quietly
 from tinyfusion_core.runtime.seeding import generator
 from tinyfusion_llm.layers.building import as_plain, config_of, construct, randomised, steady
+from tinyfusion_llm.layers.limits import limits
+from tinyfusion_llm.layers.shortening import shorten, try_out
 from tinyfusion_llm.pretrained.readers import load_processor, load_tokenizer
 from tinyfusion_llm.pretrained.reading import (
     Autos,
@@ -26,6 +29,7 @@ from tinyfusion_llm.pretrained.reading import (
     auto_class,
     check_keys,
     check_kind,
+    check_path,
     encoding_of,
     explained,
     tell_size,
@@ -48,6 +52,7 @@ class Pretrained(Backbone):
         network: the model's config, to plan where the model is not available, or to train a fresh one. With a
             model, its entries must agree with the model's.
         licence: licence of the checkpoint, for the model card.
+        context: tokens per example, as in the data's option of that name; affects only FLOPs and latency.
     """
 
     library: ClassVar[str] = "transformers"
@@ -61,9 +66,11 @@ class Pretrained(Backbone):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     network: dict[str, Any] | None = None
     licence: str = "unknown"
+    context: int = 512
     _random_seed: int | None = None  # set by `tiny`, which has no checkpoint
 
     def __post_init__(self) -> None:
+        require(self.context >= 2, "backbone.context", self.context, "at least 2 tokens")
         if self.model is None and self.network is None:
             raise UserError("backbone: give model, a folder or hub id; or network, a config, to train a fresh one")
         if self.network is not None and "model_type" not in self.network:
@@ -98,6 +105,16 @@ class Pretrained(Backbone):
         return model
 
     @override
+    def check_weights(self) -> None:
+        """Read the headers of a folder's files, and compare names and shapes with the network's; of GGUF nothing."""
+        if self.model is None:
+            return
+        check_path(self.model, "backbone.model")
+        if Path(self.model).is_dir() and not self.gguf_file:
+            with quietly(transformers().logging):
+                self._loaded(strict=False, device_map={"": "meta"})  # which reads no number
+
+    @override
     def config(self, model: nn.Module | None = None) -> dict[str, Any]:
         """Return the transformers config.
 
@@ -130,6 +147,15 @@ class Pretrained(Backbone):
         cls.check_config(made, str(kind))
         model: nn.Module = construct(config, cls.autos, str(torch.get_default_device()))
         return model
+
+    @override
+    def after_prune(self, model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
+        shorten(model, kept)
+        try_out(model, kept)
+
+    @override
+    def limits(self, model: nn.Module) -> Mapping[str, Sequence[Any]]:
+        return limits(model)
 
     @property
     @override
@@ -183,7 +209,22 @@ class Pretrained(Backbone):
         return None if self.model is None else load_tokenizer(self.model, self.revision, self.gguf_file, required=False)
 
     def _read(self, strict: bool) -> Any:
-        """The pretrained model. Raises UserError if its weights do not fit its config, see `check_keys`."""
+        """The pretrained model, its weights decoded. Raises UserError as `_loaded` does."""
+        model, encoding = self._loaded(strict)
+        if not encoding and not self.gguf_file:
+            return model
+        # Of quantised weights transformers gives the config's dtype to those alone that it dequantises.
+        plain = as_plain(model, model.config.dtype if encoding else model.dtype)
+        if encoding:
+            tell_size(plain, str(self.model), encoding)
+        return plain
+
+    def _loaded(self, strict: bool, **where: Any) -> tuple[Any, str]:
+        """What transformers loads, and how its files hold the weights.
+
+        Raises:
+            UserError: files are missing or damaged, or the weights do not fit the config, see `check_keys`.
+        """
         assert self.model is not None
         config = self._pretrained_config()
         self._agreed(config)
@@ -197,16 +238,11 @@ class Pretrained(Backbone):
                 dtype=self.dtype,
                 ignore_mismatched_sizes=True,  # refused below, by name
                 output_loading_info=True,
+                **where,
             )
         model, loading = found
         check_keys(model, loading, self.model, strict)
-        if not encoding and not self.gguf_file:
-            return model
-        # Of quantised weights transformers gives the config's dtype to those alone that it dequantises.
-        plain = as_plain(model, model.config.dtype if encoding else model.dtype)
-        if encoding:
-            tell_size(plain, self.model, encoding)
-        return plain
+        return model, encoding
 
     def _random(self) -> nn.Module:
         if self._random_seed is None:

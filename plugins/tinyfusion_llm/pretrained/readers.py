@@ -1,13 +1,19 @@
-"""Tokenizers and processors of pretrained models, with error messages that say what to do."""
+"""Tokenizers and processors of pretrained models, with error messages that say what to do; texts as their tokens."""
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 from tinyfusion_core.errors import MissingFileError, first_line, need
 from tinyfusion_core.parsing.records import check_folder
-from tinyfusion_llm.pretrained.reading import transformers
+from tinyfusion_core.runtime.files import digest
+from tinyfusion_llm.pretrained.reading import check_path, transformers
 
 
 def load_tokenizer(name: str, revision: str | None, gguf_file: str | None, required: bool = True) -> Any:
@@ -29,8 +35,7 @@ def load_tokenizer(name: str, revision: str | None, gguf_file: str | None, requi
     if gguf_file:
         need("gguf", "tinyfusion[gguf]", "gguf_file")
     more = {"gguf_file": gguf_file} if gguf_file else {}
-    if Path(name).is_dir():
-        check_folder(Path(name))
+    _check_place(name, "data.tokenizer", required)
     try:
         made = reader.from_pretrained(name, revision=revision or "main", **more)
         made("a")  # some damage shows only then
@@ -67,8 +72,7 @@ def load_processor(
     """
     reader = transformers("data.processor").AutoProcessor
     what = reads or "images or audio"
-    if Path(name).is_dir():
-        check_folder(Path(name))
+    _check_place(name, "data.processor", required)
     try:
         made = reader.from_pretrained(name, revision=revision or "main")
         takes = any(hasattr(made, part) for kind, part in READERS.items() if reads in (kind, None))
@@ -83,3 +87,84 @@ def load_processor(
         f"data.processor: no processor of {what} and text in '{name}' ({reason}); expected what AutoProcessor of "
         "transformers reads. Copy the original model's processor and tokenizer files there"
     )
+
+
+def said_by(name: str, key: str) -> Any:
+    """Return what a model's generation config says, or else its config; None if neither does.
+
+    Args:
+        name: folder or hub id of the model.
+        key: the setting.
+    """
+    for reader in (transformers().GenerationConfig, transformers().AutoConfig):
+        with suppress(OSError, ValueError):  # what is missing or damaged says nothing
+            if (said := getattr(reader.from_pretrained(name), key, None)) is not None:
+                return said
+    return None
+
+
+def encode(tokenizer: Any, texts: Sequence[str], special: bool = True, target: bool = False) -> list[list[int]]:
+    """Return the token ids of texts. What is spelled like a special token in a text is text as any other.
+
+    Args:
+        tokenizer: of transformers.
+        texts: the texts.
+        special: whether the tokenizer puts its special tokens around each.
+        target: whether they are what a decoder writes, which some tokenizers read as another language.
+    """
+    given = {"text_target" if target else "text": list(texts)}
+    backend = getattr(tokenizer, "_tokenizer", None)  # of transformers' own there is none
+    if type(getattr(backend, "model", None)).__name__ == "Unigram" and any(map(special_of(tokenizer).search, texts)):
+        tokenizer._tokenizer = _without_special_pieces(backend.to_str())  # type: ignore[union-attr]
+    try:
+        encoded: list[list[int]] = tokenizer(
+            **given, add_special_tokens=special, split_special_tokens=True, verbose=False
+        )["input_ids"]
+    finally:
+        if backend is not None:
+            tokenizer._tokenizer = backend
+    return encoded
+
+
+def special_of(tokenizer: Any) -> re.Pattern[str]:
+    """Return a pattern that finds the special tokens of a tokenizer in a text."""
+    names = sorted(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
+    return re.compile("|".join(map(re.escape, names)) or "(?!)")
+
+
+@lru_cache(maxsize=2)
+def _without_special_pieces(told: str) -> Any:
+    """A tokenizer in whose vocabulary of pieces no special token is found; all have the numbers that they had.
+
+    SentencePiece, too, looks for none of them in a text; a Unigram model of `tokenizers` takes them for likely words.
+    """
+    from tokenizers import Tokenizer
+
+    settings = json.loads(told)
+    special = {token["content"] for token in settings["added_tokens"] if token["special"]}
+    pieces = settings["model"]["vocab"]
+    hidden = special.intersection(piece for piece, _ in pieces)
+    settings["model"]["vocab"] = [
+        [f"\0{i}" if piece in hidden else piece, score] for i, (piece, score) in enumerate(pieces)
+    ]
+    settings["added_tokens"] = [token for token in settings["added_tokens"] if token["content"] not in hidden]
+    return Tokenizer.from_str(json.dumps(settings))
+
+
+def identity_of(tokenizer: Any) -> str:
+    """Return a hash of all that decides which tokens a tokenizer makes of a text."""
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    return digest([fast.to_str() if fast is not None else tokenizer.get_vocab(), tokenizer.eos_token_id])
+
+
+def filler_of(tokenizer: Any) -> int:
+    """Return the token that samples are padded with."""
+    numbers = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(number for number in numbers if number is not None)
+
+
+def _check_place(name: str, key: str, required: bool) -> None:
+    if required:
+        check_path(name, key)
+    if Path(name).is_dir():
+        check_folder(Path(name))

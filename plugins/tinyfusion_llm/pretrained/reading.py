@@ -9,8 +9,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from tinyfusion_core.errors import MissingFileError, UserError, first_line, need
-from tinyfusion_core.parsing.records import check_folder
+from tinyfusion_core.parsing.records import beside, check_folder
+from tinyfusion_core.parsing.weights import open_tensors
 from tinyfusion_core.pipeline.planning.amounts import gigabytes
 
 
@@ -26,6 +29,24 @@ def transformers(key: str = "backbone: CausalLM") -> Any:
     return need("transformers", "tinyfusion[llm]", key)
 
 
+def check_path(name: str, key: str) -> None:
+    """Check that a name is no path to nothing, which would be looked for on the hub, several times.
+
+    It is a path if it begins with `.`, `~` or `/`, has more than one `/`, or lies in a folder that there is.
+
+    Args:
+        name: folder or hub id.
+        key: the setting that names it, to begin the message with.
+
+    Raises:
+        MissingFileError: there is no such folder.
+    """
+    path = Path(name)
+    nested = "/" in name and path.parent.is_dir()
+    if (nested or name.startswith((".", "~", "/")) or name.count("/") > 1) and not path.is_dir():
+        raise MissingFileError(f"{key}: no folder '{name}'{beside(path)}")
+
+
 class explained:  # noqa: N801  # a context, like those of contextlib
     """Turn errors of transformers about a model into messages that say what to do."""
 
@@ -33,6 +54,7 @@ class explained:  # noqa: N801  # a context, like those of contextlib
         self.model = model
 
     def __enter__(self) -> None:
+        check_path(self.model, "backbone.model")
         folder = Path(self.model)
         if folder.is_dir():
             check_folder(folder)
@@ -51,6 +73,9 @@ class explained:  # noqa: N801  # a context, like those of contextlib
                 f"backbone.model: '{self.model}' is no folder, and the Hugging Face hub does not give it "
                 f"({first_line(error)}). Give a folder, or an id that you have access to (`hf auth login`)"
             ) from None
+        if isinstance(error, SafetensorError):  # which names no file
+            for path in sorted(Path(self.model).glob("*.safetensors")):
+                open_tensors(path)
         expected = "expected config.json and model.safetensors as save_pretrained of transformers writes them"
         raise UserError(f"backbone.model: '{self.model}' cannot be read ({first_line(error)}); {expected}") from None
 

@@ -21,8 +21,6 @@ from tinyfusion_llm.layers.building import class_of
 from tinyfusion_llm.layers.edits import is_int
 from tinyfusion_llm.layers.finding import vocabulary_of
 from tinyfusion_llm.layers.inputs import short_inputs, source_of
-from tinyfusion_llm.layers.limits import limits
-from tinyfusion_llm.layers.shortening import shorten, try_out
 from tinyfusion_llm.layers.stacks import find_stacks
 from tinyfusion_llm.pretrained.backbone import Pretrained
 from tinyfusion_llm.pretrained.reading import Autos
@@ -63,7 +61,6 @@ class EncoderDecoder(Pretrained):
 
     def __post_init__(self) -> None:
         require(self.source_context >= 2, "backbone.source_context", self.source_context, "at least 2")
-        require(self.context >= 2, "backbone.context", self.context, "at least 2 tokens")
         super().__post_init__()
 
     @classmethod
@@ -96,16 +93,6 @@ class EncoderDecoder(Pretrained):
     @override
     def blocks(self, model: nn.Module) -> Sequence[str]:
         return [f"{stack.path}.*" for stack in find_stacks(model)]
-
-    @override
-    def after_prune(self, model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
-        indices = {stack: kept[stack.path] for stack in find_stacks(model)}
-        shorten(model, indices)
-        try_out(model, indices)
-
-    @override
-    def limits(self, model: nn.Module) -> Mapping[str, Sequence[Any]]:
-        return limits(model)
 
     @override
     def clients(self, model: nn.Module, student: nn.Module, kept: Sequence[int]) -> Mapping[str, str]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,10 +16,10 @@ from typing_extensions import override
 from tinyfusion_core.errors import UserError, require
 from tinyfusion_llm.hidden import IGNORED
 from tinyfusion_llm.layers.edits import is_int
-from tinyfusion_llm.pretrained.reading import transformers
+from tinyfusion_llm.pretrained.readers import encode, said_by
 from tinyfusion_llm.rows import Corpus
 from tinyfusion_llm.seq2seq.columns import MASK, SOURCE
-from tinyfusion_llm.text import Document, TextSource, encode
+from tinyfusion_llm.text import Document, TextSource
 
 
 @dataclass(frozen=True)
@@ -126,13 +125,9 @@ class TextPairs(TextSource):
     @cached_property
     def _start(self) -> int:
         """The token that a decoder begins with, which is said beside the tokenizer."""
-        library, known = transformers("data.tokenizer"), []
-        for reader in (library.GenerationConfig, library.AutoConfig):
-            with suppress(OSError, ValueError):  # what is missing or damaged says nothing
-                known.append(reader.from_pretrained(self.tokenizer))
         for key in ("decoder_start_token_id", "bos_token_id"):  # as `generate` looks for it
-            if said := [getattr(config, key) for config in known if is_int(getattr(config, key, None))]:
-                return int(said[0])
+            if is_int(said := said_by(self.tokenizer, key)):
+                return int(said)
         raise UserError(
             f"data.tokenizer: no file in '{self.tokenizer}' says what a decoder begins with; expected "
             "decoder_start_token_id in generation_config.json or config.json: give the model's folder"
@@ -150,8 +145,8 @@ class TextPairs(TextSource):
 
     @override
     def _encoded(self, tokenizer: Any, some: Sequence[Document]) -> Iterator[tuple[list[int], list[int]]]:
-        sources = encode(tokenizer, [self.prefix + document.prompt for document in some], special=True)
-        targets = tokenizer(text_target=[document.text for document in some], verbose=False)["input_ids"]
+        sources = encode(tokenizer, [self.prefix + document.prompt for document in some])
+        targets = encode(tokenizer, [document.text for document in some], target=True)
         end = tokenizer.eos_token_id
         for source, target in zip(sources, targets, strict=True):
             target = target if end is None or end in target else [*target, end]
@@ -162,13 +157,12 @@ class TextPairs(TextSource):
         raise UserError(f"{path}: a text is no pair; give .jsonl or .parquet files, a pair in each row")
 
     @override
-    def _fields(self, rows: Any, where: str) -> Iterator[Document]:
-        for number, row in enumerate(rows, 1):
+    def _fields(self, rows: Iterable[tuple[int, Any]], where: str) -> Iterator[Document]:
+        for number, row in rows:
             place = f"{where}: row {number}"
-            source, target = (self._text(row, name, place) for name in (self.source_field, self.text_field))
-            for name, text in ((self.source_field, source), (self.text_field, target)):
-                if not text.strip():
-                    raise UserError(f"{place}: '{name}' is empty, so nothing would be learned; leave the row out")
+            source, target = (
+                self._text(row, name, place, empty=False) for name in (self.source_field, self.text_field)
+            )
             yield Document(target, source)
 
     @override

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -14,11 +13,11 @@ from scipy.signal import resample_poly
 from torch import Tensor
 from typing_extensions import override
 
-from tinyfusion_core.errors import MissingFileError, UserError, first_line, need, require
-from tinyfusion_core.protocols.data import DataSource
-from tinyfusion_llm.documents import Row, check_held_out, check_text, held_apart, json_rows
+from tinyfusion_core.errors import UserError, first_line, need, require
+from tinyfusion_llm.documents import Row, text_of
 from tinyfusion_llm.hidden import IGNORED
-from tinyfusion_llm.pretrained.readers import load_processor
+from tinyfusion_llm.pretrained.readers import encode, said_by
+from tinyfusion_llm.sources.parted import RowSource, file_beside
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ class SpeechRows:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpeechText(DataSource):
+class SpeechText(RowSource):
     """Recordings and their texts, for models that write what they hear, such as Whisper.
 
     A sample has `features` (mels, frames), the log-mel spectrogram of the model's own feature extractor, padded to its
@@ -96,59 +95,29 @@ class SpeechText(DataSource):
     are averaged, and other rates than the extractor's are resampled. Recordings are read anew each time.
 
     Args:
-        processor: folder or hub id of a model that has one.
-        files: `.jsonl` files, and folders that are searched for them.
         audio_field: key of the recording's file, relative to the JSONL file.
-        text_field: key of the text.
         language: language of the texts, a name or code; null for a model that knows one language alone.
         task: whether texts are what is said, or its English translation.
         leading_space: begin texts with a space, as the transcripts of Whisper begin in languages that have spaces.
         context: T; tokens per text, those of prompt and end among them.
-        held_out_fraction: fraction of the rows that no stage trains on.
-        held_out_files: rows to hold out, instead of a fraction of `files`.
-        max_held_out: largest number of samples to evaluate on, the first in the held-out rows' order; null takes all.
-        seed: seed of the choice and the order of the rows.
     """
 
-    processor: str
-    files: list[str]
+    reads: ClassVar[Literal["images", "audio"]] = "audio"
+    holding: ClassVar[str] = "recordings and text"
+    order: ClassVar[str] = "speech"
+
     audio_field: str = "audio"
-    text_field: str = "text"
     language: str | None = "en"
     task: Literal["transcribe", "translate"] = "transcribe"
     leading_space: bool = True
     context: int = 128
-    held_out_fraction: float = 0.1
-    held_out_files: list[str] | None = None
-    max_held_out: int | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        require(self.context >= 2, "data.context", self.context, "at least 2 tokens")
-        check_held_out(self.held_out_fraction, self.max_held_out)
 
     @override
-    def train(self) -> SpeechRows:
-        return self._parts[0]
-
-    @override
-    def held_out(self) -> SpeechRows:
-        return self._parts[1]
-
-    @cached_property
-    def _parts(self) -> tuple[SpeechRows, SpeechRows]:
+    def _processor(self) -> Any:
+        """The processor, whose tokenizer writes the prompt of language and task before each text."""
         need("soundfile", "tinyfusion[speech]", "data: SpeechText")
-        processor = load_processor(self.processor, None, reads="audio")
-        prompt = self._prompted(processor.tokenizer)
-        utterances, held_out = self._read(processor, prompt, self.files), self.held_out_files
-        others = None if held_out is None else self._read(processor, prompt, held_out)
-        order = (self.seed, "speech")
-        parts = held_apart(utterances, others, self.held_out_fraction, self.max_held_out, order)
-        first, second = (SpeechRows(part, processor, self.context, prompt) for part in parts)
-        return first, second
-
-    def _prompted(self, tokenizer: Any) -> int:
-        """Make a tokenizer write the prompt of language and task before each text; returns its number of tokens."""
+        processor = super()._processor()
+        tokenizer = processor.tokenizer
         try:
             tokenizer.language, tokenizer.task = self.language, None if self.language is None else self.task
             tokenizer.set_prefix_tokens(predict_timestamps=False)
@@ -159,15 +128,38 @@ class SpeechText(DataSource):
             ) from None
         except ValueError as e:
             raise UserError(f"data.language: {first_line(e)}") from None
-        return len(tokenizer.prefix_tokens)
+        self._check_language()
+        return processor
 
-    def _read(self, processor: Any, num_prompt: int, names: Sequence[str]) -> list[Utterance]:
-        """The rows of files. Raises UserError if one is not as it should be, or longer than a sample."""
-        rows = [self._checked(row, processor.feature_extractor) for row in json_rows(names, "recordings and text")]
-        before = " " if self.leading_space else ""
-        texts = [f"{before}{text.strip()}" for _, text, _ in rows]
+    def _check_language(self) -> None:
+        """Check that a language is named if the model knows several, and only then.
+
+        Raises:
+            UserError: it is otherwise, as the model's generation config says.
+        """
+        told = said_by(self.processor, "is_multilingual")
+        if told is True and self.language is None:
+            raise UserError(
+                f"data.language is null, and the model in '{self.processor}' knows several: name that of the texts"
+            )
+        if told is False and self.language is not None:
+            raise UserError(
+                f"data.language is '{self.language}', and the model in '{self.processor}' knows one alone; its prompt "
+                "names none: set null"
+            )
+
+    @override
+    def _samples(self, processor: Any, examples: Sequence[Utterance]) -> SpeechRows:
+        return SpeechRows(examples, processor, self.context, len(processor.tokenizer.prefix_tokens))
+
+    @override
+    def _examples(self, processor: Any, rows: Iterable[Row]) -> list[Utterance]:
+        """What rows hold. Raises UserError if one is not as it should be, or longer than a sample."""
+        known = [self._checked(row, processor.feature_extractor) for row in rows]
+        before, num_prompt = " " if self.leading_space else "", len(processor.tokenizer.prefix_tokens)
+        texts = [f"{before}{text.strip()}" for _, text, _ in known]
         found = []
-        for (audio, text, where), tokens in zip(rows, processor.tokenizer(texts)["input_ids"], strict=True):
+        for (audio, text, where), tokens in zip(known, encode(processor.tokenizer, texts), strict=True):
             require(
                 len(tokens) <= self.context,
                 f"{where}: '{self.text_field}' takes {len(tokens)} tokens, {num_prompt} of them the prompt's; "
@@ -178,17 +170,11 @@ class SpeechText(DataSource):
 
     def _checked(self, row: Row, extractor: Any) -> tuple[Path, str, str]:
         """Recording, text and place of a row."""
-        values = []
-        for key in (self.audio_field, self.text_field):
-            value = row.values.get(key)
-            if not isinstance(value, str) or not value.strip():
-                has = ", ".join(row.values) or "nothing"
-                raise UserError(f"{row.where} has no '{key}' (found: {has}); set data.audio_field, data.text_field")
-            check_text(value, f"{row.where}: '{key}'")
-            values.append(value)
-        audio = row.file.parent / values[0]
-        if not audio.is_file():
-            raise MissingFileError(f"{row.where}: no recording {audio}; files are looked for beside the JSONL file")
+        settings = "data.audio_field, data.text_field"
+        name, text = (
+            text_of(row.values, key, row.where, settings, empty=False) for key in (self.audio_field, self.text_field)
+        )
+        audio = file_beside(row, name, "recording")
         seconds, most = _seconds(audio, row.where), extractor.n_samples / extractor.sampling_rate
         require(seconds > 0, f"{row.where}: {audio}: its length", seconds, "at least one sample; leave the row out")
         if seconds > most:
@@ -196,7 +182,7 @@ class SpeechText(DataSource):
                 f"{row.where}: {audio} has {seconds:.1f} seconds, the model hears {most:.0f}; cut it in pieces, or "
                 "leave the row out"
             )
-        return audio, values[1], row.where
+        return audio, text, row.where
 
 
 def _seconds(audio: Path, where: str) -> float:

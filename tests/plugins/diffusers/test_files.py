@@ -23,7 +23,7 @@ from tinyfusion_core.cli import main
 from tinyfusion_core.protocols.data import Tensors
 from tinyfusion_core.runtime.seeding import Rng
 from tinyfusion_diffusers import DiffusersTransformer, RectifiedFlow
-from tinyfusion_diffusers.checkpoints import SHIPPED
+from tinyfusion_diffusers.checkpoints import SHIPPED, WEIGHTS
 
 
 def test_dit_with_different_copies_is_refused(tmp_path: Path) -> None:
@@ -317,3 +317,12 @@ def test_a_run_ends_in_a_folder_that_diffusers_loads(tmp_path: Path) -> None:
     recipe["backbone"]["init_args"]["model"] = str(tmp_path / "run" / "student")
     path.write_text(yaml.safe_dump({**recipe, "search": {"class_path": "Keep", "init_args": {"blocks": [0, 2]}}}))
     assert main(["validate", str(path)]) == 0
+
+
+def test_a_file_that_is_cut_short_is_named_without_being_read(tmp_path: Path) -> None:
+    task, _ = make("FluxTransformer2DModel")
+    backbone, path = DiffusersTransformer(model=str(saved(task, tmp_path))), tmp_path / WEIGHTS
+    backbone.check_weights()
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(tiny.UserError, match=rf"{WEIGHTS}: damaged or cut short \(.*not fully covered"):
+        backbone.check_weights()

@@ -264,7 +264,7 @@ def test_similarities_are_ranked_as_the_targets_rank_them(tmp_path: Path) -> Non
                 tokenizer=str(tokenizer(path / "w")), teacher=str(path / "none"), files=[str(texts(path / "t.jsonl"))],
                 cache=str(path / "cache"),
             ).train(),
-            r"teacher: no tokenizer in '.*none'",
+            r"teacher: no folder '.*none'",
         ),
         (lambda path: SimilarityRank(samples=2), r"SimilarityRank.samples is 2; expected at least 3"),
         (lambda path: SimilarityRank().check(padded(path)), r"SimilarityRank needs the data EmbeddedText"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -82,7 +83,21 @@ def test_good_text_is_read_as_ever(tmp_path: Path) -> None:
     path.write_bytes("\ufeffone\r\ntwo\rthree\u2028\ufeff \u00fc \ufffd\n\n".encode())
     assert "".join(lines(path)) == path.read_text(encoding="utf-8-sig")
     path.write_bytes(b'\xef\xbb\xbf{"a": "\xe2\x80\xa8"}\r\n{"a": 2}\r{"a": "\\ud83d\\ude00"}')
-    assert list(json_lines(path)) == [{"a": "\u2028"}, {"a": 2}, {"a": "\U0001f600"}]
+    assert list(json_lines(path)) == [(1, {"a": "\u2028"}), (2, {"a": 2}), (3, {"a": "\U0001f600"})]
+    path.write_text('\n{"a": 1}\n \t\n\n{"a": 2}\n\n')
+    assert list(json_lines(path)) == [(2, {"a": 1}), (5, {"a": 2})]  # as lines of the file
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_empty_documents_are_left_out_and_counted(model: Path, tmp_path: Path, name: str) -> None:
+    rows = [{"text": "w8 w9 " * 4}, {"text": ""}, {"text": " "}]
+    (tmp_path / name).write_text("\n".join(map(json.dumps, rows)) if name == "a.jsonl" else "\n \n")
+    data = reading(model, tmp_path / name)
+    if name == "a.txt":
+        data = replace(data, files=[*data.files, data.files[0]])
+    with pytest.warns(UserWarning, match=rf"data: {2 if name == 'a.jsonl' else 1} documents are empty and left out"):
+        data.train()
+    assert len(data._corpus(data.files).bounds) == 3  # two documents
 
 
 def test_tokens_beyond_the_vocabulary_are_found_when_the_plan_is_made(model: Path, tmp_path: Path, capsys) -> None:

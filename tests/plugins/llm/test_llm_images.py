@@ -148,7 +148,9 @@ def teach(path: Path, rows: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"images": ["00.png"], "text": 3}, "row 13 has no text 'text'"),
+        ({"images": ["00.png"], "text": 3}, "row 13: 'text' is 3; expected a text"),
+        ({"images": ["00.png"], "prompt": None, "text": "w3"}, "row 13: 'prompt' is None; expected a text"),
+        ({"images": ["../rows"], "text": "w3"}, "row 13: .*rows: is a folder; expected a file"),
         ({"images": ["no.png"], "text": "w3"}, "row 13: no image .*no.png; files are looked for beside"),
         ({"images": [3], "text": "w3"}, "row 13: 'images' is no list of files"),
         ({"images": ["00.png"], "text": ""}, "row 13: 'text' is empty"),
@@ -171,7 +173,7 @@ def test_without_a_processor_there_are_no_images(tmp_path: Path) -> None:
     (path / "processor_config.json").unlink()
     with pytest.raises(tiny.UserError, match="no processor of images and text in '.*full'"):
         task_of(path, rows)
-    with pytest.raises(tiny.UserError, match="hold one row; give more, or held_out_files"):
+    with pytest.raises(tiny.UserError, match="hold one row; give more of them, or held_out_files"):
         ImageText(processor=str(folder(path, "llava")), files=[str(captions(tmp_path / "one", 1))]).train()
     (tmp_path / "none").mkdir()
     with pytest.raises(tiny.UserError, match="holds no .txt"):

@@ -13,6 +13,7 @@ import torch
 
 import tinyfusion_core as tiny
 from speech_toys import RATE, TONES, folder, processor, recordings, speech, tone
+from tinyfusion_llm import SpeechText
 from vision_toys import folder as folder_of_images
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers
@@ -76,10 +77,12 @@ def test_rows_are_held_out_as_asked(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"audio": "00.wav", "text": 3}, r"row 4 has no 'text' \(found: audio, text\); set audio_field, text_field"),
+        ({"audio": "00.wav", "text": 3}, r"row 4: 'text' is 3; expected a text, or set audio_field, text_field"),
         ({"text": "red"}, r"row 4 has no 'audio' \(found: text\)"),
         ([], r"row 4 has no 'audio' \(found: nothing\)"),
-        ({"audio": "00.wav", "text": " "}, "row 4 has no 'text'"),
+        ({"audio": "00.wav", "text": " "}, "row 4: 'text' is empty, so nothing would be learned"),
+        ({"audio": "", "text": "red"}, "row 4: 'audio' is empty"),
+        ({"audio": "../rows", "text": "red"}, "row 4: .*rows: is a folder; expected a file"),
         ({"audio": "00.wav", "text": "\ud800"}, "row 4: 'text' holds half of a character"),
         ({"audio": "no.wav", "text": "red"}, "row 4: no recording .*no.wav; files are looked for beside the JSONL"),
         ({"audio": "heard.jsonl", "text": "red"}, "row 4: .*heard.jsonl is damaged or no recording"),
@@ -125,3 +128,27 @@ def test_a_wrong_option_or_processor_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(tiny.UserError, match="no row of a .jsonl file in .*; give rows with recordings and text"):
         speech(model, tmp_path / "empty.jsonl").train()
+    with pytest.raises(tiny.UserError, match=r"^files is \[\]; expected .txt"):
+        SpeechText(processor=str(model), files=[]).train()
+
+
+@pytest.mark.parametrize(
+    ("several", "language", "message"),
+    [
+        (True, None, r"language is null, and the model in '.*model' knows several: name that of the texts"),
+        (False, "en", r"language is 'en', and the model in '.*model' knows one alone; its prompt names none: set null"),
+        (True, "en", ""),
+        (False, None, ""),
+    ],
+)
+def test_a_language_is_named_where_a_model_knows_several(
+    several: bool, language: str | None, message: str, tmp_path: Path
+) -> None:
+    model, rows = folder(tmp_path / "model"), recordings(tmp_path / "rows", SAME)
+    (model / "generation_config.json").write_text(json.dumps({"is_multilingual": several}))  # as Whisper's says
+    data = speech(model, rows, language=language)
+    if message:
+        with pytest.raises(tiny.UserError, match=message.replace("null", "(null|None)")):
+            data.train()
+    else:
+        assert len(data.train()) == 3

@@ -164,6 +164,7 @@ def test_bad_text(model: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.
     base = {"tokenizer": str(model), "cache": str(tmp_path / "cache")}
     (tmp_path / "bad.jsonl").write_text('{"text": "w4"}\n{"txt": "w5"}\n')
     (tmp_path / "chat.jsonl").write_text('{"messages": [{"role": "user", "content": "w4"}]}\n')
+    (tmp_path / "number.jsonl").write_text('\n{"text": 3}\n')
     (tmp_path / "worse.jsonl").write_text('{"text": \n')
     (tmp_path / "empty").mkdir()
     for options, message in [
@@ -171,8 +172,13 @@ def test_bad_text(model: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.
         ({"files": [str(texts / "0.txt")]}, "one document"),
         ({"files": [str(tmp_path / "none")]}, "no .*none; give .txt"),
         ({"files": [str(tmp_path / "empty")]}, "holds no .txt"),
-        ({"files": [str(tmp_path / "bad.jsonl")]}, "row 2 has no text 'text' .found: txt."),
-        ({"files": [str(tmp_path / "chat.jsonl")]}, "row 1 has no text 'text'.*set chat_field: messages"),
+        ({"files": []}, r"^files is \[\]; expected .txt, .md, .jsonl, .parquet files, or folders of them"),
+        ({"files": [str(texts)], "held_out_files": []}, r"^held_out_files is \[\]; expected .txt"),
+        ({"files": [str(texts)], "held_out_files": [str(tmp_path / "none")]}, "held_out_files: no .*none"),
+        ({"files": [str(tmp_path / "bad.jsonl")], "text_field": "n"}, "row 1 has no 'n'"),
+        ({"files": [str(tmp_path / "bad.jsonl")]}, "row 2 has no 'text' .found: txt."),
+        ({"files": [str(tmp_path / "chat.jsonl")]}, "row 1 has no 'text'.*set chat_field: messages"),
+        ({"files": [str(tmp_path / "number.jsonl")]}, "row 2: 'text' is 3; expected a text, or set text_field"),
         ({"files": [str(tmp_path / "worse.jsonl")]}, "line 1 is no JSON"),
         ({"dataset": "x"}, "needs datasets .*tinyfusion.text."),
         ({}, "one of the two"),

@@ -79,7 +79,7 @@ def test_longer_texts_are_refused_or_cut(words: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"source": "w5"}, r"row 2 has no text 'target' \(found: source\); set source_field and text_field"),
+        ({"source": "w5"}, r"row 2 has no 'target' \(found: source\); set source_field and text_field"),
         ({"source": " ", "target": "w5"}, "row 2: 'source' is empty, so nothing would be learned; leave the row out"),
         ({"source": "w5", "target": ""}, "row 2: 'target' is empty"),
         ({"source": "w5", "target": "\ud800"}, "row 2: 'target' holds half of a character"),

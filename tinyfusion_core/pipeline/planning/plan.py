@@ -182,9 +182,11 @@ def _checkpoint(plan: Plan, recipe: Recipe) -> None:
         hint = "; set backbone.licence for the model card" if licence == "unknown" else ""
         weights = f"; weights: {source['weights']}" if "weights" in source else ""
         plan.rows.append(("checkpoint", f"{source['checkpoint']} (licence: {licence}{hint}{weights})"))
+        recipe.backbone.check_weights()
 
 
 def _data(plan: Plan, recipe: Recipe) -> None:
+    recipe.data.check_fits(recipe.backbone, recipe.loss)
     train, held_out, kind = recipe.data.train(), recipe.data.held_out(), type(recipe.data).__name__
     plan.rows.append(("data", f"{kind}, {len(train):,} to train on, {len(held_out):,} held out"))
     columns = columns_of(recipe.backbone, recipe.on_meta, recipe.data.conditions)

@@ -1,0 +1,1 @@
+"""What data sources of texts have in common."""
