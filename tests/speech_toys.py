@@ -40,7 +40,7 @@ def learned(path: Path, heard: list[tuple[str, str]]) -> Path:
     data = speech(folder(path), recordings(path.parent / "heard", heard))
     batch = data.train().__getitems__(list(range(len(heard))))
     model: Any = WhisperForConditionalGeneration.from_pretrained(path)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-3)
     for _ in range(300):
         logits = model(batch["features"], decoder_input_ids=batch["tokens"]).logits[:, :-1]
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())

@@ -178,3 +178,16 @@ assert not heavy, heavy
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+def test_finding_the_plugins_imports_nothing_that_only_some_need() -> None:
+    code = """
+import sys
+from tinyfusion_core.registry.registry import registry
+registry()
+network = {"peft", "transformers", "diffusers", "timm", "torchvision", "accelerate"}
+heavy = {*network, "torch._dynamo", "scipy", "matplotlib"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr

@@ -116,6 +116,7 @@ def test_what_is_known_is_not_computed_again(
     assert "Which cheap score foretells" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_recipe_that_cannot_be_compared_is_told_why(comparing: Path, tmp_path: Path, capsys) -> None:
     def error(*flags: str) -> str:
         assert main(["compare", str(comparing), "--run-dir", str(tmp_path / "run"), *flags]) == 2

@@ -26,6 +26,7 @@ def check(*slices: tuple[str, int, int]) -> None:
     assert done.returncode == 0, f"PYTHONPATH=.:plugins:tests python -m fuzz KIND NUMBER:\n{done.stdout}{done.stderr}"
 
 
+@pytest.mark.slow
 def test_some() -> None:
     check(*SOME)
 

@@ -145,6 +145,7 @@ def test_unwritable_run_folder(recipe: Path, tmp_path: Path, capsys) -> None:
     assert "the folder cannot be written" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_full_disk_leaves_the_old_checkpoint_intact(tmp_path: Path) -> None:
     # The operating system refuses to let files grow: what a full disk looks like to the program.
     code = f"""

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import tinyfusion_core as tiny
+from marks import slow_but
 from places import TESTS
 from tinyfusion_core.cli import main
 from tinyfusion_core.pipeline.compare import write_comparison
@@ -132,7 +133,7 @@ def figures(path: Path) -> list[list[str]]:
         return list(csv.reader(file))
 
 
-@pytest.mark.parametrize("view", ["compare", "audit"])
+@pytest.mark.parametrize("view", slow_but(["compare", "audit"], "compare"))
 def test_a_finished_comparison_is_shown_without_computing_anything(
     old: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, view: str
 ) -> None:

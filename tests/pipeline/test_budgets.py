@@ -16,6 +16,7 @@ from tinyfusion_core.samplers.subset import ScoreFunction
 from toys import Match, Planted, planted_data
 
 
+@pytest.mark.slow
 def test_budgets_are_nested_in_the_order_of_the_marginals(tmp_path: Path) -> None:
     data = planted_data()
     task = tiny.Task(backbone=Planted(), loss=Match(), train=data, held_out=data)

@@ -73,6 +73,7 @@ def test_peft_and_transformers_make_the_student_of_it(family: str, dtype: str, t
     assert furthest(loaded.merge_and_unload(), student) < (1e-6 if dtype == "float32" else 1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "pipeline"),
     [
@@ -275,6 +276,7 @@ def test_a_teacher_that_is_not_the_run_s(tmp_path: Path) -> None:
         adapter_files(task, adapted(task, decision), other, 3)
 
 
+@pytest.mark.slow
 def test_a_folder_of_somebody_else_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = recipe_at(tmp_path / "recipe.yaml")
     assert run(recipe, tmp_path / "run") == 0

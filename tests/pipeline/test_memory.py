@@ -32,6 +32,14 @@ def real() -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
     return model, LOSS.prepare(BACKBONE.example(ROWS), tiny.Rng(0, "plan"))
 
 
+def test_a_module_that_two_blocks_share_is_planned_once() -> None:
+    model, setup = planned(), Setup(batch_size=ROWS, precision="fp32")
+    whole = training_needs(BACKBONE, LOSS, model, tiny.Recover(), setup).parameters
+    model.blocks[1].mlp = model.blocks[0].mlp
+    shared = 4 * sum(p.numel() for p in model.blocks[0].mlp.parameters())
+    assert training_needs(BACKBONE, LOSS, model, tiny.Recover(), setup).parameters == whole - shared
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_training_keeps_what_was_counted(precision: str) -> None:
     setup = Setup(batch_size=ROWS, precision=precision)

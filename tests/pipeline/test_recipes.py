@@ -23,7 +23,7 @@ DEEP = (
     "sentence_mpnet", "translation", "wan_1_3b", "whisper",
 )  # fmt: skip
 """Networks that take many seconds to plan."""
-PLANNED = ("dit_xl_d7_progressive", "mar_large_d16", "mar_large_k16", "sit_xl")
+PLANNED = ("dit_xl_d14", "dit_xl_d19", "dit_xl_d7_progressive", "mar_large_d16", "mar_large_k16", "sit_xl")
 """Others whose plans are looked at elsewhere, or are much like those."""
 
 

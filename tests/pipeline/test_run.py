@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 
 import tinyfusion_core as tiny
 from forks import command, start, wait
-from marks import slow_but
 from small_run import RECIPE, SHIPPED, run
 from tinyfusion_core.cli import main
 from tinyfusion_core.pipeline.run import make_task
@@ -120,11 +119,11 @@ def wait_for_step(process: ForkServerProcess, run_dir: Path, stage: str, step: i
     pytest.fail(f"{stage} never came to step {step}")
 
 
-@pytest.mark.parametrize("stages", slow_but([("search", "recover"), ("recover",)], ("recover",)), ids="-".join)
-def test_ctrl_c_saves_says_how_to_go_on_and_goes_on(stages: tuple[str, ...], recipe: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_ctrl_c_saves_says_how_to_go_on_and_goes_on(recipe: Path, tmp_path: Path) -> None:
     flags = ["--search.steps=20", "--recover.steps=20", "--trainer.checkpoint_every=1000"]
     stopped = tmp_path / "stopped"
-    for stage in stages:
+    for stage in ("search", "recover"):
         log = tmp_path / stage
         (process,) = start(command("run", recipe, "--run-dir", stopped, *flags), log)
         wait_for_step(process, stopped, stage, 4)

@@ -43,6 +43,7 @@ def test_no_sampler_finds_them_when_the_gradient_points_the_other_way(name: str)
     assert len(set(decision.kept) & set(WORKING)) <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but(["exact", "score", "top-k"], "score"))
 def test_where_all_blocks_do_nothing_none_is_preferred(name: str) -> None:
     with pytest.warns(UserWarning, match="its choice means little"):

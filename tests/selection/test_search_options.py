@@ -20,6 +20,7 @@ from tinyfusion_core.samplers.subset import GumbelTopK, ScoreFunction
 from toys import Match, Planted, StopAt, planted_data
 
 
+@pytest.mark.slow
 def test_gates_that_leave_out_values_keep_their_mean_gradient() -> None:
     planted = task((1.0, 0.8, 0.6, 1.0))
     model = planted.teacher.requires_grad_(False)
@@ -94,6 +95,7 @@ def test_a_prior_that_fades_makes_no_search_confident(tmp_path) -> None:
         tiny.Search(keep=4, prior=(2.0, 0.0))
 
 
+@pytest.mark.slow
 def test_a_confident_search_stops_early(tmp_path) -> None:
     run = tiny.RunFolder(tmp_path)
     decision = tiny.Search(keep=4, steps=1000, update=tiny.Frozen(), confident=0.9, ema=0.5)(task(), TRAINER, run)

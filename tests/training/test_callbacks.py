@@ -101,6 +101,7 @@ def test_recipes_have_no_callbacks(capsys: pytest.CaptureFixture[str]) -> None:
     assert "callbacks" not in keys
 
 
+@pytest.mark.slow
 def test_all_processes_end_when_one_asks(tmp_path: Path) -> None:
     log = tmp_path / "log.txt"
     assert wait(start(partial(end_from_the_second, tmp_path), log, processes=2)) == [0, 0], log.read_text()

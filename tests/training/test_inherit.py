@@ -160,7 +160,11 @@ def test_a_search_that_was_stopped_leaves_what_the_whole_one_leaves(tmp_path: Pa
         ),
         ({"search": {"class_path": "Taylor", "init_args": {"keep": 4}}}, "Taylor trains nothing"),
         ({"search": {"pattern": [2, 4], "update": "Frozen"}}, "search.update: Frozen leaves nothing for recover.start"),
-        ({"search": {"pattern": [2, 4], "keep_update": False}}, "search.keep_update is false, and recover.start"),
+        pytest.param(
+            {"search": {"pattern": [2, 4], "keep_update": False}},
+            "search.keep_update is false, and recover.start",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             {"search": {"class_path": "Finals", "init_args": {"search": {"pattern": [2, 4], "steps": 4}}}},
             "Finals trains nothing",

@@ -17,6 +17,7 @@ from small_run import RECIPE, run
 from tinyfusion_core.cli import main
 from tinyfusion_core.dataloading.set_apart import set_apart
 from tinyfusion_core.errors import UserError
+from tinyfusion_core.registry import registry as plugins
 from tinyfusion_core.training.objective import cosine, warmed
 from tinyfusion_core.training.validation import mean_loss
 from toys import Match, Planted, planted_data
@@ -172,8 +173,9 @@ def tinyfusion_register_losses():
 
 @pytest.mark.parametrize("command", ["run", "compare"])
 def test_a_multiple_of_nothing_is_refused_before_the_search(
-    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(plugins, "_files", {})  # what is loaded here is not seen by other tests
     (tmp_path / "own.py").write_text(ITS_OWN_TARGET)
     own = {**RECIPE["loss"], "class_path": "Own"}
     search = {"class_path": "Search", "init_args": {"keep": 4, "steps": 2}}

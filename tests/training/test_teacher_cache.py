@@ -359,6 +359,7 @@ def test_a_recipe_plans_it_writes_it_and_learns_from_it(
     assert "kept holds predictions of another teacher" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_will_not_do_is_said_when_the_plan_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -115,7 +115,7 @@ def encode(tokenizer: Any, texts: Sequence[str], special: bool = True, target: b
     given = {"text_target" if target else "text": list(texts)}
     backend = getattr(tokenizer, "_tokenizer", None)  # of transformers' own there is none
     if type(getattr(backend, "model", None)).__name__ == "Unigram" and any(map(special_of(tokenizer).search, texts)):
-        tokenizer._tokenizer = _without_special_pieces(backend.to_str())  # type: ignore[union-attr]
+        tokenizer._tokenizer = _without_special_pieces(type(backend), backend.to_str())  # type: ignore[union-attr]
     try:
         encoded: list[list[int]] = tokenizer(
             **given, add_special_tokens=special, split_special_tokens=True, verbose=False
@@ -133,13 +133,11 @@ def special_of(tokenizer: Any) -> re.Pattern[str]:
 
 
 @lru_cache(maxsize=2)
-def _without_special_pieces(told: str) -> Any:
+def _without_special_pieces(kind: type[Any], told: str) -> Any:
     """A tokenizer in whose vocabulary of pieces no special token is found; all have the numbers that they had.
 
     SentencePiece, too, looks for none of them in a text; a Unigram model of `tokenizers` takes them for likely words.
     """
-    from tokenizers import Tokenizer
-
     settings = json.loads(told)
     special = {token["content"] for token in settings["added_tokens"] if token["special"]}
     pieces = settings["model"]["vocab"]
@@ -148,7 +146,7 @@ def _without_special_pieces(told: str) -> Any:
         [f"\0{i}" if piece in hidden else piece, score] for i, (piece, score) in enumerate(pieces)
     ]
     settings["added_tokens"] = [token for token in settings["added_tokens"] if token["content"] not in hidden]
-    return Tokenizer.from_str(json.dumps(settings))
+    return kind.from_str(json.dumps(settings))
 
 
 def identity_of(tokenizer: Any) -> str:

@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from scipy.signal import resample_poly
 from torch import Tensor
 from typing_extensions import override
 
@@ -208,7 +207,12 @@ def _samples(one: Utterance, rate: int) -> np.ndarray:
     samples: np.ndarray = channels.mean(1)
     if not np.isfinite(samples).all():
         raise UserError(f"{one.where}: {one.audio} holds numbers that are not finite; leave the row out")
-    return samples if found == rate else resample_poly(samples, rate, found)
+    if found == rate:
+        return samples
+    from scipy.signal import resample_poly  # takes as long to import as half of torch
+
+    resampled: np.ndarray = resample_poly(samples, rate, found)
+    return resampled
 
 
 def _damaged(audio: Path, where: str, error: Exception) -> UserError:

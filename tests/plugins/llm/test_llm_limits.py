@@ -54,6 +54,7 @@ def test_limits_are_what_the_config_can_say(family: str) -> None:
     assert masks_within(found) == [kept for kept in combinations(range(6), 4) if sayable(model, kept)]
 
 
+@pytest.mark.slow
 def test_a_family_that_can_lose_no_layer_is_refused_when_the_plan_is_made(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

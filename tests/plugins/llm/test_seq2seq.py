@@ -121,6 +121,7 @@ def test_no_more_tokens_than_positions(option: str, tmp_path: Path) -> None:
         backbone.lookups(backbone.build())
 
 
+@pytest.mark.slow
 def test_the_first_layers_of_t5_stay_and_are_found_by_trial(tmp_path: Path) -> None:
     task = task_of(folder(tmp_path, "t5"))
     assert task.backbone.limits(task.teacher) == {"protect": [0, 4]}

@@ -270,9 +270,11 @@ def _batch_dims(backbone: Backbone, loss: LossAdapter, model: nn.Module, blocks:
 
 def _faked(model: nn.Module) -> nn.Module:
     """A copy on a fake CPU, whose kernels, unlike the meta device's, are those of a real one; in a fake mode."""
-    with unset_fake_temporarily():
-        copied = copy.deepcopy(model)
-    return copied.to_empty(device="cpu")
+    copies: dict[int, Any] = {}  # in place of `to_empty`, which cannot replace a tensor that has weak references
+    for t in (*model.parameters(), *model.buffers()):
+        made = torch.empty_like(t, device="cpu")
+        copies[id(t)] = nn.Parameter(made, t.requires_grad) if isinstance(t, nn.Parameter) else made
+    return copy.deepcopy(model, copies)
 
 
 def _fake(inputs: Batch, rows: int) -> Batch:
