@@ -6,6 +6,7 @@ Tests and the processes that they start use one thread, or as many as `TINYFUSIO
 from __future__ import annotations
 
 import gc
+import json
 import os
 import sys
 
@@ -17,18 +18,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-import yaml
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from small_run import RECIPE, run
-
+# Fixtures import what is heavy: the process that only hands out tests has no use for it, and all others wait for it.
 pytest_plugins = ["pytester"]
 collect_ignore = ["third_party"]  # packages of their own, tested where they are installed
 
 
 @pytest.fixture(autouse=True)
 def _reproducible() -> None:
+    import torch
+
     torch.manual_seed(0)
     torch.set_num_threads(int(os.environ["TINYFUSION_TEST_THREADS"]))
 
@@ -55,6 +54,8 @@ def _quick_collections() -> None:
 @pytest.fixture(autouse=True, scope="module")
 def _quick_figures(request: pytest.FixtureRequest) -> Iterator[None]:
     """To make room for labels is a tenth of a run of seconds: it is made where figures are looked at."""
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
     with pytest.MonkeyPatch.context() as patch:
         if not {"reporting", "comparison", "test_before_rooms.py"} & {*request.path.parts}:
             patch.setattr(ConstrainedLayoutEngine, "execute", lambda self, figure: None)
@@ -64,6 +65,8 @@ def _quick_figures(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture
 def float64() -> Iterator[None]:
     """What the test makes is in double precision, so that rounding decides nothing where numbers cancel."""
+    import torch
+
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
@@ -71,18 +74,22 @@ def float64() -> Iterator[None]:
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
+    from small_run import RECIPE
+
     path = tmp_path / "small.yaml"
-    path.write_text(yaml.safe_dump(RECIPE))
+    path.write_text(json.dumps(RECIPE))
     return path
 
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that only prunes."""
+    from small_run import RECIPE, run
+
     folder = tmp_path_factory.mktemp("finished")
     search = {"class_path": "Keep", "init_args": {"blocks": [0, 1, 6, 7]}}
     content = {**RECIPE, "search": search, "recover": None, "evaluate": []}
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
+    (folder / "recipe.yaml").write_text(json.dumps(content))
     assert run(folder / "recipe.yaml", folder / "run") == 0
     return folder / "run"
 
@@ -90,6 +97,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random autoencoder in diffusers' layout: 4 channels, half the side; scale 0.5, shift 0.25."""
+    import torch
     from diffusers import AutoencoderKL
 
     folder = tmp_path_factory.mktemp("autoencoder") / "tiny-vae"

@@ -180,6 +180,7 @@ assert not heavy, heavy
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_finding_the_plugins_imports_nothing_that_only_some_need() -> None:
     code = """
 import sys

@@ -64,6 +64,7 @@ def test_one_label_for_all_says_nothing() -> None:
     tiny.check_teacher(with_labels(torch.zeros_like), TRAINER)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("factor", "refused"),
     [

@@ -42,6 +42,7 @@ def test_an_all_but_certain_search_still_ranks_its_blocks() -> None:
     assert len(set(marginals)) == 6
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:recover.ema")  # which is what this is about
 def test_the_command_prunes_a_runs_teacher_to_several_budgets(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -52,7 +52,14 @@ def furthest(model: nn.Module, other: nn.Module) -> float:
     return max(float((t - theirs[name]).abs().max()) for name, t in model.state_dict().items()) / size
 
 
-@pytest.mark.parametrize(("family", "dtype"), [("llama", "float32"), ("gpt2", "float32"), ("llama", "bfloat16")])
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        ("llama", "float32"),
+        pytest.param("gpt2", "float32", marks=pytest.mark.slow),
+        pytest.param("llama", "bfloat16", marks=pytest.mark.slow),
+    ],
+)
 def test_peft_and_transformers_make_the_student_of_it(family: str, dtype: str, tmp_path: Path) -> None:
     from peft import PeftModel
 

@@ -132,6 +132,7 @@ def test_sharding_divides_all_but_what_is_gathered() -> None:
     assert Setup(batch_size=64, devices=4, micro_batch_size=6).rows == 6
 
 
+@pytest.mark.slow
 def test_validate_prints_the_plan_and_says_when_it_does_not_fit(
     recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

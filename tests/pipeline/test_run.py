@@ -157,6 +157,7 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flag", "named", "stage"),
     [

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import tinyfusion_core as tiny
+from marks import slow_but
 from small_run import RECIPE, digits_task, run
 from tinyfusion_core.cli import main
 from tinyfusion_core.protocols.blocks.branches import Removed, removed_branches
@@ -25,6 +26,7 @@ from tinyfusion_core.selection.criteria.similarity import cosine
 from tinyfusion_core.training.distillation import derive_taps
 from toys import Match, Planted, planted_data
 
+MASKED = tiny.MaskedKD(beta=(0.1, 0.1))
 UNITS = ("attention", "mlp")
 TRAINER = tiny.Trainer(batch_size=16, precision="fp32", seed=0, log_every=100)
 
@@ -206,7 +208,7 @@ def test_what_a_decision_says_of_whole_blocks(gone, kept, near, taps) -> None:
     assert sorted(derive_taps(whole)) == sorted(taps)
 
 
-@pytest.mark.parametrize("kd", [None, tiny.OutputKD(), tiny.MaskedKD(beta=(0.1, 0.1))])
+@pytest.mark.parametrize("kd", slow_but([None, tiny.OutputKD(), MASKED], MASKED))
 def test_a_student_recovers_and_is_loaded_as_it_was(kd: tiny.OutputKD | None, tmp_path: Path) -> None:
     task = replace(digits_task(), backbone=replace(digits_task().backbone, units=UNITS))
     decision = tiny.Keep([0, 1, 2, 6, 8, 10, 12, 14, 15])(task, TRAINER)

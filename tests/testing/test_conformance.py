@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from places import TESTS
@@ -12,28 +10,40 @@ from tinyfusion_core.errors import UserError
 from tinyfusion_core.registry.registry import registry
 from tinyfusion_core.testing import pairs_of, parametrize_with_checks
 from tinyfusion_core.testing.checks import CHECKS
+from tinyfusion_diffusers import DiffusersTransformer, RectifiedFlow, ScheduledDiffusion
+from tinyfusion_dit import DiT, GaussianDiffusion
+from tinyfusion_llm import (
+    CausalLM,
+    EncoderDecoder,
+    MaskedLM,
+    MaskedToken,
+    NextToken,
+    SentenceEmbedding,
+    TextEncoder,
+)
+from tinyfusion_mar import MAR, MaskedTokenDiffusion
+from tinyfusion_sit import FlowMatching, SiT
 from toys import Match, Planted
 
 pytestmark = pytest.mark.numerics
 
 WORKING = Planted(scales=(1, 1, 1, 1))
 PLUGINS = [plugin.name for plugin in registry().plugins if {"backbone", "loss"} & {kind for kind, _ in plugin.brings}]
-PAIRS = [pair for name in PLUGINS for pair in pairs_of(name, registry())]
-ALIKE = {"FlowMatching", "ScheduledDiffusion", "MaskedToken", "SentenceEmbedding", "MaskedTokenDiffusion"}
-"""Losses of pairs that share much of their code with another one, as `EncoderDecoder` does."""
+PAIRS = [(DiT, GaussianDiffusion), (DiffusersTransformer, RectifiedFlow), (CausalLM, NextToken)]
+ALIKE = [
+    *((SiT, FlowMatching), (MAR, MaskedTokenDiffusion), (DiffusersTransformer, ScheduledDiffusion)),
+    *((EncoderDecoder, NextToken), (MaskedLM, MaskedToken), (TextEncoder, SentenceEmbedding)),
+]
+"""Those that share much of their code with one of the others."""
 
 
-def is_alike(pair: Any) -> bool:
-    return isinstance(pair, tuple) and (pair[1].__name__ in ALIKE or pair[0].__name__ == "EncoderDecoder")
-
-
-@parametrize_with_checks([pair for pair in PAIRS if not is_alike(pair)])
+@parametrize_with_checks(PAIRS)
 def test_built_in_plugins(check) -> None:
     check()
 
 
 @pytest.mark.slow
-@parametrize_with_checks([pair for pair in PAIRS if is_alike(pair)])
+@parametrize_with_checks(ALIKE)
 def test_those_much_like_another(check) -> None:
     check()
 
@@ -44,8 +54,9 @@ def test_a_small_one_of_ones_own(check) -> None:
 
 
 def test_every_built_in_backbone_and_loss_is_checked() -> None:
-    parts = {part for pair in PAIRS for part in (pair if isinstance(pair, tuple) else (pair,))}
+    assert {pair for name in PLUGINS for pair in pairs_of(name, registry())} == {*PAIRS, *ALIKE}
     classes = registry().classes
+    parts = {part for pair in (*PAIRS, *ALIKE) for part in pair}
     assert parts == {*classes["backbone"].values(), *classes["loss"].values()}
 
 

@@ -34,21 +34,22 @@ DISTILLATIONS = [tiny.OutputKD, tiny.MaskedKD, tiny.MaskedKD(sigma=1.0, mask="se
 DISTILLATIONS += [tiny.OutputKD(alpha_kd=(0.9, 0.0)), tiny.RelationalKD, tiny.AttentionKD(beta=(0.1, 0.1))]
 STARTS = [tiny.Refit, tiny.Refit(samples=5, batch_size=2, ridge=1.0), tiny.Fuse(rank=2, steps=3, lr=1e-2)]
 SEARCHES = [
-    *(SEARCH, tiny.Search(pattern=[2, 4], steps=3), tiny.Search(keep=5, steps=3, start=tiny.Uniform(keep=5))),
+    *(tiny.Search(pattern=[2, 4], steps=3), tiny.Search(keep=5, steps=3, start=tiny.Uniform(keep=5))),
     tiny.Finals(search=SEARCH, masks=2, steps=1, samples=8),
     tiny.CoTrained(keep=5, steps=3, samples=8),
-    tiny.Race(keep=2, steps=8, samples=8, rounds=1, proposers=[tiny.FirstN(keep=2), tiny.LastN(keep=2)]),
+    tiny.Shallowest(loss=1e9, steps=48, samples=8),
 ]
+RACE = tiny.Race(keep=2, steps=8, samples=8, rounds=1, proposers=[tiny.FirstN(keep=2), tiny.LastN(keep=2)])
 
 
-@parametrize_with_checks([*CRITERIA, tiny.Keep([0, 2, 5]), *SEARCHES, *SAMPLERS, *UPDATES, *DISTILLATIONS, *STARTS])
+@parametrize_with_checks([*CRITERIA, tiny.Keep([0, 2, 5]), SEARCH, RACE, *SAMPLERS, *UPDATES, *DISTILLATIONS, *STARTS])
 def test_core(check) -> None:
     check()
 
 
 @pytest.mark.slow
-@parametrize_with_checks([tiny.Shallowest(loss=1e9, steps=48, samples=8)])
-def test_a_search_for_a_quality(check) -> None:
+@parametrize_with_checks(SEARCHES)
+def test_other_searches(check) -> None:
     check()
 
 

@@ -13,6 +13,7 @@ import yaml
 
 import tinyfusion_core as tiny
 from interrupted import assert_equal, lines
+from marks import slow_but
 from small_run import RECIPE, run
 from tinyfusion_core.cli import main
 from tinyfusion_core.dataloading.set_apart import set_apart
@@ -171,7 +172,7 @@ def tinyfusion_register_losses():
 """
 
 
-@pytest.mark.parametrize("command", ["run", "compare"])
+@pytest.mark.parametrize("command", slow_but(["run", "compare"], "run"))
 def test_a_multiple_of_nothing_is_refused_before_the_search(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -113,9 +113,10 @@ def encode(tokenizer: Any, texts: Sequence[str], special: bool = True, target: b
         target: whether they are what a decoder writes, which some tokenizers read as another language.
     """
     given = {"text_target" if target else "text": list(texts)}
-    backend = getattr(tokenizer, "_tokenizer", None)  # of transformers' own there is none
+    backend: Any = getattr(tokenizer, "_tokenizer", None)  # of transformers' own there is none
     if type(getattr(backend, "model", None)).__name__ == "Unigram" and any(map(special_of(tokenizer).search, texts)):
-        tokenizer._tokenizer = _without_special_pieces(type(backend), backend.to_str())  # type: ignore[union-attr]
+        kind: Any = type(backend)  # of tokenizers, which only transformers depends on
+        tokenizer._tokenizer = _without_special_pieces(kind, backend.to_str())
     try:
         encoded: list[list[int]] = tokenizer(
             **given, add_special_tokens=special, split_special_tokens=True, verbose=False
