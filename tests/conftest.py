@@ -6,7 +6,6 @@ Tests and the processes that they start use one thread, or as many as `TINYFUSIO
 from __future__ import annotations
 
 import gc
-import json
 import os
 import sys
 
@@ -18,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 # Fixtures import what is heavy: the process that only hands out tests has no use for it, and all others wait for it.
 pytest_plugins = ["pytester"]
@@ -77,7 +77,7 @@ def recipe(tmp_path: Path) -> Path:
     from small_run import RECIPE
 
     path = tmp_path / "small.yaml"
-    path.write_text(json.dumps(RECIPE))
+    path.write_text(yaml.safe_dump(RECIPE))
     return path
 
 
@@ -89,7 +89,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
     search = {"class_path": "Keep", "init_args": {"blocks": [0, 1, 6, 7]}}
     content = {**RECIPE, "search": search, "recover": None, "evaluate": []}
-    (folder / "recipe.yaml").write_text(json.dumps(content))
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
     assert run(folder / "recipe.yaml", folder / "run") == 0
     return folder / "run"
 
