@@ -30,11 +30,6 @@ class Part:
         """Return the named tensors of these samples of the part, each (rows, ...), one row per index."""
         return self.samples.__getitems__([self.indices[i] for i in indices])
 
-    def prefetch(self, indices: Sequence[int]) -> None:
-        """Begin to read these samples of the part, where the data set can."""
-        if isinstance(self.samples, Prefetched):
-            self.samples.prefetch([self.indices[i] for i in indices])
-
 
 class ShardedPart(Part):
     """Some of the samples of every shard.
@@ -48,6 +43,11 @@ class ShardedPart(Part):
     def __init__(self, samples: Sharded, indices: Sequence[int], sizes: Sequence[int]) -> None:
         super().__init__(samples, indices)
         self.sizes, self.mix = sizes, samples.mix
+
+    def prefetch(self, indices: Sequence[int]) -> None:
+        """Begin to read these samples of the part, where the data set can."""
+        if isinstance(self.samples, Prefetched):
+            self.samples.prefetch([self.indices[i] for i in indices])
 
 
 def set_apart(samples: Samples, num: int, seed: int, purpose: str) -> tuple[Part, Part]:

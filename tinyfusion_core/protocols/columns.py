@@ -162,10 +162,6 @@ class _Checked:
         self.columns.check(batch, lambda name, row: self._where(name, indices[row]))
         return batch
 
-    def prefetch(self, indices: Sequence[int]) -> None:
-        if isinstance(self.samples, Prefetched):
-            self.samples.prefetch(indices)
-
     def _where(self, name: str, index: int) -> str:
         known = self.samples.where(name, index) if isinstance(self.samples, Traceable) else ""
         return known or f"{self.part} sample {index}"
@@ -181,6 +177,10 @@ class _CheckedShards(_Checked):
     @property
     def sizes(self) -> Sequence[int]:
         return self.samples.sizes
+
+    def prefetch(self, indices: Sequence[int]) -> None:
+        if isinstance(self.samples, Prefetched):
+            self.samples.prefetch(indices)
 
 
 def _goes_for(found: torch.dtype, wanted: torch.dtype) -> bool:
