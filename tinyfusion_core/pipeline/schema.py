@@ -68,7 +68,10 @@ PLAIN = (Trainer, Recover, Round, Rules, TeacherCache, Validation, Compare, Audi
 """Classes of sections that do not name their class."""
 WRONG = object()
 """What stands for a value that is left out, because it cannot be one."""
-SAID_BY = {"loss": "Shallowest", "pattern": "Search", "sampler": "Search", "keep": "Race", "budget": "Race"}
+SAID_BY = {
+    "loss": "Shallowest", "metric": "Shallowest",
+    "pattern": "Search", "sampler": "Search", "keep": "Race", "budget": "Race",
+}  # fmt: skip
 """The class of a selector without one, by the first of these keys that it has; `Race` if it has none."""
 OPTIONAL = ("train", "search", "recover", "rounds", "compare", "audit")
 
