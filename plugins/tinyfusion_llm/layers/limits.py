@@ -77,9 +77,9 @@ def _rules(model: nn.Module, stack: Stack) -> Mapping[str, Sequence[Any]]:
     staying = [fixed, *([[*fixed, depth - 1]] if fixed[-1] < depth - 1 else [])] if fixed else []
     tried: list[tuple[Mapping[str, Sequence[Any]], list[list[int]]]]
     tried = [({"protect": some}, _beside(some, depth)) for some in staying]
-    tried.append(({"period": period}, repeated))
-    # Where most would have to stay, such as all but the last of a list of no two that are alike, a period says more.
-    tried.sort(key=lambda rule: len(rule[0].get("protect", ())) > depth / 2)
+    # Where no two layers are alike, the first ones may be a network, which says more than that all but the last stay.
+    unlike = len(set(kinds)) == depth and len(find_stacks(model)) == 1  # of two lists, one with a period stays whole
+    tried.insert(0 if unlike else len(tried), ({"period": period}, repeated))
     for rules, masks in tried:
         if not (found := next(filter(None, map(problem, masks)), "")):
             return rules
