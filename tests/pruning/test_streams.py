@@ -25,9 +25,9 @@ SECOND = (tiny.Stream(batch_dim=1),)
 class TokensFirst(nn.Module):
     """A network of PyTorch's own layers, as they are by default: (tokens, batch, width)."""
 
-    def __init__(self) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(WIDTH, 2, 16, dropout=0.0) for _ in BLOCKS)
+        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(WIDTH, 2, 16, dropout=0.0, **options) for _ in BLOCKS)
         self.head = nn.Linear(WIDTH, 3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -152,3 +152,17 @@ def test_layers_read_the_rows_of_what_is_shared(kind: type[Any]) -> None:
         gates.mask = torch.tensor([[1.0, 1, 1], [0, 1, 1], [1, 1, 1], [1, 1, 1], [1, 1, 1]])
         with pytest.raises(UserError, match=r"'layers.0' changes its input in place \(shared\)"):
             net(x)
+
+
+def test_a_block_whose_samples_are_second_is_refitted() -> None:
+    net, x = TokensFirst(norm_first=True), torch.randn(32, TOKENS, WIDTH)
+    task = tiny.wrap(
+        net, blocks="layers.*", loss_fn=lambda m, b: m(b["x"]).square().mean(-1), data={"x": x}, streams=SECOND
+    )
+    trainer = tiny.Trainer(precision="fp32", batch_size=4)
+    decision = tiny.Keep([0, 2])(task, trainer)
+    pruned, refitted = tiny.prune(task, decision), tiny.prune(task, decision)
+    tiny.Recover(steps=0, ema=0.0, start=tiny.Refit(samples=16, batch_size=8))(task, refitted, decision, trainer)
+    with torch.no_grad():
+        error, before = ((student(x) - net(x)).square().mean() for student in (refitted, pruned))
+    assert error < 0.5 * before
