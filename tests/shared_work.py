@@ -39,6 +39,9 @@ class ToyFeatures(FeatureExtractorBase):
         self.head = nn.Linear(48, 16)
         weight = torch.randn(16, 48, generator=generator("toy features"))
         self.head.load_state_dict({"weight": weight, "bias": torch.zeros(16)})
+        self.Mixed_6d = nn.ModuleDict({"branch1x1": nn.Conv2d(3, 8, 1)})  # where Inception has its spatial features
+        for p, size in zip(self.Mixed_6d.parameters(), ((8, 3, 1, 1), (8,)), strict=True):
+            p.data = torch.randn(size, generator=generator("toy spatial features"))
         if feature_extractor_weights_path:
             self.load_state_dict(torch.load(feature_extractor_weights_path, weights_only=True))
 
@@ -53,7 +56,9 @@ class ToyFeatures(FeatureExtractorBase):
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         assert images.dtype == torch.uint8
         assert images.shape[1] == 3
-        x = nn.functional.adaptive_avg_pool2d(images.float() / 255, 4).flatten(1)
+        x = nn.functional.adaptive_avg_pool2d(images.float() / 255, 4)
+        self.Mixed_6d["branch1x1"](x)
+        x = x.flatten(1)
         found = {"16": torch.tanh(self.head(x)), "logits": 3 * self.head(x)}
         return tuple(found[name] for name in self.features_list)
 
