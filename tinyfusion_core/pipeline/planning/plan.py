@@ -11,6 +11,7 @@ from torch import nn
 
 from ...comparison.study import Comparison
 from ...errors import MissingFileError, UserError, about_a_recipe
+from ...evaluation.metrics import Metric
 from ...protocols.backbone import owner
 from ...protocols.blocks.paths import list_lengths, word_for
 from ...protocols.columns import checked, columns_of
@@ -202,3 +203,8 @@ def _data(plan: Plan, recipe: Recipe) -> None:
 def _metrics(plan: Plan, recipe: Recipe) -> None:
     for metric in recipe.evaluate:
         _collect(plan, partial(metric.check, recipe.data))
+        _collect(plan, partial(_metric, recipe, metric))
+
+
+def _metric(recipe: Recipe, metric: Metric) -> None:
+    metric.check_task(Task.without_data(recipe.backbone, recipe.loss, recipe.on_meta))
