@@ -130,6 +130,29 @@ def test_streams_beside_each_other_are_reused_each() -> None:
     assert torch.equal(sampled(task, model, range(9), plan), expected)
 
 
+def test_samples_may_be_in_any_dimension_of_a_stream() -> None:
+    class Turned(nn.Module):
+        def __init__(self, blocks: nn.ModuleList, dim: int) -> None:
+            super().__init__()
+            self.blocks, self.dim = blocks, dim
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.stack([x, x.flip(1), 2 * x], dim=1 - self.dim)
+            for block in self.blocks:
+                h = block(h)
+            return h.mean(1 - self.dim)
+
+    blocks, found = chain(0.5, 2.0).blocks, []
+    for dim in (0, 1):
+        model = Turned(blocks, dim).eval()
+        task = walk(model, streams=[tiny.Stream(batch_dim=dim)])
+        profile = profiled(task, model, TRAINER, 4, 2)
+        found.append((profile.errors, sampled(task, model, range(5), profile.schedule(9.0))))
+    (errors, made), (errors_turned, made_turned) = found
+    assert torch.allclose(errors, errors_turned, rtol=1e-5)
+    assert torch.allclose(made, made_turned, rtol=1e-5)
+
+
 def test_errors_are_relative_differences_of_changes() -> None:
     model = chain(0.5, 2.0)
     with torch.no_grad():

@@ -97,7 +97,7 @@ def _profile(task: Task, model: nn.Module, trainer: Trainer, num_samples: int, l
         before[call.path].append(added)
         return output
 
-    with answered(task.backbone, model, observe):
+    with answered(task.backbone, model, blocks, observe):
         rows = range(num_samples)
         sample_rows(task, model, trainer, rows, training_conditions(task, rows), stage="cache calibration")
     num_calls = max(map(len, errors.values()))
@@ -127,14 +127,14 @@ def check_repeats(task: Task) -> None:
         seen.add(call.path)
         return call.run()
 
-    rows = task.train.__getitems__([0])
-    if task.conditions not in rows:
-        return
-    x, conditions = rows["x"].to("meta"), rows[task.conditions].to("meta")
+    model = task.teacher.eval()
     try:
-        with answered(task.backbone, task.teacher.eval(), answer), torch.no_grad():
-            task.loss.sample(task.teacher, x, conditions, Rng(0, "plan"))
-    except (_SeenAgain, NotImplementedError, RuntimeError):  # or nothing is known: the sampling itself will tell
+        rows = {name: column.to("meta") for name, column in task.train.__getitems__([0]).items()}
+        with answered(task.backbone, model, task.backbone.block_paths(model), answer), torch.no_grad():
+            task.loss.sample(model, rows["x"], rows[task.conditions], Rng(0, "plan"))
+    except UserError:
+        raise
+    except Exception:  # it is, or code of somebody else's knows no such device: the sampling itself will tell
         return
     raise UserError(f"loss: {owner(task.loss)} {_ONCE}")
 
@@ -169,7 +169,8 @@ class Reusing(LossAdapter):
     @override
     def sample(self, model: nn.Module, like: Tensor, conditions: Tensor, rng: Rng) -> Tensor:
         """Sample as the objective does, (batch, ...); with a schedule that computes every call, bit for bit."""
-        calls = {path: iter([*computed, True]) for path, computed in self.schedules[model].items()}
+        # Blocks that reuse nothing are left alone.
+        calls = {path: iter(computed) for path, computed in self.schedules[model].items() if not all(computed)}
         coming = {path: next(left) for path, left in calls.items()}
         kept: dict[str, tuple[Any, _Added]] = {}
 
@@ -182,7 +183,7 @@ class Reusing(LossAdapter):
                 kept[call.path] = call.form_of(output), call.added_by(output)
             return output
 
-        with answered(self.backbone, model, answer):
+        with answered(self.backbone, model, list(calls), answer):
             return self.objective.sample(model, like, conditions, rng)
 
 
@@ -194,39 +195,45 @@ class _BlockCall:
     """A call of a block while somebody else answers it."""
 
     def __init__(self, path: str, call: Call, streams: Sequence[Stream]) -> None:
-        self.path, self._call = path, call
-        self._streams = {stream.item: call.stream(stream, path) for stream in streams}
+        self.path, self._call, self._streams = path, call, streams
+        self._entered = {stream.item: call.stream(stream, path) for stream in streams}
 
     def run(self) -> Any:
         """Run the block."""
-        versions = [*map(version, self._streams.values())]
+        versions = [*map(version, self._entered.values())]
         output = self._call.plain(*self._call.args, **self._call.kwargs)
-        if versions != [*map(version, self._streams.values())]:
+        if versions != [*map(version, self._entered.values())]:
             raise UserError(f"block '{self.path}' changes its input in place, so that what it adds cannot be reused")
         return output
 
     def added_by(self, output: Any) -> _Added:
         """What an output of it adds to its streams."""
-        items = items_of(output) or {}
-        return {i: items[i] - x for i, x in self._streams.items()}
+        items = self._items(output)
+        return {i: items[i] - x for i, x in self._entered.items()}
 
     def form_of(self, output: Any) -> Any:
         """An output of it without the values of its streams."""
-        items = items_of(output) or {}
-        return in_the_form_of(output, {**items, **{i: items[i].new_empty(0) for i in self._streams}})
+        items = self._items(output)
+        empty = {i: items[i].new_empty(0, *items[i].shape[1:]) for i in self._entered}
+        return in_the_form_of(output, {**items, **empty}, self._streams)
 
     def again(self, form: Any, added: _Added) -> Any:
         """The output that an earlier one, of this form, makes of the streams of now."""
-        items = items_of(form) or {}
-        now = {i: (x + added[i]).to(items[i].dtype) for i, x in self._streams.items()}
-        return in_the_form_of(form, {**items, **now})
+        items = self._items(form)
+        now = {i: (x + added[i]).to(items[i].dtype) for i, x in self._entered.items()}
+        return in_the_form_of(form, {**items, **now}, self._streams)
+
+    def _items(self, output: Any) -> dict[int | str, Any]:
+        return items_of(output, self._streams) or {}
 
 
 @contextmanager
-def answered(backbone: Backbone, model: nn.Module, answer: Callable[[_BlockCall], Any]) -> Iterator[None]:
-    """Have a function answer all calls of blocks while the context is open."""
+def answered(
+    backbone: Backbone, model: nn.Module, blocks: Sequence[str], answer: Callable[[_BlockCall], Any]
+) -> Iterator[None]:
+    """Have a function answer all calls of these blocks while the context is open."""
     with ExitStack() as stack:
-        for path in backbone.block_paths(model):
+        for path in blocks:
             block = model.get_submodule(path)
             stack.enter_context(replaced_forward(block, _forward(path, block.forward, backbone.streams, answer)))
         yield
@@ -248,7 +255,7 @@ def _error(now: _Added, then: _Added) -> float:
     if any(x.shape != then[i].shape for i, x in now.items()):
         return torch.inf
     off, size = (
-        torch.stack([part.double().abs().flatten(1).sum(1) for part in parts]).sum(0)
+        torch.stack([part.float().abs().flatten(1).sum(1) for part in parts]).sum(0)
         for parts in ([x - then[i] for i, x in now.items()], now.values())
     )
-    return float((off / size.clamp_min(torch.finfo(torch.double).tiny)).mean())
+    return float((off / size.clamp_min(torch.finfo(torch.float).tiny)).mean())
