@@ -7,6 +7,7 @@ from .dataloading.generated import Generated as Generated
 from .dataloading.mixture import Mixture as Mixture
 from .errors import Interrupted as Interrupted
 from .errors import UserError as UserError
+from .evaluation.cached_sampling import CachedSampling as CachedSampling
 from .evaluation.evaluate import check_teacher as check_teacher
 from .evaluation.evaluate import evaluate as evaluate
 from .evaluation.frechet import Frechet as Frechet

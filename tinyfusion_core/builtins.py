@@ -22,13 +22,14 @@ if TYPE_CHECKING:
 
 @hookimpl
 def tinyfusion_register_metrics() -> list[type[Metric]]:
-    """Metrics: model size, held-out loss, loss on other data, Fréchet distance, latency."""
+    """Metrics: model size, held-out loss, loss on other data, Fréchet distance, also with caches, latency."""
+    from .evaluation.cached_sampling import CachedSampling
     from .evaluation.frechet import Frechet
     from .evaluation.latency import Latency
     from .evaluation.metrics import HeldOutLoss, Size
     from .evaluation.retention import Retention
 
-    return [Size, HeldOutLoss, Retention, Frechet, Latency]
+    return [Size, HeldOutLoss, Retention, Frechet, CachedSampling, Latency]
 
 
 @hookimpl

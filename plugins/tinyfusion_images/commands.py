@@ -65,6 +65,9 @@ class SampleImages(Command):
         parser.add_argument("run_dir", type=a_path)
         parser.add_argument("--num", type=a_count, default=100, help="how many images (default: 100)")
         parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
+        parser.add_argument(
+            "--cache", type=float, default=0, help="reuse changes of blocks that differ by less than this (default: 0)"
+        )
         where = parser.add_mutually_exclusive_group()
         where.add_argument("--out", type=a_path, help="the grid (default: RUN_DIR/figures/student.png)")
         where.add_argument(
@@ -80,9 +83,9 @@ class SampleImages(Command):
 
         run = existing_run(options.run_dir)
         if options.to is not None:
-            made = write_samples(run, options.num, options.seed, options.to, options.batch_size)
+            made = write_samples(run, options.num, options.seed, options.to, options.batch_size, options.cache)
         else:
-            made = sample_images(run, options.num, options.seed, options.out)
+            made = sample_images(run, options.num, options.seed, options.out, options.cache)
         if rank_and_world_size()[0] == 0:
             print(made)
         return 0

@@ -1,4 +1,4 @@
-"""Quality of generated images: FID, inception score, KID, precision and recall."""
+"""Quality of generated images: FID, sFID, inception score, KID, precision and recall."""
 
 from __future__ import annotations
 
@@ -30,13 +30,20 @@ MOST_IN_SUBSET = 1000
 """Images in a subset of the KID, if there are as many."""
 NEIGHBOURS = 3
 """Precision and recall count images as alike if they are closer than an image's third neighbour."""
-BETTER = {"FID": "lower", "inception score": "higher", "KID": "lower", "precision": "higher", "recall": "higher"}
+BETTER = {
+    "FID": "lower",
+    "sFID": "lower",
+    "inception score": "higher",
+    "KID": "lower",
+    "precision": "higher",
+    "recall": "higher",
+}
 KEY = "evaluate: Fidelity"
 
 
 @dataclass(frozen=True)
 class Fidelity(Metric):
-    """FID, inception score, KID, precision and recall of generated images, by torch-fidelity.
+    """FID, sFID, inception score, KID, precision and recall of generated images, by torch-fidelity.
 
     Samples have balanced labels and are those that `tinyfusion sample --to` writes with the run's seed. The report
     names the features and the reference: results are comparable only if both are the same.
@@ -45,7 +52,7 @@ class Fidelity(Metric):
         num_samples: images to generate with each model, from the same noise and labels.
         batch_size: images per batch.
         reference: the real images: a folder of images, or an .npz of ADM's (if it has statistics of a larger set, the
-            FID is the distance to those); default the training data, decoded.
+            FID is the distance to those, and the sFID if they are there for it); default the training data, decoded.
         num_reference: of the training data, this many, evenly spaced.
         features: name of the network, as torch-fidelity knows it or a plugin has registered it.
         weights: its file, safetensors or a torch file of plain tensors; default for Inception the one in torch's hub
@@ -118,7 +125,7 @@ class Fidelity(Metric):
             parts = batches(len(images), self.batch_size)
             name = "features of real pictures"
             real = _keep(folder / "real", parts, lambda rows: network(images.read(rows)), name, trainer.progress)
-        statistics = known.statistics if self.features == INCEPTION else None
+        statistics = (known.statistics or {}) if self.features == INCEPTION else {}
 
         def measure(number: int, name: str, model: nn.Module) -> dict[str, float]:
             """Nothing when the network was not to be sampled, or has diverged."""
@@ -142,13 +149,16 @@ class Fidelity(Metric):
         count = "" if known.images is None else f"{len(known.images):,} of "
         note = f"{self.num_samples:,} samples against {count}{self.reference or 'the training data'}"
         if known.statistics is not None and self.features == INCEPTION:
-            note += " (FID: against its statistics)"
+            note += f" ({', '.join(known.statistics)}: against its statistics)"
         note += f"; features: {self.features}, torch-fidelity {torch_fidelity.__version__}"
+        if self.features != INCEPTION:
+            note += "; no sFID, which Inception alone has"
         if idle := [name for name, found in figures.items() if not found]:
             note += f"; not sampled, or not finite: {', '.join(idle)}"
         return [
             Measurement(self._named(what), {name: f.get(what) for name, f in figures.items()}, better=better, note=note)
             for what, better in BETTER.items()
+            if what != "sFID" or self.features == INCEPTION
         ]
 
     def _named(self, what: str) -> str:
@@ -206,7 +216,7 @@ def _keep(
 def _figures(
     made: Sequence[Path],
     real: Sequence[Path],
-    statistics: Mapping[str, Any] | None,
+    statistics: Mapping[str, Any],
     network: FeatureNetwork,
 ) -> dict[str, float]:
     """All metrics that the features in files allow; empty if samples are not finite."""
@@ -219,10 +229,12 @@ def _figures(
     if not ours["finite"].all():
         return {}
     found = {"inception score": isc_features_to_metric(ours[layers["isc"]])["inception_score_mean"]}
-    if statistics is None:
-        statistics = fid_features_to_statistics(theirs[layers["fid"]].double())
-    generated = fid_features_to_statistics(ours[layers["fid"]].double())
-    found["FID"] = fid_statistics_to_metric(generated, statistics, verbose=False)["frechet_inception_distance"]
+    for what in ("FID", "sFID"):
+        layer = layers.get(what.lower())
+        if layer is not None and (theirs or what in statistics):
+            known = statistics.get(what) or fid_features_to_statistics(theirs[layer].double())
+            generated = fid_features_to_statistics(ours[layer].double())
+            found[what] = fid_statistics_to_metric(generated, known, verbose=False)["frechet_inception_distance"]
     if theirs:
         layer = layers["kid"]
         size = min(MOST_IN_SUBSET, len(ours[layer]), len(theirs[layer]))

@@ -22,6 +22,8 @@ from tinyfusion_core.parsing.records import check_regular
 from tinyfusion_core.runtime.files import write_atomic
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
+_SUFFIXES = {"FID": "", "sFID": "_s"}
+"""What ends the names of an archive's statistics, by the distance that they are for."""
 _DAMAGES = (KeyError, ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error)
 """Exceptions of reading a damaged archive."""
 
@@ -46,12 +48,13 @@ class ImageSet:
 
     Attributes:
         images: the images, if available.
-        statistics: mean `mu` (features,) and covariance `sigma` (features, features) of the Inception features of the
-            set, or of a larger set that it was taken from; ADM's archives contain them.
+        statistics: by the distance that they are for, `FID` or `sFID`, mean `mu` (features,) and covariance `sigma`
+            (features, features) of the Inception features of the set, or of a larger set that it was taken from;
+            ADM's archives contain them.
     """
 
     images: Images | None
-    statistics: dict[str, Any] | None = None
+    statistics: dict[str, dict[str, Any]] | None = None
 
 
 def open_images(path: Path, key: str) -> ImageSet:
@@ -70,13 +73,15 @@ def open_images(path: Path, key: str) -> ImageSet:
         raise MissingFileError(f"{key}: '{path}' does not exist; expected a folder of pictures, or an .npz of ADM's")
     try:
         with zipfile.ZipFile(path) as archive:
-            names = {"mu.npy", "sigma.npy", "arr_0.npy"} & set(archive.namelist())
-            statistics = None
-            if len(names - {"arr_0.npy"}) == 2:
-                statistics = {name: _array(archive, f"{name}.npy") for name in ("mu", "sigma")}
+            names = set(archive.namelist())
+            statistics = {
+                what: {name: _array(archive, f"{name}{suffix}.npy") for name in ("mu", "sigma")}
+                for what, suffix in _SUFFIXES.items()
+                if {f"mu{suffix}.npy", f"sigma{suffix}.npy"} <= names
+            }
     except _DAMAGES as e:
         raise UserError(f"{path}: not an .npz of numbers ({e})") from None
-    return ImageSet(_Archive(path) if statistics is None or "arr_0.npy" in names else None, statistics)
+    return ImageSet(_Archive(path) if not statistics or "arr_0.npy" in names else None, statistics or None)
 
 
 def _array(archive: zipfile.ZipFile, name: str) -> NDArray[np.float64]:

@@ -1,4 +1,7 @@
-"""The feature networks of torch-fidelity, with weights that are read without running code."""
+"""The feature networks of torch-fidelity, with weights that are read without running code.
+
+Of Inception also the spatial features of sFID (arXiv:2103.03841), as ADM (arXiv:2105.05233) takes them.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tinyfusion_core.errors import UserError, nearest
 from tinyfusion_core.parsing.weights import read_weights
@@ -15,6 +18,10 @@ from tinyfusion_core.runtime.distributed import on_main_process
 INCEPTION = "inception-v3-compat"
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 """File name of torch-fidelity's weights; it contains the first digits of their sha256."""
+SPATIAL = "spatial"
+"""Name of Inception's spatial features: 7 channels of 17x17 positions, in the order of ADM's archives."""
+_SPATIAL_MODULE, _SPATIAL_CHANNELS = "Mixed_6d.branch1x1", 7
+"""What is `mixed_6/conv` in the original graph, and how many of its channels."""
 
 
 def inception_weights() -> Path:
@@ -31,7 +38,7 @@ class FeatureNetwork:
         device: where it computes.
 
     Attributes:
-        layers: which features each metric uses (`isc`, `fid`, `kid`, `prc`).
+        layers: which features each metric uses (`isc`, `fid`, `kid`, `prc`; of Inception also `sfid`).
 
     Raises:
         UserError: there is no such network, or the weights do not fit it.
@@ -58,6 +65,10 @@ class FeatureNetwork:
             except RuntimeError as e:  # of load_state_dict
                 raise UserError(f"{weights}: not the weights of {name} ({str(e).splitlines()[0]})") from None
         self._network.to(device)
+        self._spatial: Tensor | None = None
+        if name == INCEPTION:
+            self.layers["sfid"] = SPATIAL
+            self._network.get_submodule(_SPATIAL_MODULE).register_forward_hook(self._keep)
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         """Compute the features of every layer that a metric uses, each (n, features), on the CPU.
@@ -67,7 +78,13 @@ class FeatureNetwork:
         """
         with torch.no_grad():
             found = self._network.convert_features_tuple_to_dict(self._network(images.to(self.device)))
+        if self._spatial is not None:
+            found[SPATIAL], self._spatial = self._spatial, None
         return {layer: values.cpu() for layer, values in found.items()}
+
+    def _keep(self, module: nn.Module, args: object, output: Tensor) -> None:
+        # Channels last, as TensorFlow has them.
+        self._spatial = output[:, :_SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1).float()
 
 
 def fetch_inception() -> None:

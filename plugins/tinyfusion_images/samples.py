@@ -14,6 +14,8 @@ from typing import Any, NotRequired, TypedDict
 from torch import Tensor, nn
 
 from tinyfusion_core.errors import UserError, require
+from tinyfusion_core.evaluation.cached_sampling import CachedSampling
+from tinyfusion_core.evaluation.caching import Reusing, profiled
 from tinyfusion_core.evaluation.generation import balanced_labels, generate, sample_rows
 from tinyfusion_core.parsing.records import read_json, shaped
 from tinyfusion_core.parsing.weights import read_weights
@@ -40,7 +42,7 @@ class _Made(TypedDict):
     num: NotRequired[int]
 
 
-def sample_images(folder: RunFolder, num: int, seed: int, out: Path | None = None) -> Path:
+def sample_images(folder: RunFolder, num: int, seed: int, out: Path | None = None, cache: float = 0) -> Path:
     """Generate a grid of images with a run's student, or with its teacher if nothing was pruned.
 
     Args:
@@ -48,6 +50,7 @@ def sample_images(folder: RunFolder, num: int, seed: int, out: Path | None = Non
         num: how many images.
         seed: seed of the noise.
         out: the PNG file; default `figures/student.png` in the run folder.
+        cache: threshold up to which blocks reuse their changes, see `CachedSampling`; 0 computes all.
 
     Returns:
         The path of the file.
@@ -59,7 +62,7 @@ def sample_images(folder: RunFolder, num: int, seed: int, out: Path | None = Non
         raise UserError("expected --num of at least 1 and an --out that ends in .png")
     if out is not None:
         check_replaceable(out, "--out", is_grid)
-    task, model, trainer, made_with = _open(folder, seed)
+    task, model, trainer, made_with = _open(folder, seed, cache)
     out = out or folder / "figures" / f"{made_with['name']}.png"
     x, labels = generate(task, model, trainer, num, 250)
     if trainer.accelerator.is_main_process:
@@ -68,7 +71,7 @@ def sample_images(folder: RunFolder, num: int, seed: int, out: Path | None = Non
     return out
 
 
-def write_samples(folder: RunFolder, num: int, seed: int, to: Path, batch_size: int = 64) -> Path:
+def write_samples(folder: RunFolder, num: int, seed: int, to: Path, batch_size: int = 64, cache: float = 0) -> Path:
     """Generate many images with a run's student, with balanced labels, as PNG files or as one archive.
 
     Image i depends only on the seed and i: any number of processes makes the same set. Existing images are not
@@ -81,6 +84,7 @@ def write_samples(folder: RunFolder, num: int, seed: int, to: Path, batch_size: 
         to: a folder, which gets `000000.png` and so on, and `samples.json` with their labels and how they were made;
             or a file that ends in .npz, in the layout of ADM: `arr_0` uint8 (N, H, W, 3), `arr_1` labels.
         batch_size: images per batch.
+        cache: as in `sample_images`.
 
     Returns:
         The folder or file.
@@ -90,7 +94,7 @@ def write_samples(folder: RunFolder, num: int, seed: int, to: Path, batch_size: 
     """
     require(num >= 1, "--num", num, "at least 1")
     require(batch_size >= 1, "--batch-size", batch_size, "at least 1")
-    task, model, trainer, made_with = _open(folder, seed)
+    task, model, trainer, made_with = _open(folder, seed, cache)
     archive = to.suffix == ".npz"
     record = to.with_name(f"{to.name}.json") if archive else to / "samples.json"
 
@@ -137,8 +141,9 @@ def _is_record(path: Path) -> bool:
     return isinstance(content, dict) and "made_with" in content
 
 
-def _open(folder: RunFolder, seed: int) -> tuple[Task, nn.Module, Trainer, dict[str, Any]]:
+def _open(folder: RunFolder, seed: int, cache: float) -> tuple[Task, nn.Module, Trainer, dict[str, Any]]:
     """The network of a finished run, its task and trainer, and everything that decides the samples."""
+    require(0 <= cache < math.inf, "--cache", cache, "a threshold, 0 or more")
     recipe = load_recipe(folder / "recipe.yaml")
     rounds = list(recipe.each_round())
     name = "student" if rounds else "teacher"
@@ -161,7 +166,14 @@ def _open(folder: RunFolder, seed: int) -> tuple[Task, nn.Module, Trainer, dict[
         "precision": trainer.accelerator.mixed_precision,
         "seed": seed,
     }
-    return task, model.to(trainer.accelerator.device), trainer, made_with
+    model = model.to(trainer.accelerator.device)
+    if cache:
+        made_with["cache"] = cache
+        how = CachedSampling()
+        # As in the run's report, whatever the seed of the samples is.
+        profile = profiled(task, model, recipe.trainer, how.calibration, how.longest)
+        task = replace(task, loss=Reusing(task.loss, task.backbone, {model: profile.schedule(cache)}))
+    return task, model, trainer, made_with
 
 
 def _check(record: Path, to: Path, made_with: dict[str, Any], num: int) -> _Made | None:

@@ -194,15 +194,14 @@ class MaskedTokenDiffusion(LossAdapter):
         self, model: Any, tokens: Tensor, visible: Tensor, chosen: Tensor, labels: Tensor, scale: float
     ) -> Callable[[Tensor, Tensor], Tensor]:
         """The head as a function of noised tokens (rows, C) and time steps (rows,), for the chosen positions."""
-
-        def condition(drop: bool) -> Tensor:
-            z = model.condition(tokens, visible, labels, torch.full_like(labels, drop, dtype=torch.bool))
-            return _rows(take(z, chosen))
-
+        drop = torch.zeros_like(labels, dtype=torch.bool)
         if scale == 1:
-            z = condition(drop=False)
+            z = _rows(take(model.condition(tokens, visible, labels, drop), chosen))
             return lambda x, t: model.denoise(x, t, z)
-        both = torch.stack([condition(drop=False), condition(drop=True)])
+        # Each block is called once in a round, as it is without guidance.
+        tokens, visible, chosen, labels = (torch.cat([part, part]) for part in (tokens, visible, chosen, labels))
+        z = take(model.condition(tokens, visible, labels, torch.cat([drop, ~drop])), chosen)
+        both = torch.stack([_rows(part) for part in z.chunk(2)])
 
         def denoise(x: Tensor, t: Tensor) -> Tensor:
             with_label, without = model.denoise(x.expand(2, *x.shape), t.expand(2, *t.shape), both)

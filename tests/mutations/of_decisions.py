@@ -311,7 +311,7 @@ EVALUATION = [
     Mutation(
         "every batch is generated from the noise of the first",
         "evaluation/generation.py",
-        'Rng(trainer.seed, "generate", first=rows.start)',
+        "Rng(trainer.seed, stage, first=rows.start)",
         'Rng(trainer.seed, "generate")',
         (EVALUATED + "test_generated_examples_do_not_depend_on_the_batch",),
     ),

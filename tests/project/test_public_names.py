@@ -23,6 +23,7 @@ ALWAYS = [
     "BlockInfluence",
     "Branch",
     "BlockSampler",
+    "CachedSampling",
     "Calibrated",
     "Calibration",
     "Callback",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
 from ..errors import UserError, require
+from ..protocols.backbone import owner
 from ..protocols.data import DataSource, FeatureSpace
 from ..protocols.task import Task
 from ..runtime.distributed import batches, local_share, map_sharded
@@ -36,35 +38,66 @@ class Frechet(Metric):
     batch_size: int = 250
     features: FeatureSpace | None = field(default=None, metadata={NEUTRAL: None})
     together = True
-    column = DISTANCE
+    column: ClassVar[str | None] = DISTANCE
 
     def __post_init__(self) -> None:
-        require(self.num_samples >= 2, "evaluate: Frechet.num_samples", self.num_samples, "at least 2")
-        require(self.batch_size >= 1, "evaluate: Frechet.batch_size", self.batch_size, "at least 1")
+        require(self.num_samples >= 2, f"{self._key}.num_samples", self.num_samples, "at least 2")
+        require(self.batch_size >= 1, f"{self._key}.batch_size", self.batch_size, "at least 1")
+
+    @property
+    def _key(self) -> str:
+        return f"evaluate: {type(self).__name__}"
 
     @override
     def check(self, data: DataSource) -> None:
         if self.features is None and data.feature_space() is None:
             raise UserError(
-                f"evaluate: Frechet needs a feature space, and {type(data).__name__} has none; name one (features) or "
-                "leave it out"
+                f"{self._key} needs a feature space, and {type(data).__name__} has none; name one (features) or leave "
+                "it out"
             )
 
     @override
+    def check_task(self, task: Task) -> None:
+        if not task.loss.generates:
+            raise UserError(f"{self._key} generates examples, and loss: {owner(task.loss)} cannot; leave it out")
+
+    @override
     def __call__(self, task: Task, models: Models, trainer: Trainer) -> list[Measurement]:
-        from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+        return self.against(self.real(task), task, models, trainer)
 
-        space = task.feature_space if self.features is None else self.features
-        if space is None:
-            raise UserError("Frechet: the task has no feature_space")
+    def real(self, task: Task) -> Any:
+        """Return the statistics of the features of the training data, for `against`. A collective call."""
+        from torch_fidelity.metric_fid import fid_features_to_statistics
 
-        def real(rows: range) -> Tensor:
+        space = self._space(task)
+
+        def features(rows: range) -> Tensor:
             return space(task.train.__getitems__(list(rows))["x"])[0].cpu()
 
-        reference = fid_features_to_statistics(torch.cat(map_sharded(batches(len(task.train), self.batch_size), real)))
-        classes = training_conditions(task, range(self.num_samples))
+        return fid_features_to_statistics(torch.cat(map_sharded(batches(len(task.train), self.batch_size), features)))
+
+    def against(self, reference: Any, task: Task, models: Models, trainer: Trainer) -> list[Measurement]:
+        """Measure networks against the statistics of real examples. A collective call.
+
+        Args:
+            reference: what `real` returned.
+            task: objective and data.
+            models: the networks.
+            trainer: device, precision and seed.
+
+        Returns:
+            Two rows, the distance and the accuracy.
+
+        Raises:
+            UserError: the conditions of the data are no classes.
+        """
+        from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+
+        space, classes = self._space(task), training_conditions(task, range(self.num_samples))
         if classes.ndim != 1 or classes.is_floating_point():
-            raise UserError(f"Frechet: the data's `{task.conditions}` are no classes, one number each; leave it out")
+            raise UserError(
+                f"{self._key}: the data's `{task.conditions}` are no classes, one number each; leave it out"
+            )
         distances: dict[str, float | None] = {}
         accuracies: dict[str, float | None] = {}
         for name, model in models.items():
@@ -74,11 +107,21 @@ class Frechet(Metric):
                 distance = fid_statistics_to_metric(fid_features_to_statistics(features), reference, verbose=False)
                 distances[name] = float(distance["frechet_inception_distance"])
                 accuracies[name] = float(right.float().mean())
-        note = f"{self.num_samples} samples; features: {space.name}"
+        note = self._how(task)
         return [
             Measurement(DISTANCE, distances, better="lower", note=note),
             Measurement("conditional accuracy", accuracies, better="higher", note=note),
         ]
+
+    def _space(self, task: Task) -> FeatureSpace:
+        space = task.feature_space if self.features is None else self.features
+        if space is None:
+            raise UserError(f"{type(self).__name__}: the task has no feature_space")
+        return space
+
+    def _how(self, task: Task) -> str:
+        """How the distance is measured, for notes."""
+        return f"{self.num_samples} samples; features: {self._space(task).name}"
 
     def _features(
         self, task: Task, model: nn.Module, trainer: Trainer, space: FeatureSpace, classes: Tensor, name: str

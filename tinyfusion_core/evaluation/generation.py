@@ -35,7 +35,9 @@ def balanced_labels(task: Task, model: nn.Module, indices: Sequence[int]) -> Ten
     return training_conditions(task, indices) if num is None else torch.tensor([i % num for i in indices])
 
 
-def sample_rows(task: Task, model: nn.Module, trainer: Trainer, rows: range, conditions: Tensor) -> Tensor:
+def sample_rows(
+    task: Task, model: nn.Module, trainer: Trainer, rows: range, conditions: Tensor, stage: str = "generate"
+) -> Tensor:
     """Generate the examples with these indices.
 
     Args:
@@ -44,13 +46,14 @@ def sample_rows(task: Task, model: nn.Module, trainer: Trainer, rows: range, con
         trainer: device, precision and seed.
         rows: their indices.
         conditions: (n, ...) their conditions.
+        stage: whose random streams are drawn from.
 
     Returns:
         (n, ...) examples on the trainer's device.
     """
     device = trainer.accelerator.device
     like = task.backbone.example(1)["x"].to(device)
-    rng = Rng(trainer.seed, "generate", first=rows.start)
+    rng = Rng(trainer.seed, stage, first=rows.start)
     with torch.no_grad(), trainer.accelerator.autocast():
         return task.loss.sample(model, like.expand(len(rows), *like.shape[1:]), conditions.to(device), rng)
 

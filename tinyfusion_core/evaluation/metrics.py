@@ -96,6 +96,16 @@ class Metric(Settings, ABC):
             UserError: they do not.
         """
 
+    def check_task(self, task: Task) -> None:
+        """Check that network and objective can do what this metric asks, before anything is spent. By default nothing.
+
+        Args:
+            task: its network is on the meta device, and its data are the backbone's example.
+
+        Raises:
+            UserError: they cannot.
+        """
+
     def show(self, folder: RunFolder) -> list[Figures]:
         """Return sections of the report, drawn from the exhibits in a run folder. By default none."""
         return []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -210,3 +211,51 @@ def _judgements(axes: Axes, entries: Entries) -> list[float]:
         axes.plot(*zip(*judged, strict=True), ".-", color=RED, linewidth=1, markersize=4, label="on samples set apart")
         axes.plot(step, lowest, "*", color=RED, markersize=11, label=f"the best, kept: step {step:,}")
     return [loss for _, loss in judged]
+
+
+def draw_errors(network: str, blocks: Sequence[str], errors: Sequence[Sequence[float | None]], path: Path) -> None:
+    """Plot how much what blocks change differs from the call before, over the calls of one sampling.
+
+    Args:
+        network: its name.
+        blocks: paths of the blocks.
+        errors: (num_blocks, calls) relative differences; None where there is nothing to compare with.
+        path: the file to write.
+    """
+    with plt.rc_context(STYLE):
+        size = (WIDTH, 1.3 + 0.17 * max(10, len(blocks)))
+        figure, axes = plt.subplots(figsize=size, layout="constrained")
+        values = np.array(errors, dtype=float)
+        image = axes.pcolormesh(
+            range(values.shape[1]), range(len(blocks)), values, cmap=SHADES, vmin=0, vmax=1, shading="nearest",
+            rasterized=True,
+        )  # fmt: skip
+        axes.set(title=f"difference to the call before: {network}", xlabel="call in a sampling")
+        _blocks_upwards(axes, blocks)
+        figure.colorbar(image, ax=axes, ticks=[0, 0.5, 1], pad=0.02, extend="max").outline.set_visible(False)
+        save_figure(figure, path)
+
+
+def draw_trade(points: Entries, path: Path) -> None:
+    """Plot the quality of samples against the speed of sampling, with and without caches.
+
+    Args:
+        points: what each `network` has at each `threshold`: `speed_up` and `distance`, None if it is not finite.
+        path: the file to write.
+    """
+    networks = list(dict.fromkeys(point["network"] for point in points))
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(WIDTH, 3.8), layout="constrained")
+        for name, color in zip(networks, cycle((GREY, KEPT, RED, INK))):
+            own = [p for p in points if p["network"] == name and p["distance"] is not None]
+            axes.plot([p["speed_up"] for p in own], [p["distance"] for p in own], "-", color=color, label=name)
+            for point in own:
+                threshold, cache = point["threshold"], f"cache {point['threshold']:g}"
+                (dot,) = axes.plot(point["speed_up"], point["distance"], "o" if threshold else "s", color=color)
+                hover(dot, f"{name}, {cache if threshold else 'no cache'}: {point['distance']:.4g}")
+                if threshold:
+                    at = (point["speed_up"], point["distance"])
+                    axes.annotate(f"{threshold:g}", at, (4, 4), textcoords="offset points", fontsize=8)
+        axes.set(xlabel="sampling speed-up (squares: no cache)", ylabel="Fréchet distance")
+        legend_above(axes)
+        save_figure(figure, path)

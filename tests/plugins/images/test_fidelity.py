@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch_fidelity
 from PIL import Image
+from torch import nn
 from torch_fidelity import feature_extractor_inceptionv3 as inception
 
 import tinyfusion_core as tiny
@@ -22,6 +23,7 @@ from tinyfusion_core.runtime.distributed import batches
 from tinyfusion_core.runtime.files import save_tensors
 from tinyfusion_dit import GaussianDiffusion
 from tinyfusion_images import Digits, fidelity
+from tinyfusion_images import inception as inception_plugin
 from tinyfusion_images.fidelity import Fidelity
 from tinyfusion_images.image_sets import open_images, rgb, write_archive, write_png
 from tinyfusion_images.inception import INCEPTION, INCEPTION_FILE, FeatureNetwork, inception_weights
@@ -86,6 +88,7 @@ def test_the_numbers_are_those_of_torch_fidelity() -> None:
     assert found == {ours: pytest.approx(theirs[name], rel=1e-3) for ours, name in names.items()}
     (row, *_) = TOY(task, {"teacher": task.teacher}, TRAINER)
     assert "24 samples against 30 of the training data; features: toy, torch-fidelity" in row.note
+    assert "no sFID, which Inception alone has" in row.note
 
 
 def test_a_reference_is_the_same_from_data_folder_and_archive(
@@ -173,20 +176,32 @@ def test_what_is_missing_is_said_before_the_run(tmp_path: Path, monkeypatch: pyt
         TOY.check(Latents())
 
 
-def test_inception_weights_are_read_without_running_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def random_inception(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[nn.Module, Path]:
+    """torch-fidelity's network with random weights, and their file."""
     monkeypatch.setattr(inception, "load_state_dict_from_url", lambda *_, **__: {})
 
     class Random(inception.FeatureExtractorInceptionV3):
         def load_state_dict(self, state_dict, **_):
             """Keep the random weights."""
 
-    images = torch.randint(0, 256, (1, 3, 8, 8), dtype=torch.uint8)
     network = Random(INCEPTION, ["2048", "logits_unbiased"])
-    expected = network.convert_features_tuple_to_dict(network(images))
     torch.save(network.state_dict(), tmp_path / "weights.pth")
-    found = FeatureNetwork(INCEPTION, tmp_path / "weights.pth", torch.device("cpu"))(images)
-    assert found.keys() == expected.keys()
+    return network, tmp_path / "weights.pth"
+
+
+def test_inception_weights_are_read_without_running_them(
+    random_inception: tuple[nn.Module, Path], tmp_path: Path
+) -> None:
+    network, weights = random_inception
+    images = torch.randint(0, 256, (1, 3, 8, 8), dtype=torch.uint8)
+    expected = network.convert_features_tuple_to_dict(network(images))
+    found = FeatureNetwork(INCEPTION, weights, torch.device("cpu"))(images)
+    assert found.keys() == {*expected, "spatial"}
     assert all(torch.equal(value, found[layer]) for layer, value in expected.items())
+    assert found["spatial"].shape == (1, 17 * 17 * 7)
+    assert torch.allclose(found["spatial"].double(), spatial_by_hand(network, images), rtol=1e-3, atol=1e-6)
+    assert found["spatial"].std() > 0
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(tiny.UserError, match=r"other.pth: not the weights of inception-v3-compat"):
         FeatureNetwork(INCEPTION, tmp_path / "other.pth", torch.device("cpu"))
@@ -195,6 +210,71 @@ def test_inception_weights_are_read_without_running_them(tmp_path: Path, monkeyp
         FeatureNetwork(INCEPTION, tmp_path / "code.pth", torch.device("cpu"))
     with pytest.raises(tiny.UserError, match="torch-fidelity knows no 'inceptoin'"):
         FeatureNetwork("inceptoin", None, torch.device("cpu"))
+
+
+def spatial_by_hand(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """From the input of a block on: a convolution, a normalisation, ReLU; 7 channels, last as TensorFlow has them."""
+    seen: list[torch.Tensor] = []
+    hook = network.Mixed_6d.register_forward_hook(lambda m, args, out: seen.append(args[0]))
+    network(images)
+    hook.remove()
+    conv, bn = network.Mixed_6d.branch1x1.conv, network.Mixed_6d.branch1x1.bn
+    y = torch.einsum("nchw,dc->nhwd", seen[0].double(), conv.weight[:, :, 0, 0].double())
+    y = (y - bn.running_mean) / (bn.running_var + bn.eps).double().sqrt() * bn.weight + bn.bias
+    return y.relu()[..., :7].flatten(1)
+
+
+def statistics_of(features: torch.Tensor, suffix: str = "") -> dict[str, Any]:
+    x = features.double().numpy()
+    return {f"mu{suffix}": x.mean(0), f"sigma{suffix}": np.cov(x, rowvar=False)}
+
+
+def distance(real: torch.Tensor, made: torch.Tensor) -> float:
+    """The Fréchet distance by its formula: the trace of a product's root is the sum of the eigenvalues' roots."""
+    (mu, sigma), (mu2, sigma2) = (statistics_of(x).values() for x in (real, made))
+    roots = np.sqrt(np.abs(np.linalg.eigvals(sigma @ sigma2)))
+    return float(((mu - mu2) ** 2).sum() + np.trace(sigma) + np.trace(sigma2) - 2 * roots.sum())
+
+
+def shown(task: tiny.Task, num: int) -> list[torch.Tensor]:
+    """Pictures of the training data, evenly spaced, and samples."""
+    x = Digits().train().__getitems__([1500 // num * i for i in range(num)])["x"]
+    rows = range(num)
+    made = sample_rows(task, task.teacher, TRAINER, rows, balanced_labels(task, task.teacher, rows))
+    return [rgb(pictures(task, some)) for some in (x, made)]
+
+
+def test_sfid_is_the_distance_of_spatial_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (fidelity, inception_plugin):
+        monkeypatch.setattr(module, "INCEPTION", "toy")  # it has a module of that name, and features of less width
+    weights = tmp_path / "toy.safetensors"
+    save_tensors(weights, ToyFeatures("toy", ["16"]).state_dict())
+    task, metric = digits_task(), replace(TOY, num_samples=30, batch_size=30, weights=str(weights))
+    network = FeatureNetwork("toy", weights, torch.device("cpu"))
+    real, made = (network(images) for images in shown(task, 30))
+    expected = distance(real["spatial"], made["spatial"])
+    found = figures(metric, task)
+    assert list(found) == ["FID", "sFID", "inception score", "KID", "precision", "recall"]
+    assert found["sFID"] == pytest.approx(expected, rel=1e-3)
+    assert found["FID"] == pytest.approx(distance(real["16"], made["16"]), rel=1e-3)
+    # Against the statistics of an archive, as ADM's carry them.
+    of_fid = statistics_of(real["16"])
+    np.savez(tmp_path / "both.npz", **of_fid, **statistics_of(real["spatial"], "_s"))
+    np.savez(tmp_path / "fid.npz", **of_fid)
+    both = replace(metric, reference=str(tmp_path / "both.npz"))
+    assert {what: figures(both, task)[what] for what in ("FID", "sFID")} == pytest.approx(
+        {what: found[what] for what in ("FID", "sFID")}, rel=1e-3
+    )
+    assert "(FID, sFID: against its statistics)" in both(task, {"teacher": task.teacher}, TRAINER)[0].note
+    assert figures(replace(metric, reference=str(tmp_path / "fid.npz")), task)["sFID"] is None
+
+
+@pytest.mark.slow
+def test_sfid_of_inception(random_inception: tuple[nn.Module, Path]) -> None:
+    network, weights = random_inception
+    task, metric = digits_task(), Fidelity(num_samples=12, num_reference=12, weights=str(weights))
+    expected = distance(*(spatial_by_hand(network, images) for images in shown(task, 12)))
+    assert figures(metric, task)["sFID"] == pytest.approx(expected, rel=1e-3)
 
 
 def test_bad_pictures(real: Path, tmp_path: Path) -> None:

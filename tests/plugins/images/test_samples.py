@@ -100,6 +100,28 @@ def test_an_archive_that_is_there_is_left_alone(finished: Path, tmp_path: Path) 
         assert content["arr_0"].shape == (5, 8, 8, 3)
 
 
+def test_caches_make_other_samples_and_are_on_record(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, threshold in (("plain", None), ("zero", "0"), ("cached", "0.9"), ("again", "0.9")):
+        assert sample(finished, tmp_path / name, 7, *([] if threshold is None else ["--cache", threshold])) == 0
+    made = {path.name: [(path / f"{i:06d}.png").read_bytes() for i in range(7)] for path in tmp_path.iterdir()}
+    assert made["plain"] == made["zero"] != made["cached"] == made["again"]
+    assert "cache" not in json.loads((tmp_path / "zero" / "samples.json").read_text())["made_with"]
+    assert json.loads((tmp_path / "cached" / "samples.json").read_text())["made_with"]["cache"] == 0.9
+    capsys.readouterr()
+    assert sample(finished, tmp_path / "plain", 9, "--cache", "0.9") == 2
+    assert "has samples made with another cache" in capsys.readouterr().err
+    for threshold in ("-0.1", "nan", "inf"):
+        assert sample(finished, tmp_path / "bad", 3, "--cache", threshold) == 2
+        assert f"--cache is {threshold}; expected a threshold, 0 or more" in capsys.readouterr().err
+    out = tmp_path / "grid.png"
+    assert main(["sample", str(finished), "--num", "2", "--out", str(out), "--cache", "0.9"]) == 0
+    first = out.read_bytes()
+    assert main(["sample", str(finished), "--num", "2", "--out", str(out)]) == 0
+    assert out.read_bytes() != first
+
+
 def test_a_grid_replaces_a_grid_and_no_picture_of_the_users(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from ...comparison.study import Comparison
 from ...errors import MissingFileError, UserError, about_a_recipe
+from ...evaluation.metrics import Metric
 from ...protocols.backbone import owner
 from ...protocols.blocks.paths import list_lengths, word_for
 from ...protocols.columns import checked, columns_of
@@ -157,8 +158,7 @@ def _search(plan: Plan, recipe: Recipe, stage: Stage, model: nn.Module) -> tuple
 def _choosing(plan: Plan, recipe: Recipe, stage: Stage, selector: Selector, pruned: nn.Module, **of: Any) -> None:
     """Plan the short recoveries of a selector, and what all of its trainings come to; `of` says how it was pruned."""
     prefix, blocks, trainings = prefix_of(stage), recipe.backbone.unit_paths(recipe.on_meta), selector.trainings()
-    for metric in selector.metrics():
-        _collect(plan, partial(metric.check, recipe.data))
+    _metrics(plan, recipe, selector.metrics())
     for short in (part for part in trainings if isinstance(part, Recover)):
         what = f"{prefix}short recoveries"
         plan.rows.append((what, training_text(recipe, short, **of)))
@@ -199,6 +199,12 @@ def _data(plan: Plan, recipe: Recipe) -> None:
         columns.check_extremes(samples)
 
 
-def _metrics(plan: Plan, recipe: Recipe) -> None:
-    for metric in recipe.evaluate:
+def _metrics(plan: Plan, recipe: Recipe, metrics: Sequence[Metric] | None = None) -> None:
+    """Ask metrics, by default those of the evaluation, whether they can measure."""
+    for metric in recipe.evaluate if metrics is None else metrics:
         _collect(plan, partial(metric.check, recipe.data))
+        _collect(plan, partial(_check_task, recipe, metric))
+
+
+def _check_task(recipe: Recipe, metric: Metric) -> None:
+    metric.check_task(Task.without_data(recipe.backbone, recipe.loss, recipe.on_meta))
