@@ -96,6 +96,14 @@ class Metric(Settings, ABC):
             UserError: they do not.
         """
 
+    def check_fits(self, data: DataSource, loss: LossAdapter) -> None:
+        """Check that data and objective have what this metric needs; by default what `check` says of the data.
+
+        Raises:
+            UserError: they do not.
+        """
+        self.check(data)
+
     def show(self, folder: RunFolder) -> list[Figures]:
         """Return sections of the report, drawn from the exhibits in a run folder. By default none."""
         return []

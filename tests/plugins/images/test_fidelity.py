@@ -27,6 +27,7 @@ from tinyfusion_images.image_sets import open_images, rgb, write_archive, write_
 from tinyfusion_images.inception import INCEPTION, INCEPTION_FILE, FeatureNetwork, inception_weights
 from tinyfusion_images.pictures import pictures
 
+LOSS = GaussianDiffusion()
 TOY = Fidelity(num_samples=24, batch_size=10, num_reference=30, features="toy")
 
 
@@ -156,21 +157,21 @@ def test_what_is_missing_is_said_before_the_run(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     assert inception.URL_INCEPTION_V3.endswith(INCEPTION_FILE)
     with pytest.raises(MissingFileError) as e:
-        Fidelity(reference="none.npz").check(Digits())
+        Fidelity(reference="none.npz").check_fits(Digits(), LOSS)
     assert "reference: 'none.npz' does not exist" in str(e.value)
     assert f"weights: '{tmp_path / 'hub' / 'checkpoints' / INCEPTION_FILE}' does not exist" in str(e.value)
-    Fidelity(download=True).check(Digits())
+    Fidelity(download=True).check_fits(Digits(), LOSS)
     inception_weights().parent.mkdir(parents=True)
     inception_weights().touch()
-    Fidelity().check(Digits())
+    Fidelity().check_fits(Digits(), LOSS)
     with pytest.raises(MissingFileError, match=r"weights: 'mine.pth'"):
-        Fidelity(weights="mine.pth", download=True).check(Digits())
+        Fidelity(weights="mine.pth", download=True).check_fits(Digits(), LOSS)
 
     class Latents(Digits):
         has_pixels = False
 
     with pytest.raises(MissingFileError, match="data: Latents as configured does not decode any"):
-        TOY.check(Latents())
+        TOY.check_fits(Latents(), LOSS)
 
 
 def test_inception_weights_are_read_without_running_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

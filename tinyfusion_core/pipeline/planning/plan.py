@@ -198,5 +198,6 @@ def _data(plan: Plan, recipe: Recipe) -> None:
 
 
 def _metrics(plan: Plan, recipe: Recipe) -> None:
+    _collect(plan, partial(recipe.loss.check_sampling, recipe.backbone))
     for metric in recipe.evaluate:
-        _collect(plan, partial(metric.check, recipe.data))
+        _collect(plan, partial(metric.check_fits, recipe.data, recipe.loss))
