@@ -168,7 +168,8 @@ def _example(
         batch["condition"] = latents(condition)
     if "y" in named and config.get("num_embeds_ada_norm"):
         batch["y"] = torch.arange(num_rows) % config["num_embeds_ada_norm"]
-    batch |= _texts(config, cls, num_rows, _text_length(config, cls, tokens[0]), tokens[1])
+    length = _text_length(config, cls, tokens[0])
+    batch |= _texts(config, cls, num_rows, {"text": length, "text_2": tokens[1] or length})
     if "control" in named:
         batch["control"] = latents(config["vace_in_channels"])
     if "pooled" in named and (width := config.get("pooled_projection_dim", config.get("in_text_dim2"))):
@@ -179,7 +180,7 @@ def _example(
 
 
 def _texts(
-    config: Mapping[str, Any], cls: type[nn.Module], num_rows: int, first: int, second: int | None
+    config: Mapping[str, Any], cls: type[nn.Module], num_rows: int, tokens: Mapping[str, int]
 ) -> dict[str, Tensor]:
     """The prompts that a network takes, and which of their tokens count."""
     named, batch = set(given(cls).values()), {}
@@ -190,7 +191,7 @@ def _texts(
         key = next((key for key in widths if config.get(key)), None)
         if column not in named or (key is None and column != "text"):
             continue
-        length = first if column == "text" or second is None else second
+        length = tokens[column]
         batch[column] = torch.zeros(num_rows, *texts, length, *layers, config[key or widths[0]])
         if (mask := column.replace("text", "mask")) in named or takes_lists(cls):
             # Of different lengths, so that whoever looks at shapes sees the masks that real prompts bring.

@@ -117,28 +117,20 @@ class PromptScore(Metric):
 
     def _rows(self, cosines: Mapping[str, Tensor | None], scale: float) -> list[Measurement]:
         """The rows of the table, from the cosines of each network, (prompts,)."""
-        reference, first = next(iter(cosines.items()))
+        (reference, first), *others = cosines.items()
+        judge = Path(self.model).name
         scores = {n: None if c is None else scale * float(c.clamp(min=0).mean()) for n, c in cosines.items()}
-        wins = {
-            name: (found > first).double() + (found == first).double() / 2
-            for name, found in cosines.items()
-            if name != reference and found is not None and first is not None
-        }
-        errors = {name: float(won.std() / len(won) ** 0.5) for name, won in wins.items()}
-        count = next((len(found) for found in cosines.values() if found is not None), 0)
-        note = f"one picture for each of {count} prompts, judged by {Path(self.model).name}"
+        wins = {name: _wins(found, first) for name, found in others if found is not None and first is not None}
+        shares = {name: float(wins[name].mean()) if name in wins else None for name in cosines}
+        errors = ", ".join(f"{name} {float(won.std() / len(won) ** 0.5):.2g}" for name, won in wins.items())
+        count = max((len(found) for found in cosines.values() if found is not None), default=0)
+        note = f"one picture for each of {count} prompts, judged by {judge}"
         if idle := [name for name, found in cosines.items() if found is None]:
             note += f"; not sampled, or not finite: {', '.join(idle)}"
-        shares = {name: float(wins[name].mean()) if name in wins else None for name in cosines}
-        sure = ", ".join(f"{name} {error:.2g}" for name, error in errors.items())
+        won = f"share of prompts whose picture fits better, ties half; standard error: {errors or 'none'}"
         return [
             Measurement(self.column, scores, better="higher", note=note),
-            Measurement(
-                f"win rate over the {reference} ({Path(self.model).name})",
-                shares,
-                better="higher",
-                note=f"share of prompts whose picture fits better, ties half; standard error: {sure or 'none'}",
-            ),
+            Measurement(f"win rate over the {reference} ({judge})", shares, better="higher", note=won),
         ]
 
     def _texts(self, loss: LossAdapter) -> Sequence[str]:
@@ -149,6 +141,11 @@ class PromptScore(Metric):
         if len(pipeline.texts) < 2:
             raise UserError(f"{KEY} needs at least 2 prompts, and loss.pipeline.prompts has one")
         return pipeline.texts
+
+
+def _wins(found: Tensor, reference: Tensor) -> Tensor:
+    """Which cosines, (prompts,), are larger than others, (prompts,): 1, and a half for ties."""
+    return (found > reference).double() + (found == reference).double() / 2
 
 
 class _Judge:
