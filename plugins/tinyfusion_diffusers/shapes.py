@@ -170,6 +170,8 @@ def _example(
         batch["y"] = torch.arange(num_rows) % config["num_embeds_ada_norm"]
     length = _text_length(config, cls, tokens[0])
     batch |= _texts(config, cls, num_rows, {"text": length, "text_2": tokens[1] or length})
+    if tokens[1] is not None and "text_2" not in batch:
+        raise UserError(f"backbone.text_length_2 is {tokens[1]}; {cls.__name__} as configured takes no second text")
     if "control" in named:
         batch["control"] = latents(config["vace_in_channels"])
     if "pooled" in named and (width := config.get("pooled_projection_dim", config.get("in_text_dim2"))):

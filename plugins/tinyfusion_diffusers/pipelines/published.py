@@ -21,7 +21,7 @@ from tinyfusion_diffusers.pipelines.index import Index, loggers, read_index
 from tinyfusion_diffusers.prompts.sources import read_prompts
 
 KEY = "loss.pipeline"
-OWN = ("prompt", "class_labels", "generator", "latents", "num_images_per_prompt", "output_type", "return_dict")
+OWN = ("self", "prompt", "class_labels", "generator", "latents", "num_images_per_prompt", "output_type", "return_dict")
 """Arguments of a pipeline's call that are no options."""
 BESIDE = ("condition", "control", "image")
 """Columns without which a network makes no picture, and which a prompt does not bring."""

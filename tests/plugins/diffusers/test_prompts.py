@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,14 @@ import torch
 from safetensors.torch import load_file
 
 import diffusers_prompts as tiny_pipelines
+import tinyfusion_core as tiny
 from forks import command, kill_when, start, wait
 from marks import slow_but
 from tinyfusion_core.cli import main
 from tinyfusion_core.errors import Interrupted, UserError
+from tinyfusion_core.protocols.columns import columns_of
+from tinyfusion_core.runtime.seeding import Rng
+from tinyfusion_diffusers import DiffusersTransformer, RectifiedFlow
 from tinyfusion_diffusers.prompts.encode import EncodePrompts
 
 PROMPTS = ["a cat", "two dogs in a garden", 'a sign that says "the sea"', "a very long walk " * 40]
@@ -189,6 +194,28 @@ def test_two_processes_and_a_kill_make_what_one_makes(flux: Path, tmp_path: Path
     assert wait(start(command(*words, "--out", killed), log, processes=2)) == [0, 0], log.read_text()[-3000:]
     assert log.read_text().count("40 prompts in 40 shards, all verified") == 1
     assert content(killed) == content(whole)
+
+
+def test_a_second_text_is_taken_as_it_was_written(tmp_path: Path) -> None:
+    folder = tiny_pipelines.saved("HunyuanImagePipeline", tmp_path / "pipeline")
+    how = EncodePrompts(model=str(folder), dtype="float32", shard_size=4)
+    made = how(written(tmp_path, *PROMPTS), tmp_path / "out")
+    text, text_2 = (made["row"][name][0] for name in ("text", "text_2"))
+    assert text != text_2
+    columns = rows(tmp_path / "out")
+    assert columns["mask_2"].any(1).tolist() == [False, False, True, False]  # one has words in quotes
+    backbone = DiffusersTransformer(model=str(folder), latent=[4, 4], text_length=text, text_length_2=text_2)
+    task = tiny.Task.without_data(backbone, RectifiedFlow(), backbone.build())
+    columns_of(backbone, task.teacher, "y").check(
+        {**columns, "x": (x := backbone.example(4)["x"])}, lambda name, row: "here"
+    )
+    inputs = task.loss.prepare({**columns, "x": x + 1}, Rng(0, "test"))
+    losses = task.loss.losses(task.teacher, inputs)
+    assert losses.isfinite().all()
+    other = task.loss.losses(task.teacher, {**inputs, "text_2": inputs["text_2"].flip(-1)})
+    assert (other != losses).tolist() == [False, False, True, False]
+    with pytest.raises(UserError, match="text_length_2 is 3; .*FluxTransformer2DModel as configured takes no second"):
+        replace(DiffusersTransformer.tiny(), text_length_2=3).example(1)
 
 
 def test_pipelines_and_prompts_that_are_refused(flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -240,7 +240,8 @@ def test_what_is_missing_is_said_before_anything_is_spent(
     refused("pipeline.prompts: holds no prompts", prompts=["", " "])
     refused("none.txt", prompts="none.txt")
     refused(r"options.guidance: .* has no such option; did you mean 'guidance_scale'", options={"guidance": 2.0})
-    refused("options.generator: .* has no such option", options={"generator": 1})
+    for own in ("generator", "self"):
+        refused(f"options.{own}: .* has no such option", options={own: 1})
     dit = backbone_in(diffusers_whole.whole("DiTPipeline", tmp_path / "dit"), "DiTPipeline")
     with pytest.raises(UserError, match="transformer of '.*' is a SD3Transformer2DModel, the backbone's a DiTTrans"):
         pipeline_in(folder, name).check(dit)
@@ -265,6 +266,8 @@ def test_what_is_missing_is_said_before_anything_is_spent(
         said = "".join(capsys.readouterr())
         assert f"loss.pipeline.folder: '{folder / 'vae'}' is missing, and StableDiffusion3Pipeline needs it" in said
     assert not (tmp_path / "run" / "student").exists()
+    assert main(["validate", str(recipe(taught, path, folders="x"))]) == 2
+    assert "loss.pipeline.folders: unknown key; did you mean 'folder'?" in capsys.readouterr().err
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps(index | {"vae": ["mine", "Mine"]}))
     refused("vae comes from 'mine'; parts of diffusers and transformers are read")
