@@ -104,6 +104,9 @@ class PublishedPipeline(Settings):
 
     def _check_parts(self, index: Index) -> None:
         index.check_known("")
+        decoder = inspect.signature(index.cls.__init__).parameters.get("vae")
+        if decoder is not None and decoder.default is decoder.empty and index.parts.get("vae", (None,))[0] is None:
+            raise MissingFileError(f"{KEY}.folder: '{self.folder}' has no autoencoder, its model_index.json says")
         for name, (library, _) in index.parts.items():
             inside = Path(self.folder) / name
             if library is None or name == "transformer":

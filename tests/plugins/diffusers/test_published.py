@@ -269,6 +269,8 @@ def test_what_is_missing_is_said_before_anything_is_spent(
     assert main(["validate", str(recipe(taught, path, folders="x"))]) == 2
     assert "loss.pipeline.folders: unknown key; did you mean 'folder'?" in capsys.readouterr().err
     index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"vae": [None, None]}))
+    refused("pipeline' has no autoencoder, its model_index.json says")
     (folder / "model_index.json").write_text(json.dumps(index | {"vae": ["mine", "Mine"]}))
     refused("vae comes from 'mine'; parts of diffusers and transformers are read")
 
