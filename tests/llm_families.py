@@ -54,6 +54,8 @@ SIZES: dict[str, Any] = {
     "swa_num_key_value_heads": 2, "swa_head_dim": 8, "input_embedding_size": 32, "output_embedding_size": 32,
 }  # fmt: skip
 KINDS = ("sliding", "full")
+SHARED = {"num_kv_shared_layers": 2, "layer_types": [f"{kind}_attention" for kind in KINDS] * 3}
+"""The last layer of each kind reads the keys and values of the one before."""
 MORE: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [2, 5]},
     "big_bird": {"attention_type": "original_full"},
@@ -68,9 +70,9 @@ MORE: dict[str, dict[str, Any]] = {
     "dots3_note_text": {
         "num_key_value_heads": 4, "per_layer_config": {i: {"kv_lora_rank": 4} for i in "234"}, "head_dim": 16,
     },
-    "gemma3n_text": {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 3},
-    "gemma4_text": {"num_kv_shared_layers": 0, "global_head_dim": 8},
-    "gemma4_unified_text": {"num_kv_shared_layers": 0, "global_head_dim": 8},
+    "gemma3n_text": SHARED,
+    "gemma4_text": {**SHARED, "global_head_dim": 8},
+    "gemma4_unified_text": {**SHARED, "global_head_dim": 8},
     "gpt_neo": {"attention_types": [[["global", "local"], 3]]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 3},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2},
@@ -107,7 +109,8 @@ def sized(known: dict[str, Any], renamed: dict[str, Any]) -> dict[str, Any]:
     if "qk_rope_head_dim" in known:  # heads are of two parts
         sizes |= {"head_dim": LATENT["qk_rope_head_dim"], **LATENT}
     inner = {key: value for key, value in known.items() if isinstance(value, dict) and "model_type" in value}
-    return sizes | {key: sized(value, renamed) for key, value in inner.items()}
+    more = {key: MORE.get(value["model_type"], {}) for key, value in inner.items()}
+    return sizes | {key: {**sized(value, renamed), **more[key]} for key, value in inner.items()}
 
 
 def settings(family: str) -> dict[str, Any]:

@@ -101,7 +101,9 @@ class NextToken(TokenLoss):
             given = {"attention_mask": tokens.new_ones(len(tokens), 1, size, size, dtype=torch.bool)}
         if "positions" in inputs:  # where they begin anew, transformers keeps what is before out of sight
             given["position_ids"] = inputs["positions"]
-        return run_to_head(model, tokens, {"use_cache": False, "logits_to_keep": 1, **given}, {"use_cache": False})
+        # As an index: told a number of tokens, Gemma 4 runs the layers that share keys and values for these alone.
+        given["logits_to_keep"] = tokens.new_zeros(1)
+        return run_to_head(model, tokens, {"use_cache": False, **given}, {"use_cache": False})
 
     @override
     def generated(self, model: Any, batch: Batch, conditions: str, rng: Rng) -> dict[str, Tensor]:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import pickle
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -11,7 +15,10 @@ import yaml
 import tinyfusion_core as tiny
 from small_run import run
 from tinyfusion_core.cli import main
-from tinyfusion_core.pipeline.budgets import _told_apart
+from tinyfusion_core.pipeline.budgets import _told_apart, budgets_of
+from tinyfusion_core.runtime.run_folder import RunFolder
+from tinyfusion_core.runtime.workers import base
+from tinyfusion_core.runtime.workers.base import P, Workers
 from tinyfusion_core.samplers.subset import ScoreFunction
 from toys import Match, Planted, planted_data
 
@@ -66,6 +73,42 @@ def test_the_command_prunes_a_runs_teacher_to_several_budgets(
     assert small["parameters"] < rows[1]["parameters"] < full["parameters"]
     assert main(["budgets", str(folder), "--keep", "9"]) == 2
     assert "9" in capsys.readouterr().err
+
+
+@dataclass(frozen=True)
+class Reversed(Workers):
+    """Does the pieces here, from the last on."""
+
+    done: list[object] = field(default_factory=list)
+
+    def run(self, work: Callable[[P], object], pieces: Sequence[P], logs: Path) -> Iterator[P]:
+        for piece in reversed(pieces):
+            pickle.loads(pickle.dumps(work))(piece)
+            self.done.append(piece)
+            yield piece
+
+
+def test_others_compute_what_one_process_computes_and_nothing_twice(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    assert (
+        run(recipe, folder.path, "--search={class_path: Search, init_args: {keep: 4, steps: 4}}", "--recover=null") == 0
+    )
+    others = Reversed()
+    rows = budgets_of(folder, [6, 3], workers=others)
+    assert others.done == [3, 6]
+    assert [len(row.kept) for row in rows] == [6, 3]
+    kept = {path: path.read_bytes() for path in (folder / "budgets").glob("*.json")}
+    assert budgets_of(folder, [3, 6], workers=others) == rows[::-1]
+    assert others.done == [3, 6]
+    shutil.rmtree(folder / "budgets")
+    assert budgets_of(folder, [6, 3]) == rows
+    assert {path: path.read_bytes() for path in kept} == kept
+    assert len(budgets_of(folder, [6, 3, 8])) == 3
+    monkeypatch.setattr(base, "rank_and_world_size", lambda: (0, 2))
+    with pytest.raises(tiny.UserError, match="--workers starts processes of its own"):
+        budgets_of(folder, [2], workers=others)
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ from tinyfusion_core.reporting.report import write_report
         ("{pattern: [2, 4], protect: [0]}", tiny.Search),
         ("{sampler: {class_path: ExactK, init_args: {rules: {keep: 4}}}, steps: 9}", tiny.Search),
         ("{loss: 1.05x}", tiny.Shallowest),
+        ("{metric: Frechet, within: 2x}", tiny.Shallowest),
         ("{class_path: Search, init_args: {keep: 4}}", tiny.Search),
     ],
 )

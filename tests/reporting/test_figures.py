@@ -12,7 +12,7 @@ import pytest
 from tinyfusion_core.comparison.figures import draw_choices, draw_kept, draw_scatter
 from tinyfusion_core.comparison.statistics import MeanStd
 from tinyfusion_core.reporting.drawing import STYLE, hover, save_figure
-from tinyfusion_core.reporting.figures import draw_budgets, draw_dynamics, draw_loss
+from tinyfusion_core.reporting.figures import draw_budgets, draw_dynamics, draw_loss, draw_quality
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -70,6 +70,10 @@ def test_depths_against_quality(tmp_path: Path) -> None:
     assert told(tmp_path / "budgets.svg") == [
         "2 blocks, right after pruning: 2", "1 blocks, recovered: 1.75", "2 blocks, recovered: 1.5",
     ]  # fmt: skip
+    depth = {"measured": {"4": 9.0, "8": 7.0}, "teacher": 3.0, "limit": 4.0, "interval": None, "measures": "FID"}
+    depths = [{**depth, "kept": [0], "predicted": 6.0}, {**depth, "kept": [0, 1], "predicted": 3.5}]
+    draw_quality(depths, (2, 1.2), tmp_path / "quality.svg")
+    assert {"FID", "predicted"} <= set(text(tmp_path / "quality.svg"))
 
 
 def test_marks_of_a_comparison_have_numbers_deviations_and_values(tmp_path: Path) -> None:

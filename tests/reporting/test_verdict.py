@@ -114,6 +114,10 @@ def test_finals_and_qualities_say_what_they_know() -> None:
     assert how_sure(decision(0, 1, provenance={"quality": depths})) == (
         "0.72: the probability that so few blocks recover within what was allowed."
     )
+    by_metric = [{"kept": [0, 1], "probability": None, "measures": "FID"}]
+    assert how_sure(decision(0, 1, provenance={"quality": by_metric})) == (
+        "Not known: FID is one number, and the prediction has no interval."
+    )
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ def test_it_obeys_rules_and_its_plan_is_that_of_the_deepest_choice() -> None:
 def test_what_cannot_be_is_told() -> None:
     with pytest.raises(tiny.UserError, match=r"^loss is 0\.5: no depth .* of 8 blocks is the best"):
         shallowest(0.5, steps=60)(noisy(), TRAINER)
-    with pytest.raises(tiny.UserError, match="loss is 1.05x, and the teacher's loss is 0; give a number"):
+    with pytest.raises(tiny.UserError, match="loss is 1.05x, and the teacher's is 0; give a number"):
         shallowest("1.05x")(task(), TRAINER)
     with pytest.raises(tiny.UserError, match=r"^steps is 30: too few to try depths with"):
         shallowest("1.05x", steps=30)(noisy(), TRAINER)
@@ -116,3 +116,58 @@ def test_its_short_recoveries_begin_as_the_recovery_will(tmp_path: Path) -> None
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     search = tiny.load_recipe(tmp_path / "recipe.yaml").search
     assert [how.start for how in search.trainings()] == [tiny.Refit()]
+
+
+@dataclass(frozen=True)
+class Share(tiny.Metric):
+    """How much of the teacher's output a network has, of which more is better."""
+
+    together = True
+
+    def __call__(self, task: tiny.Task, models, trainer: tiny.Trainer) -> list[tiny.Measurement]:
+        batch = task.held_out.__getitems__(list(range(len(task.held_out))))
+        with torch.no_grad():
+            teacher, *others = (
+                task.loss.predict(m, task.loss.prepare(batch, tiny.Rng(0, "share"))) for m in models.values()
+            )
+        values = [1 - float((x - teacher).square().mean() / teacher.square().mean()) for x in (teacher, *others)]
+        return [
+            tiny.Measurement(f"share of {len(task.held_out)}", dict(zip(models, values, strict=True)), better="higher")
+        ]
+
+
+@dataclass(frozen=True)
+class Pointless(tiny.Metric):
+    """Measures what is neither better nor worse."""
+
+    def __call__(self, task: tiny.Task, models, trainer: tiny.Trainer) -> list[tiny.Measurement]:
+        return [tiny.Measurement("size", dict.fromkeys(models, 1.0))]
+
+
+def test_a_metric_says_what_is_enough() -> None:
+    how = shallowest(None, metric=Share(), within="0.999x", steps=240)
+    decision = how(task(), TRAINER)
+    assert list(decision.kept) == WORKING
+    tried = decision.provenance["quality"]
+    assert [len(entry["kept"]) for entry in tried] == [2, 3, 4]
+    for entry in tried:
+        assert entry["measures"] == "share of 32"  # of those set apart, not the held-out ones
+        assert (entry["teacher"], entry["limit"]) == (1.0, 0.999)
+        assert len(entry["measured"]) == 3
+        assert entry["interval"] is entry["probability"] is None
+        assert (entry["predicted"] >= 0.999) == (len(entry["kept"]) == 4)
+
+
+def test_a_metric_that_cannot_judge_is_told() -> None:
+    with pytest.raises(tiny.UserError, match="metric: Pointless has no first measurement of which less or more is"):
+        shallowest(None, metric=Pointless(), within="0.9x")(task(), TRAINER)
+    with pytest.raises(tiny.UserError, match=r"within is 1\.5x: no depth .* is the best, predicted at"):
+        shallowest(None, metric=Share(), within="1.5x", steps=60)(task(), TRAINER)
+    for wrong in (
+        {},
+        {"loss": 1.0, "metric": Share(), "within": 1.0},
+        {"metric": Share()},
+        {"within": 1.0, "loss": 1.0},
+    ):
+        with pytest.raises(tiny.UserError, match="give either loss, or metric and within"):
+            tiny.Shallowest(**wrong)

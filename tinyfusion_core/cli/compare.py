@@ -148,6 +148,7 @@ class Budgets(Command):
         parser.add_argument(
             "--recover-steps", type=a_count, default=0, metavar="N", help="recover each student (default: 0)"
         )
+        parser.add_argument("--workers", type=some_workers, metavar="HOW", help=f"let others compute it: {WORKERS}")
         parser.add_argument("--json", action="store_true", help=FOR_PROGRAMS)
 
     def __call__(self, options: Namespace) -> int:
@@ -159,7 +160,7 @@ class Budgets(Command):
         from ..runtime.run_folder import existing_run
         from .printing import print_json, print_table
 
-        rows = budgets_of(existing_run(options.run_dir), options.keep, options.recover_steps)
+        rows = budgets_of(existing_run(options.run_dir), options.keep, options.recover_steps, options.workers)
         if rank_and_world_size()[0] != 0:
             return 0
         if options.json:

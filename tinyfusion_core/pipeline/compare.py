@@ -17,10 +17,10 @@ from ..errors import UserError, about_a_recipe
 from ..evaluation.evaluate import check_teacher
 from ..parsing.records import read_text
 from ..reporting.page import Figures, Picture, render_page
-from ..runtime.distributed import on_main_process, rank_and_world_size
+from ..runtime.distributed import on_main_process
 from ..runtime.files import write_text
 from ..runtime.run_folder import COMPARISON_RESULTS
-from ..runtime.workers.base import Workers
+from ..runtime.workers.base import Workers, check_alone
 from .planning.plan import make_comparison_plan
 from .recipe import Recipe, load_recipe
 from .run import keep_what_is_loaded, make_task
@@ -52,8 +52,8 @@ def compare_recipe(
     if plan.problems or plan.missing:
         raise UserError("\n".join(plan.problems + plan.missing))
     assert recipe.recover is not None  # else the plan has a problem
-    if workers is not None and rank_and_world_size()[1] > 1:
-        raise UserError("--workers starts processes of its own: start the command once, without torchrun or accelerate")
+    if workers is not None:
+        check_alone()
     task = make_task(recipe)
     check_teacher(task, recipe.trainer)
     keep_what_is_loaded()

@@ -68,7 +68,10 @@ PLAIN = (Trainer, Recover, Round, Rules, TeacherCache, Validation, Compare, Audi
 """Classes of sections that do not name their class."""
 WRONG = object()
 """What stands for a value that is left out, because it cannot be one."""
-SAID_BY = {"loss": "Shallowest", "pattern": "Search", "sampler": "Search", "keep": "Race", "budget": "Race"}
+SAID_BY = {
+    "loss": "Shallowest", "metric": "Shallowest",
+    "pattern": "Search", "sampler": "Search", "keep": "Race", "budget": "Race",
+}  # fmt: skip
 """The class of a selector without one, by the first of these keys that it has; `Race` if it has none."""
 OPTIONAL = ("train", "search", "recover", "rounds", "compare", "audit")
 
@@ -92,8 +95,7 @@ def schema() -> ArgumentParser:
 def arguments_of(cls: type[Any]) -> dict[str, inspect.Parameter]:
     """Return the arguments of a class that are keys of recipes, by name."""
     python = {field.name for field in fields(cls) if PYTHON in field.metadata} if is_dataclass(cls) else set()
-    found = inspect.signature(cls).parameters.items()
-    return {name: p for name, p in found if not name.startswith("_") and name not in python}
+    return {k: p for k, p in inspect.signature(cls).parameters.items() if not k.startswith("_") and k not in python}
 
 
 @contextmanager

@@ -161,7 +161,7 @@ class Gates:
         entered |= dict(self._handed_on(j, call, items, len(mask), nobody=not len(kept)))
         for i, x in entered.items():
             items[i] = _Merge.apply(x, items[i], value[i] if value else None, mask, kept, run, rest, weight)
-        return in_the_form_of(output, items)
+        return in_the_form_of(output, items, self._streams[j])
 
     def _of_no_graph(self, j: int, call: Call, kept: Tensor, run: Tensor) -> Any:
         """A block's output; if nobody keeps the block and a call like this has been seen, one of no rows."""
@@ -175,8 +175,8 @@ class Gates:
 
     def _form(self, j: int, call: Call, output: Any) -> Any:
         """A block's output with the streams of no rows; None if more than streams and plain values is in it."""
-        streams, items, carried = {stream.item for stream in self._streams[j]}, items_of(output) or {}, self._carried[j]
-        for i, item in items.items():
+        streams, carried = {stream.item for stream in self._streams[j]}, self._carried[j]
+        for i, item in (items := items_of(output, self._streams[j]) or {}).items():
             if i in streams | carried.keys() and isinstance(item, Tensor):
                 if i in carried and call.given(carried[i]) is None and self._shared(j, carried[i], None):
                     return None  # it makes this for all
@@ -185,7 +185,7 @@ class Gates:
                 items[i] = None
             elif not is_plain(item):
                 return None
-        return in_the_form_of(output, items) if streams <= items.keys() else None
+        return in_the_form_of(output, items, self._streams[j]) if streams <= items.keys() else None
 
     def _handed_on(self, j: int, call: Call, items: Any, num_rows: int, nobody: bool) -> Iterator[tuple[Any, Tensor]]:
         """What a skipped block hands on beside its streams; what all samples share is put into its output."""
@@ -235,7 +235,7 @@ class Gates:
 
     def _items(self, j: int, output: Any) -> dict[int | str, Any]:
         """The parts of a block's output, without those that nobody needs."""
-        items = items_of(output)
+        items = items_of(output, self._streams[j])
         if items is None:
             kind = type(output).__name__
             raise UserError(f"block '{self.blocks[j]}' returns a {kind}; gating takes a tensor, a tuple or a mapping")

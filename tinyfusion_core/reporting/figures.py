@@ -120,17 +120,19 @@ def draw_quality(depths: Entries, recovered: tuple[int, float] | None, path: Pat
     kept, teacher = [len(e["kept"]) for e in depths], depths[0]["teacher"]
     short = [(len(e["kept"]), loss) for e in depths for loss in e["measured"].values() if loss < math.inf]
     predicted = np.array([e["predicted"] for e in depths])
-    around = np.abs(np.array([e["interval"] for e in depths]).T - predicted)
+    measures = depths[0].get("measures")  # a metric, of whose values no interval is known
+    around = None if measures else np.abs(np.array([e["interval"] for e in depths]).T - predicted)
+    label = "predicted" if measures else "predicted, with a 90 % interval"
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(WIDTH, 3.8), layout="constrained")
         axes.plot(*np.array(short).T, ".", color=GREY, label="measured after short recoveries")
-        axes.errorbar(kept, predicted, yerr=around, fmt="o-", color=KEPT, label="predicted, with a 90 % interval")
+        axes.errorbar(kept, predicted, yerr=around, fmt="o-", color=KEPT, label=label)
         axes.axhline(depths[0]["limit"], color=GREY, linestyle="--", linewidth=1, label="allowed")
         axes.axhline(teacher, color=GREY, linestyle=":", linewidth=1, label="teacher")
         if recovered:
             label = "recovered, as held-out samples say"
             axes.plot(recovered[0], recovered[1] * teacher, "*", color=RED, markersize=11, label=label)
-        axes.set(xlabel="blocks kept", ylabel="loss", xticks=kept)
+        axes.set(xlabel="blocks kept", ylabel=measures or "loss", xticks=kept)
         legend_above(axes)
         save_figure(figure, path)
 

@@ -79,14 +79,15 @@ def _draw_decisions(folder: RunFolder, decisions: Mapping[str, Decision]) -> lis
             drawn.append(Figures(f"The race{of}", caption, list(map(Picture, paths))))
         if depths := decision.provenance.get("quality"):
             quality = figures / f"{prefix}quality.svg"
-            loss = None if name else _recovered_loss(folder)  # the table compares with the first round's teacher
-            draw_quality(depths, None if loss is None else (len(decision.kept), loss), quality)
             chosen = next(e for e in depths if e["kept"] == list(decision.kept))
-            caption = (
-                f"Depths that were tried. The fewest blocks within the loss: {len(decision.kept)}; with probability "
-                f"{chosen['probability']:.2f}, as far as the samples that judged can tell."
-            )
-            drawn.append(Figures(f"Depth against quality{of}", caption, [Picture(quality)]))
+            measures = chosen.get("measures", LOSS)
+            loss = None if name else _recovered(folder, measures)  # the table compares with the first round's teacher
+            draw_quality(depths, None if loss is None else (len(decision.kept), loss), quality)
+            caption = f"Depths that were tried. The fewest blocks within what was allowed: {len(decision.kept)}"
+            if chosen["probability"] is not None:
+                sure = f"{chosen['probability']:.2f}"
+                caption += f"; with probability {sure}, as far as the samples that judged can tell"
+            drawn.append(Figures(f"Depth against quality{of}", f"{caption}.", [Picture(quality)]))
         search = decided(folder.round(name).metrics(SEARCH), len(decision.blocks))
         if search:
             paths = [figures / f"{prefix}{what}.svg" for what in ("dynamics", "marginals")]
@@ -99,9 +100,9 @@ def _draw_decisions(folder: RunFolder, decisions: Mapping[str, Decision]) -> lis
     return drawn
 
 
-def _recovered_loss(folder: RunFolder) -> float | None:
-    """The recovered network's held-out loss as a multiple of the teacher's; None if it was not measured."""
-    return next((last_to_first(m) for m in measurements(folder) if m["name"] == LOSS), None)
+def _recovered(folder: RunFolder, name: str) -> float | None:
+    """What was measured of the recovered network, as a multiple of the teacher's; None if it was not."""
+    return next((last_to_first(m) for m in measurements(folder) if m["name"] == name), None)
 
 
 def _draw_budgets(folder: RunFolder) -> list[Figures]:

@@ -56,6 +56,8 @@ def how_sure(decision: Decision) -> str:
         return _confidence(decision)
     if depths := decision.provenance.get("quality"):
         chosen = next(e for e in depths if e["kept"] == list(decision.kept))
+        if chosen["probability"] is None:
+            return f"Not known: {chosen['measures']} is one number, and the prediction has no interval."
         return f"{chosen['probability']:.2f}: the probability that so few blocks recover within what was allowed."
     if decision.provenance.get("finals"):
         return "It won the finals on one recovery each; how sure that is was not measured."

@@ -238,7 +238,7 @@ def _run_writes(folder: Path, path: Path) -> bool:
     recipe = _sections(folder)
     rounds = recipe.get("rounds")
     parts = path.parts[1:] if isinstance(rounds, dict) and path.parts[0] in rounds else path.parts
-    written = {"recipe.yaml", RUN_RECORD, "stages.json", "metrics.jsonl", "checkpoints", "budgets.json", IDS}
+    written = {"recipe.yaml", RUN_RECORD, "stages.json", "metrics.jsonl", "checkpoints", "budgets", "budgets.json", IDS}
     return bool(parts) and parts[0] in written.union(*OUTPUTS.values(), _plugin_files(recipe))
 
 

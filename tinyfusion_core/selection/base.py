@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 from ..errors import UserError
+from ..evaluation.metrics import Metric
 from ..parsing.settings import Settings, check_arguments
 from ..protocols.blocks.paths import block_lists
 from ..protocols.task import Task
@@ -86,6 +87,10 @@ class Selector(Settings, ABC):
     def inputs(self) -> dict[str, str]:
         """Return the hashes of the files that affect the outcome besides the settings, by key."""
         return {}
+
+    def metrics(self) -> Sequence[Metric]:
+        """Return the metrics by which it judges, whose data are checked beforehand."""
+        return ()
 
     @abstractmethod
     def preview(self, blocks: Sequence[str]) -> Decision:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..protocols.blocks.call import entering, in_the_form_of, items_of
-from ..protocols.blocks.streams import FIRST, Streams
+from ..protocols.blocks.streams import FIRST, Streams, streams_of
 from .assertions import removing
 
 
@@ -28,12 +28,13 @@ def dense_formula(model: nn.Module, blocks: Sequence[str], mask: Tensor, streams
     """
 
     def mix(j: int, path: str, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        items = items_of(output) or {}
+        declared = streams_of(streams, path)
+        items = items_of(output, declared) or {}
         for stream, before in entering(block, args, kwargs, streams, path):
             m = mask[:, j].view(-1, *[1] * (before.ndim - 1))
             i = stream.item
             items[i] = items[i] * m + (0 if stream.added else before * (1 - m))
-        return in_the_form_of(output, items)
+        return in_the_form_of(output, items, declared)
 
     with removing(
         model.get_submodule(path).register_forward_hook(partial(mix, j, path), with_kwargs=True)

@@ -170,11 +170,11 @@ class Validator:
 
 
 def parse_loss(given: str | float, teacher: float, key: str) -> float:
-    """Return the loss that a setting means.
+    """Return the loss, or another measurement, that a setting means.
 
     Args:
-        given: a loss, or a multiple of the teacher's, as `1.05x`.
-        teacher: the teacher's loss.
+        given: a number, or a multiple of the teacher's, as `1.05x`.
+        teacher: the teacher's.
         key: the setting, for the message.
 
     Raises:
@@ -182,12 +182,12 @@ def parse_loss(given: str | float, teacher: float, key: str) -> float:
     """
     text = str(given)
     if text.endswith("x") and teacher <= 0:
-        raise UserError(f"{key} is {given}, and the teacher's loss is {teacher:.3g}; give a number")
+        raise UserError(f"{key} is {given}, and the teacher's is {teacher:.3g}; give a number")
     try:
         value = float(text.removesuffix("x")) * (teacher if text.endswith("x") else 1.0)
     except ValueError:
         value = math.nan
-    require(0 < value < math.inf, key, given, "a multiple of the teacher's, as 1.05x, or a loss")
+    require(0 < value < math.inf, key, given, "a multiple of the teacher's, as 1.05x, or a number")
     return value
 
 

@@ -72,14 +72,20 @@ def _rules(model: nn.Module, stack: Stack) -> Mapping[str, Sequence[Any]]:
     fixed = sorted({*range(num_fed(model)), *(i for i, kept in alone.items() if problem(kept))})
     if not fixed and not any(map(problem, together)):
         return {}
-    if fixed and not any(map(problem, _beside(fixed, len(kinds)))):
-        return {"protect": fixed}
-    period, repeated = _repeated(kinds)
-    if not (found := list(filter(None, map(problem, repeated)))):
-        return {"period": period}
+    depth, (period, repeated) = len(kinds), _repeated(kinds)
+    # Layers may stay for the sake of later ones that read from them, of which then the last stays too.
+    staying = [fixed, *([[*fixed, depth - 1]] if fixed[-1] < depth - 1 else [])] if fixed else []
+    tried: list[tuple[Mapping[str, Sequence[Any]], list[list[int]]]]
+    tried = [({"protect": some}, _beside(some, depth)) for some in staying]
+    # Where no two layers are alike, the first ones may be a network, which says more than that all but the last stay.
+    unlike = len(set(kinds)) == depth and len(find_stacks(model)) == 1  # of two lists, one with a period stays whole
+    tried.insert(0 if unlike else len(tried), ({"period": period}, repeated))
+    for rules, masks in tried:
+        if not (found := next(filter(None, map(problem, masks)), "")):
+            return rules
     raise UserError(
         f"backbone: no layer of a '{text_config(model).model_type}' can go, since its config could not express the "
-        f"others: {found[0]}"
+        f"others: {found}"
     )
 
 
@@ -108,7 +114,7 @@ def _repeated(kinds: Sequence[str]) -> tuple[list[str], list[list[int]]]:
     return list(kinds[:period]), [list(mask) for mask in masks if mask]
 
 
-_KINDS = 4
+_KINDS = 8
 """Kinds of layers that are looked at one by one; more are rare, and every look takes a second of a large network."""
 
 

@@ -75,12 +75,7 @@ def corrected(model: nn.Module, kept: Mapping[Stack, Sequence[int]]) -> str:
         changed += [(config, key, value) for key, value in {stack.key: len(indices), **listed}.items()]
     for config, key, value in changed:
         setattr(config, key, value)
-    paths = [stack.path for stack in kept]
-    fresh = _fresh(model)
-    if not isinstance(fresh, str):
-        for stack, indices in kept.items():
-            _slice(model, fresh, paths, depths[stack], indices)
-    return _difference(model, paths, fresh) and _count_anew(model, kept, depths)
+    return _disagreement(model, kept, depths) and _count_anew(model, kept, depths)
 
 
 def try_out(model: Any, kept: Mapping[str, Sequence[int]]) -> None:
@@ -124,7 +119,6 @@ def _count_anew(model: nn.Module, kept: Mapping[Stack, Sequence[int]], depths: M
     Returns:
         What still differs; empty if nothing does.
     """
-    paths = [stack.path for stack in kept]
     for stack, indices in kept.items():
         config, depth = stack.config(model), depths[stack]
         for key, value in config.to_dict().items():
@@ -132,10 +126,19 @@ def _count_anew(model: nn.Module, kept: Mapping[Stack, Sequence[int]], depths: M
             if counts and key != config.attribute_map.get(stack.key, stack.key):
                 for left in {sum(i < value for i in indices), sum(i >= depth - value for i in indices)}:
                     setattr(config, key, left)
-                    if not _difference(model, paths, _fresh(model)):
+                    if not _disagreement(model, kept, depths):
                         return ""
                 setattr(config, key, value)
-    return _difference(model, paths, _fresh(model))
+    return _disagreement(model, kept, depths)
+
+
+def _disagreement(model: nn.Module, kept: Mapping[Stack, Sequence[int]], depths: Mapping[Stack, int]) -> str:
+    """Slice packed weights, and say what still differs from the network of the config; empty if nothing does."""
+    fresh, paths = _fresh(model), [stack.path for stack in kept]
+    if not isinstance(fresh, str):
+        for stack, indices in kept.items():
+            _slice(model, fresh, paths, depths[stack], indices)
+    return _difference(model, paths, fresh)
 
 
 _RULE = r"period|offset|interval|step|freq|pattern|every"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -15,12 +16,14 @@ from typing_extensions import override
 from tinyfusion_core.errors import UserError, first_line, need, require
 from tinyfusion_core.protocols.backbone import Backbone
 from tinyfusion_core.protocols.blocks.branches import REMOVED, removed_branches
+from tinyfusion_core.protocols.blocks.streams import Stream
 from tinyfusion_core.runtime.files import digest, sha256
 from tinyfusion_core.runtime.progress import quietly
 from tinyfusion_core.runtime.seeding import generator
 from tinyfusion_llm.layers.building import as_plain, config_of, construct, randomised, steady
 from tinyfusion_llm.layers.limits import limits
 from tinyfusion_llm.layers.shortening import shorten, try_out
+from tinyfusion_llm.layers.streams import layer_streams
 from tinyfusion_llm.pretrained.readers import load_processor, load_tokenizer
 from tinyfusion_llm.pretrained.reading import (
     Autos,
@@ -156,6 +159,11 @@ class Pretrained(Backbone):
     @override
     def limits(self, model: nn.Module) -> Mapping[str, Sequence[Any]]:
         return limits(model)
+
+    @cached_property
+    @override
+    def streams(self) -> Mapping[str, Sequence[Stream]]:  # type: ignore[override]  # not every network has the same
+        return layer_streams(self.config(), self.autos)
 
     @property
     @override

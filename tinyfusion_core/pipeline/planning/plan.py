@@ -157,6 +157,8 @@ def _search(plan: Plan, recipe: Recipe, stage: Stage, model: nn.Module) -> tuple
 def _choosing(plan: Plan, recipe: Recipe, stage: Stage, selector: Selector, pruned: nn.Module, **of: Any) -> None:
     """Plan the short recoveries of a selector, and what all of its trainings come to; `of` says how it was pruned."""
     prefix, blocks, trainings = prefix_of(stage), recipe.backbone.unit_paths(recipe.on_meta), selector.trainings()
+    for metric in selector.metrics():
+        _collect(plan, partial(metric.check_fits, recipe.data, recipe.loss))
     for short in (part for part in trainings if isinstance(part, Recover)):
         what = f"{prefix}short recoveries"
         plan.rows.append((what, training_text(recipe, short, **of)))

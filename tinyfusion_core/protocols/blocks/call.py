@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import UserDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten_with_path, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 from ...errors import UserError
 from .streams import Stream, Streams, streams_of
@@ -57,8 +58,7 @@ class Call:
         """
         name = stream.argument
         if isinstance(name, str) and "." in name and name in self.leaf_names:
-            entry: Tensor = self.leaves[self.leaf_names.index(name)]
-            return entry
+            return stream.by_sample(self.leaves[self.leaf_names.index(name)])
         if isinstance(name, str) and name not in self.kwargs:
             if name not in self.names[: len(self.args)]:
                 raise UserError(f"block '{path}' was called without its stream argument '{name}'; see 'streams'")
@@ -71,7 +71,7 @@ class Call:
             raise UserError(
                 f"block '{path}': stream argument '{stream.argument}' is a {type(x).__name__}, not a tensor"
             )
-        return x
+        return stream.by_sample(x)
 
     def given(self, name: str) -> Any:
         """Return an argument, or a part of one, by its name; None if it was not given."""
@@ -109,7 +109,11 @@ class Call:
             some = [v if d is None else _select(v, d, rows, size) for v, d in zip(self.leaves, self.dims, strict=True)]
             args, kwargs = tree_unflatten(some, self.spec)
         before = [version(v) for v in some]
+        given = () if some is self.leaves else (*zip(self.names, args, strict=False), *kwargs.items())
+        copies = {n: (v, len(v)) for n, v in given if isinstance(v, dict)}
         output = self.plain(*args, **kwargs)
+        # What it has put into a copy of a mapping, later blocks would miss.
+        self.changed.update(n for n, (v, size) in copies.items() if len(v) != size)
         self.changed.update(n for n, v, old in zip(self.leaf_names, some, before, strict=True) if version(v) != old)
         return output
 
@@ -160,10 +164,10 @@ class Passage:
 
 
 def not_the_batch(path: str, found: int, batch: int) -> str:
-    """Say that the first dimension of a block's stream is not that of the samples."""
+    """Say that what should be the batch dimension of a block's stream is another one."""
     return (
-        f"block '{path}' is given {found} along the first dimension of its stream, for {batch} samples; a block can be "
-        "skipped for some of them only where that dimension is the batch"
+        f"block '{path}' is given {found} along the dimension of its stream that should be the batch, for {batch} "
+        "samples; say in 'streams' which one it is, as in Stream(batch_dim=1)"
     )
 
 
@@ -183,17 +187,24 @@ def entering(
     return [(stream, call.stream(stream, path)) for stream in streams_of(streams, path)]
 
 
-def items_of(output: Any) -> dict[int | str, Any] | None:
-    """Return the parts of a block's output by index or key; None if it is no tensor, tuple, list or mapping."""
+def items_of(output: Any, streams: Sequence[Stream]) -> dict[int | str, Any] | None:
+    """Return the parts of a block's output by index or key, its streams by sample.
+
+    Returns:
+        The parts; None if the output is no tensor, tuple, list or mapping.
+    """
     if isinstance(output, Tensor):
-        return {0: output}
-    if isinstance(output, Mapping):
-        return dict(output)
-    return dict(enumerate(output)) if isinstance(output, tuple | list) else None
+        items: dict[int | str, Any] = {0: output}
+    elif isinstance(output, Mapping | tuple | list):
+        items = dict(output if isinstance(output, Mapping) else enumerate(output))
+    else:
+        return None
+    return items | {s.item: s.by_sample(x) for s in streams if isinstance(x := items.get(s.item), Tensor)}
 
 
-def in_the_form_of(output: Any, items: Mapping[int | str, Any]) -> Any:
+def in_the_form_of(output: Any, items: Mapping[int | str, Any], streams: Sequence[Stream]) -> Any:
     """Return such parts in the form of a block's output: one tensor, or a mapping, tuple or list of its type."""
+    items = {**items, **{s.item: s.as_given(items[s.item]) for s in streams}}
     if isinstance(output, Tensor):
         return items[0]
     if isinstance(output, Mapping):
@@ -228,7 +239,7 @@ def positional_names(function: Callable[..., Any]) -> list[str]:
 
 def leaves_of(names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], TreeSpec]:
     """Return the leaves of a call by name (`x`, `rotary.0`), the same whether passed by position or by name."""
-    paths, spec = tree_flatten_with_path((args, kwargs))
+    paths, spec = tree_flatten_with_path(_opened((args, kwargs)))
     named: dict[str, Any] = {}
     for path, leaf in paths:
         # Each step of a path is a key of a mapping or an index of a sequence.
@@ -237,3 +248,11 @@ def leaves_of(names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any
         top = which if side else names[which] if which < len(names) else f"*{which}"
         named[".".join(map(str, [top, *inner]))] = leaf
     return named, spec
+
+
+def _opened(tree: Any) -> Any:
+    """The same with plain dicts in the place of what has their form, but hides its tensors from torch."""
+    leaves, spec = tree_flatten(tree)
+    if not any(isinstance(leaf, UserDict) for leaf in leaves):
+        return tree
+    return tree_unflatten([dict(leaf) if isinstance(leaf, UserDict) else leaf for leaf in leaves], spec)

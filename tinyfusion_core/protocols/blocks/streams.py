@@ -22,11 +22,14 @@ class Stream:
         output: index or key in the block's output; None if the output is the stream itself, or its first item.
         added: whether the output is not the stream but what is added to it: a skipped branch gives zeros, of the
             argument's shape.
+        batch_dim: dimension of the tensor that counts the samples; the first, unless tokens or several copies of the
+            stream come before.
     """
 
     argument: str | int = 0
     output: int | str | None = None
     added: bool = False
+    batch_dim: int = 0
 
     @property
     def item(self) -> int | str:
@@ -35,8 +38,15 @@ class Stream:
 
     def of(self, output: Any) -> Tensor:
         """Return the stream, (batch, ...), from a block's output: a tensor, or a tuple or mapping that contains it."""
-        found: Tensor = output if isinstance(output, Tensor) else output[self.item]
-        return found
+        return self.by_sample(output if isinstance(output, Tensor) else output[self.item])
+
+    def by_sample(self, x: Tensor) -> Tensor:
+        """Return the stream's tensor with the samples first, (batch, ...)."""
+        return x.movedim(self.batch_dim, 0) if self.batch_dim else x
+
+    def as_given(self, x: Tensor) -> Tensor:
+        """Return such a tensor, (batch, ...), as the block takes and returns it."""
+        return x.movedim(0, self.batch_dim) if self.batch_dim else x
 
 
 Streams = Sequence[Stream] | Mapping[str, Sequence[Stream]]

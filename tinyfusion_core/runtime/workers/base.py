@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ...errors import UserError
+from ..distributed import rank_and_world_size
 
 P = TypeVar("P")
 
@@ -31,6 +32,16 @@ class Workers(ABC):
         Raises:
             UserError: `work` raised it, processes cannot be started, or they die again and again.
         """
+
+
+def check_alone() -> None:
+    """Check that no other processes were started with this one.
+
+    Raises:
+        UserError: some were, as by torchrun.
+    """
+    if rank_and_world_size()[1] > 1:
+        raise UserError("--workers starts processes of its own: start the command once, without torchrun or accelerate")
 
 
 def attempt(work: Callable[[P], object], piece: P) -> str | None:

@@ -78,6 +78,11 @@ class ShortRecoveries:
         """Updates that are left."""
         return self.steps - self.spent
 
+    @property
+    def num_losses(self) -> int:
+        """How many losses are known of a recovered network."""
+        return len(self.judged)
+
     def losses(self, masks: Sequence[Mask], stage: str, steps: int, note: str = "") -> dict[Mask, Tensor]:
         """Recover masks and judge them. Only their losses are kept: weights of all would fill a disk.
 
@@ -135,7 +140,7 @@ class ShortRecoveries:
             recovery(self.trained, student, decision, trainer, part, stage=stage)
             return self.judge(student)
         except Diverged:
-            return torch.full((len(self.judged),), math.inf, dtype=torch.float64)
+            return torch.full((self.num_losses,), math.inf, dtype=torch.float64)
         finally:
             self.trainer.to_device(self.task.teacher)
 

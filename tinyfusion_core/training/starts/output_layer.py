@@ -84,7 +84,7 @@ class BlockCall:
 
         with replaced_forward(module, forward):
             self.block.forward(*self.args, **self.kwargs)
-        return by_token(found[0])
+        return by_token(self.streams[0].by_sample(found[0]))
 
     def without(self, layer: str) -> Tensor:
         """Return the streams behind the block, (batch, tokens, channels), if a layer gives zeros.
