@@ -10,7 +10,9 @@ import diffusers
 import torch
 import transformers
 
+import diffusers_sweep
 from diffusers_families import FAMILIES
+from tinyfusion_diffusers import DiffusersTransformer
 
 WIDTH, POOLED = 12, 10
 LETTERS = "abcdefghijklmnopqrstuvwxyz "
@@ -66,6 +68,12 @@ def qwen() -> tuple[Any, Any]:
     return tokenizer, transformers.Qwen2_5_VLForConditionalGeneration(config)
 
 
+def bytes_t5() -> tuple[Any, Any]:
+    tokenizer = transformers.ByT5Tokenizer()
+    config = transformers.T5Config(vocab_size=384, d_model=WIDTH, d_kv=4, d_ff=16, num_layers=2, num_heads=3)
+    return tokenizer, transformers.T5EncoderModel(config)
+
+
 ENCODERS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "PixArtAlphaPipeline": ("PixArtTransformer2DModel", (t5,)),
     "PixArtSigmaPipeline": ("PixArtTransformer2DModel", (t5,)),
@@ -78,8 +86,17 @@ ENCODERS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "LTXPipeline": ("LTXVideoTransformer3DModel", (lambda: t5(length=128),)),
     "CogVideoXPipeline": ("CogVideoXTransformer3DModel", (lambda: t5(length=226),)),
     "Lumina2Pipeline": ("Lumina2Transformer2DModel", (gemma,)),
+    "HunyuanImagePipeline": ("HunyuanImageTransformer2DModel", (qwen, bytes_t5)),
 }
 """Pipelines that take prompts: the class of their transformer, and what makes their tokenizers and text encoders."""
+
+
+def backbone(name: str) -> DiffusersTransformer:
+    """A random transformer of a class; of those that may have a second text, one that has."""
+    if name in FAMILIES:
+        return FAMILIES[name].backbone(name)
+    config = {**diffusers_sweep.config(name), "text_embed_2_dim": WIDTH}
+    return DiffusersTransformer.random(config, **diffusers_sweep.options(name))
 
 
 def pipeline(name: str) -> Any:
@@ -98,7 +115,7 @@ def pipeline(name: str) -> Any:
             for p in encoder.parameters():
                 torch.nn.init.normal_(p, std=0.3)
             parts[f"text_encoder{end}"] = encoder.eval()
-        parts["transformer"] = FAMILIES[transformer].backbone(transformer).build()
+        parts["transformer"] = backbone(transformer).build()
     return cls(**parts)
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tinyfusion_diffusers.data import EncodedPrompts as EncodedPrompts
     from tinyfusion_diffusers.objectives import RectifiedFlow as RectifiedFlow
     from tinyfusion_diffusers.objectives import ScheduledDiffusion as ScheduledDiffusion
+    from tinyfusion_diffusers.pipelines.published import PublishedPipeline as PublishedPipeline
 
 # Imported when they are used: `tinyfusion --help` asks this module for its commands.
 __getattr__, __dir__, __all__ = lazy_loader.attach(
@@ -25,6 +26,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "backbone": ["DiffusersTransformer"],
         "data": ["EncodedPrompts"],
         "objectives": ["RectifiedFlow", "ScheduledDiffusion"],
+        "pipelines.published": ["PublishedPipeline"],
     },
 )
 

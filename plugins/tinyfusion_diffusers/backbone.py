@@ -71,6 +71,7 @@ class DiffusersTransformer(Backbone):
         latent: height and width of the latents, for a video frames, height and width; default that of the network's
             config.
         text_length: tokens of a prompt, as in the data; default that of the network's config, else 77.
+        text_length_2: tokens of what a second text encoder gives; default as many.
         lists: paths of the lists whose blocks may go, and the arguments that these blocks return, in this order. By
             default both are found: the lists that the config can say shorter, and what the blocks' source returns.
         gradient_checkpointing: recompute blocks in the backward pass instead of storing their activations.
@@ -91,14 +92,16 @@ class DiffusersTransformer(Backbone):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     latent: list[int] | None = None
     text_length: int | None = None
+    text_length_2: int | None = field(default=None, metadata={NEUTRAL: None})
     lists: dict[str, list[str]] = field(default_factory=dict, metadata={NEUTRAL: {}})
     gradient_checkpointing: bool = False
     licence: str = "unknown"
     _random: str | None = None  # a config as JSON, set by `random`, which has no checkpoint
 
     def __post_init__(self) -> None:
-        enough = self.text_length is None or self.text_length >= 1
-        require(enough, "backbone.text_length", self.text_length, "at least 1")
+        for name in ("text_length", "text_length_2"):
+            length = getattr(self, name)
+            require(length is None or length >= 1, f"backbone.{name}", length, "at least 1")
         require(
             self.latent is None or (len(self.latent) in (2, 3) and min(self.latent) >= 1),
             "backbone.latent",
@@ -155,7 +158,8 @@ class DiffusersTransformer(Backbone):
     def example(self, num_rows: int) -> dict[str, Tensor]:
         """Return latents `x` (batch, ...), and what the network takes beside them: `calling` lists it."""
         config = self.config()
-        return example(config, network_class(config), num_rows, self.latent, self.text_length)
+        lengths = self.text_length, self.text_length_2
+        return example(config, network_class(config), num_rows, self.latent, lengths)
 
     @override
     def lookups(self, model: nn.Module) -> Mapping[str, Lookup]:

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from tinyfusion_core.errors import UserError, nearest, require
-from tinyfusion_core.protocols.backbone import Batch
+from tinyfusion_core.protocols.backbone import Backbone, Batch
 from tinyfusion_core.protocols.loss import LossAdapter
 from tinyfusion_core.runtime.files import NEUTRAL
 from tinyfusion_core.runtime.seeding import Rng
 from tinyfusion_diffusers import calling
 from tinyfusion_diffusers.calls.flows import flow_of
 from tinyfusion_diffusers.library import diffusers
+from tinyfusion_diffusers.pipelines.published import PublishedPipeline
 from tinyfusion_diffusers.structure import settings
 
 
@@ -34,11 +35,13 @@ class _Denoising(LossAdapter):
             them too, put the embedding of the empty prompt in some of the rows.
         guidance: the scale that a guidance-distilled network is given; null for networks that take none.
         sampling_steps: network calls for a sample that `tinyfusion generate-data` makes.
+        pipeline: makes pictures of the networks, for the report, `tinyfusion sample` and metrics; null makes none.
     """
 
     label_drop: float = 0.0
     guidance: float | None = None
     sampling_steps: int = field(default=50, metadata={NEUTRAL: 50})
+    pipeline: PublishedPipeline | None = field(default=None, metadata={NEUTRAL: None})
 
     def __post_init__(self) -> None:
         require(0 <= self.label_drop <= 1, "loss.label_drop", self.label_drop, "a probability")
@@ -47,7 +50,12 @@ class _Denoising(LossAdapter):
 
     @override
     def sampling_options(self) -> frozenset[str]:
-        return frozenset({"sampling_steps"})
+        return frozenset({"sampling_steps", "pipeline"})
+
+    @override
+    def check_sampling(self, backbone: Backbone) -> None:
+        if self.pipeline is not None:
+            self.pipeline.check(backbone)
 
     @abstractmethod
     def _denoised(self, x: Tensor, run: Callable[[Tensor, Tensor], Tensor]) -> Tensor:

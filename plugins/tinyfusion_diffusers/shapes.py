@@ -122,7 +122,11 @@ def channels(config: Mapping[str, Any], cls: type[nn.Module]) -> tuple[int, int]
 
 
 def example(
-    config: Mapping[str, Any], cls: type[nn.Module], num_rows: int, latent: Sequence[int] | None, tokens: int | None
+    config: Mapping[str, Any],
+    cls: type[nn.Module],
+    num_rows: int,
+    latent: Sequence[int] | None,
+    tokens: tuple[int | None, int | None],
 ) -> dict[str, Tensor]:
     """Return a batch with the shapes of a network's data, and arbitrary values: tensors by name, each (batch, ...).
 
@@ -131,7 +135,7 @@ def example(
         cls: its class.
         num_rows: batch size.
         latent: (height, width) or (frames, height, width) of the latents; None: that of the config.
-        tokens: number of tokens of the prompts; None: that of the config.
+        tokens: number of tokens of the prompts, None: that of the config; of a second encoder's, None: as many.
 
     Raises:
         UserError: the size of the latents is needed, or the network does not take such latents or texts; or the config
@@ -146,7 +150,11 @@ def example(
 
 
 def _example(
-    config: Mapping[str, Any], cls: type[nn.Module], num_rows: int, latent: Sequence[int] | None, tokens: int | None
+    config: Mapping[str, Any],
+    cls: type[nn.Module],
+    num_rows: int,
+    latent: Sequence[int] | None,
+    tokens: tuple[int | None, int | None],
 ) -> dict[str, Tensor]:
     named, (noisy, condition) = set(given(cls).values()), channels(config, cls)
     size = _size(config, cls, latent)
@@ -160,7 +168,10 @@ def _example(
         batch["condition"] = latents(condition)
     if "y" in named and config.get("num_embeds_ada_norm"):
         batch["y"] = torch.arange(num_rows) % config["num_embeds_ada_norm"]
-    batch |= _texts(config, cls, num_rows, _text_length(config, cls, tokens))
+    length = _text_length(config, cls, tokens[0])
+    batch |= _texts(config, cls, num_rows, {"text": length, "text_2": tokens[1] or length})
+    if tokens[1] is not None and "text_2" not in batch:
+        raise UserError(f"backbone.text_length_2 is {tokens[1]}; {cls.__name__} as configured takes no second text")
     if "control" in named:
         batch["control"] = latents(config["vace_in_channels"])
     if "pooled" in named and (width := config.get("pooled_projection_dim", config.get("in_text_dim2"))):
@@ -170,7 +181,9 @@ def _example(
     return batch
 
 
-def _texts(config: Mapping[str, Any], cls: type[nn.Module], num_rows: int, length: int) -> dict[str, Tensor]:
+def _texts(
+    config: Mapping[str, Any], cls: type[nn.Module], num_rows: int, tokens: Mapping[str, int]
+) -> dict[str, Tensor]:
     """The prompts that a network takes, and which of their tokens count."""
     named, batch = set(given(cls).values()), {}
     # Some take several layers of the text encoder: of every token (Krea 2), or one text for each (Fibo 2).
@@ -180,6 +193,7 @@ def _texts(config: Mapping[str, Any], cls: type[nn.Module], num_rows: int, lengt
         key = next((key for key in widths if config.get(key)), None)
         if column not in named or (key is None and column != "text"):
             continue
+        length = tokens[column]
         batch[column] = torch.zeros(num_rows, *texts, length, *layers, config[key or widths[0]])
         if (mask := column.replace("text", "mask")) in named or takes_lists(cls):
             # Of different lengths, so that whoever looks at shapes sees the masks that real prompts bring.

@@ -15,10 +15,17 @@ if TYPE_CHECKING:
     from tinyfusion_images.digits import Digits as Digits
     from tinyfusion_images.fashion import Fashion as Fashion
     from tinyfusion_images.fidelity import Fidelity as Fidelity
+    from tinyfusion_images.prompts.score import PromptScore as PromptScore
 
 # Imported when they are used: `tinyfusion --help` asks this module for its commands.
 __getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__, submod_attrs={"digits": ["Digits"], "fashion": ["Fashion"], "fidelity": ["Fidelity"]}
+    __name__,
+    submod_attrs={
+        "digits": ["Digits"],
+        "fashion": ["Fashion"],
+        "fidelity": ["Fidelity"],
+        "prompts.score": ["PromptScore"],
+    },
 )
 
 
@@ -33,11 +40,12 @@ def tinyfusion_register_data() -> list[type[DataSource]]:
 
 @hookimpl
 def tinyfusion_register_metrics() -> list[type[Metric]]:
-    """FID and related metrics."""
+    """FID and related metrics, and how well pictures fit their prompts."""
     from tinyfusion_images.fidelity import Fidelity
     from tinyfusion_images.pictures import Pictures
+    from tinyfusion_images.prompts.score import PromptScore
 
-    return [Fidelity, Pictures]
+    return [Fidelity, Pictures, PromptScore]
 
 
 @hookimpl

@@ -14,17 +14,15 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from tinyfusion_core.errors import MissingFileError, UserError, require
-from tinyfusion_core.evaluation.generation import balanced_labels, sample_rows
 from tinyfusion_core.evaluation.metrics import Measurement, Metric, Models
 from tinyfusion_core.parsing.weights import read_weights
-from tinyfusion_core.protocols.data import DataSource
 from tinyfusion_core.protocols.task import Task
 from tinyfusion_core.runtime.distributed import batches, complete_sharded, on_main_process
 from tinyfusion_core.runtime.files import save_tensors
 from tinyfusion_core.training.trainer import Trainer
 from tinyfusion_images.image_sets import ImageSet, open_images, rgb
 from tinyfusion_images.inception import INCEPTION, INCEPTION_FILE, FeatureNetwork, fetch_inception, inception_weights
-from tinyfusion_images.pictures import has_pictures, pictures, shown_by
+from tinyfusion_images.pictures import artist, asked_for, can_draw, pictures, published_by, shown_by
 
 MOST_IN_SUBSET = 1000
 """Images in a subset of the KID, if there are as many."""
@@ -82,11 +80,12 @@ class Fidelity(Metric):
         return self._named("FID")
 
     @override
-    def check(self, data: DataSource) -> None:
-        missing = []
-        if shown_by(data) is None:
+    def check_task(self, task: Task) -> None:
+        missing, drawn = [], published_by(task.loss) is not None
+        if shown_by(task.data) is None and not (drawn and self.reference is not None):
             missing.append(
-                f"{KEY} compares pictures, and data: {type(data).__name__} as configured does not decode any"
+                f"{KEY} compares pictures, and data: {type(task.data).__name__} as configured does not decode any"
+                + ("; name real pictures in reference" if drawn else "")
             )
         if self.reference is not None and not Path(self.reference).exists():
             missing.append(
@@ -115,16 +114,17 @@ class Fidelity(Metric):
 
     @override
     def resume(self, task: Task, models: Models, trainer: Trainer, folder: Path) -> list[Measurement]:
-        if not task.loss.generates or not has_pictures(task):
+        if not can_draw(task):
             raise UserError(f"{KEY}: {type(task.loss).__name__} and these data give no pictures; leave it out")
         if self.download and self.weights is None and self.features == INCEPTION:
             fetch_inception()
+        draw = artist(task, trainer)
         network = FeatureNetwork(self.features, self._weights, trainer.accelerator.device)
         known, real = self._known(task, trainer.accelerator.device), list[Path]()
         if (images := known.images) is not None:
             parts = batches(len(images), self.batch_size)
             name = "features of real pictures"
-            real = _keep(folder / "real", parts, lambda rows: network(images.read(rows)), name, trainer.progress)
+            real = kept_parts(folder / "real", parts, lambda rows: network(images.read(rows)), name, trainer.progress)
         statistics = (known.statistics or {}) if self.features == INCEPTION else {}
 
         def measure(number: int, name: str, model: nn.Module) -> dict[str, float]:
@@ -133,11 +133,11 @@ class Fidelity(Metric):
                 return {}
 
             def work(rows: range) -> dict[str, Tensor]:
-                x = sample_rows(task, model, trainer, rows, balanced_labels(task, model, rows))
-                return {**network(rgb(pictures(task, x))), "finite": torch.isfinite(x).flatten(1).all(1).cpu()}
+                images, finite = draw(model, rows, asked_for(task, model, rows))
+                return {**network(rgb(images)), "finite": finite}
 
             parts = batches(self.num_samples, self.batch_size)
-            made = _keep(folder / str(number), parts, work, f"samples of {name}", trainer.progress)
+            made = kept_parts(folder / str(number), parts, work, f"samples of {name}", trainer.progress)
             return on_main_process(lambda: _figures(made, real, statistics, network))
 
         figures = {name: measure(i, name, model) for i, (name, model) in enumerate(models.items())}
@@ -198,10 +198,21 @@ class _Training:
         return rgb(pictures(self.task, x.to(self.device)))
 
 
-def _keep(
+def kept_parts(
     folder: Path, parts: Sequence[range], work: Callable[[range], dict[str, Tensor]], name: str, screen: bool
 ) -> list[Path]:
-    """Compute the parts that are missing in a folder. Returns all files, in order."""
+    """Compute the parts that are missing in a folder. A collective call; the processes share the work.
+
+    Args:
+        folder: where they are kept.
+        parts: indices of the rows of each part.
+        work: rows -> tensors by name, each (rows, ...).
+        name: label of the progress bar.
+        screen: whether to show it.
+
+    Returns:
+        All files, in order.
+    """
 
     def path(rows: range) -> Path:
         return folder / f"{rows.start:08d}-{rows.stop:08d}.safetensors"

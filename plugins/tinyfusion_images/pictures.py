@@ -3,39 +3,46 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from textwrap import shorten
+from typing import Protocol, runtime_checkable
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from tinyfusion_core.dataloading.mixture import Mixture
 from tinyfusion_core.errors import UserError
-from tinyfusion_core.evaluation.generation import generate
+from tinyfusion_core.evaluation.generation import balanced_labels, sample_rows, training_conditions
 from tinyfusion_core.evaluation.metrics import Measurement, Metric, Models
+from tinyfusion_core.parsing.records import read_as
 from tinyfusion_core.parsing.weights import read_weights
 from tinyfusion_core.protocols.data import DataSource
+from tinyfusion_core.protocols.loss import LossAdapter
 from tinyfusion_core.protocols.task import Task
 from tinyfusion_core.reporting.measured import results
 from tinyfusion_core.reporting.page import Figures, Picture
-from tinyfusion_core.runtime.distributed import on_main_process
-from tinyfusion_core.runtime.files import save_tensors, write_atomic
+from tinyfusion_core.runtime.distributed import batches, local_share, map_sharded, on_main_process
+from tinyfusion_core.runtime.files import save_tensors, write_json
 from tinyfusion_core.runtime.run_folder import RunFolder
+from tinyfusion_core.runtime.seeding import generator
 from tinyfusion_core.training.trainer import Trainer
+from tinyfusion_images.grids.drawing import draw_grid
 
 SAMPLES = "samples.safetensors"
 """File in the run folder with the images that the report shows."""
+PROMPTS = "prompts.json"
+"""File in the run folder with the prompts of these images."""
+LARGEST_SIDE = 320
+"""Pixels of an image in the report, which holds all of them."""
 NUM_SHOWN = 40
 """Images of each network, in the file."""
 NUM_IN_REPORT = 12
 """Images of each network in the report, of labels as different as there are."""
-_MARK = {"Software": "tinyfusion"}
-"""Text in the header of a grid, which tells it from pictures of the user's."""
+AT_ONCE = 4
+"""Images that a pipeline makes at once, for people to look at."""
 
 
 @runtime_checkable
@@ -91,6 +98,100 @@ def pictures(task: Task, x: Tensor) -> Tensor:
     return (255 * pixels.nan_to_num()).round().to(torch.uint8).cpu()
 
 
+@runtime_checkable
+class Published(Protocol):
+    """A published pipeline that makes pictures, as an objective's `pipeline`; it need not derive from this class."""
+
+    @property
+    def texts(self) -> Sequence[str]:
+        """The prompts; empty where it takes class labels."""
+        ...
+
+    def opened(self) -> Callable[[nn.Module, Sequence[int], Sequence[torch.Generator]], Tensor]:
+        """Return what makes pictures.
+
+        It takes a network, for every picture the number of its prompt or its class label, and the generator that its
+        noise is drawn from. It returns (batch, 3, height, width) values in [0, 1].
+        """
+        ...
+
+
+def published_by(loss: LossAdapter) -> Published | None:
+    """Return the pipeline that makes pictures of an objective's networks; None if their samples are decoded, if any."""
+    found = getattr(loss, "pipeline", None)
+    return found if isinstance(found, Published) else None
+
+
+def can_draw(task: Task) -> bool:
+    """Return whether pictures can be made of the task's networks."""
+    return published_by(task.loss) is not None or (task.loss.generates and has_pictures(task))
+
+
+def asked_for(task: Task, model: nn.Module, rows: range) -> Tensor:
+    """Return what pictures with these indices are made for: prompts in turn, by number, (n,), or balanced labels."""
+    if (pipeline := published_by(task.loss)) is not None and pipeline.texts:
+        return torch.tensor([i % len(pipeline.texts) for i in rows])
+    return balanced_labels(task, model, rows)
+
+
+Draw = Callable[[nn.Module, range, Tensor], tuple[Tensor, Tensor]]
+"""Makes the pictures with these indices, of a network and (n, ...) conditions: (n, channels, height, width) uint8 on
+the CPU, and (n,) whether what they show was finite."""
+
+
+def artist(task: Task, trainer: Trainer) -> Draw:
+    """Return what makes pictures, if `can_draw`. Picture i follows from the trainer's seed and i, for every network."""
+    pipeline = published_by(task.loss)
+
+    def decoded(model: nn.Module, rows: range, conditions: Tensor) -> tuple[Tensor, Tensor]:
+        x = sample_rows(task, model, trainer, rows, conditions)
+        return pictures(task, x), torch.isfinite(x).flatten(1).all(1).cpu()
+
+    if pipeline is None:
+        return decoded
+    opened = pipeline.opened()
+
+    def drawn(model: nn.Module, rows: range, conditions: Tensor) -> tuple[Tensor, Tensor]:
+        streams = [generator(trainer.seed, "pictures", row) for row in rows]
+        with torch.no_grad(), trainer.accelerator.autocast():
+            pixels = opened(model, conditions.tolist(), streams).cpu()
+        return (255 * pixels.nan_to_num()).round().to(torch.uint8), torch.isfinite(pixels).flatten(1).all(1)
+
+    return drawn
+
+
+def gallery(
+    task: Task, model: nn.Module, trainer: Trainer, draw: Draw, num: int, batch_size: int, name: str
+) -> tuple[Tensor, Tensor]:
+    """Make some pictures to look at: for the first prompts, or the conditions of the first training samples.
+
+    A collective call; the processes share the work.
+
+    Args:
+        task: objective and data.
+        model: the network, in eval mode.
+        trainer: device, precision and seed.
+        draw: what `artist` returned.
+        num: how many pictures, n.
+        batch_size: pictures per batch; a pipeline makes a few at once.
+        name: label of the progress bar.
+
+    Returns:
+        Pictures (n, channels, height, width) uint8, and what they were made for, (n, ...).
+    """
+    by_pipeline = published_by(task.loss) is not None
+    told = asked_for(task, model, range(num)) if by_pipeline else training_conditions(task, range(num))
+    parts = batches(num, min(batch_size, AT_ONCE) if by_pipeline else batch_size)
+    with trainer.track(name, sum(map(len, local_share(parts)))) as progress:
+
+        def work(rows: range) -> Tensor:
+            images, _ = draw(model, rows, told[rows.start : rows.stop])
+            progress.advance(len(rows))
+            return images
+
+        return torch.cat(map_sharded(parts, work)), told
+
+
 def by_label(images: Tensor, labels: Tensor) -> Tensor:
     """Sort images, (n, ...), by their labels, (n,). Unchanged if the labels are not single numbers."""
     return images[labels.argsort(stable=True)] if labels.ndim == 1 else images
@@ -101,12 +202,13 @@ class Pictures(Metric):
     """Measures nothing; shows in every run what the networks generate, if the data can be shown as images.
 
     `samples.safetensors` in the run folder contains images of each network from the same noise, (n, channels, height,
-    width) uint8, and the conditions that they were generated for, `labels` (n, ...).
+    width) uint8, and the conditions that they were generated for, `labels` (n, ...); `prompts.json` the prompts, if
+    there are any, which the labels number.
     """
 
     together = True
     standing = True
-    exhibits = (SAMPLES,)
+    exhibits = (SAMPLES, PROMPTS)
     column = None
 
     @override
@@ -115,15 +217,17 @@ class Pictures(Metric):
 
     @override
     def resume(self, task: Task, models: Models, trainer: Trainer, folder: Path) -> list[Measurement]:
-        if not has_pictures(task) or not task.loss.generates:
+        if not can_draw(task):
             return []
-        made: dict[str, Tensor] = {}
+        draw, made = artist(task, trainer), dict[str, Tensor]()
+        num = NUM_SHOWN if published_by(task.loss) is None else NUM_IN_REPORT  # pipelines take seconds for each
         for name, model in models.items():
-            made[name], labels = generate(task, model, trainer, NUM_SHOWN, NUM_SHOWN, f"pictures of {name}")
+            made[name], labels = gallery(task, model, trainer, draw, num, num, f"pictures of {name}")
 
         def keep() -> None:
-            images = {name: pictures(task, x.to(trainer.accelerator.device)) for name, x in made.items()}
-            save_tensors(folder / SAMPLES, {**images, "labels": labels})
+            save_tensors(folder / SAMPLES, {**made, "labels": labels})
+            if (pipeline := published_by(task.loss)) is not None and pipeline.texts:
+                write_json(folder / PROMPTS, list(pipeline.texts[: int(labels.max()) + 1]))
 
         on_main_process(keep)
         return []
@@ -138,12 +242,22 @@ class Pictures(Metric):
         below = [str(label) for label in labels[chosen].tolist()] if labels.ndim == 1 else None
         for name in [n for n in results(folder)[0] if n in images]:
             path = folder / "figures" / f"samples_{name.replace(' ', '_')}.png"
-            draw_grid(images[name][chosen], path, columns=4, below=below)
+            draw_grid(_shrunk(images[name][chosen]), path, columns=4, below=below)
             grids.append(Picture(path, name))
         caption = "The same noise and label at the same place in every grid."
-        if below:
+        if (folder / PROMPTS).exists():
+            told = [shorten(text, 120) for text in read_as(folder / PROMPTS, list[str], "delete it")]
+            caption += " The prompts are " + "; ".join(f"{i}: {text}" for i, text in enumerate(told)) + "."
+        elif below:
             caption += " The labels are below the images."
         return [Figures("Samples", caption, grids, command="tinyfusion sample {run} --num 64")]
+
+
+def _shrunk(images: Tensor) -> Tensor:
+    """Images (n, channels, height, width) uint8, made no larger than a page has room for."""
+    factor = LARGEST_SIDE / max(images.shape[2:])
+    size = [max(1, round(side * factor)) for side in images.shape[2:]]
+    return images if factor >= 1 else nn.functional.interpolate(images.float(), size, mode="area").round().byte()
 
 
 def _spread_over(labels: Tensor, num: int) -> Tensor:
@@ -154,59 +268,3 @@ def _spread_over(labels: Tensor, num: int) -> Tensor:
     turn = torch.cat([torch.arange(count) for count in Counter(labels[order].tolist()).values()])
     first = order[turn.argsort(stable=True)][:num]  # the first of every label, then the second
     return first[labels[first].argsort(stable=True)]
-
-
-def draw_grid(images: Tensor, path: Path, columns: int, below: Sequence[str] | None = None) -> None:
-    """Write images as one grid; small images are enlarged.
-
-    Args:
-        images: (n, channels, height, width) uint8 on the CPU; 1 or at least 3 channels.
-        path: the PNG file.
-        columns: images per row.
-        below: a text under each image.
-    """
-    grid = Image.fromarray(_grid(images, columns))
-    factor = max(1, 960 // max(grid.size))
-    picture = grid.resize((grid.width * factor, grid.height * factor), Image.Resampling.NEAREST)
-    if below is not None:
-        height, width = (factor * (side + 1) for side in images.shape[2:])
-        picture = _with_texts(picture, below, columns, (width, height))
-    mark = PngImagePlugin.PngInfo()
-    for key, value in _MARK.items():
-        mark.add_text(key, value)
-    write_atomic(path, lambda file: picture.save(file, format="png", pnginfo=mark))
-
-
-def _with_texts(grid: Image.Image, texts: Sequence[str], columns: int, cell: tuple[int, int]) -> Image.Image:
-    """A grid whose rows are moved apart, with a text under each image; a cell is (width, height) with its gap."""
-    (width, height), rows = cell, -(-len(texts) // columns)
-    size = max(12, width // 6)
-    room = size * 5 // 4
-    picture = Image.new(grid.mode, (grid.width, rows * (height + room)))
-    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(size)
-    for row in range(rows):
-        top = row * (height + room)
-        picture.paste(grid.crop((0, row * height, grid.width, (row + 1) * height)), (0, top))
-        for column, text in enumerate(texts[row * columns : (row + 1) * columns]):
-            pen.text((column * width + width // 2, top + height), text, "white", font, anchor="mt")
-    return picture
-
-
-def is_grid(path: Path) -> bool:
-    """Return whether a file is one that `draw_grid` wrote."""
-    try:
-        with Image.open(path) as picture:
-            return _MARK.items() <= picture.info.items()
-    except Exception:  # what is no picture makes its decoder fail in any way it can
-        return False
-
-
-def _grid(images: Tensor, columns: int) -> np.ndarray[Any, Any]:
-    """(n, channels, height, width) uint8 images -> one (rows, width[, 3]) image with a gap of one pixel."""
-    n, channels, height, width = images.shape
-    rows = -(-n // columns)
-    canvas = np.zeros((rows * (height + 1) - 1, columns * (width + 1) - 1, channels), dtype=np.uint8)
-    for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
-        top, left = (i // columns) * (height + 1), (i % columns) * (width + 1)
-        canvas[top : top + height, left : left + width] = image
-    return canvas[..., 0] if channels == 1 else canvas[..., :3]

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from tinyfusion_core.errors import UserError, require
 from tinyfusion_core.evaluation.cached_sampling import CachedSampling
 from tinyfusion_core.evaluation.caching import Reusing, profiled
-from tinyfusion_core.evaluation.generation import balanced_labels, generate, sample_rows
 from tinyfusion_core.parsing.records import read_json, shaped
 from tinyfusion_core.parsing.weights import read_weights
 from tinyfusion_core.pipeline.recipe import load_recipe
@@ -25,12 +24,13 @@ from tinyfusion_core.protocols.task import Task
 from tinyfusion_core.pruning.prune import load_pretrained, origin
 from tinyfusion_core.pruning.record import decision_of
 from tinyfusion_core.runtime.distributed import batches, complete_sharded, on_main_process
-from tinyfusion_core.runtime.files import save_tensors, write_json
+from tinyfusion_core.runtime.files import digest, save_tensors, write_json
 from tinyfusion_core.runtime.locking import FolderKind, check_replaceable, owned, remove_partial
 from tinyfusion_core.runtime.run_folder import RunFolder
 from tinyfusion_core.training.trainer import Trainer
+from tinyfusion_images.grids.drawing import draw_grid, is_grid
 from tinyfusion_images.image_sets import rgb, write_archive, write_png
-from tinyfusion_images.pictures import by_label, draw_grid, has_pictures, is_grid, pictures
+from tinyfusion_images.pictures import artist, asked_for, by_label, can_draw, gallery, published_by
 
 FORMAT_VERSION = 1
 
@@ -64,10 +64,9 @@ def sample_images(folder: RunFolder, num: int, seed: int, out: Path | None = Non
         check_replaceable(out, "--out", is_grid)
     task, model, trainer, made_with = _open(folder, seed, cache)
     out = out or folder / "figures" / f"{made_with['name']}.png"
-    x, labels = generate(task, model, trainer, num, 250)
+    images, labels = gallery(task, model, trainer, artist(task, trainer), num, 250, "samples")
     if trainer.accelerator.is_main_process:
-        images = pictures(task, by_label(x, labels).to(trainer.accelerator.device))
-        draw_grid(images, out, columns=math.ceil(math.sqrt(num)))
+        draw_grid(by_label(images, labels), out, columns=math.ceil(math.sqrt(num)))
     return out
 
 
@@ -98,9 +97,10 @@ def write_samples(folder: RunFolder, num: int, seed: int, to: Path, batch_size: 
     archive = to.suffix == ".npz"
     record = to.with_name(f"{to.name}.json") if archive else to / "samples.json"
 
+    draw = artist(task, trainer)
+
     def images(rows: range) -> Tensor:
-        x = sample_rows(task, model, trainer, rows, balanced_labels(task, model, rows))
-        return pictures(task, x)
+        return draw(model, rows, asked_for(task, model, rows))[0]
 
     def take() -> int | None:
         before = _check(record, to, made_with, num)
@@ -115,7 +115,7 @@ def write_samples(folder: RunFolder, num: int, seed: int, to: Path, batch_size: 
         if archive:
             shutil.rmtree(_parts(to), ignore_errors=True)
 
-    parts, labels = batches(num, batch_size), balanced_labels(task, model, range(num))
+    parts, labels = batches(num, batch_size), asked_for(task, model, range(num))
     with ExitStack() as stack:
         before = on_main_process(take)
         if not archive:
@@ -154,8 +154,11 @@ def _open(folder: RunFolder, seed: int, cache: float) -> tuple[Task, nn.Module, 
         decision_of(run, made)
     model = load_pretrained(folder / name)
     task = make_task(recipe, model)
-    if not has_pictures(task):
-        raise UserError(f"data: {type(recipe.data).__name__} cannot show its examples as images")
+    if not can_draw(task):
+        raise UserError(
+            f"data: {type(recipe.data).__name__} cannot show its examples as images, and {type(recipe.loss).__name__} "
+            "makes none by a pipeline"
+        )
     trainer = replace(recipe.trainer, seed=seed)
     made_with = {
         "format_version": FORMAT_VERSION,
@@ -167,7 +170,12 @@ def _open(folder: RunFolder, seed: int, cache: float) -> tuple[Task, nn.Module, 
         "seed": seed,
     }
     model = model.to(trainer.accelerator.device)
+    if (pipeline := published_by(recipe.loss)) is not None:
+        recipe.loss.check_sampling(recipe.backbone)
+        made_with["prompts"] = digest(list(pipeline.texts))
     if cache:
+        if pipeline is not None:
+            raise UserError("--cache: a published pipeline samples by itself, without schedules; leave one of them out")
         made_with["cache"] = cache
         how = CachedSampling()
         # As in the run's report, whatever the seed of the samples is.

@@ -52,6 +52,7 @@ def test_plugins_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
         ["data", "Fashion"],
         ["metric", "Fidelity"],
         ["metric", "Pictures"],
+        ["metric", "PromptScore"],
         ["feature_space", "ShippedFeatures"],
         ["command", "encode"],
         ["command", "sample"],

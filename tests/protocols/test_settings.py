@@ -16,11 +16,16 @@ from tinyfusion_core.comparison.study import Audit, Compare
 from tinyfusion_core.parsing.settings import Settings, fits
 from tinyfusion_core.pipeline.schema import PLAIN
 from tinyfusion_core.registry.registry import registry
+from tinyfusion_diffusers import PublishedPipeline
 from tinyfusion_dit import DiT
 from tinyfusion_images import Digits
 
 CLASSES = [cls for kind in registry().classes.values() for cls in kind.values() if issubclass(cls, Settings)]
-SETTINGS = [cls for cls in {*CLASSES, *PLAIN} if is_dataclass(cls) and cls.__module__.startswith("tinyfusion_")]
+SETTINGS = [
+    cls
+    for cls in {*CLASSES, *PLAIN, PublishedPipeline}
+    if is_dataclass(cls) and cls.__module__.startswith("tinyfusion_")
+]
 
 
 @pytest.mark.parametrize("cls", sorted(SETTINGS, key=lambda cls: cls.__name__), ids=lambda cls: cls.__name__)

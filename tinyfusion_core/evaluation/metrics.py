@@ -100,7 +100,7 @@ class Metric(Settings, ABC):
         """Check that network and objective can do what this metric asks, before anything is spent. By default nothing.
 
         Args:
-            task: its network is on the meta device, and its data are the backbone's example.
+            task: its network is on the meta device, and its samples are the backbone's example; `data` is the source.
 
         Raises:
             UserError: they cannot.

@@ -154,6 +154,11 @@ def leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
+def item_of(kind: Any) -> Any:
+    """Return the type of the items of a list or mapping; any other type itself."""
+    return typing.get_args(kind)[-1] if typing.get_origin(kind) in (list, dict, Sequence) else kind
+
+
 def spelled(hint: Any, yaml: bool = False) -> str:
     """Return an annotation in words: `a whole number or None`. Classes have their names.
 

@@ -11,9 +11,9 @@ from typing import Any
 import docstring_parser
 
 from ..errors import UserError, nearest
-from ..parsing.settings import spelled
+from ..parsing.settings import item_of, spelled
 from ..selection.base import Selector
-from .schema import BASES, PLAIN, POLYMORPHIC, SAID_BY, SECTIONS, arguments_of, item_of, known, without_none
+from .schema import BASES, POLYMORPHIC, SAID_BY, SECTIONS, arguments_of, is_plain, known, plain, without_none
 
 PLUGINS = (
     f"plugins: Python files beside the recipe that bring classes ({', '.join(BASES).replace('_', ' ')}); their code "
@@ -67,9 +67,9 @@ def _sections() -> Iterator[tuple[str, str, list[_Class]]]:
         said = ", ".join(f"{key} means {cls}" for key, cls in SAID_BY.items())
         classes = known(base) if base in POLYMORPHIC else {base.__name__: base}
         yield section, f"{section}:" + f" without class_path {said}" * (base is Selector), _read(classes)
-    for base in (*PLAIN, *BASES.values()):
+    for base in (*plain(), *BASES.values()):
         if base not in bases.values():
-            classes = {base.__name__: base} if base in PLAIN else known(base)
+            classes = {base.__name__: base} if is_plain(base) else known(base)
             yield base.__name__, f"values of the type {base.__name__}:", _read(classes)
 
 

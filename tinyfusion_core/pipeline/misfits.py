@@ -12,8 +12,8 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser
 
 from ..errors import UserError
-from ..parsing.settings import spelled, stands_for
-from .schema import SECTIONS, item_of, without_none
+from ..parsing.settings import item_of, spelled, stands_for
+from .schema import SECTIONS, without_none
 
 REFUSALS = (UserError, ArgumentError, ValueError, TypeError)
 """What parser and classes raise about a recipe."""

@@ -16,7 +16,7 @@ from ..comparison.legacy_keys import PATHS
 from ..comparison.study import Audit, Compare
 from ..errors import UserError, nearest
 from ..evaluation.metrics import Metric
-from ..parsing.settings import PYTHON, Settings, spelled
+from ..parsing.settings import PYTHON, Settings, item_of, spelled
 from ..parsing.yaml12 import Loader
 from ..protocols.backbone import Backbone
 from ..protocols.data import DataSource
@@ -78,7 +78,7 @@ OPTIONAL = ("train", "search", "recover", "rounds", "compare", "audit")
 
 def schema() -> ArgumentParser:
     """Return the parser of recipes, made from the signatures of the classes."""
-    set_parsing_settings(subclasses_enabled=list(POLYMORPHIC), subclasses_disabled=list(PLAIN))
+    set_parsing_settings(subclasses_enabled=list(POLYMORPHIC), subclasses_disabled=[*plain()])
     parser = ArgumentParser(prog="tinyfusion run RECIPE", exit_on_error=False)
     for name, kind in SECTIONS.items():
         if kind is Trainer:
@@ -95,8 +95,7 @@ def schema() -> ArgumentParser:
 def arguments_of(cls: type[Any]) -> dict[str, inspect.Parameter]:
     """Return the arguments of a class that are keys of recipes, by name."""
     python = {field.name for field in fields(cls) if PYTHON in field.metadata} if is_dataclass(cls) else set()
-    found = inspect.signature(cls).parameters.items()
-    return {name: p for name, p in found if not name.startswith("_") and name not in python}
+    return {k: p for k, p in inspect.signature(cls).parameters.items() if not k.startswith("_") and k not in python}
 
 
 @contextmanager
@@ -158,6 +157,18 @@ def _follow(value: Any, recovery: Mapping[str, Any], selectors: Mapping[str, typ
                 value["init_args"].setdefault(field.name, said)
 
 
+def plain() -> list[type[Any]]:
+    """Return `PLAIN`, and the parts of plugins' classes that do not name their class either."""
+    classes = [cls for kind in registry().classes.values() for cls in kind.values()]
+    hints = [without_none(hint) for cls in classes for hint in typing.get_type_hints(cls.__init__).values()]
+    return list(dict.fromkeys([*PLAIN, *(hint for hint in hints if inspect.isclass(hint) and is_plain(hint))]))
+
+
+def is_plain(kind: type[Any]) -> bool:
+    """Return whether a value of this type is given by its keys alone."""
+    return is_dataclass(kind) and issubclass(kind, Settings) and not issubclass(kind, POLYMORPHIC)
+
+
 def known(base: type[Any]) -> dict[str, type[Any]]:
     """Return the classes that a value of this type can be, by the names that recipes use."""
     kind = next(name for name, other in BASES.items() if issubclass(base, other))
@@ -171,7 +182,7 @@ def _checked(key: str, value: Any, kind: Any, problems: list[str], default: Any 
         return [item for item in items if item is not WRONG]
     if typing.get_origin(kind) is dict and isinstance(value, dict):
         return _checked_entries(key, value, item_of(kind), problems)
-    if value is None or not inspect.isclass(kind) or kind not in (*PLAIN, *POLYMORPHIC):
+    if value is None or not inspect.isclass(kind) or not (kind in POLYMORPHIC or is_plain(kind)):
         return value
     return _checked_object(key, value, kind, problems, default)
 
@@ -185,7 +196,7 @@ def _checked_entries(key: str, value: Mapping[Any, Any], kind: Any, problems: li
 
 def _checked_object(key: str, value: Any, kind: type[Any], problems: list[str], default: Any) -> Any:
     try:
-        cls, arguments = (kind, value) if kind in PLAIN else _class_and_arguments(key, value, kind, default)
+        cls, arguments = (kind, value) if is_plain(kind) else _class_and_arguments(key, value, kind, default)
         if not isinstance(arguments, dict):
             keys = ", ".join(arguments_of(cls))
             of = f"keys among {keys}" if keys else "nothing in it"
@@ -193,7 +204,7 @@ def _checked_object(key: str, value: Any, kind: type[Any], problems: list[str], 
     except UserError as e:
         problems.append(str(e))
         return WRONG
-    path = {} if kind in PLAIN else {"class_path": _path(cls)}
+    path = {} if is_plain(kind) else {"class_path": _path(cls)}
     lacking = [name for name in _needed(cls) if name not in arguments]
     problems += [f"{key}.{name}: missing" for name in lacking]
     arguments = _checked_arguments(key, arguments, cls, problems)
@@ -277,11 +288,6 @@ def _unknown(name: str, cls: type[Any], keys: Collection[str]) -> str:
     return (
         f"a key of {', '.join(owners)}, and this is a {cls.__name__}; say which you mean as class_path, with init_args"
     )
-
-
-def item_of(kind: Any) -> Any:
-    """The type of the items of a list or mapping; any other type itself."""
-    return typing.get_args(kind)[-1] if typing.get_origin(kind) in (list, dict, Sequence) else kind
 
 
 def without_none(kind: Any) -> Any:

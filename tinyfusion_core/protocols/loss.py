@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_structure, tree_unfl
 from ..errors import UserError
 from ..parsing.settings import Settings
 from ..runtime.seeding import Rng
-from .backbone import Batch, owner
+from .backbone import Backbone, Batch, owner
 
 Prediction = Any
 """A tensor or a tuple of tensors: whatever `predict` returns and `loss` takes."""
@@ -155,6 +155,17 @@ class LossAdapter(Settings, ABC):
     def sampling_options(self) -> frozenset[str]:
         """Return the names of options that only matter to `sample`: changing them does not invalidate a training."""
         return frozenset()
+
+    def check_sampling(self, backbone: Backbone) -> None:
+        """Check what only sampling needs, such as files, before anything is spent. By default nothing is needed.
+
+        Args:
+            backbone: of the network that is pruned.
+
+        Raises:
+            UserError: something is missing, or does not fit.
+        """
+        return
 
     @property
     def generates(self) -> bool:

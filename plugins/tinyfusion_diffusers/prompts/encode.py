@@ -28,7 +28,8 @@ class EncodePrompts(Settings):
     """Encode prompts by the text encoders of a diffusers pipeline, to shards that `EncodedPrompts` reads.
 
     The rows are in the order of the prompts. They are `text` (rows, L, D), and those that the pipeline's transformer
-    takes of `mask` (rows, L) and `pooled` (rows, D). The pipeline's own `encode_prompt` makes them, as a call of the
+    takes of `mask` (rows, L), `pooled` (rows, D), and of a second encoder `text_2` (rows, L, D) and `mask_2` (rows, L).
+    The pipeline's own `encode_prompt` makes them, as a call of the
     pipeline with a prompt alone would.
 
     With several processes each makes its share of the shards. Finished shards are verified, and not made again.

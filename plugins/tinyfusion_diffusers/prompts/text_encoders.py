@@ -6,20 +6,18 @@ import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tinyfusion_core.errors import MissingFileError, UserError, first_line, need
-from tinyfusion_core.parsing.records import check_folder
+from tinyfusion_core.errors import UserError, first_line
 from tinyfusion_core.parsing.weights import fingerprint
 from tinyfusion_core.runtime.files import digest
 from tinyfusion_core.runtime.progress import quietly
 from tinyfusion_diffusers.backbone import DiffusersTransformer
-from tinyfusion_diffusers.library import diffusers
-from tinyfusion_diffusers.shapes import given
+from tinyfusion_diffusers.pipelines.index import loggers, read_index
+from tinyfusion_diffusers.shapes import TEXT_WIDTHS_2, given
 from tinyfusion_diffusers.structure import class_of, construct, settings
 
 GUIDANCE, LENGTH = "do_classifier_free_guidance", "max_sequence_length"
@@ -72,7 +70,8 @@ class TextEncoders:
         """Encode prompts.
 
         Returns:
-            `text` (n, tokens, width), and `mask` (n, tokens) and `pooled` (n, width) if the transformer takes them.
+            `text` (n, tokens, width), and `mask` (n, tokens), `pooled` (n, width), `text_2` (n, tokens, width) and
+            `mask_2` (n, tokens) if the transformer takes them.
         """
         return self._padded(self._named(self._call(list(prompts), guided=False), len(prompts), which=0))
 
@@ -94,10 +93,11 @@ class TextEncoders:
 
     def _call(self, prompts: list[str], guided: bool) -> Sequence[Any]:
         """What `encode_prompt` returns."""
-        told = {**self._options, "prompt": prompts, **({GUIDANCE: guided} if GUIDANCE in self._takes else {})}
+        own = {"prompt": prompts, GUIDANCE: guided, "batch_size": len(prompts)}
+        told = {**self._options, **{name: value for name, value in own.items() if name in self._takes}}
         if missing := [name for name, value in told.items() if value is inspect.Parameter.empty]:
             raise TypeError(f"it takes '{missing[0]}'")
-        with torch.no_grad(), quietly(*_logs()):
+        with torch.no_grad(), quietly(*loggers()):
             found: Sequence[Any] = self.pipeline.encode_prompt(**told)
         return found
 
@@ -109,10 +109,14 @@ class TextEncoders:
     @cached_property
     def _wanted(self) -> set[str]:
         """The columns that the transformer takes."""
-        return set(given(class_of(self.pipeline.transformer)).values())
+        found, config = set(given(class_of(self.pipeline.transformer)).values()), settings(self.pipeline.transformer)
+        return found if any(config.get(width) for width in TEXT_WIDTHS_2) else found - {"text_2", "mask_2"}
 
     def _named(self, found: Sequence[Any], rows: int, which: int) -> dict[str, Tensor]:
         """The columns in what was returned, told by their shapes: those of the prompts, or of the negative prompts."""
+        if "text_2" in self._wanted:  # all who give a second text give both with their masks, in this order
+            columns = dict(zip(("text", "mask", "text_2", "mask_2"), found, strict=True))
+            return {name: (t.bool() if "mask" in name else t).cpu() for name, t in columns.items()}
         columns = {"text": _alike(found, (rows, None, None), floats=True)[which]}
         if "mask" in self._wanted:
             shape = tuple(columns["text"].shape[:2])
@@ -146,23 +150,23 @@ def load_text_encoders(where: str, length: int | None, dtype: torch.dtype, devic
     Raises:
         UserError: there is no such pipeline, or it takes no prompts, or no such length.
     """
-    index, cls = _pipeline_class(where)
-    if length is not None and LENGTH not in inspect.signature(cls.encode_prompt).parameters:
+    index = read_index(where, "encode-prompts")
+    if not hasattr(index.cls, "encode_prompt") or index.network is None:
+        raise UserError(
+            f"{where}: the pipeline {index.cls.__name__} has no encode_prompt, or no transformer; expected one of "
+            "those in docs/diffusers.md that take prompts"
+        )
+    if length is not None and LENGTH not in inspect.signature(index.cls.encode_prompt).parameters:
         raise UserError(f"encode-prompts: text_length is {length}, but {where} takes texts of a length of its own")
     with torch.device("meta"):
         transformer = construct(DiffusersTransformer(model=where).config())
-    parts = {name: value for name, value in index.items() if isinstance(value, (list, tuple))}
-    text = {name: value for name, value in parts.items() if name.startswith(("text_encoder", "tokenizer"))}
-    if foreign := [name for name, (library, _) in text.items() if library not in (None, "transformers")]:
-        raise UserError(
-            f"{where}: {foreign[0]} comes from '{parts[foreign[0]][0]}'; text encoders and tokenizers of transformers "
-            "are read, and no others, which may be code"
-        )
-    given = {**{name: None for name in parts if name not in text}, "transformer": transformer}
+    kinds = ("text_encoder", "tokenizer")
+    index.check_known(*kinds)
+    given = {**{name: None for name in index.parts if not name.startswith(kinds)}, "transformer": transformer}
     try:
-        with quietly(*_logs()), torch.random.fork_rng():
+        with quietly(*loggers()), torch.random.fork_rng():
             # Safetensors alone: other files may hold code.
-            pipeline = cls.from_pretrained(where, **given, dtype=dtype, use_safetensors=True)
+            pipeline = index.cls.from_pretrained(where, **given, dtype=dtype, use_safetensors=True)
     except Exception as e:  # damaged files make the readers fail in any way they can
         raise UserError(f"{where}: its text encoders cannot be read ({first_line(e)})") from None
     if not _networks(pipeline):
@@ -170,30 +174,6 @@ def load_text_encoders(where: str, length: int | None, dtype: torch.dtype, devic
     for network in _networks(pipeline).values():
         network.to(device).eval()
     return TextEncoders(where, pipeline, length, device)
-
-
-def _pipeline_class(where: str) -> tuple[Mapping[str, Any], Any]:
-    """What model_index.json says, and the pipeline's class. Raises UserError if it encodes no prompts."""
-    library = diffusers("encode-prompts")
-    need("transformers", "tinyfusion[diffusers]", "encode-prompts")
-    if Path(where).is_dir():
-        for folder in (Path(where), *sorted(path for path in Path(where).iterdir() if path.is_dir())):
-            check_folder(folder)
-    try:
-        index: Mapping[str, Any] = library.DiffusionPipeline.load_config(where)
-    except (OSError, ValueError) as e:
-        raise MissingFileError(
-            f"{where}: no pipeline there ({first_line(e)}); expected a folder with model_index.json, or an id on the "
-            "Hugging Face hub"
-        ) from None
-    name = index.get("_class_name")
-    cls: Any = getattr(library, name, None) if isinstance(name, str) else None
-    if not hasattr(cls, "encode_prompt") or index.get("transformer", [None])[0] != "diffusers":
-        raise UserError(
-            f"{where}: the pipeline {name} of diffusers {library.__version__} has no encode_prompt, or no transformer; "
-            "expected one of those in docs/diffusers.md that take prompts"
-        )
-    return index, cls
 
 
 def _alike(found: Sequence[Any], shape: Sequence[int | None], floats: bool) -> list[Tensor]:
@@ -205,11 +185,3 @@ def _alike(found: Sequence[Any], shape: Sequence[int | None], floats: bool) -> l
 def _networks(pipeline: Any) -> dict[str, nn.Module]:
     found = {name: part for name, part in pipeline.components.items() if name.startswith("text_encoder")}
     return {name: part for name, part in sorted(found.items()) if isinstance(part, nn.Module)}
-
-
-def _logs() -> list[Any]:
-    """What shows the bars of loading, and a line for every prompt that is cut."""
-    from diffusers.utils import logging as of_diffusers
-    from transformers.utils import logging as of_transformers
-
-    return [of_diffusers, of_transformers]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,17 @@ import torch
 from safetensors.torch import load_file
 
 import diffusers_prompts as tiny_pipelines
+import tinyfusion_core as tiny
 from forks import command, kill_when, start, wait
 from marks import slow_but
 from tinyfusion_core.cli import main
 from tinyfusion_core.errors import Interrupted, UserError
+from tinyfusion_core.protocols.columns import columns_of
+from tinyfusion_core.runtime.seeding import Rng
+from tinyfusion_diffusers import DiffusersTransformer, RectifiedFlow
 from tinyfusion_diffusers.prompts.encode import EncodePrompts
 
-PROMPTS = ["a cat", "two dogs in a garden", "the sea", "a very long walk " * 40]
+PROMPTS = ["a cat", "two dogs in a garden", 'a sign that says "the sea"', "a very long walk " * 40]
 MASKED, GUIDED = ("text", "mask", "no text", "no mask"), ("text", "no text")
 RETURNS = {
     "PixArtAlphaPipeline": MASKED,
@@ -34,6 +39,7 @@ RETURNS = {
     "LTXPipeline": MASKED,
     "CogVideoXPipeline": GUIDED,
     "Lumina2Pipeline": MASKED,
+    "HunyuanImagePipeline": ("text", "mask", "text_2", "mask_2"),
 }
 """What `encode_prompt` gives, in diffusers' own words for it."""
 
@@ -107,7 +113,8 @@ def test_the_files_hold_what_the_pipeline_would_be_given(name: str, tmp_path: Pa
     else:
         alone = asked(tiny_pipelines.pipeline(name), [""], name)
         assert torch.equal(found["text"][4, : alone["text"].shape[1]], alone["text"][0])
-        assert "mask" not in found or int(found["mask"][4].sum()) == alone["text"].shape[1]
+        real = alone["mask"].sum() if "mask" in alone else alone["text"].shape[1]
+        assert "mask" not in found or int(found["mask"][4].sum()) == int(real)
 
 
 def test_a_share_of_the_prompts_is_the_empty_one(flux: Path, tmp_path: Path) -> None:
@@ -189,6 +196,28 @@ def test_two_processes_and_a_kill_make_what_one_makes(flux: Path, tmp_path: Path
     assert content(killed) == content(whole)
 
 
+def test_a_second_text_is_taken_as_it_was_written(tmp_path: Path) -> None:
+    folder = tiny_pipelines.saved("HunyuanImagePipeline", tmp_path / "pipeline")
+    how = EncodePrompts(model=str(folder), dtype="float32", shard_size=4)
+    made = how(written(tmp_path, *PROMPTS), tmp_path / "out")
+    text, text_2 = (made["row"][name][0] for name in ("text", "text_2"))
+    assert text != text_2
+    columns = rows(tmp_path / "out")
+    assert columns["mask_2"].any(1).tolist() == [False, False, True, False]  # one has words in quotes
+    backbone = DiffusersTransformer(model=str(folder), latent=[4, 4], text_length=text, text_length_2=text_2)
+    task = tiny.Task.without_data(backbone, RectifiedFlow(), backbone.build())
+    columns_of(backbone, task.teacher, "y").check(
+        {**columns, "x": (x := backbone.example(4)["x"])}, lambda name, row: "here"
+    )
+    inputs = task.loss.prepare({**columns, "x": x + 1}, Rng(0, "test"))
+    losses = task.loss.losses(task.teacher, inputs)
+    assert losses.isfinite().all()
+    other = task.loss.losses(task.teacher, {**inputs, "text_2": inputs["text_2"].flip(-1)})
+    assert (other != losses).tolist() == [False, False, True, False]
+    with pytest.raises(UserError, match="text_length_2 is 3; .*FluxTransformer2DModel as configured takes no second"):
+        replace(DiffusersTransformer.tiny(), text_length_2=3).example(1)
+
+
 def test_pipelines_and_prompts_that_are_refused(flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts, out = written(tmp_path, "a cat"), tmp_path / "out"
 
@@ -216,7 +245,7 @@ def test_pipelines_and_prompts_that_are_refused(flux: Path, tmp_path: Path, monk
     dit, index = tmp_path / "dit", json.loads((flux / "model_index.json").read_text())
     dit.mkdir()
     (dit / "model_index.json").write_text(json.dumps({"_class_name": "DiTPipeline", "transformer": ["diffusers", "x"]}))
-    refused("the pipeline DiTPipeline of diffusers .* has no encode_prompt", dit)
+    refused("the pipeline DiTPipeline has no encode_prompt", dit)
     wan = tiny_pipelines.saved("WanPipeline", tmp_path / "wan")
     monkeypatch.setattr(diffusers.WanPipeline, "encode_prompt", lambda self, prompt, picture: None)
     refused("encode_prompt of WanPipeline is not in the known form, .* \\(it takes 'picture'\\)", wan)
@@ -231,7 +260,7 @@ def test_pipelines_and_prompts_that_are_refused(flux: Path, tmp_path: Path, monk
         (foreign / path.name).symlink_to(path)
     (foreign / "model_index.json").unlink()
     (foreign / "model_index.json").write_text(json.dumps(index | {"text_encoder": ["mine", "Mine"]}))
-    refused("text_encoder comes from 'mine'; text encoders and tokenizers of transformers are read", foreign)
+    refused("text_encoder comes from 'mine'; parts of diffusers and transformers are read", foreign)
     (foreign / "model_index.json").write_text(json.dumps(index))
     (foreign / "text_encoder_2").unlink()
     refused("foreign: its text encoders cannot be read", foreign)

@@ -158,22 +158,23 @@ def test_a_network_that_diverged_or_was_just_pruned_has_no_figures() -> None:
 def test_what_is_missing_is_said_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     assert inception.URL_INCEPTION_V3.endswith(INCEPTION_FILE)
+    task = digits_task()
     with pytest.raises(MissingFileError) as e:
-        Fidelity(reference="none.npz").check(Digits())
+        Fidelity(reference="none.npz").check_task(replace(task, data=Digits()))
     assert "reference: 'none.npz' does not exist" in str(e.value)
     assert f"weights: '{tmp_path / 'hub' / 'checkpoints' / INCEPTION_FILE}' does not exist" in str(e.value)
-    Fidelity(download=True).check(Digits())
+    Fidelity(download=True).check_task(replace(task, data=Digits()))
     inception_weights().parent.mkdir(parents=True)
     inception_weights().touch()
-    Fidelity().check(Digits())
+    Fidelity().check_task(replace(task, data=Digits()))
     with pytest.raises(MissingFileError, match=r"weights: 'mine.pth'"):
-        Fidelity(weights="mine.pth", download=True).check(Digits())
+        Fidelity(weights="mine.pth", download=True).check_task(replace(task, data=Digits()))
 
     class Latents(Digits):
         has_pixels = False
 
     with pytest.raises(MissingFileError, match="data: Latents as configured does not decode any"):
-        TOY.check(Latents())
+        TOY.check_task(replace(task, data=Latents()))
 
 
 @pytest.fixture

@@ -113,6 +113,22 @@ def test_generation_is_given_the_column_that_the_data_name() -> None:
         generate(replace(task, train=Digits().train()), task.teacher, TRAINER, 10, 4)
 
 
+def test_large_images_are_small_in_the_report_and_their_prompts_are_told(tmp_path: Path) -> None:
+    rows = [{"name": "x", "values": {"teacher": 1.0}, "unit": "", "better": "", "note": ""}]
+    (tmp_path / "metrics.json").write_text(json.dumps({"measurements": rows}))
+    save_file(
+        {"teacher": torch.full((4, 3, 100, 640), 7, dtype=torch.uint8), "labels": torch.tensor([0, 1, 0, 1])},
+        tmp_path / "samples.safetensors",
+    )
+    (tmp_path / "prompts.json").write_text(json.dumps(["a cat", "a dog " * 99]))
+    (section,) = Pictures().show(tiny.RunFolder(tmp_path))
+    assert "The prompts are 0: a cat; 1: a dog a dog" in section.caption
+    assert len(section.caption) < 250
+    with Image.open(tmp_path / "figures" / "samples_teacher.png") as picture:
+        assert picture.width == 4 * 321 - 1
+        assert picture.getpixel((10, 10)) == (7, 7, 7)
+
+
 def test_the_report_shows_a_few_images_of_many_labels_with_their_labels(tmp_path: Path) -> None:
     folder = tiny.RunFolder(tmp_path)
     rows = [{"name": "x", "values": {"teacher": 1.0}, "unit": "", "better": "", "note": ""}]

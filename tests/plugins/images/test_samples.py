@@ -147,7 +147,7 @@ def test_samples_whose_folder_goes_while_they_are_made(
         shutil.rmtree(tmp_path / "gone")
         return sample_rows(*given)
 
-    monkeypatch.setattr("tinyfusion_images.samples.sample_rows", made)
+    monkeypatch.setattr("tinyfusion_images.pictures.sample_rows", made)
     assert sample(finished, tmp_path / "gone", 3) == 2
     assert "gone: was deleted, moved or replaced while this command was at work" in capsys.readouterr().err
     assert not (tmp_path / "gone").exists()

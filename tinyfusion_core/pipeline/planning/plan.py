@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -158,7 +159,7 @@ def _search(plan: Plan, recipe: Recipe, stage: Stage, model: nn.Module) -> tuple
 def _choosing(plan: Plan, recipe: Recipe, stage: Stage, selector: Selector, pruned: nn.Module, **of: Any) -> None:
     """Plan the short recoveries of a selector, and what all of its trainings come to; `of` says how it was pruned."""
     prefix, blocks, trainings = prefix_of(stage), recipe.backbone.unit_paths(recipe.on_meta), selector.trainings()
-    _metrics(plan, recipe, selector.metrics())
+    _ask(plan, recipe, selector.metrics())
     for short in (part for part in trainings if isinstance(part, Recover)):
         what = f"{prefix}short recoveries"
         plan.rows.append((what, training_text(recipe, short, **of)))
@@ -199,12 +200,14 @@ def _data(plan: Plan, recipe: Recipe) -> None:
         columns.check_extremes(samples)
 
 
-def _metrics(plan: Plan, recipe: Recipe, metrics: Sequence[Metric] | None = None) -> None:
-    """Ask metrics, by default those of the evaluation, whether they can measure."""
-    for metric in recipe.evaluate if metrics is None else metrics:
+def _metrics(plan: Plan, recipe: Recipe) -> None:
+    _collect(plan, partial(recipe.loss.check_sampling, recipe.backbone))
+    _ask(plan, recipe, recipe.evaluate)
+
+
+def _ask(plan: Plan, recipe: Recipe, metrics: Sequence[Metric]) -> None:
+    """Ask metrics whether they can measure."""
+    task = replace(Task.without_data(recipe.backbone, recipe.loss, recipe.on_meta), data=recipe.data)
+    for metric in metrics:
         _collect(plan, partial(metric.check, recipe.data))
-        _collect(plan, partial(_check_task, recipe, metric))
-
-
-def _check_task(recipe: Recipe, metric: Metric) -> None:
-    metric.check_task(Task.without_data(recipe.backbone, recipe.loss, recipe.on_meta))
+        _collect(plan, partial(metric.check_task, task))

@@ -1,0 +1,1 @@
+"""The published pipelines: what their folders hold, and pictures that they make."""

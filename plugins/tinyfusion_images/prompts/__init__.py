@@ -1,0 +1,1 @@
+"""How well pictures show what they were asked for."""
