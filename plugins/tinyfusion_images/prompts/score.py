@@ -66,7 +66,7 @@ class PromptScore(Metric):
     @override
     def check_task(self, task: Task) -> None:
         self._texts(task.loss)
-        need("transformers", "tinyfusion[diffusers]", KEY)
+        need("transformers", "tinyfusion[images]", KEY)
         folder = Path(self.model)
         config = folder / "config.json"
         found = read_json(config) if config.is_file() else None
