@@ -156,6 +156,14 @@ class LossAdapter(Settings, ABC):
         """Return the names of options that only matter to `sample`: changing them does not invalidate a training."""
         return frozenset()
 
+    def remark(self, model: nn.Module) -> str:
+        """Return what plans say of this objective for a network, such as what nobody has tested; by default nothing.
+
+        Args:
+            model: the network, on any device.
+        """
+        return ""
+
     @property
     def generates(self) -> bool:
         """Whether `sample` can generate examples."""
