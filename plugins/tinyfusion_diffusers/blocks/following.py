@@ -71,7 +71,8 @@ def follow_teacher(student: nn.Module, *decisions: Decision) -> RemovableHandle:
         A handle whose `remove` ends it.
 
     Raises:
-        UserError: it is not known where the student's class adds residuals, or the decisions are of another network.
+        UserError: it is not known where the student's class adds residuals, the decisions are of another network, or it
+            follows its teacher already.
     """
     cls = class_of(student)
     if cls.__name__ not in RESIDUALS:
@@ -79,6 +80,8 @@ def follow_teacher(student: nn.Module, *decisions: Decision) -> RemovableHandle:
             f"student: it is not known where {cls.__name__} adds the residuals of a ControlNet; it is for "
             f"{', '.join(RESIDUALS)}"
         )
+    if any(hook.__module__ == __name__ for hook in student._forward_pre_hooks.values()):
+        raise UserError("student: follows its teacher already; call `remove` of the handle that was returned first")
     stay = {path: _stay(student, path, decisions) for path in RESIDUALS[cls.__name__].values()}
     signature = inspect.signature(cls.forward)
 
@@ -88,9 +91,9 @@ def follow_teacher(student: nn.Module, *decisions: Decision) -> RemovableHandle:
         for name, path in RESIDUALS[cls.__name__].items():
             repeats = path == JOINT and given.get("controlnet_blocks_repeat")
             rule = _repeated if repeats else RULES.get(cls.__name__, _stretched)
-            if given.get(name) is not None:
+            if given.get(name):
                 given[name] = _followed(given[name], *stay[path], rule)
-        if given.get(SKIPS) is not None:
+        if given.get(SKIPS):
             kept, _ = stay[JOINT]
             given[SKIPS] = [kept.index(block) for block in given[SKIPS] if block in kept]
         return call.args[1:], call.kwargs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,9 @@ def dequantised(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
     for tensor in reader.tensors:
         numbers = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         told = reader.fields.get(f"{SHAPE}{tensor.name}")
-        shape = numbers.shape if told is None else [int(n) for n in told.contents()]
+        shape = numbers.shape if told is None else tuple(int(n) for n in told.contents())
+        if math.prod(shape) != numbers.size:
+            raise UserError(f"{path}: damaged: {tensor.name} is said to be {list(shape)}. Copy or download it again")
         found[tensor.name] = torch.from_numpy(np.array(numbers)).reshape(shape).to(dtype)
     return found
 

@@ -161,6 +161,11 @@ def test_decisions_of_other_networks_are_refused() -> None:
     for model, decisions in ((task.teacher, [decision]), (student, [other]), (student, [decision, decision])):
         with pytest.raises(tiny.UserError, match="give the decision of this student"):
             follow_teacher(model, *decisions)
+    handle = follow_teacher(student, decision)
+    with pytest.raises(tiny.UserError, match="follows its teacher already"):
+        follow_teacher(student, decision)
+    handle.remove()
+    follow_teacher(student, decision)
     wan, _ = task_of("WanTransformer3DModel")
     with pytest.raises(tiny.UserError, match="not known where WanTransformer3DModel adds the residuals"):
         follow_teacher(wan.teacher, decision)

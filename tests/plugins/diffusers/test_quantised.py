@@ -39,6 +39,13 @@ def raw(kind: Any, numbers: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return found.reshape(*numbers.shape[:-1], -1)
 
 
+def ended(writer: Any) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def written(model: Any, path: Path, kind: Any) -> dict[str, Any]:
     """Write a file as others do: matrices quantised as far as their rows allow, the rest in float16 or float32.
 
@@ -55,10 +62,7 @@ def written(model: Any, path: Path, kind: Any) -> dict[str, Any]:
         held = raw(now, numbers)
         writer.add_tensor(name, held, raw_dtype=now)
         meant[name] = torch.from_numpy(np.array(gguf.quants.dequantize(held, now))).reshape(tensor.shape)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    ended(writer)
     return meant
 
 
@@ -155,12 +159,15 @@ def test_what_cannot_be_dequantised(tmp_path: Path) -> None:
         backbone.source()
     writer = gguf.GGUFWriter(path, "sd3")
     writer.add_tensor("a", np.zeros((2, gguf.GGML_QUANT_SIZES[Kind.Q8_K][1]), np.uint8), raw_dtype=Kind.Q8_K)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    ended(writer)
     with pytest.raises(tiny.UserError, match="holds weights in Q8_K, which gguf cannot dequantise"):
         backbone.source()
+    writer = gguf.GGUFWriter(path, "sd3")
+    writer.add_tensor("a", np.zeros((2, 3), np.float32))
+    writer.add_array("comfy.gguf.orig_shape.a", [2, 4])
+    ended(writer)
+    with pytest.raises(tiny.UserError, match=r"damaged: a is said to be \[2, 4\]"):
+        backbone.build()
     teacher_of("WanTransformer3DModel", Kind.Q8_0, tmp_path)
     with pytest.raises(tiny.UserError, match="is no SD3Transformer2DModel as its publisher names it"):
         replace(backbone, config_from=str(saved(make("SD3Transformer2DModel")[0], tmp_path / "sd3"))).build()
