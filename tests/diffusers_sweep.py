@@ -160,11 +160,10 @@ SCHEDULED: dict[str, dict[str, Any]] = {
 }
 """Classes whose pipelines do not follow a flow, and the options of their objective."""
 NOT_COMPARED = {
-    "ConsisIDTransformer3DModel": "its pipeline needs OpenCV and an image of a face",
+    "ConsisIDTransformer3DModel": "its pipeline tells it a face, which the data do not have",
     "CosmosTransformer3DModel": "its pipelines need a guard's weights; those of the first Cosmos follow no flow",
     "DreamLiteTransformer2DModel": "diffusers has no pipeline for it",
     "Flux3Transformer2DModel": "diffusers has modular pipelines alone",
-    "JoyImageEditTransformer3DModel": "its pipeline puts latents of images to edit before the noisy ones",
     "Transformer2DModel": "diffusers reads such networks of PixArt and DiT as their own classes; others are deprecated",
 }
 """Why those are not that a recipe trains."""

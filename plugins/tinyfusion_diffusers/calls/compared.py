@@ -19,6 +19,7 @@ COMPARED = frozenset(
         "HunyuanImageTransformer2DModel",
         "HunyuanVideo15Transformer3DModel",
         "HunyuanVideoTransformer3DModel",
+        "JoyImageEditTransformer3DModel",
         "Kandinsky5Transformer3DModel",
         "Krea2Transformer2DModel",
         "LTXVideoTransformer3DModel",
