@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from tinyfusion_core.protocols.data import DataSource
     from tinyfusion_core.protocols.loss import LossAdapter
     from tinyfusion_diffusers.backbone import DiffusersTransformer as DiffusersTransformer
+    from tinyfusion_diffusers.blocks.following import follow_teacher as follow_teacher
     from tinyfusion_diffusers.data import EncodedPrompts as EncodedPrompts
     from tinyfusion_diffusers.objectives import RectifiedFlow as RectifiedFlow
     from tinyfusion_diffusers.objectives import ScheduledDiffusion as ScheduledDiffusion
@@ -24,6 +25,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "backbone": ["DiffusersTransformer"],
+        "blocks.following": ["follow_teacher"],
         "data": ["EncodedPrompts"],
         "objectives": ["RectifiedFlow", "ScheduledDiffusion"],
         "pipelines.published": ["PublishedPipeline"],

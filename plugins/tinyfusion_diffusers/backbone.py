@@ -21,11 +21,13 @@ from tinyfusion_core.protocols.checkpoint_backbone import randomise
 from tinyfusion_core.protocols.data import Lookup
 from tinyfusion_core.runtime.files import NEUTRAL, digest, save_tensors, sha256, write_json
 from tinyfusion_core.runtime.seeding import generator
-from tinyfusion_diffusers.checkpoints import (
+from tinyfusion_diffusers.files.checkpoints import (
     FILES,
+    GGUF,
     WEIGHTS,
     check_agreement,
     check_kind,
+    dtype_of,
     network,
     patterns,
     read_file,
@@ -34,8 +36,9 @@ from tinyfusion_diffusers.checkpoints import (
     shipped,
     weights_in,
 )
+from tinyfusion_diffusers.files.original import renamed
+from tinyfusion_diffusers.files.quantised import encoding_of
 from tinyfusion_diffusers.library import diffusers
-from tinyfusion_diffusers.original import renamed
 from tinyfusion_diffusers.shapes import example
 from tinyfusion_diffusers.structure import (
     check_copies,
@@ -62,12 +65,13 @@ class DiffusersTransformer(Backbone):
 
     Args:
         model: a pipeline's folder or the transformer's own, or the id of a pipeline on the Hugging Face hub; or a
-            single file of weights, in the names of diffusers or of their publisher.
+            single file of weights, in the names of diffusers or of their publisher; one in GGUF is dequantised.
         config_from: for a single file: the folder or id on the hub whose config says how large the network is.
         subfolder: where the transformer is in it; empty on the hub if it stands alone.
         revision: branch, tag or commit on the hub.
         variant: which of several copies of the weights, such as `fp16`.
-        dtype: dtype of the weights; `auto` is that of most of them in the file. Full-precision training needs float32.
+        dtype: dtype of the weights; `auto` is that of most of them in the file, float32 for GGUF. Full-precision
+            training needs float32.
         latent: height and width of the latents, for a video frames, height and width; default that of the network's
             config.
         text_length: tokens of a prompt, as in the data; default that of the network's config, else 77.
@@ -192,6 +196,8 @@ class DiffusersTransformer(Backbone):
         found = {"checkpoint": self.model, "licence": self.licence}
         if self._file is not None:
             check_regular(self._file)
+            if self._file.suffix == GGUF:
+                found["weights"] = encoding_of(self._file, dtype_of([self._file], self.dtype))
             return {**found, "sha256": sha256(self._file)}
         if not Path(self.model).is_dir():  # on the hub, where a revision says what it is
             return {**found, "revision": self.revision or "main"}
@@ -252,7 +258,7 @@ class DiffusersTransformer(Backbone):
                     "folder with the config.json of the transformer or its pipeline, or the pipeline's id on the hub"
                 )
             sizes = replace(self, model=self.config_from, config_from=None)._stored_config()
-            check_kind(self._file, sizes)
+            check_kind(sizes)
             return sizes
         planned = None if self.model is None or Path(self.model).is_dir() else shipped(self.model)
         return network(self._fetched("config.json") / "config.json") if planned is None else planned

@@ -20,10 +20,11 @@ from tinyfusion_core.protocols.loss import LossAdapter
 from tinyfusion_core.runtime.files import NEUTRAL
 from tinyfusion_core.runtime.seeding import Rng
 from tinyfusion_diffusers import calling
+from tinyfusion_diffusers.calls.compared import COMPARED
 from tinyfusion_diffusers.calls.flows import flow_of
 from tinyfusion_diffusers.library import diffusers
 from tinyfusion_diffusers.pipelines.published import PublishedPipeline
-from tinyfusion_diffusers.structure import settings
+from tinyfusion_diffusers.structure import class_of, settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,16 @@ class _Denoising(LossAdapter):
     def check_sampling(self, backbone: Backbone) -> None:
         if self.pipeline is not None:
             self.pipeline.check(backbone)
+
+    @override
+    def remark(self, model: nn.Module) -> str:
+        """Return that a network's class is none of those whose pipelines were compared; empty if it is."""
+        if (name := class_of(model).__name__) in COMPARED:
+            return ""
+        return (
+            f"no test compares what it feeds {name} with a pipeline of diffusers. Compare a few samples of the teacher "
+            "(tinyfusion generate-data) with those of its pipeline before much is spent"
+        )
 
     @abstractmethod
     def _denoised(self, x: Tensor, run: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -235,14 +246,14 @@ class RectifiedFlow(_Denoising):
         if self.time == "logit_normal":
             normal = math.sqrt(2) * torch.erfinv(2 * t - 1)  # of a uniform number, which may be stratified
             t = torch.sigmoid(self.mean + self.std * normal)
-        t = self._shifted(t)
+        t = _shifted(t, self.shift)
         along = _beside(t, x)
         return {"x_t": (1 - along) * x + along * noise, "target": noise - x, "t": t.to(x)}
 
     @override
     def predict(self, model: nn.Module, inputs: Batch) -> Tensor:
         flow = flow_of(model, self.scale)
-        t = inputs["t"]
+        t = _shifted(inputs["t"], 1 / self.shift) if flow.before_shift else inputs["t"]
         # Sana's pipeline multiplies the time by what its config says.
         most = flow.most * settings(model).get("timestep_scale", 1.0)
         velocity = self._run(model, inputs["x_t"], (1 - t if flow.reverse else t) * most, inputs)
@@ -250,13 +261,15 @@ class RectifiedFlow(_Denoising):
 
     @override
     def _denoised(self, x: Tensor, run: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        times = self._shifted(torch.linspace(1, 0, self.sampling_steps + 1, dtype=torch.float64)).tolist()
+        times = _shifted(torch.linspace(1, 0, self.sampling_steps + 1, dtype=torch.float64), self.shift).tolist()
         for now, later in pairwise(times):
             x = x + (later - now) * run(x, x.new_full((len(x),), now))
         return x
 
-    def _shifted(self, t: Tensor) -> Tensor:
-        return self.shift * t / (1 + (self.shift - 1) * t)
+
+def _shifted(t: Tensor, by: float) -> Tensor:
+    """Times moved towards noise, (batch,); by 1 / `by` it is undone."""
+    return by * t / (1 + (by - 1) * t)
 
 
 def _beside(values: Tensor, x: Tensor) -> Tensor:

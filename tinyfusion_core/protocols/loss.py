@@ -167,6 +167,14 @@ class LossAdapter(Settings, ABC):
         """
         return
 
+    def remark(self, model: nn.Module) -> str:
+        """Return what plans say of this objective for a network, such as what nobody has tested; by default nothing.
+
+        Args:
+            model: the network, on any device.
+        """
+        return ""
+
     @property
     def generates(self) -> bool:
         """Whether `sample` can generate examples."""

@@ -139,7 +139,18 @@ def _fault(build: Build, config: Mapping[str, Any], model: nn.Module, path: str,
     different = _differences(model, fresh)
     blocks.insert(index, block)
     elsewhere = [name for name in different if not name.startswith(f"{path}.")]
-    return f"with {key} {fewer[key]} it builds another '{(elsewhere or different)[0]}'" if different else ""
+    return _why(model, fresh, (elsewhere or different)[0], f"{key} {fewer[key]}") if different else ""
+
+
+def _why(model: nn.Module, fresh: nn.Module, name: str, told: str) -> str:
+    """Why a network is not the one that a config with fewer blocks builds, which has something else by this name."""
+    of, _, tensor = name.rpartition(".")
+    ours, theirs = module_lists(model), module_lists(fresh)
+    if (other := name.partition(".")[0]) in ours and len(ours[other]) != len(theirs.get(other, ())):
+        return f"with {told} '{other}' is shorter too"
+    holder = dict(model.named_modules()).get(of)
+    lost = holder is not None and tensor in holder._non_persistent_buffers_set
+    return f"with {told} it builds another '{name}'{', which is saved in no file' if lost else ''}"
 
 
 def _differences(a: nn.Module, b: nn.Module) -> list[str]:

@@ -164,6 +164,15 @@ def _grid(told: Told) -> list[Tensor]:
     return [torch.arange(n // step, device=told.x.device) for n, step in steps]
 
 
+def _visual_scale(told: Told) -> tuple[float, float, float]:
+    """What Kandinsky 5 divides positions by: images are as they are, videos by their size in pixels."""
+    frames, *sides = told.x.shape[2:]
+    if frames == 1:
+        return 1.0, 1.0, 1.0
+    side = 2.0 if all(480 <= 8 * n <= 854 for n in sides) else 3.16
+    return 1.0, side, side
+
+
 def _no_image(told: Told) -> Tensor | None:
     """What HunyuanVideo 1.5 is given when there is no image: zeros for each of 729 tokens."""
     width = told.config.get("image_embed_dim")
@@ -189,6 +198,7 @@ DERIVED: Mapping[str, Callable[[Told], Any]] = {
     "padding_mask": lambda told: told.x.new_zeros(1, 1, *told.sides),
     "visual_rope_pos": _grid,
     "text_rope_pos": lambda told: torch.arange(told.text_length, device=told.x.device),
+    "scale_factor": _visual_scale,
     "image_embeds": _no_image,
 }
 """Arguments that follow from the shapes."""

@@ -20,18 +20,22 @@ class Flow:
         reverse: whether time runs from noise (0) to data.
         negative: whether the prediction points to the data.
         guidance: what the scale of a guidance-distilled network is multiplied by.
+        before_shift: whether the network is told the time before it is shifted towards noise.
     """
 
     most: float
     reverse: bool = False
     negative: bool = False
     guidance: float = 1.0
+    before_shift: bool = False
 
 
 FLOWS: Mapping[str, Flow] = {
     "AuraFlowTransformer2DModel": Flow(1.0),
+    "BriaFibo2Transformer2DModel": Flow(1.0),
     "BriaTransformer2DModel": Flow(1000.0),
     "ChronoEditTransformer3DModel": Flow(1000.0),
+    "CogView4Transformer2DModel": Flow(1000.0, before_shift=True),
     "EasyAnimateTransformer3DModel": Flow(1000.0),
     "Flux2Transformer2DModel": Flow(1.0),
     "FluxTransformer2DModel": Flow(1.0),
@@ -54,7 +58,9 @@ FLOWS: Mapping[str, Flow] = {
     "SD3Transformer2DModel": Flow(1000.0),
     "SanaTransformer2DModel": Flow(1000.0),
     "SanaVideoTransformer3DModel": Flow(1000.0),
+    "SkyReelsV2Transformer3DModel": Flow(1000.0),
     "WanTransformer3DModel": Flow(1000.0),
+    "WanVACETransformer3DModel": Flow(1000.0),
     "ZImageTransformer2DModel": Flow(1.0, reverse=True, negative=True),
 }
 """Taken from diffusers' pipelines; no signature and no config says it."""

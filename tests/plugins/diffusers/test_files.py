@@ -23,7 +23,7 @@ from tinyfusion_core.cli import main
 from tinyfusion_core.protocols.data import Tensors
 from tinyfusion_core.runtime.seeding import Rng
 from tinyfusion_diffusers import DiffusersTransformer, RectifiedFlow
-from tinyfusion_diffusers.checkpoints import SHIPPED, WEIGHTS
+from tinyfusion_diffusers.files.checkpoints import SHIPPED, WEIGHTS
 
 
 def test_dit_with_different_copies_is_refused(tmp_path: Path) -> None:

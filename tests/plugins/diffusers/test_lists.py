@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -78,11 +79,21 @@ def test_kinds_of_layers_go_with_their_blocks() -> None:
     assert lists_of(config("AceStepTransformer1DModel"))["layers"].free == (3,)
 
 
-def test_why_a_network_is_refused() -> None:
-    with pytest.raises(
-        tiny.UserError, match="'transformer_blocks': with num_layers 3 it builds another 'time_text_embed"
-    ):
-        lists_of(config("ChromaTransformer2DModel"))
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("BriaFiboTransformer2DModel", "'single_transformer_blocks': with num_single_layers 2 'caption_projection' is"),
+        (
+            "ChromaTransformer2DModel",
+            "with num_layers 3 it builds another 'time_text_embed.mod_proj', which is saved in",
+        ),
+        ("HiDreamImageTransformer2DModel", "'double_stream_blocks': with num_layers 3 'caption_projection' is shorter"),
+        ("LatteTransformer3DModel", "'transformer_blocks': with num_layers 3 'temporal_transformer_blocks' is shorter"),
+    ],
+)
+def test_why_a_network_is_refused(name: str, why: str) -> None:
+    with pytest.raises(tiny.UserError, match=re.escape(why)):
+        lists_of(config(name))
 
 
 def test_a_recipe_can_name_lists_and_streams() -> None:

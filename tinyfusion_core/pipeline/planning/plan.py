@@ -86,6 +86,8 @@ def _network(plan: Plan, recipe: Recipe) -> None:
     counts = ", ".join(f"{depth} {what} in '{name}'" for name, depth in list_lengths(blocks).items())
     plan.rows.append(("network", f"{type(recipe.backbone).__name__}, {counts}"))
     check_loss_fits(recipe.backbone, recipe.loss, model)
+    if said := recipe.loss.remark(model):
+        plan.rows.append(("objective", f"{type(recipe.loss).__name__}: {said}"))
     plan.rows.append(("before pruning", size_text(recipe, model)))
 
 

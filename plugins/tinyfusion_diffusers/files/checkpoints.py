@@ -6,7 +6,7 @@ import json
 import math
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,14 @@ from torch import nn
 from tinyfusion_core.errors import MissingFileError, UserError, first_line
 from tinyfusion_core.parsing.records import read_json
 from tinyfusion_core.parsing.weights import open_tensors, read_weights
-from tinyfusion_diffusers.original import converted, converter
+from tinyfusion_diffusers.files.original import converted, converter
+from tinyfusion_diffusers.files.quantised import dequantised
 from tinyfusion_diffusers.structure import completed, construct, network_class
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-SHIPPED = Path(__file__).parent / "configs"
-FILES = (".safetensors", ".gguf", ".ckpt", ".pt", ".pth", ".bin", ".sft")
+SHIPPED = Path(__file__).parent.parent / "configs"
+GGUF = ".gguf"
+FILES = (".safetensors", GGUF, ".ckpt", ".pt", ".pth", ".bin", ".sft")
 """How files are called that hold weights; ids on the hub do not end like this."""
 
 
@@ -29,11 +31,18 @@ def network(path: Path) -> dict[str, Any]:
     """Read the config of a transformer.
 
     Raises:
-        UserError: it is missing or no such config.
+        UserError: it is missing or no such config, or that of a network whose weights are quantised.
     """
     content = read_json(path)
     if not isinstance(content, dict) or "_class_name" not in content:
         raise UserError(f"{path}: names no _class_name; expected the config of a diffusers transformer")
+    if quantised := content.get("quantization_config"):
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        raise UserError(
+            f"backbone.model: the weights beside {path} are quantised ({method or 'by a method that is not named'}); "
+            "give those that they were made from, or a GGUF file; or load them with diffusers where their library "
+            "runs, call `dequantize()`, and give the folder that `save_pretrained` writes"
+        )
     return content
 
 
@@ -84,7 +93,7 @@ def weights_in(folder: Path, variant: str | None) -> list[Path]:
 
 
 def saved_dtype(paths: Iterable[Path]) -> torch.dtype:
-    """Return the dtype of most of the numbers in some files; float32 if they are pickled.
+    """Return the dtype of most of the numbers in some files; float32 if they are pickled or quantised.
 
     Raises:
         UserError: one is damaged.
@@ -99,6 +108,20 @@ def saved_dtype(paths: Iterable[Path]) -> torch.dtype:
                 entry = file.get_slice(name)
                 counts[names.get(entry.get_dtype(), torch.float32)] += math.prod(entry.get_shape())
     return counts.most_common(1)[0][0]
+
+
+def dtype_of(paths: Sequence[Path], asked: str) -> torch.dtype:
+    """Return the dtype that the weights in some files get.
+
+    Args:
+        paths: the files.
+        asked: name of a dtype; `auto` is that of most of the numbers, float32 for pickled and quantised ones.
+
+    Raises:
+        UserError: one is damaged.
+    """
+    found: torch.dtype = saved_dtype(paths) if asked == "auto" else getattr(torch, asked)
+    return found
 
 
 def read_folder(folder: Path, config: Mapping[str, Any], dtype: str, variant: str | None) -> nn.Module:
@@ -120,7 +143,7 @@ def read_folder(folder: Path, config: Mapping[str, Any], dtype: str, variant: st
         with torch.random.fork_rng():
             model, loading = cls.from_pretrained(
                 str(folder),
-                torch_dtype=saved_dtype(files) if dtype == "auto" else getattr(torch, dtype),
+                torch_dtype=dtype_of(files, dtype),
                 # The others are read as plain tensors, without running code.
                 use_safetensors=files[0].suffix == ".safetensors",
                 variant=variant,
@@ -138,14 +161,12 @@ def read_folder(folder: Path, config: Mapping[str, Any], dtype: str, variant: st
     return found
 
 
-def check_kind(path: Path, config: Mapping[str, Any]) -> None:
-    """Check that single files of a kind, and of such networks, are read at all.
+def check_kind(config: Mapping[str, Any]) -> None:
+    """Check that single files of such networks are read at all.
 
     Raises:
         UserError: they are not.
     """
-    if path.suffix == ".gguf":
-        raise UserError(f"backbone.model: {path} holds quantised weights, which are not read here; give safetensors")
     if converter(cls := network_class(config)) is None:
         raise UserError(f"backbone.model: diffusers reads no single files of {cls.__name__}; give a folder")
 
@@ -154,7 +175,7 @@ def read_file(path: Path, config: Mapping[str, Any], dtype: str) -> nn.Module:
     """Load a transformer from a single file, in the names of its publisher or in those of diffusers.
 
     Args:
-        path: the file: safetensors, or of plain tensors in torch's format.
+        path: the file: safetensors, GGUF, or of plain tensors in torch's format.
         config: the transformer's config.
         dtype: name of a dtype, or `auto`.
 
@@ -164,13 +185,15 @@ def read_file(path: Path, config: Mapping[str, Any], dtype: str) -> nn.Module:
     with torch.device("meta"):
         expected = construct(config)
     cls: Any = type(expected)
-    tensors = converted(cls, read_weights(path, containers=()), config, expected, path)
+    kind = dtype_of([path], dtype)
+    held = dequantised(path, kind) if path.suffix == GGUF else read_weights(path, containers=())
+    tensors = converted(cls, held, config, expected, path)
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
         (Path(folder) / "config.json").write_text(json.dumps(completed(config)))
         model: nn.Module = cls.from_single_file(
             tensors,
             config=folder,
-            torch_dtype=saved_dtype([path]) if dtype == "auto" else getattr(torch, dtype),
+            torch_dtype=kind,
             local_files_only=True,
         )
     return model
