@@ -123,8 +123,7 @@ class DiffusersTransformer(Backbone):
         model: Any = self._pretrained() if self._random is None else self._fresh()
         if self.gradient_checkpointing:
             model.enable_gradient_checkpointing()
-        evaluating: nn.Module = model.eval()
-        return evaluating
+        return model.eval()  # type: ignore[no-any-return]
 
     @override
     def config(self, model: nn.Module | None = None) -> dict[str, Any]:
@@ -196,9 +195,9 @@ class DiffusersTransformer(Backbone):
         found = {"checkpoint": self.model, "licence": self.licence}
         if self._file is not None:
             check_regular(self._file)
-            if self._file.suffix == GGUF:
-                found["weights"] = encoding_of(self._file, dtype_of([self._file], self.dtype))
-            return {**found, "sha256": sha256(self._file)}
+            encoded = self._file.suffix == GGUF
+            weights = {"weights": encoding_of(self._file, dtype_of([self._file], self.dtype))} if encoded else {}
+            return {**found, **weights, "sha256": sha256(self._file)}
         if not Path(self.model).is_dir():  # on the hub, where a revision says what it is
             return {**found, "revision": self.revision or "main"}
         folder = self._folder(Path(self.model))
