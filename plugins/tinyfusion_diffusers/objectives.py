@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from typing_extensions import override
 
 from tinyfusion_core.errors import UserError, nearest, require
 from tinyfusion_core.protocols.backbone import Backbone, Batch
-from tinyfusion_core.protocols.loss import LossAdapter
+from tinyfusion_core.protocols.loss import DiffusionLoss
 from tinyfusion_core.runtime.files import NEUTRAL
 from tinyfusion_core.runtime.seeding import Rng
 from tinyfusion_diffusers import calling
@@ -28,7 +27,7 @@ from tinyfusion_diffusers.structure import class_of, settings
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Denoising(LossAdapter):
+class _Denoising(DiffusionLoss):
     """Regression of a target for noised latents.
 
     Args:
@@ -45,6 +44,7 @@ class _Denoising(LossAdapter):
     pipeline: PublishedPipeline | None = field(default=None, metadata={NEUTRAL: None})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(0 <= self.label_drop <= 1, "loss.label_drop", self.label_drop, "a probability")
         require(self.guidance is None or self.guidance >= 0, "loss.guidance", self.guidance, "a scale, or null")
         require(self.sampling_steps >= 1, "loss.sampling_steps", self.sampling_steps, "at least 1")
@@ -126,15 +126,20 @@ class _Denoising(LossAdapter):
     @override
     def loss(self, prediction: Tensor, inputs: Batch) -> Tensor:
         """Compute the mean squared error over the target's channels, (batch,); a predicted variance is not trained."""
-        return self._error(prediction[:, : inputs["target"].shape[1]], inputs["target"])
+        return self._error(prediction[:, : inputs["target"].shape[1]], inputs["target"], inputs["t"])
 
     @override
     def distance(self, student: Tensor, teacher: Tensor, inputs: Batch) -> Tensor:
         """Compute the mean squared difference over all channels, (batch,); a learned variance is matched too."""
-        return self._error(student, teacher)
+        return self._error(student, teacher, inputs["t"])
 
-    def _error(self, a: Tensor, b: Tensor) -> Tensor:
-        return (a.float() - b.float()).square().flatten(1).mean(1)
+    def _error(self, a: Tensor, b: Tensor, t: Tensor) -> Tensor:
+        errors = (a.float() - b.float()).square().flatten(1).mean(1)
+        return errors if self.min_snr is None else self.weigh(errors, *self._levels(t))
+
+    @abstractmethod
+    def _levels(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(batch,) signal, noise and factor to an error of the clean sample, see `weigh`, at times as in `prepare`."""
 
     def _run(self, model: nn.Module, x: Tensor, timestep: Tensor, inputs: Batch) -> Tensor:
         null = settings(model).get("num_embeds_ada_norm")  # labels that the network does not take are not looked at
@@ -193,10 +198,17 @@ class ScheduledDiffusion(_Denoising):
     @override
     def _place(self, x: Tensor, noise: Tensor, rng: Rng) -> dict[str, Tensor]:
         table, kind = self._process
-        t = rng.integers("time", len(table), len(x))
+        t = (self.drawn(rng.uniform("time", len(x))) * len(table)).long().clamp(max=len(table) - 1)
         signal, rest = (_beside(v[t].sqrt(), x) for v in (table, 1 - table))
         target = noise if kind == "epsilon" else signal * noise - rest * x
         return {"x_t": signal * x + rest * noise, "target": target, "t": t.to(x.device)}
+
+    @override
+    def _levels(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        table, kind = self._process
+        a = table.to(t.device)[t]
+        signal, noise = a.sqrt(), (1 - a).sqrt()
+        return signal, noise, noise / signal.clamp(min=1e-12) if kind == "epsilon" else noise
 
     @override
     def predict(self, model: nn.Module, inputs: Batch) -> Tensor:
@@ -221,14 +233,14 @@ class RectifiedFlow(_Denoising):
     x_t = (1 - t) x + t noise, and the target is noise - x (arXiv:2209.03003, arXiv:2403.03206).
 
     Args:
-        time: distribution of times: "logit_normal" (SD3: the sigmoid of a normal number) or "uniform".
+        time: distribution of times, before they are shifted, see `DiffusionLoss`; SD 3's is "logit_normal".
         mean: mean of the normal number.
         std: standard deviation of the normal number.
         shift: moves times towards noise, t -> shift t / (1 + (shift - 1) t), as the pipeline's scheduler does.
         scale: what the network is given at pure noise; known by default for the families named above.
     """
 
-    time: Literal["logit_normal", "uniform"] = "logit_normal"
+    time: Literal["uniform", "logit_normal"] = "logit_normal"
     mean: float = 0.0
     std: float = 1.0
     shift: float = 1.0
@@ -236,19 +248,22 @@ class RectifiedFlow(_Denoising):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.std > 0, "loss.std", self.std, "a deviation above 0")
         require(self.shift > 0, "loss.shift", self.shift, "a factor above 0")
         require(self.scale is None or self.scale > 0, "loss.scale", self.scale, "a time above 0, or null")
 
     @override
     def _place(self, x: Tensor, noise: Tensor, rng: Rng) -> dict[str, Tensor]:
-        t = rng.uniform("time", len(x))
-        if self.time == "logit_normal":
-            normal = math.sqrt(2) * torch.erfinv(2 * t - 1)  # of a uniform number, which may be stratified
-            t = torch.sigmoid(self.mean + self.std * normal)
-        t = _shifted(t, self.shift)
+        t = _shifted(self.drawn(rng.uniform("time", len(x))), self.shift)
         along = _beside(t, x)
         return {"x_t": (1 - along) * x + along * noise, "target": noise - x, "t": t.to(x)}
+
+    @override
+    def _share(self, t: float) -> float:
+        return super()._share(t if t in (0, 1) else t / (self.shift - (self.shift - 1) * t))
+
+    @override
+    def _levels(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return 1 - t, t, t
 
     @override
     def predict(self, model: nn.Module, inputs: Batch) -> Tensor:

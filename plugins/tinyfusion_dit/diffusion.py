@@ -22,7 +22,7 @@ from typing_extensions import override
 
 from tinyfusion_core.errors import UserError
 from tinyfusion_core.protocols.backbone import Batch
-from tinyfusion_core.protocols.loss import LossAdapter
+from tinyfusion_core.protocols.loss import DiffusionLoss
 from tinyfusion_core.runtime.seeding import Rng
 from tinyfusion_dit.conditional import (
     check_options,
@@ -45,7 +45,7 @@ from tinyfusion_dit.process import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class GaussianDiffusion(LossAdapter):
+class GaussianDiffusion(DiffusionLoss):
     """Noise prediction, as DiT (arXiv:2212.09748) trains and samples.
 
     Args:
@@ -60,6 +60,7 @@ class GaussianDiffusion(LossAdapter):
         clip_denoised: clip the predicted x_0 to [-1, 1] while sampling; for data in that range.
         cfg_scale: classifier-free guidance scale; 1 is no guidance.
         guided_channels: number of channels that are guided; null for all. The published samples guide 3 of 4.
+        time: distribution of times, of which 1 is pure noise; see `DiffusionLoss`, also for the options below.
     """
 
     learn_sigma: bool = True
@@ -74,6 +75,7 @@ class GaussianDiffusion(LossAdapter):
     guided_channels: int | None = 3
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.num_timesteps < 21 and self.schedule == "linear":
             raise UserError(f"loss.num_timesteps is {self.num_timesteps}; the linear schedule needs at least 21")
         if not 2 <= self.sampling_steps <= self.num_timesteps:
@@ -98,9 +100,13 @@ class GaussianDiffusion(LossAdapter):
             `x_start`, `noise`, `x_t` of the same shape as `x`; `t`, `y`, `drop` (whether to drop the label), (batch,).
         """
         x_start = draw_latents(batch, rng)
-        t = rng.integers("time", self.num_timesteps, len(x_start)).to(x_start.device)
+        t = self.steps(rng.uniform("time", len(x_start))).to(x_start.device)
         drop = draw_label_drop(batch, rng, self.label_drop)
         return {**self.place(x_start, rng.normal("noise", x_start), t), "y": batch["y"], "drop": drop}
+
+    def steps(self, u: Tensor) -> Tensor:
+        """Return time steps, int64, for uniform numbers of [0, 1), of any shape."""
+        return (self.drawn(u) * self.num_timesteps).long().clamp(max=self.num_timesteps - 1)
 
     def place(self, x_start: Tensor, noise: Tensor, t: Tensor) -> dict[str, Tensor]:
         """Noise clean latents to given time steps.
@@ -144,7 +150,7 @@ class GaussianDiffusion(LossAdapter):
         The bound trains only v (improved DDPM, L_hybrid).
         """
         e, v = self._split(prediction, inputs["x_t"])
-        mse = sample_mean((inputs["noise"] - e).square())
+        mse = self._weighed(sample_mean((inputs["noise"] - e).square()), inputs["t"])
         if v is None:
             return mse
         x_start, x_t, t = inputs["x_start"], inputs["x_t"], inputs["t"]
@@ -158,7 +164,7 @@ class GaussianDiffusion(LossAdapter):
         likelihood replaces it.
         """
         (e, v), (e_teacher, v_teacher) = (self._split(p, inputs["x_t"]) for p in (student, teacher))
-        mse = sample_mean((e - e_teacher).square())
+        mse = self._weighed(sample_mean((e - e_teacher).square()), inputs["t"])
         if v is None:
             return mse
         target = self._process.reverse(e_teacher, v_teacher, inputs["x_t"], inputs["t"])
@@ -216,6 +222,14 @@ class GaussianDiffusion(LossAdapter):
             )
         output = output.to(x.dtype)
         return output[:, :channels], output[:, channels:] if self.learn_sigma else None
+
+    def _weighed(self, errors: Tensor, t: Tensor) -> Tensor:
+        """(batch,) errors of the noise at time steps."""
+        if self.min_snr is None:
+            return errors
+        a = torch.from_numpy(self._process.a).to(t.device)[t]
+        signal, noise = a.sqrt(), (1 - a).sqrt()
+        return self.weigh(errors, signal, noise, noise / signal)
 
     def _bound(self, e: Tensor, v: Tensor, inputs: Batch, target: tuple[Tensor, Tensor]) -> Tensor:
         """(batch,) KL(target || reverse step), at t = 0 the likelihood of x_0; bits per dimension. Trains only v."""

@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from tinyfusion_core.errors import UserError, require
 from tinyfusion_core.protocols.backbone import Batch
-from tinyfusion_core.protocols.loss import LossAdapter
+from tinyfusion_core.protocols.loss import DiffusionLoss
 from tinyfusion_core.runtime.seeding import Rng
 from tinyfusion_dit.conditional import check_options, draw_label_drop, draw_latents, last
 from tinyfusion_dit.diffusion import GaussianDiffusion
@@ -30,7 +30,7 @@ _RATE_DEVIATION = 0.25  # of the normal distribution around 1 whose lower part t
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskedTokenDiffusion(LossAdapter):
+class MaskedTokenDiffusion(DiffusionLoss):
     """Noise prediction for the masked tokens of an image, as MAR trains and samples.
 
     One mask rate is drawn for a whole step, so every sample has the same number of visible tokens: the encoder
@@ -62,6 +62,7 @@ class MaskedTokenDiffusion(LossAdapter):
     cfg_schedule: Literal["constant", "linear"] = "linear"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.patch_size >= 1, "loss.patch_size", self.patch_size, "at least 1")
         require(0 < self.mask_rate_min <= 1, "loss.mask_rate_min", self.mask_rate_min, "above 0, at most 1")
         require(self.diffusion_batch_mul >= 1, "loss.diffusion_batch_mul", self.diffusion_batch_mul, "at least 1")
@@ -97,7 +98,7 @@ class MaskedTokenDiffusion(LossAdapter):
         num_masked = math.ceil(num_tokens * rate)
         masked, visible = (part.sort(1).values for part in order.tensor_split([num_masked], dim=1))
         repeats = self.diffusion_batch_mul
-        t = rng.integers("time", self._diffusion.num_timesteps, num_rows, repeats, num_masked).to(x.device)
+        t = self._diffusion.steps(rng.uniform("time", num_rows, repeats, num_masked)).to(x.device)
         x_start = take(tokens, masked)[:, None].expand(-1, repeats, -1, -1)
         noised = self._diffusion.place(_rows(x_start), _rows(rng.normal("noise", x_start)), t.flatten())
         return {
@@ -213,7 +214,8 @@ class MaskedTokenDiffusion(LossAdapter):
     @property
     def _diffusion(self) -> GaussianDiffusion:
         """The diffusion of one token, whose components are the channels."""
-        return GaussianDiffusion(schedule="cosine", sampling_steps=self.sampling_steps, spacing=self.spacing)
+        drawn = {name: getattr(self, name) for name in ("time", "mean", "std", "times", "min_snr")}
+        return GaussianDiffusion(schedule="cosine", sampling_steps=self.sampling_steps, spacing=self.spacing, **drawn)
 
     def _noised(self, inputs: Batch) -> dict[str, Tensor]:
         return {name: inputs[name].flatten(0, 2) for name in ("x_start", "noise", "x_t", "t")}

@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from tinyfusion_core.errors import require
 from tinyfusion_core.protocols.backbone import Batch
-from tinyfusion_core.protocols.loss import LossAdapter
+from tinyfusion_core.protocols.loss import DiffusionLoss
 from tinyfusion_core.runtime.seeding import Rng
 from tinyfusion_dit.conditional import (
     check_options,
@@ -30,7 +30,7 @@ from tinyfusion_sit.path import Coefficients, PathName, Prediction, coefficients
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlowMatching(LossAdapter):
+class FlowMatching(DiffusionLoss):
     """Regression of the velocity, the noise or the score along a path from noise to data, as SiT trains and samples.
 
     Args:
@@ -46,6 +46,7 @@ class FlowMatching(LossAdapter):
         last_step: length of the last, noiseless step of "sde".
         cfg_scale: classifier-free guidance scale; 1 is no guidance.
         guided_channels: number of channels that are guided; null for all. The published samples guide 3 of 4.
+        times: the part that is trained and judged; 0 is noise here, and 1 the data.
     """
 
     path: PathName = "linear"
@@ -59,15 +60,16 @@ class FlowMatching(LossAdapter):
     guided_channels: int | None = 3
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_options(self.label_drop, self.guided_channels)
         least = 2 if self.sampler == "sde" else 1
         require(self.sampling_steps >= least, "loss.sampling_steps", self.sampling_steps, f"at least {least}")
         require(0 < self.last_step < 1, "loss.last_step", self.last_step, "a time between 0 and 1")
         require(
-            self.weighting == "none" or self.prediction != "velocity",
+            self.weighting == "none" or (self.prediction != "velocity" and self.min_snr is None),
             "loss.weighting",
             self.weighting,
-            "none with prediction: velocity",
+            "none with prediction: velocity, or with min_snr",
         )
 
     @override
@@ -89,7 +91,7 @@ class FlowMatching(LossAdapter):
         """
         data = draw_latents(batch, rng)
         start, end = interval(self.path, self.prediction, sampling=False)
-        t = (start + (end - start) * rng.uniform("time", len(data))).to(data)
+        t = (start + (end - start) * self.drawn(rng.uniform("time", len(data)))).to(data)
         drop = draw_label_drop(batch, rng, self.label_drop)
         return {**self.place(data, rng.normal("noise", data), t), "t": t, "y": batch["y"], "drop": drop}
 
@@ -108,15 +110,17 @@ class FlowMatching(LossAdapter):
         sigma = along.sigma
         if self.prediction == "velocity":
             target, weight = along.d_alpha * data + along.d_sigma * noise, torch.ones_like(sigma)
+            clean = sigma / (along.d_alpha * sigma - along.alpha * along.d_sigma)
         else:
             ratio = along.diffusion / sigma
             weight = {"none": torch.ones_like(sigma), "velocity": ratio.square(), "likelihood": ratio / sigma}[
                 self.weighting
             ]
-            target = noise
+            target, clean = noise, sigma / along.alpha
             if self.prediction == "score":  # as noise, in units of sigma
                 target, weight = -noise / sigma, weight * sigma.square()
-        return {"x_t": along.alpha * data + sigma * noise, "target": target, "weight": weight.flatten()}
+        weight = self.weigh(weight.flatten(), along.alpha.flatten(), sigma.flatten(), clean.flatten())
+        return {"x_t": along.alpha * data + sigma * noise, "target": target, "weight": weight}
 
     @override
     def predict(self, model: nn.Module, inputs: Batch) -> Tensor:

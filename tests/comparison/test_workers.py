@@ -140,7 +140,7 @@ def test_what_names_no_workers_is_refused(typed: str) -> None:
 
 
 def test_workers_are_not_for_several_processes(recipe: Path, tmp_path: Path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr("tinyfusion_core.pipeline.compare.rank_and_world_size", lambda: (0, 2))
+    monkeypatch.setattr("tinyfusion_core.runtime.workers.base.rank_and_world_size", lambda: (0, 2))
     assert main(["compare", str(recipe), "--run-dir", str(tmp_path / "out"), "--workers", "2"]) == 2
     assert "--workers starts processes of its own" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -151,8 +151,8 @@ class Gates:
         if learning and len(rest):
             with torch.no_grad():
                 value = self._items(j, call.run(rest))
-        if call.changed:
-            changed = ", ".join(sorted(call.changed))
+        if unable := call.changed | (call.lost if len(kept) else set()):
+            changed = ", ".join(sorted(unable))
             raise UserError(f"block '{self.blocks[j]}' changes its input in place ({changed}), which no gate can undo")
         items = self._items(j, output)
         self._check_items(j, items, inputs, partly=len(run) < len(mask))

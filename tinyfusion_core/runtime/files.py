@@ -191,4 +191,6 @@ def without_later(cls: type[Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """Return options of a class without those that were added later and mean what was before."""
     found = fields(cls) if is_dataclass(cls) else ()
     later = {**getattr(cls, NEUTRAL, {}), **{f.name: f.metadata[NEUTRAL] for f in found if NEUTRAL in f.metadata}}
-    return {name: value for name, value in options.items() if name not in later or value != later[name]}
+    # A recipe has lists where a class's default is a tuple.
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
+    return {name: value for name, value in options.items() if name not in later or plain[name] != later[name]}

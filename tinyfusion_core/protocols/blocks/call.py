@@ -30,6 +30,7 @@ class Call:
 
     Attributes:
         changed: names of the arguments that a run has changed in place, the copies for some samples too.
+        lost: names of mappings into whose copies for some samples a run has put something, which later blocks miss.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Call:
         named, self.spec = leaves_of(names, args, kwargs)
         self.leaves, self.leaf_names = list(named.values()), list(named)
         self.changed: set[str] = set()
+        self.lost: set[str] = set()
         self.dims = [batch_dim(name) if isinstance(v, Tensor) else None for name, v in named.items()]
 
     def stream(self, stream: Stream, path: str) -> Tensor:
@@ -112,8 +114,7 @@ class Call:
         given = () if some is self.leaves else (*zip(self.names, args, strict=False), *kwargs.items())
         copies = {n: (v, len(v)) for n, v in given if isinstance(v, dict)}
         output = self.plain(*args, **kwargs)
-        # What it has put into a copy of a mapping, later blocks would miss.
-        self.changed.update(n for n, (v, size) in copies.items() if len(v) != size)
+        self.lost.update(n for n, (v, size) in copies.items() if len(v) != size)
         self.changed.update(n for n, v, old in zip(self.leaf_names, some, before, strict=True) if version(v) != old)
         return output
 
