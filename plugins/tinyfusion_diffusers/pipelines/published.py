@@ -21,6 +21,8 @@ from tinyfusion_diffusers.pipelines.index import Index, loggers, read_index
 from tinyfusion_diffusers.prompts.sources import read_prompts
 
 KEY = "loss.pipeline"
+NETWORK = "transformer"
+"""The part of a pipeline in whose place teacher and students are put."""
 OWN = ("self", "prompt", "class_labels", "generator", "latents", "num_images_per_prompt", "output_type", "return_dict")
 """Arguments of a pipeline's call that are no options."""
 BESIDE = ("condition", "control", "image")
@@ -78,6 +80,12 @@ class PublishedPipeline(Settings):
                 f"{KEY}.folder: the transformer of '{self.folder}' is a {index.network}, the backbone's a {wanted}; "
                 "give the folder that the backbone comes from"
             )
+        part = getattr(backbone, "subfolder", NETWORK)
+        if part != NETWORK and part in index.parts:  # the second of two experts
+            raise UserError(
+                f"{KEY}: networks are put in the place of '{NETWORK}', and the backbone is the pipeline's '{part}'; "
+                "leave it out"
+            )
         if lacking := [name for name in BESIDE if name in backbone.example(1)]:
             raise UserError(f"{KEY}: {wanted} as configured takes '{lacking[0]}', which no prompt brings; leave it out")
         self._check_call(index)
@@ -109,7 +117,7 @@ class PublishedPipeline(Settings):
             raise MissingFileError(f"{KEY}.folder: '{self.folder}' has no autoencoder, its model_index.json says")
         for name, (library, _) in index.parts.items():
             inside = Path(self.folder) / name
-            if library is None or name == "transformer":
+            if library is None or name == NETWORK:
                 continue
             if not inside.is_dir():
                 raise MissingFileError(f"{KEY}.folder: '{inside}' is missing, and {index.cls.__name__} needs it")

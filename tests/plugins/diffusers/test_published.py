@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -254,6 +255,11 @@ def test_what_is_missing_is_said_before_anything_is_spent(
     (flux / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match="FluxTransformer2DModel as configured takes 'condition', which no prompt"):
         pipeline_in(flux, "FluxPipeline").check(filled)
+    (flux / "model_index.json").write_text(json.dumps({**index, "transformer_2": index["transformer"]}))
+    with pytest.raises(
+        UserError, match="in the place of 'transformer', and the backbone is the pipeline's 'transformer_2'"
+    ):
+        pipeline_in(flux, "FluxPipeline").check(replace(filled, subfolder="transformer_2"))
 
     (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(MissingFileError, match="vae' holds no weights as safetensors"):
