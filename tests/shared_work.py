@@ -16,12 +16,12 @@ from torch_fidelity import FeatureExtractorBase, register_feature_extractor
 
 import tinyfusion_core as tiny
 from small_run import digits_task
-from tinyfusion_core.evaluation.generation import generate
 from tinyfusion_core.runtime.distributed import map_sharded, on_main_process, rank_and_world_size
 from tinyfusion_core.runtime.seeding import generator
 from tinyfusion_core.selection.criteria.calibration import Calibration
 from tinyfusion_core.selection.criteria.similarity import LinearCKA, cosine, squared_error
 from tinyfusion_images.fidelity import Fidelity
+from tinyfusion_images.pictures import artist, gallery
 from tinyfusion_images.samples import write_samples
 from tinyfusion_mar import MAR, MaskedTokenDiffusion
 from toys import Match, Planted, planted_data
@@ -103,7 +103,8 @@ def figures() -> dict[str, Any]:
     for i, m in enumerate(tiny.evaluate(task, models, metrics, TRAINER)):
         if "speed-up" not in m.name:  # times are never the same
             found[f"{i} {m.name}"] = m.values
-    found["generate"] = generate(task, models["teacher"], TRAINER, 7, 2)[0].flatten()[::31].tolist()
+    drawn, _ = gallery(task, models["teacher"], TRAINER, artist(task, TRAINER), 7, 2, "samples")
+    found["pictures"] = drawn.flatten()[::31].tolist()
     tiny.check_teacher(task, TRAINER)
     fresh = task.backbone.construct(task.backbone.config())
     try:

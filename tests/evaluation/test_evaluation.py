@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import tinyfusion_core as tiny
 from small_run import digits_task
-from tinyfusion_core.evaluation.generation import generate
+from tinyfusion_core.evaluation.generation import sample_rows, training_conditions
 from tinyfusion_core.evaluation.metrics import count_flops
 from tinyfusion_dit import DiT, GaussianDiffusion
 from tinyfusion_images import Digits
@@ -93,12 +93,16 @@ def test_frechet_distance_and_accuracy_know_real_images_from_none() -> None:
 
 def test_generated_examples_do_not_depend_on_the_batch() -> None:
     task = digits_task(sampling_steps=4)
-    a, labels = generate(task, task.teacher, TRAINER, 6, 6)
-    b, _ = generate(task, task.teacher, TRAINER, 6, 4)
-    assert torch.allclose(a, b, atol=1e-5)
+    labels = training_conditions(task, range(6))
     assert labels.tolist() == task.train.__getitems__(list(range(6)))["y"].tolist()
-    other, _ = generate(task, task.teacher, tiny.Trainer(batch_size=8, precision="fp32", seed=1), 6, 6)
-    assert not torch.allclose(a, other, atol=1e-2)
+
+    def made(rows: range, trainer: tiny.Trainer = TRAINER) -> Tensor:
+        return sample_rows(task, task.teacher, trainer, rows, labels[rows.start : rows.stop])
+
+    whole = made(range(6))
+    assert torch.allclose(whole, torch.cat([made(range(4)), made(range(4, 6))]), atol=1e-5)
+    other = tiny.Trainer(batch_size=8, precision="fp32", seed=1)
+    assert not torch.allclose(whole, made(range(6), other), atol=1e-2)
 
 
 def test_latency_is_measured_for_every_model() -> None:

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..protocols.task import Task
-from ..runtime.distributed import batches, local_share, map_sharded
 from ..runtime.seeding import Rng
 from ..training.trainer import Trainer
 
@@ -56,36 +55,3 @@ def sample_rows(
     rng = Rng(trainer.seed, stage, first=rows.start)
     with torch.no_grad(), trainer.accelerator.autocast():
         return task.loss.sample(model, like.expand(len(rows), *like.shape[1:]), conditions.to(device), rng)
-
-
-def generate(
-    task: Task, model: nn.Module, trainer: Trainer, num_samples: int, batch_size: int, name: str = "samples"
-) -> tuple[Tensor, Tensor]:
-    """Generate examples for the conditions of the first training samples, with the same noise for every model.
-
-    A collective call; the processes share the work.
-
-    Args:
-        task: objective and data.
-        model: the network, in eval mode.
-        trainer: device, precision and seed.
-        num_samples: how many examples, n.
-        batch_size: examples per batch.
-        name: label of the progress bar.
-
-    Returns:
-        Examples (n, ...) and conditions (n, ...), on the CPU of every process.
-
-    Raises:
-        UserError: the data have no conditions, or the objective cannot generate.
-    """
-    conditions = training_conditions(task, range(num_samples))
-    parts = batches(num_samples, batch_size)
-    with trainer.track(name, sum(map(len, local_share(parts)))) as progress:
-
-        def work(rows: range) -> Tensor:
-            x = sample_rows(task, model, trainer, rows, conditions[rows.start : rows.stop]).cpu()
-            progress.advance(len(rows))
-            return x
-
-        return torch.cat(map_sharded(parts, work)), conditions

@@ -16,7 +16,7 @@ import tinyfusion_core as tiny
 from shared_work import TRAINER
 from small_run import digits_task
 from tinyfusion_core.evaluation.evaluate import known_exhibits, with_standing
-from tinyfusion_core.evaluation.generation import generate
+from tinyfusion_core.evaluation.generation import sample_rows, training_conditions
 from tinyfusion_dit import GaussianDiffusion
 from tinyfusion_images import Digits
 from tinyfusion_images.pictures import Pictures, by_label, has_pictures, pictures
@@ -103,14 +103,15 @@ def test_generation_is_given_the_column_that_the_data_name() -> None:
     texts = torch.arange(24.0).view(8, 3)
     rows = tiny.Tensors({"x": torch.zeros(8, 1, 8, 8), "text": texts})
     task = replace(digits_task(), data=Described(), train=rows, loss=Echo(learn_sigma=False))
-    made, conditions = generate(task, task.teacher, TRAINER, 10, 4)
+    conditions = training_conditions(task, range(10))
+    made = sample_rows(task, task.teacher, TRAINER, range(10), conditions)
     assert torch.equal(conditions, torch.cat([texts, texts[:2]]))
     assert torch.equal(made[:, 0, 0, 0], conditions.sum(1))
     assert torch.equal(by_label(made, conditions), made)  # no single numbers to sort by
     with pytest.raises(tiny.UserError, match="the data's `text` are no classes"):
         tiny.Frechet(num_samples=10, features=Digits().feature_space())(task, {}, TRAINER)
     with pytest.raises(tiny.UserError, match="the data have no `text`"):
-        generate(replace(task, train=Digits().train()), task.teacher, TRAINER, 10, 4)
+        training_conditions(replace(task, train=Digits().train()), range(10))
 
 
 def test_large_images_are_small_in_the_report_and_their_prompts_are_told(tmp_path: Path) -> None:
