@@ -197,9 +197,12 @@ def _check(record: Path, to: Path, made_with: dict[str, Any], num: int) -> _Made
         return None
     before = shaped(read_json(record), _Made, record, "choose another name")
     if before["made_with"] != made_with:
-        other = [key for key, value in made_with.items() if before["made_with"].get(key) != value]
+        both = {**before["made_with"], **made_with}
+        other = [key for key in both if before["made_with"].get(key) != made_with.get(key)]
         raise UserError(f"--to: '{to}' has samples made with another {', '.join(other)}; choose another name")
     there = 1 + max((int(p.stem) for p in to.glob("*.png") if p.stem.isdecimal()), default=-1)
+    if to.is_file():  # a whole archive
+        there = before.get("num", 0)
     if there > num:
         raise UserError(f"--num: {num}, but '{to}' has {there} samples; ask for as many, or choose another name")
     return before

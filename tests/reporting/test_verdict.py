@@ -161,9 +161,9 @@ def test_whether_to_be_content(rows: list[Measured], said: str) -> None:
         ),
         (
             [measured("latency", 1.0, 2.0, unit="ms"), measured("KID", -0.1, 0.2),
-             measured("held-out loss", 1.0, None)],
+             measured("held-out loss", 1.0, None), measured("win rate", None, 0.625, better="higher")],
             "0.50 times as fast (latency 1 ms → 2 ms).",
-            "KID -0.1 → 0.2; held-out loss has no value.",
+            "KID -0.1 → 0.2; held-out loss has no value; win rate 0.625.",
         ),
         ([measured("held-out loss", 1.0, 5.0, 0.9)], "Speed was not measured; add Latency to evaluate.",
          "Held-out loss 1 → 0.9, 10% lower. Recovery took back 100% of the loss that pruning had cost."),

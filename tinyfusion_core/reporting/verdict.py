@@ -156,6 +156,8 @@ def _is_quality(m: Measured) -> bool:
 def _compared(m: Measured) -> str:
     """`held-out loss 0.08 → 0.09, 11% higher`."""
     first, last = _ends(m)
+    if first is None and last is not None:  # the teacher has none, as of a rate at which it is beaten
+        return f"{m['name']} {figure(last)}"
     if first is None or last is None:
         return f"{m['name']} has no value"
     text = f"{m['name']} {figure(first)} → {figure(last)}"

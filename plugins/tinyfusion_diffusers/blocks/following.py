@@ -82,6 +82,11 @@ def follow_teacher(student: nn.Module, *decisions: Decision) -> RemovableHandle:
         )
     if any(hook.__module__ == __name__ for hook in student._forward_pre_hooks.values()):
         raise UserError("student: follows its teacher already; call `remove` of the handle that was returned first")
+    for decision in decisions:
+        if not {block.rpartition(".")[0] for block in decision.blocks} <= {name for name, _ in student.named_modules()}:
+            raise UserError(
+                f"decisions: one is about {decision.blocks[0]} and others, which {cls.__name__} does not have"
+            )
     stay = {path: _stay(student, path, decisions) for path in RESIDUALS[cls.__name__].values()}
     signature = inspect.signature(cls.forward)
 

@@ -161,6 +161,9 @@ def test_decisions_of_other_networks_are_refused() -> None:
     for model, decisions in ((task.teacher, [decision]), (student, [other]), (student, [decision, decision])):
         with pytest.raises(tiny.UserError, match="give the decision of this student"):
             follow_teacher(model, *decisions)
+    foreign = replace(decision, blocks=tuple(f"blocks.{i}" for i in range(len(decision.blocks))))
+    with pytest.raises(tiny.UserError, match=r"decisions: one is about blocks\.0 and others, which SD3"):
+        follow_teacher(student, foreign)
     handle = follow_teacher(student, decision)
     with pytest.raises(tiny.UserError, match="follows its teacher already"):
         follow_teacher(student, decision)

@@ -98,6 +98,8 @@ def test_an_archive_that_is_there_is_left_alone(finished: Path, tmp_path: Path) 
     assert sample(finished, to, 5) == 0
     with np.load(to) as content:
         assert content["arr_0"].shape == (5, 8, 8, 3)
+    assert sample(finished, to, 3) == 2
+    assert json.loads((tmp_path / "set.npz.json").read_text())["num"] == 5
 
 
 def test_caches_make_other_samples_and_are_on_record(
