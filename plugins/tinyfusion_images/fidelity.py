@@ -105,12 +105,7 @@ class Fidelity(Metric):
 
     @override
     def __call__(self, task: Task, models: Models, trainer: Trainer) -> list[Measurement]:
-        folder = on_main_process(lambda: Path(tempfile.mkdtemp(prefix="tinyfusion-")))
-        try:
-            return self.resume(task, models, trainer, folder)
-        finally:
-            if trainer.accelerator.is_main_process:
-                shutil.rmtree(folder, ignore_errors=True)
+        return resumed_aside(self, task, models, trainer)
 
     @override
     def resume(self, task: Task, models: Models, trainer: Trainer, folder: Path) -> list[Measurement]:
@@ -196,6 +191,16 @@ class _Training:
         step = len(self.task.train) / self.num
         x = self.task.train.__getitems__([int(i * step) for i in rows])["x"]
         return rgb(pictures(self.task, x.to(self.device)))
+
+
+def resumed_aside(metric: Metric, task: Task, models: Models, trainer: Trainer) -> list[Measurement]:
+    """Call a metric's `resume` with a folder that goes afterwards. A collective call."""
+    folder = on_main_process(lambda: Path(tempfile.mkdtemp(prefix="tinyfusion-")))
+    try:
+        return metric.resume(task, models, trainer, folder)
+    finally:
+        if trainer.accelerator.is_main_process:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def kept_parts(

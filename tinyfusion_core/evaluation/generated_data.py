@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import Field, dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from ..protocols.backbone import Batch
 from ..protocols.loss import LossAdapter
 from ..protocols.task import Task
 from ..protocols.undisturbed import evaluating
-from ..runtime.files import NEUTRAL, digest
+from ..runtime.files import digest, without_later
 from ..runtime.seeding import Rng
 from ..training.trainer import Trainer
 from .generation import balanced_labels
@@ -104,15 +104,13 @@ class _Making(Encoding):
     def settings(self) -> dict[str, Any]:
         how, loss, order = self.how, self.task.loss, self.order
         some = self._told(order[:: max(1, len(order) // LOOKED_AT)][:LOOKED_AT])
-        known: Sequence[Field[Any]] = fields(loss) if is_dataclass(loss) else ()
-        # What came later and is not set has made no difference before.
-        later = {f.name for f in known if f.metadata.get(NEUTRAL, "") is None and getattr(loss, f.name) is None}
-        options = [f.name for f in known if f.name not in later]
+        own: dict[str, Any] = {f.name: getattr(loss, f.name) for f in fields(loss)} if is_dataclass(loss) else {}
+        options = without_later(type(loss), own)
         return {
             "format_version": FORMAT_VERSION,
             "teacher_sha256": fingerprint(self.task.teacher),
             "loss": type(loss).__name__,
-            **{f"loss.{name}": repr(getattr(loss, name)) for name in options},
+            **{f"loss.{name}": repr(value) for name, value in options.items()},
             "precision": self.trainer.accelerator.mixed_precision,
             "samples": how.samples,
             "seed": how.seed,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +17,10 @@ from tinyfusion_core.parsing.records import check_folder, read_json
 from tinyfusion_core.parsing.weights import read_weights
 from tinyfusion_core.protocols.loss import LossAdapter
 from tinyfusion_core.protocols.task import Task
-from tinyfusion_core.runtime.distributed import batches, on_main_process
+from tinyfusion_core.runtime.distributed import batches
 from tinyfusion_core.runtime.progress import quietly
 from tinyfusion_core.training.trainer import Trainer
-from tinyfusion_images.fidelity import kept_parts
+from tinyfusion_images.fidelity import kept_parts, resumed_aside
 from tinyfusion_images.image_sets import rgb
 from tinyfusion_images.pictures import artist, asked_for, published_by
 
@@ -84,12 +82,7 @@ class PromptScore(Metric):
 
     @override
     def __call__(self, task: Task, models: Models, trainer: Trainer) -> list[Measurement]:
-        folder = on_main_process(lambda: Path(tempfile.mkdtemp(prefix="tinyfusion-")))
-        try:
-            return self.resume(task, models, trainer, folder)
-        finally:
-            if trainer.accelerator.is_main_process:
-                shutil.rmtree(folder, ignore_errors=True)
+        return resumed_aside(self, task, models, trainer)
 
     @override
     def resume(self, task: Task, models: Models, trainer: Trainer, folder: Path) -> list[Measurement]:
