@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from mutations.mutation import Mutation
 
-HEATS, PAIRED, RECOVERIES = (f"selection/judging/{name}.py" for name in ("heats", "paired", "recoveries"))
+HEATS, PAIRED, RECOVERIES, SURROGATE = (
+    f"selection/judging/{name}.py" for name in ("heats", "paired", "recoveries", "surrogate")
+)
 TESTS = "selection/test_race.py::"
 
 MUTATIONS = [
@@ -16,11 +18,25 @@ MUTATIONS = [
         (TESTS + "test_a_race_judges_by_samples_that_it_did_not_train_on",),
     ),
     Mutation(
-        "neighbours of the leader do not enter",
+        "neighbours do not enter",
         HEATS,
-        "[: max(0, share) // steps]",
+        "[: min(at_once, left)]",
         "[:0]",
-        (TESTS + "test_neighbours_of_the_leader_are_tried_and_followed",),
+        (TESTS + "test_neighbours_of_the_best_are_tried_and_followed",),
+    ),
+    Mutation(
+        "neighbours enter in any order",
+        HEATS,
+        "predicted(known, masks, self.constraints.num_blocks).argsort(stable=True)",
+        "-predicted(known, masks, self.constraints.num_blocks).argsort(stable=True)",
+        (TESTS + "test_neighbours_of_the_best_are_tried_and_followed",),
+    ),
+    Mutation(
+        "the surrogate knows of no pairs",
+        SURROGATE,
+        "(s + s.square()) / 2",
+        "s",
+        ("selection/test_surrogate.py::test_it_agrees_with_the_formula_of_a_gaussian_process",),
     ),
     Mutation(
         "any lower loss takes the lead",

@@ -39,8 +39,9 @@ class Race(Constrained):
     Successive halving (Jamieson and Talwalkar, arXiv:1502.07943) of real recoveries: in every round each entrant is
     recovered from the teacher's blocks, along a cosine, by more steps than in the round before, and judged on samples
     that no entrant is trained on. All entrants of a round see the same samples, noise and schedule, so that their
-    differences can be told from noise sample by sample. In the first round the neighbours of the leader, which exchange
-    one kept block for another, may enter; a third goes on from every round.
+    differences can be told from noise sample by sample. In the first round neighbours of the best, which exchange one
+    kept block for another, may enter: those that a surrogate of the losses so far predicts to recover best. A third
+    goes on from every round.
 
     Args:
         steps: updates of all recoveries together; a default search takes half as many beside them.
@@ -48,7 +49,7 @@ class Race(Constrained):
         proposers: selectors whose choices enter, within this budget; by default a search, Greedy, LeaveOneOut, Taylor
             and BlockInfluence.
         masks: how many of its most probable masks a search proposes.
-        neighbours: whether neighbours of the first leader enter.
+        neighbours: whether neighbours of the best of the first round enter.
         lr: learning rate of the recoveries; falls along a cosine to a hundredth. Default the recipe's `recover.lr`, or
             1e-3 where there is none.
         batch_size: samples per update; default the trainer's.

@@ -15,6 +15,7 @@ from ...runtime.stages import SEARCH
 from ...samplers.compiled import Constraints
 from .paired import Mask, difference, leading, mean_of, surviving
 from .recoveries import ShortRecoveries
+from .surrogate import predicted
 
 if TYPE_CHECKING:
     from ..race import Race
@@ -122,13 +123,15 @@ class Heats:
         return marginals
 
     def _try_neighbours(self, losses: dict[Mask, Tensor], leader: Mask, heat: tuple[int, int], share: int) -> Mask:
-        """Let neighbours of the leader enter a round, and of whoever takes its place. Returns the leader at the end.
+        """Let neighbours of the best enter a round, a quarter of them at a time. Returns the leader at the end.
 
         `losses` gets theirs; `heat` is the number of the round and its steps, `share` the updates that they may take.
         """
         number, steps = heat
-        while near := self._neighbours(leader, losses)[: max(0, share) // steps]:
-            share -= len(near) * steps
+        left = max(0, share) // steps
+        at_once = max(2, math.ceil(left / 4))
+        while left and (near := self._neighbours(leader, losses)[: min(at_once, left)]):
+            left -= len(near)
             for mask in near:
                 self.of[mask] = ["neighbour"]
             losses |= self._recovered(number, near, steps, ", neighbours")
@@ -136,11 +139,14 @@ class Heats:
         return leader
 
     def _neighbours(self, leader: Mask, tried: Mapping[Mask, Tensor]) -> list[Mask]:
-        """Masks one exchange away that were not tried, those with the blocks that entrants keep most often first."""
-        votes = [sum(block in mask for mask in tried) for block in range(self.constraints.num_blocks)]
-        exchanged = [tuple(sorted({*leader} - {*out} | {*back})) for out, back in self.constraints.exchanges(leader)]
-        near = [mask for mask in exchanged if mask not in tried]
-        return sorted(near, key=lambda mask: (-sum(votes[block] for block in mask), mask))
+        """Masks one exchange away from those that would go on and not tried, those predicted to be best first."""
+        near: set[Mask] = set()
+        for mask in surviving(tried, leader):
+            near |= {tuple(sorted({*mask} - {*out} | {*back})) for out, back in self.constraints.exchanges(mask)}
+        masks = sorted(near.difference(tried))
+        known = {mask: loss for mask, losses in tried.items() if math.isfinite(loss := mean_of(losses))}
+        order = predicted(known, masks, self.constraints.num_blocks).argsort(stable=True)
+        return [masks[i] for i in order.tolist()]
 
     def _recovered(self, number: int, entrants: Sequence[Mask], steps: int, note: str = "") -> dict[Mask, Tensor]:
         """Recover entrants; returns the losses of each, (samples,), infinite if they are not finite."""
