@@ -15,6 +15,9 @@ from tinyfusion_core.training.forecasting.forecast import forecast
 from tinyfusion_core.training.validation import training_samples
 
 SHARES = (0.1, 0.25, 0.5)
+"""Of the steps, after which a forecast is made."""
+REACHED = 0.75
+"""Of the steps; when the best loss until then is reached is foretold too."""
 
 
 def rows(path: Path) -> list[str]:
@@ -29,22 +32,36 @@ def rows(path: Path) -> list[str]:
     assert teacher is not None
     judged = [(e["step"], e["validation"]) for e in folder.metrics("recover") if e.get("validation") is not None]
     end, came = judged[-1][0], min(loss for _, loss in judged)
+    goal = min(loss for step, loss in judged if step <= REACHED * end)
+    there = next(step for step, loss in judged if loss <= goal)
     found = []
     for share in SHARES:
         made = forecast([(step, loss) for step, loss in judged if step <= share * end], teacher)
         if made is None:
-            found.append(f"| {path.name} | {share:.0%} | none |")
+            found.append(f"| {path.name} | {share:.0%} |" + " none |" * 7)
             continue
         likely, low, high = made.after(end)
         inside = "yes" if low <= came <= high else "no"
         off, lacked = likely / came - 1, (likely - teacher) / (came - teacher)
         columns = (path.name, f"{share:.0%}", f"{made.best:.4g}", f"{likely:.4g} ({low:.4g} to {high:.4g})")
-        found.append(f"| {' | '.join(columns)} | {came:.4g} | {off:+.1%} | {lacked:.2f}x | {inside} |")
+        at, first, last = (f"{step:,.0f}" if step < 1e6 else "never" for step in made.reaching(goal))
+        steps = f"{at} ({first} to {last}), came {there}"
+        found.append(f"| {' | '.join(columns)} | {came:.4g} | {off:+.1%} | {lacked:.2f}x | {inside} | {steps} |")
     return found
 
 
 if __name__ == "__main__":
-    print("| run | made at | loss then | forecast of the end | came | off | lacking to the teacher | in the range |")
-    print("|---|---|---|---|---|---|---|---|")
+    columns = (
+        "run",
+        "made at",
+        "loss then",
+        "forecast of the end",
+        "came",
+        "off",
+        "lacking",
+        "in the range",
+        "steps to a loss",
+    )
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for given in sys.argv[1:]:
         print("\n".join(rows(Path(given))), flush=True)
