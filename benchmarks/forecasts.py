@@ -14,7 +14,7 @@ from tinyfusion_core.pipeline.run import make_task
 from tinyfusion_core.training.forecasting.forecast import forecast
 from tinyfusion_core.training.validation import training_samples
 
-SHARES = (0.1, 0.25, 0.5)
+SHARES = (0.1, 0.25, 0.5, 0.75)
 """Of the steps, after which a forecast is made."""
 REACHED = 0.75
 """Of the steps; when the best loss until then is reached is foretold too."""
@@ -45,7 +45,7 @@ def rows(path: Path) -> list[str]:
         off, lacked = likely / came - 1, (likely - teacher) / (came - teacher)
         columns = (path.name, f"{share:.0%}", f"{made.best:.4g}", f"{likely:.4g} ({low:.4g} to {high:.4g})")
         at, first, last = (f"{step:,.0f}" if step < 1e6 else "never" for step in made.reaching(goal))
-        steps = f"{at} ({first} to {last}), came {there}"
+        steps = "reached" if made.best <= goal else f"{at} ({first} to {last}), came {there}"
         found.append(f"| {' | '.join(columns)} | {came:.4g} | {off:+.1%} | {lacked:.2f}x | {inside} | {steps} |")
     return found
 

@@ -46,6 +46,7 @@ def test_the_range_is_as_wide_as_the_law_was_wrong_before() -> None:
     likely, low, high = found.after(160)
     assert likely == pytest.approx(TEACHER + math.exp(height) * 160**slope)
     assert TEACHER < low < likely < high == pytest.approx(TEACHER + 0.05)  # the best is kept
+    assert replace(found, spread=1e6).after(160) == (likely, TEACHER, high)
     fewest, most = found.reaching(TEACHER + 0.01)[1:]
     assert 40 < fewest < 160 and most == math.inf
 

@@ -49,7 +49,9 @@ class Forecast:
         """
         ahead = math.log(steps / self.step)
         exponents = (self.exponent, self.exponent - self.spread, self.exponent + self.spread)
-        likely, low, high = (min(self.best, self.teacher + self.lacking * math.exp(e * ahead)) for e in exponents)
+        # Far above the best nothing need be exact, and no float holds it.
+        lacking = (self.lacking * math.exp(min(e * ahead, 100.0)) for e in exponents)
+        likely, low, high = (min(self.best, self.teacher + found) for found in lacking)
         return likely, low, high
 
     def reaching(self, loss: float) -> tuple[float, float, float]:
