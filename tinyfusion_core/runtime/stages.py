@@ -115,6 +115,7 @@ class ForecastRecord(TypedDict):
 class Forecasts(TypedDict):
     """The first forecast of a recovery, and the newest."""
 
+    format_version: int
     first: ForecastRecord
     newest: ForecastRecord
 

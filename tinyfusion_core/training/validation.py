@@ -28,7 +28,7 @@ from .trainer import Trainer
 
 @dataclass(frozen=True, kw_only=True)
 class Validation(Settings):
-    """Judge a network on training samples that are set apart, and keep the best.
+    """Judge a network on training samples that are set apart, keep the best, and say early what it will come to.
 
     Args:
         every: steps from one judgement to the next; the last step is judged too.

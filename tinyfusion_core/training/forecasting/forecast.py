@@ -116,7 +116,8 @@ def forecasts(
     newest = forecast(judged, teacher)
     if first is None or newest is None or newest.step >= end:
         return None
-    return {"first": _record(first, end, limit), "newest": _record(newest, end, limit)}
+    first_made, newest_made = (_record(found, end, limit) for found in (first, newest))
+    return {"format_version": 1, "first": first_made, "newest": newest_made}
 
 
 def _record(found: Forecast, end: int, limit: float | None) -> ForecastRecord:
