@@ -32,7 +32,7 @@ def draw_expectations(folder: RunFolder) -> list[Figures]:
         return []
     law = (
         "The forecast is a power law, through what the judgements until then lacked to the teacher's loss. Its range "
-        "holds 90 % of the errors that it had made before. It knows nothing of the learning rate to come."
+        "would hold 90 % of errors like those that it had made before. It knows nothing of the learning rate to come."
     )
     return [Figures("What was expected, and what came", " ".join([*told, law]), pictures)]
 
