@@ -40,12 +40,15 @@ def model(tmp_path: Path) -> Path:
     return tokenizer(saved(tmp_path / "model", "llama"))
 
 
+def rows() -> list[dict[str, Any]]:
+    return [{"number": i, "text": words(i, 20)} for i in range(ROWS)]
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     path = tmp_path / "texts"
     path.mkdir()
-    rows = [json.dumps({"number": i, "text": words(i, 20)}) for i in range(ROWS)]
-    (path / "train.jsonl").write_text("\n".join(rows))
+    (path / "train.jsonl").write_text("\n".join(map(json.dumps, rows())))
     return path
 
 
@@ -66,6 +69,15 @@ def test_so_many_rows_are_streamed_once(model: Path, folder: Path, tmp_path: Pat
     assert torch.equal(*(part.held_out().__getitems__([0, 1])["tokens"] for part in (whole, stored)))
     assert len(pulled) == 10 + ROWS
     assert not list((tmp_path / "cache").glob(".making*"))
+
+
+def test_parquet_files_are_streamed_alike(model: Path, folder: Path, tmp_path: Path, pulled: list[int]) -> None:
+    arrow, parquet = (pytest.importorskip(name) for name in ("pyarrow", "pyarrow.parquet"))
+    (tmp_path / "columns").mkdir()
+    parquet.write_table(arrow.Table.from_pylist(rows()), tmp_path / "columns" / "train.parquet", row_group_size=8)
+    both = [source(model, path, tmp_path, rows=10).train() for path in (folder, tmp_path / "columns")]
+    assert torch.equal(*(part.__getitems__([0, 5, 9])["tokens"] for part in both))
+    assert pulled == 2 * list(range(10))
 
 
 def test_what_is_wrong_with_a_stream_is_one_sentence(
