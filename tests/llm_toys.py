@@ -85,6 +85,12 @@ def tokenizer(path: Path) -> Path:
     return path
 
 
+def words(seed: int, num: int) -> str:
+    """So many words of the vocabulary."""
+    rng = torch.Generator().manual_seed(seed)
+    return " ".join(f"w{int(i)}" for i in torch.randint(4, VOCABULARY, (num,), generator=rng))
+
+
 def recipe_of(model: Path, work: Path) -> str:
     """A recipe that prunes a model of a folder with the defaults, on words of a tokenizer of its own."""
     words = tokenizer(work / "words")  # beside a config of another family transformers takes it for that family's

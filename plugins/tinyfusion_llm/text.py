@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from typing_extensions import override
 
-from tinyfusion_core.errors import UserError, need
+from tinyfusion_core.errors import UserError, first_line, need, require
 from tinyfusion_core.protocols.data import Samples
 from tinyfusion_core.runtime.files import NEUTRAL, digest, sha256
 from tinyfusion_llm.chat import Message, check_messages, check_template, encode_chat
@@ -50,6 +50,8 @@ class TextSource(PartedSource):
         files: `.txt`, `.md`, `.jsonl` and `.parquet` files, and folders that are searched for them.
         dataset: instead of files: an argument of `datasets.load_dataset`, a name or `name:configuration`.
         split: split of the data set.
+        rows: take so many rows from the beginning of the data set, streamed: nothing behind them is fetched, and on the
+            disk there are their tokens alone. Default: all, after the library has stored the whole split.
         text_field: key or column of the text.
         cache: folder of the token cache; by default `tinyfusion/tokens` in the user's cache.
     """
@@ -58,12 +60,16 @@ class TextSource(PartedSource):
     files: list[str] | None = None
     dataset: str | None = None
     split: str = "train"
+    rows: int | None = field(default=None, metadata={NEUTRAL: None})
     text_field: str = "text"
     cache: str | None = None
 
     def __post_init__(self) -> None:
         if (self.files is None) == (self.dataset is None):
             raise UserError("data: give files or dataset, one of the two")
+        require(self.rows is None or self.rows >= 2, "data.rows", self.rows, "at least 2, or null")
+        if self.rows is not None and self.dataset is None:
+            raise UserError("data.rows: of a dataset, which is streamed; files are read whole, so leave it out")
         super().__post_init__()
 
     @abstractmethod
@@ -102,7 +108,10 @@ class TextSource(PartedSource):
         """The tokens of some files or of the data set, from the cache if possible."""
         found = None if files is None else find_files(files, key)
         tokenizer = self._tokenizer()
-        of: Any = [self.dataset, self.split] if found is None else {str(path): sha256(path) for path in found}
+        streamed = [] if self.rows is None else [self.rows]
+        of: Any = [self.dataset, self.split, *streamed]
+        if found is not None:
+            of = {str(path): sha256(path) for path in found}
         key = digest([of, *self._encoding(tokenizer), identity_of(tokenizer), READING])[:32]
         base = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "tinyfusion", "tokens")
         folder = Path(self.cache or base).expanduser() / key
@@ -118,10 +127,7 @@ class TextSource(PartedSource):
     def _documents(self, files: Sequence[Path] | None) -> Iterator[Document]:
         """Every document."""
         if files is None:
-            datasets = need("datasets", "tinyfusion[text]", "data.dataset")
-            name, _, configuration = (self.dataset or "").partition(":")
-            rows = datasets.load_dataset(name, configuration or None, split=self.split)
-            yield from self._fields(enumerate(rows, 1), f"data.dataset {self.dataset}")
+            yield from self._fields(enumerate(self._dataset_rows(), 1), f"data.dataset {self.dataset}")
         for path in files or []:
             if path.suffix == ".parquet":
                 yield from self._fields(enumerate(parquet_rows(path), 1), str(path))
@@ -129,6 +135,23 @@ class TextSource(PartedSource):
                 yield from self._fields(json_lines(path), str(path))
             else:
                 yield from self._plain(path)
+
+    def _dataset_rows(self) -> Iterator[Any]:
+        """The rows of the data set that are asked for, no more of which are read."""
+        datasets = need("datasets", "tinyfusion[text]", "data.dataset")
+        name, _, configuration = (self.dataset or "").partition(":")
+        number, streamed = 0, {"streaming": self.rows is not None}
+        try:
+            rows = datasets.load_dataset(name, configuration or None, split=self.split, **streamed)
+            for row in islice(rows, self.rows):
+                number += 1
+                yield row
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as e:
+            at = f" after row {number}" if number else ""
+            raise UserError(f"data.dataset {self.dataset}: cannot be read{at} ({first_line(e)})") from None
+        if self.rows is not None and number < self.rows:
+            named = f"the {self.split} split of {self.dataset}"
+            raise UserError(f"data.rows is {self.rows}: {named} has {number}; give fewer")
 
     def _plain(self, path: Path) -> Iterator[Document]:
         """The document of a file of text."""

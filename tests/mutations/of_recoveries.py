@@ -9,6 +9,8 @@ SCHEDULED = "training/test_recovery_schedules.py::"
 SETTINGS = "training/teacher_cache/settings.py"
 SAMPLES = "training/teacher_cache/samples.py"
 VALIDATION = "training/validation.py"
+FORECAST = "training/forecasting/forecast.py"
+FORESEEN = "training/test_forecast.py::"
 DEPTHS = "training/depths.py"
 AT_DEPTHS = "training/test_depths.py::"
 REFIT = "training/starts/refit.py"
@@ -148,6 +150,27 @@ JUDGING_WHAT_IS_TRAINED = [
         "t.detach().cpu().clone()",
         "t.detach()",
         (SCHEDULED + "test_the_best_is_kept_and_what_judges_is_not_trained_on",),
+    ),
+    Mutation(
+        "a forecast does not know how wrong the law was",
+        FORECAST,
+        "sum(o * o for o in off)",
+        "0 * sum(o * o for o in off)",
+        (FORESEEN + "test_the_range_is_as_wide_as_the_law_was_wrong_before",),
+    ),
+    Mutation(
+        "a forecast may be worse than the best, which is kept",
+        FORECAST,
+        "(min(self.best, ",
+        "(max(0.0, ",
+        (FORESEEN + "test_the_range_is_as_wide_as_the_law_was_wrong_before",),
+    ),
+    Mutation(
+        "a first forecast is made from the first judgements",
+        FORECAST,
+        "if step >= begin",
+        "if step >= 0",
+        (FORESEEN + "test_the_first_stays_and_the_newest_follows",),
     ),
     Mutation(
         "patience counts all judgements",

@@ -211,6 +211,9 @@ def test_it_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             recovered(how, tiny.RunFolder(tmp_path / "stopped"))
     assert_equal(recovered(how, tiny.RunFolder(tmp_path / "stopped")), whole)
     assert lines(tiny.RunFolder(tmp_path / "stopped")) == lines(tiny.RunFolder(tmp_path / "whole"))
+    foretold = tiny.RunFolder(tmp_path / "whole").forecasts()
+    assert foretold is not None and foretold["first"]["step"] == 15
+    assert tiny.RunFolder(tmp_path / "stopped").forecasts() == foretold
 
 
 def test_with_a_cache_no_draw_of_what_judges_is_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,11 +267,14 @@ def test_a_recipe_says_it_and_the_plan_shows_it(tmp_path: Path, capsys: pytest.C
     from tinyfusion_core.cli import main
 
     path = tmp_path / "small.yaml"
-    validation = {"every": 2, "samples": 16, "patience": 3, "until": "1.5x"}
+    validation = {"every": 1, "samples": 16, "patience": 3, "until": "1.01x"}
     search = {"class_path": "Keep", "init_args": {"blocks": [0, 1, 6, 7]}}
     recover = {"steps": 4, "warmup": 0.25, "gap_lr": 3.0, "validation": validation}
     path.write_text(yaml.safe_dump({**RECIPE, "search": search, "recover": recover, "evaluate": []}))
     assert main(["validate", str(path)]) == 0
-    assert "judged every 2 steps" in " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "judged every 1 steps" in " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert run(path, tmp_path / "run") == 0
-    assert list(judged(tiny.RunFolder(tmp_path / "run"))) == [2, 4]
+    assert list(judged(tiny.RunFolder(tmp_path / "run"))) == [1, 2, 3, 4]
+    assert "recover: after 3 of 4 steps" in capsys.readouterr().err
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert "Recover: after 3 steps" in report and "forecast after 3 steps" in report

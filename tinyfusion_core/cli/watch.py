@@ -18,8 +18,8 @@ from ..comparison.results import ComparisonResults
 from ..errors import MissingFileError, UserError
 from ..parsing.records import beside, check_regular, read_as
 from ..pruning.record import DECISION, decision_of
-from ..reporting.results import duration, results_table
-from ..runtime.progress import plain_console
+from ..reporting.results import results_table
+from ..runtime.progress import duration, plain_console
 from ..runtime.run_folder import COMPARISON_RESULTS, NOW, RESULT_CACHE, RUN_RECORD, RunFolder
 from ..runtime.stages import EVALUATE, SEARCH, Now, Stage, log_line
 from .printing import print_table, print_tables
@@ -147,6 +147,7 @@ class View:
             yield from self._parts(parts, own)
         else:
             yield from self._training(own, num_steps(current))
+            yield from _expected(folder, own)
         yield from self._decided([s for s in stages if s.name == SEARCH and s.name in done[s.round]])
 
     def _decided(self, searches: Sequence[Stage]) -> Iterator[RenderableType]:
@@ -226,6 +227,18 @@ def _facts(entries: Sequence[Mapping[str, Any]], pace: float) -> RenderableType:
     if "decision" in last:
         table.add_row("decision", _choice(last))
     return table
+
+
+def _expected(folder: RunFolder, entries: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
+    """What a recovery is expected to come to since its last judgement, if it is foretold."""
+    judged = [entry["step"] for entry in entries if "validation" in entry]
+    if judged and (found := folder.forecasts()) is not None and (newest := found["newest"])["step"] == judged[-1]:
+        end, likely, low, high = newest["curve"][-1]
+        text = f"expected    {likely:.4g} at step {end:,.0f} ({low:.4g} to {high:.4g})"
+        if newest["limit"] is not None and newest["reached"] is not None:
+            at = newest["reached"][0]
+            text += f", {newest['limit']:.4g} {'not in sight' if at is None else f'at step {at:,.0f}'}"
+        yield Text(text)
 
 
 def _choice(entry: Mapping[str, Any]) -> Text:

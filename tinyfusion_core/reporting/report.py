@@ -11,13 +11,15 @@ import yaml
 from ..parsing.records import read_as, read_text
 from ..pruning.decision import Decision
 from ..runtime.files import write_text
+from ..runtime.progress import duration
 from ..runtime.run_folder import RunFolder, RunRecord
 from ..runtime.stages import SEARCH
+from .expected import draw_expectations
 from .figures import decided, draw_budgets, draw_dynamics, draw_loss, draw_quality, draw_race
 from .measured import LOSS, last_to_first, measurements, results
 from .next_steps import next_steps
 from .page import Figures, Picture, render_page
-from .results import decisions_of, duration, faults_of, headline
+from .results import decisions_of, faults_of, headline
 from .strip import strip_of
 from .verdict import verdict
 
@@ -46,7 +48,13 @@ def write_report(folder: RunFolder, exhibits: Sequence[Figures] = ()) -> Path:
     page = render_page(
         "report.html.j2",
         title=headline(folder),
-        figures=[*_draw_decisions(folder, decisions), *_draw_budgets(folder), *exhibits, *_draw_training(folder)],
+        figures=[
+            *_draw_decisions(folder, decisions),
+            *_draw_budgets(folder),
+            *exhibits,
+            *_draw_training(folder),
+            *draw_expectations(folder),
+        ],
         command=record.get("command", ""),
         recipe=read_text(folder / "recipe.yaml"),
         brand="tinyfusion",

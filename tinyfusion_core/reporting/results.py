@@ -80,10 +80,3 @@ def decisions_of(folder: RunFolder) -> dict[str, Decision]:
     searches = [stage for stage in folder.stages() if stage.name == SEARCH]
     rounds = [stage.round for stage in searches if (folder.round(stage.round) / DECISION).exists()]
     return {name: decision_of(folder, name) for name in rounds}
-
-
-def duration(seconds: float) -> str:
-    """Format seconds for people: `2 min 5 s`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

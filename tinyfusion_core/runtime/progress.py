@@ -34,6 +34,13 @@ def plain_console(stderr: bool = False, width: int | None = None) -> Console:
 console = plain_console(stderr=True)
 
 
+def duration(seconds: float) -> str:
+    """Format seconds for people: `2 min 5 s`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
 class Tracker:
     """Counts units of work; made by `track`."""
 
@@ -55,6 +62,13 @@ class Tracker:
         """Show what is being done now; nested work appends its own progress."""
         self._note = note
         self._tell(note)
+
+    def announce(self, text: str) -> None:
+        """Log a sentence, and print it above what is shown; that of nested work is only logged."""
+        if self._log:
+            logger.info("%s", text)
+            if self._bar is not None or (self._lines and self._outer is None):
+                console.print(text, soft_wrap=True)
 
     def _tell(self, note: str) -> None:
         if self._outer is not None:

@@ -18,7 +18,7 @@ from ..parsing.yaml12 import load_yaml
 from .checkpoints import Checkpoints
 from .files import write_json, write_text
 from .locking import FolderKind, check_held
-from .stages import OUTPUTS, Finished, Stage, log_line, stages_of
+from .stages import FORECASTS, OUTPUTS, Finished, Forecasts, Stage, log_line, stages_of
 from .trackers import IDS
 
 FAULTS = {"skipped": "steps skipped (loss or gradient not finite)", "bad_samples": "unreadable samples replaced"}
@@ -139,6 +139,15 @@ class RunFolder:
             write_text(self / "metrics.jsonl", "".join(json.dumps(e) + "\n" for e in kept))
         else:
             (self / "metrics.jsonl").unlink(missing_ok=True)
+
+    def forecasts(self) -> Forecasts | None:
+        """Return what its recovery was expected to come to; None if nothing is foretold.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        path = self / FORECASTS
+        return read_as(path, Forecasts, "delete it; no result depends on it") if path.exists() else None
 
     # Checkpoints, and what else a stage keeps only while it runs
 

@@ -13,10 +13,12 @@ from ..parsing.records import shaped
 TRAIN, SEARCH, RECOVER, EVALUATE = "train", "search", "recover", "evaluate"
 UPDATE = "weight_update.safetensors"
 """What a search has made of the weights that stay, if the recovery begins with them."""
+FORECASTS = "forecasts.json"
+"""What a recovery that is judged was expected to come to."""
 OUTPUTS = {
     TRAIN: ("teacher",),
     SEARCH: ("decision.json", "costs.json", UPDATE),
-    RECOVER: ("student",),
+    RECOVER: ("student", FORECASTS),
     EVALUATE: ("metrics.json", "evaluation", "figures", "report.html"),
 }
 """What each stage writes to the run folder, besides its lines of `metrics.jsonl` and the exhibits of metrics."""
@@ -90,6 +92,32 @@ class Now(TypedDict):
     done: int
     total: int
     steps: NotRequired[int | None]
+
+
+class ForecastRecord(TypedDict):
+    """What a recovery was expected to come to.
+
+    Attributes:
+        step: steps that were done.
+        teacher: the teacher's loss.
+        curve: [steps, expected loss, lowest, highest] from then to the end, the steps ascending.
+        limit: the loss at which it stops, if there is one.
+        reached: the steps after which it is expected to be reached, the fewest and the most; None for never.
+    """
+
+    step: int
+    teacher: float
+    curve: list[list[float]]
+    limit: float | None
+    reached: list[float | None] | None
+
+
+class Forecasts(TypedDict):
+    """The first forecast of a recovery, and the newest."""
+
+    format_version: int
+    first: ForecastRecord
+    newest: ForecastRecord
 
 
 class LogLine(TypedDict):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,6 +18,7 @@ from ..runtime.files import NEUTRAL
 from ..runtime.run_folder import RunFolder
 from ..runtime.seeding import generator
 from ..samplers.constraints import Rules
+from ..training.forecasting.power_law import PowerLaw
 from ..training.recover import Recover
 from ..training.starts.base import Start
 from ..training.trainer import Trainer
@@ -247,9 +247,5 @@ def predicted_losses(
     steps = sorted(lengths)
     at = weights @ teacher
     behind = torch.stack([weights @ lengths[length] for length in steps], dim=1) - at[:, None]  # (draws, lengths)
-    x = torch.tensor(steps, dtype=torch.float64).log()
-    y = behind.clamp(min=1e-12).log()
-    spread = (x - x.mean()).square().sum().clamp(min=1e-12)
-    slope = (((x - x.mean()) * (y - y.mean(1, keepdim=True))).sum(1) / spread).clamp(max=0)
-    line = (y.mean(1) + slope * (math.log(until) - x.mean())).exp()
+    line = PowerLaw.through(steps, behind).after(until)
     return at, at + torch.where(behind[:, -1] > 0, line, behind[:, -1])

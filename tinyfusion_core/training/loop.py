@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -17,11 +18,14 @@ from ..errors import Interrupted, UserError
 from ..protocols.backbone import Batch
 from ..protocols.data import Samples
 from ..runtime.distributed import naming_the_dead, on_every_rank, on_main_process
-from ..runtime.progress import logger
+from ..runtime.files import write_json
+from ..runtime.progress import Tracker, logger
 from ..runtime.run_folder import RunFolder
 from ..runtime.seeding import Rng
 from ..runtime.signals import stop_requests
+from ..runtime.stages import FORECASTS
 from ..runtime.trackers import tracked
+from .forecasting.forecast import sentence
 from .objective import Objective, Optimization
 from .state import Meter, TrainingState
 from .steps.agreement import check_ranks_agree
@@ -104,6 +108,7 @@ class Fit:
                 last = finished or done == steps
                 if last or done % trainer.log_every == 0 or (self.validator and self.validator.metrics()):
                     self._log(update, now, log_to)
+                    self._foretell(now, progress)
                 if last or report.signum or report.checkpoint_due or done % trainer.checkpoint_every == 0:
                     self._save(update, now, finished)
                 if report.signum:
@@ -206,6 +211,20 @@ class Fit:
                 log_to(values, now.step)
             self._listeners.tell("on_log", now, values)
         meter.reset()
+
+    def _foretell(self, now: Moment, progress: Tracker) -> None:
+        """Keep what a judged training is expected to come to, and say it once."""
+        begin = math.ceil((self.optimization.horizon or now.steps) / 10)
+        found = self.validator.forecasts(begin, now.steps) if self.validator is not None else None
+        if found is None or not now.main:
+            return
+        if self.folder is not None:
+            try:
+                write_json(self.folder / FORECASTS, found)
+            except UserError as e:
+                self._state.guard.pending = e
+        if found["first"]["step"] == now.step:
+            progress.announce(f"{self.stage}: {sentence(found['first'], self._state.meter.seconds())}")
 
     def _trackers(self, start: int) -> AbstractContextManager[Track]:
         if self.folder is None or not self.trainer.accelerator.is_main_process:

@@ -259,7 +259,8 @@ class Recover(Settings):
                 network.requires_grad_(False)  # until it has left its evaluation
             validator = None
             if self.validation is not None and apart is not None:
-                validator = self.validation.validator(averaged or student, task, apart, trainer)
+                beside = all((decision is not None, cache is None))  # a cache keeps the teacher out of memory
+                validator = self.validation.validator(averaged or student, task, apart, trainer, beside)
             Fit(trainer, stage, objective, data, prepare, optimization, run, validator).run()
         if validator is not None:
             validator.load_best(student)

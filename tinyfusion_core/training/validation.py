@@ -19,6 +19,8 @@ from ..protocols.task import Task
 from ..protocols.undisturbed import evaluating
 from ..runtime.distributed import batches, map_sharded
 from ..runtime.seeding import Rng
+from ..runtime.stages import Forecasts
+from .forecasting.forecast import forecasts
 from .teacher_cache.samples import open_cache
 from .teacher_cache.settings import TeacherCache
 from .trainer import Trainer
@@ -26,7 +28,7 @@ from .trainer import Trainer
 
 @dataclass(frozen=True, kw_only=True)
 class Validation(Settings):
-    """Judge a network on training samples that are set apart, and keep the best.
+    """Judge a network on training samples that are set apart, keep the best, and say early what it will come to.
 
     Args:
         every: steps from one judgement to the next; the last step is judged too.
@@ -76,28 +78,31 @@ class Validation(Settings):
         if self.relative:
             _, _, apart = training_samples(task, trainer, self, None)
             assert apart is not None  # it judges
-            self.validator(task.teacher, task, apart, trainer)
+            self.validator(task.teacher, task, apart, trainer, beside=False)
 
-    def validator(self, model: nn.Module, task: Task, samples: Samples, trainer: Trainer) -> Validator:
-        """Return what judges a training so. The teacher is judged first, if `until` is a multiple of its loss.
+    def validator(self, model: nn.Module, task: Task, samples: Samples, trainer: Trainer, beside: bool) -> Validator:
+        """Return what judges a training so.
 
         Args:
             model: what is judged: the network in training, or the average of its weights.
             task: the objective and the teacher.
             samples: the samples that judge.
             trainer: device, precision and seed.
+            beside: whether the teacher, which is judged first if `until` is a multiple of its loss, may be judged on
+                the device else too.
         """
-        teacher = 1.0
-        if self.relative:
+        teacher = None
+        if self.relative or beside:
             before = next(task.teacher.parameters()).device
             teacher = mean_loss(task, trainer.to_device(task.teacher), samples, trainer)
             task.teacher.to(before)
-        return Validator(self, model, task, samples, trainer, self.limit(teacher))
+        limit = self.limit(1.0 if teacher is None else teacher)
+        return Validator(self, model, task, samples, trainer, limit, teacher)
 
 
 @dataclass
 class Validator:
-    """Judges one training.
+    """Judges one training, and foretells what it will come to.
 
     Attributes:
         how: when, and when to stop.
@@ -106,6 +111,8 @@ class Validator:
         samples: the samples that judge.
         trainer: device, precision and seed.
         limit: the loss at which to stop; None: none.
+        teacher: the teacher's loss on these samples; None if it is not known, and then nothing is foretold.
+        history: steps and loss of every judgement.
         best: lowest loss so far.
         best_step: the step it was found at; 0 before there is one.
         weights: the state dict of then, on the CPU.
@@ -119,6 +126,8 @@ class Validator:
     samples: Samples
     trainer: Trainer
     limit: float | None = None
+    teacher: float | None = None
+    history: list[tuple[int, float]] = field(default_factory=list)
     best: float = math.inf
     best_step: int = 0
     weights: dict[str, Tensor] = field(default_factory=dict)
@@ -136,6 +145,7 @@ class Validator:
         if step % self.how.every and not last:
             return False
         self.latest = mean_loss(self.task, self.model, self.samples, self.trainer)
+        self.history.append((step, self.latest))
         self.judged += 1
         if self.latest < self.best:
             self.best, self.best_step, self.judged = self.latest, step, 0
@@ -149,14 +159,22 @@ class Validator:
             return {}
         return {"validation": self.latest if math.isfinite(self.latest) else None}
 
+    def forecasts(self, begin: int, end: int) -> Forecasts | None:
+        """Return what the training is expected to come to; see `forecasting.forecast.forecasts`."""
+        if self.teacher is None or self.latest is None:
+            return None
+        return forecasts(self.history, self.teacher, begin, end, self.limit)
+
     def state_dict(self) -> dict[str, Any]:
         """Return its state, as checkpoints hold it."""
-        return {"best": self.best, "step": self.best_step, "weights": self.weights, "judged": self.judged}
+        found = {"best": self.best, "step": self.best_step, "weights": self.weights, "judged": self.judged}
+        return {**found, "history": list(self.history)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume from a checkpoint."""
         self.best, self.best_step = state["best"], state["step"]
         self.weights, self.judged = state["weights"], state["judged"]
+        self.history = list(state.get("history", ()))  # of earlier versions there is none
 
     def load_best(self, network: nn.Module) -> None:
         """Give a network the best weights.

@@ -13,18 +13,13 @@ import torch
 from torch.nn import functional as F
 
 import tinyfusion_core as tiny
-from llm_toys import VOCABULARY, folder, tokenizer
+from llm_toys import VOCABULARY, folder, tokenizer, words
 from tinyfusion_core.cli import main
 from tinyfusion_core.runtime.seeding import generator
 from tinyfusion_llm import CausalLM, Generation, LmEval, NextToken, Perplexity, TextTokens
 from tinyfusion_llm.hidden import IGNORED
 
 pytestmark = [pytest.mark.numerics, pytest.mark.filterwarnings("ignore")]  # of transformers
-
-
-def words(seed: int, num: int) -> str:
-    rng = torch.Generator().manual_seed(seed)
-    return " ".join(f"w{int(i)}" for i in torch.randint(4, VOCABULARY, (num,), generator=rng))
 
 
 @pytest.fixture
@@ -181,6 +176,8 @@ def test_bad_text(model: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.
         ({"files": [str(tmp_path / "number.jsonl")]}, "row 2: 'text' is 3; expected a text, or set text_field"),
         ({"files": [str(tmp_path / "worse.jsonl")]}, "line 1 is no JSON"),
         ({"dataset": "x"}, "needs datasets .*tinyfusion.text."),
+        ({"dataset": "x", "rows": 1}, "^rows is 1; expected at least 2, or None"),
+        ({"files": [str(texts)], "rows": 9}, "rows: of a dataset, which is streamed; files are read whole"),
         ({}, "one of the two"),
     ]:
         with pytest.raises(tiny.UserError, match=message):

@@ -1,0 +1,1 @@
+"""What a training will come to, from what it has come to."""
