@@ -23,18 +23,17 @@ from ..runtime.run_folder import RunFolder
 from ..runtime.seeding import seed_of
 from .depths import at_every_depth
 from .distillation import OutputKD
-from .distilling.distilled import Distilled
+from .distilling.distilled import Distilled, objective_of
+from .distilling.own_samples import on_policy
 from .distilling.shares import Shares
 from .loop import Fit
 from .objective import (
     Ema,
-    FunctionLoss,
     LossFunction,
     MakeOptimizer,
     MakeScheduler,
     Objective,
     Optimization,
-    PlainLoss,
     cosine,
     ema_decay,
     parameter_groups,
@@ -121,16 +120,22 @@ class Recover(Settings):
         """Return this recovery laid out over another number of steps, for which an average gets the default decay."""
         return replace(self, steps=steps, horizon=None, ema=None if self.ema else self.ema)
 
+    @property
+    def on_policy(self) -> float:
+        """Share of the steps that learn from samples which the student makes itself."""
+        return self.kd.on_policy if self.kd else 0.0
+
     def check_trainer(self, trainer: Trainer) -> None:
         """Check that these settings go with a trainer.
 
         Raises:
-            UserError: sharded networks are to be judged, trained at several depths, or by whole matrices.
+            UserError: sharded networks are to be judged, trained at several depths or on policy, or by whole matrices.
         """
         if self.optimizer and trainer.shards() and not NamedOptimizer(self.optimizer).goes_by_element():
             raise UserError("recover.optimizer: sees whole matrices, which trainer.sharding: fsdp cuts; take ddp")
-        for key in ("validation", "depths"):
-            if getattr(self, key) and trainer.shards():
+        whole = {"validation": self.validation, "depths": self.depths, "kd.on_policy": self.on_policy}
+        for key in (key for key, given in whole.items() if given):
+            if trainer.shards():
                 raise UserError(f"recover.{key}: does not go with trainer.sharding: fsdp; take ddp, or leave it out")
 
     def moving(
@@ -205,7 +210,7 @@ class Recover(Settings):
             if self.update is not None:
                 hold_statistics(student, weights)
             whole, near = (None, ()) if decision is None else in_blocks(task.backbone, task.teacher, decision)
-            objective = self._objective(task, student, whole, trainer, loss_fn)
+            objective = objective_of(task, student, whole, trainer, self.kd, loss_fn)
             near_gaps = [objective.blocks[i] for i in near]
             groups = parameter_groups(weights, near_gaps, self.lr, self.gap_lr, self.weight_decay)
             made_by = {name: own[name] for name in ("optimizer", "scheduler") if own[name] is not None}
@@ -248,7 +253,8 @@ class Recover(Settings):
         ema = Ema(student, decay) if decay else None
         averaged = ema.average.module if ema else None  # copied before the blocks' forward is taken over
         optimization = self._optimization(ema, optimizing)
-        self._compare_terms(objective, trainer, data, prepare)
+        made = on_policy(self.kd, task, student, trainer) if self.kd and self.on_policy else prepare
+        self._compare_terms(objective, trainer, data, made if self.on_policy == 1 else prepare)
         frozen = objective.frozen_modules()
         # Of several depths what the gates enclose: inside of what is recomputed no mask may change.
         own = [student.get_submodule(p) for p in task.backbone.unit_paths(student)] if self.depths else objective.blocks
@@ -260,7 +266,7 @@ class Recover(Settings):
             validator = None
             if self.validation is not None and apart is not None:
                 validator = self.validation.validator(averaged or student, task, apart, trainer)
-            Fit(trainer, stage, objective, data, prepare, optimization, run, validator).run()
+            Fit(trainer, stage, objective, data, made, optimization, run, validator).run()
         if validator is not None:
             validator.load_best(student)
         elif averaged is not None:
@@ -276,23 +282,3 @@ class Recover(Settings):
         schedule = warmed(schedule, self.horizon or self.steps, self.warmup)
         settings = {"steps": self.steps, "horizon": self.horizon, "clip": self.clip, **optimizing}
         return Optimization(schedule=schedule, ema=ema, **settings)
-
-    def _objective(
-        self,
-        task: Task,
-        student: nn.Module,
-        decision: Decision | None,
-        trainer: Trainer,
-        loss_fn: LossFunction | None,
-    ) -> Objective:
-        if loss_fn is not None:
-            trainer.to_device(task.teacher)
-            return FunctionLoss(student, task, loss_fn)
-        if self.kd is None:
-            return PlainLoss(student, task)
-        assert decision is not None  # else it has been refused
-        if self.kd.cache is None:
-            trainer.to_device(task.teacher)
-        else:
-            task.teacher.cpu()  # the device is the student's
-        return Distilled(student, task, decision, self.kd)
