@@ -184,6 +184,14 @@ def test_shares_of_the_gradient_are_those_of_own_samples_if_all_are(tmp_path: Pa
     assert names(0.5) == {"share_kd", "share_gt", "share_feature"}
 
 
+def test_networks_in_parts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiny.Trainer, "shards", lambda self, accelerator=None: self.sharding == "fsdp")
+    sharding = replace(TRAINER, sharding="fsdp")
+    with pytest.raises(tiny.UserError, match=r"recover\.kd\.on_policy: does not go with trainer\.sharding: fsdp"):
+        tiny.Recover(steps=1, kd=OWN).check_trainer(sharding)
+    tiny.Recover(steps=1, kd=tiny.OutputKD()).check_trainer(sharding)
+
+
 def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(tiny.UserError, match=r"on_policy is 1\.5; expected a share of the steps, 0 to 1"):
         tiny.OutputKD(on_policy=1.5)

@@ -17,6 +17,7 @@ import tinyfusion_core as tiny
 from llm_toys import TOKENS
 from tinyfusion_core.cli import main
 from tinyfusion_core.pipeline.resuming.fingerprint import stage_keys
+from tinyfusion_core.training.teacher_cache.samples import settings_made_of
 from tinyfusion_llm import NextToken
 from tinyfusion_llm.hidden import IGNORED, Hidden
 
@@ -97,6 +98,13 @@ def test_a_small_share_of_the_teacher_is_the_forward_divergence() -> None:
 def test_what_is_no_divergence_is_refused(bad: Any) -> None:
     with pytest.raises(tiny.UserError, match="divergence"):
         NextToken(divergence=bad)
+
+
+def test_caches_of_before_are_those_of_the_forward_divergence() -> None:
+    cache = tiny.TeacherCache(folder="x")
+    before = {"class": "NextToken", "chunk": "1024", "temperature": "1.0", "top_k": "64"}
+    assert settings_made_of(cache, NextToken(top_k=64))["objective"] == before
+    assert settings_made_of(cache, NextToken(top_k=64, divergence=0.5))["objective"] == {**before, "divergence": "0.5"}
 
 
 def test_only_what_the_student_writes_counts(work: tiny.Task) -> None:
