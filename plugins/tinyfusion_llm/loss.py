@@ -143,7 +143,14 @@ class NextToken(TokenLoss):
 
     @override
     def own_samples(self, model: Any, batch: Batch, conditions: str, rng: Rng) -> dict[str, Tensor]:
-        """Return the texts of a batch, continued as by `generated`; what they begin with counts in no loss."""
+        """Return the texts of a batch, (batch, tokens), continued as by `generated`; their beginnings count in no loss.
+
+        Args:
+            model: the student, in eval mode.
+            batch: as `generated` takes it.
+            conditions: not looked at.
+            rng: streams "token <number>", for each of the new ones.
+        """
         labels = batch["labels"]
         begins = torch.arange(labels.shape[1], device=labels.device) < self._kept(model, batch)[:, None]
         return self.generated(model, {**batch, "labels": labels.masked_fill(begins, IGNORED)}, conditions, rng)

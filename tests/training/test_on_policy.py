@@ -63,7 +63,7 @@ def test_samples_are_the_students_from_streams_of_their_own() -> None:
     student, rng = tiny.prune(work, decision(work)).train(), Rng(0, "recover", 3, first=8)
     batch = work.train.__getitems__([5, 6, 7])
     student.blocks[0].linear.weight.grad = torch.ones(8, 8)
-    found = on_policy(OWN, work, student, TRAINER)(batch, rng)["x"]
+    found = on_policy(OWN, work, student, TRAINER, work.loss.prepare)(batch, rng)["x"]
     assert student.training
     assert student.blocks[0].linear.weight.grad is not None
     with torch.no_grad():
@@ -83,7 +83,8 @@ def test_the_share_of_the_steps_is_the_one_that_is_asked_for() -> None:
     assert not any(made(0.0))
     work = task()
     student = tiny.prune(work, decision(work))
-    prepare, batch = on_policy(tiny.OutputKD(on_policy=0.3), work, student, TRAINER), work.train.__getitems__([0, 1])
+    prepare = on_policy(tiny.OutputKD(on_policy=0.3), work, student, TRAINER, work.loss.prepare)
+    batch = work.train.__getitems__([0, 1])
     plain = [torch.equal(prepare(batch, Rng(0, "recover", step))["x"], batch["x"]) for step in range(20)]
     assert plain == [not own for own in made(0.3)[:20]]
 
@@ -108,7 +109,7 @@ def test_a_gradient_is_that_of_the_formula() -> None:
     work = task()
     student = tiny.prune(work, decision(work)).train()
     rng = Rng(0, "recover", 2)
-    inputs = on_policy(OWN, work, student, TRAINER)(work.train.__getitems__([0, 1, 2]), rng)
+    inputs = on_policy(OWN, work, student, TRAINER, work.loss.prepare)(work.train.__getitems__([0, 1, 2]), rng)
     total, _ = Distilled(student, work, decision(work), replace(OWN, alpha_kd=1.0))(inputs, rng)
     total.backward()
     found = [p.grad.clone() for p in student.parameters()]
@@ -187,7 +188,7 @@ def test_shares_of_the_gradient_are_those_of_own_samples_if_all_are(tmp_path: Pa
 def test_networks_in_parts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiny.Trainer, "shards", lambda self, accelerator=None: self.sharding == "fsdp")
     sharding = replace(TRAINER, sharding="fsdp")
-    with pytest.raises(tiny.UserError, match=r"recover\.kd\.on_policy: does not go with trainer\.sharding: fsdp"):
+    with pytest.raises(tiny.UserError, match=r"on_policy: does not go with .*sharding: fsdp; take ddp"):
         tiny.Recover(steps=1, kd=OWN).check_trainer(sharding)
     tiny.Recover(steps=1, kd=tiny.OutputKD()).check_trainer(sharding)
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..errors import UserError, require
 from ..parsing.settings import Settings, check_arguments
+from ..protocols.data import Samples
 from ..protocols.task import Task
 from ..protocols.undisturbed import evaluating
 from ..pruning.decision import Decision
@@ -24,7 +25,7 @@ from ..runtime.seeding import seed_of
 from .depths import at_every_depth
 from .distillation import OutputKD
 from .distilling.distilled import Distilled, objective_of
-from .distilling.own_samples import on_policy
+from .distilling.own_samples import Prepare, on_policy
 from .distilling.shares import Shares
 from .loop import Fit
 from .objective import (
@@ -253,8 +254,8 @@ class Recover(Settings):
         ema = Ema(student, decay) if decay else None
         averaged = ema.average.module if ema else None  # copied before the blocks' forward is taken over
         optimization = self._optimization(ema, optimizing)
-        made = on_policy(self.kd, task, student, trainer) if self.kd and self.on_policy else prepare
-        self._compare_terms(objective, trainer, data, made if self.on_policy == 1 else prepare)
+        made = on_policy(self.kd, task, student, trainer, prepare)
+        self._compare_terms(objective, trainer, data, prepare, made)
         frozen = objective.frozen_modules()
         # Of several depths what the gates enclose: inside of what is recomputed no mask may change.
         own = [student.get_submodule(p) for p in task.backbone.unit_paths(student)] if self.depths else objective.blocks
@@ -272,10 +273,12 @@ class Recover(Settings):
         elif averaged is not None:
             student.load_state_dict(averaged.state_dict())
 
-    def _compare_terms(self, objective: Objective, trainer: Trainer, *samples: Any) -> None:
+    def _compare_terms(
+        self, objective: Objective, trainer: Trainer, data: Samples, prepare: Prepare, made: Prepare
+    ) -> None:
         """Let a distillation log what its terms do, where one whole network is in one place."""
         if isinstance(objective, Distilled) and not (trainer.shards() or self.depths):
-            objective.shares = Shares.on(trainer, *samples)
+            objective.shares = Shares.on(trainer, data, made if self.on_policy == 1 else prepare)
 
     def _optimization(self, ema: Ema | None, optimizing: Mapping[str, Any]) -> Optimization:
         schedule = cosine(self.lr_final / self.lr) if self.schedule == "cosine" else lambda progress: 1.0
