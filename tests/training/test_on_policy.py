@@ -16,6 +16,7 @@ import interrupted
 import tinyfusion_core as tiny
 import walks
 from forks import start, wait
+from small_run import digits_task
 from tinyfusion_core.errors import Interrupted
 from tinyfusion_core.runtime.seeding import Rng
 from tinyfusion_core.training.distilling.distilled import Distilled
@@ -183,6 +184,19 @@ def test_shares_of_the_gradient_are_those_of_own_samples_if_all_are(tmp_path: Pa
 
     assert names(1.0) == {"share_kd", "share_feature"}
     assert names(0.5) == {"share_kd", "share_gt", "share_feature"}
+
+
+def test_a_diffusion_students_own_images_are_noised_anew() -> None:
+    work = digits_task()
+    work = replace(work, loss=replace(work.loss, sampling_steps=2))
+    kept = tiny.Decision(blocks=tuple(work.blocks), kept=(0, 1, 3, 6), method="Keep")
+    student, batch = tiny.prune(work, kept), work.train.__getitems__([0, 1, 2])
+    inputs = on_policy(OWN, work, student, TRAINER, work.loss.prepare)(batch, Rng(0, "recover"))
+    assert not torch.equal(inputs["x_start"], batch["x"])
+    assert torch.equal(inputs["noise"], work.loss.prepare(batch, Rng(0, "recover"))["noise"])
+    recovery = tiny.Recover(steps=2, lr=1e-3, kd=OWN)
+    recovered = recovery(work, student, kept, replace(TRAINER, batch_size=4))
+    assert all(p.isfinite().all() for p in recovered.parameters())
 
 
 def test_networks_in_parts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
