@@ -147,6 +147,7 @@ def test_passes_and_recomputed_blocks_change_rounding_alone() -> None:
         assert all(torch.allclose(value, whole[name], atol=1e-5) for name, value in parts.items())
 
 
+@pytest.mark.slow  # passes of a batch in one process are in the quick ones
 def test_two_processes_are_one(tmp_path: Path) -> None:
     log = tmp_path / "log.txt"
     done = wait(start(partial(program.main, tmp_path, 2, "on policy"), log, processes=2), 400)
