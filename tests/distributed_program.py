@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import tinyfusion_core as tiny
+import walks
 from tinyfusion_core.protocols.data import Tensors
 from tinyfusion_core.protocols.loss import LossAdapter
 from tinyfusion_core.registry.registry import registry
@@ -256,6 +257,15 @@ def inside(trainer: tiny.Trainer) -> dict[str, Any]:
     return {"marginals": torch.tensor(decision.marginals), "norms": norms}
 
 
+def on_policy(trainer: tiny.Trainer) -> dict[str, Any]:
+    """Distil on samples that the student makes itself in some steps."""
+    work = walks.task()
+    kept = walks.decision(work)
+    kd = tiny.OutputKD(on_policy=0.7)
+    recover = tiny.Recover(steps=8, lr=1e-2, ema=0.5, kd=kd)
+    return dict(recover(work, tiny.prune(work, kept), kept, trainer).state_dict())
+
+
 class Broken(Match):
     """The second process fails, or falls asleep, in its third step."""
 
@@ -294,6 +304,8 @@ def main(folder: Path, processes: int, *what: str) -> None:
             found[name] = families(replace(trainer, batch_size=4))
         elif action == "inside":
             found[name] = inside(replace(trainer, batch_size=4))
+        elif action == "on policy":
+            found[name] = on_policy(trainer)
         elif action == "half":  # which notes that the optimizer sees float32
             found[name] = numbers(folder / f"{sharding} half", replace(trainer, micro_batch_size=2), BOTH)
         elif action == "compiled":

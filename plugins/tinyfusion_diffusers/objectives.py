@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from tinyfusion_core.errors import UserError, nearest, require
 from tinyfusion_core.protocols.backbone import Backbone, Batch
-from tinyfusion_core.protocols.loss import DiffusionLoss
+from tinyfusion_core.protocols.losses.diffusion import DiffusionLoss
 from tinyfusion_core.runtime.files import NEUTRAL
 from tinyfusion_core.runtime.seeding import Rng
 from tinyfusion_diffusers import calling

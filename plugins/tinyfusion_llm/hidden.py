@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from typing_extensions import override
 from tinyfusion_core.errors import UserError, require
 from tinyfusion_core.protocols.backbone import Batch
 from tinyfusion_core.protocols.loss import LossAdapter, has_values
+from tinyfusion_core.runtime.files import NEUTRAL
 from tinyfusion_llm.layers.finding import around_layers
 from tinyfusion_llm.pretrained.reading import transformers
 
@@ -52,22 +54,29 @@ class MostProbable(NamedTuple):
 class TokenLoss(LossAdapter):
     """Cross-entropy of tokens in nats, averaged over those that count; inputs hold them as `targets` (batch, tokens).
 
-    The distance for distillation is the forward KL divergence KL(teacher || student) at a temperature, times its
-    square, averaged over the same tokens. The hidden states of a prediction may be more than the targets, which are
-    those of the first.
+    The distance for distillation is a divergence of the teacher's and the student's distributions at a temperature,
+    times its square, averaged over the same tokens. The hidden states of a prediction may be more than the targets,
+    which are those of the first.
 
     Args:
+        divergence: `forward` is KL(teacher || student), `reverse` KL(student || teacher) as in MiniLLM
+            (arXiv:2306.08543); a number b between 0 and 1 is the generalised Jensen-Shannon divergence of GKD
+            (arXiv:2306.13649): b KL(teacher || m) + (1 - b) KL(student || m), where m = b teacher + (1 - b) student.
         temperature: temperature of both distributions in the distance.
         top_k: compare the teacher's most probable tokens and the rest as one, instead of the whole vocabulary: a lower
-            bound of the divergence that keeps k numbers per token for the backward pass; null compares all.
+            bound of any divergence that keeps k numbers per token for the backward pass; null compares all.
         chunk: tokens whose logits are in memory at a time, over all samples of the batch.
     """
 
+    divergence: Literal["forward", "reverse"] | float = field(default="forward", metadata={NEUTRAL: "forward"})
     temperature: float = 1.0
     top_k: int | None = None
     chunk: int = 1024
 
     def __post_init__(self) -> None:
+        b = self.divergence
+        fit = isinstance(b, str) or 0 < b < 1
+        require(fit, "loss.divergence", b, "forward, reverse, or a number between 0 and 1")
         require(self.temperature > 0, "loss.temperature", self.temperature, "a number above 0")
         require(self.top_k is None or self.top_k >= 1, "loss.top_k", self.top_k, "at least 1, or null")
         require(self.chunk >= 1, "loss.chunk", self.chunk, "at least 1 token")
@@ -93,8 +102,8 @@ class TokenLoss(LossAdapter):
                         target, chosen = target.topk(self.top_k)
             if chosen is not None:
                 target, found = _with_rest(target), _with_rest(found.gather(-1, chosen.long()))
-            kl = (target.exp() * (target - found)).sum(-1)
-            return self.temperature**2 * kl.masked_fill(targets == IGNORED, 0)
+            apart = self._diverging(target, found)
+            return self.temperature**2 * apart.masked_fill(targets == IGNORED, 0)
 
         told = teacher if isinstance(teacher, MostProbable) else (self._told(teacher, inputs),)
         return self._mean(piece, inputs["targets"], self._told(student, inputs), *told)
@@ -120,6 +129,16 @@ class TokenLoss(LossAdapter):
     @override
     def kept(self, columns: Batch, like: Hidden) -> MostProbable:
         return MostProbable(columns["log_p"], columns["tokens"])
+
+    def _diverging(self, teacher: Tensor, student: Tensor) -> Tensor:
+        """(...) divergences of distributions, given as log-probabilities (..., outcomes)."""
+        if self.divergence == "forward":
+            return _kl(teacher, student)
+        if self.divergence == "reverse":
+            return _kl(student, teacher)
+        b = float(self.divergence)
+        middle = torch.logaddexp(teacher + math.log(b), student + math.log1p(-b))
+        return b * _kl(teacher, middle) + (1 - b) * _kl(student, middle)
 
     def _told(self, hidden: Hidden, inputs: Batch) -> Tensor:
         """The states of the targets."""
@@ -193,6 +212,11 @@ def run_to_head(model: nn.Module, tokens: Tensor, given: Mapping[str, Any], to_h
 def reader_of(model: Any) -> str:
     """Return the argument in which a network is given the tokens that it continues."""
     return "decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"
+
+
+def _kl(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p || q), (...), of log-probabilities (..., outcomes)."""
+    return (p.exp() * (p - q)).sum(-1)
 
 
 def _with_rest(log_p: Tensor) -> Tensor:

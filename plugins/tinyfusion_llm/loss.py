@@ -25,11 +25,12 @@ from tinyfusion_llm.seq2seq.columns import ENCODED, encoder_inputs
 class NextToken(TokenLoss):
     """Cross-entropy of the next token in nats, averaged over a sample's counted tokens.
 
-    The distance for distillation is the forward KL divergence KL(teacher || student) at a temperature, times its
-    square, averaged over the same tokens.
+    The distance for distillation is `divergence` of the distributions of teacher and student at a temperature, times
+    its square, averaged over the same tokens.
 
     Args:
-        prompt_tokens: tokens of a text without a prompt that `tinyfusion generate-data` keeps, and continues.
+        prompt_tokens: tokens of a text without a prompt that are kept, and continued, by `tinyfusion generate-data` and
+            by a student that learns on policy.
         sampling_temperature: temperature of the continuation's tokens.
         top_p: they are drawn from the most probable ones that have this probability together.
     """
@@ -129,7 +130,7 @@ class NextToken(TokenLoss):
         tokens, labels, read, encoded = batch["tokens"], batch["labels"], {}, None
         if model.config.is_encoder_decoder:
             encoded, read = encoder_inputs(model, batch), {n: batch[n] for n in ENCODED if n in batch}
-        kept = prompt_lengths(batch, labels != IGNORED, 1 if read else self.prompt_tokens, read)
+        kept = self._kept(model, batch)
 
         def draw(number: int, logits: Tensor) -> Tensor:
             u = rng.uniform(f"token {number}", len(logits)).to(logits.device)
@@ -139,3 +140,22 @@ class NextToken(TokenLoss):
         places = torch.arange(tokens.shape[1], device=tokens.device).repeat(len(tokens), 1)
         labels = labels.where(places < kept[:, None], made.masked_fill(~written, IGNORED))
         return {**read, "tokens": made, "labels": labels, **({"positions": places} if "positions" in batch else {})}
+
+    @override
+    def own_samples(self, model: Any, batch: Batch, conditions: str, rng: Rng) -> dict[str, Tensor]:
+        """Return the texts of a batch, (batch, tokens), continued as by `generated`; their beginnings count in no loss.
+
+        Args:
+            model: the student, in eval mode.
+            batch: as `generated` takes it.
+            conditions: not looked at.
+            rng: streams "token <number>", for each of the new ones.
+        """
+        labels = batch["labels"]
+        begins = torch.arange(labels.shape[1], device=labels.device) < self._kept(model, batch)[:, None]
+        return self.generated(model, {**batch, "labels": labels.masked_fill(begins, IGNORED)}, conditions, rng)
+
+    def _kept(self, model: Any, batch: Batch) -> Tensor:
+        """How many tokens of each text are its prompt, (batch,)."""
+        read = ENCODED if model.config.is_encoder_decoder else ()
+        return prompt_lengths(batch, batch["labels"] != IGNORED, 1 if read else self.prompt_tokens, read)

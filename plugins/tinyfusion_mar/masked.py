@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from tinyfusion_core.errors import UserError, require
 from tinyfusion_core.protocols.backbone import Batch
-from tinyfusion_core.protocols.loss import DiffusionLoss
+from tinyfusion_core.protocols.losses.diffusion import DiffusionLoss
 from tinyfusion_core.runtime.seeding import Rng
 from tinyfusion_dit.conditional import check_options, draw_label_drop, draw_latents, last
 from tinyfusion_dit.diffusion import GaussianDiffusion

@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import re
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import yaml
 
 import tinyfusion_core as tiny
+import walks
 from comparisons import FIRST_AND_LAST, LOSS, RECOVER, TRAINER, task
 from small_run import RECIPE
 from tinyfusion_core.cli import main
@@ -69,6 +70,26 @@ def test_what_is_said_of_them(tmp_path: Path) -> None:
     assert f"{second.name} is next" in verdict["How clearly"]  # though it keeps the same blocks
     tiny.write_comparison(tmp_path)
     assert [path.name for path in (tmp_path / "figures").iterdir()] == ["choices.svg"]  # the others show nothing
+
+
+@dataclass(frozen=True)
+class Warm(walks.Walk):
+    """Walks with an option that only matters to how they are made."""
+
+    warmth: float = 1.0
+
+    def sampling_options(self) -> frozenset[str]:
+        return frozenset({"warmth"})
+
+
+def test_options_of_sampling_decide_what_is_recovered_on_policy_alone(tmp_path: Path, worked: Counter[str]) -> None:
+    own = replace(RECOVER, steps=2, kd=tiny.OutputKD(on_policy=1.0))
+    compare = tiny.Compare(seeds=1, random=0, recoveries={"own": own, "plain": replace(RECOVER, steps=2)})
+    for warmth, recovered in ((1.0, 2), (1.0, 0), (0.5, 1)):
+        worked.clear()
+        task = replace(walks.task(), loss=Warm(warmth=warmth))
+        compare(task, RECOVER, TRAINER, tmp_path, search=FIRST, evaluate=LOSS)
+        assert worked["recovered"] == recovered
 
 
 @pytest.fixture

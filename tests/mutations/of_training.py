@@ -28,8 +28,8 @@ LEARNING_FROM_A_TEACHER = [
     Mutation(
         "the weights of teacher and data are swapped",
         OBJECTIVE,
-        'self.weights["kd"] * terms["kd"] + self.weights["gt"] * terms["gt"]',
-        'self.weights["gt"] * terms["kd"] + self.weights["kd"] * terms["gt"]',
+        'given = {"kd": self.kd.alpha_kd, "gt": self.kd.alpha_gt if',
+        'given = {"gt": self.kd.alpha_kd, "kd": self.kd.alpha_gt if',
         (DISTILLED + "test_teacher_and_data_have_each_a_weight",),
     ),
     Mutation(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import tinyfusion_core as tiny
-from tinyfusion_core.protocols.loss import DiffusionLoss
+from tinyfusion_core.protocols.losses.diffusion import DiffusionLoss
 from tinyfusion_diffusers import RectifiedFlow, ScheduledDiffusion
 from tinyfusion_dit import GaussianDiffusion
 from tinyfusion_mar import MaskedTokenDiffusion

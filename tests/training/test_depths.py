@@ -47,6 +47,19 @@ def test_smaller_students_are_inside_of_larger_ones() -> None:
         tied.inside(2)
 
 
+def test_the_whole_student_is_judged(tmp_path: Path) -> None:
+    judged = {}
+    for depths in ([], [1, 3]):
+        task, decision = planted()
+        run = tiny.RunFolder(tmp_path / str(depths))
+        how = tiny.Recover(
+            steps=1, lr=1e-12, lr_final=0, ema=0.0, depths=depths, validation=tiny.Validation(samples=16)
+        )
+        how(task, tiny.prune(task, decision), decision, TRAINER, run)
+        judged[len(depths)] = run.metrics()[-1]["validation"]
+    assert judged[2] == pytest.approx(judged[0], rel=1e-4)
+
+
 @pytest.mark.parametrize("distilled", [False, True])
 def test_a_step_is_the_mean_of_the_whole_and_of_those_inside(distilled: bool) -> None:
     task, decision = planted()

@@ -65,7 +65,7 @@ class ResultCache:
         self.held_out, self.metrics = held_out, metrics
         self.accelerator, self.main = trainer.accelerator, trainer.accelerator.is_main_process
         loss = described(task.loss)
-        sampling = {name: loss.pop(name) for name in task.loss.sampling_options() if name in loss}
+        self.sampling = sampling = {name: loss.pop(name) for name in task.loss.sampling_options() if name in loss}
         config = config_of(task.backbone, task.teacher)
         network = [described(task.backbone), described(config), weights_key(task.teacher)]
         self.training = {"network": network, "loss": loss, "data": data_key(task.train, 256)}
@@ -76,7 +76,7 @@ class ResultCache:
             "metric": described(self.held_out, "batch_size"),
             "precision": self.accelerator.mixed_precision,
         }
-        # What a change of the sampling or of the features changes is the metrics alone.
+        # What a change of the sampling or of the features changes is the metrics alone, and recoveries on policy.
         features = features_key(task.feature_space) if metrics and task.feature_space is not None else None
         keys = {column: [described(metric, "batch_size"), sampling, features] for column, metric in metrics.items()}
         self.figures = {column: (digest(key), digest(then(key))) for column, key in keys.items()}
@@ -269,11 +269,12 @@ class ResultCache:
         return replace(self.trainer.with_batch_size(self.recoveries[entry.recovery].batch_size), seed=entry.seed)
 
     def _key_of_recovery(self, entry: Entry) -> dict[str, Any]:
-        trainer = self._trainer(entry)
+        trainer, how = self._trainer(entry), self.recoveries[entry.recovery]
         return {
             **{f"training {k}": v for k, v in self.training.items()},
             **self.measuring,
-            **stage_key(self.recoveries[entry.recovery], Decisive(trainer, but=("batch_size",))),
+            **({"sampling": self.sampling} if how.on_policy else {}),
+            **stage_key(how, Decisive(trainer, but=("batch_size",))),
             "patience": trainer.max_skipped,  # decides what has diverged
             "kept": list(entry.kept),
         }

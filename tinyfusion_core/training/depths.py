@@ -71,7 +71,6 @@ class EveryDepth(Objective):
     @override
     def forward(self, inputs: Batch, rng: Rng) -> tuple[Tensor, Tensor]:
         loss, student, gates, masks = self.unregistered
-        gates.mask = None
         total, losses = self.whole(inputs, rng)
         told = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, self.whole.prediction)
         inputs = {name: t for name, t in inputs.items() if not name.startswith(PREFIX)}
@@ -82,6 +81,7 @@ class EveryDepth(Objective):
             own = loss.distance(found, told, inputs) if self.distilled else loss.loss(found, inputs)
             terms["shallowest" if depth == self.shallowest else "between"] = own.detach()
             total = total + SHARE * own.mean()
+        gates.mask = None  # whoever runs the student between two passes runs all of it
         self.terms = terms
         return total / (1 + SHARE * len(depths)), losses
 

@@ -6,14 +6,17 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from torch import Tensor
 from typing_extensions import override
 
 from ..errors import UserError, require
 from ..parsing.settings import Settings
 from ..protocols.blocks.paths import block_lists
+from ..protocols.loss import LossAdapter
 from ..pruning.decision import Decision
 from ..runtime.files import NEUTRAL
+from ..runtime.seeding import Rng
 from .distilling.losses import feature_loss
 from .teacher_cache.settings import TeacherCache
 
@@ -61,17 +64,46 @@ class OutputKD(Settings):
             at the first and at the last step, linear in between.
         alpha_gt: weight of the training loss, or two.
         cache: the teacher's predictions, written beforehand by `tinyfusion cache-teacher`; null runs the teacher.
+        on_policy: share of the steps that learn from samples which the student makes itself (the lambda of GKD,
+            arXiv:2306.13649); these steps have no training loss.
     """
 
     alpha_kd: Weight = 0.9
     alpha_gt: Weight = 0.1
     cache: TeacherCache | None = field(default=None, metadata={NEUTRAL: None})
+    on_policy: float = field(default=0.0, metadata={NEUTRAL: 0.0})
 
     def __post_init__(self) -> None:
         for name in ("alpha_kd", "alpha_gt"):
             require(min(ends(getattr(self, name))) >= 0, f"recover.kd.{name}", getattr(self, name), "0 or more")
         some = all(kd + gt > 0 for kd, gt in zip(ends(self.alpha_kd), ends(self.alpha_gt), strict=True))
         require(some, "recover.kd.alpha_kd", self.alpha_kd, "it or alpha_gt above 0")
+        require(0 <= self.on_policy <= 1, "recover.kd.on_policy", self.on_policy, "a share of the steps, 0 to 1")
+        if self.on_policy and self.cache is not None:
+            raise UserError(
+                "recover.kd.on_policy: no cache holds predictions on samples that are made in training; leave it or "
+                "recover.kd.cache out"
+            )
+
+    def samples_itself(self, rng: Rng) -> bool:
+        """Return whether the student makes the samples of a step itself: the same on every process.
+
+        Args:
+            rng: random streams of the step.
+        """
+        return self.on_policy > 0 and float(torch.rand((), generator=rng.batch("on policy"))) < self.on_policy
+
+    def check_makes(self, loss: LossAdapter) -> None:
+        """Check that an objective can make samples, if the student is to learn from its own.
+
+        Raises:
+            UserError: it cannot.
+        """
+        if self.on_policy and not loss.makes_data:
+            raise UserError(
+                f"recover.kd.on_policy: a network with {type(loss).__name__} makes no samples; leave it out, or take a "
+                "loss that generates"
+            )
 
     def taps_for(self, decision: Decision) -> list[Tap]:
         """Return the pairs of blocks whose outputs are compared: none."""
@@ -114,6 +146,7 @@ class FeatureKD(OutputKD, ABC):
             at the first and at the last step, linear in between.
         alpha_gt: weight of the training loss, or two.
         cache: the teacher's predictions, written beforehand; its `blocks` must hold those that the taps name.
+        on_policy: share of the steps that learn from samples which the student makes itself, see `OutputKD`.
         beta: weight of the feature loss at the first and at the last step, linear in between.
         taps: pairs of (student block, teacher block), counted from 0; by default derived from the decision.
     """
@@ -175,6 +208,7 @@ class MaskedKD(FeatureKD):
             at the first and at the last step, linear in between.
         alpha_gt: weight of the training loss, or two.
         cache: the teacher's predictions, written beforehand; its `blocks` must hold those that the taps name.
+        on_policy: share of the steps that learn from samples which the student makes itself, see `OutputKD`.
         beta: weight of the feature loss at the first and at the last step, linear in between.
         taps: pairs of (student block, teacher block), counted from 0; by default derived from the decision.
         sigma: standard deviations beyond which an activation is extreme; null leaves none out. The paper's 2 does as

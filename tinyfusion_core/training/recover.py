@@ -13,6 +13,7 @@ from torch import nn
 
 from ..errors import UserError, require
 from ..parsing.settings import Settings, check_arguments
+from ..protocols.data import Samples
 from ..protocols.task import Task
 from ..protocols.undisturbed import evaluating
 from ..pruning.decision import Decision
@@ -23,18 +24,17 @@ from ..runtime.run_folder import RunFolder
 from ..runtime.seeding import seed_of
 from .depths import at_every_depth
 from .distillation import OutputKD
-from .distilling.distilled import Distilled
+from .distilling.distilled import Distilled, objective_of
+from .distilling.own_samples import Prepare, on_policy
 from .distilling.shares import Shares
 from .loop import Fit
 from .objective import (
     Ema,
-    FunctionLoss,
     LossFunction,
     MakeOptimizer,
     MakeScheduler,
     Objective,
     Optimization,
-    PlainLoss,
     cosine,
     ema_decay,
     parameter_groups,
@@ -44,7 +44,7 @@ from .starts.base import Start
 from .starts.fresh import check_fresh
 from .steps.optimizers import NamedOptimizer
 from .trainer import Trainer
-from .validation import Validation, training_samples
+from .validation import Validation, Validator, training_samples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,16 +121,22 @@ class Recover(Settings):
         """Return this recovery laid out over another number of steps, for which an average gets the default decay."""
         return replace(self, steps=steps, horizon=None, ema=None if self.ema else self.ema)
 
+    @property
+    def on_policy(self) -> float:
+        """Share of the steps that learn from samples which the student makes itself."""
+        return self.kd.on_policy if self.kd else 0.0
+
     def check_trainer(self, trainer: Trainer) -> None:
         """Check that these settings go with a trainer.
 
         Raises:
-            UserError: sharded networks are to be judged, trained at several depths, or by whole matrices.
+            UserError: sharded networks are to be judged, trained at several depths or on policy, or by whole matrices.
         """
         if self.optimizer and trainer.shards() and not NamedOptimizer(self.optimizer).goes_by_element():
             raise UserError("recover.optimizer: sees whole matrices, which trainer.sharding: fsdp cuts; take ddp")
-        for key in ("validation", "depths"):
-            if getattr(self, key) and trainer.shards():
+        whole = {"validation": self.validation, "depths": self.depths, "kd.on_policy": self.on_policy}
+        for key in (key for key, given in whole.items() if given):
+            if trainer.shards():
                 raise UserError(f"recover.{key}: does not go with trainer.sharding: fsdp; take ddp, or leave it out")
 
     def moving(
@@ -205,7 +211,7 @@ class Recover(Settings):
             if self.update is not None:
                 hold_statistics(student, weights)
             whole, near = (None, ()) if decision is None else in_blocks(task.backbone, task.teacher, decision)
-            objective = self._objective(task, student, whole, trainer, loss_fn)
+            objective = objective_of(task, student, whole, trainer, self.kd, loss_fn)
             near_gaps = [objective.blocks[i] for i in near]
             groups = parameter_groups(weights, near_gaps, self.lr, self.gap_lr, self.weight_decay)
             made_by = {name: own[name] for name in ("optimizer", "scheduler") if own[name] is not None}
@@ -248,7 +254,8 @@ class Recover(Settings):
         ema = Ema(student, decay) if decay else None
         averaged = ema.average.module if ema else None  # copied before the blocks' forward is taken over
         optimization = self._optimization(ema, optimizing)
-        self._compare_terms(objective, trainer, data, prepare)
+        made = on_policy(self.kd, task, student, trainer, prepare)
+        self._compare_terms(objective, trainer, data, prepare, made)
         frozen = objective.frozen_modules()
         # Of several depths what the gates enclose: inside of what is recomputed no mask may change.
         own = [student.get_submodule(p) for p in task.backbone.unit_paths(student)] if self.depths else objective.blocks
@@ -257,43 +264,31 @@ class Recover(Settings):
         with evaluating(*(n for n, _ in frozen)), trainer.transformed(blocks), several as objective:
             for network, _ in frozen:
                 network.requires_grad_(False)  # until it has left its evaluation
-            validator = None
-            if self.validation is not None and apart is not None:
-                beside = all((decision is not None, cache is None))  # a cache keeps the teacher out of memory
-                validator = self.validation.validator(averaged or student, task, apart, trainer, beside)
-            Fit(trainer, stage, objective, data, prepare, optimization, run, validator).run()
+            validator = self._validator(task, averaged or student, decision, trainer, apart)
+            Fit(trainer, stage, objective, data, made, optimization, run, validator).run()
         if validator is not None:
             validator.load_best(student)
         elif averaged is not None:
             student.load_state_dict(averaged.state_dict())
 
-    def _compare_terms(self, objective: Objective, trainer: Trainer, *samples: Any) -> None:
+    def _validator(
+        self, task: Task, model: nn.Module, decision: Decision | None, trainer: Trainer, apart: Samples | None
+    ) -> Validator | None:
+        if self.validation is None or apart is None:
+            return None
+        # A fresh network has no teacher, and a cache keeps it out of memory.
+        teacher_here = decision is not None and not (self.kd and self.kd.cache)
+        return self.validation.validator(model, task, apart, trainer, beside=teacher_here)
+
+    def _compare_terms(
+        self, objective: Objective, trainer: Trainer, data: Samples, prepare: Prepare, made: Prepare
+    ) -> None:
         """Let a distillation log what its terms do, where one whole network is in one place."""
         if isinstance(objective, Distilled) and not (trainer.shards() or self.depths):
-            objective.shares = Shares.on(trainer, *samples)
+            objective.shares = Shares.on(trainer, data, made if self.on_policy == 1 else prepare)
 
     def _optimization(self, ema: Ema | None, optimizing: Mapping[str, Any]) -> Optimization:
         schedule = cosine(self.lr_final / self.lr) if self.schedule == "cosine" else lambda progress: 1.0
         schedule = warmed(schedule, self.horizon or self.steps, self.warmup)
         settings = {"steps": self.steps, "horizon": self.horizon, "clip": self.clip, **optimizing}
         return Optimization(schedule=schedule, ema=ema, **settings)
-
-    def _objective(
-        self,
-        task: Task,
-        student: nn.Module,
-        decision: Decision | None,
-        trainer: Trainer,
-        loss_fn: LossFunction | None,
-    ) -> Objective:
-        if loss_fn is not None:
-            trainer.to_device(task.teacher)
-            return FunctionLoss(student, task, loss_fn)
-        if self.kd is None:
-            return PlainLoss(student, task)
-        assert decision is not None  # else it has been refused
-        if self.kd.cache is None:
-            trainer.to_device(task.teacher)
-        else:
-            task.teacher.cpu()  # the device is the student's
-        return Distilled(student, task, decision, self.kd)

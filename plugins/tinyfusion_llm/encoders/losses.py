@@ -27,8 +27,8 @@ class MaskedToken(TokenLoss):
     """Cross-entropy of masked tokens in nats, averaged over those of a sample, as BERT is trained (arXiv:1810.04805).
 
     Of the tokens that count, a fixed share is chosen at random. Of these 80 % become the mask token, 10 % a random
-    token, and 10 % stay. The distance for distillation is the forward KL divergence KL(teacher || student) at a
-    temperature, times its square, averaged over the chosen tokens.
+    token, and 10 % stay. The distance for distillation is `divergence` of the distributions of teacher and student at
+    a temperature, times its square, averaged over the chosen tokens.
 
     Args:
         fraction: share of the tokens that are chosen, at least one of each sample.

@@ -194,6 +194,8 @@ def test_the_teacher_writes_targets(family: str, tmp_path: Path) -> None:
     asked["labels"][1, :3] = IGNORED  # a longer prompt
     rng = tiny.Rng(0, "generated data", rows=range(4))
     found = NextToken(top_p=1e-9).generated(task.teacher, asked, "tokens", rng)
+    own = NextToken(top_p=1e-9).own_samples(task.teacher, asked, "tokens", rng)
+    assert all(torch.equal(own[name], t) for name, t in found.items())  # the beginning counts in neither
     inputs = task.loss.prepare(found, tiny.Rng(0, "test"))
     with torch.no_grad():
         prediction = task.loss.predict(task.teacher, inputs)

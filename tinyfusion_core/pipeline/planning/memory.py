@@ -227,7 +227,8 @@ def training_needs(
                 communication = needs.communication + theirs.communication
                 needs = replace(needs, teacher=theirs.parameters, communication=communication)
             distilled = Distilled(network, task, decision, recover.kd)
-            forward = lambda: distilled({**_fake(inputs, setup.rows), **stored}, Rng(0, "plan"))[0]  # noqa: E731
+            own = recover.on_policy == 1  # they are made before anything is saved
+            forward = lambda: distilled.minimised({**_fake(inputs, setup.rows), **stored}, own).mean()  # noqa: E731
         try:
             activations = saved_by(forward, network, blocks, setup.precision)
         except (RuntimeError, NotImplementedError) as e:

@@ -75,6 +75,8 @@ def plan_training(
         UserError: something does not go with something else.
     """
     how = stage.settings
+    if how.kd is not None:
+        how.kd.check_makes(recipe.loss)
     plan.rows.append((f"{prefix}{stage.name}", training_text(recipe, how, teacher, decision)))
     if how.kd is not None and decision is not None and (taps := how.kd.taps_for(decision)):
         table = ", ".join(f"{student} ↔ {teacher}" for student, teacher in taps)

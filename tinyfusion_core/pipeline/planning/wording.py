@@ -35,6 +35,7 @@ def training_text(recipe: Recipe, stage: Recover, teacher: nn.Module | None, dec
     if stage.steps == 0:
         return f"{start}, and no training"
     kd = "" if stage.kd is None else f", {type(stage.kd).__name__}"
+    kd += f" on samples of its own in {stage.on_policy:.0%} of the steps" if stage.on_policy else ""
     kd += "" if stage.update is None else f", moves {type(stage.update).__name__}"
     kd += "" if stage.optimizer is None else f", by {NamedOptimizer(stage.optimizer).cls.__name__}"
     judged = "" if stage.validation is None else f", judged every {stage.validation.every:,} steps"

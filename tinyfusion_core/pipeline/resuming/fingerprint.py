@@ -88,6 +88,7 @@ def decided_by(recipe: Recipe, key: str, stages: Sequence[str]) -> str:
     """Return the first stage whose result a setting can change: that of its own section, else the first."""
     section, *names = path_of(key)
     if section == "loss" and names[:1] and names[0] in recipe.loss.sampling_options():
-        return EVALUATE
+        makes = (s.key for s in recipe.stages() if isinstance(s.settings, Recover) and s.settings.on_policy)
+        return next(makes, EVALUATE)
     own = ".".join(names[:2]) if section == "rounds" else section
     return own if own in stages else stages[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +19,9 @@ from ...protocols.task import Task
 from ...pruning.decision import Decision
 from ...runtime.seeding import Rng
 from ..distillation import FeatureKD, OutputKD, ends
-from ..objective import Objective
+from ..objective import FunctionLoss, LossFunction, Objective, PlainLoss
 from ..teacher_cache.settings import PREFIX
+from ..trainer import Trainer
 from .shares import Shares
 
 
@@ -44,6 +46,7 @@ class Distilled(Objective):
         self.model, self.kd = student, kd
         self.taps = kd.taps_for(decision)
         kd.check_cache(decision)
+        kd.check_makes(task.loss)
         ours, theirs = task.backbone.block_paths(student), task.backbone.block_paths(task.teacher)
         self.paths = [ours[s] for s, _ in self.taps], [theirs[t] for _, t in self.taps]
         self.blocks = [student.get_submodule(path) for path in ours]
@@ -61,18 +64,22 @@ class Distilled(Objective):
 
     @override
     def forward(self, inputs: Batch, rng: Rng) -> tuple[Tensor, Tensor]:
-        self.prediction, terms = self.compared(inputs)
-        total = self.weights["kd"] * terms["kd"] + self.weights["gt"] * terms["gt"]
-        if "feature" in self.weights:
-            total = total + self.weights["feature"] * terms["feature"]
-        self.terms = {name: term.detach() for name, term in terms.items()}
+        total = self.minimised(inputs, own=self.kd.samples_itself(rng))
         return total.mean(), total.detach()
 
-    def compared(self, inputs: Batch) -> tuple[Prediction, dict[str, Tensor]]:
+    def minimised(self, inputs: Batch, own: bool) -> Tensor:
+        """Return the weighted sum of the terms, (batch,), which are kept, as the prediction is; see `compared`."""
+        self.prediction, terms = self.compared(inputs, own)
+        weighted = [weight * terms[name] for name, weight in self.weights.items() if name in terms]
+        self.terms = {name: term.detach() for name, term in terms.items()}
+        return sum(weighted[1:], start=weighted[0])
+
+    def compared(self, inputs: Batch, own: bool = False) -> tuple[Prediction, dict[str, Tensor]]:
         """Return the student's prediction, and the terms that have weights, each (batch,), with what else is logged.
 
         Args:
             inputs: prepared tensors by name, each (batch, ...).
+            own: whether the student has made the samples itself, which have no training loss.
         """
         loss, _, streams = self.unregistered
         stored = {name.removeprefix(PREFIX): t for name, t in inputs.items() if name.startswith(PREFIX)}
@@ -83,7 +90,9 @@ class Distilled(Objective):
         if told is not None:
             _check_shapes(prediction, told[0], "the student predicts", "the teacher")
         target, theirs = told or self._as_stored(stored, prediction)
-        terms = {"kd": loss.distance(prediction, target, inputs), "gt": loss.loss(prediction, inputs)}
+        terms = {"kd": loss.distance(prediction, target, inputs)}
+        if not own:
+            terms["gt"] = loss.loss(prediction, inputs)
         if isinstance(self.kd, FeatureKD):
             terms |= self._features(self.kd, ours, theirs)
         return prediction, terms
@@ -112,7 +121,7 @@ class Distilled(Objective):
 
     @override
     def before_step(self, progress: float) -> None:
-        given = {"kd": self.kd.alpha_kd, "gt": self.kd.alpha_gt}
+        given = {"kd": self.kd.alpha_kd, "gt": self.kd.alpha_gt if self.kd.on_policy < 1 else 0.0}
         given |= {"feature": self.kd.beta} if isinstance(self.kd, FeatureKD) else {}
         parts = {name: ends(weight) for name, weight in given.items()}
         self.weights = {name: first + (last - first) * progress for name, (first, last) in parts.items()}
@@ -122,8 +131,39 @@ class Distilled(Objective):
         alphas = {"alpha_kd": self.kd.alpha_kd, "alpha_gt": self.kd.alpha_gt}
         moving = {name: self.weights[name[6:]] for name, weight in alphas.items() if isinstance(weight, tuple)}
         moving |= {"beta": self.weights["feature"]} if isinstance(self.kd, FeatureKD) else {}
-        shares = self.shares.of(self.model, self.weights, self.compared) if self.shares else {}
+        compared = partial(self.compared, own=self.kd.on_policy == 1)  # else of steps that have the training loss too
+        shares = self.shares.of(self.model, self.weights, compared) if self.shares else {}
         return moving | {f"share_{name}": round(share, 6) for name, share in shares.items()}
+
+
+def objective_of(
+    task: Task,
+    student: nn.Module,
+    decision: Decision | None,
+    trainer: Trainer,
+    kd: OutputKD | None,
+    loss_fn: LossFunction | None,
+) -> Objective:
+    """Return what a recovery minimises, its teacher where it is run.
+
+    Args:
+        task: the objective, and the teacher.
+        student: the network to train.
+        decision: how it was made, in whole blocks; None: it is fresh, and has no teacher.
+        trainer: says where networks are run.
+        kd: the distillation.
+        loss_fn: what stands in its place.
+    """
+    if loss_fn is not None:
+        trainer.to_device(task.teacher)
+        return FunctionLoss(student, task, loss_fn)
+    if kd is None or decision is None:
+        return PlainLoss(student, task)
+    if kd.cache is None:
+        trainer.to_device(task.teacher)
+    else:
+        task.teacher.cpu()  # the device is the student's
+    return Distilled(student, task, decision, kd)
 
 
 def _named(columns: Batch, prefix: str) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ class RelationalKD(FeatureKD):
             at the first and at the last step, linear in between.
         alpha_gt: weight of the training loss, or two.
         cache: the teacher's predictions, written beforehand; its `blocks` must hold those that the taps name.
+        on_policy: share of the steps that learn from samples which the student makes itself, see `OutputKD`.
         beta: weight of the feature loss at the first and at the last step, linear in between.
         taps: pairs of (student block, teacher block), counted from 0; by default derived from the decision.
     """
@@ -52,6 +53,7 @@ class AttentionKD(FeatureKD):
             at the first and at the last step, linear in between.
         alpha_gt: weight of the training loss, or two.
         cache: the teacher's predictions, written beforehand; its `blocks` must hold those that the taps name.
+        on_policy: share of the steps that learn from samples which the student makes itself, see `OutputKD`.
         beta: weight of the feature loss at the first and at the last step, linear in between.
         taps: pairs of (student block, teacher block), counted from 0; by default derived from the decision.
     """

@@ -18,7 +18,7 @@ from ...parsing.records import check_inside, read_as
 from ...protocols.backbone import Batch, config_of
 from ...protocols.loss import LossAdapter
 from ...protocols.task import Task
-from ...runtime.files import digest
+from ...runtime.files import digest, without_later
 from ...runtime.seeding import Rng
 from .settings import KIND, PREFIX, FixedDraws, TeacherCache
 
@@ -84,8 +84,8 @@ def settings_made_of(cache: TeacherCache, loss: LossAdapter) -> dict[str, Any]:
 def _settings(loss: LossAdapter) -> dict[str, str]:
     """The class and options of an objective that can change a training."""
     names: set[str] = {f.name for f in fields(loss)} if is_dataclass(loss) else set()
-    options = {name: repr(getattr(loss, name)) for name in sorted(names - loss.sampling_options())}
-    return {"class": type(loss).__name__, **options}
+    options = without_later(type(loss), {name: getattr(loss, name) for name in sorted(names - loss.sampling_options())})
+    return {"class": type(loss).__name__, **{name: repr(value) for name, value in options.items()}}
 
 
 def read_metadata(folder: Path) -> Metadata:
