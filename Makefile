@@ -51,6 +51,7 @@ mpnet: .venv/.ready
 
 bench: .venv/.ready
 	$(BIN)/python benchmarks/gating.py
+	$(BIN)/python benchmarks/startup.py
 
 # For the owner of a GPU: a few minutes, and a table to paste.
 gpu-check: .venv/.ready

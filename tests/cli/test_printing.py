@@ -187,7 +187,7 @@ import sys
 from tinyfusion_core.registry.registry import registry
 registry()
 network = {"peft", "transformers", "diffusers", "timm", "torchvision", "accelerate"}
-heavy = {*network, "torch._dynamo", "scipy", "matplotlib"} & set(sys.modules)
+heavy = {*network, "torch._dynamo", "triton", "scipy", "matplotlib"} & set(sys.modules)
 assert not heavy, heavy
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from typing_extensions import override
 
 from ..errors import UserError, first_line, require
@@ -162,6 +161,8 @@ def count_flops(backbone: Backbone, loss: LossAdapter, config: Mapping[str, Any]
 def _count_flops(
     backbone: Backbone, loss: LossAdapter, config: Mapping[str, Any], inputs: Mapping[str, Tensor]
 ) -> int | str:
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton
+
     try:
         with torch.device("meta"):
             model = constructed(backbone, config).eval().requires_grad_(False)  # torch's counter stumbles over weights
@@ -174,6 +175,8 @@ def _count_flops(
 
 def _count_here(task: Task, model: nn.Module) -> int | str:
     """Count as `count_flops` does, in a forward pass of the network as it is."""
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton
+
     device = next(model.parameters()).device
     inputs = task.loss.prepare(task.backbone.example(1), Rng(0, "flops"))
     # As many operations on fused kernels, which the counter does not know on a CPU.

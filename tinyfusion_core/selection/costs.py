@@ -11,7 +11,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..protocols.backbone import config_of, constructed
 from ..protocols.task import Task
@@ -79,6 +78,8 @@ def _flops(task: Task) -> NetworkCosts:
 
 
 def _counted(task: Task, model: nn.Module) -> NetworkCosts:
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton
+
     inputs = _inputs(task, model, 1)
     # As many operations on fused kernels, which the counter does not know on a CPU.
     with evaluating(model), torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
