@@ -32,7 +32,7 @@ def predicted(known: Mapping[Mask, float], masks: Sequence[Mask], num_blocks: in
     seen, new = (_directions(of, share, num_blocks) for of in (known, masks))
     losses = torch.tensor(list(known.values()), dtype=torch.float64)
     covariance = _covariance(seen, seen) + NOISE * torch.eye(len(seen), dtype=torch.float64)
-    solved = torch.linalg.solve(covariance, torch.stack([losses, torch.ones_like(losses)], 1))
+    solved: Tensor = torch.linalg.solve(covariance, torch.stack([losses, torch.ones_like(losses)], 1))
     mean = solved[:, 0].sum() / solved[:, 1].sum()  # of all masks, by generalised least squares
     return mean + _covariance(new, seen) @ (solved[:, 0] - mean * solved[:, 1])
 
@@ -42,7 +42,8 @@ def _directions(masks: Collection[Mask], share: float, num_blocks: int) -> Tenso
     kept = torch.full((len(masks), num_blocks), -share, dtype=torch.float64)
     for row, mask in zip(kept, masks, strict=True):
         row[list(mask)] += 1
-    return torch.nn.functional.normalize(kept, dim=1)
+    lengths: Tensor = kept.square().sum(1, keepdim=True).sqrt()
+    return kept / lengths.clamp(min=1e-12)  # zero where all of a network is kept
 
 
 def _covariance(masks: Tensor, others: Tensor) -> Tensor:
