@@ -91,8 +91,8 @@ def test_a_race_says_who_was_close_and_whose_choices_were_tried() -> None:
         "the nearest 0.001 ± 0.001 behind; a longer race may tell them apart."
     )
     assert content == (
-        "Yes, by what was measured. 3 other choices were recovered briefly beside this one, named by Taylor and "
-        "Search, among them choices of Greedy; none was surely better."
+        "Yes, by what was measured. Beside this choice, which Taylor and Search proposed, 3 others were recovered "
+        "briefly (of Greedy, 1 neighbour); none was surely better."
     )
     assert said([first[0], entrant([0, 2], -0.001, 0.002, "Greedy")])[0].endswith(
         "the nearest 0.001 ± 0.002 ahead; a longer race may tell them apart."
@@ -107,7 +107,7 @@ def test_finals_and_qualities_say_what_they_know() -> None:
     chosen = decision(0, 1, provenance={"finals": finals})
     assert how_sure(chosen) == "It won the finals on one recovery each; how sure that is was not measured."
     assert verdict({"": chosen}, MEASURED)["Content?"].endswith(
-        "One other choice was recovered briefly beside this one, named by Search, among them choices of Greedy; "
+        "Beside this choice, which Search proposed, one other was recovered briefly (of Greedy); "
         "none was surely better."
     )
     depths = [{"kept": [0], "probability": 0.1}, {"kept": [0, 1], "probability": 0.72}]
@@ -192,7 +192,7 @@ def test_rounds_are_named_and_the_last_network_counts() -> None:
     rounds["d2"] = decision(0, 3, of=4, provenance={"race": race})
     assert verdict(rounds, rows)["Content?"] == (
         "Yes, by what was measured. d4: No other choice was recovered for comparison. "
-        "d2: One other choice was recovered briefly beside this one; none was surely better."
+        "d2: Beside this choice, one other was recovered briefly (1 neighbour); none was surely better."
     )
 
 

@@ -75,8 +75,10 @@ def test_it_is_said_in_words() -> None:
     found = forecasts(lawful([10, 20, 30]), TEACHER, 20, 300, TEACHER + 0.1)
     assert found is not None
     said = sentence(found["first"], 30.0)
-    assert said.startswith("after 30 of 300 steps 0.6155 is expected at step 300, in 4 min 30 s (0.6155 to 0.6155); ")
-    assert "; 0.6, to stop at, at step 400, in 6 min 10 s (from step 400 to 400)" in said
+    assert said.startswith(
+        "after 30 of 300 steps 0.6155 is expected at step 300, in about 4 min 30 s (0.6155 to 0.6155); "
+    )
+    assert "; 0.6, to stop at, at step 400, in about 6 min 10 s (from step 400 to 400)" in said
     came = what_came(found["first"], [*lawful([10, 20, 30]), (200, 0.7), (300, 0.59), (400, 0.1)])
     assert came.startswith("after 30 steps 0.6155 was expected at step 300 (0.6155 to 0.6155), and the best was 0.59")
     assert came.endswith("was expected at step 400, and was reached at step 300.")

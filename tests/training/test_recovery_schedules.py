@@ -110,7 +110,7 @@ def test_the_average_is_judged_if_there_is_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("update", [None, tiny.LoRA(rank=2)])
-def test_patience_ends_it(update: Any, tmp_path: Path) -> None:
+def test_patience_ends_it(update: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tiny.RunFolder(tmp_path)
     how = tiny.Recover(
         steps=400, lr=0.3, schedule="constant", ema=0.0, update=update, validation=replace(JUDGED, patience=2)
@@ -119,6 +119,8 @@ def test_patience_ends_it(update: Any, tmp_path: Path) -> None:
     losses = judged(folder)
     best = min(losses, key=losses.__getitem__)
     assert max(losses) == best + 10 < 400
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"recover: ended at step {best + 10} of 400: 2 judgements brought no new best" in said
     again = recovered(how, folder)  # finished: nothing is trained again
     assert_equal(found, again)
     assert judged(folder) == losses

@@ -237,10 +237,14 @@ def _against_others(decision: Decision) -> str:
     if not judged:
         return ""
     names = dict.fromkeys(name for of in judged.values() for name in of if name not in (*mine, NEIGHBOUR))
-    whose = f", named by {_listed(mine)}" if mine and mine != [NEIGHBOUR] else ""
-    by = f", among them choices of {_listed(list(names))}" if names else ""
-    others = "One other choice was" if len(judged) == 1 else f"{len(judged)} other choices were"
-    return f"{others} recovered briefly beside this one{whose}{by}; none was surely better."
+    mine = [name for name in mine if name != NEIGHBOUR]
+    whose = f", which {_listed(mine)} proposed" if mine else ""
+    near = sum(of == [NEIGHBOUR] for of in judged.values())
+    found = [f"of {_listed(list(names))}"] if names else []
+    found += [f"{near} neighbour{'s' if near > 1 else ''}"] if near else []
+    by = f" ({', '.join(found)})" if found else ""
+    others = "one other was" if len(judged) == 1 else f"{len(judged)} others were"
+    return f"Beside this choice{whose}, {others} recovered briefly{by}; none was surely better."
 
 
 def spans(numbers: Sequence[int]) -> str:

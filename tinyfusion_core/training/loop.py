@@ -114,6 +114,8 @@ class Fit:
                 if report.signum:
                     self._interrupt(done, report.signum)
                 if last:
+                    if done < steps and self.validator and (why := self.validator.ended_by):
+                        progress.announce(f"{self.stage}: ended at step {done:,} of {steps:,}: {why}")
                     break
         trainer.accelerator.free_memory()
 

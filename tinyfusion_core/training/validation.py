@@ -150,8 +150,16 @@ class Validator:
         if self.latest < self.best:
             self.best, self.best_step, self.judged = self.latest, step, 0
             self.weights = {name: t.detach().cpu().clone() for name, t in self.model.state_dict().items()}
-        enough = self.limit is not None and self.best <= self.limit
-        return enough or (self.how.patience is not None and self.judged >= self.how.patience)
+        return self.ended_by is not None
+
+    @property
+    def ended_by(self) -> str | None:
+        """What ends the training at this judgement, in words; None if nothing does."""
+        if self.limit is not None and self.best <= self.limit:
+            return f"{self.best:.4g} is within until ({self.limit:.4g})"
+        if self.how.patience is not None and self.judged >= self.how.patience:
+            return f"{self.judged} judgements brought no new best ({self.best:.4g} at step {self.best_step:,})"
+        return None
 
     def metrics(self) -> dict[str, float | None]:
         """Return what to log after a step: the loss, if it was judged, and None in its place if it is not finite."""

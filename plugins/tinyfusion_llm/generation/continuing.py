@@ -24,13 +24,15 @@ def prompt_lengths(batch: Batch, counted: Tensor, usual: int, encoded: Container
         encoded: further columns, which an encoder reads.
 
     Raises:
-        UserError: the data have other columns than those of text, as images have.
+        UserError: the data have other columns than those of text, as images have, or nothing would be left to write.
     """
     further = sorted(name for name in batch.keys() - {"tokens", "labels", "positions"} if name not in encoded)
     require(not further, "data: columns beside the text", further, "none, since texts alone are continued")
-    uncounted = (counted.cumsum(1) == 0).sum(1)
-    # The first one of a separate document never counts.
-    return uncounted.where(uncounted > 1, usual).clamp(max=counted.shape[1])
+    uncounted, size = (counted.cumsum(1) == 0).sum(1), counted.shape[1]
+    told = uncounted > 1  # the first one of a separate document never counts
+    fit = usual < size or bool(told.all())
+    require(fit, "loss.prompt_tokens", usual, f"fewer than the {size} tokens of a text, so that some are written")
+    return uncounted.where(told, usual).clamp(max=size)
 
 
 def continued(

@@ -123,6 +123,13 @@ def test_what_has_no_room_stays(model: Any) -> None:
     assert torch.equal(found["positions"], torch.arange(12).expand(3, -1))
 
 
+def test_a_prompt_as_long_as_the_text_is_refused(model: Any) -> None:
+    asked = batch(row0=12, row1=1, row2=1)
+    with pytest.raises(tiny.UserError, match=r"^prompt_tokens is 12; expected fewer than the 12 tokens of a text"):
+        NextToken(prompt_tokens=12).own_samples(model, asked, "tokens", rng(0, 1, 2))
+    assert (NextToken(prompt_tokens=11).own_samples(model, asked, "tokens", rng(0, 1, 2))["labels"] != IGNORED).any()
+
+
 @pytest.mark.parametrize("bad", [{"prompt_tokens": 0}, {"sampling_temperature": 0.0}, {"top_p": 0.0}, {"top_p": 1.5}])
 def test_wrong_options_are_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(tiny.UserError, match=f"^{next(iter(bad))} is "):

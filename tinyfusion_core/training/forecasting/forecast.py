@@ -139,7 +139,7 @@ def sentence(made: ForecastRecord, seconds: float) -> str:
     end, likely, low, high = made["curve"][-1]
 
     def at(step: float) -> str:
-        return f"step {step:,.0f}, in {duration(seconds * (step / made['step'] - 1))}"
+        return f"step {step:,.0f}, in about {duration(seconds * (step / made['step'] - 1))}"
 
     text = f"after {made['step']:,} of {end:,.0f} steps {likely:.4g} is expected at {at(end)} ({low:.4g} to {high:.4g})"
     if made["limit"] is not None and made["reached"] is not None:
