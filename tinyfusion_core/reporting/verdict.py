@@ -6,6 +6,7 @@ Every sentence follows from numbers of the run folder. Where words stand for num
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from ..protocols.blocks.paths import block_lists, numbers_of, word_for
@@ -233,18 +234,22 @@ def _against_others(decision: Decision) -> str:
     """Whom the choice was measured against in the run itself; empty if nobody."""
     rounds = decision.provenance.get("race") or decision.provenance.get("finals") or []
     judged = {tuple(e["kept"]): list(dict.fromkeys(e["of"])) for entrants in rounds for e in entrants}
-    mine = judged.pop(decision.kept, [])
+    mine = [name for name in judged.pop(decision.kept, []) if name != NEIGHBOUR]
     if not judged:
         return ""
-    names = dict.fromkeys(name for of in judged.values() for name in of if name not in (*mine, NEIGHBOUR))
-    mine = [name for name in mine if name != NEIGHBOUR]
     whose = f", which {_listed(mine)} proposed" if mine else ""
-    near = sum(of == [NEIGHBOUR] for of in judged.values())
-    found = [f"of {_listed(list(names))}"] if names else []
-    found += [f"{near} neighbour{'s' if near > 1 else ''}"] if near else []
-    by = f" ({', '.join(found)})" if found else ""
     others = "one other was" if len(judged) == 1 else f"{len(judged)} others were"
-    return f"Beside this choice{whose}, {others} recovered briefly{by}; none was surely better."
+    of = _proposed_by(list(judged.values()), mine)
+    return f"Beside this choice{whose}, {others} recovered briefly{of}; none was surely better."
+
+
+def _proposed_by(others: Sequence[Sequence[str]], but: Sequence[str]) -> str:
+    """Where other entrants come from, in parentheses: who else proposed some, and how many are neighbours."""
+    names = [name for name in dict.fromkeys(chain(*others)) if name not in (*but, NEIGHBOUR)]
+    near = sum(NEIGHBOUR in of for of in others)
+    found = [f"of {_listed(names)}"] if names else []
+    found += [f"{near} neighbour{'s' if near > 1 else ''}"] if near else []
+    return f" ({', '.join(found)})" if found else ""
 
 
 def spans(numbers: Sequence[int]) -> str:

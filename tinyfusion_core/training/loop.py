@@ -114,8 +114,7 @@ class Fit:
                 if report.signum:
                     self._interrupt(done, report.signum)
                 if last:
-                    if done < steps and self.validator and (why := self.validator.ended_by):
-                        progress.announce(f"{self.stage}: ended at step {done:,} of {steps:,}: {why}")
+                    self._tell_why(now, progress)
                     break
         trainer.accelerator.free_memory()
 
@@ -213,6 +212,11 @@ class Fit:
                 log_to(values, now.step)
             self._listeners.tell("on_log", now, values)
         meter.reset()
+
+    def _tell_why(self, now: Moment, progress: Tracker) -> None:
+        """Say what has ended the training early, if its judgements have."""
+        if now.step < now.steps and self.validator is not None and (why := self.validator.ended_by):
+            progress.announce(f"{self.stage}: ended at step {now.step:,} of {now.steps:,}: {why}")
 
     def _foretell(self, now: Moment, progress: Tracker) -> None:
         """Keep what a judged training is expected to come to, and say it once."""
