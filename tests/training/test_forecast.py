@@ -51,6 +51,15 @@ def test_the_range_is_as_wide_as_the_law_was_wrong_before() -> None:
     assert 40 < fewest < 160 and most == math.inf
 
 
+def test_a_law_above_the_best_expects_the_best_or_better() -> None:
+    judged = [(10, TEACHER + 0.4), (20, TEACHER + 0.35), (30, TEACHER + 0.3), (40, TEACHER + 0.1)]
+    found = forecast(judged, TEACHER)
+    assert found is not None and found.lacking > 0.1
+    likely, low, high = found.after(41)
+    assert likely == high == pytest.approx(TEACHER + 0.1)
+    assert likely > low == pytest.approx(TEACHER + 0.1 * (41 / 40) ** -found.spread)
+
+
 def test_nothing_is_foretold_from_too_little_or_below_the_teacher() -> None:
     assert forecast(lawful([10, 20]), TEACHER) is None
     assert forecast([*lawful([10, 20]), (30, math.inf)], TEACHER) is None

@@ -48,11 +48,15 @@ class Forecast:
             steps: at least those that are done.
         """
         ahead = math.log(steps / self.step)
-        exponents = (self.exponent, self.exponent - self.spread, self.exponent + self.spread)
-        # Far above the best nothing need be exact, and no float holds it.
-        lacking = (self.lacking * math.exp(min(e * ahead, 100.0)) for e in exponents)
-        likely, low, high = (min(self.best, self.teacher + found) for found in lacking)
-        return likely, low, high
+        # What is expected is never above the best, and may turn out as much better as the law has been off.
+        likely = min(self.best - self.teacher, self._lacking(self.exponent * ahead))
+        high = min(self.best - self.teacher, self._lacking((self.exponent + self.spread) * ahead))
+        low = likely * math.exp(-self.spread * ahead)
+        return self.teacher + likely, self.teacher + low, self.teacher + high
+
+    def _lacking(self, power: float) -> float:
+        """What is lacking now, times e to a power; far above the best it need not be exact, and no float holds it."""
+        return self.lacking * math.exp(min(power, 100.0))
 
     def reaching(self, loss: float) -> tuple[float, float, float]:
         """Return the steps after which the loss is reached, the fewest and the most; infinity where it never is."""
