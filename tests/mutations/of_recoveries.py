@@ -161,8 +161,8 @@ JUDGING_WHAT_IS_TRAINED = [
     Mutation(
         "a forecast may be worse than the best, which is kept",
         FORECAST,
-        "(min(self.best, ",
-        "(max(0.0, ",
+        "high = min(self.best - self.teacher, self._lacking((self.exponent + self.spread) * ahead))",
+        "high = self._lacking((self.exponent + self.spread) * ahead)",
         (FORESEEN + "test_the_range_is_as_wide_as_the_law_was_wrong_before",),
     ),
     Mutation(
