@@ -149,7 +149,8 @@ def sentence(made: ForecastRecord, seconds: float) -> str:
     if made["limit"] is not None and made["reached"] is not None:
         likely_at, first, last = made["reached"]
         text += f"; {made['limit']:.4g}, to stop at, "
-        text += "is not in sight" if likely_at is None else f"at {at(likely_at)}"
-        text += "" if first is None or likely_at is None else f" (from step {first:,.0f}"
-        text += "" if first is None or likely_at is None else f" to {last:,.0f})" if last else ", perhaps never)"
+        if likely_at is None or first is None:
+            text += "is not in sight"
+        else:
+            text += f"at {at(likely_at)} (from step {first:,.0f}{f' to {last:,.0f}' if last else ', perhaps never'})"
     return text
