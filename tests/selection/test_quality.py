@@ -114,8 +114,8 @@ def test_its_short_recoveries_begin_as_the_recovery_will(tmp_path: Path) -> None
     short = {"class_path": "Shallowest", "init_args": {"loss": "1.05x"}}
     recipe = {**RECIPE, "search": short, "recover": {"steps": 5, "start": "Refit"}}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    search = tiny.load_recipe(tmp_path / "recipe.yaml").search
-    assert [how.start for how in search.trainings()] == [tiny.Refit()]
+    loaded = tiny.load_recipe(tmp_path / "recipe.yaml")
+    assert [how.start for how in loaded.search.trainings(loaded.trainer, 1)] == [tiny.Refit()]
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,8 @@ NEAR = tiny.Keep([0, 3, 4, 7])
 
 
 def racing(*proposers: tiny.Selector, **options) -> tiny.Race:
-    return tiny.Race(**{"keep": 4, "steps": 120, "samples": 32, "proposers": proposers, **options})
+    how = {"keep": 4, "steps": 120, "updates_per_batch": 1, "samples": 32, "proposers": proposers}
+    return tiny.Race(**{**how, **options})
 
 
 def test_what_recovers_best_wins_whoever_proposed_it() -> None:
@@ -48,6 +49,38 @@ def test_what_recovers_best_wins_whoever_proposed_it() -> None:
     assert {entry["steps"] for entry in first} == {120 // 3 // 4}
     assert first[0]["behind"] == first[0]["standard_error"] == 0
     assert all(entry["behind"] > 2 * entry["standard_error"] > 0 for entry in first[1:])
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "micro_batch_size", "processes", "expected"),
+    [
+        (64, None, 1, (40, 16)),
+        (64, 16, 4, (40, 16)),
+        (64, None, 32, (20, 32)),  # every process gets a sample
+        (64, None, 64, (10, 64)),
+        (6, None, 1, (30, 2)),
+        (48, 8, 1, (30, 16)),  # passes keep their size
+        (1, None, 1, (10, 1)),
+    ],
+)
+def test_recoveries_divide_batches_into_updates_as_far_as_they_can_be_split(
+    batch_size: int, micro_batch_size: int | None, processes: int, expected: tuple[int, int]
+) -> None:
+    trainer = replace(TRAINER, batch_size=batch_size, micro_batch_size=micro_batch_size)
+    how = tiny.Race(keep=4).recovery(10, trainer, processes)
+    assert (how.steps, how.batch_size) == expected
+    whole = tiny.Race(keep=4, updates_per_batch=1).recovery(10, trainer, processes)
+    assert (whole.steps, whole.batch_size) == (10, batch_size)
+
+
+def test_a_race_by_smaller_batches_sees_as_many_samples() -> None:
+    found = [
+        racing(WRONG, NEAR, rounds=1, steps=20, neighbours=False, updates_per_batch=by)(task(), TRAINER)
+        for by in (1, 2)
+    ]
+    first, second = (one.provenance for one in found)
+    assert first["evaluations"] == second["evaluations"]
+    assert [entry["steps"] for entry in second["race"][0]] == [2 * entry["steps"] for entry in first["race"][0]]
 
 
 def test_neighbours_of_the_best_are_tried_and_followed() -> None:

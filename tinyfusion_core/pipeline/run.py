@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -104,11 +104,10 @@ def _prepared(recipe: Recipe, folder: RunFolder, asked: Asked) -> Task:
     plan = make_plan(recipe)
     if plan.problems or plan.missing:
         raise UserError("\n".join(plan.problems + plan.missing))
-    for stage in recipe.stages():
-        for training in _trainings(stage):
-            recipe.trainer.with_batch_size(training.batch_size).split(recipe.trainer.accelerator.num_processes)
-            if isinstance(training, Recover):
-                training.check_trainer(recipe.trainer)
+    for training in _trainings(recipe):
+        recipe.trainer.with_batch_size(training.batch_size).split(recipe.trainer.accelerator.num_processes)
+        if isinstance(training, Recover):
+            training.check_trainer(recipe.trainer)
     check_resume(recipe, folder, asked)
     task = make_task(recipe)
     if recipe.train is None:
@@ -121,15 +120,19 @@ def _prepared(recipe: Recipe, folder: RunFolder, asked: Asked) -> Task:
 
 def _check_starts(recipe: Recipe, task: Task) -> None:
     """Check that the starts of all recoveries are for this network. Raises UserError if one is not."""
-    trainings = [how for stage in recipe.stages() for how in _trainings(stage) if isinstance(how, Recover)]
-    for start in {repr(how.start): how.start for how in trainings if how.start}.values():
+    recoveries = [training for training in _trainings(recipe) if isinstance(training, Recover)]
+    for start in {repr(how.start): how.start for how in recoveries if how.start}.values():
         start.check(task)
 
 
-def _trainings(stage: Stage) -> Sequence[Search | Recover]:
-    """The trainings of a stage, in order."""
-    how: Selector | Recover | None = stage.settings
-    return how.trainings() if isinstance(how, Selector) else [how] if isinstance(how, Recover) else []
+def _trainings(recipe: Recipe) -> Iterator[Search | Recover]:
+    """The trainings of all stages, in order."""
+    for stage in recipe.stages():
+        how: Selector | Recover | None = stage.settings
+        if isinstance(how, Selector):
+            yield from how.trainings(recipe.trainer, recipe.trainer.accelerator.num_processes)
+        elif isinstance(how, Recover):
+            yield how
 
 
 def sections_of_metrics(recipe: Recipe, folder: RunFolder) -> list[Figures]:

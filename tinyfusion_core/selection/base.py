@@ -135,8 +135,13 @@ class Selector(Settings, ABC):
         """Return the learned search it contains; None if there is none."""
         return None
 
-    def trainings(self) -> Sequence[Search | Recover]:
-        """Return the trainings it runs, in order."""
+    def trainings(self, trainer: Trainer, processes: int) -> Sequence[Search | Recover]:
+        """Return the trainings it runs, in order.
+
+        Args:
+            trainer: how they are trained.
+            processes: how many share a batch.
+        """
         return ()
 
     def decisive(self, trainer: Trainer) -> Decisive:

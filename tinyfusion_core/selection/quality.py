@@ -102,7 +102,8 @@ class Shallowest(Selector):
         of: dict[str, Any] = {"keep": keep, "protect": self.protect, "constraints": self.constraints}
         criteria = [criterion(**of) for criterion in CRITERIA]
         of |= {"lr": self.lr, "batch_size": self.batch_size, "samples": self.samples, "start": self.start}
-        return Race(**of, steps=steps, rounds=2, proposers=criteria)
+        # What is predicted is a recovery by whole batches.
+        return Race(**of, steps=steps, updates_per_batch=1, rounds=2, proposers=criteria)
 
     def depths(self, blocks: Sequence[str]) -> list[int]:
         """Return how many blocks may be kept, ascending.
@@ -135,8 +136,8 @@ class Shallowest(Selector):
         return None
 
     @override
-    def trainings(self) -> Sequence[Recover]:
-        return (self._race(1, 4).recovery(self.steps),)
+    def trainings(self, trainer: Trainer, processes: int) -> Sequence[Recover]:
+        return (self._race(1, 4).recovery(self.steps, trainer, processes),)
 
     @override
     def __call__(self, task: Task, trainer: Trainer, run: RunFolder | None = None) -> Decision:
@@ -153,7 +154,7 @@ class Shallowest(Selector):
         share = self.steps // len(depths).bit_length()  # as many as a bisection visits at most
         if share < 12:
             raise UserError(f"search.steps is {self.steps}: too few to try depths with; give at least 12 for each")
-        of = (task, trainer, run, self._race(1, 4).recovery, self.samples, 0)
+        of = (task, trainer, run, self._race(1, 4).recovering(trainer), self.samples, 0)
         recoveries = ShortRecoveries(*of)
         measured = None if self.metric is None else MeasuredRecoveries(*of, metric=self.metric)
         teacher = (measured or recoveries).judge(task.teacher)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Self
 
 from typing_extensions import override
@@ -44,7 +45,7 @@ class Race(Constrained):
     goes on from every round.
 
     Args:
-        steps: updates of all recoveries together; a default search takes half as many beside them.
+        steps: batches of all recoveries together; a default search takes half as many steps beside them.
         rounds: rounds, besides that of the neighbours; all have the same share of the steps.
         proposers: selectors whose choices enter, within this budget; by default a search, Greedy, LeaveOneOut, Taylor
             and BlockInfluence.
@@ -52,7 +53,9 @@ class Race(Constrained):
         neighbours: whether neighbours of the best of the first round enter.
         lr: learning rate of the recoveries; falls along a cosine to a hundredth. Default the recipe's `recover.lr`, or
             1e-3 where there is none.
-        batch_size: samples per update; default the trainer's.
+        batch_size: samples per batch; default the trainer's.
+        updates_per_batch: into how many updates a recovery divides each batch, where passes of one size allow it: by
+            the same samples, more updates rank masks better ("Races" in `benchmarks/RESULTS.md`).
         samples: training samples set apart to judge on, at most half of all.
         sure: standard errors of a paired difference by which another must be better to replace the leader.
         minutes: about how long the recoveries and the default search may take: a few steps are timed, and as many of
@@ -67,6 +70,7 @@ class Race(Constrained):
     neighbours: bool = True
     lr: float | None = field(default=None, metadata={FOLLOWS: "lr"})
     batch_size: int | None = None
+    updates_per_batch: int = field(default=4, metadata={NEUTRAL: 1})
     samples: int = 512
     sure: float = 2.0
     minutes: float | None = field(default=None, metadata={NEUTRAL: None})
@@ -79,6 +83,7 @@ class Race(Constrained):
         require(self.lr is None or self.lr > 0, "search.lr", self.lr, "a rate above 0")
         require(self.sure >= 0, "search.sure", self.sure, "0 or more standard errors")
         require(self.batch_size is None or self.batch_size >= 1, "search.batch_size", self.batch_size, "at least 1")
+        require(self.updates_per_batch >= 1, "search.updates_per_batch", self.updates_per_batch, "at least 1")
         require(self.minutes is None or self.minutes > 0, "search.minutes", self.minutes, "above 0")
         some = self.proposers is None or len(self.proposers) > 0
         require(some, "search.proposers", self.proposers, "at least one selector")
@@ -86,10 +91,29 @@ class Race(Constrained):
             if isinstance(proposer, Race):
                 raise UserError(f"search.proposers[{i}] is a race itself; a search is named: class_path: Search")
 
-    def recovery(self, steps: int) -> Recover:
-        """Return the recovery of one entrant by some steps."""
+    def recovery(self, batches: int, trainer: Trainer, processes: int) -> Recover:
+        """Return the recovery of one entrant by some batches.
+
+        Args:
+            batches: how many, each of several updates.
+            trainer: how it is trained.
+            processes: how many share a batch.
+        """
+        trainer = trainer.with_batch_size(self.batch_size)
+        parts = trainer.parts(self.updates_per_batch, processes)
         lr = self.lr or 1e-3
-        return Recover(steps=steps, batch_size=self.batch_size, lr=lr, lr_final=lr / 100, ema=0.0, start=self.start)
+        return Recover(
+            steps=batches * parts,
+            batch_size=trainer.batch_size // parts,
+            lr=lr,
+            lr_final=lr / 100,
+            ema=0.0,
+            start=self.start,
+        )
+
+    def recovering(self, trainer: Trainer) -> Callable[[int], Recover]:
+        """Return `recovery` by the number of batches, for the processes that there are."""
+        return partial(self.recovery, trainer=trainer, processes=trainer.accelerator.num_processes)
 
     def proposed_by(self) -> Sequence[Selector]:
         """Return the proposers: those given, or the default ones for the race's own masks."""
@@ -130,15 +154,16 @@ class Race(Constrained):
         return next((search for proposer in self.proposed_by() if (search := proposer.learned())), None)
 
     @override
-    def trainings(self) -> Sequence[Search | Recover]:
-        theirs = [training for proposer in self.proposed_by() for training in proposer.trainings()]
-        return (*theirs, self.recovery(self.steps))
+    def trainings(self, trainer: Trainer, processes: int) -> Sequence[Search | Recover]:
+        theirs = [part for proposer in self.proposed_by() for part in proposer.trainings(trainer, processes)]
+        return (*theirs, self.recovery(self.steps, trainer, processes))
 
     @override
     def __call__(self, task: Task, trainer: Trainer, run: RunFolder | None = None) -> Decision:
         how, costs = prepared(self, task, trainer, run)
         how = how._in_time(task, trainer, run)
-        decision = Heats(how, ShortRecoveries(task, trainer, run, how.recovery, how.samples, how.steps)).decision()
+        recovery = how.recovering(trainer)
+        decision = Heats(how, ShortRecoveries(task, trainer, run, recovery, how.samples, how.steps)).decision()
         return replace(decision, provenance={**decision.provenance, **costs})
 
     def _in_time(self, task: Task, trainer: Trainer, run: RunFolder | None) -> Self:
@@ -148,8 +173,8 @@ class Race(Constrained):
         quiet, choice = trainer.quiet(), self.preview(task.blocks)
 
         def measure() -> float:
-            def recover(steps: int) -> None:
-                self.recovery(steps)(task, prune(task, choice), choice, quiet, stage="pace")
+            def recover(batches: int) -> None:
+                self.recovering(trainer)(batches)(task, prune(task, choice), choice, quiet, stage="pace")
 
             seconds = seconds_per_step(recover)
             if self.proposers is None and (search := self.learned()) is not None:  # it takes half as many steps

@@ -199,7 +199,7 @@ class Search(Selector):
         return self
 
     @override
-    def trainings(self) -> Sequence[Search | Recover]:
+    def trainings(self, trainer: Trainer, processes: int) -> Sequence[Search | Recover]:
         return (self,)
 
     @override

@@ -96,7 +96,7 @@ class Finals(Selector):
         return self.search
 
     @override
-    def trainings(self) -> Sequence[Search | Recover]:
+    def trainings(self, trainer: Trainer, processes: int) -> Sequence[Search | Recover]:
         return (self.search, self.recovery)
 
     def _by_key(self) -> dict[str, Selector]:

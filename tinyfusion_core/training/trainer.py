@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cached_property
@@ -184,6 +184,16 @@ class Trainer(Settings):
                 f"{processes * micro}"
             )
         return rows, micro
+
+    def parts(self, most: int, processes: int) -> int:
+        """Return into how many equal parts, at most so many, the batch can be cut that can be `split` as it is."""
+
+        def fits(num: int) -> bool:
+            with suppress(UserError):
+                return bool(replace(self, batch_size=self.batch_size // num).split(processes))
+            return False
+
+        return next((num for num in range(most, 1, -1) if self.batch_size % num == 0 and fits(num)), 1)
 
     def each_alone(self, num: int) -> Trainer | None:
         """Return the trainer with which each process does pieces of work alone; None if they do each piece together.

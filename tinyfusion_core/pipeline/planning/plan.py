@@ -160,7 +160,8 @@ def _search(plan: Plan, recipe: Recipe, stage: Stage, model: nn.Module) -> tuple
 
 def _choosing(plan: Plan, recipe: Recipe, stage: Stage, selector: Selector, pruned: nn.Module, **of: Any) -> None:
     """Plan the short recoveries of a selector, and what all of its trainings come to; `of` says how it was pruned."""
-    prefix, blocks, trainings = prefix_of(stage), recipe.backbone.unit_paths(recipe.on_meta), selector.trainings()
+    prefix, blocks = prefix_of(stage), recipe.backbone.unit_paths(recipe.on_meta)
+    trainings = selector.trainings(recipe.trainer, plan.hardware.devices if plan.hardware else 1)
     _ask(plan, recipe, selector.metrics())
     for short in (part for part in trainings if isinstance(part, Recover)):
         what = f"{prefix}short recoveries"

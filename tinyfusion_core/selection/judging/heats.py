@@ -102,11 +102,12 @@ class Heats:
         run = recoveries.run
         marginals: tuple[float, ...] = ()
         # Those that train come last: a choice outside of the budget ends the race before they cost anything.
-        for i, proposer in sorted(enumerate(self.how.proposed_by()), key=lambda pair: len(pair[1].trainings())):
+        of = recoveries.trainer, recoveries.trainer.accelerator.num_processes
+        for i, proposer in sorted(enumerate(self.how.proposed_by()), key=lambda pair: len(pair[1].trainings(*of))):
             # One search is shown as that of the run.
             own, name = proposer.learned() is not None and not logged, type(proposer).__name__
             part = run if own or run is None else run.part(SEARCH, f"proposer {i}")
-            steps = next((training.steps for training in proposer.trainings()), None)
+            steps = next((training.steps for training in proposer.trainings(*of)), None)
             recoveries.tell(f"{name} proposes", steps, "" if own else f"proposer {i}")
             trainer = recoveries.trainer if own else recoveries.quiet
             found = proposer.propose(recoveries.task, trainer, part, self.how.masks)
@@ -152,8 +153,10 @@ class Heats:
         """Recover entrants; returns the losses of each, (samples,), infinite if they are not finite."""
         losses = self.recoveries.losses(entrants, f"race {number}", steps, note)
         if number == 1 and not note and not any(math.isfinite(mean_of(values)) for values in losses.values()):
-            rate = self.how.recovery(steps).lr
-            raise UserError(f"search.lr is {rate}: after {steps} steps no entrant has a finite loss; lower it")
+            recovery = self.recoveries.recovery(steps)
+            raise UserError(
+                f"search.lr is {recovery.lr}: after {recovery.steps} steps no entrant has a finite loss; lower it"
+            )
         return losses
 
     def _record(self, losses: Mapping[Mask, Tensor], leader: Mask, steps: int) -> None:
@@ -161,6 +164,8 @@ class Heats:
             mean, error = difference(losses[mask], losses[leader])
             found = {"loss": mean_of(losses[mask]), "behind": mean, "standard_error": error}
             finite = {name: value if math.isfinite(value) else None for name, value in found.items()}
-            return {"kept": list(mask), "of": self.of[mask], "steps": steps, **finite}
+            return {"kept": list(mask), "of": self.of[mask], "steps": updates, **finite}
+
+        updates = self.recoveries.recovery(steps).steps
 
         self.rounds.append([entry(mask) for mask in sorted(losses, key=lambda mask: mean_of(losses[mask]))])

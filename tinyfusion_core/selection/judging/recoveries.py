@@ -38,16 +38,16 @@ class ShortRecoveries:
         task: the network and its objective.
         trainer: how to train.
         run: where losses are kept while the stage runs.
-        recovery: the recovery by its number of steps.
+        recovery: the recovery by its number of batches.
         samples: how many training samples to set apart to judge on.
-        steps: updates that there are for all recoveries.
+        steps: batches that there are for all recoveries.
         main: whether this process shows what is being done.
         quiet: the trainer for one of them, which would be a run of its own to a tracker.
         trained: the task with the samples to train on.
         judged: the samples to judge on.
-        known: (samples,) losses of every mask that was recovered, by its steps.
+        known: (samples,) losses of every mask that was recovered, by its batches.
         evaluations: samples that networks were run on.
-        spent: updates of all recoveries so far.
+        spent: batches of all recoveries so far.
     """
 
     task: Task
@@ -75,7 +75,7 @@ class ShortRecoveries:
 
     @property
     def left(self) -> int:
-        """Updates that are left."""
+        """Batches that are left."""
         return self.steps - self.spent
 
     @property
@@ -91,7 +91,7 @@ class ShortRecoveries:
         Args:
             masks: indices of the kept blocks of each.
             stage: name of the random streams, the same for all that are compared.
-            steps: updates of each.
+            steps: batches of each.
             note: what the progress says besides.
 
         Returns:
@@ -109,7 +109,7 @@ class ShortRecoveries:
         with self.trainer.track(f"{stage}{note}", len(local_share(masks) if alone else masks)) as progress:
             found = map_alone(masks, work) if alone else [work(mask) for mask in masks]
         self.spent += steps * len(masks)
-        self.evaluations += (steps * together.batch_size + len(self.judged)) * len(masks)
+        self.evaluations += (recovery.steps * together.batch_size + len(self.judged)) * len(masks)
         for mask, losses in zip(masks, found, strict=True):
             self.known.setdefault(mask, {})[steps] = losses
         return dict(zip(masks, found, strict=True))
@@ -151,7 +151,7 @@ class ShortRecoveries:
             what: what is being done.
             steps: the number of steps of what is logged meanwhile; None if it has none.
             part: the part of the stage that it is logged in; empty: the run's own log.
-            done: updates of all recoveries so far, where it is not what was spent.
+            done: batches of all recoveries so far, where it is not what was spent.
         """
         if self.run is not None:
             done = self.spent if done is None else done

@@ -61,7 +61,7 @@ class CoTrained(Constrained):
         return Search(**self.allowed(), **how, keep_update=True)
 
     @override
-    def trainings(self) -> Sequence[Search]:
+    def trainings(self, trainer: Trainer, processes: int) -> Sequence[Search]:
         return (self.learned(),)
 
     @override
