@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from race import task_of, trainer_of, truth
+from race import file_of, task_of, trainer_of, truth
 
 import tinyfusion_core as tiny
 from tinyfusion_core.selection.criteria.calibration import Calibration
@@ -65,12 +65,10 @@ def main() -> None:
     task, trainer = task_of(teacher), trainer_of(0)
     num_blocks = len(task.blocks)
     masks = list(combinations(range(num_blocks), keep))
-    folder = Path("runs") if teacher.suffix == ".yaml" else teacher.parent
-    name = f"{teacher.stem}_{keep}" if teacher.suffix == ".yaml" else f"{keep}"
-    recovered = truth(task, masks, folder / f"masks_{name}.json")
-    short = folder / f"short_{name}.json"
+    recovered, short = truth(task, masks, file_of(teacher, keep)), file_of(teacher, keep, "short")
     if not short.exists():
-        recoveries = ShortRecoveries(task, trainer, None, tiny.Race(keep=keep).recovery, 512, 10 * len(masks))
+        by_ten = tiny.Race(keep=keep, updates_per_batch=1).recovering(trainer)
+        recoveries = ShortRecoveries(task, trainer, None, by_ten, 512, 10 * len(masks))
         found = recoveries.losses(masks, "race 1", 10)
         gates = torch.stack([torch.zeros(num_blocks).index_fill(0, torch.tensor(mask), 1) for mask in masks])
         pruned = Calibration(task, trainer.quiet(), 512, 64, "race").losses(gates)

@@ -41,6 +41,14 @@ def task_of(teacher: Path | str) -> tiny.Task:
     return tiny.Task(backbone=backbone, loss=loss, train=data.train(), held_out=data.held_out(), data=data)
 
 
+def file_of(teacher: Path, keep: int, what: str = "masks") -> Path:
+    """Where the losses of recovered masks are kept."""
+    if teacher.suffix != ".yaml":
+        return teacher.parent / f"{what}_{keep}.json"
+    Path("runs").mkdir(exist_ok=True)
+    return Path("runs") / f"{what}_{teacher.stem}_{keep}.json"
+
+
 def trainer_of(seed: int) -> tiny.Trainer:
     return tiny.Trainer(batch_size=64, precision="fp32", seed=seed, log_every=1000)
 
@@ -89,10 +97,7 @@ def main() -> None:
     teacher, keep, seeds = Path(sys.argv[1]), int(sys.argv[2]), int((*sys.argv, "3")[3])
     torch.set_num_threads(1)
     task = task_of(teacher)
-    path = teacher.parent / f"masks_{keep}.json"
-    if teacher.suffix == ".yaml":
-        path = Path("runs") / f"masks_{teacher.stem}_{keep}.json"
-        path.parent.mkdir(exist_ok=True)
+    path = file_of(teacher, keep)
     masks = list(combinations(range(len(task.blocks)), keep))
     whole = len(masks) <= 300
     truth(task, masks if whole else random.Random(0).sample(masks, 60), path)
