@@ -76,6 +76,7 @@ def smollm2(steps: int = 6, top_k: int = 64) -> None:
         writing = (time.perf_counter() - start) / cache.samples
         size = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")) / cache.samples
         kinds = {"the teacher in memory": tiny.OutputKD(), f"a cache of {top_k} tokens": tiny.OutputKD(cache=cache)}
+        kinds |= {f"a copy in {name}": tiny.OutputKD(quantise=f"{name}WeightOnlyConfig") for name in ("Int8", "Float8")}
         recover = tiny.Recover(steps=steps, lr=1e-4, lr_final=1e-5, ema=0.0)
         seconds: dict[str, list[float]] = {name: [] for name in kinds}
         for _ in range(3):  # in turns, so that what else the machine does meets all

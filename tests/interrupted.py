@@ -56,6 +56,14 @@ def stopped(folder: Path, **trainer: Any) -> tiny.RunFolder:
     return run
 
 
+class Stopping(tiny.Callback):
+    """Stops a training after its eleventh step."""
+
+    def on_step(self, moment: Any) -> None:
+        if moment.step == 11:
+            raise KeyboardInterrupt
+
+
 @dataclass(frozen=True)
 class Torn:
     """Samples of which some are damaged."""

@@ -82,6 +82,7 @@ def extra(name: str) -> set[str]:
 CORE = {package_of(line) for line in PROJECT["project"]["dependencies"]} | {"yaml", "PIL"}
 OPTIONAL = (
     "diffusers", "timm", "transformers", "peft", "datasets", "gguf", "lm_eval", "pyarrow", "jiwer", "soundfile",
+    "torchao",
 )  # fmt: skip
 
 

@@ -95,7 +95,7 @@ def test_muon_recovers_with_everything_else(tmp_path: Path) -> None:
 
 REFUSED: dict[str, tuple[Any, str]] = {
     "no such": ("Mion", r"no torch\.optim\.Mion"),
-    "no optimizer": ("torch.nn.Linear", r"torch\.nn\.Linear is no torch\.optim\.Optimizer"),
+    "no optimizer": ("torch.nn.Linear", r"torch\.nn\.Linear is no Optimizer; see AdamW or Muon of torch\.optim"),
     "not installed": ("bitsandbytez.optim.AdamW8bit", r"needs bitsandbytez, which is not installed; pip install"),
     "no path": ({"class_path": "Muon"}, r"give a name, Muon, or class_path, torch\.optim\.Muon"),
     "other keys": ({"class_path": "torch.optim.SGD", "momentum": 0.9}, "give a name, Muon, or class_path"),

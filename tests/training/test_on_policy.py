@@ -128,15 +128,10 @@ def test_a_gradient_is_that_of_the_formula() -> None:
 
 @pytest.mark.parametrize("share", [0.5, 1.0])
 def test_it_goes_on_bit_for_bit(share: float, tmp_path: Path) -> None:
-    class Stopping(tiny.Callback):
-        def on_step(self, moment: Any) -> None:
-            if moment.step == 11:
-                raise KeyboardInterrupt
-
     kd = tiny.OutputKD(on_policy=share)
     whole = recovered(kd).state_dict()
     with pytest.raises((KeyboardInterrupt, Interrupted)):
-        recovered(kd, tmp_path, trainer=replace(TRAINER, callbacks=(Stopping(),)))
+        recovered(kd, tmp_path, trainer=replace(TRAINER, callbacks=(interrupted.Stopping(),)))
     interrupted.assert_equal(recovered(kd, tmp_path).state_dict(), whole)
 
 

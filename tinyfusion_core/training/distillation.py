@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from ..pruning.decision import Decision
 from ..runtime.files import NEUTRAL
 from ..runtime.seeding import Rng
 from .distilling.losses import feature_loss
+from .distilling.quantised import config_of
 from .teacher_cache.settings import TeacherCache
 
 Tap = tuple[int, int]
@@ -66,12 +67,15 @@ class OutputKD(Settings):
         cache: the teacher's predictions, written beforehand by `tinyfusion cache-teacher`; null runs the teacher.
         on_policy: share of the steps that learn from samples which the student makes itself (the lambda of GKD,
             arXiv:2306.13649); these steps have no training loss.
+        quantise: a config of torchao, as `Int8WeightOnlyConfig`, or its path as `class_path` with `init_args`. A copy
+            of the teacher that is quantised so answers, and the teacher waits in main memory.
     """
 
     alpha_kd: Weight = 0.9
     alpha_gt: Weight = 0.1
     cache: TeacherCache | None = field(default=None, metadata={NEUTRAL: None})
     on_policy: float = field(default=0.0, metadata={NEUTRAL: 0.0})
+    quantise: str | dict[str, Any] | None = field(default=None, metadata={NEUTRAL: None})
 
     def __post_init__(self) -> None:
         for name in ("alpha_kd", "alpha_gt"):
@@ -84,6 +88,10 @@ class OutputKD(Settings):
                 "recover.kd.on_policy: no cache holds predictions on samples that are made in training; leave it or "
                 "recover.kd.cache out"
             )
+        if self.quantise is not None:
+            if self.cache is not None:
+                raise UserError("recover.kd.quantise: with recover.kd.cache no teacher is run; leave one of them out")
+            config_of(self.quantise)
 
     def samples_itself(self, rng: Rng) -> bool:
         """Return whether the student makes the samples of a step itself: the same on every process.
@@ -147,6 +155,7 @@ class FeatureKD(OutputKD, ABC):
         alpha_gt: weight of the training loss, or two.
         cache: the teacher's predictions, written beforehand; its `blocks` must hold those that the taps name.
         on_policy: share of the steps that learn from samples which the student makes itself, see `OutputKD`.
+        quantise: how a copy of the teacher that answers is quantised, see `OutputKD`.
         beta: weight of the feature loss at the first and at the last step, linear in between.
         taps: pairs of (student block, teacher block), counted from 0; by default derived from the decision.
     """
@@ -209,6 +218,7 @@ class MaskedKD(FeatureKD):
         alpha_gt: weight of the training loss, or two.
         cache: the teacher's predictions, written beforehand; its `blocks` must hold those that the taps name.
         on_policy: share of the steps that learn from samples which the student makes itself, see `OutputKD`.
+        quantise: how a copy of the teacher that answers is quantised, see `OutputKD`.
         beta: weight of the feature loss at the first and at the last step, linear in between.
         taps: pairs of (student block, teacher block), counted from 0; by default derived from the decision.
         sigma: standard deviations beyond which an activation is extreme; null leaves none out. The paper's 2 does as

@@ -130,11 +130,13 @@ class Recover(Settings):
         """Check that these settings go with a trainer.
 
         Raises:
-            UserError: sharded networks are to be judged, trained at several depths or on policy, or by whole matrices.
+            UserError: sharded networks are to be judged, trained at several depths or on policy, by whole matrices, or
+                from a quantised teacher.
         """
         if self.optimizer and trainer.shards() and not NamedOptimizer(self.optimizer).goes_by_element():
             raise UserError("recover.optimizer: sees whole matrices, which trainer.sharding: fsdp cuts; take ddp")
-        whole = {"validation": self.validation, "depths": self.depths, "kd.on_policy": self.on_policy}
+        whole: dict[str, Any] = {"validation": self.validation, "depths": self.depths, "kd.on_policy": self.on_policy}
+        whole["kd.quantise"] = self.kd and self.kd.quantise
         for key in (key for key, given in whole.items() if given):
             if trainer.shards():
                 raise UserError(f"recover.{key}: does not go with trainer.sharding: fsdp; take ddp, or leave it out")

@@ -28,6 +28,7 @@ from ...pruning.weight_update import of_stage
 from ...runtime.seeding import Rng
 from ...selection.search import Search
 from ...training.distilling.distilled import Distilled
+from ...training.distilling.quantised import num_bytes, quantised
 from ...training.recover import Recover
 from ...training.teacher_cache.settings import PREFIX
 from ...training.teacher_cache.writing import kept_of
@@ -206,6 +207,8 @@ def training_needs(
     inputs = _inputs(backbone, loss, 1)
     blocks = backbone.block_paths(student)
     planned = copy.deepcopy(student).train()
+    quantise = recover.kd and recover.kd.quantise
+    copied = quantised(teacher, quantise) if quantise and teacher is not None else None
     with recover.moving(planned, blocks, "recover"), FakeTensorMode(allow_non_fake_inputs=True):
         network = _faked(planned)
         needs = _spread(setup, network, blocks)
@@ -215,7 +218,7 @@ def training_needs(
         if recover.start is not None and teacher is not None and decision is not None:
             held = recover.start.planned(Task.without_data(backbone, loss, teacher), decision)[1]
             both = (t for model in (student, teacher) for t in (*model.parameters(), *model.buffers()))
-            needs = replace(needs, start=_bytes(both) + held)
+            needs = replace(needs, start=num_bytes(both) + held)
         if recover.kd is not None and teacher is not None and decision is not None:
             task, stored = Task.without_data(backbone, loss, _faked(teacher)), {}
             if (cache := recover.kd.cache) is not None:
@@ -223,7 +226,8 @@ def training_needs(
                     kept = kept_of(task, task.teacher, _fake(inputs, setup.rows), cache.blocks)
                 stored = {PREFIX + name: t for name, t in kept.items()}
             else:
-                theirs = _spread(setup, task.teacher.requires_grad_(False), backbone.block_paths(teacher))
+                answers = task.teacher.requires_grad_(False) if copied is None else copied
+                theirs = _spread(setup, answers, backbone.block_paths(teacher))
                 communication = needs.communication + theirs.communication
                 needs = replace(needs, teacher=theirs.parameters, communication=communication)
             distilled = Distilled(network, task, decision, recover.kd)
@@ -242,12 +246,12 @@ def training_needs(
 
 def _spread(setup: Setup, model: nn.Module, blocks: Sequence[str]) -> Needs:
     """Weights, gradients and moments on every device."""
-    moving = _bytes(p for p in model.parameters() if p.requires_grad)
-    weights = _bytes((*model.parameters(), *model.buffers()))
+    moving = num_bytes(p for p in model.parameters() if p.requires_grad)
+    weights = num_bytes((*model.parameters(), *model.buffers()))
     if setup.sharding == "ddp" or setup.devices == 1:
         buckets = moving if setup.devices > 1 else 0
         return Needs(parameters=weights, gradients=moving, optimizer=2 * moving, communication=buckets)
-    of_blocks = [_bytes(model.get_submodule(path).parameters()) for path in blocks]
+    of_blocks = [num_bytes(model.get_submodule(path).parameters()) for path in blocks]
     # One block is in use while the next one is gathered; what stands outside of the blocks stays gathered.
     gathered = weights - sum(of_blocks) + 2 * max(of_blocks)
     share = [-(-size // setup.devices) for size in (weights, moving, 2 * moving)]
@@ -285,7 +289,3 @@ def _fake(inputs: Batch, rows: int) -> Batch:
 
 def _chosen(saved: Saved, checkpointing: bool) -> int:
     return saved.checkpointed if checkpointing else saved.whole
-
-
-def _bytes(tensors: Any) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,7 @@ from ..distillation import FeatureKD, OutputKD, ends
 from ..objective import FunctionLoss, LossFunction, Objective, PlainLoss
 from ..teacher_cache.settings import PREFIX
 from ..trainer import Trainer
+from .quantised import quantised
 from .shares import Shares
 
 
@@ -159,10 +161,13 @@ def objective_of(
         return FunctionLoss(student, task, loss_fn)
     if kd is None or decision is None:
         return PlainLoss(student, task)
-    if kd.cache is None:
+    if kd.cache is None and kd.quantise is None:
         trainer.to_device(task.teacher)
     else:
         task.teacher.cpu()  # the device is the student's
+    if kd.quantise is not None:
+        answers = quantised(task.teacher, kd.quantise, trainer.accelerator.device)
+        task = replace(task, model=trainer.to_device(answers))
     return Distilled(student, task, decision, kd)
 
 

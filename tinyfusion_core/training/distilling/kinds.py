@@ -26,6 +26,7 @@ class RelationalKD(FeatureKD):
         alpha_gt: weight of the training loss, or two.
         cache: the teacher's predictions, written beforehand; its `blocks` must hold those that the taps name.
         on_policy: share of the steps that learn from samples which the student makes itself, see `OutputKD`.
+        quantise: how a copy of the teacher that answers is quantised, see `OutputKD`.
         beta: weight of the feature loss at the first and at the last step, linear in between.
         taps: pairs of (student block, teacher block), counted from 0; by default derived from the decision.
     """
@@ -54,6 +55,7 @@ class AttentionKD(FeatureKD):
         alpha_gt: weight of the training loss, or two.
         cache: the teacher's predictions, written beforehand; its `blocks` must hold those that the taps name.
         on_policy: share of the steps that learn from samples which the student makes itself, see `OutputKD`.
+        quantise: how a copy of the teacher that answers is quantised, see `OutputKD`.
         beta: weight of the feature loss at the first and at the last step, linear in between.
         taps: pairs of (student block, teacher block), counted from 0; by default derived from the decision.
     """

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.util import find_spec
-from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -13,8 +11,10 @@ from torch.optim import AdamW, Optimizer
 from typing_extensions import override
 
 from ...errors import UserError, first_line
+from ...parsing.named_class import NamedClass
 
 KEY = "optimizer (of recover or train)"
+NAMED = NamedClass(KEY, "torch.optim", "AdamW or Muon")
 OURS = {"params", "lr", "weight_decay"}
 """Arguments of optimizers that are settings of a recovery."""
 
@@ -62,8 +62,10 @@ class NamedOptimizer:
     """
 
     def __init__(self, named: str | Mapping[str, Any]) -> None:
-        path, self.arguments = _path_and_arguments(named)
-        self.cls = _found(path)
+        path, self.arguments = NAMED.read(named)
+        if taken := OURS & self.arguments.keys():
+            raise UserError(f"{KEY}: '{min(taken)}' is not for init_args; lr and weight_decay stand beside optimizer")
+        self.cls = NAMED.find(path, Optimizer)
         try:
             made = self.cls([nn.Parameter(torch.zeros(2, 2))], **self.arguments)
             if self.cls.__module__.startswith("torch."):  # others may need a device that is not here
@@ -108,32 +110,6 @@ class NamedOptimizer:
         except (TypeError, ValueError, RuntimeError):
             return False
         return True
-
-
-def _path_and_arguments(named: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    if isinstance(named, str):
-        return named if "." in named else f"torch.optim.{named}", {}
-    path, arguments = named.get("class_path"), named.get("init_args") or {}
-    if not isinstance(path, str) or "." not in path or named.keys() - {"class_path", "init_args"}:
-        raise UserError(f"{KEY}: give a name, Muon, or class_path, torch.optim.Muon, with init_args")
-    if not isinstance(arguments, Mapping):
-        raise UserError(f"{KEY}: init_args is {arguments!r:.60}; expected a mapping of arguments of {path}")
-    if taken := OURS & arguments.keys():
-        raise UserError(f"{KEY}: '{min(taken)}' is not for init_args; lr and weight_decay stand beside optimizer")
-    return path, dict(arguments)
-
-
-def _found(path: str) -> type[Optimizer]:
-    package = path.partition(".")[0]
-    try:
-        if find_spec(package) is None:
-            raise UserError(f"{KEY}: {path} needs {package}, which is not installed; pip install {package}")
-        found = resolve_name(path)
-    except (ImportError, AttributeError, ValueError) as e:
-        raise UserError(f"{KEY}: no {path} ({first_line(e)}); see torch.optim, AdamW or Muon") from None
-    if not isinstance(found, type) or not issubclass(found, Optimizer):
-        raise UserError(f"{KEY}: {path} is no torch.optim.Optimizer; see AdamW or Muon of torch.optim")
-    return found
 
 
 def _split(groups: Sequence[Mapping[str, Any]], takes: Any) -> list[dict[str, Any]]:
