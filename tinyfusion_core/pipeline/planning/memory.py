@@ -27,6 +27,7 @@ from ...pruning.gating import Gates
 from ...pruning.weight_update import of_stage
 from ...runtime.seeding import Rng
 from ...selection.search import Search
+from ...training.distillation import OutputKD
 from ...training.distilling.distilled import Distilled
 from ...training.distilling.quantised import num_bytes, quantised
 from ...training.recover import Recover
@@ -207,8 +208,6 @@ def training_needs(
     inputs = _inputs(backbone, loss, 1)
     blocks = backbone.block_paths(student)
     planned = copy.deepcopy(student).train()
-    quantise = recover.kd and recover.kd.quantise
-    copied = quantised(teacher, quantise) if quantise and teacher is not None else None
     with recover.moving(planned, blocks, "recover"), FakeTensorMode(allow_non_fake_inputs=True):
         network = _faked(planned)
         needs = _spread(setup, network, blocks)
@@ -220,14 +219,13 @@ def training_needs(
             both = (t for model in (student, teacher) for t in (*model.parameters(), *model.buffers()))
             needs = replace(needs, start=num_bytes(both) + held)
         if recover.kd is not None and teacher is not None and decision is not None:
-            task, stored = Task.without_data(backbone, loss, _faked(teacher)), {}
+            task, stored = Task.without_data(backbone, loss, _faked(teacher).requires_grad_(False)), {}
             if (cache := recover.kd.cache) is not None:
                 with torch.no_grad():
                     kept = kept_of(task, task.teacher, _fake(inputs, setup.rows), cache.blocks)
                 stored = {PREFIX + name: t for name, t in kept.items()}
             else:
-                answers = task.teacher.requires_grad_(False) if copied is None else copied
-                theirs = _spread(setup, answers, backbone.block_paths(teacher))
+                theirs = _of_teacher(setup, teacher, recover.kd, backbone.block_paths(teacher))
                 communication = needs.communication + theirs.communication
                 needs = replace(needs, teacher=theirs.parameters, communication=communication)
             distilled = Distilled(network, task, decision, recover.kd)
@@ -256,6 +254,13 @@ def _spread(setup: Setup, model: nn.Module, blocks: Sequence[str]) -> Needs:
     gathered = weights - sum(of_blocks) + 2 * max(of_blocks)
     share = [-(-size // setup.devices) for size in (weights, moving, 2 * moving)]
     return Needs(parameters=share[0], gradients=share[1], optimizer=share[2], communication=gathered)
+
+
+def _of_teacher(setup: Setup, teacher: nn.Module, kd: OutputKD, blocks: Sequence[str]) -> Needs:
+    """Weights of the teacher that answers, on every device."""
+    with unset_fake_temporarily():
+        answers = copy.deepcopy(teacher) if kd.quantise is None else quantised(teacher, kd.quantise)
+        return _spread(setup, answers.requires_grad_(False), blocks)
 
 
 def _inputs(backbone: Backbone, loss: LossAdapter, rows: int) -> Batch:

@@ -54,7 +54,11 @@ def quantised(model: nn.Module, named: str | Mapping[str, Any], device: torch.de
 
 
 def num_bytes(tensors: Iterable[Tensor]) -> int:
-    """Return how many bytes tensors hold: those of the parts of quantised ones, which report those of what they are."""
+    """Return how many bytes tensors hold.
+
+    Args:
+        tensors: of any shape. Quantised ones report the bytes of what they stand for; those of their parts count.
+    """
     return sum(_num_bytes(t) for t in tensors)
 
 
