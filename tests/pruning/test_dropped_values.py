@@ -46,6 +46,18 @@ def test_weights_are_factors_on_the_gradient_of_dropped_samples_alone() -> None:
         assert torch.equal(gradient(), plain), "weights go with the mask that they were given with"
 
 
+def test_a_mask_that_is_known_in_main_memory_is_not_read_from_the_device() -> None:
+    """Of a tensor on the meta device nothing can be read."""
+    mask, weights = masks(), torch.ones(BATCH, len(BLOCKS))
+    with gates_of(Chain(8, SCALES)) as gates:
+        gates.set(mask.to("meta"), weights, mask)
+        assert gates._weights is not None
+        assert {gates._weights.device.type, *(rows.device.type for rows in gates._rows[0])} == {"meta"}
+        assert [len(kept) for kept, _, _ in gates._rows] == mask.sum(0).tolist()
+        with pytest.raises(NotImplementedError, match="meta"):
+            gates.set(mask.to("meta"), weights)
+
+
 def test_the_mask_goes_when_the_context_closes() -> None:
     model, x = Chain(8, SCALES), torch.randn(BATCH, 8)
     plain = model(x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -68,6 +69,20 @@ def test_the_entropy_is_a_reward_in_units_of_the_differences() -> None:
     assert torch.allclose(found, -0.7 * unit * slope, rtol=1e-6, atol=1e-9)
     sampler.anneal(1.0)
     assert sampler.surrogate(draw, LOSSES).item() == pytest.approx(69 / 6)
+
+
+def test_a_draw_has_all_that_its_surrogate_needs_of_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading the logits while a device runs the network would wait for it."""
+    sampler = ScoreFunction({"blocks": 4}, Rules(keep=2), masks=3, entropy=(0.7, 0.0), control=True)
+    draw = sampler.sample(6, Rng(0, "search"))
+    assert draw.host is not None
+    assert torch.equal(draw.host.float(), draw.mask)
+    (expected,) = torch.autograd.grad(
+        sampler.surrogate(replace(draw, of=None), LOSSES.float()), sampler.logits, retain_graph=True
+    )
+    monkeypatch.setattr(ScoreFunction, "_subsets", None)
+    (found,) = torch.autograd.grad(sampler.surrogate(draw, LOSSES.float()), sampler.logits)
+    assert torch.equal(found, expected)
 
 
 def test_the_relaxed_top_k_is_its_formula() -> None:

@@ -80,18 +80,14 @@ class Gates:
 
     @property
     def mask(self) -> Tensor | None:
-        """The mask of the next forward pass, (batch, num_blocks), one row per sample; None runs the plain model.
-
-        Raises:
-            ValueError: it has another shape, or values other than 0 and 1.
-        """
+        """The mask of the next forward pass, (batch, num_blocks), one row per sample; see `set`."""
         return self._mask
 
     @mask.setter
     def mask(self, mask: Tensor | None) -> None:
         self.set(mask)
 
-    def set(self, mask: Tensor | None, weights: Tensor | None = None) -> None:
+    def set(self, mask: Tensor | None, weights: Tensor | None = None, host: Tensor | None = None) -> None:
         """Set the mask, and weights for the part of its gradient that comes from dropped samples.
 
         A dropped sample whose weight is zero is not run at all; with weights of mean one that do not depend on the
@@ -99,14 +95,15 @@ class Gates:
 
         Args:
             mask: (batch, num_blocks) zeros and ones, or None to run the plain model.
-            weights: (batch, num_blocks); None means ones.
+            weights: (batch, num_blocks), in main memory or where the mask is; None means ones.
+            host: the mask in main memory, (batch, num_blocks); None: it is copied there, which waits for the device.
 
         Raises:
             ValueError: the mask has another shape, or values other than 0 and 1.
         """
         if mask is not None:
             # One copy to the host for all blocks, instead of one synchronisation per block.
-            hard = mask.detach().cpu()
+            hard = mask.detach().cpu() if host is None else host
             if hard.ndim != 2 or hard.shape[1] != len(self.blocks):
                 raise ValueError(f"mask must be (B, {len(self.blocks)}), got {tuple(hard.shape)}")
             if not bool(((hard == 0) | (hard == 1)).all()):
@@ -114,6 +111,7 @@ class Gates:
             used = torch.ones_like(hard) if weights is None else weights.cpu()
             rows = [split_rows(*columns) for columns in zip(hard.unbind(1), used.unbind(1), strict=True)]
             self._rows = moved(rows, mask.device)
+            weights = None if weights is None else weights.to(mask.device, non_blocking=True)
         self._mask, self._weights = mask, weights
 
     def __enter__(self) -> Gates:

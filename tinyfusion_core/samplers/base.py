@@ -21,10 +21,14 @@ class Draw:
     Attributes:
         mask: (batch, num_blocks) zeros and ones; carries the gradient to the logits if the estimator is pathwise.
         log_prob: (batch,) log-probability of each mask in nats, differentiable.
+        host: the mask in main memory, (batch, num_blocks), if it was drawn there: nobody then waits for a device.
+        of: what the sampler keeps of its distribution for the surrogate.
     """
 
     mask: Tensor
     log_prob: Tensor
+    host: Tensor | None = None
+    of: Any = None
 
 
 class BlockSampler(nn.Module, ABC):

@@ -93,7 +93,7 @@ class ExactK(SubsetSampler):
         subsets = self._subsets()
         masks, soft = self._masks(subsets, num_rows, rng), subsets.marginals()
         through = (masks + (soft - soft.detach())).to(self.logits)
-        return Draw(through, subsets.log_prob(masks).to(self.logits))
+        return Draw(through, subsets.log_prob(masks).to(self.logits), masks)
 
 
 class ScoreFunction(SubsetSampler):
@@ -143,11 +143,13 @@ class ScoreFunction(SubsetSampler):
     def sample(self, num_rows: int, rng: Rng) -> Draw:
         subsets = self._subsets()
         masks = self._masks(subsets, num_rows, rng)
-        return Draw(masks.to(self.logits), subsets.log_prob(masks).to(self.logits))
+        # The surrogate has a copy of the logits of its own, taken before a device is busy with the network.
+        return Draw(masks.to(self.logits), subsets.log_prob(masks).to(self.logits), masks, self._subsets())
 
     @override
     def surrogate(self, draw: Draw, loss: Tensor) -> Tensor:
-        subsets, losses = self._subsets(), loss.detach().float()
+        subsets: Subsets = self._subsets() if draw.of is None else draw.of
+        losses = loss.detach().float()
         advantage = self._advantage(losses)
         if self.control is None:
             total = (advantage * draw.log_prob).mean()

@@ -50,11 +50,11 @@ def value_weights(mask: Tensor, share: float, rng: Rng) -> Tensor | None:
         rng: random streams of this batch.
 
     Returns:
-        (batch, num_blocks) weights, 0 or 1 / share; None if all values are needed, or none.
+        (batch, num_blocks) weights in main memory, 0 or 1 / share; None if all values are needed, or none.
     """
     if share == 1 or not mask.requires_grad:
         return None
-    return (rng.uniform("dropped values", *mask.shape) < share).to(mask) / share
+    return (rng.uniform("dropped values", *mask.shape) < share).to(mask.dtype) / share
 
 
 def search_mode(model: nn.Module, random: bool) -> None:
@@ -121,10 +121,10 @@ class GatedLoss(Objective):
         num_rows = len(next(iter(inputs.values())))
         draw = self.sampler.sample(num_rows, rng)
         mask = draw.mask if self.learning else draw.mask.detach()
-        gates.set(mask, value_weights(mask, self.dropped_values, rng))
+        gates.set(mask, value_weights(mask, self.dropped_values, rng), draw.host)
         losses = loss.losses(self.model, inputs)
         if self.sampler.observes:
-            self.seen.append((draw.mask.detach().cpu(), losses.detach().cpu()))
+            self.seen.append((draw.mask.detach(), losses.detach()))
         if self.learning:
             return self.sampler.surrogate(draw, losses), losses.detach()
         # A zero gradient, never none: distributed processes wait for it.
@@ -143,8 +143,8 @@ class GatedLoss(Objective):
     @override
     def after_step(self, finite: bool) -> None:
         if self.sampler.observes:
-            passes = [one for some in all_gather_object(self.seen) for one in some]
-            self.seen = []
+            mine = [(masks.cpu(), losses.cpu()) for masks, losses in self.seen]  # now that the step is done
+            passes, self.seen = [one for some in all_gather_object(mine) for one in some], []
             if finite:
                 self.sampler.observe(*map(torch.cat, zip(*passes, strict=True)))
 
