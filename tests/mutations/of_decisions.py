@@ -74,8 +74,8 @@ SEARCHES = [
     Mutation(
         "the weights of dropped values have a mean below one",
         LOSS,
-        "< share).to(mask) / share",
-        "< share).to(mask)",
+        "< share).to(mask.dtype) / share",
+        "< share).to(mask.dtype)",
         (DROPPED,),
     ),
     Mutation(
