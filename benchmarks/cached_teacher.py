@@ -1,4 +1,4 @@
-"""Distillation from a cache of the teacher's predictions, beside the teacher in memory.
+"""Distillation from a cache of the teacher's predictions or a quantised copy of it, beside the teacher in memory.
 
     python benchmarks/cached_teacher.py digits      how many draws of a sample are enough: held-out losses
     python benchmarks/cached_teacher.py smollm2     time, memory and bytes: SmolLM2, 30 to 24 blocks (`make smollm2`)
@@ -22,10 +22,12 @@ import tinyfusion_core as tiny
 from tinyfusion_core.pipeline.planning.memory import Setup, training_needs
 from tinyfusion_core.pipeline.run import make_task
 from tinyfusion_core.pruning.removal import remove_blocks
+from tinyfusion_core.training.distilling.quantised import num_bytes, quantised
 from tinyfusion_dit import DiT, GaussianDiffusion
 from tinyfusion_images import Digits
 
 RECIPES = Path(__file__).parent.parent / "recipes"
+COPIES = ("Int8WeightOnlyConfig", "Float8WeightOnlyConfig")
 
 
 def recovered(task: tiny.Task, decision: tiny.Decision, recover: tiny.Recover, trainer: tiny.Trainer) -> float:
@@ -46,18 +48,27 @@ def digits() -> None:
     for draws in (None, 1, 4, 16, 64):
         losses, size = [], 0
         for seed in (0, 1):
-            trainer = tiny.Trainer(batch_size=64, seed=seed, precision="fp32")
-            decision = tiny.Keep([0, 1, 3, 6])(task, trainer)
             with tempfile.TemporaryDirectory() as folder:
                 cache = None if draws is None else tiny.TeacherCache(folder=folder, draws=draws, seed=seed)
                 if cache is not None:
-                    tiny.write_cache(cache, task, trainer)
+                    tiny.write_cache(cache, task, of_digits(seed))
                     size = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
-                recover = tiny.Recover(steps=1000, lr=1e-3, kd=tiny.OutputKD(cache=cache))
-                losses.append(recovered(task, decision, recover, trainer))
+                losses.append(distilled(task, tiny.OutputKD(cache=cache), seed))
         name = "of the teacher in memory" if draws is None else f"{draws} of each sample"
-        told = ", ".join(f"{x:.4f}" for x in losses)
-        print(f"| {name} | {told} | {size:,} |", flush=True)
+        print(f"| {name} | {', '.join(f'{x:.4f}' for x in losses)} | {size:,} |", flush=True)
+    for name in COPIES:
+        losses = [distilled(task, tiny.OutputKD(quantise=name), seed) for seed in (0, 1)]
+        size = num_bytes(quantised(task.teacher, name).parameters())
+        print(f"| of a copy in {name} | {', '.join(f'{x:.4f}' for x in losses)} | {size:,} |", flush=True)
+
+
+def of_digits(seed: int) -> tiny.Trainer:
+    return tiny.Trainer(batch_size=64, seed=seed, precision="fp32")
+
+
+def distilled(task: tiny.Task, kd: tiny.OutputKD, seed: int) -> float:
+    decision = tiny.Keep([0, 1, 3, 6])(task, of_digits(seed))
+    return recovered(task, decision, tiny.Recover(steps=1000, lr=1e-3, kd=kd), of_digits(seed))
 
 
 def smollm2(steps: int = 6, top_k: int = 64) -> None:
@@ -76,7 +87,7 @@ def smollm2(steps: int = 6, top_k: int = 64) -> None:
         writing = (time.perf_counter() - start) / cache.samples
         size = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")) / cache.samples
         kinds = {"the teacher in memory": tiny.OutputKD(), f"a cache of {top_k} tokens": tiny.OutputKD(cache=cache)}
-        kinds |= {f"a copy in {name}": tiny.OutputKD(quantise=f"{name}WeightOnlyConfig") for name in ("Int8", "Float8")}
+        kinds |= {f"a copy in {name}": tiny.OutputKD(quantise=name) for name in COPIES}
         recover = tiny.Recover(steps=steps, lr=1e-4, lr_final=1e-5, ema=0.0)
         seconds: dict[str, list[float]] = {name: [] for name in kinds}
         for _ in range(3):  # in turns, so that what else the machine does meets all

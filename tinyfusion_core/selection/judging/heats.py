@@ -160,12 +160,12 @@ class Heats:
         return losses
 
     def _record(self, losses: Mapping[Mask, Tensor], leader: Mask, steps: int) -> None:
+        updates = self.recoveries.recovery(steps).steps
+
         def entry(mask: Mask) -> dict[str, Any]:
             mean, error = difference(losses[mask], losses[leader])
             found = {"loss": mean_of(losses[mask]), "behind": mean, "standard_error": error}
             finite = {name: value if math.isfinite(value) else None for name, value in found.items()}
             return {"kept": list(mask), "of": self.of[mask], "steps": updates, **finite}
-
-        updates = self.recoveries.recovery(steps).steps
 
         self.rounds.append([entry(mask) for mask in sorted(losses, key=lambda mask: mean_of(losses[mask]))])
