@@ -12,6 +12,7 @@ from ...protocols.blocks.paths import word_for
 from ...pruning.decision import Decision
 from ...runtime.stages import Stage
 from ...selection.search import Search
+from ...training.distilling.quantised import num_bytes, quantised
 from ...training.recover import Recover
 from ...training.starts.fresh import check_fresh
 from ..recipe import Recipe
@@ -85,6 +86,9 @@ def plan_training(
         check_fresh(how)
     elif how.kd is not None and how.kd.cache is not None:
         plan.rows.append((f"{prefix}teacher cache", cache_text(recipe, stage, how.kd, decision)))
+    elif how.kd is not None and how.kd.quantise is not None and teacher is not None:
+        whole, copy = (num_bytes(m.parameters()) for m in (teacher, quantised(teacher, how.kd.quantise)))
+        plan.rows.append((f"{prefix}teacher", f"a quantised copy, {gigabytes(copy)} in place of {gigabytes(whole)}"))
     with how.moving(model, recipe.backbone.block_paths(model), stage.key):
         pass
     needs = partial(training_needs, recipe.backbone, recipe.loss, model, how, teacher=teacher, decision=decision)

@@ -12,7 +12,6 @@ from ...protocols.blocks.paths import list_lengths
 from ...protocols.task import Task
 from ...pruning.decision import Decision
 from ...selection.search import Search
-from ...training.distilling.quantised import NAMED
 from ...training.recover import Recover
 from ...training.steps.optimizers import NamedOptimizer
 from ..recipe import Recipe
@@ -36,7 +35,6 @@ def training_text(recipe: Recipe, stage: Recover, teacher: nn.Module | None, dec
     if stage.steps == 0:
         return f"{start}, and no training"
     kd = "" if stage.kd is None else f", {type(stage.kd).__name__}"
-    kd += f" by a copy of the teacher in {NAMED.read(stage.kd.quantise)[0]}" if stage.kd and stage.kd.quantise else ""
     kd += f" on samples of its own in {stage.on_policy:.0%} of the steps" if stage.on_policy else ""
     kd += "" if stage.update is None else f", moves {type(stage.update).__name__}"
     kd += "" if stage.optimizer is None else f", by {NamedOptimizer(stage.optimizer).cls.__name__}"
