@@ -127,7 +127,7 @@ def test_what_is_pinned_goes_with_the_oldest_python() -> None:
 
 
 def test_all_has_every_extra_of_ours_but_the_heaviest_and_engines() -> None:
-    extras = set(PROJECT["project"]["optional-dependencies"]) - {"dev", "all", "lm-eval", "ray", "slurm"}
+    extras = set(PROJECT["project"]["optional-dependencies"]) - {"dev", "all", "lm-eval", "quantise", "ray", "slurm"}
     assert {package for name in extras for package in extra(name)} == extra("all")
     assert extra("all") <= extra("dev")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -342,3 +343,13 @@ def test_a_chain_of_prunings_has_taps_at_every_link() -> None:
     assert objective.paths == (["blocks.0", "blocks.1"], ["blocks.1", "blocks.3"])
     remove_blocks(Planted(), student, ["blocks.1"])
     assert len(student.blocks) == 1
+
+
+def test_a_quantised_teacher_needs_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    with pytest.raises(
+        tiny.UserError, match=r"kd\.quantise needs torchao \(.*\): pip install 'tinyfusion\[quantise\]'"
+    ):
+        tiny.OutputKD(quantise="Int8WeightOnlyConfig")
+    with pytest.raises(tiny.UserError, match=r"kd\.quantise: with .*kd\.cache no teacher is run"):
+        tiny.OutputKD(quantise="Int8WeightOnlyConfig", cache=tiny.TeacherCache(folder="cache"))

@@ -194,7 +194,7 @@ class HeldOutLoss(Metric):
     """The training loss on held-out data, with random draws that are the same for every model and every run.
 
     Args:
-        draws: passes over the held-out data, each with its own time steps and noise.
+        draws: passes over the held-out data, each with its own time steps and noise. Where nothing is drawn, one is all.
         batch_size: samples per batch.
     """
 
@@ -210,7 +210,8 @@ class HeldOutLoss(Metric):
     @override
     def __call__(self, task: Task, models: Models, trainer: Trainer) -> list[Measurement]:
         num = len(task.held_out)
-        parts = [(draw, rows) for draw in range(self.draws) for rows in batches(num, self.batch_size)]
+        draws = self.draws if self.draws == 1 or _draws(task, trainer, num) else 1
+        parts = [(draw, rows) for draw in range(draws) for rows in batches(num, self.batch_size)]
         total = len(models) * sum(len(rows) for _, rows in local_share(parts))
         with trainer.track("held-out loss", total) as progress:
 
@@ -226,10 +227,16 @@ class HeldOutLoss(Metric):
                 return float(torch.cat(map_sharded(parts, losses)).double().mean())
 
             values: dict[str, float | None] = {name: mean(model) for name, model in models.items()}
-        note = f"{self.draws} fixed draws for each of {num} held-out samples"
+        note = f"{draws} fixed draw{'s' if draws > 1 else ''} for each of {num} held-out samples"
         if any(name.endswith("pruned") for name in models):
             note += "; right after pruning it is the calibration loss"
         return [Measurement("held-out loss", values, better="lower", note=note)]
+
+
+def _draws(task: Task, trainer: Trainer, num: int) -> bool:
+    """Whether the objective draws anything for held-out samples."""
+    first, second = (held_out_inputs(task, trainer, range(min(num, 8)), num, draw) for draw in (0, 1))
+    return any(not torch.equal(t, second[name]) for name, t in first.items())
 
 
 def held_out_inputs(task: Task, trainer: Trainer, rows: range, num: int, draw: int = 0) -> dict[str, Tensor]:
