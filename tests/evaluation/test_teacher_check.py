@@ -57,19 +57,33 @@ class Timed(Match):
     times: list[int] = field(default_factory=list)
 
     def prepare(self, batch: Mapping[str, Tensor], rng: tiny.Rng) -> dict[str, Tensor]:
-        self.times.extend(rng.integers("time", 20, len(batch["x"])).tolist())
-        return super().prepare(batch, rng)
+        time = rng.integers("time", 20, len(batch["x"]))
+        self.times.extend(time.tolist())
+        return {**super().prepare(batch, rng), "time": time}
 
 
 def test_every_draw_spreads_its_times_over_the_samples_in_an_order_of_its_own() -> None:
     loss = Timed()
     task = a_task(loss, 20)
-    loss.times.clear()
     (found,) = tiny.HeldOutLoss(draws=3, batch_size=7)(task, {"teacher": task.teacher}, TRAINER)
-    draws = [loss.times[i : i + 20] for i in (0, 20, 40)]
+    draws = [loss.times[-60:][i : i + 20] for i in (0, 20, 40)]
     assert [sorted(times) for times in draws] == [list(range(20))] * 3
     assert len(set(map(tuple, draws))) == 3
     assert "3 fixed draws" in found.note
+
+
+def test_where_nothing_is_drawn_one_pass_is_all() -> None:
+    passes: list[int] = []
+
+    class Counted(Match):
+        def losses(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+            passes.append(len(inputs["x"]))
+            return super().losses(model, inputs)
+
+    task = a_task(Counted(noise=0.0), 20)
+    (found,) = tiny.HeldOutLoss(batch_size=20)(task, {"teacher": task.teacher}, TRAINER)
+    assert passes == [20]
+    assert "1 fixed draw for" in found.note
 
 
 def test_draws_have_noise_of_their_own_and_seeds_change_nothing() -> None:

@@ -104,7 +104,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
 def test_what_is_no_config_is_one_message(name: str) -> None:
     named, said = REFUSED[name]
     with pytest.raises(tiny.UserError, match=rf"^Recover\.kd\.quantise: .*{said}"):
-        tiny.OutputKD(quantise=named)
+        quantised(torch.nn.Linear(4, 4), tiny.OutputKD(quantise=named).quantise)
 
 
 def test_a_cache_shards_and_a_network_without_linear_layers_are_refused() -> None:

@@ -194,7 +194,7 @@ class HeldOutLoss(Metric):
     """The training loss on held-out data, with random draws that are the same for every model and every run.
 
     Args:
-        draws: passes over the held-out data, each with its own time steps and noise. Where nothing is drawn, one is all.
+        draws: passes over the held-out data, each with its own time steps and noise; one where nothing is drawn.
         batch_size: samples per batch.
     """
 

@@ -18,7 +18,7 @@ from ..pruning.decision import Decision
 from ..runtime.files import NEUTRAL
 from ..runtime.seeding import Rng
 from .distilling.losses import feature_loss
-from .distilling.quantised import config_of
+from .distilling.quantised import NAMED
 from .teacher_cache.settings import TeacherCache
 
 Tap = tuple[int, int]
@@ -91,7 +91,7 @@ class OutputKD(Settings):
         if self.quantise is not None:
             if self.cache is not None:
                 raise UserError("recover.kd.quantise: with recover.kd.cache no teacher is run; leave one of them out")
-            config_of(self.quantise)
+            NAMED.read(self.quantise)  # whether there is such a config, a plan finds out: torchao imports slowly
 
     def samples_itself(self, rng: Rng) -> bool:
         """Return whether the student makes the samples of a step itself: the same on every process.
