@@ -69,6 +69,7 @@ def test_recoveries_divide_batches_into_updates_as_far_as_they_can_be_split(
     trainer = replace(TRAINER, batch_size=batch_size, micro_batch_size=micro_batch_size)
     how = tiny.Race(keep=4).recovery(10, trainer, processes)
     assert (how.steps, how.batch_size) == expected
+    assert how.lr == pytest.approx(1e-3 / (how.steps / 10) ** 0.5)
     whole = tiny.Race(keep=4, updates_per_batch=1).recovery(10, trainer, processes)
     assert (whole.steps, whole.batch_size) == (10, batch_size)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -55,7 +56,8 @@ class Race(Constrained):
             1e-3 where there is none.
         batch_size: samples per batch; default the trainer's.
         updates_per_batch: into how many updates a recovery divides each batch, where passes of one size allow it: by
-            the same samples, more updates rank masks better ("Races" in `benchmarks/RESULTS.md`).
+            the same samples, more updates rank masks better ("Races" in `benchmarks/RESULTS.md`). The rate is divided
+            by the square root of that, as suits Adam (Malladi et al., arXiv:2205.10287).
         samples: training samples set apart to judge on, at most half of all.
         sure: standard errors of a paired difference by which another must be better to replace the leader.
         minutes: about how long the recoveries and the default search may take: a few steps are timed, and as many of
@@ -101,7 +103,7 @@ class Race(Constrained):
         """
         trainer = trainer.with_batch_size(self.batch_size)
         parts = trainer.parts(self.updates_per_batch, processes)
-        lr = self.lr or 1e-3
+        lr = (self.lr or 1e-3) / math.sqrt(parts)
         return Recover(
             steps=batches * parts,
             batch_size=trainer.batch_size // parts,
