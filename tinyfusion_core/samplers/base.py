@@ -21,7 +21,7 @@ class Draw:
     Attributes:
         mask: (batch, num_blocks) zeros and ones; carries the gradient to the logits if the estimator is pathwise.
         log_prob: (batch,) log-probability of each mask in nats, differentiable.
-        host: the mask in main memory, (batch, num_blocks), if it was drawn there: nobody then waits for a device.
+        host: the mask in main memory, (batch, num_blocks), if it was drawn there: it need not be read from a device.
         of: what the sampler keeps of its distribution for the surrogate.
     """
 
