@@ -17,7 +17,7 @@ from tinyfusion_core.errors import UserError, nearest, require
 from tinyfusion_core.protocols.backbone import Backbone, Batch
 from tinyfusion_core.protocols.losses.diffusion import DiffusionLoss
 from tinyfusion_core.runtime.files import NEUTRAL
-from tinyfusion_core.runtime.seeding import Rng
+from tinyfusion_core.runtime.seeding import Rng, to_device
 from tinyfusion_diffusers import calling
 from tinyfusion_diffusers.calls.compared import COMPARED
 from tinyfusion_diffusers.calls.flows import flow_of
@@ -120,7 +120,7 @@ class _Denoising(DiffusionLoss):
         if "x_std" in batch:
             x = x + batch["x_std"] * rng.normal("latent", x)
         if "y" in told:
-            told["drop"] = (rng.uniform("label_drop", len(x)) < self.label_drop).to(x.device)
+            told["drop"] = to_device(rng.uniform("label_drop", len(x)) < self.label_drop, x.device)
         return {**self._place(x, rng.normal("noise", x), rng), **told}
 
     @override
@@ -201,12 +201,12 @@ class ScheduledDiffusion(_Denoising):
         t = (self.drawn(rng.uniform("time", len(x))) * len(table)).long().clamp(max=len(table) - 1)
         signal, rest = (_beside(v[t].sqrt(), x) for v in (table, 1 - table))
         target = noise if kind == "epsilon" else signal * noise - rest * x
-        return {"x_t": signal * x + rest * noise, "target": target, "t": t.to(x.device)}
+        return {"x_t": signal * x + rest * noise, "target": target, "t": to_device(t, x.device)}
 
     @override
     def _levels(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         table, kind = self._process
-        a = table.to(t.device)[t]
+        a = to_device(table, t.device)[t]
         signal, noise = a.sqrt(), (1 - a).sqrt()
         return signal, noise, noise / signal.clamp(min=1e-12) if kind == "epsilon" else noise
 
@@ -255,7 +255,7 @@ class RectifiedFlow(_Denoising):
     def _place(self, x: Tensor, noise: Tensor, rng: Rng) -> dict[str, Tensor]:
         t = _shifted(self.drawn(rng.uniform("time", len(x))), self.shift)
         along = _beside(t, x)
-        return {"x_t": (1 - along) * x + along * noise, "target": noise - x, "t": t.to(x)}
+        return {"x_t": (1 - along) * x + along * noise, "target": noise - x, "t": to_device(t, x.device, x.dtype)}
 
     @override
     def _share(self, t: float) -> float:
@@ -288,5 +288,5 @@ def _shifted(t: Tensor, by: float) -> Tensor:
 
 
 def _beside(values: Tensor, x: Tensor) -> Tensor:
-    """(batch,) values as (batch, 1, ..., 1), with the dtype and device of `x`."""
-    return values.to(x).view(-1, *[1] * (x.ndim - 1))
+    """(batch,) values of main memory as (batch, 1, ..., 1), with the dtype and device of `x`."""
+    return to_device(values, x.device, x.dtype).view(-1, *[1] * (x.ndim - 1))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tinyfusion_core.errors import UserError, require
 from tinyfusion_core.protocols.backbone import Batch
-from tinyfusion_core.runtime.seeding import Rng
+from tinyfusion_core.runtime.seeding import Rng, to_device
 
 
 def draw_latents(batch: Batch, rng: Rng) -> Tensor:
@@ -25,7 +25,7 @@ def draw_latents(batch: Batch, rng: Rng) -> Tensor:
 
 def draw_label_drop(batch: Batch, rng: Rng, probability: float) -> Tensor:
     """Draw which labels to drop: booleans, (batch,), from the stream "label_drop"."""
-    return (rng.uniform("label_drop", len(batch["y"])) < probability).to(batch["y"].device)
+    return to_device(rng.uniform("label_drop", len(batch["y"])) < probability, batch["y"].device)
 
 
 def run_network(model: nn.Module, inputs: Batch, label_drop: float) -> Tensor:

@@ -23,7 +23,7 @@ from typing_extensions import override
 from tinyfusion_core.errors import UserError
 from tinyfusion_core.protocols.backbone import Batch
 from tinyfusion_core.protocols.losses.diffusion import DiffusionLoss
-from tinyfusion_core.runtime.seeding import Rng
+from tinyfusion_core.runtime.seeding import Rng, to_device
 from tinyfusion_dit.conditional import (
     check_options,
     draw_label_drop,
@@ -100,7 +100,7 @@ class GaussianDiffusion(DiffusionLoss):
             `x_start`, `noise`, `x_t` of the same shape as `x`; `t`, `y`, `drop` (whether to drop the label), (batch,).
         """
         x_start = draw_latents(batch, rng)
-        t = self.steps(rng.uniform("time", len(x_start))).to(x_start.device)
+        t = to_device(self.steps(rng.uniform("time", len(x_start))), x_start.device)
         drop = draw_label_drop(batch, rng, self.label_drop)
         return {**self.place(x_start, rng.normal("noise", x_start), t), "y": batch["y"], "drop": drop}
 
@@ -135,7 +135,7 @@ class GaussianDiffusion(DiffusionLoss):
             `x_t` (batch, channels, height, width); `t`, `y`, `drop`, (batch,).
         """
         x = draw_latents(batch, rng)
-        t = rng.integers("time", min(250, self.num_timesteps), len(x)).to(x.device)
+        t = to_device(rng.integers("time", min(250, self.num_timesteps), len(x)), x.device)
         return {"x_t": x, "t": t, "y": batch["y"], "drop": torch.zeros_like(t, dtype=torch.bool)}
 
     @override
@@ -227,7 +227,7 @@ class GaussianDiffusion(DiffusionLoss):
         """(batch,) errors of the noise at time steps."""
         if self.min_snr is None:
             return errors
-        a = torch.from_numpy(self._process.a).to(t.device)[t]
+        a = to_device(torch.from_numpy(self._process.a), t.device)[t]
         signal, noise = a.sqrt(), (1 - a).sqrt()
         return self.weigh(errors, signal, noise, noise / signal)
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tinyfusion_core.errors import UserError
+from tinyfusion_core.runtime.seeding import to_device
 
 Table = NDArray[np.float64]
 
@@ -184,7 +185,7 @@ def at(table: Table, k: Tensor, like: Tensor) -> Tensor:
     Returns:
         (batch, 1, ..., 1)
     """
-    entries = torch.as_tensor(table, dtype=torch.float32, device=k.device)[k]
+    entries = to_device(torch.as_tensor(table), k.device, torch.float32)[k]
     return entries.to(like.dtype).view(-1, *[1] * (like.ndim - 1))
 
 

@@ -13,7 +13,7 @@ from tinyfusion_core.errors import UserError, require
 from tinyfusion_core.protocols.backbone import Batch
 from tinyfusion_core.protocols.loss import has_values
 from tinyfusion_core.runtime.files import NEUTRAL
-from tinyfusion_core.runtime.seeding import Rng
+from tinyfusion_core.runtime.seeding import Rng, to_device
 from tinyfusion_llm.generation.continuing import continued, drawn, prompt_lengths
 from tinyfusion_llm.hidden import IGNORED, Hidden, TokenLoss, run_to_head
 from tinyfusion_llm.images.columns import model_inputs
@@ -133,7 +133,7 @@ class NextToken(TokenLoss):
         kept = self._kept(model, batch)
 
         def draw(number: int, logits: Tensor) -> Tensor:
-            u = rng.uniform(f"token {number}", len(logits)).to(logits.device)
+            u = to_device(rng.uniform(f"token {number}", len(logits)), logits.device)
             return drawn(logits / self.sampling_temperature, u, self.top_p)
 
         made, written = continued(model, tokens, kept, draw, encoded)

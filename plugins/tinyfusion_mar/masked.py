@@ -21,7 +21,7 @@ from typing_extensions import override
 from tinyfusion_core.errors import UserError, require
 from tinyfusion_core.protocols.backbone import Batch
 from tinyfusion_core.protocols.losses.diffusion import DiffusionLoss
-from tinyfusion_core.runtime.seeding import Rng
+from tinyfusion_core.runtime.seeding import Rng, to_device
 from tinyfusion_dit.conditional import check_options, draw_label_drop, draw_latents, last
 from tinyfusion_dit.diffusion import GaussianDiffusion
 from tinyfusion_mar.tokens import patchify, take, unpatchify
@@ -93,12 +93,12 @@ class MaskedTokenDiffusion(DiffusionLoss):
             raise UserError(f"loss.patch_size is {self.patch_size}, and the latents have a side of {x.shape[-1]}")
         tokens = patchify(x, self.patch_size)
         num_rows, num_tokens, _ = tokens.shape
-        order = rng.uniform("order", num_rows, num_tokens).argsort(1).to(x.device)
+        order = to_device(rng.uniform("order", num_rows, num_tokens).argsort(1), x.device)
         rate = self.mask_rate(torch.rand((), generator=rng.batch("mask rate"), dtype=torch.float64))
         num_masked = math.ceil(num_tokens * rate)
         masked, visible = (part.sort(1).values for part in order.tensor_split([num_masked], dim=1))
         repeats = self.diffusion_batch_mul
-        t = self._diffusion.steps(rng.uniform("time", num_rows, repeats, num_masked)).to(x.device)
+        t = to_device(self._diffusion.steps(rng.uniform("time", num_rows, repeats, num_masked)), x.device)
         x_start = take(tokens, masked)[:, None].expand(-1, repeats, -1, -1)
         noised = self._diffusion.place(_rows(x_start), _rows(rng.normal("noise", x_start)), t.flatten())
         return {
@@ -142,7 +142,7 @@ class MaskedTokenDiffusion(DiffusionLoss):
     def sample(self, model: nn.Module, like: Tensor, conditions: Tensor, rng: Rng) -> Tensor:
         """Sample (B, C, H, W). Row i uses only its own streams: "order" and those of `rounds`."""
         tokens = patchify(torch.zeros_like(like), self.patch_size)
-        order = rng.uniform("order", *tokens.shape[:2]).argsort(1).to(like.device)
+        order = to_device(rng.uniform("order", *tokens.shape[:2]).argsort(1), like.device)
         tokens = last(self.rounds(model, tokens, conditions, order, rng.normal))
         return unpatchify(tokens, like, self.patch_size)
 

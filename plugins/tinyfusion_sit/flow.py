@@ -16,7 +16,7 @@ from typing_extensions import override
 from tinyfusion_core.errors import require
 from tinyfusion_core.protocols.backbone import Batch
 from tinyfusion_core.protocols.losses.diffusion import DiffusionLoss
-from tinyfusion_core.runtime.seeding import Rng
+from tinyfusion_core.runtime.seeding import Rng, to_device
 from tinyfusion_dit.conditional import (
     check_options,
     draw_label_drop,
@@ -91,7 +91,7 @@ class FlowMatching(DiffusionLoss):
         """
         data = draw_latents(batch, rng)
         start, end = interval(self.path, self.prediction, sampling=False)
-        t = (start + (end - start) * self.drawn(rng.uniform("time", len(data)))).to(data)
+        t = to_device(start + (end - start) * self.drawn(rng.uniform("time", len(data))), data.device, data.dtype)
         drop = draw_label_drop(batch, rng, self.label_drop)
         return {**self.place(data, rng.normal("noise", data), t), "t": t, "y": batch["y"], "drop": drop}
 

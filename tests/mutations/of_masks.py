@@ -176,8 +176,8 @@ SAMPLERS = [
     Mutation(
         "the prior of every group is that of the first blocks",
         GROUPED,
-        "self.prior_logits[members]",
-        "self.prior_logits[: len(members)]",
+        "@ prior_M\n",
+        "@ self.prior_logits[: len(prior_M)]\n",
         (ESTIMATORS + "test_a_prior_is_log_odds_for_the_blocks_that_it_keeps_and_against_the_others",),
     ),
     Mutation(
@@ -239,8 +239,8 @@ SAMPLERS = [
     Mutation(
         "what the control variate takes out is not put back",
         SUBSET,
-        " + self.control.mean(subsets).to(losses)",
-        "",
+        "            total = total + terms.mean\n",
+        "            pass\n",
         (CONTROL + "test_the_mean_of_the_gradient_stays_by_enumeration",),
     ),
     Mutation(

@@ -171,9 +171,16 @@ TRAINING = [
     Mutation(
         "the average weighs the present by its decay",
         "training/objective.py",
-        "get_ema_multi_avg_fn(self.decay)",
-        "get_ema_multi_avg_fn(1 - self.decay)",
+        "_foreach_lerp_(averaged, values, 1 - self.decay)",
+        "_foreach_lerp_(averaged, values, self.decay)",
         (TRAINED + "test_the_average_weighs_the_past_by_its_decay",),
+    ),
+    Mutation(
+        "a step waits for what it sends to the device",
+        "runtime/seeding.py",
+        "(device, non_blocking=True)",
+        "(device)",
+        ("training/test_waiting.py",),
     ),
     Mutation(
         "a recovery returns its last weights",

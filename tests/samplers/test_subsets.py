@@ -77,6 +77,10 @@ def test_everything_equals_enumeration(rules: Rules) -> None:
     for ours, theirs in ((subsets.entropy(), entropy), (subsets.marginals() @ weights, (p @ masks) @ weights)):
         (a,), (b,) = (torch.autograd.grad(total, theta, retain_graph=True) for total in (ours, theirs))
         assert torch.allclose(a, b, atol=1e-11)
+    centred = masks - p @ masks
+    covariance = (centred * p[:, None]).T @ centred @ weights
+    for same in (subsets, Subsets(automaton, theta.detach())):
+        assert torch.allclose(same.covariance(weights), covariance, atol=1e-11)
     other = Subsets(automaton, theta.detach().roll(1))
     q = (masks @ other.theta).log_softmax(0)
     assert torch.allclose(subsets.divergence(other), (p * (scores.log_softmax(0) - q)).sum(), atol=1e-11)

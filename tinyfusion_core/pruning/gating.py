@@ -26,6 +26,7 @@ from ..protocols.blocks.paths import list_of
 from ..protocols.blocks.rows import Rows, moved, split_rows
 from ..protocols.blocks.streams import FIRST, Streams, Unneeded, streams_of
 from ..protocols.undisturbed import replaced_forward
+from ..runtime.seeding import to_device
 
 Recall = Callable[[int, bool, Call, Callable[[], Any]], Any]
 """(block, whether it is kept, call, what computes its output) -> its output."""
@@ -111,7 +112,7 @@ class Gates:
             used = torch.ones_like(hard) if weights is None else weights.cpu()
             rows = [split_rows(*columns) for columns in zip(hard.unbind(1), used.unbind(1), strict=True)]
             self._rows = moved(rows, mask.device)
-            weights = None if weights is None else weights.to(mask.device, non_blocking=True)
+            weights = None if weights is None else to_device(weights, mask.device)
         self._mask, self._weights = mask, weights
 
     def __enter__(self) -> Gates:

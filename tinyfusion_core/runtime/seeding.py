@@ -38,6 +38,19 @@ def seed_forward(seed: int, device: torch.device) -> None:
         torch.manual_seed(seed)
 
 
+def to_device(values: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Send what was drawn in main memory to a device, and wait for nothing.
+
+    Args:
+        values: of any shape.
+        device: where to.
+        dtype: what they become; by default they stay what they are.
+    """
+    values = values.to(dtype or values.dtype)
+    pinned = device.type == "cuda" and values.device.type == "cpu"  # or the copy waits all the same
+    return (values.pin_memory() if pinned else values).to(device, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class Rng:
     """The random streams of one batch: row `i` draws from the stream of global row `first + i`.
@@ -83,7 +96,7 @@ class Rng:
         Returns:
             (batch, ...), the same shape as `like`.
         """
-        return self._rows(purpose, like.shape, Tensor.normal_).to(like)
+        return to_device(self._rows(purpose, like.shape, Tensor.normal_), like.device, like.dtype)
 
     def uniform(self, purpose: str, num_rows: int, *shape: int) -> Tensor:
         """Draw uniform numbers in [0, 1); scalar ones are stratified if `strata` is set.

@@ -135,9 +135,9 @@ class BlockSampler(nn.Module, ABC):
     def confidence(self) -> list[float]:
         """Return the probability of the mode for each independent choice; a decision is as sure as the least."""
 
-    @abstractmethod
     def choices(self) -> list[list[int]]:
         """Return the blocks of each independent choice, in the order of `confidence`; empty if there is only one."""
+        return []
 
     @property
     @abstractmethod

@@ -40,10 +40,18 @@ class Subsets:
 
     def marginals(self) -> Tensor:
         """Return the probability that each block is kept, (num_blocks,): the gradient of the log-partition."""
+        return self._marginals
+
+    @cached_property
+    def _marginals(self) -> Tensor:
         with torch.enable_grad():
-            known = self if self.theta.requires_grad else Subsets(self.automaton, self.theta.detach().requires_grad_())
+            known = self if self.theta.requires_grad else self.differentiable()
             (out,) = torch.autograd.grad(known.log_partition(), known.theta, create_graph=self.theta.requires_grad)
         return out
+
+    def differentiable(self) -> Subsets:
+        """Return the same distribution, of which gradients to the log-odds are taken here."""
+        return Subsets(self.automaton, self.theta.detach().requires_grad_())
 
     def log_prob(self, masks: Tensor) -> Tensor:
         """Compute log-probabilities in nats.
@@ -59,6 +67,20 @@ class Subsets:
     def entropy(self) -> Tensor:
         """Return the entropy in nats, a scalar: log-partition minus marginals . theta."""
         return self.log_partition() - self.marginals() @ self.theta
+
+    def covariance(self, values: Tensor) -> Tensor:
+        """Return the covariance of every block with what a mask is worth: the gradient of marginals . values.
+
+        Args:
+            values: (num_blocks,) what each kept block is worth, float64.
+
+        Returns:
+            (num_blocks,)
+        """
+        with torch.enable_grad():
+            known = self if self.theta.requires_grad else self.differentiable()
+            (out,) = torch.autograd.grad(known.marginals(), known.theta, values, retain_graph=True)
+        return out
 
     def divergence(self, other: Subsets) -> Tensor:
         """Return KL(self || other) in nats, a scalar; both over the same automaton."""

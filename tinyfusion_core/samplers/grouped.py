@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from ..errors import UserError, require
-from ..runtime.seeding import Rng
+from ..runtime.seeding import Rng, to_device
 from .base import BlockSampler, Draw, linear
 from .patterns import Pattern, parse_pattern, split_groups
 
@@ -84,7 +84,7 @@ class GroupedSampler(BlockSampler):
     @override
     def sample(self, num_rows: int, rng: Rng) -> Draw:
         gumbel = rng.gumbel("mask", num_rows, sum(len(logits) for logits in self.logits))
-        return self.relax(gumbel.to(self.logits[0].device))
+        return self.relax(to_device(gumbel, self.logits[0].device))
 
     def relax(self, gumbel: Tensor) -> Draw:
         """Compute the straight-through draw for given Gumbel noise.
@@ -166,9 +166,10 @@ class GroupedSampler(BlockSampler):
 
     def _scores(self) -> list[Tensor]:
         """(options,) unnormalised log-probabilities for each group."""
+        prior = torch.split(self.prior_logits, [of for _, of in self.groups])
         return [
-            self.scaling * logits + self._options(g) @ self.prior_logits[members]
-            for g, (logits, members) in enumerate(zip(self.logits, self.choices(), strict=True))
+            self.scaling * logits + self._options(g) @ prior_M
+            for g, (logits, prior_M) in enumerate(zip(self.logits, prior, strict=True))
         ]
 
     def _probabilities(self) -> list[Tensor]:

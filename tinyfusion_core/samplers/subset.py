@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from ..errors import require
-from ..runtime.seeding import Rng
+from ..runtime.seeding import Rng, to_device
 from .base import BlockSampler, Draw, linear
 from .conditional_poisson import Subsets
 from .constraints import Rules, build
@@ -59,10 +60,6 @@ class SubsetSampler(BlockSampler):
         subsets = self._subsets(learning=False)
         return [float(subsets.log_prob(subsets.mode()[None]).exp())]
 
-    @override
-    def choices(self) -> list[list[int]]:
-        return []
-
     @property
     @override
     def num_masks(self) -> int:
@@ -94,6 +91,15 @@ class ExactK(SubsetSampler):
         masks, soft = self._masks(subsets, num_rows, rng), subsets.marginals()
         through = (masks + (soft - soft.detach())).to(self.logits)
         return Draw(through, subsets.log_prob(masks).to(self.logits), masks)
+
+
+@dataclass(frozen=True)
+class _Terms:
+    """What the surrogate of a draw needs beside its log-probabilities, on the device of the logits."""
+
+    entropy: Tensor | None  # a scalar, differentiable in the logits
+    predicted: Tensor | None  # (masks,) losses of the masks by the model of the loss
+    mean: Tensor | None  # its mean over the distribution, a scalar, differentiable in the logits
 
 
 class ScoreFunction(SubsetSampler):
@@ -141,25 +147,43 @@ class ScoreFunction(SubsetSampler):
 
     @override
     def sample(self, num_rows: int, rng: Rng) -> Draw:
-        subsets = self._subsets()
+        subsets = self._subsets(learning=False).differentiable()
         masks = self._masks(subsets, num_rows, rng)
-        # The surrogate has a copy of the logits of its own, taken before a device is busy with the network.
-        return Draw(masks.to(self.logits), subsets.log_prob(masks).to(self.logits), masks, self._subsets())
+        log_prob = self._linear(subsets.log_prob(masks), masks - subsets.marginals())
+        return Draw(to_device(masks, log_prob.device, log_prob.dtype), log_prob, masks, self._terms(subsets, masks))
 
     @override
     def surrogate(self, draw: Draw, loss: Tensor) -> Tensor:
-        subsets: Subsets = self._subsets() if draw.of is None else draw.of
+        terms: _Terms = draw.of or self._terms(self._subsets(learning=False).differentiable(), draw.mask)
         losses = loss.detach().float()
         advantage = self._advantage(losses)
-        if self.control is None:
-            total = (advantage * draw.log_prob).mean()
-        else:
-            unexplained = self._advantage(losses - self.control(draw.mask).to(losses))
-            total = (unexplained * draw.log_prob).mean() + self.control.mean(subsets).to(losses)
-        if self.entropy_weight:
-            total = total - self.entropy_weight * advantage.abs().mean() * subsets.entropy().to(total)
+        unexplained = advantage if terms.predicted is None else self._advantage(losses - terms.predicted)
+        total = (unexplained * draw.log_prob).mean()
+        if terms.mean is not None:
+            total = total + terms.mean
+        if terms.entropy is not None:
+            total = total - self.entropy_weight * advantage.abs().mean() * terms.entropy
         # The weights see the plain mean; both parts reach disjoint parameters.
         return loss.mean() + total
+
+    def _terms(self, subsets: Subsets, masks: Tensor) -> _Terms:
+        """What the surrogate needs of the distribution that (masks, num_blocks) masks are drawn from."""
+        entropy = predicted = mean = None
+        if self.entropy_weight:
+            entropy = self._linear(subsets.entropy(), -subsets.covariance(subsets.theta))
+        if self.control is not None:
+            predicted = to_device(self.control(masks), self.logits.device, torch.float32)
+            mean = self._linear(self.control.mean(subsets), subsets.covariance(self.control.weights))
+        return _Terms(entropy, predicted, mean)
+
+    def _linear(self, value: Tensor, gradient: Tensor) -> Tensor:
+        """Values with their gradient to the logits, (..., num_blocks), on the device of these.
+
+        What depends on the logits is computed in main memory, gradients too, before a device is busy with the network:
+        a graph that reaches into main memory would let it wait there for the backward pass.
+        """
+        value, gradient = (to_device(t.detach(), self.logits.device, self.logits.dtype) for t in (value, gradient))
+        return value + gradient @ (self.logits - self.logits.detach())
 
     @override
     def observe(self, masks: Tensor, losses: Tensor) -> None:
@@ -205,7 +229,11 @@ class GumbelTopK(BlockSampler):
 
     @override
     def sample(self, num_rows: int, rng: Rng) -> Draw:
-        scores = self.logits + self.prior_logits + rng.gumbel("mask", num_rows, self.num_blocks).to(self.logits)
+        scores = (
+            self.logits
+            + self.prior_logits
+            + to_device(rng.gumbel("mask", num_rows, self.num_blocks), self.logits.device)
+        )
         order = scores.topk(self.keep, dim=1).indices
         hard = torch.zeros_like(scores).scatter(1, order, 1.0)
         soft, left = torch.zeros_like(scores), scores / self.tau
@@ -257,10 +285,6 @@ class GumbelTopK(BlockSampler):
         mode = torch.zeros(self.num_blocks)
         mode[self.mode()] = 1
         return [float((self._fixed_draws() == mode).all(1).float().mean())]
-
-    @override
-    def choices(self) -> list[list[int]]:
-        return []
 
     @property
     @override

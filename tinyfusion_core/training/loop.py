@@ -158,7 +158,7 @@ class Fit:
         else:
             self.objective.to(accelerator.device)
         if ema is not None:
-            ema.average.to(accelerator.device)
+            ema.average.module.to(accelerator.device)
         return networks
 
     def _step(self, update: Update, step: int, loaded: LoadedBatch, stop: list[int]) -> StepReport:

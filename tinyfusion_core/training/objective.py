@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from typing_extensions import override
 
 from ..errors import UserError, worded
@@ -135,8 +136,25 @@ class Ema:
 
     @cached_property
     def average(self) -> AveragedModel:
-        """The averaged copy, in `.module`. Made on first use, which must be outside gating."""
-        return AveragedModel(self.source, multi_avg_fn=get_ema_multi_avg_fn(self.decay))  # type: ignore[no-untyped-call]
+        """The averaged copy, in `.module`, and the count. Made on first use, which must be outside gating."""
+        return AveragedModel(self.source)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take the source's values into the average, which begins with those of the first call.
+
+        As `AveragedModel` does it, whose count would be read from the device twice: here it stays in main memory.
+        """
+        copy, count = self.average.module, self.average.n_averaged
+        averaged: list[Tensor] = [*copy.parameters()]
+        values: list[Tensor] = [*self.source.parameters()]
+        if count:
+            torch._foreach_lerp_(averaged, values, 1 - self.decay)
+        else:
+            torch._foreach_copy_(averaged, values)
+        for of_copy, of_source in zip(copy.buffers(), self.source.buffers(), strict=True):
+            of_copy.copy_(of_source)
+        count += 1
 
 
 MakeOptimizer = Callable[[list[dict[str, Any]]], Optimizer]

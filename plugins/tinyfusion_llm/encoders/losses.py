@@ -13,7 +13,7 @@ from typing_extensions import override
 from tinyfusion_core.errors import require
 from tinyfusion_core.protocols.backbone import Batch
 from tinyfusion_core.protocols.loss import LossAdapter
-from tinyfusion_core.runtime.seeding import Rng
+from tinyfusion_core.runtime.seeding import Rng, to_device
 from tinyfusion_llm.encoders.attention import attending
 from tinyfusion_llm.hidden import IGNORED, Hidden, TokenLoss, run_to_head
 
@@ -57,13 +57,13 @@ class MaskedToken(TokenLoss):
         device, (num_rows, num_tokens) = tokens.device, tokens.shape
         most = self._number(torch.tensor(num_tokens)).item()
         counted = labels != IGNORED
-        order = rng.uniform("masked tokens", num_rows, num_tokens).to(device).masked_fill(~counted, 1.0)
+        order = to_device(rng.uniform("masked tokens", num_rows, num_tokens), device).masked_fill(~counted, 1.0)
         places = order.argsort(dim=1)[:, :most]
         number = self._number(counted.sum(1)).minimum(counted.sum(1))
         chosen = torch.arange(places.shape[1], device=device) < number[:, None]
         plain = tokens.gather(1, places)
-        share = rng.uniform("replaced tokens", *places.shape).to(device)
-        random = rng.uniform("random tokens", *places.shape).to(device) * (1 + batch["last_token"][:, None])
+        share = to_device(rng.uniform("replaced tokens", *places.shape), device)
+        random = to_device(rng.uniform("random tokens", *places.shape), device) * (1 + batch["last_token"][:, None])
         other = random.long().where(share < _MASKED + _RANDOM, plain)
         other = batch["mask_token"][:, None].to(plain).where(share < _MASKED, other).where(chosen, plain)
         return {

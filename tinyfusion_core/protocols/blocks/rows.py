@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ...runtime.seeding import to_device
+
 Rows = tuple[Tensor, Tensor, Tensor]
 """Indices of the rows that keep a block, of those to run with the graph, and of the others whose values are needed."""
 
@@ -31,6 +33,5 @@ def moved(blocks: Sequence[Rows], device: torch.device) -> Sequence[Rows]:
     if device.type == "cpu":
         return blocks
     packed = torch.cat([rows for block in blocks for rows in block])
-    packed = (packed.pin_memory() if device.type == "cuda" else packed).to(device, non_blocking=True)
-    parts = torch.split(packed, [len(rows) for block in blocks for rows in block])
+    parts = torch.split(to_device(packed, device), [len(rows) for block in blocks for rows in block])
     return [(parts[i], parts[i + 1], parts[i + 2]) for i in range(0, len(parts), 3)]

@@ -124,7 +124,9 @@ class GatedLoss(Objective):
         gates.set(mask, value_weights(mask, self.dropped_values, rng), draw.host)
         losses = loss.losses(self.model, inputs)
         if self.sampler.observes:
-            self.seen.append((draw.mask.detach(), losses.detach()))
+            # On their way while the step goes on, which ends with reading its report: then they are there.
+            masks = draw.mask.detach().to("cpu", non_blocking=True) if draw.host is None else draw.host
+            self.seen.append((masks, losses.detach().to("cpu", non_blocking=True)))
         if self.learning:
             return self.sampler.surrogate(draw, losses), losses.detach()
         # A zero gradient, never none: distributed processes wait for it.
@@ -143,8 +145,7 @@ class GatedLoss(Objective):
     @override
     def after_step(self, finite: bool) -> None:
         if self.sampler.observes:
-            mine = [(masks.cpu(), losses.cpu()) for masks, losses in self.seen]  # now that the step is done
-            passes, self.seen = [one for some in all_gather_object(mine) for one in some], []
+            passes, self.seen = [one for some in all_gather_object(self.seen) for one in some], []
             if finite:
                 self.sampler.observe(*map(torch.cat, zip(*passes, strict=True)))
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...errors import Diverged, UserError
 from ...runtime.distributed import on_every_rank
+from ...runtime.seeding import to_device
 from .agreement import check_rows_agree, fingerprint
 
 if TYPE_CHECKING:
@@ -99,7 +100,8 @@ class StepGuard:
         has_pending = self.pending is not None
         flags = [signal.SIGINT in stop, signal.SIGTERM in stop, asked, checkpoint_due, bad_samples, has_pending]
         not_finite = (~torch.isfinite(torch.as_tensor(norm, device=means.device))).float()
-        mine = torch.cat([means, not_finite[None], means.new_tensor(flags), fingerprint(gates).to(means)])
+        told = [to_device(t, means.device, means.dtype) for t in (torch.tensor(flags), fingerprint(gates))]
+        mine = torch.cat([means, not_finite[None], *told])
         everybody = self.accelerator.gather(mine[None]).cpu()
         check_rows_agree(everybody[:, -3:], f"{self.stage}: the gates at step {step + 1}")
         loss, *terms = everybody[:, : len(means)].mean(0).tolist()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...protocols.backbone import Batch
-from ...runtime.seeding import Rng, seed_forward, seed_of
+from ...runtime.seeding import Rng, seed_forward, seed_of, to_device
 from ..objective import Objective, Optimization
 from ..trainer import Trainer
 from .optimizers import Joined
@@ -131,7 +131,7 @@ class Update:
             clipping, a scalar.
         """
         accelerator, rows, clip = self.trainer.accelerator, self.rows, self.optimization.clip
-        batch = {name: t.to(accelerator.device, non_blocking=True) for name, t in batch.items()}
+        batch = {name: to_device(t, accelerator.device) for name, t in batch.items()}
         means = torch.stack([self._pass(step, batch, row) for row in range(0, rows.count, rows.micro)]).mean(0)
         if self.networks is None:
             return means, accelerator.clip_grad_norm_(self.parameters, clip)
@@ -149,7 +149,7 @@ class Update:
         self.optimizer.zero_grad(set_to_none=True)
         ema = self.optimization.ema
         if finite and ema is not None:
-            ema.average.update_parameters(ema.source)
+            ema.update()
 
     def _pass(self, step: int, batch: Batch, row: int) -> Tensor:
         """Forward and backward for some of this process's rows. Returns the means of the losses and of their terms."""
