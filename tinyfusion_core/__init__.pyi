@@ -92,6 +92,7 @@ from .training.distillation import MaskedKD as MaskedKD
 from .training.distillation import OutputKD as OutputKD
 from .training.distillation import derive_taps as derive_taps
 from .training.distilling.kinds import AttentionKD as AttentionKD
+from .training.distilling.kinds import AttentionMapKD as AttentionMapKD
 from .training.distilling.kinds import RelationalKD as RelationalKD
 from .training.recover import Recover as Recover
 from .training.starts.base import Start as Start

@@ -95,9 +95,9 @@ def tinyfusion_register_weight_updates() -> list[type[WeightUpdate]]:
 def tinyfusion_register_distillations() -> list[type[OutputKD]]:
     """Distillation losses."""
     from .training.distillation import MaskedKD, OutputKD
-    from .training.distilling.kinds import AttentionKD, RelationalKD
+    from .training.distilling.kinds import AttentionKD, AttentionMapKD, RelationalKD
 
-    return [OutputKD, MaskedKD, RelationalKD, AttentionKD]
+    return [OutputKD, MaskedKD, RelationalKD, AttentionKD, AttentionMapKD]
 
 
 @hookimpl

@@ -18,6 +18,7 @@ ALWAYS = [
     "Audit",
     "BKSDM",
     "AttentionKD",
+    "AttentionMapKD",
     "Backbone",
     "Batch",
     "BlockInfluence",

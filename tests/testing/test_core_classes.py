@@ -15,6 +15,7 @@ from tinyfusion_core.selection.given import Nested
 from tinyfusion_core.selection.search import Selector
 from tinyfusion_core.testing import parametrize_with_checks, run_check
 from tinyfusion_core.testing.checks import KINDS
+from tinyfusion_core.testing.checks.distillation import check_matched_blocks
 from tinyfusion_core.testing.small_network import LISTS, small_task, small_trainer
 
 SEARCH = tiny.Search(keep=5, steps=3)
@@ -59,6 +60,11 @@ def test_a_decision_that_a_search_has_nested(check, tmp_path: Path) -> None:
     run_check(check, Nested(keep=5, decision=str(tmp_path / "decision.json")))
 
 
+def test_attention_maps_have_the_taps_of_the_others() -> None:
+    """Its student learns on a network with attention, which that of the checks has not."""
+    run_check(check_matched_blocks, tiny.AttentionMapKD)
+
+
 def test_every_class_of_the_core_is_checked() -> None:
     checked = {
         type(thing) if not inspect.isclass(thing) else thing
@@ -67,6 +73,7 @@ def test_every_class_of_the_core_is_checked() -> None:
             *SAMPLERS,
             *UPDATES,
             *DISTILLATIONS,
+            tiny.AttentionMapKD,
             *STARTS,
             tiny.Inherit,  # not by the kit: it begins with what a search has left
             tiny.Keep([0]),

@@ -21,7 +21,7 @@ from tinyfusion_core.training.distilling.losses import attention_loss, relation_
 from tinyfusion_dit import GaussianDiffusion
 
 pytestmark = pytest.mark.numerics
-KINDS = [tiny.RelationalKD, tiny.AttentionKD]
+KINDS = [tiny.RelationalKD, tiny.AttentionKD, tiny.AttentionMapKD]
 KEPT = [0, 1, 3, 6]
 
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from ..errors import UserError, require
 from ..parsing.settings import Settings
+from ..protocols.blocks.outputs import captured
 from ..protocols.blocks.paths import block_lists
+from ..protocols.blocks.streams import Streams
 from ..protocols.loss import LossAdapter
 from ..pruning.decision import Decision
 from ..runtime.files import NEUTRAL
@@ -116,6 +120,21 @@ class OutputKD(Settings):
     def taps_for(self, decision: Decision) -> list[Tap]:
         """Return the pairs of blocks whose outputs are compared: none."""
         return []
+
+    def watched(
+        self, model: nn.Module, paths: Sequence[str], streams: Streams
+    ) -> AbstractContextManager[list[list[Tensor]]]:
+        """Record what is compared of blocks while the context is open: their outputs, unless a subclass says otherwise.
+
+        Args:
+            model: the network that runs.
+            paths: the blocks.
+            streams: the network's streams.
+
+        Returns:
+            A context whose value has, for every path, the tensors that are compared one by one, each (rows, ...).
+        """
+        return captured(model, paths, streams)
 
     def compared(self, decision: Decision, final: bool) -> set[int]:
         """Return the teacher's blocks whose outputs are compared: none.

@@ -14,7 +14,6 @@ from typing_extensions import override
 
 from ...errors import UserError
 from ...protocols.backbone import Batch
-from ...protocols.blocks.outputs import captured
 from ...protocols.loss import LossAdapter, Prediction
 from ...protocols.task import Task
 from ...pruning.decision import Decision
@@ -87,7 +86,7 @@ class Distilled(Objective):
         stored = {name.removeprefix(PREFIX): t for name, t in inputs.items() if name.startswith(PREFIX)}
         inputs = {name: t for name, t in inputs.items() if not name.startswith(PREFIX)}
         told = None if self.kd.cache else self._run_teacher(inputs)
-        with captured(self.model, self.paths[0], streams) as ours:
+        with self.kd.watched(self.model, self.paths[0], streams) as ours:
             prediction = loss.predict(self.model, inputs)
         if told is not None:
             _check_shapes(prediction, told[0], "the student predicts", "the teacher")
@@ -96,24 +95,28 @@ class Distilled(Objective):
         if not own:
             terms["gt"] = loss.loss(prediction, inputs)
         if isinstance(self.kd, FeatureKD):
-            terms |= self._features(self.kd, ours, theirs)
+            terms |= self._features(self.kd, ours, theirs, len(terms["kd"]))
         return prediction, terms
 
     def _features(
-        self, kd: FeatureKD, ours: Sequence[Sequence[Tensor]], theirs: Sequence[Sequence[Tensor]]
+        self, kd: FeatureKD, ours: Sequence[Sequence[Tensor]], theirs: Sequence[Sequence[Tensor]], num: int
     ) -> dict[str, Tensor]:
-        """The terms of the features, each (batch,): means over taps and their streams."""
+        """The terms of the features, each (batch,): means over taps and what each has, and over a sample's rows."""
         for tap, s, t in zip(self.taps, ours, theirs, strict=True):
             _check_shapes(s, t, f"block {tap[0]} of the student gives", f"block {tap[1]} of the teacher")
         pairs = [(s, t) for tap in zip(ours, theirs, strict=True) for s, t in zip(*tap, strict=True)]
         compared = [kd.compare(s, t) for s, t in pairs]
-        return {name: torch.stack([found[name] for found in compared]).mean(0) for name in compared[0]}
+        if odd := [len(row) for found in compared for row in found.values() if len(row) % num]:
+            raise UserError(f"recover.kd: a tapped block compares {odd[0]} rows of {num} samples; name other taps")
+        # Windows and frames of a sample are rows of their own in its attention.
+        rows = {name: [found[name].unflatten(0, (num, -1)).mean(1) for found in compared] for name in compared[0]}
+        return {name: torch.stack(values).mean(0) for name, values in rows.items()}
 
     def _run_teacher(self, inputs: Batch) -> tuple[Prediction, list[list[Tensor]]]:
         """The teacher's prediction, and the outputs of its tapped blocks."""
         _, teacher, streams = self.unregistered
         ((predict, _),) = self.predicting
-        with torch.no_grad(), captured(teacher, self.paths[1], streams) as outputs:
+        with torch.no_grad(), self.kd.watched(teacher, self.paths[1], streams) as outputs:
             return predict(inputs), outputs
 
     def _as_stored(self, stored: Batch, like: Prediction) -> tuple[Prediction, list[list[Tensor]]]:

@@ -1,15 +1,19 @@
-"""Distillation by what tokens have in common, and by which of them are strong."""
+"""Distillation by what tokens have in common, by which of them are strong, and by where they look."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from ...errors import UserError
+from ...protocols.blocks.attention import attention_maps
+from ...protocols.blocks.streams import Streams
 from ..distillation import FeatureKD
-from .losses import attention_loss, relation_loss
+from .losses import attention_loss, map_loss, relation_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,3 +69,40 @@ class AttentionKD(FeatureKD):
     @override
     def compare(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
         return {"feature": attention_loss(student, teacher)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionMapKD(FeatureKD):
+    """Also match where the queries of the teacher's blocks look: their attention maps.
+
+    The feature loss is the mean over taps of KL(teacher || student) of the attention weights, a mean over heads and
+    queries (arXiv:2002.10957). Blocks have to call torch's `scaled_dot_product_attention`. The maps take a square of
+    the tokens for each head, sample and tap.
+
+    Args:
+        alpha_kd: weight of the distance to the teacher's prediction, as the objective defines it; of a pair, the weight
+            at the first and at the last step, linear in between.
+        alpha_gt: weight of the training loss, or two.
+        cache: not possible: no cache keeps maps.
+        on_policy: share of the steps that learn from samples which the student makes itself, see `OutputKD`.
+        quantise: how a copy of the teacher that answers is quantised, see `OutputKD`.
+        beta: weight of the feature loss at the first and at the last step, linear in between.
+        taps: pairs of (student block, teacher block), counted from 0; by default derived from the decision.
+    """
+
+    beta: tuple[float, float] = (0.1, 0.0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.cache is not None:
+            raise UserError("recover.kd.cache: no cache keeps attention maps; leave it out, or distil with MaskedKD")
+
+    @override
+    def watched(
+        self, model: nn.Module, paths: Sequence[str], streams: Streams
+    ) -> AbstractContextManager[list[list[Tensor]]]:
+        return attention_maps(model, paths)
+
+    @override
+    def compare(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
+        return {"feature": map_loss(student, teacher)}

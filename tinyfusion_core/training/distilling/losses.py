@@ -65,6 +65,23 @@ def attention_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return (maps[0] - maps[1]).square().sum(1)
 
 
+def map_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Compare where the queries of two blocks look: KL(teacher || student), the mean over heads and queries.
+
+    As MiniLM (arXiv:2002.10957) compares attention.
+
+    Args:
+        student: (rows, heads, queries, keys) logarithms of the student's weights.
+        teacher: the same of the teacher's.
+
+    Returns:
+        (rows,) in nats.
+    """
+    seen = teacher > -torch.inf  # a key that is masked out counts nothing
+    terms = teacher.exp() * (teacher.where(seen, 0.0) - student.where(seen, 0.0))
+    return terms.sum(-1).flatten(1).mean(1)
+
+
 def _similarities(x: Tensor) -> Tensor:
     """(batch, tokens, tokens) cosines of tokens, seen from their mean."""
     tokens = _by_token(x)
