@@ -237,6 +237,13 @@ SAMPLERS = [
         (ESTIMATORS + "test_a_mask_is_weighted_by_how_much_worse_it_is_than_the_others_of_its_sample",),
     ),
     Mutation(
+        "autocast rounds the gradient of the score function",
+        SUBSET,
+        "(gradient * (self.logits - self.logits.detach())).sum(-1)",
+        "gradient @ (self.logits - self.logits.detach())",
+        (ESTIMATORS + "test_the_gradient_is_not_rounded_under_autocast",),
+    ),
+    Mutation(
         "what the control variate takes out is not put back",
         SUBSET,
         "            total = total + terms.mean\n",

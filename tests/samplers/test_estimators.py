@@ -71,6 +71,17 @@ def test_the_entropy_is_a_reward_in_units_of_the_differences() -> None:
     assert sampler.surrogate(draw, LOSSES).item() == pytest.approx(69 / 6)
 
 
+def test_the_gradient_is_not_rounded_under_autocast() -> None:
+    sampler = ScoreFunction({"blocks": 6}, Rules(keep=3), masks=2)
+    losses = torch.rand(8, generator=torch.Generator().manual_seed(0))
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            total = sampler.surrogate(sampler.sample(8, Rng(0, "search")), losses)
+        found.append(torch.autograd.grad(total, sampler.logits)[0])
+    assert torch.equal(*found) and found[0].abs().max() > 0
+
+
 def test_a_draw_has_all_that_its_surrogate_needs_of_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading the logits while a device runs the network would wait for it."""
     sampler = ScoreFunction({"blocks": 4}, Rules(keep=2), masks=3, entropy=(0.7, 0.0), control=True)

@@ -183,7 +183,8 @@ class ScoreFunction(SubsetSampler):
         a graph that reaches into main memory would let it wait there for the backward pass.
         """
         value, gradient = (to_device(t.detach(), self.logits.device, self.logits.dtype) for t in (value, gradient))
-        return value + gradient @ (self.logits - self.logits.detach())
+        # No matrix product: under autocast it would round the gradient.
+        return value + (gradient * (self.logits - self.logits.detach())).sum(-1)
 
     @override
     def observe(self, masks: Tensor, losses: Tensor) -> None:
@@ -229,11 +230,8 @@ class GumbelTopK(BlockSampler):
 
     @override
     def sample(self, num_rows: int, rng: Rng) -> Draw:
-        scores = (
-            self.logits
-            + self.prior_logits
-            + to_device(rng.gumbel("mask", num_rows, self.num_blocks), self.logits.device)
-        )
+        gumbel = to_device(rng.gumbel("mask", num_rows, self.num_blocks), self.logits.device)
+        scores = self.logits + self.prior_logits + gumbel
         order = scores.topk(self.keep, dim=1).indices
         hard = torch.zeros_like(scores).scatter(1, order, 1.0)
         soft, left = torch.zeros_like(scores), scores / self.tau
