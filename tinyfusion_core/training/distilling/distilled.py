@@ -109,7 +109,7 @@ class Distilled(Objective):
         if odd := [len(row) for found in compared for row in found.values() if len(row) % num]:
             raise UserError(f"recover.kd: a tapped block compares {odd[0]} rows of {num} samples; name other taps")
         # Windows and frames of a sample are rows of their own in its attention.
-        rows = {name: [found[name].unflatten(0, (num, -1)).mean(1) for found in compared] for name in compared[0]}
+        rows = {name: [found[name].view(num, -1).mean(1) for found in compared] for name in compared[0]}
         return {name: torch.stack(values).mean(0) for name, values in rows.items()}
 
     def _run_teacher(self, inputs: Batch) -> tuple[Prediction, list[list[Tensor]]]:
