@@ -60,7 +60,7 @@ def test_a_decision_that_a_search_has_nested(check, tmp_path: Path) -> None:
     run_check(check, Nested(keep=5, decision=str(tmp_path / "decision.json")))
 
 
-def test_attention_maps_have_the_taps_of_the_others() -> None:
+def test_attention_maps_have_taps() -> None:
     """Its student learns on a network with attention, which that of the checks has not."""
     run_check(check_matched_blocks, tiny.AttentionMapKD)
 

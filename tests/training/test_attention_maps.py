@@ -148,6 +148,12 @@ def test_windows_of_a_sample_count_together() -> None:
         objective._features(kd, *maps, 4)
 
 
+def test_a_block_looks_where_it_did_in_the_teacher() -> None:
+    decision = tiny.Decision(blocks=tuple(f"blocks.{i}" for i in range(8)), kept=KEPT, method="Keep")
+    assert tiny.AttentionMapKD().taps_for(decision) == [(0, 0), (1, 1), (2, 3), (3, 6)]
+    assert tiny.AttentionMapKD(taps=[(3, 7)]).taps_for(decision) == [(3, 7)]
+
+
 def test_no_cache_keeps_maps() -> None:
     with pytest.raises(tiny.UserError, match=r"ecover\.kd\.cache: no cache keeps attention maps; leave it out"):
         tiny.AttentionMapKD(cache=tiny.TeacherCache(folder="kept"))

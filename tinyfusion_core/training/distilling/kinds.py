@@ -12,7 +12,8 @@ from typing_extensions import override
 from ...errors import UserError
 from ...protocols.blocks.attention import attention_maps
 from ...protocols.blocks.streams import Streams
-from ..distillation import FeatureKD
+from ...pruning.decision import Decision
+from ..distillation import FeatureKD, Tap
 from .losses import attention_loss, map_loss, relation_loss
 
 
@@ -87,7 +88,8 @@ class AttentionMapKD(FeatureKD):
         on_policy: share of the steps that learn from samples which the student makes itself, see `OutputKD`.
         quantise: how a copy of the teacher that answers is quantised, see `OutputKD`.
         beta: weight of the feature loss at the first and at the last step, linear in between.
-        taps: pairs of (student block, teacher block), counted from 0; by default derived from the decision.
+        taps: pairs of (student block, teacher block), counted from 0; by default each block and what it was in the
+            teacher. The ends of gaps, where outputs are compared, look elsewhere, and to follow them does harm.
     """
 
     beta: tuple[float, float] = (0.1, 0.0)
@@ -96,6 +98,10 @@ class AttentionMapKD(FeatureKD):
         super().__post_init__()
         if self.cache is not None:
             raise UserError("recover.kd.cache: no cache keeps attention maps; leave it out, or distil with MaskedKD")
+
+    @override
+    def taps_for(self, decision: Decision) -> list[Tap]:
+        return list(enumerate(decision.kept)) if self.taps is None else super().taps_for(decision)
 
     @override
     def watched(
