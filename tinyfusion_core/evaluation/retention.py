@@ -53,7 +53,7 @@ class Retention(Metric):
             columns = columns_of(task.backbone, model, data.conditions)
             samples = checked(data.held_out(), columns, f"'{name}' held-out")
             (own,) = loss(replace(task, held_out=samples, data=data), models, trainer)
-            note = f"data that nothing was trained on here; {self.draws} fixed draws for each of {len(samples)} samples"
+            note = f"data that nothing was trained on here; {own.note}"
             found.append(Measurement(f"loss on {name}", own.values, better="lower", note=note))
         return found
 
