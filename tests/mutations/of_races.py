@@ -27,8 +27,8 @@ MUTATIONS = [
     Mutation(
         "neighbours enter in any order",
         HEATS,
-        "predicted(known, masks, self.constraints.num_blocks).argsort(stable=True)",
-        "-predicted(known, masks, self.constraints.num_blocks).argsort(stable=True)",
+        "found.argsort(stable=True)",
+        "(-found).argsort(stable=True)",
         (TESTS + "test_neighbours_of_the_best_are_tried_and_followed",),
     ),
     Mutation(

@@ -21,8 +21,8 @@ LEARNING_FROM_A_TEACHER = [
     Mutation(
         "the teacher has a graph",
         OBJECTIVE,
-        "with torch.no_grad(), captured(teacher,",
-        "with captured(teacher,",
+        "with torch.no_grad(), self.kd.watched(teacher,",
+        "with self.kd.watched(teacher,",
         (DISTILLED + "test_the_teacher_runs_once_a_step_without_graph_in_eval_mode_on_the_same_inputs",),
     ),
     Mutation(

@@ -91,6 +91,10 @@ def test_neighbours_of_the_best_are_tried_and_followed() -> None:
     assert len(entered) == 16
     assert list(decision.kept) == entered[0]["kept"] == WORKING
     assert entered[0]["of"] == ["neighbour"]
+    near = [entry for entry in entered if entry["of"] == ["neighbour"]]
+    assert all(len({*entry["neighbour_of"]} - {*entry["kept"]}) == 1 for entry in near)
+    assert min(entry["predicted"] for entry in near) < max(entry["predicted"] for entry in near)
+    assert not any("predicted" in entry for entry in entered if entry not in near)
 
 
 @pytest.mark.slow

@@ -33,6 +33,7 @@ class Heats:
         recoveries: recovers masks and judges them, with the steps that are left for this race.
         constraints: what masks obey.
         of: who proposed each mask.
+        near: of each neighbour, whose it is and the loss that was predicted.
         rounds: for each round, every entrant with its loss, for the record.
     """
 
@@ -40,6 +41,7 @@ class Heats:
     recoveries: ShortRecoveries
     constraints: Constraints = field(init=False)
     of: dict[Mask, list[str]] = field(default_factory=dict)
+    near: dict[Mask, dict[str, Any]] = field(default_factory=dict)
     rounds: list[list[dict[str, Any]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -133,21 +135,26 @@ class Heats:
         at_once = max(2, math.ceil(left / 4))
         while left and (near := self._neighbours(leader, losses)[: min(at_once, left)]):
             left -= len(near)
-            for mask in near:
-                self.of[mask] = ["neighbour"]
-            losses |= self._recovered(number, near, steps, ", neighbours")
+            for mask, told in near:
+                self.of[mask], self.near[mask] = ["neighbour"], told
+            losses |= self._recovered(number, [mask for mask, _ in near], steps, ", neighbours")
             leader = leading(losses, leader, self.how.sure)
         return leader
 
-    def _neighbours(self, leader: Mask, tried: Mapping[Mask, Tensor]) -> list[Mask]:
-        """Masks one exchange away from those that would go on and not tried, those predicted to be best first."""
-        near: set[Mask] = set()
+    def _neighbours(self, leader: Mask, tried: Mapping[Mask, Tensor]) -> list[tuple[Mask, dict[str, Any]]]:
+        """Masks one exchange away from those that would go on and not tried, those predicted to be best first.
+
+        With each of them whose it is, and its prediction.
+        """
+        whose: dict[Mask, Mask] = {}
         for mask in surviving(tried, leader):
-            near |= {tuple(sorted({*mask} - {*out} | {*back})) for out, back in self.constraints.exchanges(mask)}
-        masks = sorted(near.difference(tried))
+            for out, back in self.constraints.exchanges(mask):
+                whose.setdefault(tuple(sorted({*mask} - {*out} | {*back})), mask)
+        masks = sorted(whose.keys() - tried.keys())
         known = {mask: loss for mask, losses in tried.items() if math.isfinite(loss := mean_of(losses))}
-        order = predicted(known, masks, self.constraints.num_blocks).argsort(stable=True)
-        return [masks[i] for i in order.tolist()]
+        found = predicted(known, masks, self.constraints.num_blocks)
+        order, losses = found.argsort(stable=True).tolist(), found.tolist()
+        return [(masks[i], {"neighbour_of": list(whose[masks[i]]), "predicted": losses[i]}) for i in order]
 
     def _recovered(self, number: int, entrants: Sequence[Mask], steps: int, note: str = "") -> dict[Mask, Tensor]:
         """Recover entrants; returns the losses of each, (samples,), infinite if they are not finite."""
@@ -166,6 +173,6 @@ class Heats:
             mean, error = difference(losses[mask], losses[leader])
             found = {"loss": mean_of(losses[mask]), "behind": mean, "standard_error": error}
             finite = {name: value if math.isfinite(value) else None for name, value in found.items()}
-            return {"kept": list(mask), "of": self.of[mask], "steps": updates, **finite}
+            return {"kept": list(mask), "of": self.of[mask], "steps": updates, **finite, **self.near.get(mask, {})}
 
         self.rounds.append([entry(mask) for mask in sorted(losses, key=lambda mask: mean_of(losses[mask]))])
