@@ -16,12 +16,17 @@ os.environ["OMP_NUM_THREADS"] = os.environ.setdefault("TINYFUSION_TEST_THREADS",
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import yaml
 
 # Fixtures import what is heavy: the process that only hands out tests has no use for it, and all others wait for it.
 pytest_plugins = ["pytester"]
 collect_ignore = ["third_party"]  # packages of their own, tested where they are installed
+
+# That a machine is slow or busy is no fault of what is tested.
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
 
 
 @pytest.fixture(autouse=True)

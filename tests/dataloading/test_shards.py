@@ -40,7 +40,7 @@ def everything(samples: ShardedSamples) -> dict[str, torch.Tensor]:
     return samples.__getitems__(list(range(len(samples))))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     sizes=st.lists(st.integers(0, 9), min_size=1, max_size=8).filter(sum),
     batch_size=st.integers(1, 12),

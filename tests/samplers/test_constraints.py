@@ -104,7 +104,7 @@ def cases(draw: st.DrawFn, ruled: bool = True) -> Case:
 SCORES = st.lists(st.integers(-3, 3) | st.just(math.inf), min_size=6, max_size=6)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(cases() | cases(ruled=False), SCORES)
 def test_the_best_of_all_that_obey(case: Case, scores: list[float]) -> None:
     def value(kept: tuple[int, ...]) -> tuple[int, float]:
@@ -122,13 +122,13 @@ def test_the_best_of_all_that_obey(case: Case, scores: list[float]) -> None:
     assert case.constraints.best(scores, late=True) == min(best, key=bits)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(cases() | cases(ruled=False))
 def test_what_obeys_is_accepted(case: Case) -> None:
     assert [kept for kept in SUBSETS if case.constraints.accepts(kept)] == case.masks
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(cases() | cases(ruled=False), st.randoms(use_true_random=False))
 def test_removing_one_by_one_ends_at_a_mask_that_obeys(case: Case, random: Any) -> None:
     kept, masks = set(range(6)), list(map(set, case.masks))
@@ -139,7 +139,7 @@ def test_removing_one_by_one_ends_at_a_mask_that_obeys(case: Case, random: Any) 
     assert kept in masks
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(cases() | cases(ruled=False), st.randoms(use_true_random=False))
 def test_an_exchange_leads_to_a_mask_that_obeys(case: Case, random: Any) -> None:
     kept = set(random.choice(case.masks))
@@ -149,7 +149,7 @@ def test_an_exchange_leads_to_a_mask_that_obeys(case: Case, random: Any) -> None
     assert case.constraints.exchanges(tuple(kept)) == sorted(obeying)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(cases() | cases(ruled=False), st.integers(1, 30))
 def test_distinct_draws(case: Case, num: int) -> None:
     def draw(num: int) -> list[tuple[int, ...]]:

@@ -52,7 +52,7 @@ def patterns(draw: st.DrawFn) -> tuple[dict[str, int], dict[str, list[tuple[int,
     return lists, by_list
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(patterns(), st.integers(0, 2**31))
 def test_every_sample_obeys_the_budget_of_every_group(case, seed: int) -> None:
     lists, by_list = case

@@ -164,7 +164,7 @@ def rules_and_lists(draw):
     )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(rules_and_lists(), st.integers(0, 1000))
 def test_every_sample_obeys_every_rule(case, seed: int) -> None:
     lists, rules = case

@@ -129,7 +129,7 @@ def test_segments_never_reach_over_two_lists() -> None:
     assert tiny.derive_taps(empty) == [(1, 3)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_any_pattern_has_taps_that_ascend_and_end_at_the_end(data) -> None:
     pairs = data.draw(

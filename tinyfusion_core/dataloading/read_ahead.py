@@ -16,7 +16,7 @@ class ReadAhead(Generic[T]):
 
     Args:
         read: reads a piece.
-        most: how many pieces may be on their way, or wait to be taken.
+        most: how many pieces may be on their way, or wait to be taken; besides those that are being taken.
     """
 
     def __init__(self, read: Callable[[int], T], most: int) -> None:
