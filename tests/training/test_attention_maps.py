@@ -107,10 +107,13 @@ def terms(kd: tiny.OutputKD, **how: Any) -> tuple[float, dict[str, Tensor]]:
     return float(judged.terms["feature"].mean()), student.state_dict()
 
 
-def test_a_recovery_brings_the_maps_nearer_checkpointed_or_not() -> None:
-    plain, _ = terms(tiny.OutputKD())
+def test_a_recovery_brings_the_maps_nearer() -> None:
+    assert terms(tiny.AttentionMapKD(beta=(3.0, 3.0)))[0] < 0.8 * terms(tiny.OutputKD())[0]
+
+
+@pytest.mark.slow
+def test_a_checkpointed_recovery_is_the_same() -> None:
     nearer, weights = terms(tiny.AttentionMapKD(beta=(3.0, 3.0)))
-    assert nearer < 0.8 * plain
     again, same = terms(tiny.AttentionMapKD(beta=(3.0, 3.0)), activation_checkpointing=True)
     assert again == pytest.approx(nearer, rel=1e-4)
     for name, value in weights.items():

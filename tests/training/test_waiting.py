@@ -12,6 +12,7 @@ from torch import Tensor
 
 import tinyfusion_core as tiny
 from far_device import FAR, FarDevice, far_away
+from marks import slow_but
 from small_run import digits_task
 from tinyfusion_core.protocols.blocks.rows import moved, split_rows
 from tinyfusion_core.samplers.constraints import Rules
@@ -43,7 +44,7 @@ def per_step(monkeypatch: pytest.MonkeyPatch, train: Any) -> tuple[Counter[str],
     return more.waits - few.waits, more.sent - few.sent
 
 
-@pytest.mark.parametrize("name", SEARCHES)
+@pytest.mark.parametrize("name", slow_but(SEARCHES, "control variate", "groups"))
 def test_a_search_waits_twice_a_step_once_with_nothing_to_do(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     waits, sent = per_step(
         monkeypatch,
@@ -58,7 +59,7 @@ def test_a_search_waits_twice_a_step_once_with_nothing_to_do(monkeypatch: pytest
     assert {place.split("(")[1] for place in sent} == {"to_device)"}, sent  # where it comes from pinned memory
 
 
-@pytest.mark.parametrize("kd", [None, tiny.OutputKD(), tiny.MaskedKD()], ids=["alone", "output", "masked"])
+@pytest.mark.parametrize("kd", slow_but([None, tiny.OutputKD(), tiny.MaskedKD()], tiny.MaskedKD()))
 def test_a_recovery_waits_once_a_step(monkeypatch: pytest.MonkeyPatch, kd: Any) -> None:
     def recover(task: tiny.Task, trainer: tiny.Trainer, steps: int) -> None:
         decision = tiny.Decision(blocks=tuple(task.blocks), kept=(0, 1, 3, 6), method="any")
