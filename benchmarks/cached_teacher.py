@@ -20,7 +20,7 @@ import torch
 
 import tinyfusion_core as tiny
 from tinyfusion_core.pipeline.planning.memory import Setup, training_needs
-from tinyfusion_core.pipeline.run import make_task
+from tinyfusion_core.pipeline.tasks import make_task
 from tinyfusion_core.pruning.removal import remove_blocks
 from tinyfusion_core.training.distilling.quantised import num_bytes, quantised
 from tinyfusion_dit import DiT, GaussianDiffusion

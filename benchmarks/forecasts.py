@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import tinyfusion_core as tiny
-from tinyfusion_core.pipeline.run import make_task
+from tinyfusion_core.pipeline.tasks import make_task
 from tinyfusion_core.training.forecasting.forecast import forecast
 from tinyfusion_core.training.validation import training_samples
 

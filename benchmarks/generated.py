@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 import tinyfusion_core as tiny
-from tinyfusion_core.pipeline.run import make_task
+from tinyfusion_core.pipeline.tasks import make_task
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 MADE = {"made": (1500, 1.0), "made, 4x": (6000, 1.0), "made, guided": (1500, 1.5)}

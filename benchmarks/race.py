@@ -1,11 +1,12 @@
 """Which selector finds the mask that recovers best, of all masks of a small teacher.
 
-    python benchmarks/race.py TEACHER KEEP [SEEDS]
+    python benchmarks/race.py TEACHER KEEP [SEEDS [RECOVERIES]]
 
 TEACHER is a folder as `tinyfusion run recipes/teacher_digits.yaml` leaves it, or a recipe. Every mask that keeps KEEP
 blocks is recovered by 100 steps and judged on held-out samples; of more than 300 masks 60 random ones are, and those
 that are chosen. The losses are kept in `TEACHER/../masks_KEEP.json`, or in `runs/masks_RECIPE_KEEP.json`. Then every
-selector decides with every seed, and its choice is looked up.
+selector decides with every seed, and its choice is looked up. Where two recoveries of one mask differ by much, the mean
+of several counts: RECOVERIES of them, each with another seed and a file of its own.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ def trainer_of(seed: int) -> tiny.Trainer:
     return tiny.Trainer(batch_size=64, precision="fp32", seed=seed, log_every=1000)
 
 
-def recovered(task: tiny.Task, kept: tuple[int, ...]) -> float:
-    trainer, decision = trainer_of(0), tiny.Decision(blocks=tuple(task.blocks), kept=kept, method="any")
+def recovered(task: tiny.Task, kept: tuple[int, ...], seed: int = 0) -> float:
+    trainer, decision = trainer_of(seed), tiny.Decision(blocks=tuple(task.blocks), kept=kept, method="any")
     student = RECOVERY(task, tiny.prune(task, decision), decision, trainer)
     (loss,) = tiny.HeldOutLoss(draws=4)(task, {"student": student}, trainer)
     found = loss.values["student"]
@@ -62,17 +63,25 @@ def recovered(task: tiny.Task, kept: tuple[int, ...]) -> float:
     return found
 
 
-def truth(task: tiny.Task, masks: Sequence[tuple[int, ...]], path: Path) -> dict[tuple[int, ...], float]:
+def truth(task: tiny.Task, masks: Sequence[tuple[int, ...]], path: Path, seed: int = 0) -> dict[tuple[int, ...], float]:
     """The recovered losses of masks, and of those that the file has, which are not computed again."""
     known: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
     with track("masks", len(masks), done=len(known)) as progress:
         for kept in masks:
             key = " ".join(map(str, kept))
             if key not in known:
-                known[key] = recovered(task, kept)
+                known[key] = recovered(task, kept, seed)
                 path.write_text(json.dumps(known))
                 progress.advance()
     return {tuple(map(int, key.split())): loss for key, loss in known.items()}
+
+
+def mean_truth(
+    task: tiny.Task, masks: Sequence[tuple[int, ...]], files: Sequence[Path]
+) -> dict[tuple[int, ...], float]:
+    """The recovered losses of masks, each the mean of as many recoveries as there are files."""
+    every = [truth(task, masks, path, seed) for seed, path in enumerate(files)]
+    return {mask: mean(losses[mask] for losses in every) for mask in every[0] if all(mask in one for one in every)}
 
 
 def selectors(keep: int) -> dict[str, tiny.Selector]:
@@ -94,18 +103,20 @@ def selectors(keep: int) -> dict[str, tiny.Selector]:
 
 
 def main() -> None:
-    teacher, keep, seeds = Path(sys.argv[1]), int(sys.argv[2]), int((*sys.argv, "3")[3])
+    teacher, keep = Path(sys.argv[1]), int(sys.argv[2])
+    given = dict(enumerate(sys.argv))
+    seeds, recoveries = int(given.get(3, 3)), int(given.get(4, 1))
     torch.set_num_threads(1)
     task = task_of(teacher)
-    path = file_of(teacher, keep)
+    files = [file_of(teacher, keep, f"seed{seed}_masks" if seed else "masks") for seed in range(recoveries)]
     masks = list(combinations(range(len(task.blocks)), keep))
     whole = len(masks) <= 300
-    truth(task, masks if whole else random.Random(0).sample(masks, 60), path)
+    mean_truth(task, masks if whole else random.Random(0).sample(masks, 60), files)
     found: dict[str, tuple[list[tiny.Decision], float]] = {}
     for name, selector in selectors(keep).items():
         began, decisions = time.process_time(), [selector(task, trainer_of(seed)) for seed in range(seeds)]
         found[name] = decisions, (time.process_time() - began) / seeds
-        losses = truth(task, list(dict.fromkeys(d.kept for d in decisions)), path)
+        losses = mean_truth(task, list(dict.fromkeys(d.kept for d in decisions)), files)
     order = sorted(losses, key=losses.__getitem__)
     print(f"{len(order)} of {len(masks)} masks of {len(task.blocks)} → {keep}; best {order[0]}: {losses[order[0]]:.4f}")
     print("| selector | ranks | mean loss behind the best | seconds | rows |\n|---|---|---|---|---|")

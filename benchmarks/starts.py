@@ -27,7 +27,7 @@ import torch
 
 import tinyfusion_core as tiny
 from tinyfusion_core.comparison.statistics import spearman
-from tinyfusion_core.pipeline.run import make_task
+from tinyfusion_core.pipeline.tasks import make_task
 from tinyfusion_core.runtime.stages import UPDATE
 
 

@@ -19,7 +19,7 @@ from tinyfusion_core.evaluation.caching import Reusing, profiled
 from tinyfusion_core.parsing.records import read_json, shaped
 from tinyfusion_core.parsing.weights import read_weights
 from tinyfusion_core.pipeline.recipe import load_recipe
-from tinyfusion_core.pipeline.run import make_task
+from tinyfusion_core.pipeline.tasks import make_task
 from tinyfusion_core.protocols.task import Task
 from tinyfusion_core.pruning.prune import load_pretrained, origin
 from tinyfusion_core.pruning.record import decision_of

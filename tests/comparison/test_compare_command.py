@@ -19,7 +19,7 @@ from small_run import RECIPE
 from tinyfusion_core.cli import main
 from tinyfusion_core.comparison.results import ComparisonResults
 from tinyfusion_core.pipeline.planning.plan import make_comparison_plan, make_plan
-from tinyfusion_core.pipeline.run import make_task
+from tinyfusion_core.pipeline.tasks import make_task
 from tinyfusion_core.selection.criteria.positions import FirstN
 from tinyfusion_images.features import shipped
 

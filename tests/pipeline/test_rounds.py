@@ -21,7 +21,7 @@ from places import ROOT
 from small_run import RECIPE, run
 from tinyfusion_core.cli import main
 from tinyfusion_core.pipeline.planning.plan import make_plan
-from tinyfusion_core.pipeline.run import make_task
+from tinyfusion_core.pipeline.tasks import make_task
 from tinyfusion_core.pruning.prune import WEIGHTS
 
 pytestmark = pytest.mark.filterwarnings("ignore:recover.kd:UserWarning")  # of a term that hardly counts here

@@ -22,7 +22,7 @@ import tinyfusion_core as tiny
 from forks import command, start, wait
 from small_run import RECIPE, SHIPPED, run
 from tinyfusion_core.cli import main
-from tinyfusion_core.pipeline.run import make_task
+from tinyfusion_core.pipeline.tasks import make_task
 from tinyfusion_core.pruning.prune import WEIGHTS
 from tinyfusion_core.runtime.locking import owned
 from tinyfusion_core.runtime.run_folder import RUN

@@ -18,7 +18,7 @@ from small_run import RECIPE
 from tinyfusion_core.cli import main
 from tinyfusion_core.dataloading.shards import write_shard
 from tinyfusion_core.errors import UserError
-from tinyfusion_core.pipeline.run import make_task
+from tinyfusion_core.pipeline.tasks import make_task
 from tinyfusion_core.protocols.columns import checked, columns_of, unchecked
 from tinyfusion_core.protocols.data import Sharded, Tensors
 from tinyfusion_diffusers.data import EncodedPrompts

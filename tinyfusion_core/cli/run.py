@@ -6,8 +6,13 @@ import shlex
 from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..protocols.command import Command, a_count, a_path
+from .compare import WORKERS, some_workers
+
+if TYPE_CHECKING:
+    from ..runtime.workers.base import Workers
 
 QUICKSTART = Path(__file__).with_name("quickstart.yaml")
 """The recipe of `tinyfusion demo`: a link to `recipes/`, a file in the wheel."""
@@ -24,10 +29,13 @@ class Run(Command):
         """A recipe, whose keys can be overridden, the run folder, and the stage to restart from."""
         parser.add_argument("recipe", type=a_path)
         _add_folder_and_stage(parser)
+        parser.add_argument(
+            "--workers", type=some_workers, metavar="HOW", help=f"let others recover a race's entrants: {WORKERS}"
+        )
 
     def __call__(self, options: Namespace) -> int:
         """Run or resume; the main process prints the results table and the path of the report."""
-        return _run(options.recipe, options, [self.name, str(options.recipe)])
+        return _run(options.recipe, options, [self.name, str(options.recipe)], options.workers)
 
 
 class Demo(Command):
@@ -62,7 +70,7 @@ def _add_folder_and_stage(parser: ArgumentParser) -> None:
     )
 
 
-def _run(path: Path, options: Namespace, typed: Sequence[str]) -> int:
+def _run(path: Path, options: Namespace, typed: Sequence[str], workers: Workers | None = None) -> int:
     """Run or resume a recipe for a command, of which `typed` is said in messages on how to go on."""
     from ..pipeline.recipe import load_recipe
     from ..pipeline.run import run_recipe
@@ -73,7 +81,7 @@ def _run(path: Path, options: Namespace, typed: Sequence[str]) -> int:
     run_dir = options.run_dir or Path("runs") / path.stem
     command = shlex.join(["tinyfusion", *typed, *options.overrides])
     recipe = load_recipe(path, options.overrides)
-    report = run_recipe(recipe, run_dir, command, options.restart_from, extend=options.extend)
+    report = run_recipe(recipe, run_dir, command, options.restart_from, extend=options.extend, workers=workers)
     if not recipe.trainer.accelerator.is_main_process:
         return 0
     print_table(results_table(RunFolder(run_dir)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 from torch import nn
@@ -16,7 +16,7 @@ from ..evaluation.metrics import HeldOutLoss
 from ..parsing.records import read_as
 from ..protocols.task import Task
 from ..pruning.decision import Decision
-from ..pruning.prune import load_pretrained, origin, prune
+from ..pruning.prune import prune
 from ..pruning.record import decision_of
 from ..reporting.report import BUDGETS, write_report
 from ..runtime.distributed import on_main_process
@@ -25,7 +25,8 @@ from ..runtime.run_folder import RunFolder
 from ..runtime.workers.base import Workers, check_alone
 from ..selection.given import Nested
 from .recipe import Recipe, load_recipe
-from .run import make_task, sections_of_metrics
+from .run import sections_of_metrics
+from .tasks import searched_task
 
 ROWS = "budgets"
 """Folder in a run folder with the rows that are known."""
@@ -115,7 +116,7 @@ def _compute(run_dir: str, working_folder: str, recover_steps: int, num: int) ->
     """Compute one row and keep it, here or as a worker; relative paths in the recipe begin in the working folder."""
     os.chdir(working_folder)
     folder = RunFolder(run_dir)
-    recipe, task = _taken(run_dir, _decisive(folder))
+    recipe, task = searched_task(run_dir, version=_decisive(folder))
     trainer = recipe.trainer
     held_out = next((m for m in recipe.evaluate if isinstance(m, HeldOutLoss)), HeldOutLoss())
     decision = Nested(keep=num, decision=str(folder / "decision.json"))(task, trainer)
@@ -126,15 +127,6 @@ def _compute(run_dir: str, working_folder: str, recover_steps: int, num: int) ->
         row = replace(row, recovered=_recovered(task, student, decision, recipe, recover_steps, held_out))
     path = _row_file(folder, num, recover_steps)
     on_main_process(lambda: write_json(path, asdict(row)))
-
-
-@lru_cache(maxsize=1)
-def _taken(run_dir: str, decisive: str) -> tuple[Recipe, Task]:
-    """A run's recipe, and its task with the teacher that it may have trained; made once in a process."""
-    recipe, teacher = load_recipe(Path(run_dir) / "recipe.yaml"), Path(run_dir) / "teacher"
-    if recipe.train is None:
-        return recipe, make_task(recipe)
-    return recipe, replace(make_task(recipe, load_pretrained(teacher)), origin=origin(teacher))
 
 
 def _recovered(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from functools import cache, partial
 from pathlib import Path
 
@@ -23,7 +24,8 @@ from ..runtime.run_folder import COMPARISON_RESULTS
 from ..runtime.workers.base import Workers, check_alone
 from .planning.plan import make_comparison_plan
 from .recipe import Recipe, load_recipe
-from .run import keep_what_is_loaded, make_task
+from .run import keep_what_is_loaded
+from .tasks import make_task
 
 
 @about_a_recipe()
@@ -60,19 +62,21 @@ def compare_recipe(
 
     def elsewhere(entries: Sequence[Entry]) -> Iterator[Entry]:
         assert workers is not None
+        stack.enter_context(workers.started())
         folder = Path(run_dir).resolve()
         recipe.save(folder)  # the workers read it
         yield from workers.run(partial(compute, str(folder), view, str(Path.cwd())), entries, folder / "workers")
 
-    results = stage(
-        task,
-        recipe.recover,
-        recipe.trainer,
-        run_dir,
-        recipe.search,
-        recipe.evaluate,
-        elsewhere if workers is not None else None,
-    )
+    with ExitStack() as stack:
+        results = stage(
+            task,
+            recipe.recover,
+            recipe.trainer,
+            run_dir,
+            recipe.search,
+            recipe.evaluate,
+            elsewhere if workers is not None else None,
+        )
 
     def keep() -> Path:
         recipe.save(Path(run_dir))

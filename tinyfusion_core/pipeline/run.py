@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from ..errors import UserError, about_a_recipe
 from ..evaluation.evaluate import check_teacher, evaluate, with_standing
 from ..evaluation.metrics import Measurement
 from ..protocols.backbone import constructed
-from ..protocols.columns import checked, columns_of
 from ..protocols.task import Task
 from ..pruning.decision import Decision, versions
 from ..pruning.prune import load_pretrained, origin, prune, save_network, save_pretrained
@@ -31,7 +31,9 @@ from ..runtime.locking import owned
 from ..runtime.run_folder import RUN, RunFolder
 from ..runtime.seeding import seed_of
 from ..runtime.stages import EVALUATE, RECOVER, SEARCH, TRAIN, Stage
+from ..runtime.workers.base import Workers
 from ..selection.base import Selector
+from ..selection.judging.recoveries import Entrant
 from ..selection.search import Search
 from ..training.recover import Recover
 from ..training.teacher_cache.samples import open_cache
@@ -41,6 +43,7 @@ from .recipe import Recipe
 from .resuming.check import Asked, check_resume, extended, take_run_folder
 from .resuming.fingerprint import stage_keys
 from .slices import shallower
+from .tasks import check_workers, make_task, recover_entrant
 
 
 @about_a_recipe()
@@ -51,6 +54,7 @@ def run_recipe(
     restart_from: str | None = None,
     *,
     extend: bool = False,
+    workers: Workers | None = None,
 ) -> Path:
     """Run a recipe, resuming what is there. All processes train and evaluate, and the main one writes and reports.
 
@@ -60,15 +64,19 @@ def run_recipe(
         command: what the user typed, for messages that say how to resume.
         restart_from: delete this stage and the later ones first.
         extend: go on with a recovery that is to have more steps than it had, as though it had never stopped.
+        workers: recover the entrants of races instead of this process, which waits for them.
 
     Returns:
         The path of the report.
 
     Raises:
-        UserError: the plan has problems, or the folder holds a run with other settings, or what is no run.
+        UserError: the plan has problems, or the folder holds a run with other settings, or what is no run; or workers
+            were given to several processes, or have nothing to do.
         Interrupted: a signal arrived; the same command resumes.
     """
     folder, asked = RunFolder(run_dir), Asked(command, restart_from, extend)
+    if workers is not None:
+        check_workers(recipe)
     _ = recipe.trainer.accelerator  # from here on the processes know of each other
     recipe = on_every_rank(lambda: extended(recipe, folder)) if extend else recipe
     task = on_every_rank(lambda: _prepared(recipe, folder, asked))
@@ -82,7 +90,7 @@ def run_recipe(
             take_run_folder(recipe, folder, asked)
 
         on_main_process(take)
-        run = _Run(recipe, task, folder)
+        run = _Run(recipe, task, folder, workers, stack)
         for stage in recipe.stages():
             run.do(stage)
         on_main_process(lambda: write_report(folder, sections_of_metrics(recipe, folder)))
@@ -152,20 +160,6 @@ def _has_finished(stage: Stage, folder: RunFolder, keys: Mapping[str, str]) -> b
     return record is not None and record["key"] == keys[stage.key]
 
 
-def make_task(recipe: Recipe, model: nn.Module | None = None) -> Task:
-    """Return the task of a recipe, its data checked as they are read; without a model its backbone builds one."""
-    columns = columns_of(recipe.backbone, recipe.on_meta if model is None else model, recipe.data.conditions)
-    return Task(
-        backbone=recipe.backbone,
-        loss=recipe.loss,
-        train=checked(recipe.data.train(), columns, "training"),
-        held_out=checked(recipe.data.held_out(), columns, "held-out"),
-        feature_space=recipe.data.feature_space(),
-        data=recipe.data,
-        model=model,
-    )
-
-
 @dataclass(frozen=True)
 class _Work:
     """How one kind of stage is run.
@@ -188,10 +182,15 @@ class _Run:
         recipe: the recipe.
         task: with the teacher of the first stage. Each round's student becomes the next teacher.
         folder: the run folder.
+        workers: do pieces of searches.
+        stack: ends them with the run.
     """
 
-    def __init__(self, recipe: Recipe, task: Task, folder: RunFolder) -> None:
+    def __init__(
+        self, recipe: Recipe, task: Task, folder: RunFolder, workers: Workers | None, stack: ExitStack
+    ) -> None:
         self.recipe, self.task, self.folder = recipe, task, folder
+        self.workers, self.stack = workers, stack
         self.keys = stage_keys(recipe)
         self.models = {} if recipe.train else {"teacher": task.teacher}  # what there is to measure
         self.decisions: dict[str, Decision] = {}  # by round
@@ -238,10 +237,19 @@ class _Run:
         folder, recovery = self.folder.round(stage.round), self.recipe.each_round()[stage.round].recover
         if recovery is not None and recovery.validation is not None:
             recovery.validation.check_teacher(self.task, self.recipe.trainer)
-        decision: Decision = stage.settings(self.task, self.recipe.trainer, folder)
+        trainer = self.recipe.trainer
+        if self.workers is not None:
+            trainer = replace(trainer, elsewhere=partial(self._elsewhere, self.workers, stage.round))
+        decision: Decision = stage.settings(self.task, trainer, folder)
         decision = replace(decision, provenance={**decision.provenance, "recipe_sha256": self.keys[stage.key]})
         on_main_process(lambda: decision.save(folder / "decision.json"))
         return decision
+
+    def _elsewhere(self, workers: Workers, round_name: str, entrants: Sequence[Entrant]) -> Iterator[Entrant]:
+        self.stack.enter_context(workers.started())
+        folder = self.folder.path.resolve()
+        do = partial(recover_entrant, str(folder), round_name, str(Path.cwd()))
+        yield from workers.run(do, entrants, folder / "workers")
 
     def _stored_decision(self, stage: Stage) -> Decision:
         return decision_of(self.folder, stage.round)

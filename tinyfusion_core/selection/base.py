@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast
 
 from ..errors import UserError
 from ..evaluation.metrics import Metric
@@ -60,7 +60,13 @@ class Proposals:
 
 
 class Selector(Settings, ABC):
-    """A stage that decides which blocks are kept: the learned search, or a criterion."""
+    """A stage that decides which blocks are kept: the learned search, or a criterion.
+
+    Attributes:
+        hands_out: whether other processes can do pieces of it; see `Trainer.elsewhere`.
+    """
+
+    hands_out: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, task: Task, trainer: Trainer, run: RunFolder | None = None) -> Decision:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -73,6 +73,8 @@ class Shallowest(Selector):
     protect: Sequence[int] = field(default_factory=tuple)
     constraints: Rules | None = None
     start: Start | None = field(default=None, metadata={FOLLOWS: "start", NEUTRAL: None})
+
+    hands_out: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require(0 < self.sure < 1, "search.sure", self.sure, "a probability between 0 and 1")

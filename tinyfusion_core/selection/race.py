@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Self
+from typing import ClassVar, Self
 
 from typing_extensions import override
 
@@ -77,6 +77,8 @@ class Race(Constrained):
     sure: float = 2.0
     minutes: float | None = field(default=None, metadata={NEUTRAL: None})
     start: Start | None = field(default=None, metadata={FOLLOWS: "start", NEUTRAL: None})
+
+    hands_out: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

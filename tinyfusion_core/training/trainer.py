@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -41,6 +41,7 @@ NUMERICALLY_NEUTRAL = (
     "project",
     "progress",
     "callbacks",
+    "elsewhere",
 )
 """Settings of the trainer that change no result, except for rounding and the draws of dropout."""
 
@@ -77,6 +78,9 @@ class Trainer(Settings):
         project: project name, for trackers that have projects.
         progress: whether bars or lines on the screen say how far the work is; TINYFUSION_PROGRESS=0 turns them off too.
         callbacks: who is told of every step, logged line and checkpoint.
+        elsewhere: does pieces of a search in other processes, which leave what they find in the search's folder, and
+            yields each piece when it is done; see `selection.judging.recoveries.Entrant`. By default this process does
+            them.
     """
 
     batch_size: int = 128
@@ -99,6 +103,7 @@ class Trainer(Settings):
     project: str = "tinyfusion"
     progress: bool = True
     callbacks: tuple[Callback, ...] = field(default=(), metadata={PYTHON: True})
+    elsewhere: Callable[[Sequence[Any]], Iterator[Any]] | None = field(default=None, metadata={PYTHON: True})
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "log_every", "checkpoint_every", "keep_checkpoints", "max_skipped", "timeout"):

@@ -11,7 +11,7 @@ from ...training.teacher_cache.writing import write_cache
 from ..planning.cached_teacher import caches_of
 from ..planning.plan import make_plan
 from ..recipe import Recipe
-from ..run import make_task
+from ..tasks import make_task
 
 
 @about_a_recipe()

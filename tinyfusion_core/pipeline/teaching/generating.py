@@ -12,7 +12,7 @@ from ...evaluation.generated_data import GenerateData
 from ...protocols.columns import checked, columns_of
 from ...protocols.task import Task, check_loss_fits
 from ..recipe import Recipe
-from ..run import make_task
+from ..tasks import make_task
 
 
 @about_a_recipe()

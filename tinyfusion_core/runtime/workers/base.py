@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,6 +16,14 @@ P = TypeVar("P")
 
 class Workers(ABC):
     """Processes that do pieces of work, here or on other machines that see the same files."""
+
+    def started(self) -> AbstractContextManager[object]:
+        """Keep processes between several calls of `run` in the context, where whoever starts them can.
+
+        Raises:
+            UserError: they cannot be started.
+        """
+        return nullcontext()
 
     @abstractmethod
     def run(self, work: Callable[[P], object], pieces: Sequence[P], logs: Path) -> Iterator[P]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,10 @@ class MeasuredRecoveries(ShortRecoveries):
     metric: Metric = field(kw_only=True)
     sign: float = field(default=1.0, init=False)
     measures: str = field(default="", init=False)
+
+    @override
+    def _of_its_kind(self) -> dict[str, Any]:
+        return {**super()._of_its_kind(), "metric": self.metric}
 
     @property
     @override

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +30,27 @@ from .paired import Mask
 
 JUDGED = "losses.safetensors"
 """File with the losses of a recovered network, while the stage runs."""
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """A short recovery that is handed to another process.
+
+    Attributes:
+        mask: indices of the kept blocks.
+        stage: name of the random streams.
+        how: the recovery, and what makes `ShortRecoveries` like those that handed it out, pickled by themselves: they
+            can be read once the plugin files of the recipe are loaded.
+    """
+
+    mask: Mask
+    stage: str
+    how: bytes
+
+    def recover(self, task: Task, trainer: Trainer, run: RunFolder) -> None:
+        """Recover the mask and leave its losses in the folder of the search, from which they are read."""
+        recovery, make = pickle.loads(self.how)
+        make(task, trainer, run, lambda batches: recovery)._find(self.mask, self.stage, recovery, trainer.quiet())
 
 
 @dataclass
@@ -86,7 +109,8 @@ class ShortRecoveries:
     def losses(self, masks: Sequence[Mask], stage: str, steps: int, note: str = "") -> dict[Mask, Tensor]:
         """Recover masks and judge them. Only their losses are kept: weights of all would fill a disk.
 
-        As many masks as processes, or more, are recovered each by one process; fewer by all of them together.
+        As many masks as processes, or more, are recovered each by one process; fewer by all of them together; or
+        other processes recover them, where the trainer has such.
 
         Args:
             masks: indices of the kept blocks of each.
@@ -102,12 +126,18 @@ class ShortRecoveries:
         alone = together.each_alone(len(masks))
 
         def work(mask: Mask) -> Tensor:
-            losses = self._known(mask, stage, recovery, alone or together, self.spent + steps * masks.index(mask))
+            return self._known(mask, stage, recovery, alone or together, self.spent + steps * masks.index(mask))
+
+        def shown(mask: Mask) -> Tensor:
+            losses = work(mask)
             progress.advance()
             return losses
 
-        with self.trainer.track(f"{stage}{note}", len(local_share(masks) if alone else masks)) as progress:
-            found = map_alone(masks, work) if alone else [work(mask) for mask in masks]
+        if self._hand_out(masks, stage, recovery, steps, note):
+            found = [work(mask) for mask in masks]
+        else:
+            with self.trainer.track(f"{stage}{note}", len(local_share(masks) if alone else masks)) as progress:
+                found = map_alone(masks, shown) if alone else [shown(mask) for mask in masks]
         self.spent += steps * len(masks)
         self.evaluations += (recovery.steps * together.batch_size + len(self.judged)) * len(masks)
         for mask, losses in zip(masks, found, strict=True):
@@ -122,15 +152,47 @@ class ShortRecoveries:
 
     def _known(self, mask: Mask, stage: str, recovery: Recover, trainer: Trainer, done: int) -> Tensor:
         """The losses of a mask: those of an earlier run of this stage, or recovered and judged now."""
-        name = f"{stage} of {folder_name(mask)}"
-        part = self.run and self.run.part(SEARCH, name)
+        part = self.run and self._part(self.run, stage, mask)
         if part is not None and (part / JUDGED).exists():
             return read_weights(part / JUDGED)["losses"]
-        self.tell(f"{stage}: recovers {' '.join(map(str, mask))}", recovery.steps, name, done)
+        what = f"{stage}: recovers {' '.join(map(str, mask))}"
+        self.tell(what, recovery.steps, "" if part is None else part.path.name, done)
+        return self._find(mask, stage, recovery, trainer)
+
+    def _find(self, mask: Mask, stage: str, recovery: Recover, trainer: Trainer) -> Tensor:
+        """Recover a mask and judge it; its losses are kept in the run, if there is one."""
+        part = self.run and self._part(self.run, stage, mask)
         losses = self._recovered(mask, recovery, stage, part, trainer)
         if part is not None:
             on_main_process(partial(_keep, part, stage, losses))
         return losses
+
+    def _hand_out(self, masks: Sequence[Mask], stage: str, recovery: Recover, steps: int, note: str) -> bool:
+        """Have other processes recover what is not known, if the trainer has any. Returns whether it has."""
+        elsewhere, run = self.trainer.elsewhere, self.run
+        if elsewhere is None or run is None:
+            return False
+        how = pickle.dumps((recovery, partial(type(self), **self._of_its_kind())))
+        lacking = [mask for mask in masks if not (self._part(run, stage, mask) / JUDGED).exists()]
+        left, what = len(lacking), f"{stage}{note}, by workers"
+        self.tell(what, None)
+        self.task.teacher.cpu()  # the others may work on this device
+        with self.trainer.track(what, left) as progress:
+            for _ in elsewhere([Entrant(mask, stage, how) for mask in lacking]):
+                left -= 1
+                self.tell(what, None, done=self.spent + steps * (len(masks) - left))
+                progress.advance()
+        self.trainer.to_device(self.task.teacher)
+        return True
+
+    def _of_its_kind(self) -> dict[str, Any]:
+        """What makes recoveries of this kind for the same task elsewhere, besides the recovery; pickled."""
+        return {"samples": self.samples, "steps": 0}
+
+    @staticmethod
+    def _part(run: RunFolder, stage: str, mask: Mask) -> RunFolder:
+        """What of the search's folder belongs to one recovery."""
+        return run.part(SEARCH, f"{stage} of {folder_name(mask)}")
 
     def _recovered(self, mask: Mask, recovery: Recover, stage: str, part: RunFolder | None, trainer: Trainer) -> Tensor:
         decision = Decision(blocks=tuple(self.task.blocks), kept=mask, method="Race")
