@@ -129,6 +129,13 @@ def test_flags_reach_every_depth_and_keep_the_rest() -> None:
     assert full.search.pattern == [(2, 4), (1, 4)]
 
 
+def test_what_is_taken_out_and_then_changed_is_refused() -> None:
+    path = ROOT / "recipes" / "sit_small.yaml"
+    with pytest.raises(tiny.UserError, match=r"^--recover.update: --recover null, before it, takes recover out"):
+        tiny.load_recipe(path, ["--recover", "null", "--recover.update", "LoRA"])
+    assert tiny.load_recipe(path, ["--recover.steps", "7", "--recover", "null"]).recover is None
+
+
 def test_a_sampler_spelled_out_is_the_short_form() -> None:
     path = ROOT / "recipes" / "sit_small.yaml"
     sampler = "{class_path: GroupedSampler, init_args: {pattern: [4, 8], tau: [4.0, 0.1]}}"

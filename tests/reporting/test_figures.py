@@ -56,6 +56,20 @@ def test_the_lines_of_a_loss_have_names_and_clipped_points_are_told(count: int, 
     assert "training loss: recover" in text(path)
 
 
+def test_one_logged_step_is_seen_at_a_whole_step(tmp_path: Path) -> None:
+    blocks = ["b.0", "b.1"]
+    entry = {"step": 7, "loss": 0.5, "confidence": 0.5, "decision": [1], "marginals": [0.2, 0.8]}
+    empty = {**entry, "marginals": [0.0, 0.0]}
+    for logged in (entry, empty):
+        draw_dynamics([logged], blocks, tmp_path / "kept.svg", tmp_path / f"{logged['marginals']}.svg")
+    draw_loss("search", [entry], tmp_path / "loss.svg")
+    for name in ("kept", "loss", entry["marginals"]):
+        assert {"6", "7", "8"} <= {*text(tmp_path / f"{name}.svg")}, name
+    pictures = [re.findall('base64,[^"]*', (tmp_path / f"{e['marginals']}.svg").read_text()) for e in (entry, empty)]
+    assert pictures[0][0] != pictures[1][0]
+    assert "<use " in (tmp_path / "loss.svg").read_text().partition('id="loss-line2d_')[2].rpartition("legend")[0]
+
+
 def test_block_lists_are_named(tmp_path: Path) -> None:
     entries = [{"step": s, "confidence": 0.5, "decision": [0, 2], "marginals": [0.5] * 4} for s in (1, 2)]
     for blocks, named in ((["a.0", "a.1", "b$x$.0", "b$x$.1"], ["a", "b$x$"]), ([f"a.{i}" for i in range(4)], [])):

@@ -274,7 +274,10 @@ def test_a_recipe_says_it_and_the_plan_shows_it(tmp_path: Path, capsys: pytest.C
     recover = {"steps": 4, "warmup": 0.25, "gap_lr": 3.0, "validation": validation}
     path.write_text(yaml.safe_dump({**RECIPE, "search": search, "recover": recover, "evaluate": []}))
     assert main(["validate", str(path)]) == 0
-    assert "judged every 1 steps" in " ".join(capsys.readouterr().out.replace("│", " ").split())
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert (
+        "judged every 1 steps on 16 training samples set apart, until 3 in a row are no better, until the loss" in said
+    )
     assert run(path, tmp_path / "run") == 0
     assert list(judged(tiny.RunFolder(tmp_path / "run"))) == [1, 2, 3, 4]
     assert "recover: after 3 of 4 steps" in capsys.readouterr().err

@@ -136,6 +136,9 @@ def _progress(shown: bool) -> Iterator[None]:
     from ..runtime.progress import console
 
     console.quiet = not shown
+    if not shown or not console.is_terminal:  # bars of the libraries, which a log would have in one endless line
+        for switch in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS"):
+            os.environ.setdefault(switch, "1")
     try:
         yield
     finally:

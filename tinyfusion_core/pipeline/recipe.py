@@ -222,9 +222,12 @@ def _overrides(flags: Sequence[str]) -> list[tuple[str, Any]]:
                 raise UserError(f"{key}: a value is missing")
             text = rest.pop(0)
         try:
-            out.append((key[2:], load_yaml(text)))
+            value = load_yaml(text)
         except yaml.YAMLError as e:
             raise UserError(f"{key}: '{text}' is not readable as YAML: {' '.join(str(e).split())}") from None
+        if gone := next((name for name, to in out if to is None and key.startswith(f"--{name}.")), None):
+            raise UserError(f"{key}: --{gone} null, before it, takes {gone} out; leave one of the two out")
+        out.append((key[2:], value))
     return out
 
 

@@ -45,23 +45,34 @@ def draw_dynamics(entries: Entries, blocks: Sequence[str], decided: Path, margin
         x, alpha = np.repeat(steps, counts), np.repeat(opacity, counts)
         axes.scatter(x, kept, s=30, marker="s", color=KEPT, alpha=alpha, linewidths=0, rasterized=True)  # type: ignore[arg-type]
         axes.set(title="kept blocks", xlabel="search step")
+        _along(axes, steps)
         _blocks_upwards(axes, blocks)
         save_figure(figure, decided)
         figure, axes = plt.subplots(figsize=size, layout="constrained")
         values = np.array([e["marginals"] for e in entries]).T
+        columns: Sequence[float] = steps
+        if len(steps) == 1:  # a column has its width from the next one
+            columns, values = [steps[0] - 0.25, steps[0] + 0.25], np.repeat(values, 2, axis=1)
         image = axes.pcolormesh(
-            steps, range(len(blocks)), values, cmap=SHADES, vmin=0, vmax=1, shading="nearest", rasterized=True
+            columns, range(len(blocks)), values, cmap=SHADES, vmin=0, vmax=1, shading="nearest", rasterized=True
         )
         axes.set(title="probability that a block is kept", xlabel="search step")
+        _along(axes, steps)
         _blocks_upwards(axes, blocks)
         figure.colorbar(image, ax=axes, ticks=[0, 0.5, 1], pad=0.02).outline.set_visible(False)
         save_figure(figure, marginals)
 
 
-def _blocks_upwards(axes: Axes, blocks: Sequence[str]) -> None:
-    """Blocks upwards, steps to the right; several block lists are told apart by lines, with their names beside them."""
-    every = 1 if len(blocks) <= 16 else 2 if len(blocks) <= 40 else 5
+def _along(axes: Axes, steps: Sequence[int]) -> None:
+    """Whole steps to the right, of which there may be one."""
     axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+    if len(steps) == 1:
+        axes.set_xlim(steps[0] - 1.5, steps[0] + 1.5)
+
+
+def _blocks_upwards(axes: Axes, blocks: Sequence[str]) -> None:
+    """Blocks upwards; several block lists are told apart by lines, with their names beside them."""
+    every = 1 if len(blocks) <= 16 else 2 if len(blocks) <= 40 else 5
     axes.set(ylabel="block", ylim=(-0.6, len(blocks) - 0.4), yticks=range(0, len(blocks), every))
     axes.set_yticklabels([str(number) for number in numbers_of(blocks)[::every]])
     lists = block_lists(blocks)
@@ -171,7 +182,7 @@ def draw_loss(stage: str, entries: Entries, path: Path) -> None:
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(WIDTH, 3.2), layout="constrained")
         axes.set(title=f"training loss: {stage}", xlabel="step")
-        axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+        _along(axes, [e["step"] for e in entries])
         if entries:
             _curves(axes, entries)
             legend_above(axes)
@@ -183,7 +194,7 @@ def _curves(axes: Axes, entries: Entries) -> None:
     many = len(losses) >= FEW
     alpha, thick = (0.4, 1.0) if many else (1.0, 1.8)
     label = "loss, mean between logged steps"
-    axes.plot(steps, losses, color=KEPT, alpha=alpha, linewidth=thick, label=label)
+    axes.plot(steps, losses, color=KEPT, alpha=alpha, linewidth=thick, label=label, marker="" if steps[1:] else "o")
     if many:
         width = max(3, len(losses) // 20)
         smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
@@ -195,7 +206,7 @@ def _curves(axes: Axes, entries: Entries) -> None:
     judged = _judgements(axes, entries)
     drawn = [*losses, *plain, *judged]
     low, high = np.percentile(drawn, [0, 95])
-    margin = 0.15 * (high - low) + 1e-9
+    margin = 0.15 * (high - low) or 0.1 * abs(high) or 1.0
     axes.set_ylim(low - margin, high + margin)
     above = [value for value in drawn if value > high + margin]
     if above:
@@ -231,6 +242,7 @@ def draw_errors(network: str, blocks: Sequence[str], errors: Sequence[Sequence[f
             rasterized=True,
         )  # fmt: skip
         axes.set(title=f"difference to the call before: {network}", xlabel="call in a sampling")
+        _along(axes, range(values.shape[1]))
         _blocks_upwards(axes, blocks)
         figure.colorbar(image, ax=axes, ticks=[0, 0.5, 1], pad=0.02, extend="max").outline.set_visible(False)
         save_figure(figure, path)

@@ -14,6 +14,7 @@ from ...pruning.decision import Decision
 from ...selection.search import Search
 from ...training.recover import Recover
 from ...training.steps.optimizers import NamedOptimizer
+from ...training.validation import Validation
 from ..recipe import Recipe
 
 
@@ -38,10 +39,16 @@ def training_text(recipe: Recipe, stage: Recover, teacher: nn.Module | None, dec
     kd += f" on samples of its own in {stage.on_policy:.0%} of the steps" if stage.on_policy else ""
     kd += "" if stage.update is None else f", moves {type(stage.update).__name__}"
     kd += "" if stage.optimizer is None else f", by {NamedOptimizer(stage.optimizer).cls.__name__}"
-    judged = "" if stage.validation is None else f", judged every {stage.validation.every:,} steps"
+    judged = "" if stage.validation is None else f", {_judged(stage.validation)}"
     over = "" if stage.horizon is None else f" over {stage.horizon:,} steps"
     begin = f"{start}, then " if start else ""
     return f"{begin}{budget_text(recipe, stage)}, {stage.schedule} schedule from {stage.lr:g}{over}{kd}{judged}"
+
+
+def _judged(how: Validation) -> str:
+    patience = "" if how.patience is None else f", until {how.patience:,} in a row are no better"
+    until = "" if how.until is None else f", until the loss is {how.until}"
+    return f"judged every {how.every:,} steps on {how.samples:,} training samples set apart{patience}{until}"
 
 
 def size_text(recipe: Recipe, model: nn.Module) -> str:
