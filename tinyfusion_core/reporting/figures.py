@@ -203,8 +203,11 @@ def _curves(axes: Axes, entries: Entries) -> None:
     plain = [e["gt"] for e in told]
     if plain:
         axes.plot([e["step"] for e in told], plain, color=GREY, linewidth=1, label="without the teacher's terms")
-    judged = _judgements(axes, entries)
-    drawn = [*losses, *plain, *judged]
+    _without_outliers(axes, [*losses, *plain, *_judgements(axes, entries)])
+
+
+def _without_outliers(axes: Axes, drawn: Sequence[float]) -> None:
+    """Show the losses but for the highest twentieth, if those are far above, and say how many are."""
     low, high = np.percentile(drawn, [0, 95])
     margin = 0.15 * (high - low) or 0.1 * abs(high) or 1.0
     axes.set_ylim(low - margin, high + margin)
