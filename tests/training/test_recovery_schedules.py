@@ -278,6 +278,10 @@ def test_a_recipe_says_it_and_the_plan_shows_it(tmp_path: Path, capsys: pytest.C
     assert (
         "judged every 1 steps on 16 training samples set apart, until 3 in a row are no better, until the loss" in said
     )
+    assert "judged on" not in said
+    assert main(["validate", str(path), "--recover.validation.samples", "751"]) == 0
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "recover: judged on 750 samples, half of those to train on" in said
     assert run(path, tmp_path / "run") == 0
     assert list(judged(tiny.RunFolder(tmp_path / "run"))) == [1, 2, 3, 4]
     assert "recover: after 3 of 4 steps" in capsys.readouterr().err

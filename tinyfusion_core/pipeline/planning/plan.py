@@ -195,6 +195,13 @@ def _data(plan: Plan, recipe: Recipe) -> None:
     recipe.data.check_fits(recipe.backbone, recipe.loss)
     train, held_out, kind = recipe.data.train(), recipe.data.held_out(), type(recipe.data).__name__
     plan.rows.append(("data", f"{kind}, {len(train):,} to train on, {len(held_out):,} held out"))
+    for stage in recipe.stages():
+        judging = stage.settings.validation if isinstance(stage.settings, Recover) else None
+        if judging is not None and judging.samples > len(train) // 2:
+            said = (
+                f"{len(train) // 2:,} samples, half of those to train on; {stage.name}.validation.samples asks for more"
+            )
+            plan.rows.append((f"{prefix_of(stage)}{stage.name}: judged on", said))
     columns = columns_of(recipe.backbone, recipe.on_meta, recipe.data.conditions)
     checked(train, columns, "training").__getitems__([0])
     if recipe.train is None:  # what a checkpoint was trained on; a fresh network learns from what there is
