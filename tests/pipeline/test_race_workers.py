@@ -59,6 +59,7 @@ class Reversed(Workers):
     done: list[Entrant] = field(default_factory=list)
 
     def run(self, work: Callable[[P], object], pieces: Sequence[P], logs: Path) -> Iterator[P]:
+        assert pieces, "nobody is asked to do nothing"
         for piece in reversed(pieces):
             if len(self.done) == self.most:
                 raise Interrupted("stopped", 2)

@@ -172,8 +172,10 @@ class ShortRecoveries:
         elsewhere, run = self.trainer.elsewhere, self.run
         if elsewhere is None or run is None:
             return False
-        how = pickle.dumps((recovery, partial(type(self), **self._of_its_kind())))
         lacking = [mask for mask in masks if not (self._part(run, stage, mask) / JUDGED).exists()]
+        if not lacking:
+            return True
+        how = pickle.dumps((recovery, partial(type(self), **self._of_its_kind())))
         left, what = len(lacking), f"{stage}{note}, by workers"
         self.tell(what, None)
         self.task.teacher.cpu()  # the others may work on this device
