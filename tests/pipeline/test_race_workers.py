@@ -22,7 +22,7 @@ from tinyfusion_core.runtime.workers.ray_tasks import RayWorkers
 from tinyfusion_core.selection.judging.recoveries import Entrant
 
 KEEP = [{"class_path": "Keep", "init_args": {"blocks": blocks}} for blocks in ([0, 1, 3, 6], [0, 2, 4, 6])]
-HOW = {"steps": 72, "samples": 16, "batch_size": 8, "updates_per_batch": 1}
+HOW = {"steps": 60, "samples": 16, "batch_size": 8, "updates_per_batch": 1}
 RACE = {"class_path": "Race", "init_args": {"keep": 4, "proposers": KEEP, **HOW}}
 SIZES = {"input_size": 8, "patch_size": 2, "in_channels": 1, "hidden_size": 16, "num_heads": 2}
 FIRST = {keep: [{"class_path": "FirstN", "init_args": {"keep": keep}}] for keep in (6, 4)}
@@ -90,16 +90,12 @@ def test_a_race_by_workers_is_that_of_one_process_and_goes_on_with_or_without_th
 ) -> None:
     made = written(recipe, {"search": RACE})
     run_recipe(made, tmp_path / "one")
-    workers = Reversed()
-    run_recipe(made, tmp_path / "several", workers=workers)
-    assert decided(tmp_path / "several") == decided(tmp_path / "one")
     entries = [entry for number in decided(tmp_path / "one")["provenance"]["race"] for entry in number]
-    assert len(workers.done) == len(entries) > 2
     with pytest.raises(Interrupted):
         run_recipe(made, tmp_path / "stopped", workers=Reversed(most=3))
-    again = Reversed()
-    run_recipe(made, tmp_path / "stopped", workers=again)
-    assert len(again.done) == len(entries) - 3
+    workers = Reversed()
+    run_recipe(made, tmp_path / "stopped", workers=workers)
+    assert len(workers.done) == len(entries) - 3 > 0
     assert decided(tmp_path / "stopped") == decided(tmp_path / "one")
 
 
