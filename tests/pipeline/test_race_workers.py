@@ -24,7 +24,9 @@ from tinyfusion_core.selection.judging.recoveries import Entrant
 KEEP = [{"class_path": "Keep", "init_args": {"blocks": blocks}} for blocks in ([0, 1, 3, 6], [0, 2, 4, 6])]
 HOW = {"steps": 60, "samples": 16, "batch_size": 8, "updates_per_batch": 1}
 RACE = {"class_path": "Race", "init_args": {"keep": 4, "proposers": KEEP, **HOW}}
-SIZES = {"input_size": 8, "patch_size": 2, "in_channels": 1, "hidden_size": 16, "num_heads": 2}
+SIZES = {"input_size": 8, "patch_size": 2, "in_channels": 1, "hidden_size": 16, "num_heads": 2, "depth": 8}
+SMALL = {"class_path": "DiT", "init_args": {**SIZES, "num_classes": 10, "learn_sigma": False}}
+TRAINED = {"backbone": SMALL, "train": {"steps": 2}, "evaluate": []}
 FIRST = {keep: [{"class_path": "FirstN", "init_args": {"keep": keep}}] for keep in (6, 4)}
 QUALITY = {"metric": "HeldOutLoss", "within": "9x", "protect": [0, 1, 2, 3, 4, 5], "steps": 48, "samples": 16}
 SHIFTED = '''
@@ -88,7 +90,7 @@ def decided(folder: Path) -> dict[str, Any]:
 def test_a_race_by_workers_is_that_of_one_process_and_goes_on_with_or_without_them(
     recipe: Path, tmp_path: Path
 ) -> None:
-    made = written(recipe, {"search": RACE})
+    made = written(recipe, {**TRAINED, "search": RACE})
     run_recipe(made, tmp_path / "one")
     entries = [entry for number in decided(tmp_path / "one")["provenance"]["race"] for entry in number]
     with pytest.raises(Interrupted):
@@ -101,10 +103,9 @@ def test_a_race_by_workers_is_that_of_one_process_and_goes_on_with_or_without_th
 
 @pytest.mark.slow
 def test_workers_are_given_the_network_of_their_round(recipe: Path, tmp_path: Path) -> None:
-    of = {"class_path": "DiT", "init_args": {**SIZES, "depth": 8, "num_classes": 10, "learn_sigma": False}}
     first, last = ({"class_path": "Race", "init_args": {**HOW, "keep": k, "proposers": FIRST[k]}} for k in (6, 4))
     rounds = {"a": {"search": first, "recover": {"steps": 4}}, "b": {"search": last}}
-    made = written(recipe, {"backbone": of, "train": {"steps": 2}, "search": None, "rounds": rounds})
+    made = written(recipe, {**TRAINED, "search": None, "rounds": rounds})
     run_recipe(made, tmp_path / "one")
     run_recipe(made, tmp_path / "several", workers=Reversed())
     for name in rounds:
