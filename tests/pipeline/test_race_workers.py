@@ -87,6 +87,7 @@ def decided(folder: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_a_race_by_workers_is_that_of_one_process_and_goes_on_with_or_without_them(
     recipe: Path, tmp_path: Path
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -177,6 +178,21 @@ class Diverging(Match):
     def predict(self, model, inputs):
         out = super().predict(model, inputs)
         return out * float("nan") if model.training and len(model.blocks) < 8 else out
+
+
+def test_others_recover_entrants_in_any_order(tmp_path: Path) -> None:
+    run, handed = tiny.RunFolder(tmp_path / "run"), list[recoveries.Entrant]()
+
+    def elsewhere(entrants: Sequence[recoveries.Entrant]) -> Iterator[recoveries.Entrant]:
+        for entrant in reversed(entrants):
+            entrant.recover(task(), TRAINER, run)
+            handed.append(entrant)
+            yield entrant
+
+    how = racing(WRONG, NEAR, rounds=2, steps=48)
+    alone = how(task(), TRAINER)
+    assert how(task(), replace(TRAINER, elsewhere=elsewhere), run) == alone
+    assert len(handed) == sum(map(len, alone.provenance["race"])) > 4
 
 
 @pytest.mark.slow
