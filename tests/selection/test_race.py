@@ -192,7 +192,7 @@ def test_others_recover_entrants_in_any_order(tmp_path: Path) -> None:
     how = racing(WRONG, NEAR, rounds=2, steps=48)
     alone = how(task(), TRAINER)
     assert how(task(), replace(TRAINER, elsewhere=elsewhere), run) == alone
-    assert len(handed) == sum(map(len, alone.provenance["race"])) > 4
+    assert len(handed) == sum(map(len, alone.provenance["race"])) > 2
 
 
 @pytest.mark.slow
