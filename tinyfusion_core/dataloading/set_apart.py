@@ -50,6 +50,11 @@ class ShardedPart(Part):
             self.samples.prefetch([self.indices[i] for i in indices])
 
 
+def num_set_apart(samples: Samples, num: int) -> int:
+    """Return how many samples `set_apart` takes where `num` are asked for: at most half of all."""
+    return min(num, len(samples) // 2)
+
+
 def set_apart(samples: Samples, num: int, seed: int, purpose: str) -> tuple[Part, Part]:
     """Split a data set at random.
 
@@ -62,8 +67,8 @@ def set_apart(samples: Samples, num: int, seed: int, purpose: str) -> tuple[Part
     Returns:
         The samples that were not set apart, in shards if they were, and those that were.
     """
-    num = min(num, len(samples) // 2)
-    drawn = torch.randperm(len(samples), generator=generator(seed, purpose, "set apart"))[:num].tolist()
+    order = torch.randperm(len(samples), generator=generator(seed, purpose, "set apart"))
+    drawn = order[: num_set_apart(samples, num)].tolist()
     return without(samples, drawn), Part(samples, sorted(drawn))
 
 

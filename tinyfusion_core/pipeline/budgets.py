@@ -84,7 +84,7 @@ def budgets_of(
     do = partial(_compute, str(folder.path.resolve()), str(Path.cwd()), recover_steps)
     logs = folder / ROWS / "workers"
     with recipe.trainer.track("budgets", len(missing)) as progress:
-        for _ in map(do, missing) if workers is None else workers.run(do, missing, logs):
+        for _ in map(do, missing) if workers is None or not missing else workers.run(do, missing, logs):
             _gather(folder, paths.values(), recover_steps)
             progress.advance()
     rows = _gather(folder, paths.values(), recover_steps)

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from ...comparison.study import Comparison
+from ...dataloading.set_apart import num_set_apart
 from ...errors import MissingFileError, UserError, about_a_recipe
 from ...evaluation.metrics import Metric
 from ...protocols.backbone import owner
@@ -197,10 +198,9 @@ def _data(plan: Plan, recipe: Recipe) -> None:
     plan.rows.append(("data", f"{kind}, {len(train):,} to train on, {len(held_out):,} held out"))
     for stage in recipe.stages():
         judging = stage.settings.validation if isinstance(stage.settings, Recover) else None
-        if judging is not None and judging.samples > len(train) // 2:
-            said = (
-                f"{len(train) // 2:,} samples, half of those to train on; {stage.name}.validation.samples asks for more"
-            )
+        if judging is not None and (num := num_set_apart(train, judging.samples)) < judging.samples:
+            key = f"{stage.name}.validation.samples"
+            said = f"{num:,} samples, half of those to train on; {key} asks for more"
             plan.rows.append((f"{prefix_of(stage)}{stage.name}: judged on", said))
     columns = columns_of(recipe.backbone, recipe.on_meta, recipe.data.conditions)
     checked(train, columns, "training").__getitems__([0])
